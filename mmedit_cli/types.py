@@ -1,0 +1,48 @@
+"""The nouns of the project: what is asked, what is edited, what is scored. No torch here.
+
+Shapes throughout the code base: B batch, T tokens, D width, V vocabulary, N_v image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Query:
+    """One thing to ask a vision-language model, and the answer to score or to teach.
+
+    `image` is None for a text-only question; `target` may be empty where no answer is needed (generation only).
+    """
+
+    prompt: str
+    target: str = ""
+    image: Path | None = None
+
+
+Probes = Mapping[str, tuple[Query, ...]]
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """One edit and everything that is asked to judge it.
+
+    The keys of `generality`, `locality` and `portability` become the columns of a report, so a new data set needs no
+    new code in the evaluator. `place` says where the record came from (file and line), for error messages.
+    """
+
+    uid: str
+    request: Query
+    generality: Probes = field(default_factory=dict)
+    locality: Probes = field(default_factory=dict)
+    portability: Probes = field(default_factory=dict)
+    place: str = ""
+
+    def columns(self) -> Iterator[tuple[str, tuple[Query, ...]]]:
+        """Yield (column, queries), the request first: `reliability`, `generality.<name>`, `locality.<name>`, ..."""
+        yield "reliability", (self.request,)
+        for family in ("generality", "locality", "portability"):
+            for name, queries in getattr(self, family).items():
+                yield f"{family}.{name}", queries
