@@ -15,11 +15,13 @@ class Query:
     """One thing to ask a vision-language model, and the answer to score or to teach.
 
     `image` is None for a text-only question; `target` may be empty where no answer is needed (generation only).
+    `background` is the colour behind the transparent parts of the image, as #rrggbb.
     """
 
     prompt: str
     target: str = ""
     image: Path | None = None
+    background: str = "#ffffff"
 
 
 Probes = Mapping[str, tuple[Query, ...]]
@@ -30,7 +32,7 @@ class EditCase:
     """One edit and everything that is asked to judge it.
 
     The keys of `generality`, `locality` and `portability` become the columns of a report, so a new data set needs no
-    new code in the evaluator. `place` says where the record came from (file and line), for error messages.
+    new code in the evaluator. `type` groups cases of one sort of fact; `place` says where the record came from (file and line), for error messages.
     """
 
     uid: str
@@ -38,6 +40,7 @@ class EditCase:
     generality: Probes = field(default_factory=dict)
     locality: Probes = field(default_factory=dict)
     portability: Probes = field(default_factory=dict)
+    type: str = ""
     place: str = ""
 
     def columns(self) -> Iterator[tuple[str, tuple[Query, ...]]]:

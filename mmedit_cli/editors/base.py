@@ -1,0 +1,195 @@
+"""What every editor can do: edit, undo, save and load; and what it promises about the model."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor
+
+from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.errors import StateError
+from mmedit_cli.hparams import to_dict
+from mmedit_cli.runtime import generator
+from mmedit_cli.types import Query
+
+FORMAT = 1  # of saved states; a newer one is refused
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of `edit`: its requests, an id for each, and what the editor tells about it (steps, loss)."""
+
+    ids: tuple[int, ...]
+    requests: tuple[Query, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Edited(AbstractContextManager["Edited"]):
+    """What `edit` returns: the ids of the new edits; leaving it as a context manager undoes them."""
+
+    def __init__(self, editor: Editor, operation: Operation) -> None:
+        self.editor, self.ids, self.info = editor, operation.ids, operation.info
+
+    def __exit__(self, *_: object) -> None:
+        self.editor.undo(self.ids)
+
+
+class Editor(ABC):
+    """Changes the answers of one backbone; edits add up until they are undone.
+
+    `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
+    cached; None if the image features change too. `hparams` is an instance of the class's own `Hparams`.
+    """
+
+    name: ClassVar[str]
+    Hparams: ClassVar[type]
+    trains: ClassVar[bool] = False
+    batch_edits: ClassVar[bool] = True
+
+    def __init__(self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0) -> None:
+        self.backbone, self.hparams, self.seed = backbone, hparams, seed
+        self.operations: list[Operation] = []
+        self._next_id = 1
+
+    # -- what a method has to say -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def first_layer(self) -> int | None:
+        """The decoder layer below which nothing ever changes, or None."""
+
+    @abstractmethod
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        """Make the edits on top of the present ones; return numbers about how it went."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Take every edit back: afterwards the model is the base model, bit for bit."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the edits as tensors."""
+
+    @abstractmethod
+    def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the edits described by `_tensors` in place of the present ones; raise StateError if they do not fit."""
+
+    # -- the verbs ----------------------------------------------------------------------------------------------
+
+    def edit(self, requests: Sequence[Query]) -> Edited:
+        """Teach the requests, all in one operation; with none, nothing changes.
+
+        If it fails, the edits made before are as they were. Raises DataError for a request the method cannot use.
+        """
+        ids = tuple(range(self._next_id, self._next_id + len(requests)))
+        if not requests:
+            return Edited(self, Operation((), ()))
+        try:
+            info = self._apply(requests, self._source(ids[0]))
+        except BaseException:
+            self._replay(self.operations)
+            raise
+        operation = Operation(ids, tuple(requests), info)
+        self.operations.append(operation)
+        self._next_id += len(requests)
+        return Edited(self, operation)
+
+    def undo(self, ids: Sequence[int] | None = None) -> None:
+        """Take back the edits with these ids, or all; the model is then as if they had never been made.
+
+        Raises StateError for an id that is not there. The default makes the remaining edits again, in order and with
+        the same randomness; methods that can remove one edit alone do better.
+        """
+        known = {i for operation in self.operations for i in operation.ids}
+        gone = known if ids is None else set(ids)
+        if gone - known:
+            raise StateError(f"no edit {min(gone - known)} to undo", f"there are {len(known)} edits")
+        rest = []
+        for operation in self.operations:
+            kept = [(i, q) for i, q in zip(operation.ids, operation.requests, strict=True) if i not in gone]
+            if kept:
+                rest.append(Operation(tuple(i for i, _ in kept), tuple(q for _, q in kept), operation.info))
+        self._replay(rest)
+
+    def _replay(self, operations: Sequence[Operation]) -> None:
+        self._reset()
+        self.operations = []
+        for operation in operations:
+            info = self._apply(operation.requests, self._source(operation.ids[0]))
+            self.operations.append(Operation(operation.ids, operation.requests, info))
+
+    def _source(self, first_id: int) -> Generator:
+        return generator(self.seed * 1_000_003 + first_id)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return (tensors, metadata) from which `load_state` makes the same edited model on the same base model."""
+        operations = [
+            {"ids": op.ids, "requests": [_to_json(q) for q in op.requests], "info": dict(op.info)}
+            for op in self.operations
+        ]
+        metadata = {**self._identity(), "next_id": str(self._next_id), "operations": json.dumps(operations)}
+        return self._tensors(), metadata
+
+    def load_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace the present edits by saved ones; raise StateError if they belong to another model or editor."""
+        if int(metadata.get("format", 0)) > FORMAT:
+            raise StateError(f"the state has format {metadata['format']}, newer than {FORMAT}", "upgrade mmedit")
+        for key, value in self._identity().items():
+            if metadata.get(key) != value:
+                raise StateError(f"the state was made with {key} {metadata.get(key)}, this editor has {value}")
+        self._reset()
+        self._load_tensors(tensors)
+        self.operations = [
+            Operation(tuple(op["ids"]), tuple(_from_json(q) for q in op["requests"]), op["info"])
+            for op in json.loads(metadata["operations"])
+        ]
+        self._next_id = int(metadata["next_id"])
+
+    def save(self, path: Path) -> None:
+        """Write the state to one safetensors file."""
+        from safetensors.torch import save
+
+        from mmedit_cli.records import write_atomic
+
+        tensors, metadata = self.state()
+        write_atomic(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+    def load(self, path: Path) -> None:
+        """Read a state written by `save`; raise StateError if the file or its content does not fit."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{path}: not a readable state ({error})") from error
+        self.load_state(tensors, metadata)
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "format": str(FORMAT),
+            "editor": self.name,
+            "model": self.backbone.fingerprint,
+            "dtype": str(self.backbone.dtype),
+            "hparams": json.dumps(to_dict(self.hparams), sort_keys=True),
+            "seed": str(self.seed),
+        }
+
+
+def _to_json(query: Query) -> dict[str, str | None]:
+    image = None if query.image is None else str(query.image)
+    return {"prompt": query.prompt, "target": query.target, "image": image, "background": query.background}
+
+
+def _from_json(record: Mapping[str, Any]) -> Query:
+    image = None if record["image"] is None else Path(record["image"])
+    return Query(record["prompt"], record["target"], image, record["background"])

@@ -1,0 +1,328 @@
+"""The sequential protocol: make N edits, ask everything about all of them, at every milestone; resumable anywhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmedit_cli import runtime
+from mmedit_cli.editors.base import Editor
+from mmedit_cli.errors import RunError, UserError
+from mmedit_cli.evaluation import metrics
+from mmedit_cli.evaluation.answers import Answer, Caches, ask, make_caches
+from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.types import EditCase, Query
+
+PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")
+_SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How edits are made and asked about.
+
+    sequential: edits made in a row before the model is taken back to the base; report_at: after how many of them
+    everything so far is asked (always also after the last); edit_batch: edits made in one operation; shard: cases that
+    are asked together, the unit of resuming; cache_bytes: memory for frozen activations, the rest goes to disk.
+    """
+
+    sequential: int = 1
+    report_at: tuple[int, ...] = ()
+    edit_batch: int = 1
+    protocols: tuple[str, ...] = PROTOCOLS
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    shard: int = 32
+    cache_bytes: int = field(default=2 << 30, compare=False)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, not {getattr(self, name)}"
+            for name in ("sequential", "edit_batch", "max_new_tokens", "batch_size", "shard")
+            if getattr(self, name) < 1
+        ]
+        problems += [
+            f"--report-at {m}: must lie between 1 and --sequential {self.sequential}" for m in self._outside()
+        ]
+        problems += [f"--protocols {p}: unknown, known are {', '.join(PROTOCOLS)}" for p in self._unknown()]
+        if not self.protocols:
+            problems.append(f"--protocols is empty: choose from {', '.join(PROTOCOLS)}")
+        if problems:
+            raise UserError(problems)
+
+    def _outside(self) -> list[int]:
+        return [m for m in self.report_at if not 1 <= m <= self.sequential]
+
+    def _unknown(self) -> list[str]:
+        return [p for p in self.protocols if p not in PROTOCOLS]
+
+    def milestones(self, size: int) -> list[int]:
+        """Return after how many edits a group of `size` is asked about, in order, the last edit included."""
+        return sorted({m for m in self.report_at if m <= size} | {size})
+
+    def shards(self, size: int) -> list[range]:
+        """Cut a group into ranges of cases such that every milestone is a union of whole ranges.
+
+        So a case is asked in the same company, before and after and at every milestone.
+        """
+        cuts = sorted({0, size, *self.milestones(size), *range(0, size, self.shard)})
+        return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    @property
+    def generates(self) -> bool:
+        """Whether any protocol reads freely generated text."""
+        return any(p.startswith("ar") for p in self.protocols)
+
+    def top(self, cases: Sequence[EditCase]) -> dict[Query, int]:
+        """Return how many best ids tf_easyedit wants at every position of a locality query: 1 for text, 10 for images."""
+        if "tf_easyedit" not in self.protocols:
+            return {}
+        return {q: 1 if q.image is None else 10 for c in cases for qs in c.locality.values() for q in qs}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Cases edited in a row, from `start` of all cases on."""
+
+    index: int
+    start: int
+    cases: Sequence[EditCase]
+
+
+def evaluate_edits(
+    editor: Editor,
+    cases: Sequence[EditCase],
+    run: Run,
+    protocol: Protocol,
+    *,
+    base_folder: Path | None = None,
+    tick: Callable[[str, int], None] = lambda _what, _n: None,
+) -> None:
+    """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
+
+    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more
+    `edits` or `asked` cases. A run that was interrupted goes on with the shard it was in.
+    """
+    size = protocol.sequential
+    groups = [_Group(i, i * size, cases[i * size : (i + 1) * size]) for i in range(-(-len(cases) // size))]
+    layer = editor.first_layer
+    caches = None
+    if layer is not None:
+        queries = [q for case in cases for _, qs in case.columns() for q in qs]
+        caches = make_caches(
+            editor.backbone, layer, queries, batch_size=protocol.batch_size, budget=protocol.cache_bytes
+        )
+    _Evaluation(editor, protocol, run, caches, base_folder, tick).all(groups)
+
+
+class _Evaluation:
+    """The state of one evaluation: what was scored already, and the answers of the base model."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        protocol: Protocol,
+        run: Run,
+        caches: Caches | None,
+        base_folder: Path | None,
+        tick: Callable[[str, int], None],
+    ) -> None:
+        self.editor, self.protocol, self.run = editor, protocol, run
+        self.caches, self.base_folder, self.tick = caches, base_folder, tick
+        self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
+
+    def all(self, groups: Sequence[_Group]) -> None:
+        for group in groups:
+            if all(key in self.done for key in self._keys(group)):
+                self.tick("edits", len(group.cases))
+                self.tick("asked", sum(self.protocol.milestones(len(group.cases))))
+                continue
+            self._group(group)
+
+    def _keys(self, group: _Group) -> Iterator[tuple[int, int, int]]:
+        return ((group.index, m, i) for m in self.protocol.milestones(len(group.cases)) for i in range(m))
+
+    def _group(self, group: _Group) -> None:
+        """Edit the cases of one group in order, ask at each milestone, and take everything back."""
+        shards = self.protocol.shards(len(group.cases))
+        self.editor.undo()
+        for shard in shards:  # before the first edit: "before" is the untouched model
+            self._base(group, shard)
+        made = self._restore(group)
+        self.tick("edits", made)
+        saved = time.monotonic()
+        for milestone in self.protocol.milestones(len(group.cases)):
+            while made < milestone:
+                made = self._edit(group, made, min(made + self.protocol.edit_batch, milestone))
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self._save(group, made)
+                    saved = time.monotonic()
+            self._save(group, made)
+            for shard in shards:
+                if shard.stop <= milestone:
+                    self._score(group, shard, milestone)
+        self.editor.undo()
+
+    # -- edits --------------------------------------------------------------------------------------------------
+
+    def _edit(self, group: _Group, start: int, stop: int) -> int:
+        cases, device = group.cases[start:stop], self.editor.backbone.device
+        runtime.synchronize(device)
+        began = time.perf_counter()
+        edited = self.editor.edit([case.request for case in cases])
+        runtime.synchronize(device)
+        seconds = (time.perf_counter() - began) / len(cases)
+        self.run.append(
+            "edits",
+            [
+                {"group": group.index, "index": start + i, "case": case.uid, "seconds": seconds, **dict(edited.info)}
+                for i, case in enumerate(cases)
+            ],
+        )
+        self.tick("edits", len(cases))
+        return stop
+
+    def _save(self, group: _Group, made: int) -> None:
+        tensors, metadata = self.editor.state()
+        self.run.save_tensors("editor", tensors, {**metadata, "group": str(group.index), "made": str(made)})
+
+    def _restore(self, group: _Group) -> int:
+        """Continue with the last saved state of this group; return how many edits it holds.
+
+        The log of edits is cut back to them: those made after the state was saved are made again.
+        """
+        saved = self.run.load_tensors("editor")
+        made = 0
+        if saved is not None and saved[1]["group"] == str(group.index):
+            self.editor.load_state(*saved)
+            made = int(saved[1]["made"])
+        log = self.run.read("edits")
+        kept = [r for r in log if (r["group"], r["index"]) < (group.index, made)]
+        if len(kept) < len(log):
+            self.run.rewrite("edits", kept)
+        return made
+
+    # -- questions ----------------------------------------------------------------------------------------------
+
+    def _score(self, group: _Group, shard: range, milestone: int) -> None:
+        """Ask everything about the cases of a shard and append one line a case, unless that was done before."""
+        missing = [i for i in shard if (group.index, milestone, i) not in self.done]
+        if missing:
+            cases = group.cases[shard.start : shard.stop]
+            before, after = self._base(group, shard), self._ask(cases)
+            lines = [
+                {
+                    "group": group.index,
+                    "edits": milestone,
+                    "index": i,
+                    "case": case.uid,
+                    "type": case.type,
+                    **score_case(case, before, after, self.protocol.protocols),
+                }
+                for i, case in zip(shard, cases, strict=True)
+            ]
+            self.run.append("cases", [line for line in lines if line["index"] in missing])
+        self.tick("asked", len(shard))
+
+    def _ask(self, cases: Sequence[EditCase]) -> dict[Query, Answer]:
+        return ask(
+            self.editor.backbone,
+            [query for case in cases for _, queries in case.columns() for query in queries],
+            top=self.protocol.top(cases),
+            max_new_tokens=self.protocol.max_new_tokens if self.protocol.generates else 0,
+            batch_size=self.protocol.batch_size,
+            caches=self.caches,
+        )
+
+    def _base(self, group: _Group, shard: range) -> dict[Query, Answer]:
+        """Return the answers of the untouched model to a shard, from the store if they are there."""
+        cases = group.cases[shard.start : shard.stop]
+        folder = self.base_folder if self.base_folder is not None else self.run.folder / "base"
+        path = folder / f"{group.start + shard.start}-{group.start + shard.stop}.safetensors"
+        answers = _read_answers(path, cases)
+        if answers is None:
+            if self.editor.operations:
+                raise RunError(f"{path}: the answers of the base model cannot be read", "delete it and start again")
+            answers = self._ask(cases)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_answers(path, cases, answers)
+        return answers
+
+
+def score_case(
+    case: EditCase, before: Mapping[Query, Answer], after: Mapping[Query, Answer], protocols: Sequence[str]
+) -> dict[str, Any]:
+    """Return the scores of one case by protocol and column, those of the base model, and the generated answers."""
+    scores: dict[str, dict[str, float]] = {p: {} for p in protocols}
+    base: dict[str, dict[str, float]] = {p: {} for p in protocols}
+    texts: dict[str, list[dict[str, str | None]]] = {}
+    for column, queries in case.columns():
+        local = column.startswith("locality.")
+        for protocol in protocols:
+            scores[protocol][column] = _mean(
+                protocol, [_score(protocol, local, q, before[q], after[q]) for q in queries]
+            )
+            if not local:
+                base[protocol][column] = _mean(
+                    protocol, [_score(protocol, False, q, before[q], before[q]) for q in queries]
+                )
+        texts[column] = [{"target": q.target, "before": before[q].text, "after": after[q].text} for q in queries]
+    return {"scores": scores, "base": base, "answers": texts}
+
+
+def _score(protocol: str, local: bool, query: Query, before: Answer, after: Answer) -> tuple[float, float]:
+    """Return (points, out of) for one query: against the target, or for locality against the answer before."""
+    if protocol.startswith("ar"):
+        said, was = after.text or "", before.text or ""
+        pair = (said, was if local else query.target)
+        if protocol == "ar":
+            return (metrics.same_answer(was, said) if local else metrics.answer_match(said, query.target)), 1
+        return (metrics.exact_match(*pair) if protocol == "ar_em" else metrics.token_f1(*pair)), 1
+    if protocol == "tf_easyedit" and local:
+        assert before.top is not None
+        assert after.top is not None
+        return metrics.topk_agreement(before.top, after.top)
+    equal, length = metrics.agreement(after.said, before.said if local else after.wanted)
+    return (float(equal == length), 1) if protocol == "tf_em" else (equal, length)
+
+
+def _mean(protocol: str, scores: Sequence[tuple[float, float]]) -> float:
+    """Return the score of a column: tf_easyedit pools the tokens of its queries, the others average the queries."""
+    if protocol == "tf_easyedit":
+        return sum(points for points, _ in scores) / sum(total for _, total in scores)
+    return sum(points / total for points, total in scores) / len(scores)
+
+
+def _distinct(cases: Sequence[EditCase]) -> list[Query]:
+    return list(dict.fromkeys(q for case in cases for _, queries in case.columns() for q in queries))
+
+
+def _write_answers(path: Path, cases: Sequence[EditCase], answers: Mapping[Query, Answer]) -> None:
+    from safetensors.torch import save
+
+    rows = [answers[query] for query in _distinct(cases)]
+    plain = json.dumps([[row.text, row.said, row.wanted] for row in rows], ensure_ascii=False)
+    tops = {str(i): row.top for i, row in enumerate(rows) if row.top is not None}
+    write_atomic(path, save(tops or {"empty": torch.zeros(0)}, {"answers": plain}))
+
+
+def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] | None:
+    """Return stored answers; None if there are none, or if the file is damaged (then they are asked for again)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            plain = json.loads(file.metadata()["answers"])
+            tops = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    rows = [Answer(text, tuple(said), tuple(wanted), tops.get(str(i))) for i, (text, said, wanted) in enumerate(plain)]
+    return dict(zip(_distinct(cases), rows, strict=True))

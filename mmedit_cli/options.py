@@ -1,0 +1,36 @@
+"""Options that several commands share: one spelling, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A model of `mmedit list`, a local folder, or a hub id such as owner/name."),
+]
+Data = Annotated[str, typer.Option("--data", help="A folder with a cases.jsonl, or a .jsonl file of cases.")]
+HparamsFile = Annotated[
+    Path | None, typer.Option("--hparams", help="A YAML file instead of hparams/EDITOR.yaml.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one hyper-parameter; repeatable.", show_default=False),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", help="Spread the model as transformers does, e.g. auto.", show_default=False),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of the hub repository.", show_default=False)
+]
+Records = Annotated[Path, typer.Option("--records", envvar="MMEDIT_RECORDS", help="Where runs are kept.")]
+Force = Annotated[bool, typer.Option("--force", help="Throw an earlier run away and do it again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,46 @@
+"""Pictures from disk: opened late, closed at once, upright, and composed on a background colour."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from mmedit_cli.errors import DataError
+
+
+class Picture(NamedTuple):
+    """An image file and the colour behind its transparent parts: together they name what the model sees."""
+
+    path: Path
+    background: str = "#ffffff"
+
+
+def check_picture(path: Path) -> None:
+    """Read the header and check the structure of an image file; raise DataError in one line if it is not usable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.verify()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from error
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
+    check_picture(picture.path)
+    try:
+        with Image.open(picture.path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                above = upright.convert("RGBA")
+                ground = Image.new("RGBA", above.size, picture.background)
+                return Image.alpha_composite(ground, above).convert("RGB")
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{picture.path}: not a readable image ({error})") from error

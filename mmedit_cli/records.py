@@ -1,0 +1,288 @@
+"""Run: a records folder with one writer, written so that a kill at any moment leaves something to continue from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import BaseFileLock, FileLock, Timeout
+
+from mmedit_cli.errors import RunError
+
+_START_ANEW = "start it anew with --force"
+_OURS = ("*.jsonl", "*.safetensors", "*.tmp", "report.json", "run.yaml")
+
+
+class Run:
+    """One run on disk: `run.yaml` (what was asked), `<name>.jsonl`, `<name>.safetensors`, and `report.json` last.
+
+    Made by `Run.open`, which takes the lock of the folder; the lock goes with `close` or with the process. What a
+    method has written when it returns survives a crash of the machine.
+    """
+
+    def __init__(self, folder: Path, lock: BaseFileLock) -> None:
+        self.folder = folder
+        self._lock = lock
+
+    @staticmethod
+    def locate(root: Path, parts: Sequence[str], config: Mapping[str, Any]) -> Path:
+        """Return `root`/parts/<12 digits of the config's hash>; the parts are made safe as file names."""
+        return root.joinpath(*map(_safe_name, parts), sha256_json(config)[:12])
+
+    @staticmethod
+    def finished(folder: Path) -> dict[str, Any] | None:
+        """Return the report of a finished run, None where there is none yet. Takes no lock.
+
+        Raises RunError if the report cannot be read.
+        """
+        path = folder / "report.json"
+        try:
+            with _naming(path, "read"):
+                return _decode(path.read_bytes()) if path.exists() else None
+        except ValueError as error:
+            raise RunError(f"{path}: not a report: {error}", _START_ANEW) from error
+
+    @classmethod
+    def open(
+        cls, folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any], *, force: bool = False
+    ) -> Run:
+        """Create or continue the run in `folder`; `force` removes what an earlier run left there.
+
+        `environment` is kept as the run began. What a killed writer left half written is removed.
+
+        Raises RunError if another process writes the folder, or if it holds a run with another config.
+        """
+        with _naming(folder, "create the folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
+        with _naming(folder, "lock the folder"):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise RunError(f"another process is writing {folder}", "wait for it to end, or stop it") from error
+        run = cls(folder, lock)
+        try:
+            run._prepare(config, environment, force)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The environment the run began in."""
+        return dict(_read_yaml(self._path("run", ".yaml"))["environment"])
+
+    def close(self) -> None:
+        """Let go of the folder; closing twice is fine."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add the records to `<name>.jsonl` in one write: after a failure none of them is there."""
+        path = self._path(name, ".jsonl")
+        data = _encode_lines(path, records)
+        with _naming(path, "write"), path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError("disk full")
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+            if size == 0:
+                _sync_folder(self.folder)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """Return all records of `<name>.jsonl`; a last line that a kill left torn is cut off the file.
+
+        Raises RunError for a line in the middle that is no JSON object.
+        """
+        path = self._path(name, ".jsonl")
+        with _naming(path, "read"):
+            data = path.read_bytes() if path.exists() else b""
+        *lines, torn = data.split(b"\n")
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(_decode(line))
+            except ValueError as error:
+                if torn or number < len(lines):
+                    raise RunError(f"{path}:{number}: not a record: {error}", _START_ANEW) from error
+                torn = line + b"\n"
+        if torn and self._lock.is_locked:
+            with _naming(path, "mend"):
+                os.truncate(path, len(data) - len(torn))
+        return records
+
+    def rewrite(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace `<name>.jsonl` atomically."""
+        path = self._path(name, ".jsonl")
+        write_atomic(path, _encode_lines(path, records))
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+        """Replace `<name>.safetensors` atomically and return its path; metadata is text only."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = self._path(name, ".safetensors")
+        try:
+            with _replacing(path) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:  # this is also how a full disk arrives
+            raise RunError(f"{path}: cannot write: {error}") from error
+        return path
+
+    def load_tensors(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """Return (tensors on the CPU, metadata) of `<name>.safetensors`, or None where there is no such file.
+
+        Raises RunError if the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(name, ".safetensors")
+        if not path.exists():
+            return None
+        try:
+            with _naming(path, "read"), safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except SafetensorError as error:
+            raise RunError(f"{path}: damaged: {error}", _START_ANEW) from error
+
+    def finish(self, report: Mapping[str, Any]) -> Path:
+        """Write `report.json` and return its path; everything else is on disk by then, so it means "complete"."""
+        path = self.folder / "report.json"
+        write_atomic(path, _encode(path, report, indent=2) + b"\n")
+        return path
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.folder / f"{name}{suffix}"
+
+    def _prepare(self, config: Mapping[str, Any], environment: Mapping[str, Any], force: bool) -> None:
+        with _naming(self.folder, "clear"):
+            for pattern in _OURS if force else ("*.tmp",):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+        path = self.folder / "run.yaml"
+        ours = json.loads(_encode(path, {"config": config, "environment": environment}))
+        if not path.exists():
+            write_atomic(path, yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=119))
+        theirs = _read_yaml(path)["config"]
+        if theirs != ours["config"]:
+            both = theirs | ours["config"]
+            keys = sorted(str(key) for key in both if theirs.get(key, ...) != ours["config"].get(key, ...))
+            raise RunError(
+                f"{self.folder}: holds a run with another config (different: {', '.join(keys)})",
+                "choose another folder, or replace that run with --force",
+            )
+        for records in self.folder.glob("*.jsonl"):
+            self.read(records.stem)  # cuts a torn line off before anything is appended to it
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that at any moment, even after a crash, it is either the old or the new one.
+
+    Raises RunError.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sha256_json(obj: Any) -> str:
+    """Return the SHA-256 of the canonical JSON (sorted keys, no blanks, no NaN): equal content, equal digest."""
+    return hashlib.sha256(_dump(obj, sort=True)).hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path` that takes its place at the end, or vanishes."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with _naming(path, "write"):
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
+            yield temporary
+            temporary.chmod(mode)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path, action: str) -> Iterator[None]:
+    """Turn the failures of the file system into a RunError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot {action}: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # Windows and some network file systems cannot do this
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _safe_name(part: str) -> str:
+    """Return a file name for any text; where the text had to be changed a short hash keeps it distinct."""
+    name = re.sub(r"[^A-Za-z0-9._+=-]+", "-", part).strip(".-")[:60]
+    if name and name == part:
+        return name
+    return f"{name}-{hashlib.sha256(part.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Return what `run.yaml` holds; raise RunError unless it describes a run."""
+    try:
+        with _naming(path, "read"):
+            saved = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise RunError(f"{path}: not valid YAML", _START_ANEW) from error
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in ("config", "environment")):
+        raise RunError(f"{path}: does not describe a run", _START_ANEW)
+    return saved
+
+
+def _dump(obj: Any, *, indent: int | None = None, sort: bool = False) -> bytes:
+    separators = (",", ": ") if indent else (",", ":")
+    text = json.dumps(obj, ensure_ascii=False, allow_nan=False, sort_keys=sort, indent=indent, separators=separators)
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate (an odd path) becomes its own JSON escape
+
+
+def _encode(path: Path, obj: Any, indent: int | None = None) -> bytes:
+    try:
+        return _dump(obj, indent=indent)
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be written as JSON: {error}") from error
+
+
+def _encode_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(_encode(path, record) + b"\n" for record in records)
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    """Return the JSON object; anything else is a ValueError."""
+    value = json.loads(data.decode())
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value

@@ -1,0 +1,127 @@
+"""The machine: device, number format, seeds, threads, memory and a snapshot of the environment. `cuda` lives here alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import __version__
+from mmedit_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; raise UserError when it is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps") from error
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(device.type, False):
+        raise UserError(f"--device {name}: not available on this machine", "try --device auto")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Return the number format; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    import torch
+
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: not a number format", f"use one of {', '.join(DTYPES)}")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a seeded source of randomness: it is passed on, never global."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was queued, so that a clock tells the truth."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the peak memory in bytes: `process` (resident) and, on a GPU, `device` (allocated)."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and advice of transformers: the program speaks for itself."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that may change a number, read without importing the packages."""
+    found = {"mmedit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what else a reader of a report wants to know: platform, device, commit."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout the package runs from, with `+` when it has changes; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,165 @@
+"""How results look to people: the tables of `eval`, `report` and `list`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import registry
+from mmedit_cli.catalog import MODELS
+from mmedit_cli.errors import RunError
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+
+_PROTOCOLS = {
+    "ar": "free generation",
+    "ar_em": "free generation, strict match",
+    "ar_f1": "free generation, token F1",
+    "tf_liveedit": "teacher-forced, answer tokens",
+    "tf_easyedit": "teacher-forced, locality at all positions",
+    "tf_em": "teacher-forced, all answer tokens right",
+}
+_NAMES = {
+    "reliability": "Rel",
+    "generality.text": "T-Gen",
+    "generality.image": "M-Gen",
+    "generality.both": "TM-Gen",
+    "locality.text": "T-Loc",
+    "locality.image": "M-Loc",
+    "scope": "Scope",
+}
+
+
+def plan(out: Output, described: Mapping[str, Any]) -> None:
+    """Print what a command would do."""
+    out.result(described, lambda: out.yaml(described))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of a run folder; raise RunError if the run has none."""
+    report = Run.finished(folder)
+    if report is None:
+        raise RunError(f"{folder}: no finished run here", "`mmedit report` lists the finished ones")
+    return report
+
+
+def report(out: Output, report: Mapping[str, Any]) -> None:
+    """Print the report of an evaluation: scores, answers before and after, cost."""
+
+    def show() -> None:
+        milestones = report["milestones"]
+        heads = [
+            f"after {m['edits']}{' (short group)' if m['short_group'] else ''}\nn={m['cases']}" for m in milestones
+        ]
+        rows, sections = _score_rows(milestones)
+        out.line(
+            f"{report['editor']} on {report['model']['name']}, {report['data']['name']}: mean in % ± 95 % interval"
+        )
+        out.table(["protocol", "score", "before", *heads], rows, sections=sections)
+        for protocol in milestones[0]["scores"]:
+            out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
+        if len(report["retention"].get("milestones", ())) > 1:
+            out.line()
+            out.table(*_retention_table(report["retention"], next(iter(milestones[0]["scores"]))))
+        said = [[_short(str(e[k])) for k in ("case", "target", "before", "after")] for e in report["examples"]]
+        if report["examples"] and report["examples"][0]["after"] is not None:
+            out.line()
+            out.table(["edit", "target", "answer before", "answer after"], said)
+        seconds = report["cost"]["seconds_per_edit"]
+        out.line(
+            f"{report['cost']['edits']} edits, {seconds['median']:.3g} s each (median; p95 {seconds['p95']:.3g} s)"
+        )
+
+    out.result(report, show)
+
+
+def _score_rows(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[int]]:
+    """Return (rows, indices after which a protocol ends): a row a protocol and column, a cell a milestone."""
+    rows: list[list[str]] = []
+    sections = []
+    for protocol in milestones[0]["scores"]:
+        columns = dict.fromkeys(c for m in milestones for c in m["scores"].get(protocol, {}))
+        first = protocol
+        for column in columns:
+            scores = [m["scores"].get(protocol, {}).get(column) for m in milestones]
+            before = next((s["before"] for s in reversed(scores) if s is not None and "before" in s), None)
+            cells = [_cell(score, m["cases"]) for score, m in zip(scores, milestones, strict=True)]
+            rows.append([first, column_name(column), "" if before is None else f"{100 * before:.1f}", *cells])
+            first = ""
+        sections.append(len(rows) - 1)
+    return rows, sections
+
+
+def _retention_table(retention: Mapping[str, Any], protocol: str) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): the reliability of the edits made in each stretch, asked at each later milestone."""
+    header = [f"Rel retained ({protocol})", *(f"after {m}" for m in retention["milestones"])]
+    rows = [
+        [f"edits {cohort}", *("" if value is None else f"{100 * value:.1f}" for value in row)]
+        for cohort, row in zip(retention["cohorts"], retention[protocol]["matrix"], strict=True)
+    ]
+    return header, rows
+
+
+def _cell(score: Mapping[str, Any] | None, cases: int) -> str:
+    if score is None:
+        return "-"
+    half = 50 * (score["ci95"][1] - score["ci95"][0])
+    return f"{100 * score['mean']:.1f} ±{half:.1f}" + ("" if score["n"] == cases else f" n={score['n']}")
+
+
+def _short(text: str, most: int = 36) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def column_name(column: str) -> str:
+    """Return the short name of a column as the papers print it."""
+    family, _, name = column.partition(".")
+    prefix = {"locality": "Loc", "generality": "Gen", "portability": "Port"}.get(family, family)
+    return _NAMES.get(column, f"{prefix} {name}")
+
+
+def runs(out: Output, records: Path) -> None:
+    """List the finished runs of a records folder, the newest first."""
+    found = sorted(records.rglob("report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    rows = []
+    for path in found:
+        done = read_report(path.parent)
+        last = done["milestones"][-1]
+        protocol, scores = next(iter(last["scores"].items()))
+        score = f"{protocol} {100 * scores['reliability']['mean']:.1f}"
+        rows.append(
+            [done["editor"], done["model"]["name"], done["data"]["name"], str(last["edits"]), score, str(path.parent)]
+        )
+    header = ["editor", "model", "data", "edits", "reliability", "run"]
+    out.result(
+        [dict(zip(header, row, strict=True)) for row in rows],
+        lambda: out.table(header, rows) if rows else out.line(f"no finished runs in {records}"),
+    )
+
+
+def catalogue(out: Output) -> None:
+    """Print the editors and what each supports, the models, and where data come from."""
+    editors = []
+    for name in registry.editors.names():
+        editor = registry.editors.get(name)
+        editors.append(
+            {
+                "editor": name,
+                "summary": registry.editors.summary(name),
+                "trained first": "yes" if editor.trains else "no",
+                "batch edits": "yes" if editor.batch_edits else "no",
+                "models": ", ".join(registry.backbones.names()),
+            }
+        )
+    models = [
+        {"model": name, "family": entry.family, "source": entry.repo or "built in", "summary": entry.summary}
+        for name, entry in MODELS.items()
+    ]
+    data = [{"data": "a folder or file", "summary": "cases.jsonl with an EditCase a line (docs/data.md)"}]
+
+    def show() -> None:
+        for rows in (editors, models, data):
+            out.table(list(rows[0]), [list(row.values()) for row in rows])
+
+    out.result({"editors": editors, "models": models, "data": data}, show)

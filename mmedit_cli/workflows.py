@@ -1,0 +1,230 @@
+"""What the commands do, for the command line and for library users alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.hparams import to_dict
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run, sha256_json
+from mmedit_cli.types import EditCase, Query
+
+if TYPE_CHECKING:
+    from mmedit_cli.backbones.base import VisionLanguageModel
+    from mmedit_cli.evaluation.vlm import Protocol
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate; the defaults are those of `mmedit eval`."""
+
+    editor: str
+    model: ModelOptions
+    data: str
+    protocol: Protocol
+    hparams: Path | None = None
+    overrides: Sequence[str] = ()
+    limit: int | None = None
+    seed: int = 0
+    records: Path = Path("records")
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Everything resolved before a model is loaded: what will run, and where it will be recorded."""
+
+    options: EvalOptions
+    ref: ModelRef
+    hparams: Any
+    cases: list[EditCase]
+    config: dict[str, Any]
+    folder: Path
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        size = self.options.protocol.sequential
+        return {
+            **self.config,
+            "groups": -(-len(self.cases) // size),
+            "last_group": len(self.cases) % size or size,
+            "run": str(self.folder),
+        }
+
+
+def plan_evaluation(options: EvalOptions) -> EvalPlan:
+    """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    from mmedit_cli.datasets.base import find_cases, fingerprint, load_cases
+    from mmedit_cli.hparams import load_hparams
+
+    editor = registry.editors.get(options.editor)
+    file = options.hparams or registry.hparams_file(options.editor)
+    ref = find_model(options.model.model, revision=options.model.revision)
+    hparams = load_hparams(file, editor.Hparams, variant=ref.name, overrides=options.overrides)
+    cases = load_cases(options.data, limit=options.limit)
+    _check_pictures(cases)
+    size = options.protocol.sequential
+    if size > len(cases):
+        raise DataError(
+            f"--sequential {size}: {options.data} has {len(cases)} cases", f"use --sequential {len(cases)} or less"
+        )
+    protocol = asdict(options.protocol)
+    protocol.pop("cache_bytes")
+    config = {
+        "command": "eval",
+        "editor": editor.name,
+        "hparams": to_dict(hparams),
+        "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
+        "device": options.model.device,
+        "dtype": options.model.dtype,
+        "data": {"name": find_cases(options.data).parent.name, "cases": len(cases), "fingerprint": fingerprint(cases)},
+        "protocol": {k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()},
+        "seed": options.seed,
+        "versions": runtime.versions(),
+    }
+    folder = Run.locate(options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config)
+    return EvalPlan(options, ref, hparams, cases, config, folder)
+
+
+def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
+    """Evaluate an editor and return the report; a finished run is only read, an interrupted one goes on.
+
+    Raises a UserError for bad input, before anything is written.
+    """
+    out = out or Output()
+    plan = plan_evaluation(options)
+    if not options.force and (report := Run.finished(plan.folder)) is not None:
+        out.note(f"already done: {plan.folder} (--force does it again)")
+        return report
+    return run_evaluation(plan, out)
+
+
+def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
+    """Load the model, make the edits, ask, and write the report."""
+    from mmedit_cli.evaluation.report import build_report
+    from mmedit_cli.evaluation.vlm import evaluate_edits
+
+    options, protocol = plan.options, plan.options.protocol
+    backbone = load_backbone(options.model, plan.ref, out)
+    check_queries(backbone, plan.cases)
+    editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
+    environment = runtime.environment(backbone.device)
+    base = (
+        plan.options.records
+        / "base"
+        / plan.ref.name.replace("/", "--")
+        / _base_key(plan, backbone, editor.first_layer)
+    )
+    with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+        sizes = [protocol.sequential] * (len(plan.cases) // protocol.sequential)
+        sizes += [len(plan.cases) % protocol.sequential] if len(plan.cases) % protocol.sequential else []
+        totals = {"edits": len(plan.cases), "asked": sum(sum(protocol.milestones(size)) for size in sizes)}
+        with out.progress(totals) as tick:
+            evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
+        head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
+        examples = _examples(run.read("cases"))
+        report = build_report(
+            {**head, "environment": run.environment, "examples": examples},
+            run.read("cases"),
+            run.read("edits"),
+            protocol.sequential,
+        )
+        report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
+        run.finish(report)
+    return report
+
+
+def load_backbone(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
+    """Load the model that was found, saying so: it may take a while."""
+    out.note(f"loading {ref.name}")
+    from mmedit_cli.backbones._loading import load_backbone as load
+
+    return load(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)
+
+
+def answer(options: ModelOptions, prompt: str, image: Path | None, *, max_new_tokens: int, out: Output) -> str:
+    """Return the greedy answer of a model to one question."""
+    ref = find_model(options.model, revision=options.revision)
+    if image is not None:
+        from mmedit_cli.pictures import check_picture
+
+        check_picture(image)
+    backbone = load_backbone(options, ref, out)
+    return backbone.generate([Query(prompt, image=image)], max_new_tokens=max_new_tokens)[0]
+
+
+def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase]) -> None:
+    """Tokenise every query of the cases; raise DataError naming each one the model cannot take."""
+    problems, hint = [], ""
+    for case in cases:
+        for column, queries in case.columns():
+            for query in queries:
+                try:
+                    backbone.encode(query)
+                except DataError as error:
+                    problems += [f"{case.place}: {case.uid}: {column}: {problem}" for problem in error.problems]
+                    hint = hint or error.hint
+    if problems:
+        raise DataError(problems[:20], hint)
+
+
+def _check_pictures(cases: Sequence[EditCase]) -> None:
+    """Check every distinct image once; raise DataError naming each bad one and the first case that needs it."""
+    from mmedit_cli.pictures import check_picture
+
+    seen: set[Path] = set()
+    problems: list[str] = []
+    for case in cases:
+        for column, queries in case.columns():
+            for query in queries:
+                if query.image is None or query.image in seen:
+                    continue
+                seen.add(query.image)
+                try:
+                    check_picture(query.image)
+                except MmeditError as error:
+                    problems += [f"{case.place}: {column}: {problem}" for problem in error.problems]
+    if problems:
+        raise DataError(problems[:20], "replace the file, or take the record out")
+
+
+def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) -> str:
+    """Return a digest of all that the answers of the untouched model depend on: the editor is not part of it."""
+    protocol = plan.options.protocol
+    return sha256_json(
+        {
+            "model": plan.ref.fingerprint,
+            "data": plan.config["data"]["fingerprint"],
+            "device": backbone.device.type,
+            "dtype": str(backbone.dtype),
+            "layer": layer,
+            "batch_size": protocol.batch_size,
+            "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+            "top": "tf_easyedit" in protocol.protocols,
+            "versions": plan.config["versions"],
+        }
+    )[:12]
+
+
+def _examples(lines: Sequence[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:
+    """Return a few edits with the answers before and after, spread over the last milestone."""
+    last = [line for line in lines if line["edits"] == max(x["edits"] for x in lines)]
+    step = max(1, len(last) // most)
+    return [{"case": line["case"], **line["answers"]["reliability"][0]} for line in last[::step][:most]]

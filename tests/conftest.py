@@ -1,0 +1,90 @@
+"""Tests run on tiny random models, with one thread, no network and a cache of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# before anything imports torch or huggingface_hub
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="mmedit-hf-"), TOKENIZERS_PARALLELISM="false")
+os.environ.update(NO_COLOR="1", COLUMNS="120", OMP_NUM_THREADS="1")
+os.environ.pop("MMEDIT_RECORDS", None)
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmedit_cli.types import Query
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ROOT / "tests" / "data" / "shapes"
+GOLDEN = ROOT.parent / "shared" / "golden"
+FAMILIES = ("tiny-blip2", "tiny-llava")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Refuse every connection but those to this machine."""
+    if "network" in request.keywords:
+        return
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def backbone(request: pytest.FixtureRequest):
+    """Each tiny backbone in float32, shared by the session: a test leaves it as it was."""
+    from mmedit_cli.backbones._loading import load_backbone
+
+    loaded = load_backbone(request.param, device="cpu")
+    loaded.generate(QUERIES[:1], max_new_tokens=1)  # transformers installs hooks of its own at the first pass
+    return loaded
+
+
+@pytest.fixture
+def shapes() -> Path:
+    """The folder of the small data set."""
+    return SHAPES
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of fixtures computed by published code; the test is skipped where it is absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden fixtures are not part of the repository")
+    return GOLDEN
+
+
+QUERIES = (
+    Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
+    Query("What is the capital of Peru?", "Lima"),
+    Query("Which colour is the thing in this picture here?", "green", SHAPES / "corner/blue-ring.png"),
+    Query("What is this?", "yellow", SHAPES / "solid/red-circle.png", "#204060"),
+)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the program in this process: `cli("list", "--json")` -> (exit code, stdout, stderr)."""
+    from mmedit_cli.app import main
+
+    monkeypatch.setenv("MMEDIT_RECORDS", str(tmp_path / "records"))
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run

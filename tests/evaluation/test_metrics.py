@@ -1,0 +1,75 @@
+"""Scores: by hand, and against the published functions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmedit_cli.evaluation import metrics
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "match"),
+    [
+        ("A green apple.", "green apple", 1),
+        ("green apple, on a plate", "Green Apple", 1),
+        ("green apples", "green apple", 0),
+        ("it is a green apple", "green apple", 0),
+        ("2 dogs", "two dogs", 1),
+        ("two", "2", 1),
+        ("21", "2", 0),
+        ("", "green", 0),
+        ("the", "the", 1),
+        ("Guinea-Bissau", "guinea bissau", 1),
+        ("Côte d'Ivoire", "côte d'ivoire", 1),
+        ("new_york", "New York", 1),
+    ],
+)
+def test_answer_match(prediction, target, match):
+    assert metrics.answer_match(prediction, target) == match
+
+
+def test_strict_match_and_f1():
+    assert metrics.exact_match(" green apple ", "green apple") == 1
+    assert metrics.exact_match("Green apple", "green apple") == 0
+    assert metrics.token_f1("a green apple", "green pear") == pytest.approx(0.5)
+    assert metrics.token_f1("", "") == 1
+    assert metrics.token_f1("", "x") == 0
+
+
+def test_locality_of_texts_compares_what_was_said():
+    assert metrics.same_answer("A cat.", "cat") == 1
+    assert metrics.same_answer("cat", "cat dog") == 0
+    assert metrics.same_answer("!!", "??") == 0, "without words only the same signs are the same"
+
+
+def test_perfect_and_identity():
+    assert metrics.agreement((1, 2), (1, 2)) == (2, 2)
+    top = metrics.topk_ids(torch.randn(5, 20), 10)
+    assert metrics.topk_agreement(top, top) == (50, 50)
+
+
+def test_published_easyedit_functions(golden):
+    facts = json.loads((golden / "easyedit_metrics.json").read_text())
+    tensors = load_file(golden / "easyedit_metrics.safetensors")
+    for i, case in enumerate(facts["cases"]):
+        base, edited, labels = (tensors[f"case{i}.{k}"] for k in ("logits_base", "logits_edited", "labels"))
+        for k, name in ((1, "top1"), (10, "top10")):
+            pairs = [
+                metrics.topk_agreement(metrics.topk_ids(b, k), metrics.topk_ids(e, k))
+                for b, e in zip(base, edited, strict=True)
+            ]
+            pooled = sum(points for points, _ in pairs) / sum(total for _, total in pairs)
+            assert pooled == pytest.approx(case[name], abs=1e-6)
+        expected = tensors[f"case{i}.top10_base"]  # cut to the shorter of the two sequences
+        assert torch.equal(metrics.topk_ids(base, 10)[:, -expected.shape[1] :], expected)
+        answers = labels[:, 1:] != -100
+        rows = [
+            metrics.agreement(e[:-1][a].argmax(-1).tolist(), want[1:][a].tolist())
+            for e, want, a in zip(edited, labels, answers, strict=True)
+        ]
+        assert sum(e for e, _ in rows) / sum(n for _, n in rows) == pytest.approx(case["tok"], abs=1e-6)
+        assert sum(e == n for e, n in rows) / len(rows) == pytest.approx(case["em"], abs=1e-6)

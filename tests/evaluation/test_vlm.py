@@ -1,0 +1,280 @@
+"""The sequential protocol: what is asked when, what is cached, and that a kill at any moment changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES
+
+from mmedit_cli import workflows
+from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.datasets.base import load_cases
+from mmedit_cli.editors.base import Editor
+from mmedit_cli.editors.ft import Ft, FtHparams
+from mmedit_cli.errors import UserError
+from mmedit_cli.evaluation.answers import ask, make_caches
+from mmedit_cli.evaluation.report import build_report
+from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+
+CASES = load_cases(SHAPES)
+
+
+def evaluate(folder: Path, editor: Editor, protocol: Protocol, cases=CASES) -> dict:
+    with Run.open(folder, {}, {}) as run:
+        evaluate_edits(editor, cases, run, protocol)
+        return build_report({}, run.read("cases"), run.read("edits"), protocol.sequential)
+
+
+class Perfect(Editor):
+    """Says the target of everything it was told, and leaves the rest alone: what a perfect editor would score."""
+
+    name, Hparams, first_layer = "perfect", FtHparams, None
+
+    def _apply(self, requests, source):
+        return {}
+
+    def _reset(self):
+        pass
+
+    def _tensors(self):
+        return {"nothing": torch.zeros(1)}
+
+    def _load_tensors(self, tensors):
+        pass
+
+
+def test_milestones_are_unions_of_whole_shards():
+    protocol = Protocol(sequential=100, report_at=(1, 10, 70), shard=32)
+    assert protocol.milestones(100) == [1, 10, 70, 100]
+    assert protocol.milestones(40) == [1, 10, 40]
+    shards = protocol.shards(100)
+    assert [i for shard in shards for i in shard] == list(range(100))
+    assert {1, 10, 70, 100} <= {shard.stop for shard in shards}
+    assert max(map(len, shards)) <= 32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sequential": 0}, "sequential must be at least 1"),
+        ({"sequential": 4, "report_at": (5,)}, "--report-at 5"),
+        ({"protocols": ("ar", "x")}, "--protocols x"),
+        ({"protocols": ()}, "--protocols is empty"),
+    ],
+)
+def test_a_protocol_that_makes_no_sense_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Protocol(**values)
+
+
+def test_an_editor_that_does_nothing_keeps_every_locality(backbone, tmp_path):
+    report = evaluate(tmp_path, Perfect(backbone, FtHparams()), Protocol(sequential=8, report_at=(1,)), CASES[:8])
+    for milestone in report["milestones"]:
+        for scores in milestone["scores"].values():
+            for column, score in scores.items():
+                if column.startswith("locality."):
+                    assert score["mean"] == 1, column
+                elif "before" in score:
+                    assert score["mean"] == score["before"]
+    assert report["retention"]["ar"]["backward_transfer"] == 0
+
+
+def test_answers_that_are_all_right_score_one(backbone):
+    case = CASES[0]
+    queries = [q for _, qs in case.columns() for q in qs]
+    before = ask(backbone, queries, top=Protocol().top([case]), max_new_tokens=4, batch_size=8, caches=None)
+    after = {
+        q: type(a)(q.target, a.wanted, a.wanted, a.top)
+        if q not in [x for xs in case.locality.values() for x in xs]
+        else a
+        for q, a in before.items()
+    }
+    scores = score_case(case, before, after, Protocol().protocols)["scores"]
+    assert all(value == 1 for columns in scores.values() for value in columns.values())
+    assert len(scores) == 6
+
+
+def test_the_last_shorter_group_is_kept_and_marked(backbone, tmp_path):
+    report = evaluate(tmp_path, Ft(backbone, FtHparams(steps=1)), Protocol(sequential=5, report_at=(2,)), CASES[:7])
+    assert [(m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]] == [
+        (2, 2, False),
+        (2, 2, True),
+        (5, 5, False),
+    ]
+    report = evaluate(tmp_path / "b", Ft(backbone, FtHparams(steps=1)), Protocol(sequential=5), CASES[:8])
+    assert [(m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]] == [(3, 3, True), (5, 5, False)]
+
+
+def test_every_distinct_image_and_sequence_is_computed_once(backbone, monkeypatch):
+    encoded, prefixed = [], []
+    real_encode, real_prefix = backbone.image_features, backbone.prefix
+    monkeypatch.setattr(backbone, "image_features", lambda ps: encoded.extend(ps) or real_encode(ps))
+    monkeypatch.setattr(backbone, "prefix", lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a))
+    queries = [q for case in CASES for _, qs in case.columns() for q in qs]
+    caches = make_caches(backbone, 3, queries, batch_size=8, budget=1 << 30)
+    answers = ask(backbone, queries, top={}, max_new_tokens=3, batch_size=8, caches=caches)
+    assert len(encoded) == len(set(encoded)) == 72
+    assert len(prefixed) == len(set(prefixed)) == len(set(queries)) == len(answers)
+    ask(backbone, queries[::-1], top={}, max_new_tokens=3, batch_size=5, caches=caches)
+    assert len(prefixed) == len(set(queries))
+
+
+def test_cached_equals_uncached_and_spilled_equals_kept(backbone):
+    queries = [q for case in CASES[:6] for _, qs in case.columns() for q in qs]
+    options = {"top": Protocol().top(CASES[:6]), "max_new_tokens": 4, "batch_size": 8}
+    plain = ask(backbone, queries, caches=None, **options)
+    for budget in (1 << 30, 1 << 14):
+        caches = make_caches(backbone, 4, queries, batch_size=8, budget=budget)
+        for _ in range(2):
+            cached = ask(backbone, queries, caches=caches, **options)
+            assert [(a.text, a.said, a.wanted) for a in cached.values()] == [
+                (a.text, a.said, a.wanted) for a in plain.values()
+            ]
+            assert all(torch.equal(cached[q].top, plain[q].top) for q in plain if plain[q].top is not None)
+
+
+def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backbone):
+    protocol = Protocol(sequential=6, report_at=(3,))
+    shared = tmp_path / "base"
+    for name in "ab":
+        editor = Ft(backbone, FtHparams(learning_rate=1e-2))
+        with Run.open(tmp_path / name, {}, {}) as run:
+            evaluate_edits(editor, CASES[:6], run, protocol, base_folder=shared)
+        times = {path.name: path.stat().st_mtime_ns for path in shared.iterdir()}
+        if name == "a":
+            first = times
+    assert times == first
+    assert sorted(first) == ["0-3.safetensors", "3-6.safetensors"]
+    (shared / "0-3.safetensors").write_bytes(b"damaged")  # then they are asked again
+    with Run.open(tmp_path / "c", {}, {}) as run:
+        evaluate_edits(Ft(backbone, FtHparams(learning_rate=1e-2)), CASES[:6], run, protocol, base_folder=shared)
+        again = run.read("cases")
+    with Run.open(tmp_path / "a", {}, {}) as run:
+        assert run.read("cases") == again
+
+
+def test_batch_edits_stop_at_milestones(tmp_path, backbone):
+    protocol = Protocol(sequential=6, report_at=(1,), edit_batch=4)
+    editor, made = Ft(backbone, FtHparams(steps=1)), []
+    real = editor.edit
+    editor.edit = lambda requests: made.append(len(requests)) or real(requests)
+    evaluate(tmp_path, editor, protocol, CASES[:6])
+    assert made == [1, 4, 1]
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------
+
+
+def options(records: Path, **protocol) -> workflows.EvalOptions:
+    return workflows.EvalOptions(
+        "ft",
+        workflows.ModelOptions("tiny-blip2", device="cpu"),
+        str(SHAPES),
+        Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "shard": 3, **protocol}),
+        records=records,
+    )
+
+
+def comparable(report: dict) -> str:
+    return json.dumps({key: value for key, value in report.items() if key != "cost"})
+
+
+def run_and_kill(request: workflows.EvalOptions, when) -> bool:
+    """Run the evaluation in another process and kill it for good once `when()`; return whether that came in time."""
+    child = os.fork()
+    if child == 0:
+        workflows.evaluate(request, Output(as_json=True))
+        os._exit(0)
+    while not when():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def lines(folder: Path, name: str) -> int:
+    path = folder / f"{name}.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [("run.yaml", 0)],
+        [("edits", 1)],
+        [("edits", 3), ("edits", 7), ("edits", 11)],
+        [("cases", 1)],
+        [("cases", 5), ("cases", 14), ("edits", 15), ("cases", 30)],
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, moments):
+    expected = workflows.evaluate(options(tmp_path / "whole"), Output(as_json=True))
+    request = options(tmp_path / "killed")
+    folder = workflows.plan_evaluation(request).folder
+    for name, count in moments:
+
+        def reached(name=name, count=count):
+            return (folder / name).exists() if name.endswith(".yaml") else lines(folder, name) >= count
+
+        assert run_and_kill(request, reached), "finished before it could be killed"
+        assert not (folder / "report.json").exists()
+    resumed = workflows.evaluate(request, Output(as_json=True))
+    assert comparable(resumed) == comparable(expected)
+    whole = workflows.plan_evaluation(options(tmp_path / "whole")).folder
+    assert (folder / "cases.jsonl").read_bytes() == (whole / "cases.jsonl").read_bytes()
+    assert workflows.evaluate(request, Output(as_json=True)) == resumed
+
+
+def test_the_report_counts_every_edit_once_after_resuming(tmp_path):
+    request = options(tmp_path)
+    folder = workflows.plan_evaluation(request).folder
+    run_and_kill(request, lambda: lines(folder, "edits") >= 6)
+    assert workflows.evaluate(request, Output())["cost"]["edits"] == 24
+
+
+def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
+    from dataclasses import replace
+
+    plans = [
+        workflows.plan_evaluation(replace(options(tmp_path), **change)).folder
+        for change in ({}, {"seed": 1}, {"overrides": ("steps=3",)}, {"limit": 20}, {"overrides": ("steps=25",)})
+    ]
+    assert len(set(plans)) == 4
+    assert plans[0] == plans[4], "the default said aloud is the same run"
+    assert not tmp_path.joinpath("eval").exists(), "planning writes nothing"
+
+
+def test_the_model_is_as_before_after_an_evaluation(backbone, tmp_path):
+    before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
+    evaluate(tmp_path, Ft(backbone, FtHparams(steps=2)), Protocol(sequential=3), CASES[:4])
+    assert all(torch.equal(before[k], v) for k, v in backbone.model.state_dict().items())
+
+
+def test_the_published_teacher_forced_report(golden, tmp_path):
+    """Base-model columns of tf_liveedit on the golden model: accuracy by hand from the recorded arg-max."""
+    from safetensors.torch import load_file
+
+    from mmedit_cli.types import EditCase, Query
+
+    folder = golden / "liveedit_blip2"
+    facts = json.loads((folder / "liveedit_blip2.json").read_text())
+    tensors = load_file(folder / "liveedit_blip2.safetensors")
+    backbone = load_backbone(str(folder / "model"), device="cpu")
+    for query in facts["queries"]:
+        key = f"record{query['record']}.{query['query']}"
+        asked = Query(query["prompt"], query["target_as_given"], folder / query["image"] if query["image"] else None)
+        answer = ask(backbone, [asked], top={}, max_new_tokens=0, batch_size=1, caches=None)[asked]
+        assert list(answer.said) == tensors[f"{key}.base_argmax"].tolist()
+        scores = score_case(EditCase("x", asked), {asked: answer}, {asked: answer}, ["tf_liveedit"])["scores"]
+        expected = (tensors[f"{key}.base_argmax"] == tensors[f"{key}.answer_ids"]).float().mean().item()
+        assert scores["tf_liveedit"]["reliability"] == pytest.approx(expected)

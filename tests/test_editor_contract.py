@@ -1,0 +1,219 @@
+"""What every editor promises on every backbone; a new editor inherits these tests by being in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, QUERIES, SHAPES
+
+from mmedit_cli import registry
+from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.errors import DataError, StateError
+from mmedit_cli.hparams import load_hparams
+from mmedit_cli.types import Query
+
+REQUESTS = (
+    Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
+    Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
+    Query("What can you see in the picture?", "a yellow house", SHAPES / "corner/green-ring.png"),
+)
+VARIANTS = {"ft": ((), ("target=connector",))}
+EDITORS = [(name, overrides) for name in registry.editors.names() for overrides in VARIANTS.get(name, ((),))]
+
+
+def snapshot(backbone) -> dict:
+    """Everything an editor could leave behind: bits of tensors, hooks, flags, gradients."""
+    model = backbone.model
+    return {
+        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "modules": {n: id(m) for n, m in model.named_modules()},
+        "flags": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+    }
+
+
+def assert_same(after: dict, before: dict) -> None:
+    for key in before:
+        if key != "tensors":
+            assert after[key] == before[key], key
+    assert after["tensors"].keys() == before["tensors"].keys()
+    for name, tensor in before["tensors"].items():
+        assert torch.equal(after["tensors"][name], tensor), name
+
+
+def likelihood(backbone, requests) -> torch.Tensor:
+    """Mean log-probability of the target of each request: (n,)."""
+    scores = []
+    with torch.no_grad():
+        for request in requests:
+            batch = backbone.batch([request])
+            rows = backbone.logits(batch)[batch.predicting].float().log_softmax(-1)
+            scores.append(rows.gather(1, batch.answers[:, None]).mean())
+    return torch.stack(scores)
+
+
+def logits(backbone) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.logits(backbone.batch(QUERIES))
+
+
+def make(name, overrides, backbone, *, seed=0):
+    cls = registry.editors.get(name)
+    hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=backbone.name, overrides=overrides)
+    return cls(backbone, hparams, seed=seed)
+
+
+@pytest.fixture(params=EDITORS, ids=lambda p: "-".join((p[0], *p[1])))
+def editor(request, backbone):
+    """A fresh editor; the shared backbone must come out of each test as it went in."""
+    before = snapshot(backbone)
+    made = make(*request.param, backbone)
+    made.recipe = request.param
+    yield made
+    made.undo()
+    assert_same(snapshot(backbone), before)
+
+
+def test_the_target_becomes_likelier(editor):
+    before = likelihood(editor.backbone, REQUESTS[:1])
+    edited = editor.edit(REQUESTS[:1])
+    assert edited.ids == (1,)
+    assert (likelihood(editor.backbone, REQUESTS[:1]) > before + 0.5).all()
+
+
+def test_undo_is_bit_exact(editor):
+    before, base = snapshot(editor.backbone), logits(editor.backbone)
+    editor.edit(REQUESTS[:1])
+    editor.edit(REQUESTS[1:])
+    assert not torch.equal(logits(editor.backbone), base)
+    editor.undo()
+    assert editor.operations == []
+    assert_same(snapshot(editor.backbone), before)
+    assert torch.equal(logits(editor.backbone), base)
+
+
+def test_undo_of_one_edit_is_as_if_it_had_never_been(editor):
+    ids = [editor.edit([request]).ids[0] for request in REQUESTS]
+    editor.undo(ids[1:2])
+    left = logits(editor.backbone)
+    editor.undo()
+    editor.edit(REQUESTS[:1])
+    editor._next_id = ids[2]  # randomness belongs to the id of an edit
+    editor.edit(REQUESTS[2:])
+    assert torch.equal(logits(editor.backbone), left)
+
+
+def test_the_handle_undoes_its_own_edits(editor):
+    editor.edit(REQUESTS[:1])
+    once = logits(editor.backbone)
+    with editor.edit(REQUESTS[1:2]):
+        assert not torch.equal(logits(editor.backbone), once)
+    assert torch.equal(logits(editor.backbone), once)
+    with pytest.raises(StateError, match="no edit 99 to undo"):
+        editor.undo([99])
+
+
+def test_what_lies_below_first_layer_never_changes(editor):
+    backbone, batch = editor.backbone, editor.backbone.batch(QUERIES)
+    if editor.first_layer is None:
+        assert torch.equal(backbone.embed(batch)[1], backbone.embed(batch)[1])
+        before = [backbone.prefix(backbone.batch(QUERIES[1:2]), 3).hidden]
+        editor.edit(REQUESTS)
+        assert torch.equal(backbone.prefix(backbone.batch(QUERIES[1:2]), 3).hidden, before[0]), "no image, no change"
+        return
+    layers = range(editor.first_layer + 1)
+    before = [backbone.prefix(batch, layer).hidden for layer in layers]
+    editor.edit(REQUESTS)
+    for layer in layers:
+        assert torch.equal(backbone.prefix(batch, layer).hidden, before[layer]), layer
+
+
+def test_save_and_load_give_the_same_logits(editor, tmp_path):
+    editor.edit(REQUESTS[:2])
+    editor.edit(REQUESTS[2:])
+    edited = logits(editor.backbone)
+    editor.save(tmp_path / "state.safetensors")
+    editor.undo()
+    fresh = make(*editor.recipe, editor.backbone)
+    fresh.load(tmp_path / "state.safetensors")
+    assert torch.equal(logits(editor.backbone), edited)
+    assert [op.requests for op in fresh.operations] == [REQUESTS[:2], REQUESTS[2:]]
+    fresh.undo([3])
+    remaining = logits(editor.backbone)
+    fresh.undo()
+    editor._next_id = 1
+    editor.edit(REQUESTS[:2])
+    assert torch.equal(logits(editor.backbone), remaining), "a loaded editor undoes like the one that was saved"
+
+
+def test_a_state_of_another_kind_is_refused(editor, tmp_path):
+    editor.edit(REQUESTS[:1])
+    tensors, metadata = editor.state()
+    for key, value in (("model", "other"), ("hparams", "{}"), ("editor", "nobody"), ("dtype", "torch.int8")):
+        with pytest.raises(StateError, match=f"made with {key}"):
+            editor.load_state(tensors, {**metadata, key: value})
+    with pytest.raises(StateError, match="format 99, newer"):
+        editor.load_state(tensors, {**metadata, "format": "99"})
+    (tmp_path / "bad").write_bytes(b"not tensors")
+    with pytest.raises(StateError, match="not a readable state"):
+        editor.load(tmp_path / "bad")
+
+
+def test_no_requests_change_nothing(editor):
+    before = snapshot(editor.backbone)
+    assert editor.edit([]).ids == ()
+    assert_same(snapshot(editor.backbone), before)
+
+
+def test_the_same_seed_gives_the_same_result(editor):
+    editor.edit(REQUESTS)
+    first = logits(editor.backbone)
+    editor.undo()
+    again = make(*editor.recipe, editor.backbone)
+    again.edit(REQUESTS)
+    assert torch.equal(logits(editor.backbone), first)
+    again.undo()
+
+
+def test_a_failed_edit_leaves_the_earlier_ones(editor, tmp_path):
+    editor.edit(REQUESTS[:1])
+    once = snapshot(editor.backbone)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError):
+        editor.edit([REQUESTS[1], replace(REQUESTS[2], image=tmp_path / "broken.png")])
+    assert_same(snapshot(editor.backbone), once)
+    assert editor.edit(REQUESTS[1:2]).ids == (2,)
+
+
+def test_a_batch_edit_teaches_all_of_it(editor):
+    before = likelihood(editor.backbone, REQUESTS)
+    editor.edit(REQUESTS)
+    assert (likelihood(editor.backbone, REQUESTS) > before).all()
+
+
+@pytest.mark.parametrize(("name", "overrides"), EDITORS)
+def test_two_editors_on_two_models_do_not_disturb_each_other(name, overrides):
+    models = [load_backbone(family, device="cpu") for family in FAMILIES]
+    editors = [make(name, overrides, model) for model in models]
+    editors[0].edit(REQUESTS[:1])
+    alone = logits(models[0])
+    editors[1].edit(REQUESTS)
+    assert torch.equal(logits(models[0]), alone)
+    editors[1].undo()
+    assert torch.equal(logits(models[0]), alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "overrides"), EDITORS)
+def test_bfloat16(name, overrides, family):
+    backbone = load_backbone(family, device="cpu", dtype="bfloat16")
+    before = likelihood(backbone, REQUESTS[:1])
+    base = snapshot(backbone)  # after a first pass: transformers installs hooks of its own in it
+    editor = make(name, overrides, backbone)
+    editor.edit(REQUESTS[:1])
+    assert (likelihood(backbone, REQUESTS[:1]) > before + 0.3).all()
+    editor.undo()
+    assert_same(snapshot(backbone), base)
