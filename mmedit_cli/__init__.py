@@ -1,3 +1,40 @@
 """mmedit: edit multimodal models and measure honestly what the edit did."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mmedit_cli.types import EditCase, Query
+    from mmedit_cli.workflows import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
+
+# public name -> where it lives; loaded on first use, so that importing the package costs nothing
+_PUBLIC = {
+    "Query": "mmedit_cli.types",
+    "EditCase": "mmedit_cli.types",
+    "load_backbone": "mmedit_cli.workflows",
+    "load_editor": "mmedit_cli.workflows",
+    "evaluate": "mmedit_cli.workflows",
+    "EvalOptions": "mmedit_cli.workflows",
+    "ModelOptions": "mmedit_cli.workflows",
+}
+__all__ = [
+    "EditCase",
+    "EvalOptions",
+    "ModelOptions",
+    "Query",
+    "__version__",
+    "evaluate",
+    "load_backbone",
+    "load_editor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

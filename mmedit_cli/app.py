@@ -12,6 +12,8 @@ from mmedit_cli import __version__, options
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.output import Output, report_error, report_failure
 
+_INTERRUPTED = 130  # typer's own exit code for control-c
+
 app = typer.Typer(
     help="Edit multimodal models, and measure honestly what the edit did.",
     no_args_is_help=True,
@@ -177,15 +179,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="mmedit")
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else 1
+        if code == _INTERRUPTED:
+            report_error(MmeditError("interrupted", "the same command continues where it stopped"))
+        return code
     except MmeditError as error:
         if "--debug" in arguments:
             raise
         report_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        report_error(MmeditError("interrupted", "the same command continues where it stopped"))
-        return 130
     except Exception as error:
         if "--debug" in arguments:
             raise

@@ -67,7 +67,7 @@ class Output:
 
     @contextmanager
     def progress(self, totals: Mapping[str, int]) -> Iterator[Tick]:
-        """Show bars on stderr while the block runs; yield `tick(what, n)`. Nothing is drawn if stderr is no terminal."""
+        """Show bars on stderr while the block runs; yield `tick(what, n)`. Without a terminal nothing is drawn."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = _console(sys.stderr)

@@ -1,4 +1,4 @@
-"""The machine: device, number format, seeds, threads, memory and a snapshot of the environment. `cuda` lives here alone."""
+"""The machine: device, number format, seeds, memory, and a snapshot of the environment. `cuda` lives here alone."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class EditCase:
     """One edit and everything that is asked to judge it.
 
     The keys of `generality`, `locality` and `portability` become the columns of a report, so a new data set needs no
-    new code in the evaluator. `type` groups cases of one sort of fact; `place` says where the record came from (file and line), for error messages.
+    new code in the evaluator. `type` groups cases of one sort of fact; `place` says where the record came from (file
+    and line), for error messages.
     """
 
     uid: str

@@ -17,6 +17,7 @@ from mmedit_cli.types import EditCase, Query
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.base import VisionLanguageModel
+    from mmedit_cli.editors.base import Editor
     from mmedit_cli.evaluation.vlm import Protocol
 
 
@@ -60,24 +61,16 @@ class EvalPlan:
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values."""
-        size = self.options.protocol.sequential
-        return {
-            **self.config,
-            "groups": -(-len(self.cases) // size),
-            "last_group": len(self.cases) % size or size,
-            "run": str(self.folder),
-        }
+        groups = self.options.protocol.groups(len(self.cases))
+        return {**self.config, "groups": len(groups), "last_group": len(groups[-1]), "run": str(self.folder)}
 
 
 def plan_evaluation(options: EvalOptions) -> EvalPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     from mmedit_cli.datasets.base import find_cases, fingerprint, load_cases
-    from mmedit_cli.hparams import load_hparams
 
-    editor = registry.editors.get(options.editor)
-    file = options.hparams or registry.hparams_file(options.editor)
     ref = find_model(options.model.model, revision=options.model.revision)
-    hparams = load_hparams(file, editor.Hparams, variant=ref.name, overrides=options.overrides)
+    editor, hparams = _editor(options.editor, ref.name, options.hparams, options.overrides)
     cases = load_cases(options.data, limit=options.limit)
     _check_pictures(cases)
     size = options.protocol.sequential
@@ -122,9 +115,9 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     from mmedit_cli.evaluation.vlm import evaluate_edits
 
     options, protocol = plan.options, plan.options.protocol
-    backbone = load_backbone(options.model, plan.ref, out)
+    backbone = _load(options.model, plan.ref, out)
     check_queries(backbone, plan.cases)
-    editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
+    editor: Editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
     environment = runtime.environment(backbone.device)
     base = (
         plan.options.records
@@ -133,9 +126,8 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         / _base_key(plan, backbone, editor.first_layer)
     )
     with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
-        sizes = [protocol.sequential] * (len(plan.cases) // protocol.sequential)
-        sizes += [len(plan.cases) % protocol.sequential] if len(plan.cases) % protocol.sequential else []
-        totals = {"edits": len(plan.cases), "asked": sum(sum(protocol.milestones(size)) for size in sizes)}
+        groups = protocol.groups(len(plan.cases))
+        totals = {"edits": len(plan.cases), "asked": sum(sum(protocol.milestones(len(group))) for group in groups)}
         with out.progress(totals) as tick:
             evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
@@ -151,12 +143,47 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     return report
 
 
-def load_backbone(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
+def load_backbone(model: str, **options: Any) -> VisionLanguageModel:
+    """Return the backbone for a name of the catalogue, a local folder or a hub id.
+
+    `options` are device, dtype, device_map and revision, as on the command line.
+    """
+    from mmedit_cli.backbones import _loading
+
+    return _loading.load_backbone(model, **options)
+
+
+def load_editor(
+    name: str,
+    backbone: VisionLanguageModel,
+    *,
+    hparams: Path | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> Editor:
+    """Return an editor for a backbone, with the hyper-parameters of hparams/NAME.yaml and its variant for the model.
+
+    `overrides` are KEY=VALUE texts. Raises UnknownName or HparamsError.
+    """
+    editor, values = _editor(name, backbone.name, hparams, overrides)
+    return editor(backbone, values, seed=seed)
+
+
+def _editor(name: str, model: str, file: Path | None, overrides: Sequence[str]) -> tuple[type[Editor], Any]:
+    """Return the class of an editor and its hyper-parameters for a model."""
+    from mmedit_cli.hparams import load_hparams
+
+    editor = registry.editors.get(name)
+    path = file or registry.hparams_file(name)
+    return editor, load_hparams(path, editor.Hparams, variant=model, overrides=overrides)
+
+
+def _load(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
     """Load the model that was found, saying so: it may take a while."""
     out.note(f"loading {ref.name}")
-    from mmedit_cli.backbones._loading import load_backbone as load
+    from mmedit_cli.backbones import _loading
 
-    return load(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)
+    return _loading.load_backbone(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)
 
 
 def answer(options: ModelOptions, prompt: str, image: Path | None, *, max_new_tokens: int, out: Output) -> str:
@@ -166,7 +193,7 @@ def answer(options: ModelOptions, prompt: str, image: Path | None, *, max_new_to
         from mmedit_cli.pictures import check_picture
 
         check_picture(image)
-    backbone = load_backbone(options, ref, out)
+    backbone = _load(options, ref, out)
     return backbone.generate([Query(prompt, image=image)], max_new_tokens=max_new_tokens)[0]
 
 

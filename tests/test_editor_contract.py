@@ -19,7 +19,7 @@ REQUESTS = (
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
     Query("What can you see in the picture?", "a yellow house", SHAPES / "corner/green-ring.png"),
 )
-VARIANTS = {"ft": ((), ("target=connector",))}
+VARIANTS = {"ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector"))}
 EDITORS = [(name, overrides) for name in registry.editors.names() for overrides in VARIANTS.get(name, ((),))]
 
 

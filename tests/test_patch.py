@@ -85,16 +85,20 @@ def test_a_wrong_shape_changes_nothing(toy):
 
 def test_an_error_inside_the_block_still_restores(toy):
     before = snapshot(toy)
-    with pytest.raises(KeyError), Patch(toy) as patch:
-        patch.add_("b.bias", torch.ones(4))
-        raise KeyError
+
+    def fail():
+        with Patch(toy) as patch:
+            patch.add_("b.bias", torch.ones(4))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert same(toy, before)
 
 
 def test_trainable_lets_gradients_reach_only_the_named(toy):
-    with torch.no_grad():  # an evaluator around it does not matter
-        with trainable([toy.a.weight]):
-            loss = toy(torch.ones(1, 4))[0].sum()
-            (gradient,) = torch.autograd.grad(loss, [toy.a.weight])
+    with torch.no_grad(), trainable([toy.a.weight]):  # an evaluator around it does not matter
+        loss = toy(torch.ones(1, 4))[0].sum()
+        (gradient,) = torch.autograd.grad(loss, [toy.a.weight])
     assert gradient.abs().sum() > 0
     assert not any(p.requires_grad or p.grad is not None for p in toy.parameters())

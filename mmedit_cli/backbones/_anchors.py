@@ -1,4 +1,4 @@
-"""Anchors: names for the places of a model that editors work on, found from its structure, never from a table of paths.
+"""Anchors: names for the places of a model that editors work on, found from its structure, not from a table of paths.
 
 Module paths change between releases of transformers and between families; the roles of the modules do not.
 """
@@ -53,7 +53,7 @@ class Anchors:
         return sorted(self._paths)
 
     def path(self, role: str, layer: int | None = None) -> str:
-        """Return the module path of a role, negative layers counted from the end; raise ModelError if there is none."""
+        """Return the module path of a role (negative layers count from the end); raise ModelError if there is none."""
         if role not in self._paths:
             problem = f"this model has no anchor {role!r}{near_miss(role, self._paths)}"
             raise ModelError(problem, f"it has {', '.join(self.roles)}")
@@ -82,7 +82,7 @@ class Anchors:
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return (path, layers): the longest list of blocks with attention and a feed-forward part in the language model."""
+    """Return (path, layers): the longest list of language-model blocks with attention and a feed-forward part."""
     found = [
         (name, module)
         for name, module in model.named_modules()

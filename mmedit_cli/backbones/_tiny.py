@@ -51,18 +51,24 @@ def build(family: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
 
 
 def _blip2(words: Any) -> tuple[nn.Module, Any]:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
+    )
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     config = Blip2Config(
-        vision_config=dict(
+        vision_config=Blip2VisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=_SIDE,
             patch_size=_PATCH, initializer_range=0.02,
-        ),
-        qformer_config=dict(
+        ).to_dict(),
+        qformer_config=Blip2QFormerConfig(
             vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
             encoder_hidden_size=32, max_position_embeddings=8,
-        ),
+        ).to_dict(),
         text_config=OPTConfig(
             vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, ffn_dim=2 * _WIDTH,
             num_attention_heads=_HEADS, word_embed_proj_dim=_WIDTH, max_position_embeddings=128, dropout=0.0,

@@ -12,7 +12,7 @@ from mmedit_cli.errors import ModelError
 
 
 class Llava(VisionLanguageModel):
-    """LlavaForConditionalGeneration; the sequence is [bos | image tokens | newline prompt answer] (Liu et al. 2023)."""
+    """LlavaForConditionalGeneration; a sequence is [bos | image tokens | newline prompt answer] (Liu et al. 2024)."""
 
     family = "llava"
 

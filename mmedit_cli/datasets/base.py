@@ -54,7 +54,7 @@ def load_cases(data: str | Path, *, limit: int | None = None) -> list[EditCase]:
 
 
 def fingerprint(cases: Iterable[EditCase]) -> str:
-    """Return a digest of all texts and of the content of all images, each read once; raise DataError if one is gone."""
+    """Return a digest of all texts and of the content of all images; raise DataError if an image is gone."""
     digest, images = hashlib.sha256(), {}
     for case in cases:
         for column, queries in case.columns():

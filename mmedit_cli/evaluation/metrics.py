@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {
-    str(value): word
-    for value, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
-    )
-}
+_UP_TO_TWENTY = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_NUMBERS = {str(value): word for value, word in enumerate(_UP_TO_TWENTY)}
 
 
 # -- free generation (protocols ar, ar_em, ar_f1) ---------------------------------------------------------------

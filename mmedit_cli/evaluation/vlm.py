@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class Protocol:
     def _unknown(self) -> list[str]:
         return [p for p in self.protocols if p not in PROTOCOLS]
 
+    def groups(self, cases: int) -> list[range]:
+        """Cut so many cases into groups that are edited in a row; a last shorter one is kept."""
+        return [range(start, min(start + self.sequential, cases)) for start in range(0, cases, self.sequential)]
+
     def milestones(self, size: int) -> list[int]:
         """Return after how many edits a group of `size` is asked about, in order, the last edit included."""
         return sorted({m for m in self.report_at if m <= size} | {size})
@@ -72,7 +77,7 @@ class Protocol:
         So a case is asked in the same company, before and after and at every milestone.
         """
         cuts = sorted({0, size, *self.milestones(size), *range(0, size, self.shard)})
-        return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(cuts)]
 
     @property
     def generates(self) -> bool:
@@ -80,7 +85,7 @@ class Protocol:
         return any(p.startswith("ar") for p in self.protocols)
 
     def top(self, cases: Sequence[EditCase]) -> dict[Query, int]:
-        """Return how many best ids tf_easyedit wants at every position of a locality query: 1 for text, 10 for images."""
+        """Return how many best ids tf_easyedit compares at every position of a locality query: text 1, images 10."""
         if "tf_easyedit" not in self.protocols:
             return {}
         return {q: 1 if q.image is None else 10 for c in cases for qs in c.locality.values() for q in qs}
@@ -109,8 +114,7 @@ def evaluate_edits(
     `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more
     `edits` or `asked` cases. A run that was interrupted goes on with the shard it was in.
     """
-    size = protocol.sequential
-    groups = [_Group(i, i * size, cases[i * size : (i + 1) * size]) for i in range(-(-len(cases) // size))]
+    groups = [_Group(i, r.start, cases[r.start : r.stop]) for i, r in enumerate(protocol.groups(len(cases)))]
     layer = editor.first_layer
     caches = None
     if layer is not None:

@@ -247,7 +247,7 @@ def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
 
     plans = [
         workflows.plan_evaluation(replace(options(tmp_path), **change)).folder
-        for change in ({}, {"seed": 1}, {"overrides": ("steps=3",)}, {"limit": 20}, {"overrides": ("steps=25",)})
+        for change in ({}, {"seed": 1}, {"overrides": ("steps=3",)}, {"limit": 20}, {"overrides": ("steps=50",)})
     ]
     assert len(set(plans)) == 4
     assert plans[0] == plans[4], "the default said aloud is the same run"

@@ -1,0 +1,292 @@
+"""The command line as a user meets it: results, errors with a place and a way out, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHAPES
+
+from mmedit_cli.backbones._loading import load_backbone
+
+EVAL = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--sequential", 8, "--report-at", "1,8")
+COMMANDS = ("eval", "ask", "list", "report", "doctor")
+
+
+def spoiled(tmp_path: Path, line: int, **request: object) -> Path:
+    """A copy of the small data set with one request changed."""
+    folder = shutil.copytree(SHAPES, tmp_path / "data")
+    records = [json.loads(text) for text in (folder / "cases.jsonl").read_text().splitlines()]
+    records[line - 1]["request"].update(request)
+    (folder / "cases.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_eval_prints_a_table_and_json_has_the_same_numbers(cli, tmp_path):
+    code, table, talk = cli(*EVAL)
+    assert code == 0
+    assert "loading tiny-blip2" in talk
+    code, text, talk = cli(*EVAL, "--json")
+    assert (code, "already done" in talk) == (0, True)
+    report = json.loads(text)
+    rows = [line.split() for line in table.splitlines()]
+    (reliability,) = [row for row in rows if row[:2] == ["ar", "Rel"]]
+    scores = [milestone["scores"]["ar"]["reliability"] for milestone in report["milestones"]]
+    assert reliability[2] == f"{100 * scores[-1]['before']:.1f}"
+    assert reliability[3::2] == [f"{100 * score['mean']:.1f}" for score in scores]
+    assert [m["edits"] for m in report["milestones"]] == [1, 8]
+    assert [s["n"] for s in scores] == [3, 24]
+    for milestone in report["milestones"]:
+        for columns in milestone["scores"].values():
+            for score in columns.values():
+                assert 0 <= score["ci95"][0] <= score["mean"] <= score["ci95"][1] <= 1
+    assert report["versions"]["torch"]
+    assert report["environment"]["device"]
+    assert (tmp_path / "records").exists()
+
+
+def test_force_does_it_again_and_ends_the_same(cli):
+    first = json.loads(cli(*EVAL, "--json")[1])
+    code, text, talk = cli(*EVAL, "--json", "--force")
+    again = json.loads(text)
+    assert (code, "already done" in talk) == (0, False)
+    assert again.pop("cost") != first.pop("cost")
+    assert again == first
+
+
+def test_report_and_list(cli, tmp_path):
+    assert cli("report")[1].startswith("no finished runs")
+    cli(*EVAL)
+    code, text, _ = cli("report", "--json")
+    (run,) = json.loads(text)
+    assert (code, run["editor"], run["edits"]) == (0, "ft", "8")
+    assert cli("report", run["run"])[1] == cli(*EVAL)[1]
+    assert cli("report", tmp_path)[0] == 2
+    code, text, _ = cli("list", "--json")
+    listed = json.loads(text)
+    assert "ft" in [row["editor"] for row in listed["editors"]]
+    assert {"tiny-blip2", "llava-1.5-7b"} <= {row["model"] for row in listed["models"]}
+    assert "Fine-tuning" in cli("list")[1]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
+    code, text, _ = cli(*EVAL, "--dry-run", "--json", "--set", "steps=3")
+    plan = json.loads(text)
+    assert (code, plan["hparams"]["steps"], plan["groups"]) == (0, 3, 3)
+    assert not (tmp_path / "records").exists()
+    assert "steps: 50" in cli(*EVAL, "--dry-run")[1]
+
+
+def test_ask(cli):
+    words = ("ask", "--model", "tiny-llava", "--image", SHAPES / "solid/red-star.png", "What is this?")
+    code, text, _ = cli(*words)
+    answer = json.loads(cli(*words, "--json")[1])["answer"]
+    assert (code, text) == (0, answer + "\n")
+    expected = load_backbone("tiny-llava", device="cpu")
+    from mmedit_cli.types import Query
+
+    assert answer == expected.generate([Query("What is this?", image=SHAPES / "solid/red-star.png")])[0]
+
+
+def test_doctor(cli, tmp_path):
+    code, text, _ = cli("doctor", SHAPES, "--json")
+    checks = {row["check"]: row for row in json.loads(text)}
+    assert code == 0
+    assert checks["cases"]["found"] == "24"
+    assert checks["images"]["found"] == "72 distinct, 0 unusable"
+    folder = shutil.copytree(SHAPES, tmp_path / "data")
+    (folder / "solid/red-star.png").write_bytes(b"no image")
+    code, text, _ = cli("doctor", folder)
+    assert code == 1
+    assert "red-star.png: not a readable image" in " ".join(text.split())
+    (folder / "cases.jsonl").write_text("{\n")
+    assert cli("doctor", folder)[0] == 1
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+
+def assert_refused(cli, tmp_path, words, *parts: str) -> None:
+    """One `error:` line with all parts, exit 2, no traceback, and no run."""
+    code, out, err = cli(*words)
+    lines = err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert (code, out, len(errors)) == (2, "", 1), err
+    for part in parts:
+        assert part in errors[0]
+    assert all(line.startswith(("error: ", "hint: ", "loading ")) for line in lines), err
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_wrong_key_is_named_with_its_near_miss(cli, tmp_path):
+    parts = ("learning_rte=1", "hparams/ft.yaml", "learning_rate")
+    assert_refused(cli, tmp_path, (*EVAL, "--set", "learning_rte=1"), *parts)
+
+
+def test_a_broken_image_path(cli, tmp_path):
+    folder = spoiled(tmp_path, 3, image="solid/gone.png")
+    assert_refused(
+        cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:3", "request.image", "gone.png: no such image"
+    )
+
+
+def test_an_image_that_is_none(cli, tmp_path):
+    folder = spoiled(tmp_path, 3)
+    (folder / "solid/red-star.png").write_bytes(b"no image")
+    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:", "red-star.png: not a readable image")
+
+
+@pytest.mark.parametrize(("key", "value"), [("prompt", ""), ("prompt", " "), ("target", ""), ("target", "\n")])
+def test_an_empty_prompt_or_target(cli, tmp_path, key, value):
+    folder = spoiled(tmp_path, 5, **{key: value})
+    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", f"request.{key}")
+
+
+def test_a_target_that_tokenises_to_nothing(cli, tmp_path, monkeypatch):
+    from tokenizers import normalizers
+
+    from mmedit_cli.backbones import _tiny
+
+    real = _tiny.tokenizer
+
+    def stripping():  # as tokenizers with a strict normaliser do
+        made = real()
+        made.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace("\u00ad", ""), normalizers.Strip(left=False, right=True)]
+        )
+        return made
+
+    monkeypatch.setattr(_tiny, "tokenizer", stripping)
+    folder = spoiled(tmp_path, 5, target="\u00ad")
+    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", "has no tokens")
+
+
+def test_a_model_folder_without_weights(cli, tmp_path):
+    backbone = load_backbone("tiny-blip2", device="cpu")
+    folder = tmp_path / "model"
+    for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
+        part.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    assert_refused(cli, tmp_path, (*EVAL, "--model", folder), str(folder), "no weights")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--model", "tiny-blp2"), "did you mean tiny-blip2?"),
+        (("--data", "nowhere"), "nowhere: no such file or folder"),
+        (("--sequential", "99"), "--sequential 99: "),
+        (("--report-at", "9"), "--report-at 9"),
+        (("--report-at", "one"), "--report-at one"),
+        (("--protocols", "arr"), "--protocols arr"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--dtype", "int3"), "--dtype int3"),
+        (("--hparams", "nowhere.yaml"), "nowhere.yaml"),
+        (("--set", "steps=many"), "steps"),
+        (("--set", "steps=0"), "steps must be above 0"),
+        (("--edit-batch", "0"), "edit_batch must be at least 1"),
+    ],
+)
+def test_wrong_values(cli, tmp_path, words, part):
+    assert_refused(cli, tmp_path, (*EVAL, *words), part)
+
+
+def test_unknown_editor_option_and_command(cli):
+    code, _, err = cli("eval", "ftt", "--model", "tiny-blip2", "--data", SHAPES)
+    assert (code, "did you mean ft?" in err) == (2, True)
+    assert cli(*EVAL, "--sequentail", 3)[0] == 2
+    assert cli("evaluate")[0] == 2
+    code, _, err = cli("eval", "ft")
+    assert (code, "--model" in err) == (2, True)
+
+
+def test_a_connector_edit_without_an_image_names_the_request(cli, tmp_path):
+    folder = spoiled(tmp_path, 2, image=None)
+    code, _, err = cli(*EVAL, "--data", folder, "--set", "target=connector")
+    assert (code, "needs an image" in err, "Traceback" in err) == (2, True, False)
+
+
+def test_debug_shows_the_traceback(cli):
+    from mmedit_cli.errors import UnknownName
+
+    with pytest.raises(UnknownName):
+        cli("eval", "ftt", "--model", "tiny-blip2", "--data", SHAPES, "--debug")
+
+
+# -- the program as a process -----------------------------------------------------------------------------------
+
+
+def program(*words: object, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmedit_cli", *map(str, words)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def test_killed_for_good_the_same_command_ends_with_the_same_report(tmp_path):
+    words = (*EVAL, "--json", "--device", "cpu", "--records")
+    with program(*words, tmp_path / "whole") as whole:
+        expected = json.loads(whole.communicate()[0])
+    with program(*words, tmp_path / "killed") as killed:
+        while killed.poll() is None and not list((tmp_path / "killed").rglob("cases.jsonl")):
+            time.sleep(0.001)
+        killed.send_signal(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, "finished before it could be killed"
+    with program(*words, tmp_path / "killed") as again:
+        out, err = again.communicate()
+    report = json.loads(out)
+    assert "already done" not in err
+    assert report.pop("cost")["edits"] == expected.pop("cost")["edits"]
+    assert report == expected
+
+
+def test_interrupted_by_the_keyboard(tmp_path):
+    with program(*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=200") as running:
+        while running.poll() is None and not list(tmp_path.rglob("edits.jsonl")):
+            time.sleep(0.001)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate()
+    assert (running.returncode, "Traceback" in err) == (130, False)
+    assert "the same command continues" in err
+
+
+def test_two_writers_are_refused(tmp_path):
+    words = (*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=200")
+    with program(*words) as first:
+        while first.poll() is None and not list(tmp_path.rglob("run.yaml")):
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)  # alive, and in no hurry
+        with program(*words) as second:
+            _, err = second.communicate()
+        first.kill()
+    assert second.returncode == 2
+    assert "another process is writing" in err
+
+
+@pytest.mark.parametrize("words", [(), *((command,) for command in COMMANDS)])
+def test_help_loads_nothing_heavy(words):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mmedit_cli", *words, "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "typer" in loaded
+    heavy = {"torch", "transformers", "diffusers", "peft", "accelerate", "numpy", "PIL", "huggingface_hub", "yaml"}
+    assert not loaded & heavy
+    if words:
+        assert "--json" in done.stdout
+
+
+def test_version(cli):
+    from mmedit_cli import __version__
+
+    assert cli("--version")[:2] == (0, f"mmedit {__version__}\n")
+    assert re.match(r"\d+\.\d+\.\d+", __version__)

@@ -1,0 +1,96 @@
+"""The shape of the house: imports point down, files stay small, public names are explained."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "mmedit_cli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# rows from the ground up; a module imports from rows below its own, or from its own row
+ROWS = (
+    {"errors", "types"},
+    {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures"},
+    {"backbones", "datasets"},
+    {"editors"},
+    {"evaluation"},
+    {"workflows", "doctor", "show"},
+    {"options", "app", "__main__"},
+)
+ROW = {name: i for i, row in enumerate(ROWS) for name in row}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names a file imports from the package, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("mmedit_cli.")}
+
+
+def test_every_module_has_a_row():
+    assert {part_of(path) for path in FILES} - {"__init__"} == set(ROW)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    for name in imported(path):
+        other = name.split(".")[1]
+        assert ROW.get(other, 0) <= ROW[part_of(path)], f"{path.name} imports {name}"
+        if part_of(path) == other == "editors":
+            assert name.split(".")[2] in ("base",) or name.split(".")[2].startswith("_"), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 100, f"{node.name}: {length} lines"
+            arguments = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            if path.name != "app.py":
+                assert len(arguments) <= 7, f"{node.name}: {len(arguments)} arguments"
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), "bare except"
+        assert not (isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names)), "star import"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_names_are_explained(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the file has no docstring"
+    for scope in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]:
+        for node in scope.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_places_of_the_machine_are_named_in_one_file_only():
+    for path in FILES:
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        if path.name not in ("runtime.py", "options.py"):
+            assert "cuda" not in strings, path
+
+
+def test_typer_is_known_to_the_command_line_only():
+    for path in FILES:
+        text = path.read_text()
+        if path.name not in ("app.py", "options.py"):
+            assert "import typer" not in text, path
+        assert "torch.load(" not in text, path
+        assert "pickle" not in {name.partition(".")[0] for name in imported(path)}, path

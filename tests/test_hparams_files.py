@@ -1,0 +1,35 @@
+"""Every YAML in hparams/ belongs to an editor and is right, for the defaults and for each of its variants."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from mmedit_cli import registry
+from mmedit_cli.hparams import describe, load_hparams
+
+FILES = sorted((ROOT / "hparams").rglob("*.yaml"))
+
+
+def test_each_editor_has_its_file():
+    assert {registry.hparams_file(name) for name in registry.editors.names()} == set(FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_file_is_right(path):
+    cls = registry.editors.get(path.stem).Hparams
+    content = yaml.safe_load(path.read_text())
+    for variant in (None, *content.get("variants", {})):
+        load_hparams(path, cls, variant=variant)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_file_names_every_value_and_says_where_it_comes_from(path):
+    cls = registry.editors.get(path.stem).Hparams
+    text = path.read_text()
+    keys = {name for name, _, _ in describe(cls)}
+    assert keys == set(yaml.safe_load(text)) - {"variants"}
+    for line in text.splitlines():
+        if line.partition(":")[0] in keys:
+            assert "#" in line, f"no comment: {line}"

@@ -1,0 +1,81 @@
+"""What the README shows is what happens: its commands are run, its outputs are compared."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+LINES = [line.partition(" #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("mmedit ")]
+SETUPS = [line for line in LINES if line.startswith("python3 -m venv")]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_two_commands_do_all_the_set_up():
+    assert len(SETUPS) == 2
+    assert all("pip install -q -e" in line for line in SETUPS)
+
+
+def test_ci_runs_exactly_the_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert SETUPS[1] in script.splitlines()
+
+
+def test_the_first_experiment_prints_what_is_shown(cli):
+    words = shlex.split(SETUPS[0].rpartition("&& ")[2])
+    assert words[0] == ".venv/bin/mmedit"
+    code, out, _ = cli(*words[1:])
+    assert code == 0
+    shown = next(block for kind, block in BLOCKS if kind == "text")
+    printed = [line.rstrip() for line in out.splitlines()]
+    numbers = re.compile(r"±|\d\.\d")
+    for line in shown.rstrip().splitlines():
+        if line.strip() == "...":
+            continue
+        if numbers.search(line):  # the last digit may differ on another processor
+            assert any(line.split()[:2] == other.split()[:2] for other in printed), line
+        else:
+            assert line.rstrip() in printed, line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_works(cli, command):
+    code, out, err = cli(*shlex.split(command)[1:])
+    assert code == 0, err
+    assert out
+
+
+def test_the_error_that_is_shown(cli):
+    block = next(block for kind, block in BLOCKS if kind == "text" and block.startswith("$ "))
+    command, *expected = block.strip().splitlines()
+    code, _, err = cli(*shlex.split(command.removeprefix("$ mmedit ")))
+    assert (code, err.splitlines()) == (2, expected)
+
+
+def test_the_library_example(capsys):
+    code = next(block for kind, block in BLOCKS if kind == "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "blue ring" in capsys.readouterr().out
+
+
+def test_the_tables_name_every_editor_and_family():
+    from mmedit_cli import registry
+
+    for name in (*registry.editors.names(), *registry.backbones.names()):
+        assert f"| `{name}` |" in TEXT
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / Path(target)).exists(), f"{page.name}: {target}"
