@@ -50,9 +50,13 @@ def _torchvision() -> tuple[bool, str]:
 
 
 def _data(data: str) -> Iterator[tuple[str, bool, str]]:
-    from mmedit_cli.datasets.base import load_cases
+    from mmedit_cli.datasets.base import find_dataset, load_cases
     from mmedit_cli.pictures import check_picture
 
+    dataset = find_dataset(data)
+    if dataset is not None:
+        yield from _audit(dataset.audit(dataset.folder))
+        return
     try:
         cases = load_cases(data)
     except DataError as error:
@@ -75,3 +79,18 @@ def _data(data: str) -> Iterator[tuple[str, bool, str]]:
             bad += 1
             yield "image", False, f"{place}: {error}"
     yield "images", not bad, f"{len(images)} distinct, {bad} unusable"
+
+
+def _audit(found: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
+    """Turn the audit of a named data set into rows: counts, leaks between splits, licences, and every problem."""
+    for key in ("concepts", "flags", "pictures"):
+        yield key, True, f"{found[key]:,}"
+    for split, counts in found["splits"].items():
+        types = ", ".join(f"{name} {count}" for name, count in counts["types"].items())
+        yield f"{split} cases", True, f"{counts['cases']:,}: {types}"
+    for pair, shared in found["leaks"].items():
+        total = sum(map(len, shared.values()))
+        yield f"leaks {pair}", not total, ", ".join(f"{sort} {len(items)}" for sort, items in shared.items())
+    for source, licence in found["licences"].items():
+        yield f"licence {source}", True, licence
+    yield from (("problem", False, problem) for problem in found["problems"])

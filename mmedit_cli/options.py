@@ -11,7 +11,13 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="A model of `mmedit list`, a local folder, or a hub id such as owner/name."),
 ]
-Data = Annotated[str, typer.Option("--data", help="A folder with a cases.jsonl, or a .jsonl file of cases.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl file.",
+    ),
+]
 HparamsFile = Annotated[
     Path | None, typer.Option("--hparams", help="A YAML file instead of hparams/EDITOR.yaml.", show_default=False)
 ]

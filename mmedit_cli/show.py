@@ -156,7 +156,8 @@ def catalogue(out: Output) -> None:
         {"model": name, "family": entry.family, "source": entry.repo or "built in", "summary": entry.summary}
         for name, entry in MODELS.items()
     ]
-    data = [{"data": "a folder or file", "summary": "cases.jsonl with an EditCase a line (docs/data.md)"}]
+    data = [{"data": name, "summary": registry.datasets.summary(name)} for name in registry.datasets.names()]
+    data.append({"data": "a folder or file", "summary": "a cases.jsonl with an edit a line, see docs/data.md"})
 
     def show() -> None:
         for rows in (editors, models, data):

@@ -67,10 +67,11 @@ class EvalPlan:
 
 def plan_evaluation(options: EvalOptions) -> EvalPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
-    from mmedit_cli.datasets.base import find_cases, fingerprint, load_cases
+    from mmedit_cli.datasets.base import find_cases, find_dataset, fingerprint, load_cases
 
     ref = find_model(options.model.model, revision=options.model.revision)
     editor, hparams = _editor(options.editor, ref.name, options.hparams, options.overrides)
+    data_name = options.data if find_dataset(options.data) else find_cases(options.data).parent.name
     cases = load_cases(options.data, limit=options.limit)
     _check_pictures(cases)
     size = options.protocol.sequential
@@ -87,7 +88,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
-        "data": {"name": find_cases(options.data).parent.name, "cases": len(cases), "fingerprint": fingerprint(cases)},
+        "data": {"name": data_name, "cases": len(cases), "fingerprint": fingerprint(cases)},
         "protocol": {k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()},
         "seed": options.seed,
         "versions": runtime.versions(),

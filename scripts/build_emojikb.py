@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "emojikb"
-SIDE = 64                      # pixels
-COLOURS = 64                   # palette entries of a picture, alpha included
+SIDE = 64  # pixels
+COLOURS = 64  # palette entries of a picture, alpha included
 STATIC = ("LICENSES/Apache-2.0.txt", "LICENSES/CC-BY-4.0.txt", "LICENSES/MIT-fluent-emoji.txt")
 
 
@@ -51,29 +51,39 @@ class Package:
 
 
 PACKAGES = {
-    "noto": Package("emoji-datasource-google@16.0.0",
-                    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
-    "twemoji": Package("emoji-datasource-twitter@16.0.0",
-                       "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
-    "fluent": Package("@lobehub/fluent-emoji-3d@1.1.0",
-                      "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+    "noto": Package(
+        "emoji-datasource-google@16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+    ),
+    "twemoji": Package(
+        "emoji-datasource-twitter@16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+    ),
+    "fluent": Package(
+        "@lobehub/fluent-emoji-3d@1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+    ),
     "openmoji": Package("openmoji@17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
     "names": Package("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
     "countries": Package("world-countries@5.1.0", "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495"),
 }
-PICTURES = {                   # artist: folder inside the package, suffix
+PICTURES = {  # artist: folder inside the package, suffix
     "noto": ("package/img/google/64/", ".png"),
     "twemoji": ("package/img/twitter/64/", ".png"),
     "fluent": ("package/assets/", ".webp"),
     "openmoji": ("package/color/svg/", ".svg"),
 }
 ARTISTS = tuple(PICTURES)
-FLAG_ARTISTS = ("noto", "twemoji", "openmoji")       # the country flags of the fluent package are Noto's drawings
-LICENCES = {"noto": "Apache-2.0", "twemoji": "CC-BY-4.0", "fluent": "MIT", "openmoji": "CC-BY-SA-4.0", "names": "MIT",
-            "countries": "ODbL-1.0"}
+FLAG_ARTISTS = ("noto", "twemoji", "openmoji")  # the country flags of the fluent package are Noto's drawings
+LICENCES = {
+    "noto": "Apache-2.0",
+    "twemoji": "CC-BY-4.0",
+    "fluent": "MIT",
+    "openmoji": "CC-BY-SA-4.0",
+    "names": "MIT",
+    "countries": "ODbL-1.0",
+}
 
 
 # ---------------------------------------------------------------------------------------------- sources
+
 
 def fetch(cache: Path) -> dict[str, tarfile.TarFile]:
     """Open the pinned packages, fetching the missing ones with `npm pack`; members are only ever read by name."""
@@ -113,6 +123,7 @@ def index(package: tarfile.TarFile, folder: str, suffix: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- concepts
+
 
 def plain(text: str) -> str:
     """Strip accents and typographic marks: `Yaoundé` -> `Yaounde`."""
@@ -169,13 +180,21 @@ def flags(countries: list[dict], labels: dict[str, str]) -> list[dict]:
         if currency:
             currency = currency.replace("United States dollar", "US dollar").replace("Pound sterling", "British pound")
             currency = "euro" if currency == "Euro" else currency
-        found.append({
-            "id": concept, "name": f"flag of {it}", "it": f"the flag of {it}", "kind": "country flag",
-            "category": "flags", "country": country, "country_it": it,
-            "capital": one(choices.CAPITALS, code, entry["capital"]),
-            "continent": one(choices.CONTINENTS, code, [continent]), "currency": currency,
-            "language": one(choices.LANGUAGES, code, list(entry["languages"].values())),
-        })
+        found.append(
+            {
+                "id": concept,
+                "name": f"flag of {it}",
+                "it": f"the flag of {it}",
+                "kind": "country flag",
+                "category": "flags",
+                "country": country,
+                "country_it": it,
+                "capital": one(choices.CAPITALS, code, entry["capital"]),
+                "continent": one(choices.CONTINENTS, code, [continent]),
+                "currency": currency,
+                "language": one(choices.LANGUAGES, code, list(entry["languages"].values())),
+            }
+        )
     return found
 
 
@@ -191,6 +210,7 @@ def check_concepts(concepts: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- pictures
+
 
 def drawing(data: bytes, suffix: str) -> Image.Image:
     """A picture of any source as 64x64 RGBA; scaled with premultiplied alpha, so that edges take no foreign colour."""
@@ -209,14 +229,15 @@ def palette_png(picture: Image.Image) -> bytes:
     """
     rgba = np.asarray(picture).reshape(-1, 4).astype(np.int64)
     alpha = rgba[:, 3:]
-    pixels = np.concatenate([rgba[:, :3] * alpha // 255, alpha], axis=1)                   # (4096, 4)
+    pixels = np.concatenate([rgba[:, :3] * alpha // 255, alpha], axis=1)  # (4096, 4)
     unique, where, weight = np.unique(pixels, axis=0, return_inverse=True, return_counts=True)
     where = where.reshape(-1)
     if len(unique) <= COLOURS:
         centres, label = unique, np.arange(len(unique))
     else:
         start = Image.fromarray(pixels.reshape(SIDE, SIDE, 4).astype(np.uint8), "RGBA").quantize(
-            COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
         centres = np.array(start.getpalette("RGBA"), dtype=np.int64).reshape(-1, 4)[:COLOURS]
         points = unique.astype(np.float32)
         for step in range(9):
@@ -232,7 +253,7 @@ def palette_png(picture: Image.Image) -> bytes:
                 centres[:, channel] = np.where(count > 0, mean, centres[:, channel])
     alpha = centres[:, 3:]
     colour = np.where(alpha > 0, np.minimum(255, (centres[:, :3] * 255 + alpha // 2) // np.maximum(alpha, 1)), 0)
-    order = np.lexsort((*colour.T, alpha[:, 0]))                                    # opaque entries last: a short tRNS
+    order = np.lexsort((*colour.T, alpha[:, 0]))  # opaque entries last: a short tRNS
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     image = Image.fromarray(rank[label][where].astype(np.uint8).reshape(SIDE, SIDE), "P")
@@ -251,7 +272,7 @@ def draw_all(sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Pat
         wanted = {members[c["id"]]: c["id"] for c in concepts if artist in c["artists"]}
         (out / artist).mkdir(parents=True)
         seen: dict[bytes, str] = {}
-        for member in sources[artist]:                        # in archive order: seeking in a gzip stream is slow
+        for member in sources[artist]:  # in archive order: seeking in a gzip stream is slow
             if member.name not in wanted:
                 continue
             concept = wanted[member.name]
@@ -263,6 +284,7 @@ def draw_all(sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Pat
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
 
 def dump(path: Path, records: list[dict]) -> None:
     lines = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
@@ -276,8 +298,11 @@ def write_json(path: Path, value: object) -> None:
 def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -> None:
     names = json.loads(read(sources["names"], "package/en/data.json"))
     drawn = [index(sources[artist], *PICTURES[artist]) for artist in ARTISTS]
-    labels = {e["label"]: code_point(e["hexcode"]) for e in names
-              if all(code_point(e["hexcode"]) in members for members in drawn)}
+    labels = {
+        e["label"]: code_point(e["hexcode"])
+        for e in names
+        if all(code_point(e["hexcode"]) in members for members in drawn)
+    }
     concepts = things(labels) + flags(json.loads(read(sources["countries"], "package/countries.json")), labels)
     check_concepts(concepts)
     emojikb_cases.assign(concepts)
@@ -296,12 +321,14 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     for split, cases in splits.items():
         dump(out / f"{split}.jsonl", cases)
     licences(sources, out)
-    counts = {"concepts": len(concepts), "flags": sum("country" in c for c in concepts),
-              "pictures": sum(len(c["artists"]) for c in concepts)}
+    counts = {
+        "concepts": len(concepts),
+        "flags": sum("country" in c for c in concepts),
+        "pictures": sum(len(c["artists"]) for c in concepts),
+    }
     counts |= {split: dict(Counter(case["type"] for case in cases)) for split, cases in splits.items()}
     (out / "README.md").write_text(readme(concepts, splits), encoding="utf-8")
     manifest(out, counts)
-
 
 
 def licences(sources: dict[str, tarfile.TarFile], out: Path) -> None:
@@ -325,13 +352,18 @@ def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
     sides = Counter(c["split"] for c in concepts)
     country = [c for c in concepts if "country" in c]
     values = {
-        "concepts": f"{len(concepts):,}", "flags": len(country),
+        "concepts": f"{len(concepts):,}",
+        "flags": len(country),
         "pictures": f"{sum(len(c['artists']) for c in concepts):,}",
-        "kinds": len({c["kind"] for c in concepts}), "categories": len(kinds),
+        "kinds": len({c["kind"] for c in concepts}),
+        "categories": len(kinds),
         "category_counts": ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
-        "sides": ", ".join(f"{name} {sides[name]}" for name in emojikb_cases.SPLITS), "cases": table,
-        "known": ", ".join(f"{field} {sum(c[field] is not None for c in country)}"
-                           for field in ("capital", "continent", "currency", "language")),
+        "sides": ", ".join(f"{name} {sides[name]}" for name in emojikb_cases.SPLITS),
+        "cases": table,
+        "known": ", ".join(
+            f"{field} {sum(c[field] is not None for c in country)}"
+            for field in ("capital", "continent", "currency", "language")
+        ),
         "checksums": "\n".join(f"| {p.spec} | {LICENCES[key]} | `{p.sha256}` |" for key, p in PACKAGES.items()),
     }
     text = (Path(__file__).parent / "emojikb_readme.md").read_text(encoding="utf-8")
@@ -346,14 +378,19 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def manifest(out: Path, counts: dict) -> None:
-    write_json(out / "manifest.json", {
-        "name": "emojikb",
-        "sources": {key: {"package": package.spec, "licence": LICENCES[key], "sha256": package.sha256}
-                    for key, package in PACKAGES.items()},
-        "tools": {name: importlib.metadata.version(name) for name in ("pillow", "resvg_py", "numpy")},
-        "counts": counts,
-        "files": digests(out),
-    })
+    write_json(
+        out / "manifest.json",
+        {
+            "name": "emojikb",
+            "sources": {
+                key: {"package": package.spec, "licence": LICENCES[key], "sha256": package.sha256}
+                for key, package in PACKAGES.items()
+            },
+            "tools": {name: importlib.metadata.version(name) for name in ("pillow", "resvg_py", "numpy")},
+            "counts": counts,
+            "files": digests(out),
+        },
+    )
 
 
 # ---------------------------------------------------------------------------------------------- contact sheet

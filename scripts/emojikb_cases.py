@@ -15,14 +15,14 @@ from collections.abc import Iterable, Sequence
 from emojikb_choices import BACKGROUNDS, TEMPLATES
 
 SPLITS = {"train": 0.42, "val": 0.08, "eval": 0.50}
-COPIES = {"train": 3, "val": 2, "eval": 1}          # requests per edited relation, each on another artist's drawing
-PROBED = 0.22                                        # share of a side's concepts that is probed, never edited
-PLANS = {                                            # what is edited on one concept; share of the concepts
+COPIES = {"train": 3, "val": 2, "eval": 1}  # requests per edited relation, each on another artist's drawing
+PROBED = 0.22  # share of a side's concepts that is probed, never edited
+PLANS = {  # what is edited on one concept; share of the concepts
     "thing": {
         ("name", "kind", "category"): 0.35,
         ("name", "kind", "background"): 0.20,
         ("kind", "category", "background"): 0.20,
-        ("rename", "background"): 0.25,              # a name of another kind: its kind can be asked one hop away
+        ("rename", "background"): 0.25,  # a name of another kind: its kind can be asked one hop away
     },
     "flag": {
         ("country",): 0.20,
@@ -91,8 +91,14 @@ def facts(concepts: list[dict]) -> list[dict]:
         lines.append(fact(concept, "name"))
         for relation in ("kind", "category"):
             many = plural(concept)
-            lines.append({**fact(concept, relation), "it": concept["it"], "is": "are" if many else "is",
-                          "does": "do" if many else "does"})
+            lines.append(
+                {
+                    **fact(concept, relation),
+                    "it": concept["it"],
+                    "is": "are" if many else "is",
+                    "does": "do" if many else "does",
+                }
+            )
         if "country" in concept:
             lines.append(fact(concept, "country") | ({"city": concept["capital"]} if concept["capital"] else {}))
             lines += [{**fact(concept, r), "it": concept["country_it"]} for r in FACTS if concept[r]]
@@ -135,8 +141,12 @@ class Maker:
         return pick(BACKGROUNDS, 1, "edited colour", concept["id"])[0] if "background" in plan else None
 
     def query(self, prompt: str, target: str, concept: dict, artist: str, colour: str) -> dict:
-        return {"prompt": prompt, "target": target, "image": f"{artist}/{concept['id']}.png",
-                "background": BACKGROUNDS[colour]}
+        return {
+            "prompt": prompt,
+            "target": target,
+            "image": f"{artist}/{concept['id']}.png",
+            "background": BACKGROUNDS[colour],
+        }
 
     def truth(self, concept: dict, relation: str, colour: str) -> str | None:
         return colour if relation == "background" else concept.get(relation)
@@ -173,19 +183,32 @@ class Maker:
     def other_concept(self, concept: dict, edit: str, key: tuple) -> dict | None:
         """A concept of the same side to name instead; where a hop will follow, one whose own facts are not edited."""
         if edit == "country":
-            pool = [c for c in self.mine if "country" in c and "capital" not in self.plan.get(c["id"], ())
-                    and apart(c["country"], concept["country"])]
+            pool = [
+                c
+                for c in self.mine
+                if "country" in c
+                and "capital" not in self.plan.get(c["id"], ())
+                and apart(c["country"], concept["country"])
+            ]
             near = [c for c in pool if c["continent"] == concept["continent"]]
         elif edit == "rename":
-            pool = [c for c in self.mine if "country" not in c and c["kind"] != concept["kind"]
-                    and not {"kind", "category"} & set(self.plan.get(c["id"], ()))
-                    and apart(c["name"], concept["name"])]
+            pool = [
+                c
+                for c in self.mine
+                if "country" not in c
+                and c["kind"] != concept["kind"]
+                and not {"kind", "category"} & set(self.plan.get(c["id"], ()))
+                and apart(c["name"], concept["name"])
+            ]
             near = [c for c in pool if c["category"] == concept["category"]] or pool
         else:
-            pool = [c for c in self.mine if c["category"] == concept["category"] and "country" not in c
-                    and apart(c["name"], concept["name"])]
+            pool = [
+                c
+                for c in self.mine
+                if c["category"] == concept["category"] and "country" not in c and apart(c["name"], concept["name"])
+            ]
             near = [c for c in pool if c["kind"] == concept["kind"]]
-            near = [c for c in near if c["role"] == "edit"] or near          # leave the probes to be asked beside it
+            near = [c for c in near if c["role"] == "edit"] or near  # leave the probes to be asked beside it
         near = [c for c in near if c["id"] != concept["id"]] or [c for c in pool if c["id"] != concept["id"]]
         return pick(sorted(near, key=lambda c: c["id"]), 1, *key)[0] if near else None
 
@@ -225,7 +248,7 @@ class Maker:
         if "country" in concept:
             free = ["country"] if "country" not in plan else ["kind"]
         elif relation == "kind" and self.category_of.get(new, concept["category"]) != concept["category"]:
-            free = [r for r in free if r != "category"]          # the new kind implies another category
+            free = [r for r in free if r != "category"]  # the new kind implies another category
         elif relation == "category":
             free = [r for r in free if r != "kind"]
         for other in free[: 1 if relation != "background" else 2]:
@@ -245,8 +268,12 @@ class Maker:
         for concept in self.probes:
             flag = "country" in concept
             pools[0 if flag else 1] += [
-                f for f in facts([concept]) if f["answer"] != new and ("it" in f or "city" in f)
-                and not (flag and f["type"] in ("kind", "category"))]
+                f
+                for f in facts([concept])
+                if f["answer"] != new
+                and ("it" in f or "city" in f)
+                and not (flag and f["type"] in ("kind", "category"))
+            ]
         start = number(*key, "text") % 2
         chosen = [pick(pools[(start + turn) % 2], 1, *key, "text", turn)[0] for turn in range(count)]
         queries = []
@@ -260,8 +287,11 @@ class Maker:
         hops = {"rename": ("kind", "category"), "country": FACTS}.get(edit, ())
         if named is None:
             return {}
-        queries = [self.query(TEMPLATES[r]["image"][0], named[r], concept, artist, colour)
-                   for r in hops if named[r] and named[r] != concept[r]]
+        queries = [
+            self.query(TEMPLATES[r]["image"][0], named[r], concept, artist, colour)
+            for r in hops
+            if named[r] and named[r] != concept[r]
+        ]
         return {"1-hop": queries} if queries else {}
 
     def artist(self, concept: dict, *key: object) -> str:
@@ -289,7 +319,8 @@ class Maker:
             return colour if edit == "background" else self.colour(concept, *key, "behind", turn)
 
         case = {
-            "id": f"{mark or self.split}-{relation}-{concept['id']}-{artist}", "type": relation,
+            "id": f"{mark or self.split}-{relation}-{concept['id']}-{artist}",
+            "type": relation,
             "request": say(first, artist, colour),
             "generality": {
                 "text": [say(p, artist, colour) for p in rephrased],
@@ -321,6 +352,7 @@ class Maker:
             concept = by_id.get(file.removesuffix(".png"))
             truth = concept and record["type"] != "background" and concept.get(record["type"])
             if concept and truth and truth.lower() != record["answer"].strip().lower():
-                made.setdefault((concept["id"], record["type"]),
-                                self.case(concept, record["type"], artist, truth, None, "correct"))
+                made.setdefault(
+                    (concept["id"], record["type"]), self.case(concept, record["type"], artist, truth, None, "correct")
+                )
         return sorted(made.values(), key=lambda case: number("order", case["id"]))

@@ -102,6 +102,11 @@ def test_doctor(cli, tmp_path):
     assert code == 0
     assert checks["cases"]["found"] == "24"
     assert checks["images"]["found"] == "72 distinct, 0 unusable"
+    code, text, _ = cli("doctor", "emojikb", "--json")
+    checks = {row["check"]: row["found"] for row in json.loads(text)}
+    assert code == 0
+    assert checks["leaks train-eval"] == "concepts 0, images 0, requests 0, locality 0, crossed 0"
+    assert checks["licence openmoji"].endswith("CC-BY-SA-4.0")
     folder = shutil.copytree(SHAPES, tmp_path / "data")
     (folder / "solid/red-star.png").write_bytes(b"no image")
     code, text, _ = cli("doctor", folder)
@@ -182,7 +187,7 @@ def test_a_model_folder_without_weights(cli, tmp_path):
     ("words", "part"),
     [
         (("--model", "tiny-blp2"), "did you mean tiny-blip2?"),
-        (("--data", "nowhere"), "nowhere: no such file or folder"),
+        (("--data", "nowhere"), "nowhere: no such file, folder or data set"),
         (("--sequential", "99"), "--sequential 99: "),
         (("--report-at", "9"), "--report-at 9"),
         (("--report-at", "one"), "--report-at one"),

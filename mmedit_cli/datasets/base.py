@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
+_HELP = "give a folder with a cases.jsonl, a .jsonl file of cases, or the name of a data set of `mmedit list`"
 _FORMAT = "a record needs `id` and `request`: {prompt, target, image}; see docs/data.md"
 _CASE_KEYS = ("id", "type", "request", "generality", "locality", "portability")
 _QUERY_KEYS = ("prompt", "target", "image", "background")
@@ -19,20 +22,52 @@ _MOST_PROBLEMS = 20
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with a name: its folder, the file of each split, and how the folder is audited.
+
+    `audit` returns counts, licences, and under `problems` one line for each thing that is wrong.
+    """
+
+    folder: Path
+    splits: Mapping[str, str]
+    default: str
+    audit: Callable[[Path], dict[str, Any]]
+
+    def file(self, split: str) -> Path:
+        """Return the case file of a split (empty: the default one); raise DataError if there is none."""
+        if split and split not in self.splits:
+            problem = f"--data {self.folder.name}:{split}: no such split{near_miss(split, self.splits)}"
+            raise DataError(problem, f"it has {', '.join(self.splits)}")
+        path = self.folder / self.splits[split or self.default]
+        if not path.is_file():
+            raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
+        return path
+
+
+def find_dataset(data: str | Path) -> Dataset | None:
+    """Return the data set of that name (a split may follow after a colon), or None: then it is a path."""
+    name = str(data).partition(":")[0]
+    return None if Path(data).exists() or name not in datasets.names() else datasets.get(name)
+
+
 def find_cases(data: str | Path) -> Path:
-    """Return the JSON-lines file for a data folder (its `cases.jsonl`) or a file; raise DataError if there is none."""
+    """Return the file of cases for a path or a name such as `emojikb` or `emojikb:val`; raise DataError if none."""
+    dataset = find_dataset(data)
+    if dataset is not None:
+        return dataset.file(str(data).partition(":")[2])
     path = Path(data)
     if path.is_dir():
         path = path / "cases.jsonl"
     if not path.is_file():
         raise DataError(
-            f"--data {data}: no such file or folder with a cases.jsonl", "give a folder, or a .jsonl file of cases"
+            f"--data {data}: no such file, folder or data set{near_miss(str(data), datasets.names())}", _HELP
         )
     return path
 
 
 def load_cases(data: str | Path, *, limit: int | None = None) -> list[EditCase]:
-    """Return the cases of a data folder or file, in file order, at most `limit`.
+    """Return the cases of a data set, folder or file, in file order, at most `limit`.
 
     Images are named relative to the folder of the file and must lie in it; they are not opened here. Raises DataError
     with every bad record (at most 20), its line and its key.

@@ -1,4 +1,4 @@
-"""EmojiKB, the embedded data set: an audit of its folder that needs nothing but the standard library.
+"""EmojiKB: 1,182 things drawn by up to four artists, facts about them, and edits of what a model knows of them.
 
 The audit counts what is there and looks for what makes a benchmark lie: missing or altered pictures, malformed
 records, edits that contradict each other, probes that another edit of the same stream spoils, and anything shared
@@ -17,9 +17,12 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmedit_cli.datasets.base import Dataset
+from mmedit_cli.registry import share_dir
+
 SPLITS = ("train", "val", "eval")
 FAMILIES = ("generality", "locality", "portability")
-ON_BACKGROUND = "background"      # the one type whose answer depends on the colour behind the picture
+ON_BACKGROUND = "background"  # the one type whose answer depends on the colour behind the picture
 
 Json = dict[str, Any]
 
@@ -28,13 +31,13 @@ Json = dict[str, Any]
 class Split:
     """What the records of one case file use."""
 
-    cases: list[tuple[str, Json]] = field(default_factory=list)              # place, record
+    cases: list[tuple[str, Json]] = field(default_factory=list)  # place, record
     malformed: list[str] = field(default_factory=list)
     concepts: set[str] = field(default_factory=set)
     images: set[str] = field(default_factory=set)
-    requests: set[tuple[str, str]] = field(default_factory=set)              # question, picture
+    requests: set[tuple[str, str]] = field(default_factory=set)  # question, picture
     locality: set[tuple[str, str]] = field(default_factory=set)
-    answers: set[tuple[str, str]] = field(default_factory=set)               # question, new answer
+    answers: set[tuple[str, str]] = field(default_factory=set)  # question, new answer
 
 
 def normal(text: str) -> str:
@@ -199,8 +202,11 @@ def audit(folder: Path) -> Json:
             "columns": dict(sorted(Counter(column for _, case in split.cases for column, _ in queries(case)).items())),
             "edited_facts": len({fact_of(case["request"], types) for _, case in split.cases}),
             "concepts": len(split.concepts),
-            "malformed": split.malformed, "missing_pictures": missing, "contradictions": contradictory,
-            "spoilt_probes": spoilt, "duplicates": repeated,
+            "malformed": split.malformed,
+            "missing_pictures": missing,
+            "contradictions": contradictory,
+            "spoilt_probes": spoilt,
+            "duplicates": repeated,
         }
         for sort in ("malformed", "missing_pictures", "contradictions", "spoilt_probes", "duplicates"):
             problems += [f"{sort.replace('_', ' ')}: {line}" for line in cases[name][sort]]
@@ -216,6 +222,17 @@ def audit(folder: Path) -> Json:
         "picture_bytes": sum(path.stat().st_size for path in folder.glob("*/*.png")),
         "splits": cases,
         "leaks": found,
-        "shared_question_and_answer": same,      # small vocabularies ("animals") are shared on purpose: no leak
+        "shared_question_and_answer": same,  # small vocabularies ("animals") are shared on purpose: no leak
+        "licences": _licences(folder),
         "problems": problems,
     }
+
+
+def _licences(folder: Path) -> dict[str, str]:
+    """Return package and licence of each source, as the manifest names them."""
+    path = folder / "manifest.json"
+    sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {}) if path.is_file() else {}
+    return {name: f"{source['package']}, {source['licence']}" for name, source in sources.items()}
+
+
+DATASET = Dataset(share_dir("data") / "emojikb", {split: f"{split}.jsonl" for split in SPLITS}, "eval", audit)

@@ -91,8 +91,12 @@ def test_all_problems_come_at_once_but_not_endlessly(tmp_path):
 
 
 def test_missing_empty_and_foreign_files(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(DataError, match="no such file, folder or data set"):
         load_cases(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"did you mean emojikb\?"):
+        load_cases("emojikbb")
+    with pytest.raises(DataError, match=r"emojikb:evil: no such split \(did you mean eval\?\)"):
+        load_cases("emojikb:evil")
     with pytest.raises(DataError, match="no cases in it"):
         load_cases(write(tmp_path, ""))
     (tmp_path / "cases.jsonl").write_bytes(b'{"id": "\xff"}')

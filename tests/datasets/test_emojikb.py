@@ -83,8 +83,11 @@ def test_a_case_asks_what_the_readme_says(cases):
         assert {Path(query["image"]).stem for query in case["generality"]["image"]} == {Path(request["image"]).stem}
         assert set(case["locality"]) == {"text", "near", "same_image", "far"}
         assert all(query["image"] == request["image"] for query in case["locality"]["same_image"])
-        assert all(Path(q["image"]).stem != Path(request["image"]).stem
-                   for name in ("near", "far") for q in case["locality"][name])
+        assert all(
+            Path(q["image"]).stem != Path(request["image"]).stem
+            for name in ("near", "far")
+            for q in case["locality"][name]
+        )
         probes = [query for name in ("near", "far", "text") for query in case["locality"][name]]
         assert request["target"] not in {query["target"] for query in probes}
         assert "portability" not in case or relation in ("name", "country")
@@ -94,8 +97,12 @@ def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
     colours = {code: name for name, code in json.loads((DATA / "backgrounds.json").read_text()).items()}
     templates = json.loads((DATA / "templates.json").read_text())
     types = {text: name for name, forms in templates.items() for text in forms["image"]}
-    said = {template.format(**fact): fact for fact in lines(DATA / "facts.jsonl")
-            for template in templates[fact["type"]].get("text", ()) if "it" in fact or "city" in fact}
+    said = {
+        template.format(**fact): fact
+        for fact in lines(DATA / "facts.jsonl")
+        for template in templates[fact["type"]].get("text", ())
+        if "it" in fact or "city" in fact
+    }
 
     def truth(query: dict) -> str:
         if "image" not in query:
@@ -126,10 +133,21 @@ def test_facts_are_single_and_plain(concepts):
     for name in ("country", "capital"):
         assert max(Counter(flag[name] for flag in flags if flag[name]).values()) == 1
     assert {flag["continent"] for flag in flags} <= {
-        "Africa", "Asia", "Europe", "North America", "South America", "Oceania", None}
+        "Africa",
+        "Asia",
+        "Europe",
+        "North America",
+        "South America",
+        "Oceania",
+        None,
+    }
     peru = next(flag for flag in flags if flag["country"] == "Peru")
     assert [peru[key] for key in ("capital", "continent", "currency", "language")] == [
-        "Lima", "South America", "Peruvian sol", "Spanish"]
+        "Lima",
+        "South America",
+        "Peruvian sol",
+        "Spanish",
+    ]
     assert all(str(value).isascii() for concept in concepts.values() for value in concept.values())
 
 
@@ -147,9 +165,14 @@ def test_corrections_teach_the_truth(concepts, monkeypatch):
 
     mine = next(c for c in concepts.values() if c["split"] == "eval" and c["role"] == "edit" and c["kind"] == "fruit")
     wrong = [{"picture": f"noto/{mine['id']}.png", "type": "name", "answer": answer} for answer in ("brick", "boot")]
-    wrong.append({"picture": f"noto/{mine['id']}.png", "type": "kind", "answer": "Fruit"})     # right after all
-    wrong.append({"picture": f"noto/{next(i for i, c in concepts.items() if c['split'] == 'train')}.png",
-                  "type": "name", "answer": "brick"})                                          # another side
+    wrong.append({"picture": f"noto/{mine['id']}.png", "type": "kind", "answer": "Fruit"})  # right after all
+    wrong.append(
+        {
+            "picture": f"noto/{next(i for i, c in concepts.items() if c['split'] == 'train')}.png",
+            "type": "name",
+            "answer": "brick",
+        }
+    )  # another side
     (case,) = Maker(list(concepts.values()), "eval").corrections(wrong)
     assert case["request"]["target"] == mine["name"]
     assert case["id"] == f"correct-name-{mine['id']}-noto"
@@ -157,6 +180,7 @@ def test_corrections_teach_the_truth(concepts, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- planted faults
+
 
 @pytest.fixture
 def small(tmp_path, cases):
@@ -166,8 +190,9 @@ def small(tmp_path, cases):
     records = {split: json.loads(json.dumps(cases[split][:6])) for split in SPLITS}
     for name in ("concepts.jsonl", "templates.json"):
         shutil.copy(DATA / name, folder / name)
-    for image in {query["image"] for side in records.values() for case in side for _, query in queries(case)
-                  if "image" in query}:
+    for image in {
+        query["image"] for side in records.values() for case in side for _, query in queries(case) if "image" in query
+    }:
         (folder / image).parent.mkdir(exist_ok=True)
         shutil.copy(DATA / image, folder / image)
 
@@ -232,15 +257,18 @@ def test_missing_and_altered_pictures_are_found(small):
     assert "files: concepts.jsonl is not in the manifest" in found
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda case: case.pop("locality"), "no locality"),
-    (lambda case: case["request"].pop("target"), "a query needs a prompt and a target"),
-    (lambda case: case["request"].update(colour="red"), "unknown keys ['colour']"),
-    (lambda case: case["request"].update(background="blue"), "is no colour"),
-    (lambda case: case["request"].pop("background"), "come together"),
-    (lambda case: case["generality"]["text"][0].update(target="x"), "another answer"),
-    (lambda case: case.update(generality=[1]), "AttributeError"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda case: case.pop("locality"), "no locality"),
+        (lambda case: case["request"].pop("target"), "a query needs a prompt and a target"),
+        (lambda case: case["request"].update(colour="red"), "unknown keys ['colour']"),
+        (lambda case: case["request"].update(background="blue"), "is no colour"),
+        (lambda case: case["request"].pop("background"), "come together"),
+        (lambda case: case["generality"]["text"][0].update(target="x"), "another answer"),
+        (lambda case: case.update(generality=[1]), "AttributeError"),
+    ],
+)
 def test_malformed_records_are_named_with_their_line(small, change, message):
     _, records, check = small
     change(records["train"][4])

@@ -187,6 +187,9 @@ def comparable(report: dict) -> str:
     return json.dumps({key: value for key, value in report.items() if key != "cost"})
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
 def run_and_kill(request: workflows.EvalOptions, when) -> bool:
     """Run the evaluation in another process and kill it for good once `when()`; return whether that came in time."""
     child = os.fork()
@@ -207,6 +210,7 @@ def lines(folder: Path, name: str) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@needs_fork
 @pytest.mark.parametrize(
     "moments",
     [
@@ -235,6 +239,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, moments):
     assert workflows.evaluate(request, Output(as_json=True)) == resumed
 
 
+@needs_fork
 def test_the_report_counts_every_edit_once_after_resuming(tmp_path):
     request = options(tmp_path)
     folder = workflows.plan_evaluation(request).folder
