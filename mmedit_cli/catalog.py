@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import ModelError, near_miss
+from mmedit_cli.registry import share_dir
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ MODELS = {
     "llava-1.5-7b": Entry("llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"),
     "llava-1.5-13b": Entry("llava", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5 with Vicuna-13B (40 layers)"),
 }
+
 FAMILIES = {"blip-2": "blip2", "llava": "llava"}  # config.json: model_type -> backbone module
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
@@ -52,6 +54,11 @@ class ModelRef:
     fingerprint: str
 
 
+def bundled() -> dict[str, Path]:
+    """Return the trained models that come along, by name: the folders of data/models with a config.json."""
+    return {path.parent.name: path.parent for path in sorted((share_dir("data") / "models").glob("*/config.json"))}
+
+
 def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     """Return where a model lies: a name of the catalogue, a local folder, or a hub id `owner/name`.
 
@@ -60,10 +67,11 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     entry = MODELS.get(name)
     if entry is not None and entry.repo is None:
         return ModelRef(name, entry.family, None, hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16])
-    folder = Path(name)
+    folder = bundled().get(name, Path(name))
     if entry is None and not folder.exists() and name.count("/") != 1:
-        problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, MODELS)}"
-        raise ModelError(problem, f"known names: {', '.join(MODELS)}")
+        known = [*bundled(), *MODELS]
+        problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
+        raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
         return ModelRef(folder.resolve().name, _family(folder), folder, _fingerprint(folder))
     repo = entry.repo if entry is not None and entry.repo else name
