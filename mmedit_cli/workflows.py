@@ -128,7 +128,8 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     )
     with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
         groups = protocol.groups(len(plan.cases))
-        totals = {"edits": len(plan.cases), "asked": sum(sum(protocol.milestones(len(group))) for group in groups)}
+        after = sum(sum(protocol.milestones(len(group))) for group in groups)
+        totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
         with out.progress(totals) as tick:
             evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}

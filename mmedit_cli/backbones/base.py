@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +90,7 @@ class VisionLanguageModel(ABC):
         self._tail = [model.get_submodule(n) for n in self.anchors.tail]
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._encode = lru_cache(maxsize=1 << 16)(self._tokenize)  # a query is asked at every milestone
 
     # -- what a family has to say -------------------------------------------------------------------------------
 
@@ -126,7 +128,11 @@ class VisionLanguageModel(ABC):
 
         The answer tokens are those that prompt + answer has more than the prompt alone (LiveEdit, evaluation code).
         """
-        prompt, text = query.prompt, query.prompt + joined(query) if with_answer else query.prompt
+        return self._encode(query, with_answer)
+
+    def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
+        prompt, with_image = query.prompt, query.image is not None
+        text = prompt + joined(query) if with_answer else prompt
         if not prompt.strip():
             raise DataError("the prompt is empty")
         if with_answer and not query.target.strip():
@@ -136,10 +142,8 @@ class VisionLanguageModel(ABC):
                 f"{self.image_token!r} inside the text of {prompt!r}: one image a query, several are not supported",
                 "leave the placeholder out and name the picture in `image`",
             )
-        ids, start, n_image = self._prompt_ids(text, with_image=query.image is not None)
-        n_answer = (
-            len(ids) - len(self._prompt_ids(prompt, with_image=query.image is not None)[0]) if with_answer else 0
-        )
+        ids, start, n_image = self._prompt_ids(text, with_image=with_image)
+        n_answer = len(ids) - len(self._prompt_ids(prompt, with_image=with_image)[0])
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:

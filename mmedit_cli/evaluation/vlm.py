@@ -21,7 +21,7 @@ from mmedit_cli.records import Run, write_atomic
 from mmedit_cli.types import EditCase, Query
 
 PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")
-_SAVE_SECONDS = 30.0
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def evaluate_edits(
 ) -> None:
     """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
 
-    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more
-    `edits` or `asked` cases. A run that was interrupted goes on with the shard it was in.
+    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more cases
+    asked `before`, `edits` made, or cases asked `after`. A run that was interrupted goes on with the shard it was in.
     """
     groups = [_Group(i, r.start, cases[r.start : r.stop]) for i, r in enumerate(protocol.groups(len(cases)))]
     layer = editor.first_layer
@@ -140,14 +140,16 @@ class _Evaluation:
         self.editor, self.protocol, self.run = editor, protocol, run
         self.caches, self.base_folder, self.tick = caches, base_folder, tick
         self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
+        self.saved = time.monotonic()
 
     def all(self, groups: Sequence[_Group]) -> None:
         for group in groups:
             if all(key in self.done for key in self._keys(group)):
+                self.tick("before", len(group.cases))
                 self.tick("edits", len(group.cases))
-                self.tick("asked", sum(self.protocol.milestones(len(group.cases))))
-                continue
-            self._group(group)
+                self.tick("after", sum(self.protocol.milestones(len(group.cases))))
+            else:
+                self._group(group)
 
     def _keys(self, group: _Group) -> Iterator[tuple[int, int, int]]:
         return ((group.index, m, i) for m in self.protocol.milestones(len(group.cases)) for i in range(m))
@@ -158,16 +160,13 @@ class _Evaluation:
         self.editor.undo()
         for shard in shards:  # before the first edit: "before" is the untouched model
             self._base(group, shard)
+            self.tick("before", len(shard))
         made = self._restore(group)
         self.tick("edits", made)
-        saved = time.monotonic()
         for milestone in self.protocol.milestones(len(group.cases)):
             while made < milestone:
                 made = self._edit(group, made, min(made + self.protocol.edit_batch, milestone))
-                if time.monotonic() - saved > _SAVE_SECONDS:
-                    self._save(group, made)
-                    saved = time.monotonic()
-            self._save(group, made)
+                self._save_now_and_then(group, made)
             for shard in shards:
                 if shard.stop <= milestone:
                     self._score(group, shard, milestone)
@@ -192,9 +191,13 @@ class _Evaluation:
         self.tick("edits", len(cases))
         return stop
 
-    def _save(self, group: _Group, made: int) -> None:
+    def _save_now_and_then(self, group: _Group, made: int) -> None:
+        """Save the state to continue from, but not after every edit: making some again is cheaper than writing all."""
+        if time.monotonic() - self.saved < SAVE_SECONDS:
+            return
         tensors, metadata = self.editor.state()
         self.run.save_tensors("editor", tensors, {**metadata, "group": str(group.index), "made": str(made)})
+        self.saved = time.monotonic()
 
     def _restore(self, group: _Group) -> int:
         """Continue with the last saved state of this group; return how many edits it holds.
@@ -232,7 +235,7 @@ class _Evaluation:
                 for i, case in zip(shard, cases, strict=True)
             ]
             self.run.append("cases", [line for line in lines if line["index"] in missing])
-        self.tick("asked", len(shard))
+        self.tick("after", len(shard))
 
     def _ask(self, cases: Sequence[EditCase]) -> dict[Query, Answer]:
         return ask(

@@ -18,6 +18,7 @@ from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.editors.ft import Ft, FtHparams
 from mmedit_cli.errors import UserError
+from mmedit_cli.evaluation import vlm
 from mmedit_cli.evaluation.answers import ask, make_caches
 from mmedit_cli.evaluation.report import build_report
 from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
@@ -221,7 +222,9 @@ def lines(folder: Path, name: str) -> int:
         [("cases", 5), ("cases", 14), ("edits", 15), ("cases", 30)],
     ],
 )
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, moments):
+@pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["saved-often", "made-again"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, moments, seconds):
+    monkeypatch.setattr(vlm, "SAVE_SECONDS", seconds)
     expected = workflows.evaluate(options(tmp_path / "whole"), Output(as_json=True))
     request = options(tmp_path / "killed")
     folder = workflows.plan_evaluation(request).folder
