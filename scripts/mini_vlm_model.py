@@ -1,0 +1,211 @@
+"""What a mini model is made of: its recipe (a YAML file), its tokenizer, its processor, the model, and its folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from mmedit_cli import registry
+from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.errors import UserError
+
+SIDE = 64  # pixels
+MEAN, STD = (0.7, 0.7, 0.7), (0.3, 0.3, 0.3)  # of emoji on light colours, roughly
+LONGEST = 128  # tokens of a sequence
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")  # ids 0 to 3
+STAGES = ("tower", "decoder", "joint")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
+
+    `rate` is the peak learning rate (linear warm-up over the first `warmup` of the steps, then a cosine to zero).
+    """
+
+    passes: int
+    pictures: int
+    rate: float
+    decay: float
+    questions: int = 0
+    texts: int = 0
+    warmup: float = 0.03
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training run depends on but the data and the machine."""
+
+    name: str
+    family: str
+    seed: int
+    data: dict[str, Any]
+    vision: dict[str, int]
+    text: dict[str, int]
+    vocabulary: int
+    stages: dict[str, Stage]
+    bridge: dict[str, int] | None = None
+    query_tokens: int = 0
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return what must not change when a run is continued; schedules may."""
+        return {key: value for key, value in asdict(self).items() if key != "stages"}
+
+
+def read_recipe(path: Path, *, quick: bool = False) -> Recipe:
+    """Return the recipe in a YAML file, with its `quick` section put over it if asked; raise UserError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changes = values.pop("quick", {})
+        values |= changes if quick else {}
+        stages = {name: Stage(**values["stages"][name]) for name in STAGES}
+        return Recipe(**{**values, "stages": stages})
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a recipe ({type(error).__name__}: {error})") from error
+
+
+def build_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """Return a byte-level BPE tokenizer of `size` tokens trained on `texts`: `<s>` in front, `</s>` ends an answer.
+
+    `<image>` is in the vocabulary but not a named attribute: Blip2Processor of transformers 5 cannot read one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=LONGEST
+    )
+
+
+def build(recipe: Recipe, tokenizer: Any) -> VisionLanguageModel:
+    """Return the untrained model behind its adapter, seeded, in float32 on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model, processor = (_blip2 if recipe.family == "blip2" else _llava)(recipe, len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    adapter: VisionLanguageModel = registry.backbones.get(recipe.family)(
+        recipe.name, model, tokenizer, processor, "untrained"
+    )
+    return adapter
+
+
+def _text(shape: dict[str, int], size: int) -> dict[str, Any]:
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {**shape, "vocab_size": size, "max_position_embeddings": LONGEST, **ends}
+
+
+def _blip2(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
+    )
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    bridge = {
+        **(recipe.bridge or {}),
+        "encoder_hidden_size": recipe.vision["hidden_size"],
+        "cross_attention_frequency": 1,
+        "vocab_size": 8,  # the Q-Former reads no text
+        "max_position_embeddings": 8,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    text = _text(recipe.text, size)
+    text |= {"ffn_dim": text.pop("intermediate_size"), "word_embed_proj_dim": text["hidden_size"], "dropout": 0.0}
+    config = Blip2Config(
+        # the default range, 1e-10, is for loading weights: a tower trained from it stays at chance
+        vision_config=Blip2VisionConfig(**recipe.vision, image_size=SIDE, initializer_range=0.02).to_dict(),
+        qformer_config=Blip2QFormerConfig(**bridge).to_dict(),
+        text_config=OPTConfig(**text).to_dict(),
+        num_query_tokens=recipe.query_tokens,
+        image_token_index=SPECIAL.index("<image>"),
+    )
+    model = Blip2ForConditionalGeneration(config)
+    nn.init.normal_(model.query_tokens, std=0.02)  # made as zeros: equal queries would stay equal for ever
+    return model, BlipImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
+    )
+
+
+def _llava(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**recipe.vision, image_size=SIDE, projection_dim=64).to_dict(),
+        text_config=LlamaConfig(**_text(recipe.text, size)).to_dict(),
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,  # LLaVA-1.5 takes -2; here the last layer is trained to be read
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Return what the image processor makes of pictures of the right size: (B, 3, H, W) in 0..255 -> the same shape."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels / 255 - mean) / std
+
+
+def full_processor(adapter: VisionLanguageModel) -> Any:
+    """Return the processor of the family, so that the folder works with AutoProcessor too."""
+    from transformers import Blip2Processor, LlavaProcessor
+
+    if adapter.family == "blip2":
+        return Blip2Processor(
+            adapter.image_processor, adapter.tokenizer, num_query_tokens=adapter.model.config.num_query_tokens
+        )
+    return LlavaProcessor(
+        adapter.image_processor,
+        adapter.tokenizer,
+        patch_size=adapter.model.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def export(adapter: VisionLanguageModel, folder: Path, records: dict[str, Any]) -> None:
+    """Write the model in float16 with everything that `load_backbone` and AutoProcessor need.
+
+    `records`: further JSON files by name. The folder is replaced as a whole.
+    """
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy.deepcopy(adapter.model).half().save_pretrained(fresh)
+    full_processor(adapter).save_pretrained(fresh)
+    adapter.image_processor.save_pretrained(fresh)
+    for name, record in records.items():
+        (fresh / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

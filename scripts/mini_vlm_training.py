@@ -1,0 +1,280 @@
+"""The three stages of training a mini model, one step at a time, and the files they can be continued from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mini_vlm_data import HEADS, NONE, TYPES, EmojiKB, Pictures, Questions, number
+from mini_vlm_model import STAGES, Recipe, Stage, build, build_tokenizer, normalise
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Generator, Tensor, nn
+
+from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.errors import UserError
+from mmedit_cli.records import write_atomic
+
+HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
+COLUMNS = (*TYPES, "text")  # of the running accuracies
+LOG_SECONDS, SAVE_SECONDS = 20, 180
+BETAS, CLIP = (0.9, 0.95), 1.0
+
+
+class Trainee(nn.Module):
+    """The model, the classification heads that only the first stage uses, and the data, all on one device."""
+
+    def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
+        super().__init__()
+        self.recipe, self.kb, self.device = recipe, kb, device
+        self.adapter: VisionLanguageModel = build(recipe, build_tokenizer(kb.texts(), recipe.vocabulary))
+        self.questions = Questions(kb, self.adapter, device)
+        self.pictures = Pictures(kb, device)
+        self.model = self.adapter.model
+        anchors = self.adapter.anchors
+        self._tower, self._stack, self._head = anchors.path("vision"), anchors.stack, anchors.tail[-1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            width = recipe.vision["hidden_size"]
+            self.heads = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
+            self.heads["norm"] = nn.LayerNorm(width)
+        self.to(device)
+
+    def select(self, stage: str) -> dict[str, nn.Parameter]:
+        """Let exactly the parameters of a stage be trained and return them by name."""
+        chosen = {}
+        for name, parameter in self.named_parameters():
+            in_tower = name.startswith(("heads.", f"model.{self._tower}."))
+            trained = in_tower if stage == "tower" else not name.startswith("heads.")
+            trained &= stage != "decoder" or not in_tower
+            parameter.requires_grad_(trained)
+            if trained:
+                chosen[name] = parameter
+        return chosen
+
+    def tower_loss(self, chosen: Tensor, stage: Stage, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
+        pixels, colour = self.pictures.draw(chosen, generator)
+        tokens = self.model.get_submodule(self._tower)(normalise(pixels)).last_hidden_state
+        pooled = self.heads["norm"](tokens[:, 1:].mean(1))
+        wanted = torch.cat((self.pictures.labels[self.pictures.concept[chosen]], colour[:, None]), dim=1)
+        loss, counts = pooled.new_zeros(()), torch.zeros(2, len(COLUMNS), device=self.device)
+        for i, head in enumerate(HEADS):
+            logits, target = self.heads[head](pooled), wanted[:, i]
+            loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(logits.float(), target, ignore_index=NONE)
+            counts[0, i] = (logits.argmax(-1) == target).sum()
+            counts[1, i] = (target != NONE).sum()
+        return loss, counts
+
+    def answer_loss(self, chosen: Tensor, stage: Stage, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Answer questions about pictures, and some without: loss per answer token, and (2, 10) right and asked.
+
+        All questions about a picture share its encoding. An answer is right if its every token, end included, is.
+        """
+        pixels, colour = self.pictures.draw(chosen, generator)
+        features = self.model.get_image_features(normalise(pixels), return_dict=True).pooler_output
+        visual = torch.stack(list(features)).repeat_interleave(stage.questions, dim=0)  # (B * questions, N_v, D)
+        about, kinds = self.questions.ask(self.pictures.concept[chosen], colour, stage.questions, generator)
+        without = self.questions.ask_text(stage.texts, generator)
+        rows = self.questions.rows(torch.cat((about.flatten(), without)))
+        columns = torch.cat((kinds.flatten(), torch.full_like(without, TYPES.index("language") + 1)))
+
+        embeds = self.model.get_input_embeddings()(rows.ids)
+        start, end, n = self.questions.image_start, self.questions.image_start + self.questions.n_image, len(visual)
+        seeing = torch.cat((embeds[:n, :start], visual.to(embeds.dtype), embeds[:n, end:]), dim=1)
+        embeds = torch.cat((seeing, embeds[n:]))
+        stack = self.model.get_submodule(self._stack)
+        hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
+        logits = self.model.get_submodule(self._head)(hidden[rows.predicting])
+        with torch.no_grad():
+            wrong = (logits.argmax(-1) != rows.answers).float()
+            misses = torch.zeros(len(rows.ids), device=self.device)
+            misses.index_add_(0, rows.predicting.nonzero()[:, 0], wrong)
+            counts = torch.zeros(2, len(COLUMNS), device=self.device)
+            counts[0].index_add_(0, columns, (misses == 0).float())
+            counts[1].index_add_(0, columns, torch.ones_like(misses))
+        return F.cross_entropy(logits.float(), rows.answers), counts
+
+
+@dataclass
+class Progress:
+    """Where a stage is, and what it cost so far."""
+
+    stage: str
+    step: int = 0
+    seconds: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)  # the last line of its log
+
+
+def rate_at(step: int, steps: int, stage: Stage) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
+    warm = max(1, round(stage.warmup * steps))
+    if step < warm:
+        return stage.rate * (step + 1) / warm
+    return stage.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def steps_of(trainee: Trainee, stage: Stage) -> tuple[int, int]:
+    """Return (steps a pass, steps in all)."""
+    each = max(1, len(trainee.pictures.usable) // stage.pictures)
+    return each, each * stage.passes
+
+
+def batches(trainee: Trainee, name: str, first: int) -> Iterator[tuple[int, Tensor, Generator]]:
+    """Yield (step, pictures, randomness) from step `first` on: each depends on the seed, the stage and the step."""
+    stage, seed, device = trainee.recipe.stages[name], trainee.recipe.seed, trainee.device
+    each, steps = steps_of(trainee, stage)
+    order = None
+    for step in range(first, steps):
+        turn, place = divmod(step, each)
+        if order is None or place == 0:
+            order = trainee.pictures.order(Generator(device).manual_seed(number(seed, name, "pass", turn)))
+        generator = Generator(device).manual_seed(number(seed, name, "step", step))
+        yield step, order[place * stage.pictures : (place + 1) * stage.pictures], generator
+
+
+def train_stage(
+    trainee: Trainee, name: str, out: Path, stop: Callable[[], bool], say: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Train one stage from where its file in `out` left it; return whether it came to its end."""
+    stage = trainee.recipe.stages[name]
+    parameters = trainee.select(name)
+    optimizer = _optimizer(parameters, stage)
+    progress = load(trainee, parameters, optimizer, name, out)
+    _, steps = steps_of(trainee, stage)
+    loss_of = trainee.tower_loss if name == "tower" else trainee.answer_loss
+    meter, saved = _Meter(stage, steps, progress), time.monotonic()
+    for step, chosen, generator in batches(trainee, name, progress.step):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, steps, stage)
+        with torch.autocast(trainee.device.type, torch.bfloat16, enabled=trainee.device.type == "cuda"):
+            loss, counts = loss_of(chosen, stage, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        optimizer.step()
+        meter.add(step, loss.detach(), counts)
+        halt = stop()
+        if halt or step + 1 == steps or meter.due:
+            progress.last = meter.line(optimizer.param_groups[0]["lr"])
+            say(progress.last)
+        if halt or step + 1 == steps or time.monotonic() - saved > SAVE_SECONDS:
+            store(trainee, parameters, optimizer, progress, out)
+            saved = time.monotonic()
+        if halt:
+            return step + 1 == steps
+    return True
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors and embeddings of positions and classes do not."""
+    matrices = [p for p in parameters.values() if p.dim() == 2 or p.dim() == 4]
+    others = [p for p in parameters.values() if p.dim() not in (2, 4)]
+    groups = [{"params": matrices, "weight_decay": stage.decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.rate, betas=BETAS, foreach=True)
+
+
+class _Meter:
+    """Running loss and accuracies since the last line, the speed, and the time left; keeps `progress` up to date."""
+
+    def __init__(self, stage: Stage, steps: int, progress: Progress) -> None:
+        self._stage, self._steps, self.progress = stage, steps, progress
+        self._before, self._started, self._first = progress.seconds, time.monotonic(), progress.step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._sums, self._from = time.monotonic(), [], self.progress.step
+
+    def add(self, step: int, loss: Tensor, counts: Tensor) -> None:
+        self._sums.append(torch.cat((loss.view(1).float(), counts.flatten())))
+        self.progress.step = step + 1
+        self.progress.seconds = self._before + time.monotonic() - self._started
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._since > LOG_SECONDS
+
+    def line(self, rate: float) -> dict[str, Any]:
+        """Return one line of the log and begin anew."""
+        done, took = self.progress.step - self._from, max(time.monotonic() - self._since, 1e-9)
+        values = torch.stack(self._sums).cpu()
+        right, asked = values[:, 1:].sum(0).view(2, -1).tolist()
+        line = {
+            "stage": self.progress.stage,
+            "step": self.progress.step,
+            "steps": self._steps,
+            "loss": round(values[:, 0].mean().item(), 4),
+            "accuracy": {c: round(r / a, 4) for c, r, a in zip(COLUMNS, right, asked, strict=True) if a},
+            "rate": rate,
+            "pictures_per_second": round(done * self._stage.pictures / took, 1),
+            "seconds": round(self.progress.seconds, 1),
+            "seconds_left": round((self._steps - self.progress.step) * took / max(done, 1)),
+        }
+        self._reset()
+        return line
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+def store(
+    trainee: Trainee,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    out: Path,
+) -> None:
+    """Write `<stage>.safetensors` atomically: all weights, the optimizer's moments, and where the stage is."""
+    tensors = {name: p.detach() for name, p in trainee.named_parameters()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = value
+    about = {"stage": progress.stage, "step": progress.step, "seconds": progress.seconds, "last": progress.last}
+    metadata = {"progress": json.dumps(about), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
+    write_atomic(out / f"{progress.stage}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+
+
+def read_progress(out: Path, name: str) -> Progress | None:
+    """Return where a stage stopped, or None if it never began."""
+    path = out / f"{name}.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return Progress(**json.loads(file.metadata()["progress"]))
+
+
+def load(
+    trainee: Trainee,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    name: str,
+    out: Path,
+) -> Progress:
+    """Put back the state of a stage; one that never began starts from the weights of the stage before it."""
+    earlier = [s for s in reversed(STAGES[: STAGES.index(name)]) if (out / f"{s}.safetensors").exists()]
+    source = name if (out / f"{name}.safetensors").exists() else earlier[0] if earlier else None
+    if source is None:
+        return Progress(name)
+    path = out / f"{source}.safetensors"
+    with safe_open(path, "pt", device=str(trainee.device)) as file:
+        if json.loads(file.metadata()["shape"]) != json.loads(json.dumps(trainee.recipe.shape)):
+            raise UserError(f"{path}: from another recipe", "choose another --out, or start anew with --no-resume")
+        with torch.no_grad():
+            for key, parameter in trainee.named_parameters():
+                parameter.copy_(file.get_tensor(key))
+        if source != name:
+            return Progress(name)
+        known = set(file.keys())
+        for key, parameter in parameters.items():
+            if optimizer is not None and f"optimizer/step/{key}" in known:
+                optimizer.state[parameter] = {
+                    part: file.get_tensor(f"optimizer/{part}/{key}") for part in ("step", "exp_avg", "exp_avg_sq")
+                }
+        return Progress(**json.loads(file.metadata()["progress"]))
