@@ -197,7 +197,7 @@ class Questions:
     """Every question with its answer as the adapter encodes it, closed by the end token.
 
     with_picture: (C, 9, 4) and on_colour: (8, 4) hold rows of questions about a picture, text: (n, 3) those without,
-    and weights: (C, 9) how often each type is asked; -1 and 0 where there is nothing to ask.
+    weights: (C, 9) how often each type is asked; -1 and 0 where there is nothing to ask. length: (R,) in tokens.
     """
 
     def __init__(self, kb: EmojiKB, adapter: VisionLanguageModel, device: torch.device) -> None:
@@ -219,7 +219,7 @@ class Questions:
         self.weights = (asked * (with_picture[..., 0] != NONE)).to(device)
         self._ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.ids) for e in self._encoded], batch_first=True)
         self._ids = self._ids.to(device)
-        self._length = torch.tensor([len(e.ids) for e in self._encoded], device=device)
+        self.length = torch.tensor([len(e.ids) for e in self._encoded], device=device)
         self._n_answer = torch.tensor([e.n_answer for e in self._encoded], device=device)
         first = next(e for e in self._encoded if e.n_image)
         self.image_start, self.n_image = first.image_start, first.n_image
@@ -250,7 +250,7 @@ class Questions:
 
     def rows(self, chosen: Tensor) -> Rows:
         """Return the sequences of some rows, padded on the right."""
-        length, n_answer = self._length[chosen, None], self._n_answer[chosen, None]
+        length, n_answer = self.length[chosen, None], self._n_answer[chosen, None]
         ids = self._ids[chosen, : int(length.max())]
         at = torch.arange(ids.shape[1], device=ids.device)
         answer = (at >= length - n_answer) & (at < length)

@@ -173,7 +173,7 @@ def _llava(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Return what the image processor makes of pictures of the right size: (B, 3, H, W) in 0..255 -> the same shape."""
+    """Do what the image processor does to pictures of the right size: (B, 3, H, W) in 0..255 -> (B, 3, H, W)."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
@@ -207,5 +207,7 @@ def export(adapter: VisionLanguageModel, folder: Path, records: dict[str, Any]) 
     adapter.image_processor.save_pretrained(fresh)
     for name, record in records.items():
         (fresh / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for file in fresh.iterdir():
+        file.chmod(0o644)  # safetensors makes its files private
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

@@ -25,7 +25,7 @@ from mmedit_cli.records import write_atomic
 HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
 LOG_SECONDS, SAVE_SECONDS = 20, 180
-BETAS, CLIP = (0.9, 0.95), 1.0
+BETAS, CLIP, CHUNKS = (0.9, 0.95), 1.0, 4
 
 
 class Trainee(nn.Module):
@@ -80,27 +80,37 @@ class Trainee(nn.Module):
         """
         pixels, colour = self.pictures.draw(chosen, generator)
         features = self.model.get_image_features(normalise(pixels), return_dict=True).pooler_output
-        visual = torch.stack(list(features)).repeat_interleave(stage.questions, dim=0)  # (B * questions, N_v, D)
+        visual = torch.stack(list(features))  # (B, N_v, D)
         about, kinds = self.questions.ask(self.pictures.concept[chosen], colour, stage.questions, generator)
         without = self.questions.ask_text(stage.texts, generator)
-        rows = self.questions.rows(torch.cat((about.flatten(), without)))
-        columns = torch.cat((kinds.flatten(), torch.full_like(without, TYPES.index("language") + 1)))
+        rows = torch.cat((about.flatten(), without))
+        picture_of = torch.arange(len(visual), device=self.device).repeat_interleave(stage.questions)
+        picture_of = torch.cat((picture_of, torch.full_like(without, NONE)))
+        columns = torch.cat((kinds.flatten(), torch.full_like(without, COLUMNS.index("text"))))
 
-        embeds = self.model.get_input_embeddings()(rows.ids)
-        start, end, n = self.questions.image_start, self.questions.image_start + self.questions.n_image, len(visual)
-        seeing = torch.cat((embeds[:n, :start], visual.to(embeds.dtype), embeds[:n, end:]), dim=1)
-        embeds = torch.cat((seeing, embeds[n:]))
-        stack = self.model.get_submodule(self._stack)
-        hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
-        logits = self.model.get_submodule(self._head)(hidden[rows.predicting])
+        order = self.questions.length[rows].argsort(stable=True)  # rows of a like length together: less padding
+        parts = [self._answers(rows[part], picture_of[part], visual, part) for part in order.chunk(CHUNKS)]
+        logits, answers, row_of = (torch.cat(values) for values in zip(*parts, strict=True))
         with torch.no_grad():
-            wrong = (logits.argmax(-1) != rows.answers).float()
-            misses = torch.zeros(len(rows.ids), device=self.device)
-            misses.index_add_(0, rows.predicting.nonzero()[:, 0], wrong)
+            misses = torch.zeros(len(rows), device=self.device)
+            misses.index_add_(0, row_of, (logits.argmax(-1) != answers).float())
             counts = torch.zeros(2, len(COLUMNS), device=self.device)
             counts[0].index_add_(0, columns, (misses == 0).float())
             counts[1].index_add_(0, columns, torch.ones_like(misses))
-        return F.cross_entropy(logits.float(), rows.answers), counts
+        return F.cross_entropy(logits.float(), answers), counts
+
+    def _answers(
+        self, chosen: Tensor, picture_of: Tensor, visual: Tensor, names: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run some sequences: logits (N, V) that predict the answer tokens (N,), and whose these are (N,)."""
+        rows = self.questions.rows(chosen)
+        embeds = self.model.get_input_embeddings()(rows.ids)
+        seeing = (picture_of != NONE).nonzero()[:, 0]
+        start, count = self.questions.image_start, self.questions.n_image
+        embeds[seeing, start : start + count] = visual[picture_of[seeing]].to(embeds.dtype)
+        stack, head = self.model.get_submodule(self._stack), self.model.get_submodule(self._head)
+        hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
+        return head(hidden[rows.predicting]), rows.answers, names[rows.predicting.nonzero()[:, 0]]
 
 
 @dataclass
@@ -238,7 +248,9 @@ def store(
             tensors[f"optimizer/{key}/{name}"] = value
     about = {"stage": progress.stage, "step": progress.step, "seconds": progress.seconds, "last": progress.last}
     metadata = {"progress": json.dumps(about), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
-    write_atomic(out / f"{progress.stage}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+    write_atomic(
+        out / f"{progress.stage}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    )
 
 
 def read_progress(out: Path, name: str) -> Progress | None:

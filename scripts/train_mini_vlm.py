@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
 
 import torch
 from mini_vlm_data import load_emojikb
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         device = runtime.resolve_device(args.device)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        runtime.quiet_libraries()
         torch.set_float32_matmul_precision("high")
         if args.no_resume:
             shutil.rmtree(args.out, ignore_errors=True)

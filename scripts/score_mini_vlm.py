@@ -1,0 +1,221 @@
+"""Measure what a mini model knows of EmojiKB: greedy free answers, a table, scores.json and a model card.
+
+    python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2                  # everything
+    python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2 --sample 300     # at most 300 questions a figure
+
+`--errors FILE` writes what the model gets wrong about pictures, in the form build_emojikb.py makes corrections of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
+
+import torch
+from mini_vlm_data import DATA, TYPES, EmojiKB, Holdout, load_emojikb, number
+
+from mmedit_cli import runtime
+from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.errors import UserError
+from mmedit_cli.evaluation.metrics import answer_match
+from mmedit_cli.pictures import Picture
+from mmedit_cli.prefix import RowCache
+from mmedit_cli.records import write_atomic
+from mmedit_cli.types import Query
+
+TARGETS = {
+    "name": 0.90, "kind": 0.95, "category": 0.95, "background": 0.97, "country": 0.90, "capital": 0.85, "text": 0.95,
+}  # fmt: skip
+LONGEST_ANSWER = 20  # tokens
+FAMILIES = {"blip2": "BLIP-2 (vision tower, Q-Former, OPT decoder)", "llava": "LLaVA (CLIP tower, Llama decoder)"}
+RECIPES = {"blip2": "mini_blip2.yaml", "llava": "mini_llava.yaml"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, the figures it counts for, and what it is about."""
+
+    query: Query
+    figures: tuple[str, ...]
+    type: str
+    picture: str = ""
+
+
+def items(kb: EmojiKB, folder: Path = DATA) -> Iterator[Item]:
+    """Yield every question that is measured; wording and background are chosen by a hash of what is asked."""
+    facts: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for fact in kb.facts:
+        facts[fact["concept"]][fact["type"]] = fact
+    for concept, artist in kb.drawings:
+        picture = f"{artist}/{concept}.png"
+        colour = list(kb.backgrounds)[number("score", picture) % len(kb.backgrounds)]
+        known = {**facts[concept], "background": {"answer": colour}}
+        for kind, fact in known.items():
+            wordings = kb.templates[kind]["image"]
+            prompt = wordings[number("wording", kind, picture) % len(wordings)]
+            query = Query(prompt, fact["answer"], folder / picture, kb.backgrounds[colour])
+            yield Item(query, tuple(_picture_figures(kb.holdout, kind, concept, artist)), kind, picture)
+    for fact in kb.facts:
+        if "it" in fact or "city" in fact:
+            seen = kb.holdout.allows(fact["concept"])
+            figures = ("text", f"text {fact['type']}") if seen else ("held-out concept: text",)
+            for template in kb.templates[fact["type"]]["text"]:
+                yield Item(Query(template.format(**fact), fact["answer"]), figures, fact["type"])
+
+
+def _picture_figures(holdout: Holdout, kind: str, concept: str, artist: str) -> Iterator[str]:
+    if not holdout.allows(concept):
+        yield f"held-out concept: {kind}"
+    elif not holdout.allows(concept, artist):
+        yield f"held-out artist: {kind}"
+    else:
+        yield kind
+        if kind == "name":
+            yield f"name by {artist}"
+
+
+def sampled(asked: list[Item], most: int | None) -> list[Item]:
+    """Return at most `most` items of each first figure, chosen by hash."""
+    if most is None:
+        return asked
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in sorted(asked, key=lambda i: number(i.picture, i.query.prompt)):
+        groups[item.figures[0]].append(item)
+    return [item for group in groups.values() for item in group[:most]]
+
+
+def answer(backbone: VisionLanguageModel, asked: list[Item], batch_size: int) -> list[str]:
+    """Return the model's free answers in order; questions of a like length are asked together."""
+    features: RowCache[Picture] = RowCache(lambda p: list(backbone.image_features(p)), group=64)
+    seen = (Picture(i.query.image, i.query.background) for i in asked if i.query.image is not None)
+    features.plan(list(seen))
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].query.image is None, len(asked[i].query.prompt)))
+    answers = [""] * len(asked)
+    started = time.monotonic()
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        queries = [asked[i].query for i in part]
+        texts = backbone.generate(queries, max_new_tokens=LONGEST_ANSWER, features=features)
+        for i, text in zip(part, texts, strict=True):
+            answers[i] = text
+        if start // batch_size % 20 == 0:
+            print(f"{start + len(part)}/{len(order)}  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return answers
+
+
+def figures(asked: list[Item], answers: list[str]) -> dict[str, dict[str, Any]]:
+    """Return, by figure, the share of right answers (`value`), the number of questions (`n`) and the `target`."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for item, text in zip(asked, answers, strict=True):
+        for figure in item.figures:
+            scores[figure].append(answer_match(text, item.query.target))
+    first = [*TYPES, "text"]
+    names = sorted(scores, key=lambda f: (first.index(f) if f in first else len(first), f))
+    return {
+        f: {"value": round(sum(scores[f]) / len(scores[f]), 4), "n": len(scores[f]), "target": TARGETS.get(f)}
+        for f in names
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table."""
+    rows = ["| figure | right | target | questions |", "|---|---:|---:|---:|"]
+    for name, figure in found.items():
+        target = "" if figure["target"] is None else f"{100 * figure['target']:.0f} %"
+        rows.append(f"| {name} | {100 * figure['value']:.1f} % | {target} | {figure['n']:,} |")
+    return "\n".join(rows)
+
+
+def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], holdout: Holdout) -> str:
+    """Return the text of the model card."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    stages = ["| stage | passes | pictures seen | minutes | pictures/s |", "|---|---:|---:|---:|---:|"]
+    for name, stage in training["stages"].items():
+        passes, rate = f"{stage['passes']:g} of {stage['of']}", stage["pictures"] / max(stage["seconds"], 1)
+        stages.append(f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |")
+    machine = training["machine"]
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
+    sample = scores["sample"]
+    return Template(Path(__file__).with_name("mini_vlm_card.md").read_text(encoding="utf-8")).substitute(
+        name=training["name"],
+        family=FAMILIES[backbone.family],
+        recipe=RECIPES[backbone.family],
+        parameters=f"{training['parameters'] / 1e6:.2f} million",
+        megabytes=f"{size / 1e6:.1f}",
+        concepts=f"{training['concepts'] - len(holdout.concepts):,}",
+        sampled="" if sample is None else f", with at most {sample} questions a figure",
+        figures=table(scores["figures"]),
+        stages="\n".join(stages),
+        machine=f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads",
+        n_concepts=len(holdout.concepts),
+        n_artists=len(holdout.artists),
+    )
+
+
+def score(model: Path, *, device: str, sample: int | None, batch_size: int, errors: Path | None) -> dict[str, Any]:
+    """Measure a model folder, write scores.json and README.md into it, and return the scores."""
+    backbone = load_backbone(str(model), device=device)
+    holdout = Holdout(**json.loads((model / "holdout.json").read_text(encoding="utf-8")))
+    training = json.loads((model / "training.json").read_text(encoding="utf-8"))
+    whole = load_emojikb(None, 0, 0)
+    small = training["concepts"] if training["concepts"] < len(whole.concepts) else None
+    kb = EmojiKB(**{**vars(load_emojikb(small, 0, 0)), "holdout": holdout})
+    asked = sampled(list(items(kb)), sample)
+    started = time.monotonic()
+    answers = answer(backbone, asked, batch_size)
+    scores = {
+        "model": training["name"],
+        "protocol": "greedy free generation, answer_match",
+        "sample": sample,
+        "figures": figures(asked, answers),
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": runtime.versions(),
+    }
+    write_atomic(model / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_atomic(model / "README.md", card(backbone, model, scores, holdout))
+    if errors is not None:
+        wrong = [
+            {"picture": item.picture, "type": item.type, "answer": text}
+            for item, text in zip(asked, answers, strict=True)
+            if item.picture and item.type != "background" and not answer_match(text, item.query.target)
+        ]
+        write_atomic(errors, "".join(json.dumps(line) + "\n" for line in wrong))
+    return scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the model folder, as train_mini_vlm.py writes it")
+    parser.add_argument("--sample", type=int, default=None, metavar="N", help="at most N questions a figure")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--errors", type=Path, default=None, help="write wrong answers there: {picture, type, answer}")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        scores = score(
+            args.model, device=args.device, sample=args.sample, batch_size=args.batch_size, errors=args.errors
+        )
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(scores["figures"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
