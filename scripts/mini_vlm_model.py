@@ -157,7 +157,9 @@ def _llava(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**recipe.vision, image_size=SIDE, projection_dim=64).to_dict(),
+        vision_config=CLIPVisionConfig(
+            **recipe.vision, image_size=SIDE, projection_dim=64, hidden_act="gelu", layer_norm_eps=1e-6
+        ).to_dict(),
         text_config=LlamaConfig(**_text(recipe.text, size)).to_dict(),
         image_token_index=SPECIAL.index("<image>"),
         vision_feature_select_strategy="default",

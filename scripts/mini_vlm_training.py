@@ -39,7 +39,7 @@ class Trainee(nn.Module):
         self.pictures = Pictures(kb, device)
         self.model = self.adapter.model
         anchors = self.adapter.anchors
-        self._tower, self._stack, self._head = anchors.path("vision"), anchors.stack, anchors.tail[-1]
+        self.tower, self._stack, self._head = anchors.path("vision"), anchors.stack, anchors.tail[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             width = recipe.vision["hidden_size"]
@@ -51,7 +51,7 @@ class Trainee(nn.Module):
         """Let exactly the parameters of a stage be trained and return them by name."""
         chosen = {}
         for name, parameter in self.named_parameters():
-            in_tower = name.startswith(("heads.", f"model.{self._tower}."))
+            in_tower = name.startswith(("heads.", f"model.{self.tower}."))
             trained = in_tower if stage == "tower" else not name.startswith("heads.")
             trained &= stage != "decoder" or not in_tower
             parameter.requires_grad_(trained)
@@ -62,7 +62,7 @@ class Trainee(nn.Module):
     def tower_loss(self, chosen: Tensor, stage: Stage, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
         pixels, colour = self.pictures.draw(chosen, generator)
-        tokens = self.model.get_submodule(self._tower)(normalise(pixels)).last_hidden_state
+        tokens = self.model.get_submodule(self.tower)(normalise(pixels)).last_hidden_state
         pooled = self.heads["norm"](tokens[:, 1:].mean(1))
         wanted = torch.cat((self.pictures.labels[self.pictures.concept[chosen]], colour[:, None]), dim=1)
         loss, counts = pooled.new_zeros(()), torch.zeros(2, len(COLUMNS), device=self.device)
@@ -120,6 +120,7 @@ class Progress:
     stage: str
     step: int = 0
     seconds: float = 0.0
+    origin: str = ""  # whose tower this one started from
     last: dict[str, Any] = field(default_factory=dict)  # the last line of its log
 
 
@@ -246,11 +247,9 @@ def store(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
-    about = {"stage": progress.stage, "step": progress.step, "seconds": progress.seconds, "last": progress.last}
-    metadata = {"progress": json.dumps(about), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
-    write_atomic(
-        out / f"{progress.stage}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}, metadata)
-    )
+    metadata = {"progress": json.dumps(vars(progress)), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    write_atomic(out / f"{progress.stage}.safetensors", data)
 
 
 def read_progress(out: Path, name: str) -> Progress | None:
@@ -286,7 +285,52 @@ def load(
         known = set(file.keys())
         for key, parameter in parameters.items():
             if optimizer is not None and f"optimizer/step/{key}" in known:
-                optimizer.state[parameter] = {
-                    part: file.get_tensor(f"optimizer/{part}/{key}") for part in ("step", "exp_avg", "exp_avg_sq")
-                }
+                parts = ("step", "exp_avg", "exp_avg_sq")
+                state = {part: file.get_tensor(f"optimizer/{part}/{key}") for part in parts}
+                optimizer.state[parameter] = state | {"step": state["step"].cpu()}  # AdamW counts on the CPU
         return Progress(**json.loads(file.metadata()["progress"]))
+
+
+@torch.no_grad()
+def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
+    """Start a CLIP tower from the trained tower of a BLIP-2 run (its tower.safetensors), and store that as step 0.
+
+    The two differ in names, in a bias of the patches (added to their positions here), in one matrix for queries, keys
+    and values (cut in three), and in a norm before the first layer, which is set to keep the usual scale.
+    """
+    if trainee.recipe.family != "llava":
+        raise UserError(f"{path}: only a CLIP tower can start from a BLIP-2 tower")
+    mark = "model.vision_model."
+    with safe_open(path, "pt", device=str(trainee.device)) as file:
+        theirs = {key.removeprefix(mark): file.get_tensor(key) for key in file.keys() if key.startswith(mark)}  # noqa: SIM118
+        origin = json.loads(file.metadata()["shape"])["name"]
+    tower = trainee.model.get_submodule(trainee.tower)
+    ours = dict(tower.named_parameters())
+    taken = clip_names(theirs)
+    wrong = [name for name, value in taken.items() if name not in ours or value.shape != ours[name].shape]
+    if wrong:
+        raise UserError(f"{path}: a tower of another shape ({wrong[0]})", "the `vision` sections must be the same")
+    for name, value in taken.items():
+        ours[name].copy_(value)
+    generator = Generator(trainee.device).manual_seed(trainee.recipe.seed)
+    pixels, _ = trainee.pictures.draw(trainee.pictures.order(generator)[:64], generator)
+    ours["pre_layrnorm.weight"].fill_(tower.embeddings(normalise(pixels)).std(-1).mean())
+    store(trainee, {}, torch.optim.AdamW(trainee.heads.parameters()), Progress("tower", origin=origin), out)
+
+
+def clip_names(blip: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a BLIP-2 tower under the names and in the shapes of a CLIP tower."""
+    blip = dict(blip)
+    positions = blip.pop("embeddings.position_embedding")[0].clone()
+    positions[1:] += blip.pop("embeddings.patch_embedding.bias")
+    clip = {
+        "embeddings.position_embedding.weight": positions,
+        "embeddings.class_embedding": blip.pop("embeddings.class_embedding").flatten(),
+    }
+    for name, value in blip.items():
+        if ".qkv." in name:
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                clip[name.replace("qkv", f"{part}_proj")] = piece
+        else:
+            clip[name.replace("self_attn.projection", "self_attn.out_proj")] = value
+    return clip

@@ -145,12 +145,13 @@ def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], ho
     for name, stage in training["stages"].items():
         passes, rate = f"{stage['passes']:g} of {stage['of']}", stage["pictures"] / max(stage["seconds"], 1)
         stages.append(f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |")
-    machine = training["machine"]
+    machine, origin = training["machine"], training["stages"].get("tower", {}).get("origin", "")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
     sample = scores["sample"]
     return Template(Path(__file__).with_name("mini_vlm_card.md").read_text(encoding="utf-8")).substitute(
         name=training["name"],
         family=FAMILIES[backbone.family],
+        options=f" --tower-from {origin}-run/tower.safetensors" if origin else "",
         recipe=RECIPES[backbone.family],
         parameters=f"{training['parameters'] / 1e6:.2f} million",
         megabytes=f"{size / 1e6:.1f}",

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve 
 import torch
 from mini_vlm_data import load_emojikb
 from mini_vlm_model import STAGES, Recipe, export, read_recipe
-from mini_vlm_training import COLUMNS, Trainee, read_progress, steps_of, train_stage
+from mini_vlm_training import COLUMNS, Trainee, adopt_tower, read_progress, steps_of, train_stage
 
 from mmedit_cli import runtime
 from mmedit_cli.errors import UserError
@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=None, help="stop after that long; run again to continue")
     parser.add_argument("--no-resume", action="store_true", help="forget what is in OUT")
     parser.add_argument("--quick", action="store_true", help="a few dozen concepts and a smaller model")
+    parser.add_argument("--tower-from", type=Path, help="mini-llava: start from this tower.safetensors of mini-blip2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     return parser.parse_args(argv)
@@ -62,11 +63,24 @@ class Stop:
         return self._asked or time.monotonic() > self._end or (self._steps is not None and self._steps <= 0)
 
 
-def train(recipe: Recipe, out: Path, *, device: torch.device, stages: tuple[str, ...], stop: Stop) -> bool:
-    """Train the stages one after another and write the model folder; return whether all came to their end."""
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    stages: tuple[str, ...],
+    stop: Stop,
+    tower_from: Path | None = None,
+) -> bool:
+    """Train the stages one after another and write the model folder; return whether all came to their end.
+
+    With `tower_from`, the tower.safetensors of a BLIP-2 run, a run of LLaVA that begins starts from that tower.
+    """
     out.mkdir(parents=True, exist_ok=True)
     kb = load_emojikb(**_data(recipe))
     trainee = Trainee(recipe, kb, device)
+    if tower_from is not None and not any((out / f"{stage}.safetensors").exists() for stage in STAGES):
+        adopt_tower(trainee, tower_from, out)
     for name in stages:
         with (out / "log.jsonl").open("a", encoding="utf-8") as log:
             finished = train_stage(trainee, name, out, stop, lambda line, log=log: _say(line, log))
@@ -136,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         stop = Stop(args.minutes)
         stop.listen()
         stages = STAGES if args.stage == "all" else (args.stage,)
-        finished = train(recipe, args.out, device=device, stages=stages, stop=stop)
+        finished = train(recipe, args.out, device=device, stages=stages, stop=stop, tower_from=args.tower_from)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
