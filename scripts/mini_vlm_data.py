@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.backbones.base import Encoded, VisionLanguageModel
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,9 @@ class Questions:
     """
 
     def __init__(self, kb: EmojiKB, adapter: VisionLanguageModel, device: torch.device) -> None:
-        self._adapter, self._known, self._encoded = adapter, {}, []  # type: ignore[var-annotated]
+        self._adapter = adapter
+        self._known: dict[tuple[str, str, bool], int] = {}
+        self._encoded: list[Encoded] = []
         place = {c["id"]: i for i, c in enumerate(kb.concepts)}
         with_picture = torch.full((len(place), len(TYPES), 4), NONE)
         text: list[list[int]] = []
@@ -228,9 +230,9 @@ class Questions:
         key = (prompt, answer, picture)
         if key not in self._known:
             encoded = self._adapter.encode(Query(prompt, answer, Path("any.png") if picture else None))
-            encoded.ids.append(self._adapter.tokenizer.eos_token_id)
+            ids = [*encoded.ids, self._adapter.tokenizer.eos_token_id]
             self._known[key] = len(self._encoded)
-            self._encoded.append(_Sequence(encoded.ids, encoded.image_start, encoded.n_image, encoded.n_answer + 1))
+            self._encoded.append(Encoded(ids, encoded.image_start, encoded.n_image, encoded.n_answer + 1))
         return self._known[key]
 
     def ask(self, concept: Tensor, colour: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -255,11 +257,3 @@ class Questions:
         at = torch.arange(ids.shape[1], device=ids.device)
         answer = (at >= length - n_answer) & (at < length)
         return Rows(ids, (at < length).long(), answer.roll(-1, dims=1), ids[answer])
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    ids: list[int]
-    image_start: int
-    n_image: int
-    n_answer: int
