@@ -29,7 +29,8 @@ STAGES = ("tower", "decoder", "joint")
 class Stage:
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
-    `rate` is the peak learning rate (linear warm-up over the first `warmup` of the steps, then a cosine to zero).
+    `reading` weighs the loss of classifying pictures by the tokens the language model sees. `rate` is the peak of the
+    learning rate (linear warm-up over the first `warmup` of the steps, then a cosine to zero).
     """
 
     passes: int
@@ -38,6 +39,7 @@ class Stage:
     decay: float
     questions: int = 0
     texts: int = 0
+    reading: float = 0.0
     warmup: float = 0.03
 
 
@@ -130,6 +132,8 @@ def _blip2(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
         **(recipe.bridge or {}),
         "encoder_hidden_size": recipe.vision["hidden_size"],
         "cross_attention_frequency": 1,
+        "initializer_range": (recipe.bridge or {}).get("hidden_size", 1)
+        ** -0.5,  # 0.02 lets hardly any picture through
         "vocab_size": 8,  # the Q-Former reads no text
         "max_position_embeddings": 8,
         "hidden_dropout_prob": 0.0,

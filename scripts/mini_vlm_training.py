@@ -29,7 +29,11 @@ BETAS, CLIP, CHUNKS = (0.9, 0.95), 1.0, 4
 
 
 class Trainee(nn.Module):
-    """The model, the classification heads that only the first stage uses, and the data, all on one device."""
+    """The model, what helps to train it and is not shipped, and the data, all on one device.
+
+    `heads` classify pictures by the tower's patch tokens, in the first stage; `readers` by the tokens the language
+    model gets, in the second: without these a Q-Former takes many passes to let anything through.
+    """
 
     def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
         super().__init__()
@@ -45,15 +49,19 @@ class Trainee(nn.Module):
             width = recipe.vision["hidden_size"]
             self.heads = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
             self.heads["norm"] = nn.LayerNorm(width)
+            width = recipe.text["hidden_size"]
+            self.readers = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
+            self.readers["norm"] = nn.LayerNorm(width)
         self.to(device)
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
         chosen = {}
         for name, parameter in self.named_parameters():
-            in_tower = name.startswith(("heads.", f"model.{self.tower}."))
-            trained = in_tower if stage == "tower" else not name.startswith("heads.")
-            trained &= stage != "decoder" or not in_tower
+            part = "tower" if name.startswith(("heads.", f"model.{self.tower}.")) else "decoder"
+            trained = part == stage
+            if stage == "joint":
+                trained = name.startswith("model.")
             parameter.requires_grad_(trained)
             if trained:
                 chosen[name] = parameter
@@ -63,11 +71,14 @@ class Trainee(nn.Module):
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
         pixels, colour = self.pictures.draw(chosen, generator)
         tokens = self.model.get_submodule(self.tower)(normalise(pixels)).last_hidden_state
-        pooled = self.heads["norm"](tokens[:, 1:].mean(1))
+        return self._classify(self.heads, tokens[:, 1:], chosen, colour)
+
+    def _classify(self, heads: nn.ModuleDict, tokens: Tensor, chosen: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = heads["norm"](tokens.mean(1))
         wanted = torch.cat((self.pictures.labels[self.pictures.concept[chosen]], colour[:, None]), dim=1)
         loss, counts = pooled.new_zeros(()), torch.zeros(2, len(COLUMNS), device=self.device)
         for i, head in enumerate(HEADS):
-            logits, target = self.heads[head](pooled), wanted[:, i]
+            logits, target = heads[head](pooled), wanted[:, i]
             loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(logits.float(), target, ignore_index=NONE)
             counts[0, i] = (logits.argmax(-1) == target).sum()
             counts[1, i] = (target != NONE).sum()
@@ -97,7 +108,11 @@ class Trainee(nn.Module):
             counts = torch.zeros(2, len(COLUMNS), device=self.device)
             counts[0].index_add_(0, columns, (misses == 0).float())
             counts[1].index_add_(0, columns, torch.ones_like(misses))
-        return F.cross_entropy(logits.float(), answers), counts
+        loss = F.cross_entropy(logits.float(), answers)
+        if stage.reading:
+            reading, _ = self._classify(self.readers, visual, chosen, colour)
+            loss = loss + stage.reading * reading
+        return loss, counts
 
     def _answers(
         self, chosen: Tensor, picture_of: Tensor, visual: Tensor, names: Tensor
@@ -277,12 +292,13 @@ def load(
     with safe_open(path, "pt", device=str(trainee.device)) as file:
         if json.loads(file.metadata()["shape"]) != json.loads(json.dumps(trainee.recipe.shape)):
             raise UserError(f"{path}: from another recipe", "choose another --out, or start anew with --no-resume")
+        known = set(file.keys())
         with torch.no_grad():
             for key, parameter in trainee.named_parameters():
-                parameter.copy_(file.get_tensor(key))
+                if key in known and (source == name or source != "tower" or trainee.tower in key):
+                    parameter.copy_(file.get_tensor(key))
         if source != name:
             return Progress(name)
-        known = set(file.keys())
         for key, parameter in parameters.items():
             if optimizer is not None and f"optimizer/step/{key}" in known:
                 parts = ("step", "exp_avg", "exp_avg_sq")
