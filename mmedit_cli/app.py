@@ -39,9 +39,9 @@ def _root(
 
 @app.command("eval")
 def eval_(
-    editor: Annotated[str, typer.Argument(help="An editor of `mmedit list`.")],
-    model: options.Model,
-    data: options.Data,
+    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list`.")],
+    model: options.Model = None,
+    data: options.Data = "emojikb",
     sequential: Annotated[int, typer.Option("--sequential", "-n", help="Edits in a row before asking about all.")] = 1,
     report_at: Annotated[str, typer.Option(help="Also ask after so many edits, e.g. 1,10,100.")] = "",
     edit_batch: Annotated[int, typer.Option(help="Edits made in one operation.")] = 1,
@@ -85,11 +85,11 @@ def eval_(
         batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)),
     )
+    out = Output(as_json=as_json)
     request = workflows.EvalOptions(
-        editor, workflows.ModelOptions(model, device, dtype, device_map, revision), data, protocol,
+        editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, protocol,
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, seed=seed, records=records, force=force,
     )  # fmt: skip
-    out = Output(as_json=as_json)
     if dry_run:
         show.plan(out, workflows.plan_evaluation(request).describe())
     else:
@@ -99,7 +99,7 @@ def eval_(
 @app.command()
 def ask(
     prompt: Annotated[str, typer.Argument(help="The question.")],
-    model: options.Model,
+    model: options.Model = None,
     image: Annotated[
         Path | None, typer.Option("--image", "-i", help="The picture asked about.", show_default=False)
     ] = None,
@@ -120,7 +120,7 @@ def ask(
     from mmedit_cli import workflows
 
     out = Output(as_json=as_json)
-    asked = workflows.ModelOptions(model, device, dtype, device_map, revision)
+    asked = workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision)
     answer = workflows.answer(asked, prompt, image, max_new_tokens=max_new_tokens, out=out)
     out.result({"prompt": prompt, "image": str(image) if image else None, "answer": answer}, lambda: out.line(answer))
 
@@ -161,6 +161,16 @@ def doctor(
     from mmedit_cli import doctor as checks
 
     raise typer.Exit(0 if checks.run(Output(as_json=as_json), data) else 1)
+
+
+def _named(model: str | None, out: Output) -> str:
+    """Return the model that was named, or the default one, saying which it is."""
+    if model is not None:
+        return model
+    from mmedit_cli.catalog import default_model
+
+    out.note(f"no --model: {default_model()}")
+    return default_model()
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ MODELS = {
     "llava-1.5-13b": Entry("llava", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5 with Vicuna-13B (40 layers)"),
 }
 
+DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where no model is named
 FAMILIES = {"blip-2": "blip2", "llava": "llava"}  # config.json: model_type -> backbone module
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
@@ -57,6 +58,11 @@ class ModelRef:
 def bundled() -> dict[str, Path]:
     """Return the trained models that come along, by name: the folders of data/models with a config.json."""
     return {path.parent.name: path.parent for path in sorted((share_dir("data") / "models").glob("*/config.json"))}
+
+
+def default_model() -> str:
+    """Return the model that is used where none is named."""
+    return next(name for name in DEFAULTS if name in MODELS or name in bundled())
 
 
 def find_model(name: str, *, revision: str | None = None) -> ModelRef:

@@ -8,8 +8,13 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="A model of `mmedit list`, a local folder, or a hub id such as owner/name."),
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A name of `mmedit list`, a folder, or a hub id such as owner/name. [default: one that comes along]",
+        show_default=False,
+    ),
 ]
 Data = Annotated[
     str,

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, SHAPES
 
 from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.catalog import default_model
 
 EVAL = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--sequential", 8, "--report-at", "1,8")
 COMMANDS = ("eval", "ask", "list", "report", "doctor")
@@ -209,8 +210,19 @@ def test_unknown_editor_option_and_command(cli):
     assert (code, "did you mean ft?" in err) == (2, True)
     assert cli(*EVAL, "--sequentail", 3)[0] == 2
     assert cli("evaluate")[0] == 2
-    code, _, err = cli("eval", "ft")
-    assert (code, "--model" in err) == (2, True)
+    code, _, err = cli("eval")
+    assert (code, "EDITOR" in err) == (2, True)
+
+
+def test_without_a_model_and_data_those_that_come_along_are_used(cli, tmp_path):
+    code, text, talk = cli("eval", "ft", "--limit", 2, "--sequential", 2, "--set", "steps=1", "--json")
+    report = json.loads(text)
+    assert (code, report["data"]["name"], report["model"]["name"]) == (0, "emojikb", default_model())
+    assert f"no --model: {default_model()}" in talk
+    code, _, err = cli("eval", "ft", "--set", "learning_rte=1")
+    assert code == 2
+    for part in ("learning_rte", "hparams/ft.yaml", "learning_rate"):
+        assert part in err
 
 
 def test_a_connector_edit_without_an_image_names_the_request(cli, tmp_path):
