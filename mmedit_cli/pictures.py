@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,27 +22,30 @@ class Picture(NamedTuple):
 
 def check_picture(path: Path) -> None:
     """Read the header and check the structure of an image file; raise DataError in one line if it is not usable."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.verify()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from error
+    with _reading(path) as image:
+        image.verify()
 
 
 def load_picture(picture: Picture) -> Image.Image:
     """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
-    check_picture(picture.path)
+    with _reading(picture.path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            above = upright.convert("RGBA")
+            ground = Image.new("RGBA", above.size, picture.background)
+            return Image.alpha_composite(ground, above).convert("RGB")
+        return upright.convert("RGB")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Image.Image]:
+    """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
     try:
-        with Image.open(picture.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                above = upright.convert("RGBA")
-                ground = Image.new("RGBA", above.size, picture.background)
-                return Image.alpha_composite(ground, above).convert("RGB")
-            return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{picture.path}: not a readable image ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from error

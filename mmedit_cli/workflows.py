@@ -133,13 +133,9 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         with out.progress(totals) as tick:
             evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
-        examples = _examples(run.read("cases"))
-        report = build_report(
-            {**head, "environment": run.environment, "examples": examples},
-            run.read("cases"),
-            run.read("edits"),
-            protocol.sequential,
-        )
+        cases = run.read("cases")
+        head |= {"environment": run.environment, "examples": _examples(cases)}
+        report = build_report(head, cases, run.read("edits"), protocol.sequential)
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         run.finish(report)
     return report
@@ -254,6 +250,7 @@ def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) 
 
 def _examples(lines: Sequence[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:
     """Return a few edits with the answers before and after, spread over the last milestone."""
-    last = [line for line in lines if line["edits"] == max(x["edits"] for x in lines)]
+    most_edits = max(line["edits"] for line in lines)
+    last = [line for line in lines if line["edits"] == most_edits]
     step = max(1, len(last) // most)
     return [{"case": line["case"], **line["answers"]["reliability"][0]} for line in last[::step][:most]]
