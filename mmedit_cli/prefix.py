@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +32,8 @@ def run_to(forward: Callable[[], Any], module: nn.Module) -> tuple[Tensor, dict[
         seen.append((args[0] if args else rest.pop("hidden_states"), rest))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    # before other hooks on its input: what an editor changes there belongs to what follows
+    handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         forward()
     except _Reached:
@@ -41,20 +41,6 @@ def run_to(forward: Callable[[], Any], module: nn.Module) -> tuple[Tensor, dict[
     finally:
         handle.remove()
     raise RuntimeError(f"the forward pass never came to {type(module).__name__}")
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The state of a batch on entering decoder layer `layer`.
-
-    hidden: (B, T, D), right-padded; attention_mask: (B, T), 1 where a token is; context: what every decoder layer
-    receives beside the hidden state (masks, positions).
-    """
-
-    layer: int
-    hidden: Tensor
-    attention_mask: Tensor
-    context: dict[str, Any] = field(repr=False)
 
 
 class RowCache(Generic[K]):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from mmedit_cli.backbones.base import Encoded, VisionLanguageModel
+from mmedit_cli.backbones._batch import Encoded
+from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,8 +30,6 @@ from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import UserError
 from mmedit_cli.evaluation.metrics import answer_match
-from mmedit_cli.pictures import Picture
-from mmedit_cli.prefix import RowCache
 from mmedit_cli.records import write_atomic
 from mmedit_cli.types import Query
 
@@ -98,20 +96,23 @@ def sampled(asked: list[Item], most: int | None) -> list[Item]:
 
 def answer(backbone: VisionLanguageModel, asked: list[Item], batch_size: int) -> list[str]:
     """Return the model's free answers in order; questions of a like length are asked together."""
-    features: RowCache[Picture] = RowCache(lambda p: list(backbone.image_features(p)), group=64)
-    seen = (Picture(i.query.image, i.query.background) for i in asked if i.query.image is not None)
-    features.plan(list(seen))
     order = sorted(range(len(asked)), key=lambda i: (asked[i].query.image is None, len(asked[i].query.prompt)))
     answers = [""] * len(asked)
     started = time.monotonic()
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        queries = [asked[i].query for i in part]
-        texts = backbone.generate(queries, max_new_tokens=LONGEST_ANSWER, features=features)
-        for i, text in zip(part, texts, strict=True):
-            answers[i] = text
-        if start // batch_size % 20 == 0:
-            print(f"{start + len(part)}/{len(order)}  {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    # the image tokens of each picture once; the prefixes are not used here
+    with backbone.keeping(0, [asked[i].query for i in order], group=64, budget=1 << 30):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            queries = [asked[i].query for i in part]
+            texts = backbone.generate(queries, max_new_tokens=LONGEST_ANSWER)
+            for i, text in zip(part, texts, strict=True):
+                answers[i] = text
+            if start // batch_size % 20 == 0:
+                print(
+                    f"{start + len(part)}/{len(order)}  {time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return answers
 
 

@@ -3,76 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mmedit_cli.backbones._anchors import Anchors
+from mmedit_cli.backbones._batch import IGNORE, Batch, Encoded, Kept, Prefix, joined
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.pictures import Picture, load_picture
-from mmedit_cli.prefix import Prefix, RowCache, run_to
+from mmedit_cli.prefix import RowCache, run_to
 from mmedit_cli.types import Query
-
-IGNORE = -100
-Features = RowCache[Picture]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Queries as tensors, right-padded (left-padded for generation).
-
-    input_ids, attention_mask: (B, T); labels: (B, T), the answer tokens at their own positions and -100 elsewhere;
-    image_mask, prompt_mask, answer_mask: (B, T) bool; the prompt is everything between the image and the answer.
-    `pictures` are the distinct images in order of first use, `picture_of` the index of each row's own, or None.
-    """
-
-    queries: tuple[Query, ...]
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    image_mask: Tensor
-    prompt_mask: Tensor
-    answer_mask: Tensor
-    pictures: tuple[Picture, ...]
-    picture_of: tuple[int | None, ...]
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each row."""
-        return self.attention_mask.sum(1).tolist()
-
-    @property
-    def predicting(self) -> Tensor:
-        """(B, T) bool: the positions whose logits predict the answer tokens, one before each of them."""
-        return predicting(self.answer_mask)
-
-    @property
-    def answers(self) -> Tensor:
-        """(n,): the answer tokens of all rows, in the order of `logits[predicting]`."""
-        return self.labels[self.answer_mask]
-
-
-def predicting(answer_mask: Tensor) -> Tensor:
-    """Shift an answer mask (B, T) one position to the left: logits at t predict the token at t + 1."""
-    return torch.cat((answer_mask[:, 1:], torch.zeros_like(answer_mask[:, :1])), dim=1)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One query as token ids: `n_image` placeholders from `image_start`, and `n_answer` answer tokens at the end."""
-
-    ids: list[int]
-    image_start: int
-    n_image: int
-    n_answer: int
 
 
 class VisionLanguageModel(ABC):
-    """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens."""
+    """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
+
+    `passing` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
+    """
 
     family: ClassVar[str]
     image_token: ClassVar[str] = "<image>"
@@ -91,6 +43,8 @@ class VisionLanguageModel(ABC):
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
         self._encode = lru_cache(maxsize=1 << 16)(self._tokenize)  # a query is asked at every milestone
+        self.passing: Batch | None = None
+        self._kept: Kept | None = None
 
     # -- what a family has to say -------------------------------------------------------------------------------
 
@@ -190,10 +144,10 @@ class VisionLanguageModel(ABC):
         pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
         return self._encode_pixels(pixels.to(self.device, self.dtype)).to(self.device, self.dtype)
 
-    def embed(self, batch: Batch, features: Features | None = None) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
 
-        `features` serves image tokens that were computed before; without it each distinct picture is encoded here.
+        Each distinct picture is encoded once a batch, or once in all inside `keeping`.
         """
         embeds = self._embedding(batch.input_ids)
         rows = [index for index in batch.picture_of if index is not None]
@@ -201,37 +155,40 @@ class VisionLanguageModel(ABC):
             return embeds
         encoded = (
             self.image_features(batch.pictures)
-            if features is None
-            else torch.stack(features.get(batch.pictures)).to(self.device)
+            if self._kept is None
+            else torch.stack(self._kept.features.get(batch.pictures)).to(self.device)
         )
         return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), encoded[rows].to(embeds.dtype))
 
-    def logits(self, batch: Batch, features: Features | None = None) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V)."""
-        return self.forward_embeds(self.embed(batch, features), batch.attention_mask)
+        embeds = self.embed(batch)
+        with self._pass(batch):
+            return self._forward(embeds, batch.attention_mask)
 
-    def forward_embeds(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the language model on embeddings (B, T, D) and return its logits (B, T, V)."""
-        return self._tail[-1](self._run_stack(embeds, attention_mask))
-
-    def prefix(self, batch: Batch, layer: int, features: Features | None = None) -> Prefix:
+    def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
         self._check_layer(layer)
-        target = self.layers[layer] if layer < self.n_layers else self._tail[0]
-        embeds = self.embed(batch, features)
-        hidden, context = run_to(lambda: self.forward_embeds(embeds, batch.attention_mask), target)
-        if layer == self.n_layers:
-            context = {}
-        return Prefix(layer, hidden, batch.attention_mask, context)
+        if self._kept is not None and self._kept.layer == layer:
+            rows = self._kept.prefixes.get(batch.queries)
+            return self.prefix_of(pad_sequence(rows, batch_first=True).to(self.device), batch, layer)
+        return self._compute_prefix(batch, layer)
 
-    def prefix_of(self, hidden: Tensor, attention_mask: Tensor, layer: int) -> Prefix:
+    def _compute_prefix(self, batch: Batch, layer: int) -> Prefix:
+        target = self.layers[layer] if layer < self.n_layers else self._tail[0]
+        embeds = self.embed(batch)
+        with self._pass(batch):
+            hidden, context = run_to(lambda: self._forward(embeds, batch.attention_mask), target)
+        return Prefix(layer, batch, hidden, context if layer < self.n_layers else {})
+
+    def prefix_of(self, hidden: Tensor, batch: Batch, layer: int) -> Prefix:
         """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
         self._check_layer(layer)
         if layer == self.n_layers:
-            return Prefix(layer, hidden, attention_mask, {})
+            return Prefix(layer, batch, hidden, {})
         embeds = torch.zeros(*hidden.shape[:2], self._embedding.weight.shape[1], dtype=self.dtype, device=self.device)
-        _, context = run_to(lambda: self._run_stack(embeds, attention_mask), self.layers[0])
-        return Prefix(layer, hidden, attention_mask, context)
+        _, context = run_to(lambda: self._run_stack(embeds, batch.attention_mask), self.layers[0])
+        return Prefix(layer, batch, hidden, context)
 
     def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
         """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
@@ -239,14 +196,57 @@ class VisionLanguageModel(ABC):
         `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool.
         """
         hidden = prefix.hidden
-        for layer in self.layers[prefix.layer :]:
-            output = layer(hidden, **prefix.context)
-            hidden = output[0] if isinstance(output, tuple) else output
-        if at is not None:
-            hidden = hidden[at.to(hidden.device)]
-        for module in self._tail:
-            hidden = module(hidden)
+        with self._pass(prefix.batch):
+            for layer in self.layers[prefix.layer :]:
+                output = layer(hidden, **prefix.context)
+                hidden = output[0] if isinstance(output, tuple) else output
+            for i, module in enumerate(self._tail):
+                hidden = module(hidden)
+                if i == 0 and at is not None:  # not before the norm: a hook on it reads whole rows
+                    hidden = hidden[at.to(hidden.device)]
         return hidden
+
+    @contextmanager
+    def keeping(self, layer: int, queries: Sequence[Query], *, group: int, budget: int) -> Iterator[Kept]:
+        """Inside the block, compute the image tokens of each picture and the prefix at `layer` of each query once.
+
+        Right only while nothing below `layer` changes. The rows are computed in groups of `group` that are fixed by
+        the list of queries, so that an interrupted run that goes on computes the same bits. `budget`: bytes in
+        memory, the rest spills to disk.
+        """
+
+        def compute(members: Sequence[Query]) -> list[Tensor]:
+            batch = self.batch(members)
+            hidden = self._compute_prefix(batch, layer).hidden
+            return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
+
+        distinct = self.by_length(queries)
+        features: RowCache[Picture] = RowCache(
+            lambda pictures: list(self.image_features(pictures)), group=group, budget=budget // 4, spill=True
+        )
+        prefixes: RowCache[Query] = RowCache(compute, group=group, budget=budget - budget // 4, spill=True)
+        features.plan([Picture(q.image, q.background) for q in distinct if q.image is not None])
+        prefixes.plan(distinct)
+        before, self._kept = self._kept, Kept(layer, features, prefixes)
+        try:
+            yield self._kept
+        finally:
+            self._kept = before
+
+    def by_length(self, queries: Iterable[Query]) -> list[Query]:
+        """Return the distinct queries by their number of tokens, so that little of a batch is padding."""
+        return sorted(dict.fromkeys(queries), key=lambda query: len(self.encode(query).ids))
+
+    @contextmanager
+    def _pass(self, batch: Batch) -> Iterator[None]:
+        before, self.passing = self.passing, batch
+        try:
+            yield
+        finally:
+            self.passing = before
+
+    def _forward(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._tail[-1](self._run_stack(embeds, attention_mask))  # type: ignore[no-any-return]
 
     def _run_stack(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
         return self._stack(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
@@ -258,9 +258,7 @@ class VisionLanguageModel(ABC):
     # -- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(
-        self, queries: Sequence[Query], *, max_new_tokens: int = 32, features: Features | None = None
-    ) -> list[str]:
+    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 32) -> list[str]:
         """Return the greedy answer to each query, cut at the end token or the first newline, and stripped."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -268,43 +266,45 @@ class VisionLanguageModel(ABC):
         room = self.max_length - batch.input_ids.shape[1]
         if room < 1:
             raise DataError(f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt")
-        tokens = self.generator.generate(
-            inputs_embeds=self.embed(batch, features),
-            attention_mask=batch.attention_mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=min(max_new_tokens, room),
-                do_sample=False,
-                pad_token_id=self.pad_id,
-                eos_token_id=self._end_ids,
-            ),
-            stopping_criteria=StoppingCriteriaList([self._newline_stop()]),
+        config = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, room),
+            do_sample=False,
+            pad_token_id=self.pad_id,
+            eos_token_id=self._end_ids,
         )
-        return [self._decode(row) for row in tokens.tolist()]
+        newline = self._newline
+        stop = StoppingCriteriaList([lambda ids, _scores, **_: newline[ids[:, -1]]])
+        embeds = self.embed(batch)
+        with self._pass(batch):
+            tokens = self.generator.generate(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                generation_config=config,
+                stopping_criteria=stop,
+            )
+        return [self.decode(row) for row in tokens.tolist()]
 
-    @property
+    @cached_property
     def _end_ids(self) -> list[int]:
         config = getattr(self.generator, "generation_config", None)
         ids = getattr(config, "eos_token_id", None)
         found = ids if isinstance(ids, list) else [ids, self.tokenizer.eos_token_id]
         return sorted({i for i in found if i is not None})
 
-    def _newline_stop(self) -> Callable[..., Tensor]:
-        """Return a stopping rule: a row is finished once it has produced a token with a newline in it."""
-        if not hasattr(self, "_newline"):
-            size = self.model.get_output_embeddings().weight.shape[0]
-            texts = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
-            flags = ["\n" in text for text in texts] + [False] * max(0, size - len(texts))
-            self._newline = torch.tensor(flags, device=self.device)
-        return lambda ids, _scores, **_: self._newline[ids[:, -1]]
+    @cached_property
+    def _newline(self) -> Tensor:
+        """(V,) bool: the tokens with a newline in them."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        texts = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
+        flags = ["\n" in text for text in texts] + [False] * max(0, size - len(texts))
+        return torch.tensor(flags, device=self.device)
 
-    def _decode(self, tokens: list[int]) -> str:
+    def stops(self, token: int) -> bool:
+        """Whether an answer ends with this token: an end token, or one with a newline in it."""
+        return token in self._end_ids or bool(self._newline[token])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of generated tokens, cut at the end token or the first newline, and stripped."""
         ends = [i for i, token in enumerate(tokens) if token in self._end_ids]
         text = self.tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True)
         return str(text).strip("\r ").split("\n")[0].strip()
-
-
-def joined(query: Query) -> str:
-    """Return the target as it follows the prompt: with one blank between, unless there is white space already."""
-    if query.prompt[-1:].isspace() or query.target[:1].isspace():
-        return query.target
-    return " " + query.target

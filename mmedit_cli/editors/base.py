@@ -80,6 +80,13 @@ class Editor(ABC):
     def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the edits described by `_tensors` in place of the present ones; raise StateError if they do not fit."""
 
+    def touches(self, queries: Sequence[Query]) -> list[bool]:
+        """Return for each query whether the present edits may change anything about its answer.
+
+        The default says so of every query once there is an edit; methods that route know better.
+        """
+        return [bool(self.operations)] * len(queries)
+
     # -- the verbs ----------------------------------------------------------------------------------------------
 
     def edit(self, requests: Sequence[Query]) -> Edited:

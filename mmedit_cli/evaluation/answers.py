@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from mmedit_cli.backbones.base import Batch, Features, VisionLanguageModel
+from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.evaluation.metrics import topk_ids
-from mmedit_cli.pictures import Picture
-from mmedit_cli.prefix import Prefix, RowCache
 from mmedit_cli.types import Query
 
 
@@ -30,100 +27,58 @@ class Answer:
     top: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Caches:
-    """Frozen rows that many questions share: image tokens by picture, and what enters `layer` by query."""
-
-    layer: int
-    features: Features
-    prefixes: RowCache[Query]
-
-
-def make_caches(
-    backbone: VisionLanguageModel, layer: int, queries: Sequence[Query], *, batch_size: int, budget: int
-) -> Caches:
-    """Plan the caches for all queries of a run; nothing is computed yet. `budget`: bytes in memory, the rest spills.
-
-    The plan depends on the queries alone, so an interrupted run that goes on computes the same bits.
-    """
-    features: Features = RowCache(
-        lambda pictures: list(backbone.image_features(pictures)), group=batch_size, budget=budget // 4, spill=True
-    )
-
-    def compute(group: Sequence[Query]) -> list[Tensor]:
-        batch = backbone.batch(group)
-        hidden = backbone.prefix(batch, layer, features).hidden
-        return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
-
-    prefixes: RowCache[Query] = RowCache(compute, group=batch_size, budget=budget - budget // 4, spill=True)
-    distinct = _by_length(backbone, dict.fromkeys(queries))
-    features.plan([Picture(q.image, q.background) for q in distinct if q.image is not None])
-    prefixes.plan(distinct)
-    return Caches(layer, features, prefixes)
-
-
 @torch.no_grad()
 def ask(
     backbone: VisionLanguageModel,
-    queries: Sequence[Query],
+    queries: Iterable[Query],
     *,
+    layer: int,
     top: Mapping[Query, int],
     max_new_tokens: int,
     batch_size: int,
-    caches: Caches | None,
 ) -> dict[Query, Answer]:
     """Ask every distinct query once and return the answers; the batches depend on the queries alone.
 
-    `top` names the queries for which the k best ids at every position are wanted; `max_new_tokens` 0 skips generation.
+    `layer` is where the forward passes are cut in two (see `VisionLanguageModel.keeping`); `top` names the queries for
+    which the k best ids at every position are wanted; `max_new_tokens` 0 skips the free answers.
     """
-    distinct = _by_length(backbone, dict.fromkeys(queries))
-    texts = _generate(backbone, distinct, max_new_tokens, batch_size, caches) if max_new_tokens else {}
+    distinct = backbone.by_length(queries)
     answers: dict[Query, Answer] = {}
+    texts: dict[Query, str] = {}  # by the question without its answer: what differs in nothing else is asked once
     for everywhere in (True, False):
         for group in _chunks([query for query in distinct if (query in top) == everywhere], batch_size):
             batch = backbone.batch(group)
-            at = batch.attention_mask.bool() if everywhere else batch.predicting
             # the head runs on the positions that are read, and on no other
-            logits = backbone.resume(_prefix(backbone, batch, caches), at).split(at.sum(1).tolist())
+            at = batch.predicting | batch.ends if max_new_tokens else batch.predicting
+            if everywhere:
+                at = batch.attention_mask.bool()
+            logits = backbone.resume(backbone.prefix(batch, layer), at).split(at.sum(1).tolist())
             for row, query in enumerate(group):
                 wanted = tuple(batch.labels[row][batch.answer_mask[row]].tolist())
-                read = logits[row][batch.predicting[row][at[row]]]
+                said = tuple(logits[row][batch.predicting[row][at[row]]].argmax(-1).tolist())
                 ids = topk_ids(logits[row], top[query]).to("cpu", torch.int32) if everywhere else None
-                answers[query] = Answer(texts.get(_bare(query)), tuple(read.argmax(-1).tolist()), wanted, ids)
-    return answers
+                answers[query] = Answer(None, said, wanted, ids)
+                if said == wanted and len(wanted) <= max_new_tokens and _continues(backbone, query):
+                    after = int(logits[row][-1].argmax())
+                    if len(wanted) == max_new_tokens or backbone.stops(after):
+                        texts[_bare(query)] = backbone.decode(wanted)
+    if not max_new_tokens:
+        return answers
+    # where greedy decoding is known to give the answer that was fed in, and to stop, there is nothing to generate
+    rest = [question for question in dict.fromkeys(map(_bare, distinct)) if question not in texts]
+    for group in _chunks(rest, batch_size):
+        texts.update(zip(group, backbone.generate(group, max_new_tokens=max_new_tokens), strict=True))
+    return {query: Answer(texts[_bare(query)], a.said, a.wanted, a.top) for query, a in answers.items()}
 
 
-def _prefix(backbone: VisionLanguageModel, batch: Batch, caches: Caches | None) -> Prefix:
-    if caches is None:
-        return backbone.prefix(batch, 0)
-    rows = caches.prefixes.get(batch.queries)
-    hidden = pad_sequence(rows, batch_first=True).to(backbone.device)
-    return backbone.prefix_of(hidden, batch.attention_mask, caches.layer)
-
-
-def _generate(
-    backbone: VisionLanguageModel,
-    queries: Sequence[Query],
-    max_new_tokens: int,
-    batch_size: int,
-    caches: Caches | None,
-) -> dict[Query, str]:
-    features = None if caches is None else caches.features
-    texts: dict[Query, str] = {}
-    for group in _chunks(list(dict.fromkeys(_bare(query) for query in queries)), batch_size):
-        said = backbone.generate(group, max_new_tokens=max_new_tokens, features=features)
-        texts.update(zip(group, said, strict=True))
-    return texts
+def _continues(backbone: VisionLanguageModel, query: Query) -> bool:
+    """Whether the tokens of the question alone are the first tokens of question and answer."""
+    whole, question = backbone.encode(query), backbone.encode(_bare(query), with_answer=False)
+    return whole.ids[: -whole.n_answer] == question.ids
 
 
 def _bare(query: Query) -> Query:
-    """The question without its answer: queries that differ in nothing else are generated once."""
     return Query(query.prompt, "", query.image, query.background)
-
-
-def _by_length(backbone: VisionLanguageModel, queries: Mapping[Query, None]) -> list[Query]:
-    """Sort by the number of tokens, so that little of a batch is padding; the order given breaks ties."""
-    return sorted(queries, key=lambda query: len(backbone.encode(query).ids))
 
 
 def _chunks(queries: Sequence[Query], size: int) -> Iterator[Sequence[Query]]:

@@ -16,7 +16,7 @@ from mmedit_cli import runtime
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import RunError, UserError
 from mmedit_cli.evaluation import metrics
-from mmedit_cli.evaluation.answers import Answer, Caches, ask, make_caches
+from mmedit_cli.evaluation.answers import Answer, ask
 from mmedit_cli.records import Run, write_atomic
 from mmedit_cli.types import EditCase, Query
 
@@ -115,14 +115,13 @@ def evaluate_edits(
     asked `before`, `edits` made, or cases asked `after`. A run that was interrupted goes on with the shard it was in.
     """
     groups = [_Group(i, r.start, cases[r.start : r.stop]) for i, r in enumerate(protocol.groups(len(cases)))]
-    layer = editor.first_layer
-    caches = None
-    if layer is not None:
-        queries = [q for case in cases for _, qs in case.columns() for q in qs]
-        caches = make_caches(
-            editor.backbone, layer, queries, batch_size=protocol.batch_size, budget=protocol.cache_bytes
-        )
-    _Evaluation(editor, protocol, run, caches, base_folder, tick).all(groups)
+    evaluation = _Evaluation(editor, protocol, run, base_folder, tick)
+    if editor.first_layer is None:
+        evaluation.all(groups)
+        return
+    queries = [q for case in cases for _, qs in case.columns() for q in qs]
+    with editor.backbone.keeping(editor.first_layer, queries, group=protocol.batch_size, budget=protocol.cache_bytes):
+        evaluation.all(groups)
 
 
 class _Evaluation:
@@ -133,12 +132,11 @@ class _Evaluation:
         editor: Editor,
         protocol: Protocol,
         run: Run,
-        caches: Caches | None,
         base_folder: Path | None,
         tick: Callable[[str, int], None],
     ) -> None:
         self.editor, self.protocol, self.run = editor, protocol, run
-        self.caches, self.base_folder, self.tick = caches, base_folder, tick
+        self.base_folder, self.tick = base_folder, tick
         self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
         self.saved = time.monotonic()
 
@@ -222,7 +220,8 @@ class _Evaluation:
         missing = [i for i in shard if (group.index, milestone, i) not in self.done]
         if missing:
             cases = group.cases[shard.start : shard.stop]
-            before, after = self._base(group, shard), self._ask(cases)
+            before = self._base(group, shard)
+            after = self._after(cases, before)
             lines = [
                 {
                     "group": group.index,
@@ -237,14 +236,20 @@ class _Evaluation:
             self.run.append("cases", [line for line in lines if line["index"] in missing])
         self.tick("after", len(shard))
 
-    def _ask(self, cases: Sequence[EditCase]) -> dict[Query, Answer]:
+    def _after(self, cases: Sequence[EditCase], before: Mapping[Query, Answer]) -> dict[Query, Answer]:
+        """Ask again what the edits may have changed; the other answers are those of the untouched model."""
+        queries = _distinct(cases)
+        touched = [q for q, may in zip(queries, self.editor.touches(queries), strict=True) if may]
+        return {**before, **self._ask(touched, cases)}
+
+    def _ask(self, queries: Sequence[Query], cases: Sequence[EditCase]) -> dict[Query, Answer]:
         return ask(
             self.editor.backbone,
-            [query for case in cases for _, queries in case.columns() for query in queries],
+            queries,
+            layer=self.editor.first_layer or 0,
             top=self.protocol.top(cases),
             max_new_tokens=self.protocol.max_new_tokens if self.protocol.generates else 0,
             batch_size=self.protocol.batch_size,
-            caches=self.caches,
         )
 
     def _base(self, group: _Group, shard: range) -> dict[Query, Answer]:
@@ -256,7 +261,7 @@ class _Evaluation:
         if answers is None:
             if self.editor.operations:
                 raise RunError(f"{path}: the answers of the base model cannot be read", "delete it and start again")
-            answers = self._ask(cases)
+            answers = self._ask(_distinct(cases), cases)
             folder.mkdir(parents=True, exist_ok=True)
             _write_answers(path, cases, answers)
         return answers

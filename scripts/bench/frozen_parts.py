@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mmedit_cli.backbones.blip2 import Blip2
 from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.editors._losses import answer_loss
 from mmedit_cli.editors.ft import Ft, FtHparams
-from mmedit_cli.evaluation.answers import ask, make_caches
+from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.output import Output
 from mmedit_cli.runtime import quiet_libraries, versions
 
@@ -87,8 +88,10 @@ def edits(backbone: Blip2, cls: type[Ft], cases: Any, target: str) -> list[list[
 def asked(backbone: Blip2, cases: Any, *, cached: bool) -> list[list[tuple[int, ...]]]:
     """Ask everything about the cases four times, teacher-forced, as at four milestones."""
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
-    caches = make_caches(backbone, backbone.n_layers - 1, queries, batch_size=16, budget=1 << 30) if cached else None
-    rounds = [ask(backbone, queries, top={}, max_new_tokens=0, batch_size=16, caches=caches) for _ in range(4)]
+    layer = backbone.n_layers - 1
+    keeping = backbone.keeping(layer, queries, group=16, budget=1 << 30) if cached else nullcontext()
+    with keeping:
+        rounds = [ask(backbone, queries, layer=layer, top={}, max_new_tokens=0, batch_size=16) for _ in range(4)]
     return [[answers[q].said for q in queries] for answers in rounds]
 
 

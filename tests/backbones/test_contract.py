@@ -12,7 +12,6 @@ from conftest import FAMILIES, QUERIES, SHAPES
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.pictures import Picture, load_picture
-from mmedit_cli.prefix import RowCache
 from mmedit_cli.types import Query
 
 
@@ -24,7 +23,7 @@ def test_resume_of_prefix_is_the_forward_pass_bit_for_bit(backbone):
     for layer in range(backbone.n_layers + 1):
         prefix = backbone.prefix(batch, layer)
         assert torch.equal(backbone.resume(prefix), expected), layer
-        rebuilt = backbone.prefix_of(prefix.hidden, batch.attention_mask, layer)
+        rebuilt = backbone.prefix_of(prefix.hidden, batch, layer)
         assert torch.equal(backbone.resume(rebuilt), expected), layer
 
 
@@ -81,7 +80,7 @@ def test_generation_with_the_cache_is_greedy_decoding_without_it(backbone):
         embeds = backbone.embed(batch)
         if tokens:
             embeds = torch.cat((embeds, backbone.model.get_input_embeddings()(torch.tensor([tokens]))), 1)
-        logits = backbone.forward_embeds(embeds, torch.ones(embeds.shape[:2], dtype=torch.long))
+        logits = backbone._forward(embeds, torch.ones(embeds.shape[:2], dtype=torch.long))
         tokens.append(int(logits[0, -1].argmax()))
         said = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
     assert backbone.generate([query], max_new_tokens=5)[0] == said.strip().split("\n")[0].strip()
@@ -114,12 +113,20 @@ def test_logits_at_positions_are_the_same_rows(backbone):
     )  # fmt: skip
 
 
-def test_features_from_a_cache_change_nothing(backbone):
-    cache = RowCache(lambda pictures: list(backbone.image_features(pictures)), group=3)
+def test_what_is_kept_changes_nothing(backbone, monkeypatch):
+    encoded = []
+    real = backbone.image_features
     batch = backbone.batch(QUERIES)
-    assert torch.equal(backbone.logits(batch, cache), backbone.logits(batch))
-    backbone.logits(backbone.batch(QUERIES[::-1]), cache)
-    assert cache.computed == 3
+    plain = backbone.logits(batch)
+    monkeypatch.setattr(backbone, "image_features", lambda ps: encoded.extend(ps) or real(ps))
+    with backbone.keeping(2, QUERIES, group=3, budget=1 << 20):
+        assert torch.equal(backbone.logits(batch), plain)
+        backbone.logits(backbone.batch(QUERIES[::-1]))
+        assert len(encoded) == 3
+        kept = backbone.resume(backbone.prefix(batch, 2), batch.predicting)
+        torch.testing.assert_close(kept, plain[batch.predicting], atol=1e-5, rtol=0)
+    backbone.logits(batch)
+    assert len(encoded) == 6
 
 
 @pytest.mark.parametrize(

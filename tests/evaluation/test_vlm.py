@@ -19,11 +19,12 @@ from mmedit_cli.editors.base import Editor
 from mmedit_cli.editors.ft import Ft, FtHparams
 from mmedit_cli.errors import UserError
 from mmedit_cli.evaluation import vlm
-from mmedit_cli.evaluation.answers import ask, make_caches
+from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.report import build_report
 from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.types import Query
 
 CASES = load_cases(SHAPES)
 
@@ -91,7 +92,7 @@ def test_an_editor_that_does_nothing_keeps_every_locality(backbone, tmp_path):
 def test_answers_that_are_all_right_score_one(backbone):
     case = CASES[0]
     queries = [q for _, qs in case.columns() for q in qs]
-    before = ask(backbone, queries, top=Protocol().top([case]), max_new_tokens=4, batch_size=8, caches=None)
+    before = ask(backbone, queries, layer=0, top=Protocol().top([case]), max_new_tokens=4, batch_size=8)
     after = {
         q: type(a)(q.target, a.wanted, a.wanted, a.top)
         if q not in [x for xs in case.locality.values() for x in xs]
@@ -116,30 +117,44 @@ def test_the_last_shorter_group_is_kept_and_marked(backbone, tmp_path):
 
 def test_every_distinct_image_and_sequence_is_computed_once(backbone, monkeypatch):
     encoded, prefixed = [], []
-    real_encode, real_prefix = backbone.image_features, backbone.prefix
+    real_encode, real_prefix = backbone.image_features, backbone._compute_prefix
     monkeypatch.setattr(backbone, "image_features", lambda ps: encoded.extend(ps) or real_encode(ps))
-    monkeypatch.setattr(backbone, "prefix", lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a))
+    monkeypatch.setattr(backbone, "_compute_prefix", lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a))
     queries = [q for case in CASES for _, qs in case.columns() for q in qs]
-    caches = make_caches(backbone, 3, queries, batch_size=8, budget=1 << 30)
-    answers = ask(backbone, queries, top={}, max_new_tokens=3, batch_size=8, caches=caches)
-    assert len(encoded) == len(set(encoded)) == 72
-    assert len(prefixed) == len(set(prefixed)) == len(set(queries)) == len(answers)
-    ask(backbone, queries[::-1], top={}, max_new_tokens=3, batch_size=5, caches=caches)
-    assert len(prefixed) == len(set(queries))
+    with backbone.keeping(3, queries, group=8, budget=1 << 30):
+        answers = ask(backbone, queries, layer=3, top={}, max_new_tokens=3, batch_size=8)
+        assert len(encoded) == len(set(encoded)) == 72
+        assert len(prefixed) == len(set(prefixed)) == len(set(queries)) == len(answers)
+        ask(backbone, queries[::-1], layer=3, top={}, max_new_tokens=3, batch_size=5)
+        assert len(prefixed) == len(set(queries))
 
 
 def test_cached_equals_uncached_and_spilled_equals_kept(backbone):
     queries = [q for case in CASES[:6] for _, qs in case.columns() for q in qs]
     options = {"top": Protocol().top(CASES[:6]), "max_new_tokens": 4, "batch_size": 8}
-    plain = ask(backbone, queries, caches=None, **options)
+    plain = ask(backbone, queries, layer=0, **options)
     for budget in (1 << 30, 1 << 14):
-        caches = make_caches(backbone, 4, queries, batch_size=8, budget=budget)
-        for _ in range(2):
-            cached = ask(backbone, queries, caches=caches, **options)
-            assert [(a.text, a.said, a.wanted) for a in cached.values()] == [
-                (a.text, a.said, a.wanted) for a in plain.values()
-            ]
-            assert all(torch.equal(cached[q].top, plain[q].top) for q in plain if plain[q].top is not None)
+        with backbone.keeping(4, queries, group=8, budget=budget):
+            for _ in range(2):
+                cached = ask(backbone, queries, layer=4, **options)
+                assert [(a.text, a.said, a.wanted) for a in cached.values()] == [
+                    (a.text, a.said, a.wanted) for a in plain.values()
+                ]
+                assert all(torch.equal(cached[q].top, plain[q].top) for q in plain if plain[q].top is not None)
+
+
+def test_an_answer_that_the_forced_pass_proves_is_not_generated(backbone, monkeypatch):
+    """After an edit that holds, the forced pass shows what greedy decoding says: the text is the same."""
+    request = CASES[0].request
+    length = backbone.encode(request).n_answer  # a random model does not stop by itself: stop it there
+    bare = Query(request.prompt, "", request.image, request.background)
+    with Ft(backbone, FtHparams(learning_rate=1e-2)).edit([request]):
+        (said,) = backbone.generate([bare], max_new_tokens=length)
+        monkeypatch.setattr(backbone, "generate", None)
+        (answer,) = ask(backbone, [request], layer=2, top={}, max_new_tokens=length, batch_size=4).values()
+        assert answer.text == said == request.target
+        with pytest.raises(TypeError):  # it does not stop after that, so with more room it is not proved
+            ask(backbone, [request], layer=2, top={}, max_new_tokens=length + 1, batch_size=4)
 
 
 def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backbone):
@@ -272,7 +287,7 @@ def test_the_published_teacher_forced_report(golden, tmp_path):
     """Base-model columns of tf_liveedit on the golden model: accuracy by hand from the recorded arg-max."""
     from safetensors.torch import load_file
 
-    from mmedit_cli.types import EditCase, Query
+    from mmedit_cli.types import EditCase
 
     folder = golden / "liveedit_blip2"
     facts = json.loads((folder / "liveedit_blip2.json").read_text())
@@ -281,7 +296,7 @@ def test_the_published_teacher_forced_report(golden, tmp_path):
     for query in facts["queries"]:
         key = f"record{query['record']}.{query['query']}"
         asked = Query(query["prompt"], query["target_as_given"], folder / query["image"] if query["image"] else None)
-        answer = ask(backbone, [asked], top={}, max_new_tokens=0, batch_size=1, caches=None)[asked]
+        answer = ask(backbone, [asked], layer=0, top={}, max_new_tokens=0, batch_size=1)[asked]
         assert list(answer.said) == tensors[f"{key}.base_argmax"].tolist()
         scores = score_case(EditCase("x", asked), {asked: answer}, {asked: answer}, ["tf_liveedit"])["scores"]
         expected = (tensors[f"{key}.base_argmax"] == tensors[f"{key}.answer_ids"]).float().mean().item()
