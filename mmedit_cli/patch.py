@@ -61,6 +61,18 @@ class Patch(AbstractContextManager["Patch"]):
 
         self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
 
+    def hook_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Pass what enters the named module (its first argument) through `change`; None keeps it."""
+
+        def forward_pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = change(args[0] if args else kwargs["hidden_states"])
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        module = self.model.get_submodule(name)
+        self._hooks.append(module.register_forward_pre_hook(forward_pre_hook, with_kwargs=True))
+
     def changed(self) -> dict[str, Tensor]:
         """Return the present value of every parameter that was touched."""
         return {name: self.model.get_parameter(name).detach().clone() for name in self._originals}

@@ -190,20 +190,33 @@ class VisionLanguageModel(ABC):
         _, context = run_to(lambda: self._run_stack(embeds, batch.attention_mask), self.layers[0])
         return Prefix(layer, batch, hidden, context)
 
+    def select(self, prefix: Prefix, rows: Sequence[int]) -> Prefix:
+        """Return the prefix of some rows of a right-padded batch, without the padding they do not need."""
+        batch = self.batch([prefix.batch.queries[row] for row in rows])
+        return self.prefix_of(prefix.hidden[list(rows), : batch.input_ids.shape[1]], batch, prefix.layer)
+
+    def advance(self, prefix: Prefix, layer: int) -> Prefix:
+        """Run the layers from `prefix.layer` up to `layer` and stop there again."""
+        self._check_layer(layer)
+        hidden = prefix.hidden
+        with self._pass(prefix.batch):
+            for module in self.layers[prefix.layer : layer]:
+                output = module(hidden, **prefix.context)
+                hidden = output[0] if isinstance(output, tuple) else output
+        return Prefix(layer, prefix.batch, hidden, prefix.context if layer < self.n_layers else {})
+
     def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
         """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
 
         `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool.
         """
-        hidden = prefix.hidden
+        hidden = self.advance(prefix, self.n_layers).hidden
         with self._pass(prefix.batch):
-            for layer in self.layers[prefix.layer :]:
-                output = layer(hidden, **prefix.context)
-                hidden = output[0] if isinstance(output, tuple) else output
-            for i, module in enumerate(self._tail):
-                hidden = module(hidden)
-                if i == 0 and at is not None:  # not before the norm: a hook on it reads whole rows
-                    hidden = hidden[at.to(hidden.device)]
+            hidden = self._tail[0](hidden)  # whole rows: what hooks on it read
+        if at is not None:
+            hidden = hidden[at.to(hidden.device)]
+        for module in self._tail[1:]:
+            hidden = module(hidden)
         return hidden
 
     @contextmanager
@@ -298,6 +311,12 @@ class VisionLanguageModel(ABC):
         texts = self.tokenizer.batch_decode([[i] for i in range(min(size, len(self.tokenizer)))])
         flags = ["\n" in text for text in texts] + [False] * max(0, size - len(texts))
         return torch.tensor(flags, device=self.device)
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        eos = self.tokenizer.eos_token_id
+        return eos if eos in self._end_ids else self._end_ids[0]
 
     def stops(self, token: int) -> bool:
         """Whether an answer ends with this token: an end token, or one with a newline in it."""

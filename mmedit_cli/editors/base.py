@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.runtime import generator
-from mmedit_cli.types import Query
+from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1  # of saved states; a newer one is refused
 
@@ -77,8 +78,18 @@ class Editor(ABC):
         """Return the edits as tensors."""
 
     @abstractmethod
-    def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the edits described by `_tensors` in place of the present ones; raise StateError if they do not fit."""
+    def _load_tensors(self, tensors: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
+        """Make the edits of these requests from what `_tensors` returned; raise StateError if it does not fit.
+
+        There are no edits when it is called.
+        """
+
+    def _keep(self, positions: Sequence[int]) -> bool:
+        """Keep the edits at these positions of `requests`, drop the others, and return True.
+
+        The default returns False, which has the remaining edits made again.
+        """
+        return False
 
     def touches(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether the present edits may change anything about its answer.
@@ -110,19 +121,27 @@ class Editor(ABC):
     def undo(self, ids: Sequence[int] | None = None) -> None:
         """Take back the edits with these ids, or all; the model is then as if they had never been made.
 
-        Raises StateError for an id that is not there. The default makes the remaining edits again, in order and with
-        the same randomness; methods that can remove one edit alone do better.
+        Raises StateError for an id that is not there. Methods that cannot remove one edit alone make the remaining
+        ones again, in order and with the same randomness.
         """
-        known = {i for operation in self.operations for i in operation.ids}
-        gone = known if ids is None else set(ids)
-        if gone - known:
-            raise StateError(f"no edit {min(gone - known)} to undo", f"there are {len(known)} edits")
+        known = [i for operation in self.operations for i in operation.ids]
+        gone = set(known if ids is None else ids)
+        if missing := gone - set(known):
+            raise StateError(f"no edit {min(missing)} to undo", f"there are {len(known)} edits")
         rest = []
         for operation in self.operations:
             kept = [(i, q) for i, q in zip(operation.ids, operation.requests, strict=True) if i not in gone]
             if kept:
                 rest.append(Operation(tuple(i for i, _ in kept), tuple(q for _, q in kept), operation.info))
-        self._replay(rest)
+        if rest and self._keep([position for position, i in enumerate(known) if i not in gone]):
+            self.operations = rest
+        else:
+            self._replay(rest)
+
+    @property
+    def requests(self) -> list[Query]:
+        """The requests of all present edits, in order."""
+        return [request for operation in self.operations for request in operation.requests]
 
     def _replay(self, operations: Sequence[Operation]) -> None:
         self._reset()
@@ -152,12 +171,13 @@ class Editor(ABC):
         for key, value in self._identity().items():
             if metadata.get(key) != value:
                 raise StateError(f"the state was made with {key} {metadata.get(key)}, this editor has {value}")
-        self._reset()
-        self._load_tensors(tensors)
-        self.operations = [
+        operations = [
             Operation(tuple(op["ids"]), tuple(_from_json(q) for q in op["requests"]), op["info"])
             for op in json.loads(metadata["operations"])
         ]
+        self._replay([])
+        self._load_tensors(tensors, [request for operation in operations for request in operation.requests])
+        self.operations = operations
         self._next_id = int(metadata["next_id"])
 
     def save(self, path: Path) -> None:
@@ -171,15 +191,7 @@ class Editor(ABC):
 
     def load(self, path: Path) -> None:
         """Read a state written by `save`; raise StateError if the file or its content does not fit."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise StateError(f"{path}: not a readable state ({error})") from error
-        self.load_state(tensors, metadata)
+        self.load_state(*read_state(path))
 
     def _identity(self) -> dict[str, str]:
         return {
@@ -190,6 +202,69 @@ class Editor(ABC):
             "hparams": json.dumps(to_dict(self.hparams), sort_keys=True),
             "seed": str(self.seed),
         }
+
+
+class TrainedEditor(Editor):
+    """An editor with networks that are trained once for a model, before the first edit.
+
+    `architecture` names the hyper-parameters that give the networks their shape; `trained` says where their weights
+    come from: the digest of a checkpoint, or "untrained".
+    """
+
+    trains = True
+    architecture: ClassVar[tuple[str, ...]]
+    networks: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained = "untrained"
+
+    @abstractmethod
+    def losses(
+        self, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+    ) -> dict[str, Tensor]:
+        """Return every loss of one training batch by name, `total` among them, with gradients to the networks.
+
+        Of `world` processes this one is `rank`: their totals and gradients add up to those of the whole batch.
+        Raises DataError for a case the method cannot learn from.
+        """
+
+    def networks_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return (tensors, metadata) of a checkpoint."""
+        tensors = {key: value.detach().clone() for key, value in self.networks.state_dict().items()}
+        return tensors, {**self._networks_identity(), "format": str(FORMAT)}
+
+    def load_networks(self, path: Path) -> None:
+        """Read a checkpoint; raise StateError if it is damaged or was made for another model or other networks."""
+        tensors, metadata = read_state(path)
+        for key, value in self._networks_identity().items():
+            if metadata.get(key) != value:
+                raise StateError(f"{path}: trained for {key} {metadata.get(key)}, this is {value}")
+        self._replay([])  # edits belong to the networks that made them
+        try:
+            self.networks.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise StateError(f"{path}: does not fit: {str(error).splitlines()[-1].strip()}") from error
+        self.trained = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def _networks_identity(self) -> dict[str, str]:
+        shapes = {key: getattr(self.hparams, key) for key in self.architecture}
+        return {"editor": self.name, "model": self.backbone.fingerprint, "networks": json.dumps(shapes)}
+
+    def _identity(self) -> dict[str, str]:
+        hparams = {key: value for key, value in to_dict(self.hparams).items() if key != "training"}
+        return {**super()._identity(), "hparams": json.dumps(hparams, sort_keys=True), "checkpoint": self.trained}
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{path}: not a readable state ({error})") from error
 
 
 def _to_json(query: Query) -> dict[str, str | None]:

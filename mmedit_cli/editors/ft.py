@@ -141,7 +141,7 @@ class Ft(Editor):
     def _tensors(self) -> dict[str, Tensor]:
         return self._patch.changed()
 
-    def _load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_tensors(self, tensors: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
         if set(tensors) - set(self._names):
             raise StateError(f"the state changes {min(set(tensors) - set(self._names))}, this editor does not")
         for name, tensor in tensors.items():

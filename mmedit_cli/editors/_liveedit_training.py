@@ -1,0 +1,245 @@
+"""How LiveEdit learns: edits of one batch share a pool of experts, and routers learn whose query is whose.
+
+B cases, S sequences (B requests first, then generality, then locality), T tokens, D width, F = k * m features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from mmedit_cli.editors._experts import adapt, similarity, soft_weights
+from mmedit_cli.errors import DataError
+from mmedit_cli.types import EditCase, Query
+
+if TYPE_CHECKING:
+    from mmedit_cli.backbones.base import Prefix
+    from mmedit_cli.editors.liveedit import LiveEdit
+
+REQUEST, LOCALITY = 0, -1  # codes of the items of a case; generality is 1, 2, ... by name
+_TINY = 1e-8  # inside logarithms, as published
+
+
+@dataclass(frozen=True)
+class LiveEditTraining:
+    """See hparams/liveedit.yaml."""
+
+    steps: int = 40_000
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    schedule: Literal["step", "cosine"] = "step"
+    decay_at: int = 10_000
+    decay: float = 0.1
+    weight_decay: float = 0.0
+    clip: float | None = None
+    reliability: float = 1.0
+    generality: float = 1.0
+    locality: float = 1.0
+    soft_routing: float = 1.0
+    hard_routing: float = 1.0
+    teach_end: bool = False
+    compat: Literal["correct", "reference"] = "correct"
+    validate_every: int = 500
+    validation_cases: int = 256
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, not {self.batch_size}: routers learn by comparison")
+        for name in ("steps", "learning_rate", "validate_every", "validation_cases"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Items:
+    """The sequences of a batch: queries (S,), the case of each (S,), and its code."""
+
+    queries: tuple[Query, ...]
+    case: Tensor
+    code: Tensor
+    names: tuple[str, ...]  # of the generality codes 1, 2, ...
+
+    def place(self, codes: Tensor) -> Tensor:
+        """Return the sequence of each case that has the given code: (B,) -> (B,)."""
+        found = (self.case[None] == torch.arange(len(codes))[:, None]) & (self.code[None] == codes[:, None])
+        return found.int().argmax(1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of a step.
+
+    allowed: (S, B) bool, the experts a sequence may use; each pair of (B,) tensors names the sequences whose queries
+    are compared (first) with experts (second): those that belong together, and those of a case that do not.
+    """
+
+    allowed: Tensor
+    neighbour: tuple[Tensor, Tensor]
+    sentinel: tuple[Tensor, Tensor]
+
+
+def choose_items(cases: Sequence[EditCase], source: Generator) -> Items:
+    """Draw one query with a picture for each name of generality, and one for locality, from each case."""
+    names = tuple(dict.fromkeys(n for c in cases for n, qs in c.generality.items() if _seeing(qs)))
+    picked: list[tuple[int, int, Query]] = [(i, REQUEST, case.request) for i, case in enumerate(cases)]
+    for code, name in enumerate(names, 1):
+        for i, case in enumerate(cases):
+            if queries := _seeing(case.generality.get(name, ())):
+                picked.append((i, code, queries[_below(len(queries), source)]))
+    for i, case in enumerate(cases):
+        queries = [q for qs in case.locality.values() for q in _seeing(qs)]
+        if not queries:
+            raise DataError(f"{case.place}: {case.uid} has no locality query with a picture", "liveedit trains on one")
+        picked.append((i, LOCALITY, queries[_below(len(queries), source)]))
+    rows, codes, chosen = zip(*picked, strict=True)
+    return Items(tuple(chosen), torch.tensor(rows), torch.tensor(codes), names)
+
+
+def draw(items: Items, source: Generator, compat: str) -> Draws:
+    """Make the random choices of section 2.5 and 2.6; `reference` takes prefixes of the batch as pools."""
+    size = int(items.case.max()) + 1
+    pools = torch.randint(size + 1, (3, size), generator=source)  # how many experts beside the own one
+    order = torch.arange(size).expand(3, size, size)
+    if compat == "correct":
+        order = torch.rand(3, size, size, generator=source).argsort(2).argsort(2)
+    subsets = order < pools[:, :, None]
+    kind = items.code.clamp(max=1) % 3  # 0 request, 1 generality, 2 locality
+    allowed = subsets[kind, items.case]
+    own = F.one_hot(items.case, size).bool() & (kind != 2)[:, None]
+
+    related = _codes(items, size, source)
+    chosen = torch.randint(3, (size,), generator=source)
+    a = torch.where(chosen == 0, 0, torch.where(chosen == 1, related, LOCALITY))
+    again = torch.where(torch.rand(size, generator=source) < 0.5, 0, _codes(items, size, source))
+    b = torch.where(a == LOCALITY, LOCALITY, again)
+    edit = torch.where(torch.rand(size, generator=source) < 0.5, 0, _codes(items, size, source))
+    local, swapped = torch.full_like(edit, LOCALITY), torch.rand(size, generator=source) < 0.5
+    return Draws(
+        allowed | own,
+        (items.place(a), items.place(b)),
+        (items.place(torch.where(swapped, local, edit)), items.place(torch.where(swapped, edit, local))),
+    )
+
+
+def training_losses(
+    editor: LiveEdit, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+) -> dict[str, Tensor]:
+    """Return the losses of one batch, `total` among them.
+
+    With several processes each runs the upper layers on its share of the cases; their gradients add up to those of one
+    process with the whole batch.
+    """
+    items = choose_items(cases, source)
+    draws = draw(items, source, editor.hparams.training.compat)
+    return losses_of(editor, items, draws, rank=rank, world=world)
+
+
+def losses_of(editor: LiveEdit, items: Items, draws: Draws, *, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """Return the losses of given sequences and choices."""
+    hp, networks, backbone = editor.hparams, editor.networks, editor.backbone
+    size = draws.allowed.shape[1]
+    batch = backbone.batch(items.queries)
+    with torch.no_grad():
+        prefix = backbone.prefix(batch, editor.first_layer)
+    hidden = prefix.hidden.float()
+    vision, prompt, sentinel = networks.input_extractor(hidden, batch.prompt_mask, batch.image_mask)
+    vision_keys, prompt_keys, _ = networks.edit_extractor(hidden, batch.prompt_mask, batch.image_mask)
+    against = editor.own(vision, sentinel)[:, None]
+    by_vision = similarity(vision, vision_keys, hp.feature_vectors)  # (S, S): any query with any edit
+    by_prompt = similarity(prompt, prompt_keys, hp.feature_vectors)
+
+    weight = soft_weights(
+        editor.mixing(by_prompt[:, :size], by_vision[:, :size] - against), draws.allowed.to(hidden.device)
+    )
+    experts = editor.experts(backbone.select(prefix, range(size)))
+    share = [i for i, case in enumerate(items.case.tolist()) if case % world == rank]
+    losses = _edit_losses(editor, items, share, backbone.select(prefix, share), experts, weight[share])
+
+    a, b = draws.neighbour
+    table = by_prompt[a][:, b]
+    losses["soft_relative"] = -table.log_softmax(1).diagonal().mean()
+    losses["soft_absolute"] = _absolute(table, hp.training.compat)
+    losses["hard_neighbour"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1).diagonal().mean()
+    a, b = draws.sentinel
+    losses["hard_sentinel"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1)[:, -1].mean()
+
+    weights = hp.training
+    routing = weights.soft_routing * (losses["soft_relative"] + losses["soft_absolute"])
+    routing = routing + weights.hard_routing * (losses["hard_neighbour"] + losses["hard_sentinel"])
+    edits = weights.reliability * losses["reliability"] + weights.generality * losses["generality"]
+    losses["total"] = edits + weights.locality * losses["locality"] + routing / world
+    return losses
+
+
+def _edit_losses(
+    editor: LiveEdit, items: Items, share: Sequence[int], prefix: Prefix, experts: dict[str, Tensor], weight: Tensor
+) -> dict[str, Tensor]:
+    """Return what the adapted model says about requests and generality (cross entropy) and locality (KL).
+
+    Each is the mean over the rows of a whole step; `share` of them are here. A row counts by the mean over its tokens.
+    """
+    backbone, hp, batch = editor.backbone, editor.hparams.training, prefix.batch
+    normed = editor.networks.stream_norm(prefix.hidden.float())
+    if hp.compat == "reference":  # published: the output of the edit layer goes through the edit layer again
+        with torch.no_grad():
+            again = backbone.prefix_of(prefix.hidden, batch, editor.first_layer - 1)
+            prefix = backbone.advance(again, editor.first_layer)
+    stream = adapt(prefix.hidden, normed, experts["u"], experts["v"], weight)
+    at, labels = batch.predicting, torch.roll(batch.input_ids, -1, 1)
+    if hp.teach_end:
+        at, labels = at | batch.ends, torch.where(batch.ends, backbone.end_id, labels)
+    code = items.code[share].to(at.device)
+    at_local = at & (code == LOCALITY)[:, None]
+    adapted = backbone.resume(replace(prefix, hidden=stream), at).float()
+    with torch.no_grad():
+        base = backbone.resume(prefix, at_local).float()
+    local = at_local[at]
+    each = F.cross_entropy(adapted, labels[at], reduction="none")
+    shift = F.kl_div(base.log_softmax(-1), adapted[local].log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    each = each.masked_scatter(local, shift)
+    rows = torch.zeros(len(at), device=at.device).index_add(0, at.nonzero()[:, 0], each) / at.sum(1)
+
+    def mean(number: int) -> Tensor:
+        return rows[code == number].sum() / (items.code == number).sum()
+
+    losses = {f"generality_{name}": mean(number) for number, name in enumerate(items.names, 1)}
+    total = torch.stack([rows.new_zeros(()), *losses.values()]).sum()
+    return {"reliability": mean(REQUEST), **losses, "generality": total, "locality": mean(LOCALITY)}
+
+
+def _absolute(table: Tensor, compat: str) -> Tensor:
+    """Return the absolute loss of prompt similarities (B, B): the own edit is to be likely, the others are not.
+
+    `reference`: of the others only the one before, as published.
+    """
+    likely = table.sigmoid()
+    unlikely = (1 - likely + _TINY).log()
+    size = len(table)
+    if compat == "reference":
+        index = torch.arange(size, device=table.device)
+        others = unlikely[index, index - 1]
+    else:
+        others = (unlikely.sum(1) - unlikely.diagonal()) / (size - 1)
+    return -((likely.diagonal() + _TINY).log() + others).mean()
+
+
+def _codes(items: Items, size: int, source: Generator) -> Tensor:
+    """Draw a generality code for each case, 0 where it has none."""
+    has = torch.zeros(size, len(items.names) + 1)
+    has[items.case[items.code > 0], items.code[items.code > 0]] = 1.0
+    has[has.sum(1) == 0, 0] = 1.0
+    return torch.multinomial(has, 1, generator=source)[:, 0]
+
+
+def _seeing(queries: Sequence[Query]) -> list[Query]:
+    return [query for query in queries if query.image is not None]
+
+
+def _below(n: int, source: Generator) -> int:
+    return int(torch.randint(n, (1,), generator=source))

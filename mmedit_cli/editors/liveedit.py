@@ -1,0 +1,222 @@
+"""LiveEdit: an edit becomes a low-rank expert, and a router decides by picture and prompt which experts answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from mmedit_cli.backbones._batch import Batch, Prefix
+from mmedit_cli.editors._experts import ExpertBank, Routing, choose
+from mmedit_cli.editors._extractors import LiveEditNetworks, span
+from mmedit_cli.editors._liveedit_training import LiveEditTraining, training_losses
+from mmedit_cli.editors.base import TrainedEditor
+from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
+from mmedit_cli.patch import Patch
+from mmedit_cli.types import EditCase, Query
+
+
+@dataclass(frozen=True)
+class LiveEditHparams:
+    """See hparams/liveedit.yaml for what each value means and where it comes from."""
+
+    module_dim: int = 1024
+    heads: int = 8
+    rank: int = 4
+    feature_vectors: int = 4
+    lora_scale: float = 5.0
+    edit_layer: int = 21
+    sentinel_tokens: int = 32
+    variant: Literal["paper", "visual"] = "visual"
+    visual_weight: float = 1.0
+    top_k: int | None = None
+    margin: float = 0.0
+    training: LiveEditTraining = field(default_factory=LiveEditTraining)
+
+    def __post_init__(self) -> None:
+        for name in ("module_dim", "heads", "rank", "feature_vectors", "lora_scale", "sentinel_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or null, not {self.top_k}")
+        if self.module_dim % self.heads:
+            raise ValueError(f"module_dim {self.module_dim} must be a multiple of heads {self.heads}")
+
+
+class LiveEdit(TrainedEditor):
+    """LiveEdit (Chen et al., CVPR 2025): lifelong editing with a mixture of low-rank experts.
+
+    Experts add to the stream that leaves decoder layer `edit_layer`, at every position of queries with a picture.
+    An expert depends on its request alone, so edits are independent of each other and of their order; one that repeats
+    the picture and the prompt of an earlier one hides it until it is undone. Which experts a query uses is decided
+    from its picture and prompt once, and holds for every token that is generated.
+    """
+
+    name = "liveedit"
+    Hparams = LiveEditHparams
+    architecture: ClassVar[tuple[str, ...]] = (
+        "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
+    )  # fmt: skip
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hp, backbone = self.hparams, self.backbone
+        if not -backbone.n_layers <= hp.edit_layer < backbone.n_layers:
+            raise HparamsError(
+                f"edit_layer {hp.edit_layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}",
+                f"--set edit_layer={round(backbone.n_layers * 2 / 3) - 1} is as deep as the published 21 of 32",
+            )
+        if backbone.width % hp.heads:
+            raise HparamsError(f"heads {hp.heads}: must divide the width {backbone.width} of {backbone.name}")
+        self._layer = hp.edit_layer % backbone.n_layers + 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.networks = LiveEditNetworks(
+                backbone.width, **{key: getattr(hp, key) for key in self.architecture if key != "edit_layer"}
+            )
+        self.networks.to(backbone.device).eval().requires_grad_(False)
+        self._bank = ExpertBank(hp.rank, backbone.width, hp.feature_vectors, hp.module_dim, backbone.device)
+        self._patch = Patch(backbone.model)
+        self._newest: dict[tuple[Any, ...], int] = {}  # picture and prompt -> position of the newest expert
+        self._prefilled: tuple[Batch, Tensor, Routing] | None = None
+
+    @property
+    def first_layer(self) -> int:
+        """The layer after the edit layer: experts change what enters it."""
+        return self._layer
+
+    # -- editing ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        if any(request.image is None for request in requests):
+            raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
+        self._add(self.experts(self.backbone.prefix(self.backbone.batch(requests), self._layer)), requests)
+        return {}
+
+    def experts(self, prefix: Prefix) -> dict[str, Tensor]:
+        """Return the experts of a batch of requests: u, v (B, r, D), vision and prompt features (B, k * m)."""
+        batch, hidden, networks = prefix.batch, prefix.hidden.float(), self.networks
+        tokens, mask = span(hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask)
+        vision, prompt, _ = networks.edit_extractor(hidden, batch.prompt_mask, batch.image_mask)
+        u, v = networks.generator_u(tokens, mask), networks.generator_v(tokens, mask)
+        return {"u": u, "v": v, "vision": vision, "prompt": prompt}
+
+    def _add(self, rows: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
+        if not len(self._bank):
+            self._patch.hook_input(self._entered, self._adapt)
+        start = len(self._bank)
+        self._bank.add(rows)
+        for position, request in enumerate(requests, start):
+            key = (request.image, request.background, request.prompt)
+            if key in self._newest:
+                self._bank.hide(self._newest[key], True)
+            self._newest[key] = position
+
+    @property
+    def _entered(self) -> str:
+        """The path of the module that the adapted stream enters."""
+        anchors = self.backbone.anchors
+        return anchors.path("layer", self._layer) if self._layer < self.backbone.n_layers else anchors.tail[0]
+
+    def _keep(self, positions: Sequence[int]) -> bool:
+        requests = [self.requests[i] for i in positions]
+        rows = {name: tensor[list(positions)] for name, tensor in self._bank.tensors().items()}
+        self._reset()
+        if requests:
+            self._add(rows, requests)
+        return True
+
+    def _reset(self) -> None:
+        self._patch.undo()
+        self._bank.clear()
+        self._newest.clear()
+        self._prefilled = None
+
+    # -- routing ------------------------------------------------------------------------------------------------
+
+    def _adapt(self, hidden: Tensor) -> Tensor | None:
+        """Add the experts to the stream (B, T, D) that enters the layer after the edit layer."""
+        batch = self.backbone.passing
+        if batch is None:
+            raise MmeditError(
+                "liveedit must know where the picture is: ask the backbone, not the model inside",
+                "use backbone.generate(queries) or backbone.logits(batch)",
+            )
+        if hidden.shape[1] == batch.input_ids.shape[1]:
+            rows, routing = self.route(hidden, batch)
+            self._prefilled = (batch, rows, routing)
+        elif self._prefilled is None or self._prefilled[0] is not batch:
+            raise MmeditError("liveedit met a part of a sequence whose beginning it has not seen")
+        _, rows, routing = self._prefilled  # a token that is generated uses what its question was routed to
+        if not bool(routing.used.any()):
+            return None
+        stream = hidden[rows]
+        normed = self.networks.stream_norm(stream.float())
+        return hidden.index_copy(0, rows, self._bank.apply(stream, normed, routing))
+
+    @torch.no_grad()
+    def route(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
+        """Return the rows (R,) of a batch that have a picture, and which experts they use. hidden: (B, T, D)."""
+        rows = batch.image_mask.any(1).nonzero()[:, 0]
+        if not len(rows):
+            nothing = torch.zeros(0, 0, device=rows.device)
+            return rows, Routing(nothing.long(), nothing)
+        hp, bank = self.hparams, self._bank
+        vision, prompt, sentinel = self.networks.input_extractor(
+            hidden[rows].float(), batch.prompt_mask[rows], batch.image_mask[rows]
+        )
+        margin = bank.similarities("vision", vision) - self.own(vision, sentinel)[:, None]
+        logits = self.mixing(bank.similarities("prompt", prompt), margin)
+        return rows, choose((margin > hp.margin) & bank.visible, logits, hp.top_k)
+
+    def mixing(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
+        """Return what the soft weights are made of; the published form looks at the prompt alone."""
+        return by_prompt + self.hparams.visual_weight * margin if self.hparams.variant == "visual" else by_prompt
+
+    def own(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the similarity of each feature with the one of the same row: (R, F), (R, F) -> (R,)."""
+        vectors = self.hparams.feature_vectors
+        return (a * b).sum(1) / (vectors * (a.shape[1] / vectors) ** 0.5)
+
+    @torch.no_grad()
+    def touches(self, queries: Sequence[Query]) -> list[bool]:
+        """Return for each query whether any expert is chosen for it; without a picture none ever is."""
+        answers = dict.fromkeys(queries, False)
+        seeing = self.backbone.by_length(query for query in queries if query.image is not None)
+        size = 32
+        for part in (seeing[i : i + size] for i in range(0, len(seeing) if self.operations else 0, size)):
+            prefix = self.backbone.prefix(self.backbone.batch(part), self._layer)
+            rows, routing = self.route(prefix.hidden, prefix.batch)
+            for row, used in zip(rows.tolist(), routing.used.tolist(), strict=True):
+                answers[part[row]] = used
+        return [answers[query] for query in queries]
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def losses(
+        self, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+    ) -> dict[str, Tensor]:
+        """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
+        return training_losses(self, cases, source, rank=rank, world=world)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._bank.tensors()
+
+    def _load_tensors(self, tensors: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
+        hp, width = self.hparams, self.backbone.width
+        features = hp.feature_vectors * hp.module_dim
+        shapes = {"u": (hp.rank, width), "v": (hp.rank, width), "vision": (features,), "prompt": (features,)}
+        wanted = {name: (len(requests), *shape) for name, shape in shapes.items()}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+            raise StateError(f"the state does not hold {len(requests)} experts of rank {hp.rank} and width {width}")
+        if requests:
+            self._add(tensors, requests)
+
+
+EDITOR = LiveEdit
