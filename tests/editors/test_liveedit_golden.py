@@ -227,7 +227,7 @@ def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
     for name, parameter in editor.networks.named_parameters():
         theirs = tensors[f"{form}.grad.{name}"].reshape(parameter.shape)
         # the gradient of a key's bias is zero but for rounding: a softmax does not see it
-        assert (parameter.grad - theirs).abs().max() <= 5e-3 * theirs.abs().max() + 1e-7, name
+        assert (parameter.grad - theirs).abs().max() <= 5e-3 * theirs.abs().max() + 1e-6, name
 
 
 def _code(published):
