@@ -39,11 +39,21 @@ def _root(
 
 @app.command("eval")
 def eval_(
-    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list`.")],
+    editor: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EDITOR]", help="An editor of `mmedit list`; without one, the newest that was trained."
+        ),
+    ] = None,
     model: options.Model = None,
     data: options.Data = "emojikb",
     sequential: Annotated[int, typer.Option("--sequential", "-n", help="Edits in a row before asking about all.")] = 1,
-    report_at: Annotated[str, typer.Option(help="Also ask after so many edits, e.g. 1,10,100.")] = "",
+    report_at: Annotated[
+        str | None,
+        typer.Option(
+            help="Also ask after so many edits. [default: 1, 10, 100, ... below --sequential]", show_default=False
+        ),
+    ] = None,
     edit_batch: Annotated[int, typer.Option(help="Edits made in one operation.")] = 1,
     protocols: Annotated[
         str, typer.Option(help="Of ar, ar_em, ar_f1, tf_liveedit, tf_easyedit, tf_em.")
@@ -54,6 +64,7 @@ def eval_(
     cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 2.0,
     hparams: options.HparamsFile = None,
     overrides: options.Overrides = None,
+    checkpoint: options.Checkpoint = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -69,16 +80,18 @@ def eval_(
 
     Examples:
 
+      mmedit eval --sequential 1000
+
       mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
 
       mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
     """
     from mmedit_cli import show, workflows
-    from mmedit_cli.evaluation.vlm import Protocol
+    from mmedit_cli.evaluation.vlm import Protocol, milestones
 
     protocol = Protocol(
         sequential=sequential,
-        report_at=_numbers(report_at, "--report-at"),
+        report_at=milestones(sequential) if report_at is None else _numbers(report_at, "--report-at"),
         edit_batch=edit_batch,
         protocols=tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip())),
         max_new_tokens=max_new_tokens,
@@ -86,14 +99,69 @@ def eval_(
         cache_bytes=int(cache_gib * (1 << 30)),
     )
     out = Output(as_json=as_json)
+    if editor is None:
+        editor, model = workflows.newest_editor(records, model)
+        out.note(f"no EDITOR: {editor} on {model}")
     request = workflows.EvalOptions(
         editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, protocol,
-        hparams=hparams, overrides=tuple(overrides or ()), limit=limit, seed=seed, records=records, force=force,
+        hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
+        records=records, force=force,
     )  # fmt: skip
     if dry_run:
         show.plan(out, workflows.plan_evaluation(request).describe())
     else:
         show.report(out, workflows.evaluate(request, out))
+
+
+@app.command("train-editor")
+def train_editor(
+    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list` that is trained first.")],
+    model: options.Model = None,
+    data: options.Data = "emojikb",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="Cases that choose the checkpoint. [default: the val split, else every 20th case]", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Train on the first so many cases.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one frozen forward pass.")] = 32,
+    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 4.0,
+    hparams: options.HparamsFile = None,
+    overrides: options.Overrides = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    records: options.Records = Path("records"),
+    force: options.Force = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the curves for TensorBoard.")] = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train the networks of an editor for a model. The same command again continues where it stopped.
+
+    A named data set is trained on its train split; its val split chooses the checkpoint. What is trained is found by
+    `mmedit eval` without further words. Under `accelerate launch` several processes train together.
+
+    Examples:
+
+      mmedit train-editor liveedit --model mini-blip2
+
+      mmedit train-editor liveedit --model mini-llava --set training.steps=1000 --records my-records
+    """
+    from mmedit_cli import show, training_runs, workflows
+
+    out = Output(as_json=as_json)
+    request = training_runs.TrainOptions(
+        editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, validation,
+        hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
+        cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
+    )  # fmt: skip
+    show.training(out, training_runs.train(request, out))
 
 
 @app.command()

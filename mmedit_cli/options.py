@@ -30,6 +30,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one hyper-parameter; repeatable.", show_default=False),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Trained networks of the editor. [default: the newest of --records, else those that come along]",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]

@@ -19,10 +19,10 @@ Tick = Callable[[str, int], None]
 
 
 class Output:
-    """Speaks to people or, with `as_json`, to programs."""
+    """Speaks to people or, with `as_json`, to programs; `quiet` says nothing beside results."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
-        self.as_json = as_json
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
 
     def result(self, data: Any, show: Callable[[], None]) -> None:
         """Print the result of a command: `data` as JSON, or what `show` prints."""
@@ -63,7 +63,8 @@ class Output:
 
     def note(self, text: str) -> None:
         """Say something on stderr."""
-        print(text, file=sys.stderr)
+        if not self.quiet:
+            print(text, file=sys.stderr)
 
     @contextmanager
     def progress(self, totals: Mapping[str, int]) -> Iterator[Tick]:
@@ -72,7 +73,9 @@ class Output:
 
         console = _console(sys.stderr)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        with Progress(
+            *columns, console=console, transient=True, disable=self.quiet or not console.is_terminal
+        ) as bars:
             tasks = {what: bars.add_task(what, total=total) for what, total in totals.items()}
             yield lambda what, n: bars.advance(tasks[what], n)
 

@@ -76,6 +76,11 @@ class Run:
             raise
         return run
 
+    @classmethod
+    def view(cls, folder: Path) -> Run:
+        """Return a run that another process writes, to read from."""
+        return cls(folder, FileLock(folder / ".lock", timeout=0, thread_local=False))
+
     @property
     def environment(self) -> dict[str, Any]:
         """The environment the run began in."""

@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,41 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     import torch
 
     return torch.Generator(device=device).manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that work together: this one is `rank` of `world`, on `device`.
+
+    `add` sums a tensor over all of them; `wait` returns when all have come to it.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "auto"
+    add: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    wait: Callable[[], None] = lambda: None
+
+
+def process_count() -> int:
+    """Return how many processes `accelerate launch` (or torchrun) has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_processes(device: str) -> Processes:
+    """Meet the other processes that were started together, if there are any."""
+    if process_count() == 1:
+        return Processes(device=device)
+    from accelerate import Accelerator
+
+    group = Accelerator(cpu=device == "cpu")
+    return Processes(
+        group.process_index,
+        group.num_processes,
+        str(group.device),
+        lambda tensor: group.reduce(tensor, "sum"),
+        group.wait_for_everyone,
+    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -74,6 +74,23 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
     out.result(report, show)
 
 
+def training(out: Output, report: Mapping[str, Any]) -> None:
+    """Print how a training went: the held-out scores at the best step, and where the networks are."""
+
+    def show() -> None:
+        best, seconds = report["best"], report["cost"]["seconds"]
+        out.line(f"{report['editor']} for {report['model']['name']}, trained on {report['data']['cases']} cases")
+        rows = [[column_name(name), f"{100 * value:.1f}"] for name, value in best["scores"].items()]
+        out.table(["held out", f"step {best['step']}"], [*rows, ["mean", f"{100 * best['score']:.1f}"]])
+        out.line(
+            f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {seconds / 60:.1f} min; "
+            f"all edits of {report['validation_cases']} held-out cases at once, all answer tokens right"
+        )
+        out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
+
+    out.result(report, show)
+
+
 def _score_rows(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[int]]:
     """Return (rows, indices after which a protocol ends): a row a protocol and column, a cell a milestone."""
     rows: list[list[str]] = []
@@ -125,6 +142,12 @@ def runs(out: Output, records: Path) -> None:
     rows = []
     for path in found:
         done = read_report(path.parent)
+        if "milestones" not in done:  # a training
+            best = f"held out {100 * done['best']['score']:.1f}"
+            rows.append(
+                [done["editor"], done["model"]["name"], done["data"]["name"], "trained", best, str(path.parent)]
+            )
+            continue
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))
         score = f"{protocol} {100 * scores['reliability']['mean']:.1f}"

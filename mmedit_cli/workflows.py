@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, find_model
-from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.catalog import DEFAULTS, ModelRef, find_model
+from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run, sha256_json
@@ -42,6 +44,7 @@ class EvalOptions:
     protocol: Protocol
     hparams: Path | None = None
     overrides: Sequence[str] = ()
+    checkpoint: Path | None = None
     limit: int | None = None
     seed: int = 0
     records: Path = Path("records")
@@ -55,6 +58,7 @@ class EvalPlan:
     options: EvalOptions
     ref: ModelRef
     hparams: Any
+    checkpoint: Path | None
     cases: list[EditCase]
     config: dict[str, Any]
     folder: Path
@@ -70,10 +74,13 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     from mmedit_cli.datasets.base import find_cases, find_dataset, fingerprint, load_cases
 
     ref = find_model(options.model.model, revision=options.model.revision)
-    editor, hparams = _editor(options.editor, ref.name, options.hparams, options.overrides)
+    checkpoint = options.checkpoint
+    if checkpoint is None and registry.editors.get(options.editor).trains:
+        checkpoint = find_networks(options.editor, ref.name, options.records)
+    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, checkpoint)
     data_name = options.data if find_dataset(options.data) else find_cases(options.data).parent.name
     cases = load_cases(options.data, limit=options.limit)
-    _check_pictures(cases)
+    check_pictures(cases)
     size = options.protocol.sequential
     if size > len(cases):
         raise DataError(
@@ -93,8 +100,10 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "seed": options.seed,
         "versions": runtime.versions(),
     }
+    if checkpoint is not None:
+        config["checkpoint"] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     folder = Run.locate(options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config)
-    return EvalPlan(options, ref, hparams, cases, config, folder)
+    return EvalPlan(options, ref, hparams, checkpoint, cases, config, folder)
 
 
 def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -116,9 +125,12 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     from mmedit_cli.evaluation.vlm import evaluate_edits
 
     options, protocol = plan.options, plan.options.protocol
-    backbone = _load(options.model, plan.ref, out)
+    backbone = load_model(options.model, plan.ref, out)
     check_queries(backbone, plan.cases)
     editor: Editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
+    if plan.checkpoint is not None:
+        out.note(f"networks of {plan.checkpoint}")
+        editor.load_networks(plan.checkpoint)  # type: ignore[attr-defined]
     environment = runtime.environment(backbone.device)
     base = (
         plan.options.records
@@ -133,6 +145,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         with out.progress(totals) as tick:
             evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
+        head |= {"checkpoint": plan.config.get("checkpoint")}
         cases = run.read("cases")
         head |= {"environment": run.environment, "examples": _examples(cases)}
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
@@ -157,26 +170,90 @@ def load_editor(
     *,
     hparams: Path | None = None,
     overrides: Sequence[str] = (),
+    checkpoint: Path | str | None = None,
     seed: int = 0,
+    records: Path = Path("records"),
 ) -> Editor:
     """Return an editor for a backbone, with the hyper-parameters of hparams/NAME.yaml and its variant for the model.
 
-    `overrides` are KEY=VALUE texts. Raises UnknownName or HparamsError.
+    `overrides` are KEY=VALUE texts. An editor that is trained first reads the networks of `checkpoint`, else the
+    newest in `records`, else those that come along; with "untrained" they are random. Raises UnknownName,
+    HparamsError, UserError if there are no trained networks, or StateError if they do not fit.
     """
-    editor, values = _editor(name, backbone.name, hparams, overrides)
-    return editor(backbone, values, seed=seed)
+    cls = registry.editors.get(name)
+    found = None
+    if cls.trains and checkpoint != "untrained":
+        found = Path(checkpoint) if checkpoint else find_networks(name, backbone.name, records)
+    cls, values = resolve_editor(name, backbone.name, hparams, overrides, found)
+    editor: Editor = cls(backbone, values, seed=seed)
+    if found is not None:
+        editor.load_networks(found)  # type: ignore[attr-defined]
+    return editor
 
 
-def _editor(name: str, model: str, file: Path | None, overrides: Sequence[str]) -> tuple[type[Editor], Any]:
-    """Return the class of an editor and its hyper-parameters for a model."""
+def find_networks(editor: str, model: str, records: Path) -> Path:
+    """Return the file of an editor's networks trained for a model: the newest of one's own, else one that comes along.
+
+    Raises UserError if there is none.
+    """
+    own = trained_networks(records, editor, model)
+    if own:
+        return own[0]
+    path = registry.share_dir("data") / "editors" / editor / f"{model}.safetensors"
+    if path.is_file():
+        return path
+    raise UserError(
+        f"{editor} has not been trained for {model}",
+        f"mmedit train-editor {editor} --model {model} --data ..., or --checkpoint FILE",
+    )
+
+
+def newest_editor(records: Path, model: str | None = None) -> tuple[str, str]:
+    """Return (editor, model) to use where no editor is named: the newest that was trained, else one that comes along.
+
+    Raises UserError if a model is named that none was trained for.
+    """
+    share = registry.share_dir("data") / "editors"
+    wanted = "*" if model is None else find_model(model).name.replace("/", "*")
+    for path in trained_networks(records, model=wanted):
+        report = Run.finished(path.parent) or {}
+        return report["editor"], model or report["model"]["name"]
+    for name in DEFAULTS if model is None else (model,):
+        if (share / "liveedit" / f"{name}.safetensors").is_file():
+            return "liveedit", name
+    raise UserError(
+        "no EDITOR named, and none was trained" + (f" for {model}" if model else ""), "e.g. mmedit eval ft"
+    )
+
+
+def trained_networks(records: Path, editor: str = "*", model: str = "*") -> list[Path]:
+    """Return the networks of all finished trainings in a records folder, the newest first."""
+    reports = records.glob(f"train-editor/{editor}/{model}/*/*/report.json")
+    found = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.with_name("editor.safetensors") for path in found if path.with_name("editor.safetensors").is_file()]
+
+
+def resolve_editor(
+    name: str, model: str, file: Path | None, overrides: Sequence[str], networks: Path | None = None
+) -> tuple[type[Editor], Any]:
+    """Return the class of an editor and its hyper-parameters for a model.
+
+    They are those of `file`, else those the networks were trained with, else hparams/NAME.yaml.
+    """
     from mmedit_cli.hparams import load_hparams
 
     editor = registry.editors.get(name)
-    path = file or registry.hparams_file(name)
-    return editor, load_hparams(path, editor.Hparams, variant=model, overrides=overrides)
+    if file is None and networks is not None:
+        from mmedit_cli.editors.base import read_state
+
+        trained = json.loads(read_state(networks)[1].get("hparams", "{}"))
+        overrides = [*(f"{key}={json.dumps(value)}" for key, value in trained.items()), *overrides]
+    return editor, load_hparams(
+        file or registry.hparams_file(name), editor.Hparams, variant=model, overrides=overrides
+    )
 
 
-def _load(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
+def load_model(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
     """Load the model that was found, saying so: it may take a while."""
     out.note(f"loading {ref.name}")
     from mmedit_cli.backbones import _loading
@@ -191,7 +268,7 @@ def answer(options: ModelOptions, prompt: str, image: Path | None, *, max_new_to
         from mmedit_cli.pictures import check_picture
 
         check_picture(image)
-    backbone = _load(options, ref, out)
+    backbone = load_model(options, ref, out)
     return backbone.generate([Query(prompt, image=image)], max_new_tokens=max_new_tokens)[0]
 
 
@@ -210,7 +287,7 @@ def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase]) -> N
         raise DataError(problems[:20], hint)
 
 
-def _check_pictures(cases: Sequence[EditCase]) -> None:
+def check_pictures(cases: Sequence[EditCase]) -> None:
     """Check every distinct image once; raise DataError naming each bad one and the first case that needs it."""
     from mmedit_cli.pictures import check_picture
 

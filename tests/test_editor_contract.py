@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,14 +13,19 @@ from mmedit_cli import registry
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import load_hparams
-from mmedit_cli.types import Query
+from mmedit_cli.runtime import generator
+from mmedit_cli.types import EditCase, Query
 
 REQUESTS = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
     Query("What can you see in the picture?", "a yellow house", SHAPES / "corner/green-ring.png"),
 )
-VARIANTS = {"ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector"))}
+VARIANTS = {
+    "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
+    "liveedit": ((), ("variant=paper",)),
+}
+TRAINING_STEPS = 120
 EDITORS = [(name, overrides) for name in registry.editors.names() for overrides in VARIANTS.get(name, ((),))]
 
 
@@ -57,13 +63,34 @@ def likelihood(backbone, requests) -> torch.Tensor:
 
 def logits(backbone) -> torch.Tensor:
     with torch.no_grad():
-        return backbone.logits(backbone.batch(QUERIES))
+        return backbone.logits(backbone.batch((*QUERIES, *REQUESTS)))
 
 
 def make(name, overrides, backbone, *, seed=0):
     cls = registry.editors.get(name)
     hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=backbone.name, overrides=overrides)
-    return cls(backbone, hparams, seed=seed)
+    editor = cls(backbone, hparams, seed=seed)
+    if editor.trains:
+        editor.networks.load_state_dict(networks(name, overrides, backbone.name))
+    return editor
+
+
+@cache
+def networks(name, overrides, family):
+    """Networks that have learned the requests of this file by heart."""
+    backbone = load_backbone(family, device="cpu")
+    cls = registry.editors.get(name)
+    hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=family, overrides=overrides)
+    editor = cls(backbone, hparams)
+    editor.networks.requires_grad_(True)
+    optimizer = torch.optim.Adam(editor.networks.parameters(), lr=3e-3)
+    local = {"image": tuple(q for q in QUERIES if q.image is not None)}
+    cases = [EditCase(str(i), request, {"same": (request,)}, local) for i, request in enumerate(REQUESTS)]
+    for step in range(TRAINING_STEPS):
+        optimizer.zero_grad()
+        editor.losses(cases, generator(step))["total"].backward()
+        optimizer.step()
+    return {key: value.detach() for key, value in editor.networks.state_dict().items()}
 
 
 @pytest.fixture(params=EDITORS, ids=lambda p: "-".join((p[0], *p[1])))

@@ -44,6 +44,8 @@ class LiveEditTraining:
     soft_routing: float = 1.0
     hard_routing: float = 1.0
     teach_end: bool = False
+    generality_items: Literal["all", "one"] = "all"
+    alternatives: int = 0
     compat: Literal["correct", "reference"] = "correct"
     validate_every: int = 500
     validation_cases: int = 256
@@ -84,14 +86,21 @@ class Draws:
     sentinel: tuple[Tensor, Tensor]
 
 
-def choose_items(cases: Sequence[EditCase], source: Generator) -> Items:
-    """Draw one query with a picture for each name of generality, and one for locality, from each case."""
+def choose_items(cases: Sequence[EditCase], source: Generator, generality: str = "all") -> Items:
+    """Draw one query with a picture for each name of generality, and one for locality, from each case.
+
+    With `one`, a single name of generality is drawn for each case: a step costs less.
+    """
     names = tuple(dict.fromkeys(n for c in cases for n, qs in c.generality.items() if _seeing(qs)))
     picked: list[tuple[int, int, Query]] = [(i, REQUEST, case.request) for i, case in enumerate(cases)]
-    for code, name in enumerate(names, 1):
+    asked = [range(len(names))] * len(cases)
+    if generality == "one":
+        having = [[k for k, name in enumerate(names) if _seeing(case.generality.get(name, ()))] for case in cases]
+        asked = [k[(i := _below(len(k), source)) : i + 1] if k else () for k in having]
+    for code, name in enumerate(names):
         for i, case in enumerate(cases):
-            if queries := _seeing(case.generality.get(name, ())):
-                picked.append((i, code, queries[_below(len(queries), source)]))
+            if code in asked[i] and (queries := _seeing(case.generality.get(name, ()))):
+                picked.append((i, code + 1, queries[_below(len(queries), source)]))
     for i, case in enumerate(cases):
         queries = [q for qs in case.locality.values() for q in _seeing(qs)]
         if not queries:
@@ -135,7 +144,7 @@ def training_losses(
     With several processes each runs the upper layers on its share of the cases; their gradients add up to those of one
     process with the whole batch.
     """
-    items = choose_items(cases, source)
+    items = choose_items(cases, source, editor.hparams.training.generality_items)
     draws = draw(items, source, editor.hparams.training.compat)
     return losses_of(editor, items, draws, rank=rank, world=world)
 
@@ -154,19 +163,20 @@ def losses_of(editor: LiveEdit, items: Items, draws: Draws, *, rank: int = 0, wo
     by_vision = similarity(vision, vision_keys, hp.feature_vectors)  # (S, S): any query with any edit
     by_prompt = similarity(prompt, prompt_keys, hp.feature_vectors)
 
-    weight = soft_weights(
-        editor.mixing(by_prompt[:, :size], by_vision[:, :size] - against), draws.allowed.to(hidden.device)
-    )
+    score = editor.score(by_prompt, by_vision - against)
+    weight = soft_weights(score[:, :size], draws.allowed.to(hidden.device))
     experts = editor.experts(backbone.select(prefix, range(size)))
     share = [i for i, case in enumerate(items.case.tolist()) if case % world == rank]
     losses = _edit_losses(editor, items, share, backbone.select(prefix, share), experts, weight[share])
 
     a, b = draws.neighbour
-    table = by_prompt[a][:, b]
+    table = score[a][:, b]
     losses["soft_relative"] = -table.log_softmax(1).diagonal().mean()
     losses["soft_absolute"] = _absolute(table, hp.training.compat)
     losses["hard_neighbour"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1).diagonal().mean()
     a, b = draws.sentinel
+    if hp.variant == "joint":  # the score decides alone, so it must also tell an edit from its own locality
+        losses["soft_absolute"] = losses["soft_absolute"] - (1 - score[a, b].sigmoid() + _TINY).log().mean()
     losses["hard_sentinel"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1)[:, -1].mean()
 
     weights = hp.training
@@ -206,7 +216,7 @@ def _edit_losses(
     rows = torch.zeros(len(at), device=at.device).index_add(0, at.nonzero()[:, 0], each) / at.sum(1)
 
     def mean(number: int) -> Tensor:
-        return rows[code == number].sum() / (items.code == number).sum()
+        return rows[code == number].sum() / (items.code == number).sum().clamp(min=1)
 
     losses = {f"generality_{name}": mean(number) for number, name in enumerate(items.names, 1)}
     total = torch.stack([rows.new_zeros(()), *losses.values()]).sum()

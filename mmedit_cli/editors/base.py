@@ -232,7 +232,8 @@ class TrainedEditor(Editor):
     def networks_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return (tensors, metadata) of a checkpoint."""
         tensors = {key: value.detach().clone() for key, value in self.networks.state_dict().items()}
-        return tensors, {**self._networks_identity(), "format": str(FORMAT)}
+        hparams = {key: value for key, value in to_dict(self.hparams).items() if key != "training"}
+        return tensors, {**self._networks_identity(), "format": str(FORMAT), "hparams": json.dumps(hparams)}
 
     def load_networks(self, path: Path) -> None:
         """Read a checkpoint; raise StateError if it is damaged or was made for another model or other networks."""

@@ -30,7 +30,7 @@ class LiveEditHparams:
     lora_scale: float = 5.0
     edit_layer: int = 21
     sentinel_tokens: int = 32
-    variant: Literal["paper", "visual"] = "visual"
+    variant: Literal["paper", "joint"] = "joint"
     visual_weight: float = 1.0
     top_k: int | None = None
     margin: float = 0.0
@@ -170,12 +170,18 @@ class LiveEdit(TrainedEditor):
             hidden[rows].float(), batch.prompt_mask[rows], batch.image_mask[rows]
         )
         margin = bank.similarities("vision", vision) - self.own(vision, sentinel)[:, None]
-        logits = self.mixing(bank.similarities("prompt", prompt), margin)
-        return rows, choose((margin > hp.margin) & bank.visible, logits, hp.top_k)
+        score = self.score(bank.similarities("prompt", prompt), margin)
+        decisive = score if hp.variant == "joint" else margin
+        return rows, choose((decisive > hp.margin) & bank.visible, score, hp.top_k)
 
-    def mixing(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
-        """Return what the soft weights are made of; the published form looks at the prompt alone."""
-        return by_prompt + self.hparams.visual_weight * margin if self.hparams.variant == "visual" else by_prompt
+    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
+        """Return what the soft weights are made of: the published form looks at the prompt alone.
+
+        In the joint form it also decides which experts are kept. By the published rule the picture decides that alone,
+        and what passes is weighted without it: another artist's drawing fails the one, the same picture with another
+        question passes the other.
+        """
+        return by_prompt + self.hparams.visual_weight * margin if self.hparams.variant == "joint" else by_prompt
 
     def own(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the similarity of each feature with the one of the same row: (R, F), (R, F) -> (R,)."""

@@ -24,6 +24,11 @@ PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")
 SAVE_SECONDS = 30.0
 
 
+def milestones(sequential: int) -> tuple[int, ...]:
+    """Return 1, 10, 100, ... below the number of edits in a row."""
+    return tuple(10**k for k in range(len(str(sequential))) if 10**k < sequential)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How edits are made and asked about.

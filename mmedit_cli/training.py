@@ -1,0 +1,295 @@
+"""Training the networks of an editor: steps, held-out cases, and files to continue from."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmedit_cli import runtime
+from mmedit_cli.editors.base import TrainedEditor
+from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.evaluation.answers import Answer, ask
+from mmedit_cli.evaluation.vlm import score_case
+from mmedit_cli.records import Run
+from mmedit_cli.runtime import Processes
+from mmedit_cli.types import EditCase, Query
+
+LOG_EVERY, SAVE_SECONDS = 20, 60.0
+SCORE = "tf_em"  # of held-out cases; the checkpoint with the best mean over the columns is kept
+_STEPS = "steps"  # among the sums since the last line of the log: how many there were
+Say = Callable[[str], None]
+Curves = Callable[[str, float, int], None]
+
+
+@dataclass
+class _Progress:
+    """Where a training is: the next step, the best score so far and when it was reached, seconds spent."""
+
+    step: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    seconds: float = 0.0
+
+
+def train_networks(
+    editor: TrainedEditor,
+    cases: Sequence[EditCase],
+    held_out: Sequence[EditCase],
+    run: Run,
+    *,
+    processes: Processes | None = None,
+    batch_size: int = 32,
+    cache_bytes: int = 4 << 30,
+    tick: Callable[[str, int], None] = lambda _what, _n: None,
+    say: Say = lambda _text: None,
+    curves: Curves | None = None,
+) -> dict[str, Any]:
+    """Train from where `run` left it; the best networks are in `editor.safetensors` and in the editor at the end.
+
+    What lies below the first layer that an edit changes is computed once for each distinct question and answer, and
+    kept: `cache_bytes` in memory, the rest on disk. Batches, random choices and scores depend on the seed and the step
+    alone, so a training that was interrupted ends with the same bits. Returns what a report tells about the training.
+    Raises DataError for cases that cannot be learned from.
+    """
+    hp, processes = editor.hparams.training, processes or Processes()
+    if len(cases) < 2:
+        raise DataError("one case is too few: networks learn by comparing edits", "train on more cases")
+    taught = [(case, *alternatives(case, cases, hp.alternatives, editor.seed)) for case in cases]
+    shown = [*(case for variants in taught for case in variants), *held_out]
+    everything = [q for case in shown for _, qs in case.columns() for q in qs]
+    with editor.backbone.keeping(editor.first_layer, everything, group=batch_size, budget=cache_bytes):
+        training = _Training(editor, taught, held_out, run, processes, batch_size)
+        tick("steps", training.progress.step)
+        training.go_on(tick, say)
+    if processes.rank:
+        return {}
+    editor.load_networks(run.folder / "editor.safetensors")
+    log = run.read("log")
+    if curves is not None:
+        for line in log:
+            for name, value in {**line.get("losses", {}), **line.get("scores", {})}.items():
+                curves(name, value, line["step"])
+    return {
+        "steps": hp.steps,
+        "validation_cases": len(training.held_out),
+        "best": next(line for line in log if "score" in line and line["step"] == training.progress.best_step),
+        "curve": [line for line in log if "score" in line],
+        "losses": [line for line in log if "losses" in line],
+        "trained_parameters": sum(p.numel() for p in editor.networks.parameters()),
+        "cost": {"seconds": training.progress.seconds},
+    }
+
+
+class _Training:
+    """The state of one training."""
+
+    def __init__(
+        self,
+        editor: TrainedEditor,
+        cases: Sequence[Sequence[EditCase]],
+        held_out: Sequence[EditCase],
+        run: Run,
+        processes: Processes,
+        batch_size: int,
+    ) -> None:
+        self.editor, self.cases, self.run, self.processes = editor, cases, run, processes
+        self.hp = editor.hparams.training
+        self.held_out, self.batch_size = held_out[: self.hp.validation_cases], batch_size
+        self.parameters = dict(editor.networks.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.hp.learning_rate, weight_decay=self.hp.weight_decay
+        )
+        self.progress = _Progress()
+        self._sums: dict[str, Tensor] = {}
+        self._base: dict[Query, Answer] | None = None
+        self._restore()
+
+    def go_on(self, tick: Callable[[str, int], None], say: Say) -> None:
+        """Take the steps that are left."""
+        progress, hp = self.progress, self.hp
+        started, saved, first = time.monotonic(), time.monotonic(), progress.step
+        spent = progress.seconds
+        while progress.step < hp.steps:
+            self._step(progress.step)
+            progress.step += 1
+            progress.seconds = spent + time.monotonic() - started
+            if self.processes.rank:
+                continue
+            tick("steps", 1)
+            look = progress.step % hp.validate_every == 0 or progress.step == hp.steps
+            if look or progress.step % LOG_EVERY == 0:
+                self._log()
+            if look:
+                scores = self._validate()
+                rate = (time.monotonic() - started) / (progress.step - first)
+                say(self._line(scores, rate * (hp.steps - progress.step)))
+            elif time.monotonic() - saved < SAVE_SECONDS:
+                continue
+            progress.seconds = spent + time.monotonic() - started
+            self._save()
+            saved = time.monotonic()
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.hp, step)
+        source = runtime.generator(self.editor.seed * 1_000_003 + step)
+        self.editor.networks.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                losses = self.editor.losses(
+                    self._batch(step), source, rank=self.processes.rank, world=self.processes.world
+                )
+                self.optimizer.zero_grad()
+                losses["total"].backward()
+        finally:
+            self.editor.networks.requires_grad_(False)
+        self._add_gradients()
+        if self.hp.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.hp.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, value in {**losses, _STEPS: torch.ones(())}.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def _batch(self, step: int) -> list[EditCase]:
+        """Return the cases of a step: every epoch in its own order; a last part that fills no batch is left out."""
+        size = min(len(self.cases), self.hp.batch_size * self.processes.world)
+        epoch, place = divmod(step, len(self.cases) // size)
+        source = runtime.generator(self.editor.seed * 7_368_787 + epoch)
+        order = torch.randperm(len(self.cases), generator=source)
+        variant = torch.randint(1 << 30, (len(self.cases),), generator=source)
+        chosen = order[place * size : (place + 1) * size]
+        return [self.cases[i][v % len(self.cases[i])] for i, v in zip(chosen, variant[chosen], strict=True)]
+
+    def _add_gradients(self) -> None:
+        if self.processes.world == 1:
+            return
+        having = [p for p in self.parameters.values() if p.grad is not None]
+        flat = self.processes.add(torch.cat([p.grad.flatten() for p in having if p.grad is not None]))
+        for parameter, part in zip(having, flat.split([p.numel() for p in having]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _log(self) -> None:
+        """Write the means since the last line."""
+        steps = float(self._sums.pop(_STEPS))
+        losses = {name: round(float(total) / steps, 5) for name, total in self._sums.items()}
+        self._sums = {}
+        if not math.isfinite(losses["total"]):
+            raise MmeditError(f"the loss became {losses['total']} at step {self.progress.step}", "lower learning_rate")
+        self.run.append(
+            "log", [{"step": self.progress.step, "rate": rate_at(self.hp, self.progress.step - 1), "losses": losses}]
+        )
+
+    # -- held-out cases -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Edit the held-out cases in a row, score them, and take everything back; keep the best networks."""
+        editor, progress = self.editor, self.progress
+        queries = list(dict.fromkeys(q for case in self.held_out for _, qs in case.columns() for q in qs))
+        if self._base is None:
+            self._base = self._ask(queries)
+        for start in range(0, len(self.held_out), self.batch_size):
+            editor.edit([case.request for case in self.held_out[start : start + self.batch_size]])
+        touched = [q for q, may in zip(queries, editor.touches(queries), strict=True) if may]
+        answers = {**self._base, **self._ask(touched)}
+        editor.undo()
+        lines = [score_case(case, self._base, answers, (SCORE,))["scores"][SCORE] for case in self.held_out]
+        names = dict.fromkeys(name for line in lines for name in line if not name.startswith("portability"))
+        scores = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
+        score = statistics.fmean(scores.values())
+        self.run.append("log", [{"step": progress.step, "score": score, "scores": scores}])
+        if score > progress.best:
+            progress.best, progress.best_step = score, progress.step
+            tensors, metadata = editor.networks_state()
+            self.run.save_tensors("editor", tensors, {**metadata, "step": str(progress.step), "score": f"{score:.4f}"})
+        return scores
+
+    def _ask(self, queries: Sequence[Query]) -> dict[Query, Answer]:
+        return ask(
+            self.editor.backbone, queries, layer=self.editor.first_layer or 0, top={}, max_new_tokens=0,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+    def _line(self, scores: Mapping[str, float], seconds_left: float) -> str:
+        log = [line for line in self.run.read("log") if "losses" in line]
+        columns = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+        best = (
+            "best so far" if self.progress.best_step == self.progress.step else f"best {100 * self.progress.best:.1f}"
+        )
+        return (
+            f"step {self.progress.step}/{self.hp.steps}  loss {log[-1]['losses']['total']:.3f}  held out: {columns}"
+            f"  mean {100 * statistics.fmean(scores.values()):.1f} ({best})  {seconds_left / 60:.0f} min left"
+        )
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        tensors = {f"networks.{name}": tensor for name, tensor in self.editor.networks.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"sums.{name}": value for name, value in self._sums.items()}
+        self.run.save_tensors("last", tensors, {key: str(value) for key, value in vars(self.progress).items()})
+
+    def _restore(self) -> None:
+        """Continue from the last saved step; the log is cut back to it."""
+        saved = self.run.load_tensors("last")
+        if saved is not None:
+            tensors, metadata = saved
+            self.editor.networks.load_state_dict(_below(tensors, "networks."))
+            state = self.optimizer.state_dict()
+            state["state"] = {}
+            for name, value in _below(tensors, "optimizer.").items():
+                index, _, key = name.partition(".")
+                state["state"].setdefault(int(index), {})[key] = value
+            self.optimizer.load_state_dict(state)
+            self._sums = dict(_below(tensors, "sums."))
+            self.progress = _Progress(
+                int(metadata["step"]), float(metadata["best"]), int(metadata["best_step"]), float(metadata["seconds"])
+            )
+        if self.processes.rank == 0:
+            log = self.run.read("log")
+            self.run.rewrite("log", [line for line in log if line["step"] <= self.progress.step])
+
+
+def alternatives(case: EditCase, cases: Sequence[EditCase], count: int, seed: int) -> list[EditCase]:
+    """Return the case with the targets of `count` other cases, so that networks learn to copy and not to remember.
+
+    Which ones depends on the case, the number of cases and the seed alone.
+    """
+    source = random.Random(f"{seed}/{case.uid}")
+    targets = [source.choice(cases).request.target for _ in range(count)]
+    return [
+        replace(
+            case,
+            request=replace(case.request, target=target),
+            generality={k: tuple(replace(q, target=target) for q in qs) for k, qs in case.generality.items()},
+            portability={},
+        )
+        for target in targets
+    ]
+
+
+def rate_at(training: Any, step: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine to 0 or one cut, as `schedule` says."""
+    rate = float(training.learning_rate)
+    if step < training.warmup:
+        return rate * (step + 1) / training.warmup
+    if training.schedule == "step":
+        return rate * (training.decay if step >= training.decay_at else 1.0)
+    share = (step - training.warmup) / max(1, training.steps - training.warmup)
+    return rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,168 @@
+"""`mmedit train-editor`: resolve what is asked, and train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.hparams import to_dict
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+from mmedit_cli.types import EditCase
+from mmedit_cli.workflows import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
+
+HELD_OUT = 20  # without a split for it, every so many cases are held out of the training
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train; the defaults are those of `mmedit train-editor`."""
+
+    editor: str
+    model: ModelOptions
+    data: str
+    validation: str | None = None
+    hparams: Path | None = None
+    overrides: Sequence[str] = ()
+    limit: int | None = None
+    batch_size: int = 32
+    cache_bytes: int = 4 << 30
+    seed: int = 0
+    records: Path = Path("records")
+    force: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything resolved before a model is loaded."""
+
+    options: TrainOptions
+    ref: ModelRef
+    hparams: Any
+    cases: list[EditCase]
+    held_out: list[EditCase]
+    config: dict[str, Any]
+    folder: Path
+
+
+def plan_training(options: TrainOptions) -> TrainPlan:
+    """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    from mmedit_cli.datasets.base import fingerprint
+
+    ref = find_model(options.model.model, revision=options.model.revision)
+    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides)
+    if not editor.trains:
+        trained = [name for name in registry.editors.names() if registry.editors.get(name).trains]
+        raise UserError(f"{editor.name} needs no training", f"editors with networks to train: {', '.join(trained)}")
+    name, cases, held_out = training_cases(options.data, options.validation, options.limit)
+    check_pictures([*cases, *held_out])
+    config = {
+        "command": "train-editor",
+        "editor": editor.name,
+        "hparams": to_dict(hparams),
+        "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
+        "device": options.model.device,
+        "dtype": options.model.dtype,
+        "data": {"name": name, "cases": len(cases), "fingerprint": fingerprint(cases)},
+        "validation": {"cases": len(held_out), "fingerprint": fingerprint(held_out)},
+        "batch_size": options.batch_size,
+        "processes": runtime.process_count(),
+        "seed": options.seed,
+        "versions": runtime.versions(),
+    }
+    folder = Run.locate(options.records, ("train-editor", editor.name, ref.name, name), config)
+    return TrainPlan(options, ref, hparams, cases, held_out, config, folder)
+
+
+def training_cases(data: str, validation: str | None, limit: int | None) -> tuple[str, list[EditCase], list[EditCase]]:
+    """Return (name, cases to train on, cases held out).
+
+    A named data set is trained on its `train` split and held out on `val`, never on what it is evaluated with; where
+    there is no split for it, every twentieth case is held out.
+    """
+    from mmedit_cli.datasets.base import find_cases, find_dataset, load_cases
+
+    dataset = find_dataset(data)
+    if dataset is None:
+        name, train = find_cases(data).parent.name, data
+    else:
+        name = data
+        if ":" not in data and "train" in dataset.splits:
+            train = f"{data}:train"
+            if validation is None and "val" in dataset.splits:
+                validation = f"{data}:val"
+        else:
+            train = data
+    cases = load_cases(train, limit=limit)
+    if validation is not None:
+        return name, cases, load_cases(validation)
+    if len(cases) < HELD_OUT:
+        raise DataError(f"{train}: {len(cases)} cases are too few to hold some out", "name others with --validation")
+    kept = [case for i, case in enumerate(cases) if i % HELD_OUT]
+    return name, kept, cases[::HELD_OUT]
+
+
+def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
+    """Train the networks of an editor and return the report; a finished run is only read, another one goes on.
+
+    Raises a UserError for bad input, before anything is written.
+    """
+    out = out or Output()
+    plan = plan_training(options)
+    if not options.force and (report := Run.finished(plan.folder)) is not None:
+        out.note(f"already done: {plan.folder} (--force does it again)")
+        return report
+    return run_training(plan, out)
+
+
+def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
+    """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
+    from mmedit_cli.training import train_networks
+
+    options, processes = plan.options, runtime.join_processes(plan.options.model.device)
+    model = replace(options.model, device=processes.device)
+    if processes.rank:
+        out = Output(quiet=True)
+    backbone = load_model(model, plan.ref, out)
+    check_queries(backbone, [*plan.cases, *plan.held_out])
+    editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            environment = runtime.environment(backbone.device)
+            run = stack.enter_context(Run.open(plan.folder, plan.config, environment, force=options.force))
+        processes.wait()  # the folder is as the first process leaves it
+        if processes.rank:
+            run = Run.view(plan.folder)
+        say, curves = out.note, None
+        if options.tensorboard and processes.rank == 0:
+            curves = stack.enter_context(tensorboard(plan.folder))
+        tick = stack.enter_context(out.progress({"steps": plan.hparams.training.steps}))
+        result = train_networks(
+            editor, plan.cases, plan.held_out, run, processes=processes, batch_size=options.batch_size,
+            cache_bytes=options.cache_bytes, tick=tick, say=say, curves=curves,
+        )  # fmt: skip
+        if processes.rank == 0:
+            head = {key: value for key, value in plan.config.items() if key not in ("device", "dtype", "batch_size")}
+            run.finish({"format": 1, **head, "environment": run.environment, **result, "run": str(plan.folder)})
+        processes.wait()
+    report = Run.finished(plan.folder)
+    assert report is not None
+    return report
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield `curve(name, value, step)`, which writes for TensorBoard; raise UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: tensorboard is not installed", "pip install tensorboard") from error
+    with SummaryWriter(folder / "tensorboard") as writer:
+        yield writer.add_scalar
