@@ -48,7 +48,7 @@ def show_list(request: Request, out: Output) -> None:
                     "folder": str(installer.folder),
                     "group": group.summary,
                     "licence": group.licence,
-                }  # fmt: skip
+                }
             )
         ends.append(len(table) - 1)
 

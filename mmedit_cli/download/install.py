@@ -135,8 +135,8 @@ class Installer:
                 unpack(self.folder / source.where, place / "unpacked", tick=self.courier.tick)
                 fetched, root = Fetched(), place / "unpacked"
             else:
-                self._reuse(item, files)
-                fetched = self.courier.bring(source, item, files)
+                with self._reused(item, files):
+                    fetched = self.courier.bring(source, item, files)
                 root = files
                 self._check(item, fetched, files)
                 if item.unpack:
@@ -158,14 +158,23 @@ class Installer:
         os.replace(temporary, area / "ready.json")
         self._finish_move(item, area)
 
-    def _reuse(self, item: Item, staging: Path) -> None:
-        """Copy what lies in the folder already and is known to be right, such as a file put there by hand."""
+    @contextmanager
+    def _reused(self, item: Item, staging: Path) -> Iterator[None]:
+        """Add what lies in the folder already and is known to be right, such as a file put there by hand."""
+        copies = []
         for file in item.files:
             place, copy = self.folder / file.path, staging / file.path
             known = file.sha256 or file.git_blob
             if known and place.is_file() and not copy.exists() and not receipt.difference(place, file):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(place, copy)
+                copies.append(copy)
+        try:
+            yield
+        except SourceError:
+            for copy in copies:
+                copy.unlink()
+            raise
 
     def _check(self, item: Item, fetched: Fetched, folder: Path) -> None:
         """Compare with the digests of the source and of the catalogue; a wrong file is removed at once."""

@@ -26,7 +26,6 @@ T = TypeVar("T")
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _UNREACHED = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 _CONNECTS = 2  # a server that is not there will not be there in a minute
-_CHUNK = 1 << 16
 _SAVE_EVERY = 8 << 20
 _PAGE = 1 << 20  # no more than this is read of a page that came instead of a file
 
@@ -162,7 +161,7 @@ class Transfer:
             if found is None or found[0] != span[0] or found[2] != self.total:
                 raise _Changed
             file.seek(span[0])
-            for chunk in response.iter_raw(_CHUNK):
+            for chunk in response.iter_raw():
                 chunk = chunk[: span[1] - span[0]]
                 file.write(chunk)
                 with self.lock:
@@ -185,7 +184,7 @@ class Transfer:
             with _answer(self.session, self.url, {}) as response, self.part.open("wb") as file:
                 length = _length(response)
                 self._check_size(length)
-                for chunk in response.iter_raw(_CHUNK):
+                for chunk in response.iter_raw():
                     file.write(chunk)
                     self._count(len(chunk))
             if length is not None and self.counted < length:
@@ -267,13 +266,17 @@ def _check_status(response: httpx2.Response) -> None:
         raise _Busy(f"HTTP {status} {response.reason_phrase}".rstrip(), _retry_after(response))
     if status >= 400 and status != 416:
         raise TransferError(f"HTTP {status} {response.reason_phrase}".rstrip())
-    if response.headers.get("Content-Type", "").startswith("text/html"):
+    if _is_page(response) and status == 200:
         page = b""
-        for chunk in response.iter_raw(_CHUNK):
+        for chunk in response.iter_raw():
             page += chunk
             if len(page) > _PAGE:
                 break
         raise PageInstead(page.decode("utf-8", "replace"))
+
+
+def _is_page(response: httpx2.Response) -> bool:
+    return bool(response.headers.get("Content-Type", "").startswith("text/html"))
 
 
 def _retry_after(response: httpx2.Response) -> float | None:
@@ -290,7 +293,7 @@ def _retry_after(response: httpx2.Response) -> float | None:
 def _content_range(response: httpx2.Response) -> tuple[int, int, int] | None:
     """Return first byte, last byte and total of a partial answer, None if it is not one."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
-    if response.status_code != 206 or match is None:
+    if response.status_code != 206 or match is None or _is_page(response):  # of a page, all is wanted
         return None
     first, last, total = map(int, match.groups())
     return first, last, total
