@@ -8,10 +8,9 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
-
-import pytest
 
 from mmedit_cli.download.transfer import Manners
 
@@ -33,6 +32,7 @@ class Site:
         self.always: dict[str, tuple] = {}
         self.ranges = True
         self.seen: list[tuple[str, str]] = []
+        self.tokens: set[str] = set()
         self.hook: Callable[[str], None] = lambda path: None
         self.url = ""
 
@@ -84,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         site, path = self.site, unquote(urlsplit(self.path).path)
         asked = self.headers.get("Range", "")
         site.seen.append((path, asked))
+        site.tokens.add(self.headers.get("Authorization", ""))
         site.hook(path)
         fault = site.always.get(path) or (site.faults[path].pop(0) if site.faults[path] else ("none",))
         if fault[0] == "status":
@@ -118,23 +119,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A site that runs while the test does; the network is allowed, and there is only this machine."""
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+@contextmanager
+def serve() -> Iterator[Site]:
+    """Run a site on this machine while the block runs."""
     found = Site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": found}))
     server.daemon_threads = True
     found.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield found
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
-@pytest.fixture
-def content() -> bytes:
-    """Bytes that differ at every place, so that a part in the wrong place shows."""
-    return b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(4_000))
+# bytes that differ at every place, so that a part in the wrong place shows
+CONTENT = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(4_000))
