@@ -56,6 +56,8 @@ class Installer:
             return {**self.entries[item.name], "state": "present"}
         with self._locked():
             area = self.staging / item.name
+            if self.force:
+                shutil.rmtree(area, ignore_errors=True)
             if self._finish_move(item, area):
                 shutil.rmtree(area)
                 return {**self.entries[item.name], "state": "downloaded"}
@@ -149,6 +151,9 @@ class Installer:
         except ArchiveError:
             shutil.rmtree(place)  # what is refused leaves nothing behind
             raise
+        except SourceError:
+            shutil.rmtree(place / "unpacked", ignore_errors=True)  # the archive itself is sound, and is kept
+            raise
         sizes = {path: (root / path).stat().st_size for path in digests}
         note = {"source": str(source), "revision": fetched.revision, "sizes": sizes, "digests": digests}
         temporary = area / "ready.json.new"
@@ -178,31 +183,38 @@ class Installer:
 
     def _check(self, item: Item, fetched: Fetched, folder: Path) -> None:
         """Compare with the digests of the source and of the catalogue; a wrong file is removed at once."""
-        problems = []
+        problems: dict[str, str] = {}
         for file in (*fetched.files, *item.files):
-            path = folder / file.path
-            if not path.is_file():
-                problems.append(f"{file.path}: did not come")
-            elif wrong := receipt.difference(path, file):
-                path.unlink()
-                problems.append(f"{file.path}: {wrong}")
+            place = folder / file.path
+            if not place.is_file():
+                problems.setdefault(file.path, "did not come")
+            elif wrong := receipt.difference(place, file):
+                place.unlink()
+                problems[file.path] = wrong
         if problems:
+            path, wrong = next(iter(problems.items()))
             more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise SourceError(problems[0] + more)
+            raise SourceError(f"{path}: {wrong}{more}")
 
     def _unpack_all(self, files: Path, target: Path) -> Path:
-        """Unpack each archive among the files; without any, what came is already in the form of a folder."""
+        """Unpack each archive among the files into one folder; without any, what came is that folder already."""
         archives = [path for _, path in receipt.below(files) if is_archive(path)]
-        others = [path for _, path in receipt.below(files) if path not in archives]
-        if not archives and len(others) == 1:
-            archives = others  # unpack says what is wrong with it
-        for i, archive in enumerate(archives):
-            shutil.rmtree(target / str(i), ignore_errors=True)
-            unpack(archive, target / str(i), tick=self.courier.tick)
-            archive.unlink()
-        if not archives:
+        others = [(name, path) for name, path in receipt.below(files) if path not in archives]
+        if not archives and len(others) != 1:
             return files
-        return target / "0" if len(archives) == 1 else target
+        if not archives:
+            archives, others = [others[0][1]], []  # unpack says what is wrong with it
+        shutil.rmtree(target, ignore_errors=True)
+        for i, archive in enumerate(archives):
+            unpack(archive, target / str(i), tick=self.courier.tick)
+            others += receipt.below(target / str(i))
+        for name, path in others:
+            place = target / "all" / name
+            if place.exists():
+                raise ArchiveError(f"{name}: in two archives")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        return target / "all"
 
     def _digests(self, root: Path, fetched: Fetched) -> dict[str, str]:
         known = {file.path: file.sha256 for file in fetched.files if file.sha256}
@@ -289,7 +301,7 @@ def by_hand(group: Group, item: Item, folder: Path) -> list[str]:
 def _root_of(folder: Path, item: Item) -> Path:
     """Return the folder that has the layout of an item: archives often wrap theirs in another.
 
-    Raises ArchiveError with what was found instead.
+    Raises SourceError with what was found instead.
     """
     level = [folder]
     for _ in range(_DEPTH + 1):
@@ -298,7 +310,7 @@ def _root_of(folder: Path, item: Item) -> Path:
                 return root
         level = [child for parent in level for child in sorted(parent.iterdir()) if child.is_dir()]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise ArchiveError(f"{'; '.join(receipt.layout_problems(folder, item))}; found {found}")
+    raise SourceError(f"{'; '.join(receipt.layout_problems(folder, item))}; found {found}")
 
 
 def _drop_empty(folder: Path) -> None:

@@ -60,7 +60,9 @@ class Courier:
             raise SourceError(str(error)) from error
 
     def fetch(self, url: str, target: Path, size: int | None = None) -> None:
-        """Transfer one file."""
+        """Transfer one file, unless it is there."""
+        if target.is_file():
+            return  # it came in an earlier attempt
         with transfer.client(self.manners) as session:
             transfer.Transfer(session, url, target, size, self.manners, self.tick).run()
 
@@ -152,11 +154,10 @@ def _from_url(courier: Courier, source: Source, item: Item, folder: Path) -> Fet
 
     for file in item.files:
         target = folder / file.path
-        if not target.is_file():  # else it came in an earlier attempt
-            try:
-                courier.fetch(source.where.replace("{path}", quote(file.path)), target, file.bytes)
-            except transfer.TransferError as error:
-                raise SourceError(f"{file.path}: {error}") from error
+        try:
+            courier.fetch(source.where.replace("{path}", quote(file.path)), target, file.bytes)
+        except transfer.TransferError as error:
+            raise SourceError(f"{file.path}: {error}") from error
     return Fetched()
 
 

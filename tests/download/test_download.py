@@ -125,7 +125,7 @@ REFUSED = {
     "a zip that climbs out": (zipped(PHOTOS | {"../evil": b"x"}), "../evil: does not stay in the folder"),
     "a tar with a link out": (evil_tar(), "photos/out: "),
     "a truncated file": (zipped(PHOTOS)[:-30], "neither a zip nor a tar file, or damaged"),
-    "another layout": (zipped({"readme.txt": b"x"}), "photos/*.png: 0 files, expected 2; found readme.txt"),
+    "a page of text": (b"please log in", "neither a zip nor a tar file"),
 }
 
 
@@ -140,6 +140,31 @@ def test_refused_named_and_nothing_left_behind(cli, site, things, here, tmp_path
     assert reason in err
     assert files_of(tmp_path) == before
     assert not here.exists()
+
+
+def test_another_layout_is_named_and_the_archive_kept(cli, site, things, here):
+    site.files["/x.zip"] = zipped({"readme.txt": b"x"})
+    words = things(**pictures(site, "/x.zip"))
+    code, _, err = cli(*words)
+    assert (code, "photos/*.png: 0 files, expected 2; found readme.txt" in err) == (1, True)
+    assert files_of(here) == {".download/lock", ".download/images/0/files/x.zip"}
+    site.files["/x.zip"] = zipped(PHOTOS)
+    assert cli(*words)[0] == 1  # the archive that came is looked at again, not fetched again
+    assert cli(*words, "--force")[0] == 0
+
+
+def test_several_archives_make_one_folder(cli, site, things, here):
+    site.files |= {"/raw/1.zip": zipped({"photos/a.png": b"A"}), "/raw/2.zip": zipped({"photos/b.png": b"B"})}
+    files = [{"path": "1.zip"}, {"path": "2.zip"}]
+    item = {
+        "unpack": True,
+        "files": files,
+        "sources": [{"url": f"{site.url}/raw/{{path}}"}],
+        "layout": {"photos/*": 2},
+    }
+    code, _, err = cli(*things(images=item))
+    assert code == 0, err
+    assert files_of(here) == {"photos/a.png", "photos/b.png", "download.json"}
 
 
 def test_a_tree_is_checked_as_a_whole(cli, site, things, here):
