@@ -36,8 +36,13 @@ DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where
 FAMILIES = {"blip-2": "blip2", "llava": "llava"}  # config.json: model_type -> backbone module
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+)  # of a hub repository; pickled weights are left there
 _STRIDE, _CHUNK = 16 << 20, 64 << 10
 
 
@@ -91,7 +96,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_WEIGHTS, *_SMALL]
+    patterns = list(FILES)
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
         if any(folder.glob("*.safetensors")):

@@ -13,9 +13,11 @@ from mmedit_cli.errors import MmeditError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 _PIPE_WIDTH = 120
 Tick = Callable[[str, int], None]
+TransferTick = Callable[[str, int, int | None], None]
 
 
 class Output:
@@ -78,6 +80,23 @@ class Output:
         ) as bars:
             tasks = {what: bars.add_task(what, total=total) for what, total in totals.items()}
             yield lambda what, n: bars.advance(tasks[what], n)
+
+    @contextmanager
+    def transfers(self) -> Iterator[TransferTick]:
+        """Show a bar in bytes for each thing on its way; yield `tick(what, n, total)`, total None if not known."""
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        console = _console(sys.stderr)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+            def tick(what: str, count: int, total: int | None) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], advance=count, total=total)
+
+            yield tick
 
 
 def report_error(error: MmeditError) -> None:

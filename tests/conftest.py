@@ -66,6 +66,16 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch):
+    """A web server on this machine that misbehaves as it is told; see download/website.py."""
+    from download.website import serve
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with serve() as found:
+        yield found
+
+
 QUERIES = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("What is the capital of Peru?", "Lima"),

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # rows from the ground up; a module imports from rows below its own, or from its own row
 ROWS = (
     {"errors", "types"},
-    {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures"},
+    {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
     {"backbones", "datasets"},
     {"editors"},
     {"evaluation"},

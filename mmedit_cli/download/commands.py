@@ -1,0 +1,223 @@
+"""What `mmedit download` does and says: list, plan, fetch, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.download import models
+from mmedit_cli.download.catalogue import Group, Item, downloads_folder, find_group, load_catalogue
+from mmedit_cli.download.install import DownloadError, Installer
+from mmedit_cli.download.sources import Courier, is_offline
+from mmedit_cli.download.transfer import Manners
+from mmedit_cli.errors import UserError, near_miss
+from mmedit_cli.output import Output
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    name: str | None
+    to: Path | None = None
+    revision: str | None = None
+    catalogue: Path | None = None
+    parts: int = 4
+    force: bool = False
+
+
+def show_list(request: Request, out: Output) -> None:
+    """Print the groups of the catalogue, item by item, and whether each is here."""
+    rows: list[dict[str, Any]] = []
+    table: list[list[str]] = []
+    ends: list[int] = []
+    for group in load_catalogue(request.catalogue).values():
+        installer = Installer(group, _folder(group, request), Courier())
+        table.append([group.name, f"{group.summary}; licence: {group.licence}", "", ""])
+        for item in group.items:
+            here = item.name in installer.entries
+            table.append([f"{group.name}/{item.name}", item.summary, _item_size(item), "yes" if here else ""])
+            rows.append(
+                {
+                    "name": f"{group.name}/{item.name}",
+                    "summary": item.summary,
+                    "bytes": item.bytes,
+                    "here": here,
+                    "folder": str(installer.folder),
+                    "group": group.summary,
+                    "licence": group.licence,
+                }
+            )
+        ends.append(len(table) - 1)
+
+    def show() -> None:
+        out.table(["name", "what", "size", "here"], table, sections=ends)
+        out.line("Also a model of `mmedit list`, or any hub id: mmedit download llava-hf/llava-1.5-7b-hf")
+
+    out.result(rows, show)
+
+
+def run(request: Request, out: Output, *, dry_run: bool = False, verify: bool = False) -> bool:
+    """Fetch, plan or verify what was named; return whether all is well.
+
+    Raises UserError for a name that is not known, DownloadError for what could not be had.
+    """
+    name = request.name or ""
+    groups = load_catalogue(request.catalogue)
+    if name.partition("/")[0] not in groups:
+        return _model(name, request, groups, out, dry_run=dry_run, verify=verify)
+    group, items = find_group(name, groups)
+    if request.revision:
+        raise UserError(
+            "--revision is for models", "data sets are pinned in the catalogue; --catalogue FILE adds to it"
+        )
+    folder = _folder(group, request)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to {folder}: not a folder")
+    with out.transfers() as tick:
+        installer = Installer(group, folder, Courier(Manners(parts=request.parts), tick), force=request.force)
+        if verify:
+            return _verify(installer, items, name, out)
+        _say_licence(f"{group.name}: {group.summary}", group.licence, group.terms, group.homepage, out)
+        if dry_run:
+            _plan(installer, items, out)
+            return True
+        found, failures = _get_all(installer, items, name, out)
+    if failures:
+        hint = "what did arrive is kept; the same command goes on from there" if folder.exists() else ""
+        raise DownloadError([problem for failure in failures for problem in failure.problems], hint)
+    _show_result(installer, found, out)
+    return True
+
+
+def _get_all(
+    installer: Installer, items: tuple[Item, ...], name: str, out: Output
+) -> tuple[list[dict[str, Any]], list[DownloadError]]:
+    """Fetch each item; what fails does not keep the others from being fetched."""
+    found, failures = [], []
+    for item in items:
+        try:
+            found.append({"item": item.name, **installer.get(item)})
+        except DownloadError as error:
+            if item.optional and "/" not in name:
+                for problem in error.problems:
+                    out.note(problem)
+            else:
+                failures.append(error)
+    return found, failures
+
+
+def _show_result(installer: Installer, found: list[dict[str, Any]], out: Output) -> None:
+    rows = [
+        {
+            "item": entry["item"],
+            "state": entry["state"],
+            "files": len(entry["files"]),
+            "bytes": sum(size for size, _ in entry["files"].values()),
+            "checked": entry["checked"],
+            "source": entry["source"],
+            "revision": entry["revision"],
+        }
+        for entry in found
+    ]
+    table = [[r["item"], r["state"], f"{r['files']:,}", _size(r["bytes"]), r["checked"], r["source"]] for r in rows]
+
+    def show() -> None:
+        out.table(["item", "", "files", "size", "checked against", "source"], table, title=str(installer.folder))
+
+    out.result({"group": installer.group.name, "folder": str(installer.folder), "items": rows}, show)
+
+
+def _plan(installer: Installer, items: tuple[Item, ...], out: Output) -> None:
+    rows = [installer.plan(item) for item in items]
+    table = [[row["item"], row["state"], _size(row["bytes"]), "\n".join(row["sources"])] for row in rows]
+
+    def show() -> None:
+        out.table(["item", "", "size", "sources, in order"], table, title=f"to {installer.folder}")
+        for row in rows:
+            if row["note"]:
+                out.line(f"{row['item']}: {row['note']}")
+
+    out.result({"group": installer.group.name, "folder": str(installer.folder), "items": rows}, show)
+
+
+def _verify(installer: Installer, items: tuple[Item, ...], name: str, out: Output) -> bool:
+    rows = []
+    for item in items:
+        if item.optional and item.name not in installer.entries and "/" not in name:
+            continue
+        rows.append({"item": item.name, "problems": installer.verify(item)})
+    table = [
+        ["PROBLEM" if row["problems"] else "ok", str(row["item"]), problem]
+        for row in rows
+        for problem in row["problems"] or [""]
+    ]
+    out.result(
+        {"group": installer.group.name, "folder": str(installer.folder), "items": rows},
+        lambda: out.table(["", "item", "found"], table, title=str(installer.folder)),
+    )
+    return not any(row["problems"] for row in rows)
+
+
+def _model(
+    name: str, request: Request, groups: Mapping[str, Group], out: Output, *, dry_run: bool, verify: bool
+) -> bool:
+    repo = models.repository(name)
+    if repo is None:
+        known = [*groups, *models.names()]
+        hint = f"groups: {', '.join(groups)}; or a model of `mmedit list`, or a hub id such as owner/name"
+        raise UserError(f"{name}: neither a group nor a model{near_miss(name, known)}", hint)
+    if request.to is not None:
+        raise UserError("--to is for data sets", "models go into the cache of huggingface_hub: set HF_HOME to move it")
+    here = models.cached(repo, request.revision)
+    if is_offline() and here is not None and not verify:
+        out.note("HF_HUB_OFFLINE is set: what is in the cache is not compared with the hub")
+        out.result({"model": repo, "state": "present", "folder": str(here)}, lambda: out.line(f"{repo}: in {here}"))
+        return True
+    planned = models.plan(repo, request.revision)
+    _say_licence(repo, planned["licence"], "", "", out)
+    problems = models.verify(planned) if verify else []
+    if not verify and not dry_run:
+        planned = models.get(repo, request.revision, planned, request.parts)
+    data = {
+        **planned,
+        "folder": str(planned["folder"]) if planned["folder"] else None,
+        "files": [vars(file) for file in planned["files"]],
+    }
+    facts = f"{len(planned['files'])} files, {_size(planned['bytes'])}, revision {planned['revision']}"
+
+    def show() -> None:
+        out.line(f"{repo}: {planned['state']}: {facts}" + (f", in {planned['folder']}" if planned["folder"] else ""))
+        for problem in problems:
+            out.line(f"PROBLEM {problem}")
+
+    out.result({**data, "problems": problems} if verify else data, show)
+    return not problems
+
+
+def _say_licence(what: str, licence: str, terms: str, homepage: str, out: Output) -> None:
+    """Show the terms on stderr before anything is fetched."""
+    out.note(what)
+    out.note(f"licence: {licence}" + (f"; {terms}" if terms else "") + (f" ({homepage})" if homepage else ""))
+
+
+def _folder(group: Group, request: Request) -> Path:
+    return request.to if request.to is not None else downloads_folder() / group.name
+
+
+def _item_size(item: Item) -> str:
+    return _size(item.bytes) if item.is_size_whole or item.bytes is None else f"> {_size(item.bytes)}"
+
+
+def _size(count: int | None) -> str:
+    """Write a number of bytes for people."""
+    if count is None:
+        return "?"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

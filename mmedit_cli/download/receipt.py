@@ -1,0 +1,93 @@
+"""What was fetched, from where and with which digests: `download.json` in the folder of a group, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.download.catalogue import File, Item, Tree
+from mmedit_cli.errors import DataError
+
+NAME = "download.json"
+_CHUNK = 1 << 20
+
+
+def sha256_of(path: Path, tick: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if tick is not None:
+                tick(len(chunk))
+    return digest.hexdigest()
+
+
+def difference(path: Path, known: File) -> str:
+    """Return how a file differs from what is known of it, an empty string if it does not (or nothing is known)."""
+    size = path.stat().st_size
+    if known.bytes is not None and size != known.bytes:
+        return f"{size:,} bytes, expected {known.bytes:,}"
+    if known.sha256 is not None:
+        found = sha256_of(path)
+        return "" if found == known.sha256 else f"wrong checksum: sha256 {found}, expected {known.sha256}"
+    if known.git_blob is not None:
+        blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                blob.update(chunk)
+        return (
+            ""
+            if blob.hexdigest() == known.git_blob
+            else f"wrong checksum: git {blob.hexdigest()}, not {known.git_blob}"
+        )
+    return ""
+
+
+def tree_difference(digests: Mapping[str, str], tree: Tree) -> str:
+    """Return how the files below a folder differ from the known tree; `digests` maps path -> SHA-256."""
+    paths = sorted((path for path in digests if path.startswith(f"{tree.folder}/")), key=lambda path: path.encode())
+    lines = "".join(f"{digests[path]}  {path}\n" for path in paths)
+    same = hashlib.sha256(lines.encode()).hexdigest() == tree.sha256
+    return "" if same else f"{tree.folder}: its {len(paths):,} files are not the published ones"
+
+
+def layout_problems(folder: Path, item: Item) -> list[str]:
+    """Return what the layout of an item asks for and the folder lacks."""
+    problems = []
+    for pattern, least in (item.layout or {}).items():
+        found = sum(1 for part in pattern.split("|") for path in folder.glob(part.strip()) if path.is_file())
+        if found < least:
+            problems.append(f"{pattern}: {found:,} files, expected {least:,}" + (" or more" if least == 1 else ""))
+    return problems
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the receipt of a folder: item -> source, revision, files; empty where nothing was fetched."""
+    path = folder / NAME
+    if not path.is_file():
+        return {}
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+        return {str(name): dict(entry) for name, entry in items.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged", "remove it; the next download checks the files anew") from error
+
+
+def write(folder: Path, group: str, items: Mapping[str, Any]) -> None:
+    """Write the receipt of a folder, all or nothing."""
+    temporary = folder / f"{NAME}.new"
+    text = json.dumps({"group": group, "items": items}, indent=1, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, folder / NAME)
+
+
+def below(folder: Path) -> Iterable[tuple[str, Path]]:
+    """Yield the files of a folder with their paths written with slashes, sorted."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path

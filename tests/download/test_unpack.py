@@ -1,0 +1,152 @@
+"""Archives that mean harm, or are broken: refused, named, nothing left behind."""
+
+from __future__ import annotations
+
+import io
+import stat
+import tarfile
+import zipfile
+
+import pytest
+
+from mmedit_cli.download.unpack import ArchiveError, Limits, is_archive, unpack
+
+
+def make_zip(path, entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries:
+            file.writestr(name, content)
+    return path
+
+
+def make_tar(path, entries, mode="w:gz"):
+    """Entries are (name, bytes), or a TarInfo made by `link`."""
+    with tarfile.open(path, mode) as file:
+        for entry in entries:
+            if isinstance(entry, tarfile.TarInfo):
+                file.addfile(entry)
+                continue
+            info = tarfile.TarInfo(entry[0])
+            info.size = len(entry[1])
+            file.addfile(info, io.BytesIO(entry[1]))
+    return path
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def refused(archive, tmp_path, match, **kw):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArchiveError, match=match):
+        unpack(archive, tmp_path / "out", **kw)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_good_archives(tmp_path, mode):
+    entries = [("a/b.txt", b"one"), ("c d.txt", b"two"), ("empty.txt", b"")]
+    archive = tmp_path / "some.download"  # the content tells, not the name
+    make_zip(archive, entries) if mode == "zip" else make_tar(archive, [("./a/b.txt", b"one"), *entries[1:]], mode)
+    assert is_archive(archive)
+    unpack(archive, tmp_path / "out")
+    out = tmp_path / "out"
+    assert {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()} == dict(entries)
+
+
+EVIL = ["../evil", "a/../../evil", "/tmp/evil", "a\\..\\evil", "C:/evil", "a//b", "./../evil"]
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_names_that_lead_out_of_a_zip(tmp_path, name):
+    archive = make_zip(tmp_path / "x.zip", [("good", b"1"), (name, b"2")])
+    refused(archive, tmp_path, "x.zip: .*does not stay in the folder")
+
+
+@pytest.mark.parametrize("name", [name for name in EVIL if name != "a//b"])
+def test_names_that_lead_out_of_a_tar(tmp_path, name):
+    archive = make_tar(tmp_path / "x.tar.gz", [("good", b"1"), (name, b"2")])
+    refused(archive, tmp_path, "x.tar.gz: .*does not stay in the folder")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../secret", "..", "good/../../.."])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_that_lead_out(tmp_path, target, kind):
+    archive = make_tar(tmp_path / "x.tar", [("good", b"1"), link("bad", target, kind)], "w")
+    refused(archive, tmp_path, "x.tar: bad: ")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "home").mkdir()
+    entries = [link("way", str(tmp_path / "home")), ("way/evil", b"2")]
+    refused(make_tar(tmp_path / "x.tar", entries, "w"), tmp_path, "x.tar: way: ")
+    entries = [link("way", "."), link("way/further", ".."), ("way/further/evil", b"2")]
+    refused(make_tar(tmp_path / "y.tar", entries, "w"), tmp_path, "y.tar: ")
+
+
+def test_a_link_inside_becomes_a_copy(tmp_path):
+    entries = [link("second/copy", "../first"), ("first", b"1"), link("hard", "first", tarfile.LNKTYPE)]
+    unpack(make_tar(tmp_path / "x.tar", entries, "w"), tmp_path / "out")
+    for name in ("first", "second/copy", "hard"):
+        path = tmp_path / "out" / name
+        assert path.read_bytes() == b"1"
+        assert not path.is_symlink()
+        assert path.stat().st_nlink == 1
+
+
+def test_devices_are_refused(tmp_path):
+    archive = make_tar(tmp_path / "x.tar", [link("null", "", tarfile.CHRTYPE)], "w")
+    refused(archive, tmp_path, "x.tar: null: ")
+
+
+def test_a_link_in_a_zip(tmp_path):
+    info = zipfile.ZipInfo("bad")
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    refused(make_zip(tmp_path / "x.zip", [(info, b"/etc/passwd")]), tmp_path, "x.zip: bad: a link")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_entries_of_one_name(tmp_path):
+    refused(make_zip(tmp_path / "x.zip", [("a", b"1"), ("a", b"2")]), tmp_path, "x.zip: a: two entries")
+    refused(make_tar(tmp_path / "x.tar", [("a", b"1"), ("a", b"2")], "w"), tmp_path, "x.tar: a: two entries")
+
+
+def test_a_password(tmp_path):
+    archive = make_zip(tmp_path / "x.zip", [("a", b"1")])
+    raw = bytearray(archive.read_bytes())
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    archive.write_bytes(raw)
+    refused(archive, tmp_path, "x.zip: a: locked with a password")
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+def test_cut_off(tmp_path, suffix):
+    entries = [(f"{i}", bytes(range(256)) * 40 + str(i).encode() * 999) for i in range(20)]
+    archive = tmp_path / f"x.{suffix}"
+    make_zip(archive, entries) if suffix == "zip" else make_tar(archive, entries, "w" if suffix == "tar" else "w:gz")
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    refused(archive, tmp_path, f"x.{suffix}: (damaged|neither)")
+
+
+def test_damaged_inside(tmp_path):
+    archive = make_zip(tmp_path / "x.zip", [("a", b"some text " * 99)])
+    raw = bytearray(archive.read_bytes())
+    raw[40] ^= 0xFF
+    archive.write_bytes(raw)
+    refused(archive, tmp_path, "x.zip: damaged")
+
+
+def test_no_archive(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"quota exceeded")
+    assert not is_archive(tmp_path / "x.zip")
+    refused(tmp_path / "x.zip", tmp_path, "x.zip: neither")
+
+
+def test_limits(tmp_path):
+    archive = make_zip(tmp_path / "x.zip", [(str(i), bytes(50_000)) for i in range(10)])
+    refused(archive, tmp_path, "more than 9 entries", limits=Limits(entries=9))
+    refused(archive, tmp_path, "unpacks to more than 499,999 bytes", limits=Limits(bytes=499_999))
+    refused(archive, tmp_path, "unpacks to more than", limits=Limits(ratio=20, free_ratio_bytes=1000))
+    unpack(archive, tmp_path / "out", Limits(entries=10, bytes=500_000))
