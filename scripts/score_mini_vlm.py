@@ -98,7 +98,7 @@ def sampled(asked: list[Item], most: int | None) -> list[Item]:
 
 def answer(backbone: VisionLanguageModel, asked: list[Item], batch_size: int) -> list[str]:
     """Return the model's free answers in order; questions of a like length are asked together."""
-    features: RowCache[Picture] = RowCache(lambda p: list(backbone.image_features(p)), group=64)
+    features: RowCache[Picture] = RowCache(backbone.image_features, group=64)
     seen = (Picture(i.query.image, i.query.background) for i in asked if i.query.image is not None)
     features.plan(list(seen))
     order = sorted(range(len(asked)), key=lambda i: (asked[i].query.image is None, len(asked[i].query.prompt)))

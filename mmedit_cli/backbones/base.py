@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mmedit_cli.backbones._anchors import Anchors
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.pictures import Picture, load_picture
-from mmedit_cli.prefix import Prefix, RowCache, run_to
+from mmedit_cli.prefix import DeepStack, Prefix, RowCache, run_to
 from mmedit_cli.types import Query
 
 IGNORE = -100
@@ -76,6 +77,7 @@ class VisionLanguageModel(ABC):
 
     family: ClassVar[str]
     image_token: ClassVar[str] = "<image>"
+    n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, image_processor: Any, fingerprint: str) -> None:
         self.name, self.model, self.tokenizer, self.image_processor = name, model, tokenizer, image_processor
@@ -100,12 +102,20 @@ class VisionLanguageModel(ABC):
         """The module whose `generate(inputs_embeds=...)` continues a sequence."""
 
     @abstractmethod
-    def _prompt_ids(self, text: str, *, with_image: bool) -> tuple[list[int], int, int]:
-        """Return (token ids, image start, number of image tokens) of a text; the placeholders are already expanded."""
+    def n_image_tokens(self, picture: Picture) -> int:
+        """Return N_v, the number of positions a picture takes; at most its header is read, and DataError raised."""
 
     @abstractmethod
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the image tokens as the language model sees them: (n, C, H, W) -> (n, N_v, D)."""
+    def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
+        """Return (token ids, image start) of a text with `n_image` placeholders for its picture (0: without one)."""
+
+    @abstractmethod
+    def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Return the tokens of each picture, as `image_features` does, from what the image processor made of them."""
+
+    def position_ids(self, batch: Batch) -> Tensor | None:
+        """Return the positions for rotary embeddings, (axes, B, T); None: the model counts 0, 1, 2, ... itself."""
+        return None
 
     # -- queries to tensors -------------------------------------------------------------------------------------
 
@@ -131,7 +141,7 @@ class VisionLanguageModel(ABC):
         return self._encode(query, with_answer)
 
     def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
-        prompt, with_image = query.prompt, query.image is not None
+        prompt = query.prompt
         text = prompt + joined(query) if with_answer else prompt
         if not prompt.strip():
             raise DataError("the prompt is empty")
@@ -142,8 +152,9 @@ class VisionLanguageModel(ABC):
                 f"{self.image_token!r} inside the text of {prompt!r}: one image a query, several are not supported",
                 "leave the placeholder out and name the picture in `image`",
             )
-        ids, start, n_image = self._prompt_ids(text, with_image=with_image)
-        n_answer = len(ids) - len(self._prompt_ids(prompt, with_image=with_image)[0])
+        n_image = 0 if query.image is None else self.n_image_tokens(Picture(query.image, query.background))
+        ids, start = self._prompt_ids(text, n_image)
+        n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:
@@ -184,54 +195,71 @@ class VisionLanguageModel(ABC):
 
     # -- forward passes -----------------------------------------------------------------------------------------
 
-    def image_features(self, pictures: Sequence[Picture]) -> Tensor:
-        """Return the image tokens of each picture: (n, N_v, D)."""
+    def image_features(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Return the image tokens of each picture: (N_v, D), or (N_v, (1 + n_deepstack) * D) where some are added later.
+
+        Raises DataError for a picture that cannot be read, ModelError if the image processor and `n_image_tokens`
+        do not agree.
+        """
         loaded = [load_picture(picture) for picture in pictures]
-        pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
-        return self._encode_pixels(pixels.to(self.device, self.dtype)).to(self.device, self.dtype)
+        inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.device, self.dtype)
+        found = [tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)]
+        for picture, tokens in zip(pictures, found, strict=True):
+            if len(tokens) != self.n_image_tokens(picture):
+                problem = (
+                    f"{picture.path}: {len(tokens)} image tokens where {self.n_image_tokens(picture)} were expected"
+                )
+                raise ModelError(problem, f"the image processor of {self.name} does not fit its config")
+        return found
 
     def embed(self, batch: Batch, features: Features | None = None) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
 
         `features` serves image tokens that were computed before; without it each distinct picture is encoded here.
         """
+        return self._entering(batch, features)[0]
+
+    def _entering(self, batch: Batch, features: Features | None) -> tuple[Tensor, DeepStack | None]:
+        """Return what enters the language model, and what is added behind its first layers."""
         embeds = self._embedding(batch.input_ids)
         rows = [index for index in batch.picture_of if index is not None]
         if not rows:
-            return embeds
-        encoded = (
-            self.image_features(batch.pictures)
-            if features is None
-            else torch.stack(features.get(batch.pictures)).to(self.device)
-        )
-        return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), encoded[rows].to(embeds.dtype))
+            return embeds, None
+        encoded = self.image_features(batch.pictures) if features is None else features.get(batch.pictures)
+        tokens = torch.cat([encoded[index].to(self.device) for index in rows])
+        first, *later = tokens.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(batch.image_mask.unsqueeze(-1), first)
+        return embeds, DeepStack(batch.image_mask, torch.stack(later, 1)) if later else None
+
+    def _adding(self, deepstack: DeepStack | None) -> AbstractContextManager[None]:
+        return nullcontext() if deepstack is None else deepstack.on(self.layers)
 
     def logits(self, batch: Batch, features: Features | None = None) -> Tensor:
         """Return the logits of the whole model: (B, T, V)."""
-        return self.forward_embeds(self.embed(batch, features), batch.attention_mask)
-
-    def forward_embeds(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run the language model on embeddings (B, T, D) and return its logits (B, T, V)."""
-        return self._tail[-1](self._run_stack(embeds, attention_mask))
+        embeds, deepstack = self._entering(batch, features)
+        with self._adding(deepstack):
+            return self._tail[-1](self._run_stack(embeds, batch))
 
     def prefix(self, batch: Batch, layer: int, features: Features | None = None) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
         self._check_layer(layer)
         target = self.layers[layer] if layer < self.n_layers else self._tail[0]
-        embeds = self.embed(batch, features)
-        hidden, context = run_to(lambda: self.forward_embeds(embeds, batch.attention_mask), target)
+        embeds, deepstack = self._entering(batch, features)
+        with self._adding(deepstack):
+            hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
         if layer == self.n_layers:
             context = {}
-        return Prefix(layer, hidden, batch.attention_mask, context)
+        return Prefix(layer, hidden, batch.attention_mask, context, deepstack if layer < self.n_deepstack else None)
 
-    def prefix_of(self, hidden: Tensor, attention_mask: Tensor, layer: int) -> Prefix:
+    def prefix_of(self, hidden: Tensor, batch: Batch, layer: int, features: Features | None = None) -> Prefix:
         """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
         self._check_layer(layer)
         if layer == self.n_layers:
-            return Prefix(layer, hidden, attention_mask, {})
+            return Prefix(layer, hidden, batch.attention_mask, {})
+        deepstack = self._entering(batch, features)[1] if layer < self.n_deepstack else None
         embeds = torch.zeros(*hidden.shape[:2], self._embedding.weight.shape[1], dtype=self.dtype, device=self.device)
-        _, context = run_to(lambda: self._run_stack(embeds, attention_mask), self.layers[0])
-        return Prefix(layer, hidden, attention_mask, context)
+        _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
+        return Prefix(layer, hidden, batch.attention_mask, context, deepstack)
 
     def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
         """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
@@ -239,17 +267,24 @@ class VisionLanguageModel(ABC):
         `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool.
         """
         hidden = prefix.hidden
-        for layer in self.layers[prefix.layer :]:
-            output = layer(hidden, **prefix.context)
-            hidden = output[0] if isinstance(output, tuple) else output
+        with self._adding(prefix.deepstack):
+            for layer in self.layers[prefix.layer :]:
+                output = layer(hidden, **prefix.context)
+                hidden = output[0] if isinstance(output, tuple) else output
         if at is not None:
             hidden = hidden[at.to(hidden.device)]
         for module in self._tail:
             hidden = module(hidden)
         return hidden
 
-    def _run_stack(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._stack(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
+        positions = self._positions(batch)
+        stack = self._stack(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False, **positions)
+        return stack.last_hidden_state
+
+    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+        positions = self.position_ids(batch)
+        return {} if positions is None else {"position_ids": positions}
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer <= self.n_layers:
@@ -268,17 +303,20 @@ class VisionLanguageModel(ABC):
         room = self.max_length - batch.input_ids.shape[1]
         if room < 1:
             raise DataError(f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt")
-        tokens = self.generator.generate(
-            inputs_embeds=self.embed(batch, features),
-            attention_mask=batch.attention_mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=min(max_new_tokens, room),
-                do_sample=False,
-                pad_token_id=self.pad_id,
-                eos_token_id=self._end_ids,
-            ),
-            stopping_criteria=StoppingCriteriaList([self._newline_stop()]),
-        )
+        embeds, deepstack = self._entering(batch, features)
+        with self._adding(deepstack):
+            tokens = self.generator.generate(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                **self._positions(batch),
+                generation_config=GenerationConfig(
+                    max_new_tokens=min(max_new_tokens, room),
+                    do_sample=False,
+                    pad_token_id=self.pad_id,
+                    eos_token_id=self._end_ids,
+                ),
+                stopping_criteria=StoppingCriteriaList([self._newline_stop()]),
+            )
         return [self._decode(row) for row in tokens.tolist()]
 
     @property

@@ -46,9 +46,7 @@ def make_caches(
 
     The plan depends on the queries alone, so an interrupted run that goes on computes the same bits.
     """
-    features: Features = RowCache(
-        lambda pictures: list(backbone.image_features(pictures)), group=batch_size, budget=budget // 4, spill=True
-    )
+    features: Features = RowCache(backbone.image_features, group=batch_size, budget=budget // 4, spill=True)
 
     def compute(group: Sequence[Query]) -> list[Tensor]:
         batch = backbone.batch(group)
@@ -98,7 +96,7 @@ def _prefix(backbone: VisionLanguageModel, batch: Batch, caches: Caches | None) 
         return backbone.prefix(batch, 0)
     rows = caches.prefixes.get(batch.queries)
     hidden = pad_sequence(rows, batch_first=True).to(backbone.device)
-    return backbone.prefix_of(hidden, batch.attention_mask, caches.layer)
+    return backbone.prefix_of(hidden, batch, caches.layer, caches.features)
 
 
 def _generate(

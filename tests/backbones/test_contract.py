@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_resume_of_prefix_is_the_forward_pass_bit_for_bit(backbone):
     for layer in range(backbone.n_layers + 1):
         prefix = backbone.prefix(batch, layer)
         assert torch.equal(backbone.resume(prefix), expected), layer
-        rebuilt = backbone.prefix_of(prefix.hidden, batch.attention_mask, layer)
+        rebuilt = backbone.prefix_of(prefix.hidden, batch, layer)
         assert torch.equal(backbone.resume(rebuilt), expected), layer
 
 
@@ -74,16 +75,17 @@ def test_batched_equals_single(backbone):
 
 def test_generation_with_the_cache_is_greedy_decoding_without_it(backbone):
     query = QUERIES[0]
-    said = ""
-    tokens: list[int] = []
+    batch = backbone.batch([query], with_answer=False)
+    start = batch.input_ids.shape[1]
     for _ in range(5):
-        batch = backbone.batch([query], with_answer=False)
-        embeds = backbone.embed(batch)
-        if tokens:
-            embeds = torch.cat((embeds, backbone.model.get_input_embeddings()(torch.tensor([tokens]))), 1)
-        logits = backbone.forward_embeds(embeds, torch.ones(embeds.shape[:2], dtype=torch.long))
-        tokens.append(int(logits[0, -1].argmax()))
-        said = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+        token = backbone.logits(batch)[:, -1:].argmax(-1)
+        batch = replace(
+            batch,
+            input_ids=torch.cat((batch.input_ids, token), 1),
+            attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1),
+            image_mask=torch.nn.functional.pad(batch.image_mask, (0, 1)),
+        )
+    said = backbone.tokenizer.decode(batch.input_ids[0, start:], skip_special_tokens=True)
     assert backbone.generate([query], max_new_tokens=5)[0] == said.strip().split("\n")[0].strip()
 
 
@@ -115,7 +117,7 @@ def test_logits_at_positions_are_the_same_rows(backbone):
 
 
 def test_features_from_a_cache_change_nothing(backbone):
-    cache = RowCache(lambda pictures: list(backbone.image_features(pictures)), group=3)
+    cache = RowCache(backbone.image_features, group=3)
     batch = backbone.batch(QUERIES)
     assert torch.equal(backbone.logits(batch, cache), backbone.logits(batch))
     backbone.logits(backbone.batch(QUERIES[::-1]), cache)
