@@ -23,8 +23,8 @@ _IN_LAYER = {
 # role -> the last part of its module's path, outside the language model
 _IN_MODEL = {
     "vision": ("vision_tower", "vision_model", "visual"),
-    "connector": ("qformer", "multi_modal_projector"),
-    "projector": ("language_projection", "multi_modal_projector"),
+    "connector": ("qformer", "multi_modal_projector", "merger"),
+    "projector": ("language_projection", "multi_modal_projector", "merger"),
 }
 _NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
 

@@ -29,7 +29,7 @@ def load_backbone(
     target = runtime.resolve_device(device)
     number = runtime.resolve_dtype(dtype, target)
     if ref.folder is None:
-        module, tokenizer, processor = _tiny.build(ref.family)
+        module, tokenizer, processor = _tiny.build(ref.name)
         module.to(target, None if isinstance(number, str) else number)
     else:
         module = _from_folder(ref, number, device_map)

@@ -196,7 +196,7 @@ class VisionLanguageModel(ABC):
     # -- forward passes -----------------------------------------------------------------------------------------
 
     def image_features(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Return the image tokens of each picture: (N_v, D), or (N_v, (1 + n_deepstack) * D) where some are added later.
+        """Return the image tokens of each picture: (N_v, (1 + n_deepstack) * D), those that are added later behind D.
 
         Raises DataError for a picture that cannot be read, ModelError if the image processor and `n_image_tokens`
         do not agree.
