@@ -198,8 +198,7 @@ class VisionLanguageModel(ABC):
     def image_features(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """Return the image tokens of each picture: (N_v, (1 + n_deepstack) * D), those that are added later behind D.
 
-        Raises DataError for a picture that cannot be read, ModelError if the image processor and `n_image_tokens`
-        do not agree.
+        Raises DataError for a picture that cannot be read, ModelError for one that is not what it was when measured.
         """
         loaded = [load_picture(picture) for picture in pictures]
         inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.device, self.dtype)
@@ -209,7 +208,7 @@ class VisionLanguageModel(ABC):
                 problem = (
                     f"{picture.path}: {len(tokens)} image tokens where {self.n_image_tokens(picture)} were expected"
                 )
-                raise ModelError(problem, f"the image processor of {self.name} does not fit its config")
+                raise ModelError(problem, "did the file change, or is the image processor of another model?")
         return found
 
     def embed(self, batch: Batch, features: Features | None = None) -> Tensor:
