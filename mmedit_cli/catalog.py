@@ -27,6 +27,7 @@ _TINY = "random weights, built from a config: for tests and for trying a command
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
     "tiny-llava": Entry("llava", None, _TINY),
+    "tiny-minigpt4": Entry("minigpt4", None, _TINY),
     "tiny-qwen2-vl": Entry("qwen_vl", None, _TINY),
     "tiny-qwen2.5-vl": Entry("qwen_vl", None, _TINY),
     "tiny-qwen3-vl": Entry("qwen_vl", None, _TINY),
@@ -48,6 +49,7 @@ DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where
 FAMILIES = {  # config.json: model_type -> backbone module
     "blip-2": "blip2",
     "llava": "llava",
+    "minigpt4": "minigpt4",
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",

@@ -54,16 +54,27 @@ def build(name: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
 
 
 def _blip2(words: Any) -> tuple[nn.Module, Any]:
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        Blip2QFormerConfig,
-        Blip2VisionConfig,
-        OPTConfig,
-    )
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+    text = OPTConfig(
+        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, ffn_dim=2 * _WIDTH,
+        num_attention_heads=_HEADS, word_embed_proj_dim=_WIDTH, max_position_embeddings=128, dropout=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
+
+
+def _minigpt4(words: Any) -> tuple[nn.Module, Any]:
+    from mmedit_cli.backbones._minigpt4_model import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+
+    return _with_qformer(MiniGPT4ForConditionalGeneration, MiniGPT4Config, _llama(words), words)
+
+
+def _with_qformer(model: Any, config: Any, text: Any, words: Any) -> tuple[nn.Module, Any]:
+    from transformers import Blip2QFormerConfig, Blip2VisionConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    config = Blip2Config(
+    sizes = config(
         vision_config=Blip2VisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=_SIDE,
             patch_size=_PATCH, initializer_range=0.02,
@@ -72,19 +83,25 @@ def _blip2(words: Any) -> tuple[nn.Module, Any]:
             vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
             encoder_hidden_size=32, max_position_embeddings=8,
         ).to_dict(),
-        text_config=OPTConfig(
-            vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, ffn_dim=2 * _WIDTH,
-            num_attention_heads=_HEADS, word_embed_proj_dim=_WIDTH, max_position_embeddings=128, dropout=0.0,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ).to_dict(),
+        text_config=text.to_dict(),
         num_query_tokens=8,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    return Blip2ForConditionalGeneration(config), BlipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+    return model(sizes), BlipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+
+
+def _llama(words: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, intermediate_size=2 * _WIDTH,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
 
 
 def _llava(words: Any) -> tuple[nn.Module, Any]:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = LlavaConfig(
@@ -92,11 +109,7 @@ def _llava(words: Any) -> tuple[nn.Module, Any]:
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=_SIDE,
             patch_size=_PATCH, projection_dim=32,
         ).to_dict(),
-        text_config=LlamaConfig(
-            vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, intermediate_size=2 * _WIDTH,
-            num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=128,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ).to_dict(),
+        text_config=_llama(words).to_dict(),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
@@ -138,6 +151,7 @@ _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _BUILD: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
     "tiny-blip2": _blip2,
     "tiny-llava": _llava,
+    "tiny-minigpt4": _minigpt4,
     "tiny-qwen2-vl": partial(_qwen_vl, name="Qwen2VL"),
     "tiny-qwen2.5-vl": partial(_qwen_vl, name="Qwen2_5_VL"),
     "tiny-qwen3-vl": partial(_qwen_vl, name="Qwen3VL"),

@@ -83,10 +83,15 @@ def qwen_vl_inputs(backbone, image, text):
     return processor(images=image, text="<|vision_start|><|image_pad|><|vision_end|>" + text)
 
 
+def minigpt4_inputs(backbone, image, text):
+    """There is no processor: the published code tokenizes what stands before and behind <ImageHere> on its own."""
+    behind = backbone.tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    return {"input_ids": [[backbone.tokenizer.bos_token_id, *[backbone.model.config.image_token_id] * 8, *behind]]}
+
+
 def test_our_ids_are_those_of_the_processor(backbone):
     text, image = "What is this?", load_picture(Picture(QUERIES[0].image))
-    inputs = {"blip2": blip2_inputs, "llava": llava_inputs, "qwen_vl": qwen_vl_inputs}[backbone.family]
-    ids = torch.tensor(inputs(backbone, image, text)["input_ids"])
+    ids = torch.tensor(globals()[f"{backbone.family}_inputs"](backbone, image, text)["input_ids"])
     batch = backbone.batch([Query(text, image=QUERIES[0].image)], with_answer=False)
     ours = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
     assert torch.equal(ours, ids)
