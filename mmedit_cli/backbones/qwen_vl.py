@@ -23,7 +23,7 @@ class QwenVL(VisionLanguageModel):
     `image_features`, so they are cached and served with the rest.
     """
 
-    family = "qwen_vl"
+    family = "qwen-vl"
     image_token = "<|image_pad|>"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -91,7 +91,7 @@ def minigpt4_inputs(backbone, image, text):
 
 def test_our_ids_are_those_of_the_processor(backbone):
     text, image = "What is this?", load_picture(Picture(QUERIES[0].image))
-    ids = torch.tensor(globals()[f"{backbone.family}_inputs"](backbone, image, text)["input_ids"])
+    ids = torch.tensor(globals()[f"{backbone.family.replace('-', '_')}_inputs"](backbone, image, text)["input_ids"])
     batch = backbone.batch([Query(text, image=QUERIES[0].image)], with_answer=False)
     ours = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
     assert torch.equal(ours, ids)
