@@ -100,9 +100,8 @@ def test_a_picture_that_changes_in_between_is_named(qwen, queries):
         qwen.embed(batch)
 
 
+@pytest.mark.parametrize("qwen", ["tiny-qwen2-vl", "tiny-qwen2.5-vl"], indirect=True)  # Qwen3-VL has none
 def test_sliding_windows_are_refused(qwen):
-    if not hasattr(qwen.model.config.get_text_config(), "layer_types"):
-        pytest.skip("Qwen3-VL has none")
     qwen.model.config.get_text_config().layer_types[-1] = "sliding_attention"
     with pytest.raises(ModelError, match="sliding-window attention is not supported"):
         type(qwen)("x", qwen.model, qwen.tokenizer, qwen.image_processor, "")
