@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.errors import DataError, ModelError
+from mmedit_cli.patch import Patch
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import RowCache
 from mmedit_cli.types import Query
@@ -126,3 +127,15 @@ def test_deepstack_is_added_where_it_belongs_and_encoded_once(queries, monkeypat
     assert torch.equal(changed, batch.image_mask), "the first addition reaches the image positions and no other"
     assert not torch.equal(without[2], with_it[2])
     assert all(not layer._forward_hooks for layer in qwen.layers)
+
+
+def test_deepstack_is_added_behind_the_hook_of_an_editor(queries):
+    qwen = load_backbone("tiny-qwen3-vl", device="cpu")
+    batch = qwen.batch(queries)
+    base = qwen.logits(batch)
+    with Patch(qwen.model) as patch:
+        patch.hook(qwen.anchors.path("layer", 0), lambda hidden: hidden * 2)
+        edited = qwen.logits(batch)
+        assert torch.equal(edited, qwen.model(**published(qwen, batch)).logits)
+        assert torch.equal(qwen.resume(qwen.prefix(batch, 0)), edited)
+    assert not torch.equal(edited, base)
