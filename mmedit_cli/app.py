@@ -22,8 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-convert = typer.Typer(help="Turn published weights into a model folder.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(convert, name="convert")
+conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
 
 
 def _version(value: bool) -> None:
@@ -128,7 +128,7 @@ def ask(
     out.result({"prompt": prompt, "image": str(image) if image else None, "answer": answer}, lambda: out.line(answer))
 
 
-@convert.command("minigpt4")
+@conversions.command("minigpt4")
 def convert_minigpt4(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model is written; it must not exist.")],
     vision: Annotated[Path, typer.Option(help="eva_vit_g.pth of LAVIS.")],

@@ -128,7 +128,8 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise ModelError(f"{repo}: cannot be fetched from the hub: {reason}", f"{cache}; check the name") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model folder; raise ModelError if there is none that can be read."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"{folder}: not a folder", "give a folder as save_pretrained writes it")
@@ -146,7 +147,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _family(folder: Path) -> str:
-    model_type = str(_read_config(folder).get("model_type"))
+    model_type = str(read_config(folder).get("model_type"))
     if model_type not in FAMILIES:
         problem = f"{folder}: model_type {model_type!r} is not supported{near_miss(model_type, FAMILIES)}"
         raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")

@@ -6,7 +6,6 @@ transformers. The first three are pickles: nothing but tensors and plain contain
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmedit_cli.catalog import read_config
 from mmedit_cli.errors import ModelError
 
 _VISION_LAYERS = 39  # the published code leaves the last block of EVA ViT-g out
@@ -99,8 +99,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0][:120]
         raise ModelError(f"{path}: not a file of tensors ({reason})", "get the published file again") from error
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    content = content.get("model", content) if isinstance(content, dict) else content
+    tensors = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in tensors if isinstance(value, Tensor)}
 
 
 def _need(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
@@ -162,9 +163,7 @@ def _language_model(folder: Path) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json, so not a model folder", "give the folder of Vicuna")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_config(folder).get("model_type")
     if kind != "llama":
         raise ModelError(f"{folder}: model_type {kind!r}, MiniGPT-4 needs a llama", "give the folder of Vicuna")
     try:

@@ -197,6 +197,7 @@ def spoiled(path, change):
         ("vision", lambda f, b: Path(f).write_bytes(b""), "not a file of tensors"),
         ("vision", lambda f, b: Path(f).unlink(), "no such file"),
         ("projection", lambda f, b: torch.save({"model": Evil(f.with_name("evil"))}, f), "not a file of tensors"),
+        ("projection", lambda f, b: torch.save({"model": torch.ones(2)}, f), "no tensor llama_proj.weight"),
         ("projection", lambda f, b: torch.save([1, 2], f), "no tensor llama_proj.weight"),
         ("qformer", lambda f, b: torch.save(spoiled(f, lambda t: t.pop("query_tokens")), f), "no tensor query_tokens"),
         (
@@ -211,6 +212,7 @@ def spoiled(path, change):
             r"language_projection\.bias: shape \(5,\) where \(48,\) is needed",
         ),
         ("llm", lambda f, b: (f / "config.json").write_text('{"model_type": "opt"}'), "MiniGPT-4 needs a llama"),
+        ("llm", lambda f, b: (f / "config.json").write_text("{"), "not valid JSON"),
         ("llm", lambda f, b: (f / "config.json").unlink(), "no config.json"),
         ("llm", lambda f, b: (f / "model.safetensors").unlink(), "cannot be loaded"),
     ],
