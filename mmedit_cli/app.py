@@ -22,6 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
+
 
 def _version(value: bool) -> None:
     if value:
@@ -191,6 +194,42 @@ def ask(
     asked = workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision)
     answer = workflows.answer(asked, prompt, image, max_new_tokens=max_new_tokens, out=out)
     out.result({"prompt": prompt, "image": str(image) if image else None, "answer": answer}, lambda: out.line(answer))
+
+
+@conversions.command("minigpt4")
+def convert_minigpt4(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model is written; it must not exist.")],
+    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth of LAVIS.")],
+    qformer: Annotated[Path, typer.Option(help="blip2_pretrained_flant5xxl.pth of LAVIS.")],
+    projection: Annotated[Path, typer.Option(help="prerained_minigpt4_7b.pth of MiniGPT-4.")],
+    llm: Annotated[Path, typer.Option(help="Folder of Vicuna-7B with its tokenizer, e.g. of Vision-CAIR/vicuna-7b.")],
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Put the four published parts of MiniGPT-4 together; nothing in them is executed.
+
+    Where the parts are:
+
+      https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/  (vision, qformer)
+
+      https://huggingface.co/spaces/Vision-CAIR/minigpt4  (projection)
+
+      https://huggingface.co/Vision-CAIR/vicuna-7b  (llm)
+
+    Then:
+
+      mmedit convert minigpt4 models/minigpt4-7b --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth
+      --projection prerained_minigpt4_7b.pth --llm vicuna-7b
+
+      mmedit ask --model models/minigpt4-7b --image cat.png "What is this?"
+    """
+    from mmedit_cli import runtime
+    from mmedit_cli.backbones._minigpt4_weights import Published, convert
+
+    output = Output(as_json=as_json)
+    runtime.quiet_libraries()
+    folder = convert(Published(vision, qformer, projection, llm), out, output.note)
+    output.result({"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder)))
 
 
 @app.command("list")

@@ -23,17 +23,37 @@ class Entry:
     summary: str
 
 
+_TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
-    "tiny-blip2": Entry("blip2", None, "random weights, built from a config: for tests and for trying a command"),
-    "tiny-llava": Entry("llava", None, "random weights, built from a config: for tests and for trying a command"),
+    "tiny-blip2": Entry("blip2", None, _TINY),
+    "tiny-llava": Entry("llava", None, _TINY),
+    "tiny-minigpt4": Entry("minigpt4", None, _TINY),
+    "tiny-qwen2-vl": Entry("qwen-vl", None, _TINY),
+    "tiny-qwen2.5-vl": Entry("qwen-vl", None, _TINY),
+    "tiny-qwen3-vl": Entry("qwen-vl", None, _TINY),
     "blip2-opt-2.7b": Entry("blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"),
     "blip2-opt-6.7b": Entry("blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"),
     "llava-1.5-7b": Entry("llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"),
     "llava-1.5-13b": Entry("llava", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5 with Vicuna-13B (40 layers)"),
+    "qwen2-vl-2b": Entry("qwen-vl", "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL 2B (28 layers)"),
+    "qwen2-vl-7b": Entry("qwen-vl", "Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL 7B (28 layers)"),
+    "qwen2.5-vl-3b": Entry("qwen-vl", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL 3B (36 layers)"),
+    "qwen2.5-vl-7b": Entry("qwen-vl", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL 7B (28 layers)"),
+    "qwen3-vl-2b": Entry("qwen-vl", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL 2B (28 layers)"),
+    "qwen3-vl-4b": Entry("qwen-vl", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL 4B (36 layers)"),
+    "qwen3-vl-8b": Entry("qwen-vl", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL 8B (36 layers)"),
+    "qwen3-vl-32b": Entry("qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"),
 }
 
 DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where no model is named
-FAMILIES = {"blip-2": "blip2", "llava": "llava"}  # config.json: model_type -> backbone module
+FAMILIES = {  # config.json: model_type -> backbone module
+    "blip-2": "blip2",
+    "llava": "llava",
+    "minigpt4": "minigpt4",
+    "qwen2_vl": "qwen-vl",
+    "qwen2_5_vl": "qwen-vl",
+    "qwen3_vl": "qwen-vl",
+}
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
 FILES = (
@@ -113,7 +133,8 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         raise ModelError(f"{repo}: cannot be fetched from the hub: {reason}", f"{cache}; check the name") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model folder; raise ModelError if there is none that can be read."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"{folder}: not a folder", "give a folder as save_pretrained writes it")
@@ -131,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _family(folder: Path) -> str:
-    model_type = str(_read_config(folder).get("model_type"))
+    model_type = str(read_config(folder).get("model_type"))
     if model_type not in FAMILIES:
         problem = f"{folder}: model_type {model_type!r} is not supported{near_miss(model_type, FAMILIES)}"
         raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")

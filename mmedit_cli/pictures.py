@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
 
@@ -24,6 +24,13 @@ def check_picture(path: Path) -> None:
     """Read the header and check the structure of an image file; raise DataError in one line if it is not usable."""
     with _reading(path) as image:
         image.verify()
+
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Return (width, height) in pixels of the upright picture from its header; raise DataError if it has none."""
+    with _reading(picture.path) as image:
+        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if lying else (image.width, image.height)
 
 
 def load_picture(picture: Picture) -> Image.Image:

@@ -6,7 +6,10 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -41,6 +44,36 @@ def run_to(forward: Callable[[], Any], module: nn.Module) -> tuple[Tensor, dict[
     finally:
         handle.remove()
     raise RuntimeError(f"the forward pass never came to {type(module).__name__}")
+
+
+@dataclass(frozen=True)
+class DeepStack:
+    """Image tokens that are added to the hidden state behind the first K decoder layers (Meng et al. 2024, DeepStack).
+
+    at: (B, T) bool, the image positions; tokens: (n, K, D), one row a position in order; K is 0 for most models.
+    """
+
+    at: Tensor
+    tokens: Tensor
+
+    @contextmanager
+    def on(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Add the tokens in every pass through `layers` inside the block, after what hooks on a layer change."""
+        handles = [
+            layer.register_forward_hook(partial(self._add, k))
+            for k, layer in zip(range(self.tokens.shape[1]), layers, strict=False)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, k: int, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
+        if hidden.shape[1] != self.at.shape[1]:  # a decoding step: the pictures lie behind it
+            return hidden
+        at = self.at.to(hidden.device)
+        return hidden.masked_scatter(at.unsqueeze(-1), hidden[at] + self.tokens[:, k].to(hidden))
 
 
 class RowCache(Generic[K]):

@@ -146,8 +146,13 @@ class _Training:
         self.editor.networks.requires_grad_(True)
         try:
             with torch.enable_grad():
+                batch = self._batch(step)
                 losses = self.editor.losses(
-                    self._batch(step), source, rank=self.processes.rank, world=self.processes.world
+                    batch,
+                    source,
+                    others=self._others(batch, step),
+                    rank=self.processes.rank,
+                    world=self.processes.world,
                 )
                 self.optimizer.zero_grad()
                 losses["total"].backward()
@@ -170,6 +175,13 @@ class _Training:
         variant = torch.randint(1 << 30, (len(self.cases),), generator=source)
         chosen = order[place * size : (place + 1) * size]
         return [self.cases[i][v % len(self.cases[i])] for i, v in zip(chosen, variant[chosen], strict=True)]
+
+    def _others(self, batch: Sequence[EditCase], step: int) -> list[EditCase]:
+        """Return edits that are made beside the batch: routers learn to choose among many."""
+        source = runtime.generator(self.editor.seed * 15_485_863 + step)
+        used = {case.uid for case in batch}
+        chosen = torch.randperm(len(self.cases), generator=source)[: getattr(self.hp, "others", 0)].tolist()
+        return [self.cases[i][0] for i in chosen if self.cases[i][0].uid not in used]
 
     def _add_gradients(self) -> None:
         if self.processes.world == 1:

@@ -21,7 +21,7 @@ from mmedit_cli.types import Query
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "tests" / "data" / "shapes"
 GOLDEN = ROOT.parent / "shared" / "golden"
-FAMILIES = ("tiny-blip2", "tiny-llava")
+FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from mmedit_cli import catalog
+from mmedit_cli import catalog, registry
 from mmedit_cli.errors import ModelError
 
 
@@ -25,6 +25,16 @@ def test_names_of_the_catalogue_and_folders(tmp_path):
     folder = model_folder(tmp_path / "mine")
     found = catalog.find_model(str(folder))
     assert (found.name, found.family, found.folder) == ("mine", "llava", folder)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_one_family_may_have_several_model_types(tmp_path, model_type):
+    assert catalog.find_model(str(model_folder(tmp_path / "mine", model_type))).family == "qwen-vl"
+
+
+def test_every_model_is_of_a_family_that_is_there():
+    assert {entry.family for entry in catalog.MODELS.values()} == set(catalog.FAMILIES.values())
+    assert set(registry.backbones.names()) == set(catalog.FAMILIES.values())
 
 
 def test_models_that_come_along_are_found_by_their_folder(tmp_path, monkeypatch, cli):

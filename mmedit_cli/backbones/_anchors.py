@@ -23,8 +23,8 @@ _IN_LAYER = {
 # role -> the last part of its module's path, outside the language model
 _IN_MODEL = {
     "vision": ("vision_tower", "vision_model", "visual"),
-    "connector": ("qformer", "multi_modal_projector"),
-    "projector": ("language_projection", "multi_modal_projector"),
+    "connector": ("qformer", "multi_modal_projector", "merger"),
+    "projector": ("language_projection", "multi_modal_projector", "merger"),
 }
 _NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
 
@@ -67,6 +67,18 @@ class Anchors:
     def module(self, role: str, layer: int | None = None) -> nn.Module:
         """Return the module of a role."""
         return self._model.get_submodule(self.path(role, layer))
+
+    @property
+    def below_connector(self) -> list[str]:
+        """The modules whose outputs stay as they are while the connector changes: the vision tower, or its blocks.
+
+        Blocks it is where the connector is a part of the tower (Qwen-VL's merger).
+        """
+        vision = self.path("vision")
+        if not self.path("connector").startswith(vision + "."):
+            return [vision]
+        lists = self.module("vision").named_children()
+        return [f"{vision}.{name}.{i}" for name, m in lists if isinstance(m, nn.ModuleList) for i in range(len(m))]
 
     def _tail(self) -> list[str]:
         """Return the paths of what follows the last layer, in order: final norm, output projection, head."""

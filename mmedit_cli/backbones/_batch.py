@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.pictures import Picture
-from mmedit_cli.prefix import RowCache
+from mmedit_cli.prefix import DeepStack, RowCache
 from mmedit_cli.types import Query
 
 IGNORE = -100
@@ -65,13 +65,15 @@ def predicting(answer_mask: Tensor) -> Tensor:
 class Prefix:
     """The state of a batch on entering decoder layer `layer`.
 
-    hidden: (B, T, D); context: what every decoder layer receives beside the hidden state (masks, positions).
+    hidden: (B, T, D); context: what every decoder layer receives beside the hidden state (masks, positions);
+    deepstack: None where no later layer adds image tokens.
     """
 
     layer: int
     batch: Batch
     hidden: Tensor
     context: dict[str, Any] = field(repr=False)
+    deepstack: DeepStack | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

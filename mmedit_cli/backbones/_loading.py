@@ -28,15 +28,15 @@ def load_backbone(
     runtime.quiet_libraries()
     target = runtime.resolve_device(device)
     number = runtime.resolve_dtype(dtype, target)
+    family = registry.backbones.get(ref.family)
     if ref.folder is None:
-        module, tokenizer, processor = _tiny.build(ref.family)
+        module, tokenizer, processor = _tiny.build(ref.name)
         module.to(target, None if isinstance(number, str) else number)
     else:
         module = _from_folder(ref, number, device_map)
         if device_map is None:
             module.to(target)
         tokenizer, processor = _processors(ref)
-    family = registry.backbones.get(ref.family)
     return family(ref.name, module, tokenizer, processor, ref.fingerprint)  # type: ignore[no-any-return]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from mmedit_cli.backbones._anchors import Anchors
 from mmedit_cli.backbones._batch import IGNORE, Batch, Encoded, Kept, Prefix, joined
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.pictures import Picture, load_picture
-from mmedit_cli.prefix import RowCache, run_to
+from mmedit_cli.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.types import Query
 
 
@@ -28,6 +29,7 @@ class VisionLanguageModel(ABC):
 
     family: ClassVar[str]
     image_token: ClassVar[str] = "<image>"
+    n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, image_processor: Any, fingerprint: str) -> None:
         self.name, self.model, self.tokenizer, self.image_processor = name, model, tokenizer, image_processor
@@ -54,12 +56,20 @@ class VisionLanguageModel(ABC):
         """The module whose `generate(inputs_embeds=...)` continues a sequence."""
 
     @abstractmethod
-    def _prompt_ids(self, text: str, *, with_image: bool) -> tuple[list[int], int, int]:
-        """Return (token ids, image start, number of image tokens) of a text; the placeholders are already expanded."""
+    def n_image_tokens(self, picture: Picture) -> int:
+        """Return N_v, the number of positions a picture takes; at most its header is read, and DataError raised."""
 
     @abstractmethod
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the image tokens as the language model sees them: (n, C, H, W) -> (n, N_v, D)."""
+    def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
+        """Return (token ids, image start) of a text with `n_image` placeholders for its picture (0: without one)."""
+
+    @abstractmethod
+    def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Return the tokens of each picture, as `image_features` does, from what the image processor made of them."""
+
+    def position_ids(self, batch: Batch) -> Tensor | None:
+        """Return the positions for rotary embeddings, (axes, B, T); None: the model counts 0, 1, 2, ... itself."""
+        return None
 
     # -- queries to tensors -------------------------------------------------------------------------------------
 
@@ -85,7 +95,7 @@ class VisionLanguageModel(ABC):
         return self._encode(query, with_answer)
 
     def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
-        prompt, with_image = query.prompt, query.image is not None
+        prompt = query.prompt
         text = prompt + joined(query) if with_answer else prompt
         if not prompt.strip():
             raise DataError("the prompt is empty")
@@ -96,8 +106,9 @@ class VisionLanguageModel(ABC):
                 f"{self.image_token!r} inside the text of {prompt!r}: one image a query, several are not supported",
                 "leave the placeholder out and name the picture in `image`",
             )
-        ids, start, n_image = self._prompt_ids(text, with_image=with_image)
-        n_answer = len(ids) - len(self._prompt_ids(prompt, with_image=with_image)[0])
+        n_image = 0 if query.image is None else self.n_image_tokens(Picture(query.image, query.background))
+        ids, start = self._prompt_ids(text, n_image)
+        n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:
@@ -138,33 +149,47 @@ class VisionLanguageModel(ABC):
 
     # -- forward passes -----------------------------------------------------------------------------------------
 
-    def image_features(self, pictures: Sequence[Picture]) -> Tensor:
-        """Return the image tokens of each picture: (n, N_v, D)."""
+    def image_features(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Return the image tokens of each picture: (N_v, (1 + n_deepstack) * D), those that are added later behind D.
+
+        Raises DataError for a picture that cannot be read, ModelError for one that is not what it was when measured.
+        """
         loaded = [load_picture(picture) for picture in pictures]
-        pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
-        return self._encode_pixels(pixels.to(self.device, self.dtype)).to(self.device, self.dtype)
+        inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.device, self.dtype)
+        found = [tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)]
+        for picture, tokens in zip(pictures, found, strict=True):
+            if len(tokens) != (expected := self.n_image_tokens(picture)):
+                raise ModelError(
+                    f"{picture.path}: {len(tokens)} image tokens where {expected} were expected",
+                    "did the file change, or is the image processor of another model?",
+                )
+        return found
 
     def embed(self, batch: Batch) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
 
         Each distinct picture is encoded once a batch, or once in all inside `keeping`.
         """
+        return self._entering(batch)[0]
+
+    def _entering(self, batch: Batch) -> tuple[Tensor, DeepStack | None]:
+        """Return what enters the language model, and what is added behind its first layers."""
         embeds = self._embedding(batch.input_ids)
         rows = [index for index in batch.picture_of if index is not None]
         if not rows:
-            return embeds
-        encoded = (
-            self.image_features(batch.pictures)
-            if self._kept is None
-            else torch.stack(self._kept.features.get(batch.pictures)).to(self.device)
-        )
-        return embeds.masked_scatter(batch.image_mask.unsqueeze(-1), encoded[rows].to(embeds.dtype))
+            return embeds, None
+        kept = self._kept
+        encoded = self.image_features(batch.pictures) if kept is None else kept.features.get(batch.pictures)
+        tokens = torch.cat([encoded[index].to(self.device) for index in rows])
+        first, *later = tokens.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(batch.image_mask.unsqueeze(-1), first)
+        return embeds, DeepStack(batch.image_mask, torch.stack(later, 1)) if later else None
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V)."""
-        embeds = self.embed(batch)
-        with self._pass(batch):
-            return self._forward(embeds, batch.attention_mask)
+        embeds, deepstack = self._entering(batch)
+        with self._pass(batch, deepstack):
+            return self._tail[-1](self._run_stack(embeds, batch))  # type: ignore[no-any-return]
 
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
@@ -176,19 +201,21 @@ class VisionLanguageModel(ABC):
 
     def _compute_prefix(self, batch: Batch, layer: int) -> Prefix:
         target = self.layers[layer] if layer < self.n_layers else self._tail[0]
-        embeds = self.embed(batch)
-        with self._pass(batch):
-            hidden, context = run_to(lambda: self._forward(embeds, batch.attention_mask), target)
-        return Prefix(layer, batch, hidden, context if layer < self.n_layers else {})
+        embeds, deepstack = self._entering(batch)
+        with self._pass(batch, deepstack):
+            hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
+        later = deepstack if layer < self.n_deepstack else None
+        return Prefix(layer, batch, hidden, context if layer < self.n_layers else {}, later)
 
     def prefix_of(self, hidden: Tensor, batch: Batch, layer: int) -> Prefix:
         """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
         self._check_layer(layer)
         if layer == self.n_layers:
             return Prefix(layer, batch, hidden, {})
+        deepstack = self._entering(batch)[1] if layer < self.n_deepstack else None
         embeds = torch.zeros(*hidden.shape[:2], self._embedding.weight.shape[1], dtype=self.dtype, device=self.device)
-        _, context = run_to(lambda: self._run_stack(embeds, batch.attention_mask), self.layers[0])
-        return Prefix(layer, batch, hidden, context)
+        _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
+        return Prefix(layer, batch, hidden, context, deepstack)
 
     def select(self, prefix: Prefix, rows: Sequence[int]) -> Prefix:
         """Return the prefix of some rows of a right-padded batch, without the padding they do not need."""
@@ -199,11 +226,11 @@ class VisionLanguageModel(ABC):
         """Run the layers from `prefix.layer` up to `layer` and stop there again."""
         self._check_layer(layer)
         hidden = prefix.hidden
-        with self._pass(prefix.batch):
+        with self._pass(prefix.batch, prefix.deepstack):
             for module in self.layers[prefix.layer : layer]:
                 output = module(hidden, **prefix.context)
                 hidden = output[0] if isinstance(output, tuple) else output
-        return Prefix(layer, prefix.batch, hidden, prefix.context if layer < self.n_layers else {})
+        return replace(prefix, layer=layer, hidden=hidden)
 
     def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
         """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
@@ -234,9 +261,7 @@ class VisionLanguageModel(ABC):
             return [row[:length] for row, length in zip(hidden, batch.lengths, strict=True)]
 
         distinct = self.by_length(queries)
-        features: RowCache[Picture] = RowCache(
-            lambda pictures: list(self.image_features(pictures)), group=group, budget=budget // 4, spill=True
-        )
+        features: RowCache[Picture] = RowCache(self.image_features, group=group, budget=budget // 4, spill=True)
         prefixes: RowCache[Query] = RowCache(compute, group=group, budget=budget - budget // 4, spill=True)
         features.plan([Picture(q.image, q.background) for q in distinct if q.image is not None])
         prefixes.plan(distinct)
@@ -251,18 +276,22 @@ class VisionLanguageModel(ABC):
         return sorted(dict.fromkeys(queries), key=lambda query: len(self.encode(query).ids))
 
     @contextmanager
-    def _pass(self, batch: Batch) -> Iterator[None]:
+    def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
         before, self.passing = self.passing, batch
         try:
-            yield
+            with nullcontext() if deepstack is None else deepstack.on(self.layers):
+                yield
         finally:
             self.passing = before
 
-    def _forward(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._tail[-1](self._run_stack(embeds, attention_mask))  # type: ignore[no-any-return]
+    def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
+        positions = self._positions(batch)
+        stack = self._stack(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False, **positions)
+        return stack.last_hidden_state  # type: ignore[no-any-return]
 
-    def _run_stack(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._stack(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+        positions = self.position_ids(batch)
+        return {} if positions is None else {"position_ids": positions}
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer <= self.n_layers:
@@ -287,11 +316,12 @@ class VisionLanguageModel(ABC):
         )
         newline = self._newline
         stop = StoppingCriteriaList([lambda ids, _scores, **_: newline[ids[:, -1]]])
-        embeds = self.embed(batch)
-        with self._pass(batch):
+        embeds, deepstack = self._entering(batch)
+        with self._pass(batch, deepstack):
             tokens = self.generator.generate(
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask,
+                **self._positions(batch),
                 generation_config=config,
                 stopping_criteria=stop,
             )

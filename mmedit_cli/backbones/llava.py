@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import ModelError
+from mmedit_cli.pictures import Picture
 
 
 class Llava(VisionLanguageModel):
@@ -20,9 +21,9 @@ class Llava(VisionLanguageModel):
         super().__init__(*args, **kwargs)
         config = self.model.config
         vision = config.vision_config
-        self.n_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        self._n_patches = (vision.image_size // vision.patch_size) ** 2
         if config.vision_feature_select_strategy == "full":
-            self.n_image_tokens += 1
+            self._n_patches += 1
         self._image_id: int = config.image_token_id
         if self.tokenizer.convert_tokens_to_ids(self.image_token) != self._image_id:
             raise ModelError(f"{self.name}: the tokenizer has no {self.image_token} token with id {self._image_id}")
@@ -32,15 +33,19 @@ class Llava(VisionLanguageModel):
         """The model itself."""
         return self.model
 
-    def _prompt_ids(self, text: str, *, with_image: bool) -> tuple[list[int], int, int]:
-        if not with_image:
-            return self.tokenizer(text)["input_ids"], 0, 0
+    def n_image_tokens(self, picture: Picture) -> int:
+        """The number of patches, the same for every picture."""
+        return self._n_patches
+
+    def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
+        if not n_image:
+            return self.tokenizer(text)["input_ids"], 0
         ids = self.tokenizer(f"{self.image_token}\n{text}")["input_ids"]
         start = ids.index(self._image_id)
-        return ids[:start] + [self._image_id] * self.n_image_tokens + ids[start + 1 :], start, self.n_image_tokens
+        return ids[:start] + [self._image_id] * n_image + ids[start + 1 :], start
 
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        return torch.stack(list(self.model.get_image_features(pixels, return_dict=True).pooler_output))
+    def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return self.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
 
 
 BACKBONE = Llava

@@ -33,14 +33,23 @@ def similarity(a: Tensor, b: Tensor, vectors: int) -> Tensor:
     return a @ b.T / (vectors * (a.shape[1] / vectors) ** 0.5)
 
 
-def soft_weights(logits: Tensor, keep: Tensor) -> Tensor:
-    """Return sigmoid(logits) * softmax(logits over the kept), 0 elsewhere: (R, N), (R, N) bool -> (R, N)."""
-    if not logits.shape[1]:
-        return logits
-    masked = logits.masked_fill(~keep, float("-inf"))
-    highest = masked.detach().amax(1, keepdim=True)
-    shares = (masked - highest.masked_fill(highest == float("-inf"), 0)).exp()  # a row that keeps none is all 0
-    return logits.sigmoid() * shares / shares.sum(1, keepdim=True).clamp(min=1e-30)
+def soft_weights(score: Tensor, keep: Tensor, *, gated: bool) -> Tensor:
+    """Return the weights of the kept experts, 0 elsewhere: (R, N), (R, N) bool -> (R, N), less than 1 in sum.
+
+    `gated`, as published: sigmoid(score) * softmax(score over the kept). Else a softmax in which "no expert" has the
+    score 0 and takes part. For a single expert both are sigmoid(score).
+    """
+    if not score.shape[1]:
+        return score
+    masked = score.masked_fill(~keep, float("-inf"))
+    highest = masked.detach().amax(1, keepdim=True).clamp(min=0)  # also where a row keeps none
+    if gated:
+        highest = torch.where(keep.any(1, keepdim=True), masked.detach().amax(1, keepdim=True), highest)
+    shares = (masked - highest).exp()
+    total = shares.sum(1, keepdim=True)
+    if gated:
+        return score.sigmoid() * shares / total.clamp(min=1e-30)
+    return shares / (total + (-highest).exp())
 
 
 def adapt(stream: Tensor, normed: Tensor, u: Tensor, v: Tensor, weight: Tensor) -> Tensor:
@@ -118,16 +127,16 @@ class ExpertBank:
         yield from rows.split(max(1, _GATHERED // each))
 
 
-def choose(keep: Tensor, logits: Tensor, top_k: int | None) -> Routing:
+def choose(keep: Tensor, score: Tensor, top_k: int | None, *, gated: bool) -> Routing:
     """Return the kept experts, at most the best `top_k` of them, with their soft weights: (R, N), (R, N) -> Routing.
 
     The weights are computed on the kept alone: an expert that is not kept changes no digit.
     """
     if top_k is not None and keep.shape[1] > top_k:
-        best = logits.masked_fill(~keep, float("-inf")).topk(top_k, dim=1).indices
+        best = score.masked_fill(~keep, float("-inf")).topk(top_k, dim=1).indices
         keep = torch.zeros_like(keep).scatter(1, best, True) & keep
     index = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(keep.sum(1).max())]
-    return Routing(index, soft_weights(logits.gather(1, index), keep.gather(1, index)))
+    return Routing(index, soft_weights(score.gather(1, index), keep.gather(1, index), gated=gated))
 
 
 def _grown(tensor: Tensor, room: int) -> Tensor:

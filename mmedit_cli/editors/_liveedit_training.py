@@ -46,6 +46,7 @@ class LiveEditTraining:
     teach_end: bool = False
     generality_items: Literal["all", "one"] = "all"
     alternatives: int = 0
+    others: int = 0
     compat: Literal["correct", "reference"] = "correct"
     validate_every: int = 500
     validation_cases: int = 256
@@ -137,7 +138,13 @@ def draw(items: Items, source: Generator, compat: str) -> Draws:
 
 
 def training_losses(
-    editor: LiveEdit, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+    editor: LiveEdit,
+    cases: Sequence[EditCase],
+    source: Generator,
+    *,
+    others: Sequence[EditCase] = (),
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Tensor]:
     """Return the losses of one batch, `total` among them.
 
@@ -146,45 +153,80 @@ def training_losses(
     """
     items = choose_items(cases, source, editor.hparams.training.generality_items)
     draws = draw(items, source, editor.hparams.training.compat)
-    return losses_of(editor, items, draws, rank=rank, world=world)
+    return losses_of(editor, items, draws, others=[case.request for case in others], rank=rank, world=world)
 
 
-def losses_of(editor: LiveEdit, items: Items, draws: Draws, *, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+def losses_of(
+    editor: LiveEdit, items: Items, draws: Draws, *, others: Sequence[Query] = (), rank: int = 0, world: int = 1
+) -> dict[str, Tensor]:
     """Return the losses of given sequences and choices."""
     hp, networks, backbone = editor.hparams, editor.networks, editor.backbone
     size = draws.allowed.shape[1]
     batch = backbone.batch(items.queries)
     with torch.no_grad():
         prefix = backbone.prefix(batch, editor.first_layer)
-    hidden = prefix.hidden.float()
-    vision, prompt, sentinel = networks.input_extractor(hidden, batch.prompt_mask, batch.image_mask)
-    vision_keys, prompt_keys, _ = networks.edit_extractor(hidden, batch.prompt_mask, batch.image_mask)
+    requests = backbone.select(prefix, range(size))
+    vision, prompt, sentinel = networks.input_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
     against = editor.own(vision, sentinel)[:, None]
-    by_vision = similarity(vision, vision_keys, hp.feature_vectors)  # (S, S): any query with any edit
-    by_prompt = similarity(prompt, prompt_keys, hp.feature_vectors)
-
+    # the published routers also compare with what no edit is made of; the joint one with edits alone, and with more
+    keys = _keys(editor, prefix if editor.published else requests)
+    if others and not editor.published:
+        with torch.no_grad():
+            more = _keys(editor, backbone.prefix(backbone.batch(others), editor.first_layer))
+        keys = (torch.cat((keys[0], more[0])), torch.cat((keys[1], more[1])))
+    by_vision = similarity(vision, keys[0], hp.feature_vectors)
+    by_prompt = similarity(prompt, keys[1], hp.feature_vectors)
     score = editor.score(by_prompt, by_vision - against)
-    weight = soft_weights(score[:, :size], draws.allowed.to(hidden.device))
-    experts = editor.experts(backbone.select(prefix, range(size)))
+
+    weight = soft_weights(score[:, :size], draws.allowed.to(score.device), gated=editor.published)
     share = [i for i, case in enumerate(items.case.tolist()) if case % world == rank]
-    losses = _edit_losses(editor, items, share, backbone.select(prefix, share), experts, weight[share])
-
-    a, b = draws.neighbour
-    table = score[a][:, b]
-    losses["soft_relative"] = -table.log_softmax(1).diagonal().mean()
-    losses["soft_absolute"] = _absolute(table, hp.training.compat)
-    losses["hard_neighbour"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1).diagonal().mean()
-    a, b = draws.sentinel
-    if hp.variant == "joint":  # the score decides alone, so it must also tell an edit from its own locality
-        losses["soft_absolute"] = losses["soft_absolute"] - (1 - score[a, b].sigmoid() + _TINY).log().mean()
-    losses["hard_sentinel"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1)[:, -1].mean()
-
+    losses = _edit_losses(
+        editor, items, share, backbone.select(prefix, share), editor.experts(requests), weight[share]
+    )
+    if editor.published:
+        routing = _published_routing(hp.training, draws, by_prompt, by_vision, against)
+    else:
+        routing = {"soft_routing": _joint_routing(items, score)}
     weights = hp.training
-    routing = weights.soft_routing * (losses["soft_relative"] + losses["soft_absolute"])
-    routing = routing + weights.hard_routing * (losses["hard_neighbour"] + losses["hard_sentinel"])
-    edits = weights.reliability * losses["reliability"] + weights.generality * losses["generality"]
-    losses["total"] = edits + weights.locality * losses["locality"] + routing / world
+    total = weights.reliability * losses["reliability"] + weights.generality * losses["generality"]
+    total = total + weights.locality * losses["locality"]
+    for name, loss in routing.items():
+        total = total + (weights.soft_routing if name.startswith("soft") else weights.hard_routing) * loss / world
+    return {**losses, **routing, "total": total}
+
+
+def _keys(editor: LiveEdit, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """Return the vision and the prompt features by which experts are found: (B, F) each."""
+    batch = prefix.batch
+    vision, prompt, _ = editor.networks.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
+    return vision, prompt
+
+
+def _published_routing(
+    hp: LiveEditTraining, draws: Draws, by_prompt: Tensor, by_vision: Tensor, against: Tensor
+) -> dict[str, Tensor]:
+    """Return the four losses of section 2.6 on similarities (S, S); against: (S, 1), those with the sentinel."""
+    a, b = draws.neighbour
+    table = by_prompt[a][:, b]
+    losses = {
+        "soft_relative": -table.log_softmax(1).diagonal().mean(),
+        "soft_absolute": _absolute(table, hp.compat),
+        "hard_neighbour": -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1).diagonal().mean(),
+    }
+    a, b = draws.sentinel
+    losses["hard_sentinel"] = -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1)[:, -1].mean()
     return losses
+
+
+def _joint_routing(items: Items, score: Tensor) -> Tensor:
+    """Return the cross entropy of choosing among all experts and none: (S, N), the first B of them of the batch.
+
+    Right is the own expert for a request and its generality, none for locality. All the others take part, so that what
+    is learned holds among many.
+    """
+    columns = torch.cat((score, torch.zeros_like(score[:, :1])), 1)
+    right = torch.where(items.code == LOCALITY, score.shape[1], items.case).to(score.device)
+    return F.cross_entropy(columns, right)
 
 
 def _edit_losses(

@@ -221,11 +221,18 @@ class TrainedEditor(Editor):
 
     @abstractmethod
     def losses(
-        self, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+        self,
+        cases: Sequence[EditCase],
+        source: Generator,
+        *,
+        others: Sequence[EditCase] = (),
+        rank: int = 0,
+        world: int = 1,
     ) -> dict[str, Tensor]:
         """Return every loss of one training batch by name, `total` among them, with gradients to the networks.
 
-        Of `world` processes this one is `rank`: their totals and gradients add up to those of the whole batch.
+        `others` are edits that were made as well, and that no query of the batch is about. Of `world` processes this
+        one is `rank`: their totals and gradients add up to those of the whole batch.
         Raises DataError for a case the method cannot learn from.
         """
 

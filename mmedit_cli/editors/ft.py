@@ -122,18 +122,17 @@ class Ft(Editor):
                 prefix = backbone.prefix(batch, self.first_layer)
             return lambda: answer_loss(backbone.resume(prefix, at=batch.predicting), batch.answers)
 
+        below = {path: _Recorded(backbone.model.get_submodule(path)) for path in backbone.anchors.below_connector}
+
+        def recorded(run: Callable[[], Tensor]) -> Tensor:
+            with Patch(backbone.model) as patch:
+                for path, module in below.items():
+                    patch.replace(path, module)
+                return run()
+
         with torch.no_grad():
-            seen = _Recorded(backbone.anchors.module("vision"))
-            with Patch(backbone.model) as patch:
-                patch.replace(backbone.anchors.path("vision"), seen)
-                backbone.embed(batch)
-
-        def loss() -> Tensor:
-            with Patch(backbone.model) as patch:
-                patch.replace(backbone.anchors.path("vision"), seen)
-                return answer_loss(backbone.logits(batch)[batch.predicting], batch.answers)
-
-        return loss
+            recorded(lambda: backbone.embed(batch))
+        return lambda: recorded(lambda: answer_loss(backbone.logits(batch)[batch.predicting], batch.answers))
 
     def _reset(self) -> None:
         self._patch.undo()
@@ -149,7 +148,7 @@ class Ft(Editor):
 
 
 class _Recorded(nn.Module):
-    """A module that runs once and gives the same output ever after: the frozen vision tower during one edit."""
+    """A module that runs once and gives the same output ever after: the frozen part of an edit of the connector."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -171,17 +171,21 @@ class LiveEdit(TrainedEditor):
         )
         margin = bank.similarities("vision", vision) - self.own(vision, sentinel)[:, None]
         score = self.score(bank.similarities("prompt", prompt), margin)
-        decisive = score if hp.variant == "joint" else margin
-        return rows, choose((decisive > hp.margin) & bank.visible, score, hp.top_k)
+        decisive = margin if self.published else score
+        return rows, choose((decisive > hp.margin) & bank.visible, score, hp.top_k, gated=self.published)
+
+    @property
+    def published(self) -> bool:
+        """Whether routing follows the paper to the letter."""
+        return bool(self.hparams.variant == "paper")
 
     def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
-        """Return what the soft weights are made of: the published form looks at the prompt alone.
+        """Return what the weights of experts are made of; in the published form the prompt alone.
 
-        In the joint form it also decides which experts are kept. By the published rule the picture decides that alone,
-        and what passes is weighted without it: another artist's drawing fails the one, the same picture with another
-        question passes the other.
+        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
+        the one, the same picture with another question passes the other. In the joint form both decide both.
         """
-        return by_prompt + self.hparams.visual_weight * margin if self.hparams.variant == "joint" else by_prompt
+        return by_prompt if self.published else by_prompt + self.hparams.visual_weight * margin
 
     def own(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the similarity of each feature with the one of the same row: (R, F), (R, F) -> (R,)."""
@@ -204,10 +208,16 @@ class LiveEdit(TrainedEditor):
     # -- training -----------------------------------------------------------------------------------------------
 
     def losses(
-        self, cases: Sequence[EditCase], source: Generator, *, rank: int = 0, world: int = 1
+        self,
+        cases: Sequence[EditCase],
+        source: Generator,
+        *,
+        others: Sequence[EditCase] = (),
+        rank: int = 0,
+        world: int = 1,
     ) -> dict[str, Tensor]:
         """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
-        return training_losses(self, cases, source, rank=rank, world=world)
+        return training_losses(self, cases, source, others=others, rank=rank, world=world)
 
     # -- saving -------------------------------------------------------------------------------------------------
 

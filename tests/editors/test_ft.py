@@ -71,7 +71,8 @@ def test_caching_the_frozen_part_changes_no_bit(backbone, monkeypatch):
 
 def test_the_vision_tower_runs_once_a_connector_edit(backbone):
     runs = []
-    handle = backbone.anchors.module("vision").register_forward_hook(lambda *_: runs.append(1))
+    below = backbone.model.get_submodule(backbone.anchors.below_connector[0])
+    handle = below.register_forward_hook(lambda *_: runs.append(1))
     with Ft(backbone, FtHparams(target="connector", steps=5)).edit([REQUEST]):
         pass
     handle.remove()

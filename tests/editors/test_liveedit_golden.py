@@ -99,7 +99,7 @@ def test_routing_and_residual():
         close(bank.similarities("prompt", asked)[0], tensors[key + "prompt_similarity"])
         keep = similarities > threshold[:, None]
         assert keep[0].tolist() == tensors[key + "keep"].tolist()
-        routing = choose(keep, bank.similarities("prompt", asked), None)
+        routing = choose(keep, bank.similarities("prompt", asked), None, gated=True)
         dense = torch.zeros(len(keep[0])).index_add(0, routing.index[0], routing.weight[0])
         close(dense, tensors[key + "weights"])
         out = bank.apply(hidden, networks.stream_norm(hidden), routing)
