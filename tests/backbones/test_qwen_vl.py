@@ -69,7 +69,7 @@ def test_generation_is_that_of_the_published_code(qwen, queries):
     batch = qwen.batch(queries, with_answer=False, left_pad=True)
     tokens = qwen.model.generate(**published(qwen, batch), max_new_tokens=8, do_sample=False, pad_token_id=0)
     said = qwen.generate(queries, max_new_tokens=8)
-    assert said == [qwen._decode(row) for row in tokens[:, batch.input_ids.shape[1] :].tolist()]
+    assert said == [qwen.decode(row) for row in tokens[:, batch.input_ids.shape[1] :].tolist()]
     assert said == [qwen.generate([query], max_new_tokens=8)[0] for query in queries], "batched equals single"
 
 
