@@ -35,7 +35,8 @@ class Llava(VisionLanguageModel):
     def _prompt_ids(self, text: str, *, with_image: bool) -> tuple[list[int], int, int]:
         if not with_image:
             return self.tokenizer(text)["input_ids"], 0, 0
-        ids = self.tokenizer(f"{self.image_token}\n{text}")["input_ids"]
+        placed = text if self.image_token in text else f"{self.image_token}\n{text}"
+        ids = self.tokenizer(placed)["input_ids"]
         start = ids.index(self._image_id)
         return ids[:start] + [self._image_id] * self.n_image_tokens + ids[start + 1 :], start, self.n_image_tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def _generate(
 
 def _bare(query: Query) -> Query:
     """The question without its answer: queries that differ in nothing else are generated once."""
-    return Query(query.prompt, "", query.image, query.background)
+    return replace(query, target="")
 
 
 def _by_length(backbone: VisionLanguageModel, queries: Mapping[Query, None]) -> list[Query]:
