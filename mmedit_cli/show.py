@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         out.line(
             f"{report['editor']} on {report['model']['name']}, {report['data']['name']}: mean in % ± 95 % interval"
         )
+        for line in _selection(report["data"]):
+            out.line(line)
         out.table(["protocol", "score", "before", *heads], rows, sections=sections)
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
@@ -72,6 +74,23 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         )
 
     out.result(report, show)
+
+
+def _selection(data: Mapping[str, Any]) -> Iterator[str]:
+    """Say how the cases were chosen, where not all were taken as they are."""
+    chosen = ", ".join(f"{key} {data[key]}" for key in ("template", "subset") if key in data)
+    if chosen:
+        yield f"{data['cases']} cases, {chosen}"
+    if "too_long" in data:
+        gone = data["too_long"]
+        yield f"skipped: {gone['queries']} queries are too long for the model, and with them {gone['cases']} cases"
+    if "skipped" in data:
+        gone = data["skipped"]
+        probes = ", ".join(f"{column_name(column)} {count}" for column, count in gone["queries"].items())
+        yield (
+            f"skipped: {gone['missing_images']} of {gone['images']} images are missing, and with them {gone['cases']} "
+            f"cases{' and the probes ' + probes if probes else ''}"
+        )
 
 
 def _score_rows(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[int]]:

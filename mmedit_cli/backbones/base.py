@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedit_cli.backbones._anchors import Anchors
-from mmedit_cli.errors import DataError, ModelError
+from mmedit_cli.errors import DataError, ModelError, TooLong
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import Prefix, RowCache, run_to
 from mmedit_cli.types import Query
@@ -149,7 +149,10 @@ class VisionLanguageModel(ABC):
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:
-            raise DataError(f"{prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}")
+            raise TooLong(
+                f"{prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
+                "--skip-long goes on without such queries",
+            )
         return Encoded(ids, start, n_image, n_answer)
 
     def chat(self, prompt: str, *, with_image: bool) -> str:
