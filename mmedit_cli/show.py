@@ -180,7 +180,12 @@ def catalogue(out: Output) -> None:
         for name, entry in MODELS.items()
     ]
     data = [{"data": name, "summary": registry.datasets.summary(name)} for name in registry.datasets.names()]
-    data.append({"data": "a folder or file", "summary": "a cases.jsonl with an edit a line, see docs/data.md"})
+    data.append(
+        {
+            "data": "a folder or file",
+            "summary": "your own facts: a cases.jsonl, or .csv, .json, .jsonl; see docs/data.md",
+        }
+    )
 
     def show() -> None:
         for rows in (editors, models, data):

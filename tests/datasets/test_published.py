@@ -158,6 +158,7 @@ LEAKS = {
         "leak train-eval: question and picture": "0 of 2,093",
         "leak train-eval: M-Loc pairs": "2,093 of 2,093",
         "leak train-eval: T-Loc questions": "0 of 2,093",
+        "eval clean list": "610 of 2,093 cases, 610 without M-Loc",
         "images": "16,911 of 16,911 images are missing",
     },
     "eic": {
@@ -168,6 +169,7 @@ LEAKS = {
         "leak train-eval: question": "1,000 of 1,000 occur in training (1 distinct)",
         "leak train-eval: M-Loc pairs": "1,000 of 1,000",
         "leak train-eval: M-Loc pairs and answers": "745 of 1,000",
+        "eval clean list": "917 of 1,000 cases, 917 without M-Loc",
     },
     "vlkeb": {
         "onehop file": "1,278 records, the published copy",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SHAPES
+from conftest import ROOT, SHAPES
 from PIL import Image
 
 from mmedit_cli.datasets.base import DataOptions, load_cases, read_data
@@ -53,6 +53,17 @@ def test_the_three_formats_say_the_same(folder):
         assert (hi.uid, hi.request, hi.generality) == ("2", Query('Say "hi", twice', "hi\nhi"), {})
     assert [load_cases(file)[1].place.rpartition(":")[2] for file in files] == ["13", "2", "3"]
     assert read_data(files[2]).name == "facts"
+
+
+def test_the_examples_of_the_documentation(folder):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table, record = (page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("csv", "json"))
+    Image.new("RGB", (4, 4)).save(folder / "cat.png")
+    cat, dune = load_cases(write(folder, "facts.csv", table))
+    assert (dune.request.image, dune.request.target) == (None, "Frank Herbert")
+    assert [len(queries) for queries in cat.generality.values()] == [2]
+    (same,) = load_cases(write(folder, "facts.jsonl", record))
+    assert (same.request, same.generality) == (cat.request, cat.generality)
 
 
 def test_cases_may_stand_in_an_array_too(folder):
