@@ -26,7 +26,9 @@ Data = Annotated[
 ]
 Root = Annotated[
     Path | None,
-    typer.Option("--root", envvar="MMEDIT_DATA", help="Folder of a published data set's files.", show_default=False),
+    typer.Option(
+        "--root", help="Folder of a published data set. [default: where it is downloaded to]", show_default=False
+    ),
 ]
 Images = Annotated[
     Path | None,

@@ -83,7 +83,13 @@ def hparams_file(editor: str) -> Path:
     return share_dir("hparams") / f"{editor.replace('-', '_')}.yaml"
 
 
+def data_home() -> Path:
+    """Return the folder of downloaded data: $MMEDIT_DATA, else data in the cache folder."""
+    own = os.environ.get("MMEDIT_DATA")
+    return Path(own).expanduser() if own else cache_dir() / "data"
+
+
 def cache_dir() -> Path:
     """Return the folder for what can be made again: $MMEDIT_CACHE, else mmedit in the user's cache folder."""
     own = os.environ.get("MMEDIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmedit"
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mmedit").expanduser()

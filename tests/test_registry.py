@@ -94,6 +94,7 @@ def test_share_dir_of_a_checkout_and_of_an_installed_package(tmp_path: Path, mon
 def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path))
     assert registry.cache_dir() == tmp_path
+    assert registry.data_home() == tmp_path / "data"
     monkeypatch.delenv("MMEDIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert registry.cache_dir() == tmp_path / "mmedit"

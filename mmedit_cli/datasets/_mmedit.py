@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mmedit_cli.datasets._published import Source
 
-FOLDERS = ("", "easy-edit-mm", "editing-data", "mmedit-data")
+GROUP = "mmedit-data"
+FOLDERS = ("easy-edit-mm", "editing-data")
 IMAGE_FOLDERS = ("images", "")
 IMAGE_MARK = "val2014"
 IMAGE_EXAMPLE = "val2014/COCO_val2014_000000451435.jpg"

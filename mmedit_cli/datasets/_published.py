@@ -16,7 +16,7 @@ from mmedit_cli.datasets._files import read_records
 from mmedit_cli.datasets.base import CHAT, CLEAN, DataOptions, Dataset
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.records import sha256_json, write_atomic
-from mmedit_cli.registry import cache_dir
+from mmedit_cli.registry import cache_dir, data_home
 from mmedit_cli.types import EditCase, Query
 
 TRAIN = "train"
@@ -52,8 +52,11 @@ class Template:
         return Query(getattr(self, kind).format(text), target, image, chat=self.chat)
 
 
-PLAIN = Template(tidy=True)
-COMMON = {"verbatim": Template(), "plain": PLAIN, CHAT: Template(_SHORT, _SHORT, _SHORT, tidy=True, chat=True)}
+COMMON = {
+    "verbatim": Template(),
+    "plain": Template(tidy=True),
+    CHAT: Template(_SHORT, _SHORT, _SHORT, tidy=True, chat=True),
+}
 
 
 def tidy(text: str) -> str:
@@ -69,8 +72,8 @@ class Source:
     """An annotation file below the root, and what is known of the published copy."""
 
     file: str
-    records: int
-    sha256: str = ""  # empty: nobody has taken it yet
+    records: int = 0  # 0: not counted
+    sha256: str = ""  # empty: not known
     key: str = ""  # where the records are, if the file is no array
 
 
@@ -128,11 +131,13 @@ Reader = Callable[[Json, str, Path, Template], list[EditCase]]
 class Published(Dataset):
     """A published data set: a file a split, and the folders in which releases have put them.
 
-    `folders` and `image_folders` are tried in order, below the root and below the pictures; `image_mark` is what the
-    folder of the pictures is known by (empty: by being there). `extras` are files that only the audit reads.
+    `group` is what `mmedit download` calls it. `folders` and `image_folders` are tried in order, below the root and
+    below the pictures; `image_mark` is what the folder of the pictures is known by (empty: by being there). `extras`
+    are files that only the audit reads.
     """
 
     name: str
+    group: str
     sources: Mapping[str, Source]
     folders: Sequence[str]
     image_folders: Sequence[str]
@@ -173,19 +178,20 @@ class Published(Dataset):
 
     def root(self, options: DataOptions) -> Path:
         """Return the folder of the annotations; raise DataError if none of their files is there."""
-        hint = f"`mmedit download` fetches them; --root FOLDER says where {self._files()} lie"
-        if options.root is None:
-            raise DataError(f"--data {self.name}: say where its files are with --root FOLDER", hint)
-        for folder in self.folders:
-            if any((options.root / folder / source.file).is_file() for source in self.sources.values()):
-                return options.root / folder
-        raise DataError(f"--root {options.root}: none of the files of {self.name} is there", hint)
+        root = options.root or data_home()
+        for folder in ("", self.group, *self.folders):
+            if any((root / folder / source.file).is_file() for source in self.sources.values()):
+                return root / folder
+        raise DataError(
+            f"{root}: none of the files of {self.name} is there",
+            f"--root FOLDER says where {self._files()} lie; `mmedit download {self.group}` fetches them",
+        )
 
     def file(self, split: str, options: DataOptions) -> Path:
         """Return the annotation file of a split; raise DataError if it is not there."""
         path = self.root(options) / self.sources[split].file
         if not path.is_file():
-            raise DataError(f"{path}: not there", f"the files of {self.name} are {self._files()}")
+            raise DataError(f"{path}: not there", f"`mmedit download {self.group}` fetches it")
         return path
 
     def images(self, options: DataOptions) -> Path:
@@ -202,7 +208,7 @@ class Published(Dataset):
         )
 
     def _files(self) -> str:
-        return ", ".join(source.file for source in self.sources.values())
+        return ", ".join(dict.fromkeys(source.file for source in self.sources.values()))
 
     # -- audit --------------------------------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class Published(Dataset):
     def _check_file(self, label: str, source: Source, root: Path) -> Iterator[Finding]:
         path = root / source.file
         if not path.is_file():
-            yield label, None, f"{source.file} is not there ({source.records:,} records)"
+            yield label, None, f"{source.file} is not there"
             return
         problems: list[str] = []
         count = _count(path, source.key, problems)
@@ -254,7 +260,7 @@ class Published(Dataset):
         if not path.is_file():
             raise DataError(
                 f"--subset {CLEAN}: no list for these files of {self.name}:{split} yet",
-                f"`mmedit doctor {self.name}:{split} --root {options.root}` writes it",
+                f"`mmedit doctor {self.name}:{split}{f' --root {options.root}' if options.root else ''}` writes it",
             )
         return path
 

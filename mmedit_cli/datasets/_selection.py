@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -60,7 +61,7 @@ class Pictures:
 
     def _look(self, image: Path, place: str) -> bool:
         if image not in self._there:
-            self._there[image] = image.is_file()
+            self._there[image] = os.path.isfile(image)  # False for a name that no file can have, too
             if not self._there[image]:
                 self.missing[image] = place
         return self._there[image]

@@ -28,9 +28,10 @@ _MOST_PROBLEMS = 20
 class DataOptions:
     """Where the files lie, and what is taken from them.
 
-    root: folder of a published data set; images: folder the pictures are named in; template: how texts become prompts
-    (empty: the default of the data set); subset: `clean` or the file of a list; skip_missing: go on without the
-    queries whose picture is not there; skip_long: without those that are longer than the model reads.
+    root: folder of a published data set, if not where it is downloaded to; images: folder the pictures are named in;
+    template: how texts become prompts (empty: the default of the data set); subset: `clean` or the file of a list;
+    skip_missing: go on without the queries whose picture is not there; skip_long: without those that are longer than
+    the model reads.
     """
 
     root: Path | None = None

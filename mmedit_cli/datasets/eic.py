@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmedit_cli.datasets._mmedit import EXTRAS, FOLDERS, IMAGE_EXAMPLE, IMAGE_FOLDERS, IMAGE_MARK
+from mmedit_cli.datasets._mmedit import EXTRAS, FOLDERS, GROUP, IMAGE_EXAMPLE, IMAGE_FOLDERS, IMAGE_MARK
 from mmedit_cli.datasets._published import CHAT, COMMON, Published, Source, Template
 
 DATASET = Published(
     name="eic",
+    group=GROUP,
     sources={
         "train": Source(
             "caption/caption_train_edit.json", 2849, "583e306d72d06ad9106544e74cbeff5cc6105720b0cdfac675754d2f08ea9a20"

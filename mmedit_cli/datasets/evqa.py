@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from mmedit_cli.datasets._mmedit import EXTRAS, FOLDERS, IMAGE_EXAMPLE, IMAGE_FOLDERS, IMAGE_MARK
+from mmedit_cli.datasets._mmedit import EXTRAS, FOLDERS, GROUP, IMAGE_EXAMPLE, IMAGE_FOLDERS, IMAGE_MARK
 from mmedit_cli.datasets._published import COMMON, Published, Source, Template
 
 _CUE, _SHORT = "{} The answer is:", "Question: {} Short answer:"
 
 DATASET = Published(
     name="evqa",
+    group=GROUP,
     sources={
         "train": Source(
             "vqa/vqa_train.json", 6345, "82e242bd7fd3ab855413ba7972665c33bca920ae3b0982b71cae2af1b61700b0"

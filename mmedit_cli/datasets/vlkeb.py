@@ -71,19 +71,20 @@ def _with(case: EditCase, portability: dict[str, tuple[Query, ...]]) -> EditCase
 
 DATASET = Published(
     name="vlkeb",
+    group="vlkeb",
     sources={
         "train": Source("train.json", 5000, "6e40e0e9a28dc3e7523f8d48f032755fe050c5b5728344633f13113dbd6fbc01"),
         "eval": Source("eval.json", 3174, "72c47efe00773bb16cd83258aff394a0894b8c29a6b02e6250717a30d1b18f13"),
         "onehop": ONEHOP,
         "onehop-edits": ONEHOP,
-        "multihop": Source("eval_multihop.json", 3174),
+        "multihop": Source("eval_multihop.json"),
     },
     readers={"onehop": one_hop, "onehop-edits": one_hop_edits, "multihop": multi_hop},
     templates={
         "liveedit": Template("{}", "{}?", "{} The answer is:"),  # LiveEdit (CVPR 2025), evaluation code
         **COMMON,  # `verbatim` is how VLKEB itself asks
     },
-    folders=("", "VLKEB", "vlkeb"),
+    folders=("VLKEB",),
     image_folders=("VLKEB_images", "mmkb_images", "images"),
     image_example="m.010bnr/google_13.jpg",
 )

@@ -300,6 +300,14 @@ def test_the_files_are_found_in_the_folders_of_the_releases(small, tmp_path):
         shutil.rmtree(moved)
 
 
+def test_what_was_downloaded_is_found_without_a_root(small, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(small / "vqa", home / "mmedit-data/vqa")
+    shutil.copytree(small / "images", home / "mmedit-data", dirs_exist_ok=True)
+    monkeypatch.setenv("MMEDIT_DATA", str(home))
+    assert len(load_cases("evqa")) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -388,13 +396,14 @@ def test_vlkeb_hops(tmp_path):
 
 
 def test_absent_files_are_explained(small, tmp_path):
-    with pytest.raises(DataError, match="say where its files are with --root FOLDER"):
+    with pytest.raises(DataError, match="none of the files of evqa is there") as caught:
         load_cases("evqa")
+    assert "--root FOLDER says where vqa/vqa_train.json, vqa/vqa_eval.json lie" in caught.value.hint
     with pytest.raises(DataError, match="none of the files of eic is there"):
         load_cases("eic", options=DataOptions(small))
     (small / "vqa/vqa_train.json").unlink()
     with pytest.raises(DataError, match=r"vqa_train\.json: not there"):
         load_cases("evqa:train", options=DataOptions(small))
     found = findings("evqa", small)
-    assert found["train file"] == (None, "vqa/vqa_train.json is not there (6,345 records)")
+    assert found["train file"] == (None, "vqa/vqa_train.json is not there")
     assert "eval clean list" not in found

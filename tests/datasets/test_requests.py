@@ -85,6 +85,7 @@ def test_cases_may_stand_in_an_array_too(folder):
         ("image,promt,target\na.png,Who?,Ada\n", r"facts.csv:2: unknown key 'promt' \(did you mean prompt\?\)"),
         ("image,prompt,target,target\na.png,Who?,Ada,Bea\n", r"facts.csv:1: column target stands twice"),
         ("image,prompt,target\nc.png,Who?,Ada\n", r"facts.csv:2: request.image: .*c.png: no such image"),
+        ("image,prompt,target\n" + "c" * 300 + ",Who?,Ada\n", r"facts.csv:2: request.image: .*: no such image"),
         ("image,prompt,target\n../x.png,Who?,Ada\n", r"facts.csv:2: image: ../x.png lies outside the folder"),
         ("image,prompt,target,id\na.png,Who?,Ada,1\nb.png,Who?,Bea,1\n", r"facts.csv:3: id: '1' stands in line 2"),
         ("image,prompt,target\n", "no cases in it"),
