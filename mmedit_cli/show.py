@@ -81,8 +81,8 @@ def _selection(data: Mapping[str, Any]) -> Iterator[str]:
     chosen = ", ".join(f"{key} {data[key]}" for key in ("template", "subset") if key in data)
     if chosen:
         yield f"{data['cases']} cases, {chosen}"
-    if "too_long" in data:
-        gone = data["too_long"]
+    gone = data.get("too_long", {})
+    if gone.get("queries"):
         yield f"skipped: {gone['queries']} queries are too long for the model, and with them {gone['cases']} cases"
     if "skipped" in data:
         gone = data["skipped"]
