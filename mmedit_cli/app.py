@@ -50,6 +50,12 @@ def eval_(
     ] = None,
     model: options.Model = None,
     data: options.Data = "emojikb",
+    root: options.Root = None,
+    images: options.Images = None,
+    template: options.Template = "",
+    subset: options.Subset = "",
+    skip_missing: options.SkipMissing = False,
+    skip_long: options.SkipLong = False,
     sequential: Annotated[int, typer.Option("--sequential", "-n", help="Edits in a row before asking about all.")] = 1,
     report_at: Annotated[
         str | None,
@@ -88,8 +94,11 @@ def eval_(
       mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
 
       mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
+
+      mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
     """
     from mmedit_cli import show, workflows
+    from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.evaluation.vlm import Protocol, milestones
 
     protocol = Protocol(
@@ -107,6 +116,7 @@ def eval_(
         out.note(f"no EDITOR: {editor} on {model}")
     request = workflows.EvalOptions(
         editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, protocol,
+        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long),
         hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
         records=records, force=force,
     )  # fmt: skip
@@ -127,6 +137,10 @@ def train_editor(
             help="Cases that choose the checkpoint. [default: the val split, else every 20th case]", show_default=False
         ),
     ] = None,
+    root: options.Root = None,
+    images: options.Images = None,
+    template: options.Template = "",
+    skip_missing: options.SkipMissing = False,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Train on the first so many cases.", show_default=False)
     ] = None,
@@ -157,10 +171,12 @@ def train_editor(
       mmedit train-editor liveedit --model mini-llava --set training.steps=1000 --records my-records
     """
     from mmedit_cli import show, training_runs, workflows
+    from mmedit_cli.datasets.base import DataOptions
 
     out = Output(as_json=as_json)
     request = training_runs.TrainOptions(
         editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, validation,
+        data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
@@ -261,13 +277,29 @@ def doctor(
     data: Annotated[
         str | None, typer.Argument(help="Also check the cases and images of this data.", show_default=False)
     ] = None,
+    root: options.Root = None,
+    images: options.Images = None,
+    skip_missing: options.SkipMissing = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Check the installation, and the data if some are named; exit 1 if something is wrong."""
-    from mmedit_cli import doctor as checks
+    """Check the installation, and the data if some are named; exit 1 if something is wrong.
 
-    raise typer.Exit(0 if checks.run(Output(as_json=as_json), data) else 1)
+    Published data are also compared with their training side, and the list for `--subset clean` is written.
+
+    Examples:
+
+      mmedit doctor emojikb
+
+      mmedit doctor evqa --root easy-edit-mm --images coco
+
+      mmedit doctor my_facts.csv
+    """
+    from mmedit_cli import doctor as checks
+    from mmedit_cli.datasets.base import DataOptions
+
+    well = checks.run(Output(as_json=as_json), data, DataOptions(root, images, skip_missing=skip_missing))
+    raise typer.Exit(0 if well else 1)
 
 
 @app.command()

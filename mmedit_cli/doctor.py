@@ -5,27 +5,31 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mmedit_cli import runtime
-from mmedit_cli.errors import DataError
 from mmedit_cli.output import Output
 
+if TYPE_CHECKING:
+    from mmedit_cli.datasets.base import DataOptions, Finding
 
-def run(out: Output, data: str | None) -> bool:
+
+def run(out: Output, data: str | None, options: DataOptions) -> bool:
     """Print what was checked; return whether all is well."""
-    rows = [*_installation(), *(_data(data) if data is not None else ())]
-    marks = {True: "ok", False: "PROBLEM"}
+    rows = list(_installation())
+    if data is not None:
+        out.note(f"checking {data}: every picture is opened, which may take a while")
+        rows += _data(data, options)
+    marks = {True: "ok", False: "PROBLEM", None: "note"}
     out.result(
         [{"check": name, "ok": ok, "found": found} for name, ok, found in rows],
         lambda: out.table(["", "check", "found"], [[marks[ok], name, found] for name, ok, found in rows]),
     )
-    return all(ok for _, ok, _ in rows)
+    return all(ok is not False for _, ok, _ in rows)
 
 
-def _installation() -> Iterator[tuple[str, bool, str]]:
+def _installation() -> Iterator[Finding]:
     versions = runtime.versions()
     for package in runtime.PACKAGES:
         yield package, package in versions, versions.get(package, "not installed")
@@ -49,48 +53,20 @@ def _torchvision() -> tuple[bool, str]:
     return True, importlib.metadata.version("torchvision")
 
 
-def _data(data: str) -> Iterator[tuple[str, bool, str]]:
-    from mmedit_cli.datasets.base import find_dataset, load_cases
-    from mmedit_cli.pictures import check_picture
+def _data(data: str, options: DataOptions) -> Iterator[Finding]:
+    from mmedit_cli.datasets import _audit
+    from mmedit_cli.datasets.base import find_dataset, own_cases, own_file
 
-    dataset = find_dataset(data)
-    if dataset is not None:
-        yield from _audit(dataset.audit(dataset.folder))
+    named = find_dataset(data)
+    if named is not None:
+        dataset, split = named
+        yield from dataset.check(dataset.split(split) if split else "", options)
         return
-    try:
-        cases = load_cases(data)
-    except DataError as error:
-        yield from (("records", False, problem) for problem in error.problems)
-        return
-    yield "cases", True, str(len(cases))
-    counts: Counter[str] = Counter()
-    images: dict[Any, str] = {}
-    for case in cases:
-        for column, queries in case.columns():
-            counts[column] += len(queries)
-            images.update((q.image, case.place) for q in queries if q.image is not None and q.image not in images)
-    for column, count in counts.items():
-        yield column, True, f"{count} queries"
-    bad = 0
-    for image, place in images.items():
-        try:
-            check_picture(image)
-        except DataError as error:
-            bad += 1
-            yield "image", False, f"{place}: {error}"
-    yield "images", not bad, f"{len(images)} distinct, {bad} unusable"
-
-
-def _audit(found: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
-    """Turn the audit of a named data set into rows: counts, leaks between splits, licences, and every problem."""
-    for key in ("concepts", "flags", "pictures"):
-        yield key, True, f"{found[key]:,}"
-    for split, counts in found["splits"].items():
-        types = ", ".join(f"{name} {count}" for name, count in counts["types"].items())
-        yield f"{split} cases", True, f"{counts['cases']:,}: {types}"
-    for pair, shared in found["leaks"].items():
-        total = sum(map(len, shared.values()))
-        yield f"leaks {pair}", not total, ", ".join(f"{sort} {len(items)}" for sort, items in shared.items())
-    for source, licence in found["licences"].items():
-        yield f"licence {source}", True, licence
-    yield from (("problem", False, problem) for problem in found["problems"])
+    path, problems = own_file(data), []
+    cases = list(own_cases(path, options, problems))
+    yield from (("records", False, problem) for problem in problems)
+    if cases:
+        yield from _audit.within(cases)
+        yield from _audit.pictures(cases, skip=options.skip_missing, layout=f"named relative to {path.parent}")
+    elif not problems:
+        yield "cases", False, f"{path}: no cases in it"

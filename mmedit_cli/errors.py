@@ -38,6 +38,10 @@ class DataError(UserError):
     """A record, an image or a data folder cannot be used."""
 
 
+class TooLong(DataError):
+    """A query has more tokens than a model reads."""
+
+
 class ModelError(UserError):
     """A model cannot be found, read or used for what was asked."""
 

@@ -20,7 +20,40 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl file.",
+        help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json or "
+        ".csv file.",
+    ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        "--root", help="Folder of a published data set. [default: where it is downloaded to]", show_default=False
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", help="Folder the pictures are named in, if not beside the data.", show_default=False),
+]
+SkipMissing = Annotated[
+    bool, typer.Option("--skip-missing", help="Go on without the queries whose picture is missing.")
+]
+SkipLong = Annotated[
+    bool, typer.Option("--skip-long", help="Go on without the queries that are longer than the model reads.")
+]
+Template = Annotated[
+    str,
+    typer.Option(
+        "--template",
+        help="How texts become prompts: liveedit, easyedit, verbatim, plain or chat. [default: as published]",
+        show_default=False,
+    ),
+]
+Subset = Annotated[
+    str,
+    typer.Option(
+        "--subset",
+        help="Use the cases of a list: clean (`mmedit doctor DATA` writes it) or a file.",
+        show_default=False,
     ),
 ]
 HparamsFile = Annotated[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -80,3 +81,15 @@ def share_dir(name: str) -> Path:
 def hparams_file(editor: str) -> Path:
     """Return where the published hyper-parameters of an editor are: a file named like its module."""
     return share_dir("hparams") / f"{editor.replace('-', '_')}.yaml"
+
+
+def data_home() -> Path:
+    """Return the folder of downloaded data: $MMEDIT_DATA, else data in the cache folder."""
+    own = os.environ.get("MMEDIT_DATA")
+    return Path(own).expanduser() if own else cache_dir() / "data"
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: $MMEDIT_CACHE, else mmedit in the user's cache folder."""
+    own = os.environ.get("MMEDIT_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mmedit").expanduser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         out.line(
             f"{report['editor']} on {report['model']['name']}, {report['data']['name']}: mean in % ± 95 % interval"
         )
+        for line in _selection(report["data"]):
+            out.line(line)
         out.table(["protocol", "score", "before", *heads], rows, sections=sections)
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
@@ -89,6 +91,23 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
 
     out.result(report, show)
+
+
+def _selection(data: Mapping[str, Any]) -> Iterator[str]:
+    """Say how the cases were chosen, where not all were taken as they are."""
+    chosen = ", ".join(f"{key} {data[key]}" for key in ("template", "subset") if key in data)
+    if chosen:
+        yield f"{data['cases']} cases, {chosen}"
+    gone = data.get("too_long", {})
+    if gone.get("queries"):
+        yield f"skipped: {gone['queries']} queries are too long for the model, and with them {gone['cases']} cases"
+    if "skipped" in data:
+        gone = data["skipped"]
+        probes = ", ".join(f"{column_name(column)} {count}" for column, count in gone["queries"].items())
+        yield (
+            f"skipped: {gone['missing_images']} of {gone['images']} images are missing, and with them {gone['cases']} "
+            f"cases{' and the probes ' + probes if probes else ''}"
+        )
 
 
 def _score_rows(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[int]]:
@@ -184,7 +203,12 @@ def catalogue(out: Output) -> None:
         for name, entry in MODELS.items()
     ]
     data = [{"data": name, "summary": registry.datasets.summary(name)} for name in registry.datasets.names()]
-    data.append({"data": "a folder or file", "summary": "a cases.jsonl with an edit a line, see docs/data.md"})
+    data.append(
+        {
+            "data": "a folder or file",
+            "summary": "your own facts: a cases.jsonl, or .csv, .json, .jsonl; see docs/data.md",
+        }
+    )
 
     def show() -> None:
         for rows in (editors, models, data):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
@@ -16,6 +16,9 @@ from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.types import EditCase
 from mmedit_cli.workflows import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
+
+if TYPE_CHECKING:
+    from mmedit_cli.datasets.base import DataOptions
 
 HELD_OUT = 20  # without a split for it, every so many cases are held out of the training
 
@@ -28,6 +31,7 @@ class TrainOptions:
     model: ModelOptions
     data: str
     validation: str | None = None
+    data_options: DataOptions | None = None
     hparams: Path | None = None
     overrides: Sequence[str] = ()
     limit: int | None = None
@@ -61,7 +65,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     if not editor.trains:
         trained = [name for name in registry.editors.names() if registry.editors.get(name).trains]
         raise UserError(f"{editor.name} needs no training", f"editors with networks to train: {', '.join(trained)}")
-    name, cases, held_out = training_cases(options.data, options.validation, options.limit)
+    name, cases, held_out = training_cases(options)
     check_pictures([*cases, *held_out])
     config = {
         "command": "train-editor",
@@ -81,32 +85,30 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     return TrainPlan(options, ref, hparams, cases, held_out, config, folder)
 
 
-def training_cases(data: str, validation: str | None, limit: int | None) -> tuple[str, list[EditCase], list[EditCase]]:
+def training_cases(options: TrainOptions) -> tuple[str, list[EditCase], list[EditCase]]:
     """Return (name, cases to train on, cases held out).
 
     A named data set is trained on its `train` split and held out on `val`, never on what it is evaluated with; where
     there is no split for it, every twentieth case is held out.
     """
-    from mmedit_cli.datasets.base import find_cases, find_dataset, load_cases
+    from mmedit_cli.datasets.base import DataOptions, find_dataset, read_data
 
-    dataset = find_dataset(data)
-    if dataset is None:
-        name, train = find_cases(data).parent.name, data
-    else:
-        name = data
-        if ":" not in data and "train" in dataset.splits:
-            train = f"{data}:train"
-            if validation is None and "val" in dataset.splits:
-                validation = f"{data}:val"
-        else:
-            train = data
-    cases = load_cases(train, limit=limit)
+    train, validation = options.data, options.validation
+    how = options.data_options or DataOptions()
+    named = find_dataset(options.data)
+    if named is not None and ":" not in options.data and "train" in named[0].splits:
+        train = f"{options.data}:train"
+        if validation is None and "val" in named[0].splits:
+            validation = f"{options.data}:val"
+    data = read_data(train, limit=options.limit, options=how)
     if validation is not None:
-        return name, cases, load_cases(validation)
-    if len(cases) < HELD_OUT:
-        raise DataError(f"{train}: {len(cases)} cases are too few to hold some out", "name others with --validation")
-    kept = [case for i, case in enumerate(cases) if i % HELD_OUT]
-    return name, kept, cases[::HELD_OUT]
+        return data.name, data.cases, read_data(validation, options=how).cases
+    if len(data.cases) < HELD_OUT:
+        raise DataError(
+            f"{train}: {len(data.cases)} cases are too few to hold some out", "name others with --validation"
+        )
+    kept = [case for i, case in enumerate(data.cases) if i % HELD_OUT]
+    return data.name, kept, data.cases[::HELD_OUT]
 
 
 def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:

@@ -15,13 +15,15 @@ class Query:
     """One thing to ask a vision-language model, and the answer to score or to teach.
 
     `image` is None for a text-only question; `target` may be empty where no answer is needed (generation only).
-    `background` is the colour behind the transparent parts of the image, as #rrggbb.
+    `background` is the colour behind the transparent parts of the image, as #rrggbb. `chat` asks in the chat format of
+    the model.
     """
 
     prompt: str
     target: str = ""
     image: Path | None = None
     background: str = "#ffffff"
+    chat: bool = False
 
 
 Probes = Mapping[str, tuple[Query, ...]]

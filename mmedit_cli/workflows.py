@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import DEFAULTS, ModelRef, find_model
-from mmedit_cli.errors import DataError, MmeditError, UserError
+from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run, sha256_json
@@ -19,6 +19,7 @@ from mmedit_cli.types import EditCase, Query
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.base import VisionLanguageModel
+    from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.editors.base import Editor
     from mmedit_cli.evaluation.vlm import Protocol
 
@@ -42,6 +43,7 @@ class EvalOptions:
     model: ModelOptions
     data: str
     protocol: Protocol
+    data_options: DataOptions | None = None
     hparams: Path | None = None
     overrides: Sequence[str] = ()
     checkpoint: Path | None = None
@@ -71,15 +73,15 @@ class EvalPlan:
 
 def plan_evaluation(options: EvalOptions) -> EvalPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
-    from mmedit_cli.datasets.base import find_cases, find_dataset, fingerprint, load_cases
+    from mmedit_cli.datasets.base import DataOptions, fingerprint, read_data
 
     ref = find_model(options.model.model, revision=options.model.revision)
     checkpoint = options.checkpoint
     if checkpoint is None and registry.editors.get(options.editor).trains:
         checkpoint = find_networks(options.editor, ref.name, options.records)
     editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, checkpoint)
-    data_name = options.data if find_dataset(options.data) else find_cases(options.data).parent.name
-    cases = load_cases(options.data, limit=options.limit)
+    data = read_data(options.data, limit=options.limit, options=options.data_options or DataOptions())
+    cases = data.cases
     check_pictures(cases)
     size = options.protocol.sequential
     if size > len(cases):
@@ -95,7 +97,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
-        "data": {"name": data_name, "cases": len(cases), "fingerprint": fingerprint(cases)},
+        "data": {"name": data.name, "cases": len(cases), "fingerprint": fingerprint(cases), **data.selection},
         "protocol": {k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()},
         "seed": options.seed,
         "versions": runtime.versions(),
@@ -126,6 +128,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
 
     options, protocol = plan.options, plan.options.protocol
     backbone = load_model(options.model, plan.ref, out)
+    plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases)
     editor: Editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
     if plan.checkpoint is not None:
@@ -147,6 +150,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
         head |= {"checkpoint": plan.config.get("checkpoint")}
         cases = run.read("cases")
+        head["data"] = {**plan.config["data"], **too_long}
         head |= {"environment": run.environment, "examples": _examples(cases)}
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
@@ -287,6 +291,30 @@ def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase]) -> N
         raise DataError(problems[:20], hint)
 
 
+def _without_long(plan: EvalPlan, backbone: VisionLanguageModel) -> tuple[EvalPlan, dict[str, Any]]:
+    """Leave out what the model cannot read, if that was asked for; return what is left, and the counts for the report.
+
+    A case goes with its request; of the others only the probes that are too long.
+    """
+    if not plan.config["data"].get("skip_long"):
+        return plan, {}
+    from mmedit_cli.datasets.base import change
+
+    def fits(query: Query) -> Query | None:
+        try:
+            whole, asked = backbone.encode(query), backbone.encode(query, with_answer=False)
+        except TooLong:
+            return None
+        return query if max(len(whole.ids), len(asked.ids) + 1) <= backbone.max_length else None
+
+    cases = [change(case, fits) for case in plan.cases if fits(case.request)]
+    if not cases:
+        raise DataError(f"every case is too long for {backbone.name}, which reads {backbone.max_length} tokens")
+    queries = [sum(len(q) for case in some for _, q in case.columns()) for some in (plan.cases, cases)]
+    counts = {"cases": len(plan.cases) - len(cases), "queries": queries[0] - queries[1]}
+    return replace(plan, cases=cases), {"too_long": counts}
+
+
 def check_pictures(cases: Sequence[EditCase]) -> None:
     """Check every distinct image once; raise DataError naming each bad one and the first case that needs it."""
     from mmedit_cli.pictures import check_picture
@@ -313,7 +341,7 @@ def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) 
     return sha256_json(
         {
             "model": plan.ref.fingerprint,
-            "data": plan.config["data"]["fingerprint"],
+            "data": plan.config["data"]["fingerprint"] + ("-short" if "skip_long" in plan.config["data"] else ""),
             "device": backbone.device.type,
             "dtype": str(backbone.dtype),
             "layer": layer,

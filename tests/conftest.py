@@ -8,7 +8,9 @@ import tempfile
 # before anything imports torch or huggingface_hub
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="mmedit-hf-"), TOKENIZERS_PARALLELISM="false")
 os.environ.update(NO_COLOR="1", COLUMNS="120", OMP_NUM_THREADS="1")
+os.environ.update(MMEDIT_CACHE=tempfile.mkdtemp(prefix="mmedit-cache-"))
 os.environ.pop("MMEDIT_RECORDS", None)
+os.environ.pop("MMEDIT_DATA", None)
 
 import socket
 from pathlib import Path
@@ -21,6 +23,7 @@ from mmedit_cli.types import Query
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "tests" / "data" / "shapes"
 GOLDEN = ROOT.parent / "shared" / "golden"
+ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"
 FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 torch.set_num_threads(1)
@@ -74,6 +77,14 @@ def site(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with serve() as found:
         yield found
+
+
+@pytest.fixture
+def annotations() -> Path:
+    """The folder of the published annotation files; the test is skipped where it is absent."""
+    if not ANNOTATIONS.is_dir():
+        pytest.skip("the published annotations are not part of the repository")
+    return ANNOTATIONS
 
 
 QUERIES = (

@@ -89,3 +89,14 @@ def test_share_dir_of_a_checkout_and_of_an_installed_package(tmp_path: Path, mon
     assert registry.share_dir("hparams") == tmp_path / "hparams"
     assert registry.share_dir("data") == tmp_path / "mmedit_cli" / "share" / "data"
     assert registry.hparams_file("multi-melo") == tmp_path / "hparams" / "multi_melo.yaml"
+
+
+def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path))
+    assert registry.cache_dir() == tmp_path
+    assert registry.data_home() == tmp_path / "data"
+    monkeypatch.delenv("MMEDIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert registry.cache_dir() == tmp_path / "mmedit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert registry.cache_dir().parts[-2:] == (".cache", "mmedit")

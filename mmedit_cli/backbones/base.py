@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmedit_cli.backbones._anchors import Anchors
 from mmedit_cli.backbones._batch import IGNORE, Batch, Encoded, Kept, Prefix, joined
-from mmedit_cli.errors import DataError, ModelError
+from mmedit_cli.errors import DataError, ModelError, TooLong
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.types import Query
@@ -96,24 +96,42 @@ class VisionLanguageModel(ABC):
 
     def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
         prompt = query.prompt
-        text = prompt + joined(query) if with_answer else prompt
         if not prompt.strip():
             raise DataError("the prompt is empty")
         if with_answer and not query.target.strip():
             raise DataError(f"the target of {prompt!r} is empty")
-        if self.image_token in text:
+        if self.image_token in prompt + query.target:
             raise DataError(
                 f"{self.image_token!r} inside the text of {prompt!r}: one image a query, several are not supported",
                 "leave the placeholder out and name the picture in `image`",
             )
         n_image = 0 if query.image is None else self.n_image_tokens(Picture(query.image, query.background))
+        if query.chat:
+            prompt = self.chat(prompt, with_image=n_image > 0)
+        text = prompt + joined(replace(query, prompt=prompt)) if with_answer else prompt
         ids, start = self._prompt_ids(text, n_image)
         n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:
-            raise DataError(f"{prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}")
+            raise TooLong(
+                f"{prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
+                "--skip-long goes on without such queries",
+            )
         return Encoded(ids, start, n_image, n_answer)
+
+    def chat(self, prompt: str, *, with_image: bool) -> str:
+        """Return a question in the chat format of the model, up to where the answer begins.
+
+        `image_token` stands where the picture goes, so `_prompt_ids` must take a text that has it already. Raises
+        ModelError if the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(f"{self.name} has no chat template", "ask it with another --template, such as plain")
+        content = [{"type": "image"}] if with_image else []
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(text).removeprefix(self.tokenizer.bos_token or "")  # the tokenizer puts it in front itself
 
     def batch(self, queries: Sequence[Query], *, with_answer: bool = True, left_pad: bool = False) -> Batch:
         """Return the queries as one batch; raise DataError as `encode` does, or ValueError if there are none."""

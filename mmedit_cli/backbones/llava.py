@@ -40,7 +40,8 @@ class Llava(VisionLanguageModel):
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
         if not n_image:
             return self.tokenizer(text)["input_ids"], 0
-        ids = self.tokenizer(f"{self.image_token}\n{text}")["input_ids"]
+        placed = text if self.image_token in text else f"{self.image_token}\n{text}"
+        ids = self.tokenizer(placed)["input_ids"]
         start = ids.index(self._image_id)
         return ids[:start] + [self._image_id] * n_image + ids[start + 1 :], start
 

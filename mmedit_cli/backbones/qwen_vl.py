@@ -70,6 +70,9 @@ class QwenVL(VisionLanguageModel):
         if not n_image:
             return ids, 0
         start, image, end = self._around
+        if image in ids:  # a chat format has put it there
+            at = ids.index(image)
+            return [*ids[:at], *[image] * n_image, *ids[at + 1 :]], at
         return [start, *[image] * n_image, end, *ids], 1
 
     def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -1,91 +1,173 @@
-"""EditCases from JSON lines: read strictly, every bad record named with its file and line."""
+"""Where cases come from: data sets with a name, folders and files; which of them are used, and with which pictures."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
+from mmedit_cli.datasets._audit import Finding
+from mmedit_cli.datasets._cases import FORMAT, CaseReader
+from mmedit_cli.datasets._files import FORMATS
+from mmedit_cli.datasets._selection import Pictures, change, read_subset, select
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
-_HELP = "give a folder with a cases.jsonl, a .jsonl file of cases, or the name of a data set of `mmedit list`"
-_FORMAT = "a record needs `id` and `request`: {prompt, target, image}; see docs/data.md"
-_CASE_KEYS = ("id", "type", "request", "generality", "locality", "portability")
-_QUERY_KEYS = ("prompt", "target", "image", "background")
+CLEAN = "clean"  # the subset that shares nothing with the training side
+CHAT = "chat"  # the one template that data of any kind can be asked with
+_HELP = "give a folder with a cases.jsonl, a .jsonl, .json or .csv file, or the name of a data set of `mmedit list`"
 _MOST_PROBLEMS = 20
-_COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A data set with a name: its folder, the file of each split, and how the folder is audited.
+class DataOptions:
+    """Where the files lie, and what is taken from them.
 
-    `audit` returns counts, licences, and under `problems` one line for each thing that is wrong.
+    root: folder of a published data set, if not where it is downloaded to; images: folder the pictures are named in;
+    template: how texts become prompts (empty: the default of the data set); subset: `clean` or the file of a list;
+    skip_missing: go on without the queries whose picture is not there; skip_long: without those that are longer than
+    the model reads.
     """
 
-    folder: Path
-    splits: Mapping[str, str]
-    default: str
-    audit: Callable[[Path], dict[str, Any]]
+    root: Path | None = None
+    images: Path | None = None
+    template: str = ""
+    subset: str = ""
+    skip_missing: bool = False
+    skip_long: bool = False
 
-    def file(self, split: str) -> Path:
-        """Return the case file of a split (empty: the default one); raise DataError if there is none."""
-        if split and split not in self.splits:
-            problem = f"--data {self.folder.name}:{split}: no such split{near_miss(split, self.splits)}"
+
+class Dataset(ABC):
+    """A data set with a name; `splits` are what may follow it after a colon, the `default` one if nothing does."""
+
+    name: str
+    splits: Sequence[str]
+    default: ClassVar[str] = "eval"
+    template: str = ""  # how it is asked where nothing else is said; empty: as it is written
+
+    @abstractmethod
+    def cases(self, split: str, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
+        """Yield the cases of a split in file order; malformed records go to `problems`. Images need not be there.
+
+        Raises DataError if the files are not there.
+        """
+
+    @abstractmethod
+    def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
+        """Audit a split (empty: all of them), apart from its pictures."""
+
+    def subset(self, split: str, options: DataOptions) -> Path:
+        """Return the file of the clean list of a split; raise DataError if there is none."""
+        raise DataError(
+            f"--subset {CLEAN}: {self.name}:{split} has no such list", "it is made for published data sets"
+        )
+
+    def layout(self, options: DataOptions) -> str:
+        """Return in one line where the pictures are expected."""
+        return "the pictures come with the data"
+
+    def split(self, name: str) -> str:
+        """Return the split of that name (empty: the default one); raise DataError if there is none."""
+        if name and name not in self.splits:
+            problem = f"--data {self.name}:{name}: no such split{near_miss(name, self.splits)}"
             raise DataError(problem, f"it has {', '.join(self.splits)}")
-        path = self.folder / self.splits[split or self.default]
-        if not path.is_file():
-            raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
-        return path
+        return name or self.default
 
 
-def find_dataset(data: str | Path) -> Dataset | None:
-    """Return the data set of that name (a split may follow after a colon), or None: then it is a path."""
-    name = str(data).partition(":")[0]
-    return None if Path(data).exists() or name not in datasets.names() else datasets.get(name)
+@dataclass(frozen=True)
+class Data:
+    """Cases, the name of where they come from, and how they were chosen (plain values, for the report)."""
+
+    name: str
+    cases: list[EditCase]
+    selection: dict[str, Any] = field(default_factory=dict)
 
 
-def find_cases(data: str | Path) -> Path:
-    """Return the file of cases for a path or a name such as `emojikb` or `emojikb:val`; raise DataError if none."""
-    dataset = find_dataset(data)
-    if dataset is not None:
-        return dataset.file(str(data).partition(":")[2])
+def find_dataset(data: str | Path) -> tuple[Dataset, str] | None:
+    """Return the data set of that name and the split that follows after a colon; None for a file or folder."""
+    name, _, split = str(data).partition(":")
+    return None if Path(data).exists() or name not in datasets.names() else (datasets.get(name), split)
+
+
+def load_cases(data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()) -> list[EditCase]:
+    """Return the cases of a data set, folder or file, in file order, at most `limit`; see `read_data`."""
+    return read_data(data, limit=limit, options=options).cases
+
+
+def read_data(data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()) -> Data:
+    """Read a data set by name (`emojikb`, `evqa:train`), a folder with a cases.jsonl, or a .jsonl, .json or .csv file.
+
+    Images are looked for but not opened. Raises DataError with every bad record (at most 20) and its place, and with
+    the missing images, unless `options.skip_missing` says to go on without them.
+    """
+    problems: list[str] = []
+    named = find_dataset(data)
+    if named is not None:
+        dataset, split = named[0], named[0].split(named[1])
+        name = str(data)
+        records, layout = dataset.cases(split, options, problems), dataset.layout(options)
+    else:
+        path = own_file(data)
+        name = path.parent.name if path.name == "cases.jsonl" else path.stem
+        records = own_cases(path, options, problems)
+        layout = f"images are named relative to {options.images or path.parent}"
+    kept = read_subset(_subset_file(data, named, options)) if options.subset else None
+    pictures = Pictures(options.skip_missing)
+    cases: list[EditCase] = []
+    for case in records if kept is None else select(records, kept):
+        usable = pictures.check(case)
+        if usable is not None:
+            cases.append(usable)
+        if limit is not None and len(cases) + len(problems) >= limit:
+            break
+    if lines := _most(problems, data) + pictures.problems(str(data)):
+        raise DataError(lines, layout if pictures.missing and not problems else FORMAT)
+    if not cases:
+        raise DataError(f"{data}: no cases in it", layout if pictures.missing else FORMAT)
+    template = options.template or (named[0].template if named else "")
+    selection: dict[str, Any] = {"template": template} if template else {}
+    selection |= {"subset": Path(options.subset).name} if options.subset else {}
+    selection |= {"skip_long": True} if options.skip_long else {}
+    return Data(name, cases, selection | pictures.skipped())
+
+
+def own_file(data: str | Path) -> Path:
+    """Return the file of a user's own data: a folder's cases.jsonl, or the file itself; raise DataError if none."""
     path = Path(data)
     if path.is_dir():
         path = path / "cases.jsonl"
     if not path.is_file():
-        raise DataError(
-            f"--data {data}: no such file, folder or data set{near_miss(str(data), datasets.names())}", _HELP
-        )
+        problem = f"--data {data}: no such file, folder or data set{near_miss(str(data), datasets.names())}"
+        raise DataError(problem, _HELP)
+    if path.suffix.lower() not in FORMATS:
+        raise DataError(f"--data {data}: not one of {', '.join(FORMATS)}", _HELP)
     return path
 
 
-def load_cases(data: str | Path, *, limit: int | None = None) -> list[EditCase]:
-    """Return the cases of a data set, folder or file, in file order, at most `limit`.
+def own_cases(path: Path, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
+    """Yield the cases of a file in the project's own formats, asked as they are written or as a chat."""
+    if options.template not in ("", CHAT):
+        raise DataError(f"--template {options.template}: {path} is asked as it is written, or with --template {CHAT}")
+    for case in CaseReader(path, problems, options.images).cases():
+        yield change(case, lambda query: replace(query, chat=True)) if options.template == CHAT else case
 
-    Images are named relative to the folder of the file and must lie in it; they are not opened here. Raises DataError
-    with every bad record (at most 20), its line and its key.
-    """
-    path = find_cases(data)
-    reader = _Reader(path)
-    cases = []
-    for case in reader.cases():
-        cases.append(case)
-        if limit is not None and len(cases) + len(reader.problems) >= limit:
-            break
-    if reader.problems:
-        more = len(reader.problems) - _MOST_PROBLEMS
-        rest = [f"{path}: and {more} more problems"] if more > 0 else []
-        raise DataError([*reader.problems[:_MOST_PROBLEMS], *rest], _FORMAT)
-    if not cases:
-        raise DataError(f"{path}: no cases in it", _FORMAT)
-    return cases
+
+def _subset_file(data: str | Path, named: tuple[Dataset, str] | None, options: DataOptions) -> Path:
+    if options.subset != CLEAN:
+        return Path(options.subset)
+    if named is None:
+        raise DataError(f"--subset {CLEAN}: {data} has no such list", "give the file of a list, or leave it out")
+    return named[0].subset(named[0].split(named[1]), options)
+
+
+def _most(problems: list[str], data: str | Path) -> list[str]:
+    more = len(problems) - _MOST_PROBLEMS
+    return [*problems[:_MOST_PROBLEMS], f"{data}: and {more} more problems"] if more > 0 else problems
 
 
 def fingerprint(cases: Iterable[EditCase]) -> str:
@@ -97,9 +179,13 @@ def fingerprint(cases: Iterable[EditCase]) -> str:
                 if query.image is not None and query.image not in images:
                     images[query.image] = _digest(query.image, case)
                 picture = images.get(query.image) if query.image is not None else None
-                line = [case.uid, case.type, column, query.prompt, query.target, picture, query.background]
-                digest.update(json.dumps(line, ensure_ascii=False).encode())
+                digest.update(json.dumps(_facts(case, column, query, picture), ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
+
+
+def _facts(case: EditCase, column: str, query: Query, picture: str | None) -> list[Any]:
+    facts = [case.uid, case.type, column, query.prompt, query.target, picture, query.background]
+    return [*facts, CHAT] if query.chat else facts
 
 
 def _digest(image: Path, case: EditCase) -> str:
@@ -108,108 +194,3 @@ def _digest(image: Path, case: EditCase) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{case.place}: {image}: no such image") from error
-
-
-class _Reader:
-    """Reads one file and collects what is wrong with it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.root = path, path.parent
-        self.problems: list[str] = []
-        self.place = str(path)
-        self._first: dict[str, int] = {}
-
-    def cases(self) -> Iterator[EditCase]:
-        """Yield the good records; the bad ones go to `problems`."""
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            self.place = f"{self.path}:{number}"
-            before = len(self.problems)
-            case = self._case(line, number)
-            if case is not None and len(self.problems) == before:
-                yield case
-
-    def _add(self, key: str, message: str) -> None:
-        self.problems.append(f"{self.place}: {key}: {message}" if key else f"{self.place}: {message}")
-
-    def _case(self, line: str, number: int) -> EditCase | None:
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            self._add("", f"not valid JSON ({error})")
-            return None
-        if not self._mapping(record, "", _CASE_KEYS, ("id", "request")):
-            return None
-        uid = record["id"]
-        if not isinstance(uid, str) or not uid:
-            self._add("id", "must be a text")
-            return None
-        if uid in self._first:
-            self._add("id", f"{uid!r} stands in line {self._first[uid]} already")
-        self._first.setdefault(uid, number)
-        kind = record.get("type", "")
-        if not isinstance(kind, str):
-            self._add("type", "must be a text")
-        request = self._query(record["request"], "request")
-        probes = {key: self._probes(record.get(key, {}), key) for key in ("generality", "locality", "portability")}
-        return None if request is None else EditCase(uid, request, type=kind, place=self.place, **probes)
-
-    def _probes(self, value: Any, key: str) -> dict[str, tuple[Query, ...]]:
-        if not isinstance(value, dict):
-            self._add(key, "must map names to lists of queries")
-            return {}
-        probes = {}
-        for name, queries in value.items():
-            if not isinstance(queries, list) or not queries:
-                self._add(f"{key}.{name}", "must be a list of at least one query")
-                continue
-            read = [self._query(query, f"{key}.{name}[{i}]") for i, query in enumerate(queries)]
-            probes[name] = tuple(query for query in read if query is not None)
-        return probes
-
-    def _query(self, record: Any, key: str) -> Query | None:
-        if not self._mapping(record, key, _QUERY_KEYS, ("prompt", "target")):
-            return None
-        before = len(self.problems)
-        for name in ("prompt", "target"):
-            if not isinstance(record[name], str) or not record[name].strip():
-                self._add(f"{key}.{name}", "must be a text that is not empty")
-        background = record.get("background", "#ffffff")
-        if not isinstance(background, str) or not _COLOUR.match(background):
-            self._add(f"{key}.background", f"must be a colour such as #cfe8ff, not {background!r}")
-        image = self._image(record.get("image"), f"{key}.image")
-        return Query(record["prompt"], record["target"], image, background) if len(self.problems) == before else None
-
-    def _image(self, value: Any, key: str) -> Path | None:
-        if value is None:
-            return None
-        if isinstance(value, list):
-            self._add(key, "one image a query; several are not supported")
-            return None
-        if not isinstance(value, str) or not value:
-            self._add(key, "must be a path")
-            return None
-        if PurePosixPath(value).is_absolute() or not (self.root / value).resolve().is_relative_to(self.root.resolve()):
-            self._add(key, f"{value} lies outside the folder {self.root}")
-            return None
-        path = self.root / value
-        if not path.is_file():
-            self._add(key, f"{path}: no such image")
-        return path
-
-    def _mapping(self, value: Any, key: str, known: Sequence[str], needed: Sequence[str]) -> bool:
-        if not isinstance(value, Mapping):
-            self._add(key, "must be an object with keys")
-            return False
-        for name in value:
-            if name not in known:
-                self._add(key, f"unknown key {name!r}{near_miss(name, known)}")
-        missing = [name for name in needed if name not in value]
-        if missing:
-            self._add(key, f"{', '.join(missing)} is missing")
-        return not missing

@@ -12,13 +12,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, final
 
-from mmedit_cli.datasets.base import Dataset
+from mmedit_cli.datasets._audit import Finding
+from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
+from mmedit_cli.errors import DataError
 from mmedit_cli.registry import share_dir
+from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval")
 FAMILIES = ("generality", "locality", "portability")
@@ -235,4 +238,37 @@ def _licences(folder: Path) -> dict[str, str]:
     return {name: f"{source['package']}, {source['licence']}" for name, source in sources.items()}
 
 
-DATASET = Dataset(share_dir("data") / "emojikb", {split: f"{split}.jsonl" for split in SPLITS}, "eval", audit)
+@final
+class EmojiKB(Dataset):
+    """The data that come along: a case file a split, pictures beside them."""
+
+    name = "emojikb"
+    splits = SPLITS
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def cases(self, split: str, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
+        """Yield the cases of a split; raise DataError if the file is not there."""
+        path = self.folder / f"{split}.jsonl"
+        if not path.is_file():
+            raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
+        yield from own_cases(path, replace(options, images=None), problems)
+
+    def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
+        """Audit the folder: counts, leaks between splits, licences, and every problem."""
+        found = audit(self.folder)
+        for key in ("concepts", "flags", "pictures"):
+            yield key, True, f"{found[key]:,}"
+        for name, counts in found["splits"].items():
+            types = ", ".join(f"{name} {count}" for name, count in counts["types"].items())
+            yield f"{name} cases", True, f"{counts['cases']:,}: {types}"
+        for pair, shared in found["leaks"].items():
+            total = sum(map(len, shared.values()))
+            yield f"leaks {pair}", not total, ", ".join(f"{sort} {len(items)}" for sort, items in shared.items())
+        for source, licence in found["licences"].items():
+            yield f"licence {source}", True, licence
+        yield from (("problem", False, problem) for problem in found["problems"])
+
+
+DATASET = EmojiKB(share_dir("data") / "emojikb")

@@ -45,6 +45,7 @@ class LiveEditTraining:
     hard_routing: float = 1.0
     teach_end: bool = False
     generality_items: Literal["all", "one"] = "all"
+    taught: int | None = None
     alternatives: int = 0
     others: int = 0
     compat: Literal["correct", "reference"] = "correct"
@@ -54,6 +55,8 @@ class LiveEditTraining:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, not {self.batch_size}: routers learn by comparison")
+        if self.taught is not None and self.taught < 1:
+            raise ValueError(f"taught must be at least 1 or null, not {self.taught}")
         for name in ("steps", "learning_rate", "validate_every", "validation_cases"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -67,6 +70,11 @@ class Items:
     case: Tensor
     code: Tensor
     names: tuple[str, ...]  # of the generality codes 1, 2, ...
+
+    def upto(self, cases: int) -> Items:
+        """Return the sequences of the first cases."""
+        kept = (self.case < cases).nonzero()[:, 0]
+        return Items(tuple(self.queries[i] for i in kept.tolist()), self.case[kept], self.code[kept], self.names)
 
     def place(self, codes: Tensor) -> Tensor:
         """Return the sequence of each case that has the given code: (B,) -> (B,)."""
@@ -178,10 +186,12 @@ def losses_of(
     by_prompt = similarity(prompt, keys[1], hp.feature_vectors)
     score = editor.score(by_prompt, by_vision - against)
 
-    weight = soft_weights(score[:, :size], draws.allowed.to(score.device), gated=editor.published)
-    share = [i for i, case in enumerate(items.case.tolist()) if case % world == rank]
+    taught = size if hp.training.taught is None else min(size, hp.training.taught)
+    weight = soft_weights(score[:, :taught], draws.allowed[:, :taught].to(score.device), gated=editor.published)
+    share = [i for i, case in enumerate(items.case.tolist()) if case < taught and case % world == rank]
+    experts = editor.experts(backbone.select(requests, range(taught)))
     losses = _edit_losses(
-        editor, items, share, backbone.select(prefix, share), editor.experts(requests), weight[share]
+        editor, items.upto(taught), backbone.select(prefix, share), items.code[share], experts, weight[share]
     )
     if editor.published:
         routing = _published_routing(hp.training, draws, by_prompt, by_vision, against)
@@ -230,11 +240,12 @@ def _joint_routing(items: Items, score: Tensor) -> Tensor:
 
 
 def _edit_losses(
-    editor: LiveEdit, items: Items, share: Sequence[int], prefix: Prefix, experts: dict[str, Tensor], weight: Tensor
+    editor: LiveEdit, items: Items, prefix: Prefix, code: Tensor, experts: dict[str, Tensor], weight: Tensor
 ) -> dict[str, Tensor]:
     """Return what the adapted model says about requests and generality (cross entropy) and locality (KL).
 
-    Each is the mean over the rows of a whole step; `share` of them are here. A row counts by the mean over its tokens.
+    Each is the mean over the rows of all processes, `items`, of which those of `prefix` are here, with their codes. A
+    row counts by the mean over its tokens.
     """
     backbone, hp, batch = editor.backbone, editor.hparams.training, prefix.batch
     normed = editor.networks.stream_norm(prefix.hidden.float())
@@ -246,7 +257,7 @@ def _edit_losses(
     at, labels = batch.predicting, torch.roll(batch.input_ids, -1, 1)
     if hp.teach_end:
         at, labels = at | batch.ends, torch.where(batch.ends, backbone.end_id, labels)
-    code = items.code[share].to(at.device)
+    code = code.to(at.device)
     at_local = at & (code == LOCALITY)[:, None]
     adapted = backbone.resume(replace(prefix, hidden=stream), at).float()
     with torch.no_grad():

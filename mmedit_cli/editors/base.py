@@ -280,6 +280,10 @@ def _to_json(query: Query) -> dict[str, str | None]:
     return {"prompt": query.prompt, "target": query.target, "image": image, "background": query.background}
 
 
+def _to_json(query: Query) -> dict[str, Any]:
+    return {**vars(query), "image": None if query.image is None else str(query.image)}
+
+
 def _from_json(record: Mapping[str, Any]) -> Query:
     image = None if record["image"] is None else Path(record["image"])
-    return Query(record["prompt"], record["target"], image, record["background"])
+    return Query(**{**record, "image": image})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def _continues(backbone: VisionLanguageModel, query: Query) -> bool:
 
 
 def _bare(query: Query) -> Query:
-    return Query(query.prompt, "", query.image, query.background)
+    return replace(query, target="")
 
 
 def _chunks(queries: Sequence[Query], size: int) -> Iterator[Sequence[Query]]:

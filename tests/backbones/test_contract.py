@@ -96,6 +96,36 @@ def test_our_ids_are_those_of_the_processor(backbone):
     assert torch.equal(ours, ids)
 
 
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}USER: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def test_a_chat_is_what_the_processor_makes_of_it():
+    from transformers import LlavaProcessor
+
+    backbone = load_backbone("tiny-llava", device="cpu")
+    chat = replace(QUERIES[0], chat=True)
+    with pytest.raises(ModelError, match="tiny-llava has no chat template"):
+        backbone.encode(chat)
+    backbone.tokenizer.chat_template = CHAT
+    processor = LlavaProcessor(
+        backbone.image_processor, backbone.tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    text = f"USER: <image>\n{chat.prompt} ASSISTANT: {chat.target}"
+    ids = processor(images=load_picture(Picture(chat.image)), text=text, return_tensors="pt")["input_ids"]
+    batch = backbone.batch([chat])
+    ours = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
+    assert torch.equal(ours, ids)
+    answer = backbone.encode(QUERIES[0]).n_answer
+    assert backbone.encode(chat).n_answer == answer, "the answer is the same, the question is framed"
+    said = backbone.tokenizer.decode(backbone.encode(replace(chat, image=None)).ids, skip_special_tokens=True)
+    assert said == f"USER: {chat.prompt} ASSISTANT: {chat.target}"
+
+
 def test_batched_equals_single(backbone):
     batch = backbone.batch(QUERIES)
     together = backbone.logits(batch)
