@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,22 @@ from mmedit_cli.types import EditCase, Query
 LOG_EVERY, SAVE_SECONDS = 20, 60.0
 SCORE = "tf_em"  # of held-out cases; the checkpoint with the best mean over the columns is kept
 _STEPS = "steps"  # among the sums since the last line of the log: how many there were
-Say = Callable[[str], None]
-Curves = Callable[[str, float, int], None]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a training takes place in; nothing of it but the number of processes changes the result.
+
+    batch_size: queries in one frozen forward pass; cache_bytes: memory for what is frozen, the rest goes to disk;
+    tick(what, n), say(text) and curve(name, value, step) are told how it goes.
+    """
+
+    processes: Processes = field(default_factory=Processes)
+    batch_size: int = 32
+    cache_bytes: int = 4 << 30
+    tick: Callable[[str, int], None] = lambda _what, _n: None
+    say: Callable[[str], None] = lambda _text: None
+    curve: Callable[[str, float, int], None] = lambda _name, _value, _step: None
 
 
 @dataclass
@@ -44,39 +58,32 @@ def train_networks(
     cases: Sequence[EditCase],
     held_out: Sequence[EditCase],
     run: Run,
-    *,
-    processes: Processes | None = None,
-    batch_size: int = 32,
-    cache_bytes: int = 4 << 30,
-    tick: Callable[[str, int], None] = lambda _what, _n: None,
-    say: Say = lambda _text: None,
-    curves: Curves | None = None,
+    how: Conditions | None = None,
 ) -> dict[str, Any]:
     """Train from where `run` left it; the best networks are in `editor.safetensors` and in the editor at the end.
 
     What lies below the first layer that an edit changes is computed once for each distinct question and answer, and
-    kept: `cache_bytes` in memory, the rest on disk. Batches, random choices and scores depend on the seed and the step
+    kept. Batches, random choices and scores depend on the seed and the step
     alone, so a training that was interrupted ends with the same bits. Returns what a report tells about the training.
     Raises DataError for cases that cannot be learned from.
     """
-    hp, processes = editor.hparams.training, processes or Processes()
+    hp, how = editor.hparams.training, how or Conditions()
     if len(cases) < 2:
         raise DataError("one case is too few: networks learn by comparing edits", "train on more cases")
     taught = [(case, *alternatives(case, cases, hp.alternatives, editor.seed)) for case in cases]
     shown = [*(case for variants in taught for case in variants), *held_out]
     everything = [q for case in shown for _, qs in case.columns() for q in qs]
-    with editor.backbone.keeping(editor.first_layer, everything, group=batch_size, budget=cache_bytes):
-        training = _Training(editor, taught, held_out, run, processes, batch_size)
-        tick("steps", training.progress.step)
-        training.go_on(tick, say)
-    if processes.rank:
+    with editor.backbone.keeping(editor.first_layer, everything, group=how.batch_size, budget=how.cache_bytes):
+        training = _Training(editor, taught, held_out, run, how)
+        how.tick("steps", training.progress.step)
+        training.go_on()
+    if how.processes.rank:
         return {}
     editor.load_networks(run.folder / "editor.safetensors")
     log = run.read("log")
-    if curves is not None:
-        for line in log:
-            for name, value in {**line.get("losses", {}), **line.get("scores", {})}.items():
-                curves(name, value, line["step"])
+    for line in log:
+        for name, value in {**line.get("losses", {}), **line.get("scores", {})}.items():
+            how.curve(name, value, line["step"])
     return {
         "steps": hp.steps,
         "validation_cases": len(training.held_out),
@@ -97,12 +104,11 @@ class _Training:
         cases: Sequence[Sequence[EditCase]],
         held_out: Sequence[EditCase],
         run: Run,
-        processes: Processes,
-        batch_size: int,
+        how: Conditions,
     ) -> None:
-        self.editor, self.cases, self.run, self.processes = editor, cases, run, processes
-        self.hp = editor.hparams.training
-        self.held_out, self.batch_size = held_out[: self.hp.validation_cases], batch_size
+        self.editor, self.cases, self.run, self.how, self.processes = editor, cases, run, how, how.processes
+        self.hp, self.batch_size = editor.hparams.training, how.batch_size
+        self.held_out = held_out[: self.hp.validation_cases]
         self.parameters = dict(editor.networks.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.hp.learning_rate, weight_decay=self.hp.weight_decay
@@ -112,7 +118,7 @@ class _Training:
         self._base: dict[Query, Answer] | None = None
         self._restore()
 
-    def go_on(self, tick: Callable[[str, int], None], say: Say) -> None:
+    def go_on(self) -> None:
         """Take the steps that are left."""
         progress, hp = self.progress, self.hp
         started, saved, first = time.monotonic(), time.monotonic(), progress.step
@@ -123,14 +129,14 @@ class _Training:
             progress.seconds = spent + time.monotonic() - started
             if self.processes.rank:
                 continue
-            tick("steps", 1)
+            self.how.tick("steps", 1)
             look = progress.step % hp.validate_every == 0 or progress.step == hp.steps
             if look or progress.step % LOG_EVERY == 0:
                 self._log()
             if look:
                 scores = self._validate()
                 rate = (time.monotonic() - started) / (progress.step - first)
-                say(self._line(scores, rate * (hp.steps - progress.step)))
+                self.how.say(self._line(scores, rate * (hp.steps - progress.step)))
             elif time.monotonic() - saved < SAVE_SECONDS:
                 continue
             progress.seconds = spent + time.monotonic() - started

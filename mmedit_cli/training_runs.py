@@ -126,7 +126,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
-    from mmedit_cli.training import train_networks
+    from mmedit_cli.training import Conditions, train_networks
 
     options, processes = plan.options, runtime.join_processes(plan.options.model.device)
     model = replace(options.model, device=processes.device)
@@ -142,14 +142,11 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         processes.wait()  # the folder is as the first process leaves it
         if processes.rank:
             run = Run.view(plan.folder)
-        say, curves = out.note, None
+        conditions = Conditions(processes, options.batch_size, options.cache_bytes, say=out.note)
         if options.tensorboard and processes.rank == 0:
-            curves = stack.enter_context(tensorboard(plan.folder))
+            conditions = replace(conditions, curve=stack.enter_context(tensorboard(plan.folder)))
         tick = stack.enter_context(out.progress({"steps": plan.hparams.training.steps}))
-        result = train_networks(
-            editor, plan.cases, plan.held_out, run, processes=processes, batch_size=options.batch_size,
-            cache_bytes=options.cache_bytes, tick=tick, say=say, curves=curves,
-        )  # fmt: skip
+        result = train_networks(editor, plan.cases, plan.held_out, run, replace(conditions, tick=tick))
         if processes.rank == 0:
             head = {key: value for key, value in plan.config.items() if key not in ("device", "dtype", "batch_size")}
             run.finish({"format": 1, **head, "environment": run.environment, **result, "run": str(plan.folder)})

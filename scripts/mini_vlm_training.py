@@ -26,13 +26,27 @@ HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
 LOG_SECONDS, SAVE_SECONDS = 20, 180
 BETAS, CLIP, CHUNKS = (0.9, 0.95), 1.0, 4
+SHARPNESS = 16.0  # of the reader of names
+
+
+class Directions(nn.Module):
+    """A classifier by direction: (B, D) -> (B, C), cosines with a learned prototype a class, sharpened."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SHARPNESS * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
 
 class Trainee(nn.Module):
     """The model, what helps to train it and is not shipped, and the data, all on one device.
 
     `heads` classify pictures by the tower's patch tokens, in the first stage; `readers` by the tokens the language
-    model gets, in the second: without these a Q-Former takes many passes to let anything through.
+    model gets, in the others: without these a Q-Former takes many passes to let anything through. The reader of names
+    compares directions alone, so that drawings of one thing come to lie together, as the contrastive loss of BLIP-2's
+    and CLIP's own training has it (Li et al. 2023, 3.2): editors find a thing again by these tokens.
     """
 
     def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
@@ -51,6 +65,7 @@ class Trainee(nn.Module):
             self.heads["norm"] = nn.LayerNorm(width)
             width = recipe.text["hidden_size"]
             self.readers = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
+            self.readers["name"] = Directions(width, self.pictures.sizes["name"])
             self.readers["norm"] = nn.LayerNorm(width)
         self.to(device)
 
@@ -61,7 +76,7 @@ class Trainee(nn.Module):
             part = "tower" if name.startswith(("heads.", f"model.{self.tower}.")) else "decoder"
             trained = part == stage
             if stage == "joint":
-                trained = name.startswith("model.")
+                trained = name.startswith(("model.", "readers."))
             parameter.requires_grad_(trained)
             if trained:
                 chosen[name] = parameter

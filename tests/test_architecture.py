@@ -16,8 +16,8 @@ ROWS = (
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
     {"backbones", "datasets"},
     {"editors"},
-    {"evaluation"},
-    {"workflows", "doctor", "show"},
+    {"evaluation", "training"},
+    {"workflows", "training_runs", "doctor", "show"},
     {"options", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

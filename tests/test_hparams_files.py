@@ -29,7 +29,14 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
     cls = registry.editors.get(path.stem).Hparams
     text = path.read_text()
     keys = {name for name, _, _ in describe(cls)}
-    assert keys == set(yaml.safe_load(text)) - {"variants"}
-    for line in text.splitlines():
-        if line.partition(":")[0] in keys:
+    assert keys == set(named({k: v for k, v in yaml.safe_load(text).items() if k != "variants"}))
+    last = {key.rpartition(".")[2] for key in keys}
+    for line in text.partition("\nvariants:")[0].splitlines():
+        if line.partition(":")[0].strip() in last:
             assert "#" in line, f"no comment: {line}"
+
+
+def named(content, prefix=""):
+    """The keys of nested mappings, joined with dots."""
+    for key, value in content.items():
+        yield from named(value, f"{prefix}{key}.") if isinstance(value, dict) else (prefix + key,)

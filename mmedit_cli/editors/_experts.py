@@ -5,7 +5,7 @@ R queries with a picture, N experts, n of them chosen for a query at most, r the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,6 @@ class Routing:
     def used(self) -> Tensor:
         """(R,) bool: the queries that any expert touches."""
         return (self.weight > 0).any(1)
-
-
-def similarity(a: Tensor, b: Tensor, vectors: int) -> Tensor:
-    """Return the scaled product of features, (R, F), (N, F) -> (R, N): the mean over k vectors of <a, b> / sqrt(m)."""
-    return a @ b.T / (vectors * (a.shape[1] / vectors) ** 0.5)
 
 
 def soft_weights(score: Tensor, keep: Tensor, *, gated: bool) -> Tensor:
@@ -67,9 +62,9 @@ class ExpertBank:
 
     FIELDS = ("u", "v", "vision", "prompt")
 
-    def __init__(self, rank: int, width: int, vectors: int, dim: int, device: torch.device) -> None:
-        self.vectors, self.size = vectors, 0
-        shapes = {"u": (rank, width), "v": (rank, width), "vision": (vectors * dim,), "prompt": (vectors * dim,)}
+    def __init__(self, rank: int, width: int, features: int, device: torch.device) -> None:
+        self.size = 0
+        shapes = {"u": (rank, width), "v": (rank, width), "vision": (features,), "prompt": (features,)}
         self._rows = {name: torch.zeros(BLOCK, *shape, device=device) for name, shape in shapes.items()}
         self._hidden = torch.zeros(BLOCK, dtype=torch.bool, device=device)
 
@@ -100,10 +95,13 @@ class ExpertBank:
         """Return the experts, each tensor with N rows."""
         return {name: tensor[: self.size].clone() for name, tensor in self._rows.items()}
 
-    def similarities(self, name: str, features: Tensor) -> Tensor:
-        """Return the similarity of queries with all experts by `vision` or `prompt`: (R, F) -> (R, N)."""
+    def compare(self, name: str, similarity: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the similarity of queries with all experts, given that with a block of features: (R, N).
+
+        `name` is vision or prompt; the block: (BLOCK, F) -> (R, BLOCK).
+        """
         blocks = self._rows[name][: -(-self.size // BLOCK) * BLOCK].split(BLOCK)
-        return torch.cat([similarity(features, block, self.vectors) for block in blocks], 1)[:, : self.size]
+        return torch.cat([similarity(block) for block in blocks], 1)[:, : self.size]
 
     @property
     def visible(self) -> Tensor:

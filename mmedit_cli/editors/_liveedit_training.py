@@ -7,59 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mmedit_cli.editors._experts import adapt, similarity, soft_weights
+from mmedit_cli.backbones._batch import Prefix
+from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.editors._experts import adapt, soft_weights
+from mmedit_cli.editors._liveedit_hparams import LiveEditTraining
+from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
 from mmedit_cli.errors import DataError
 from mmedit_cli.types import EditCase, Query
 
-if TYPE_CHECKING:
-    from mmedit_cli.backbones.base import Prefix
-    from mmedit_cli.editors.liveedit import LiveEdit
-
 REQUEST, LOCALITY = 0, -1  # codes of the items of a case; generality is 1, 2, ... by name
 _TINY = 1e-8  # inside logarithms, as published
-
-
-@dataclass(frozen=True)
-class LiveEditTraining:
-    """See hparams/liveedit.yaml."""
-
-    steps: int = 40_000
-    batch_size: int = 8
-    learning_rate: float = 1e-4
-    warmup: int = 0
-    schedule: Literal["step", "cosine"] = "step"
-    decay_at: int = 10_000
-    decay: float = 0.1
-    weight_decay: float = 0.0
-    clip: float | None = None
-    reliability: float = 1.0
-    generality: float = 1.0
-    locality: float = 1.0
-    soft_routing: float = 1.0
-    hard_routing: float = 1.0
-    teach_end: bool = False
-    generality_items: Literal["all", "one"] = "all"
-    taught: int | None = None
-    alternatives: int = 0
-    others: int = 0
-    compat: Literal["correct", "reference"] = "correct"
-    validate_every: int = 500
-    validation_cases: int = 256
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, not {self.batch_size}: routers learn by comparison")
-        if self.taught is not None and self.taught < 1:
-            raise ValueError(f"taught must be at least 1 or null, not {self.taught}")
-        for name in ("steps", "learning_rate", "validate_every", "validation_cases"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -145,71 +107,99 @@ def draw(items: Items, source: Generator, compat: str) -> Draws:
     )
 
 
-def training_losses(
-    editor: LiveEdit,
-    cases: Sequence[EditCase],
-    source: Generator,
-    *,
-    others: Sequence[EditCase] = (),
-    rank: int = 0,
-    world: int = 1,
+@dataclass(frozen=True)
+class Place:
+    """Where networks are trained: the model, the layer their experts are added at, and which process this is."""
+
+    backbone: VisionLanguageModel
+    layer: int
+    rank: int = 0
+    world: int = 1
+
+
+def losses_of(
+    networks: LiveEditNetworks, place: Place, items: Items, draws: Draws, others: Sequence[Query] = ()
 ) -> dict[str, Tensor]:
-    """Return the losses of one batch, `total` among them.
+    """Return the losses of given sequences and choices, `total` among them; `others` are more edits to choose among.
 
     With several processes each runs the upper layers on its share of the cases; their gradients add up to those of one
     process with the whole batch.
     """
-    items = choose_items(cases, source, editor.hparams.training.generality_items)
-    draws = draw(items, source, editor.hparams.training.compat)
-    return losses_of(editor, items, draws, others=[case.request for case in others], rank=rank, world=world)
-
-
-def losses_of(
-    editor: LiveEdit, items: Items, draws: Draws, *, others: Sequence[Query] = (), rank: int = 0, world: int = 1
-) -> dict[str, Tensor]:
-    """Return the losses of given sequences and choices."""
-    hp, networks, backbone = editor.hparams, editor.networks, editor.backbone
-    size = draws.allowed.shape[1]
-    batch = backbone.batch(items.queries)
+    backbone, hp, size = place.backbone, networks.hparams.training, draws.allowed.shape[1]
     with torch.no_grad():
-        prefix = backbone.prefix(batch, editor.first_layer)
+        prefix = backbone.prefix(backbone.batch(items.queries), place.layer)
     requests = backbone.select(prefix, range(size))
-    vision, prompt, sentinel = networks.input_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
-    against = editor.own(vision, sentinel)[:, None]
+    vision, prompt, against = networks.ask(prefix.hidden, prefix.batch.prompt_mask, prefix.batch.image_mask)
     # the published routers also compare with what no edit is made of; the joint one with edits alone, and with more
-    keys = _keys(editor, prefix if editor.published else requests)
-    if others and not editor.published:
+    keys = networks.keys(prefix if networks.published else requests)
+    if others and not networks.published:
         with torch.no_grad():
-            more = _keys(editor, backbone.prefix(backbone.batch(others), editor.first_layer))
+            more = networks.keys(backbone.prefix(backbone.batch(others), place.layer))
         keys = (torch.cat((keys[0], more[0])), torch.cat((keys[1], more[1])))
-    by_vision = similarity(vision, keys[0], hp.feature_vectors)
-    by_prompt = similarity(prompt, keys[1], hp.feature_vectors)
-    score = editor.score(by_prompt, by_vision - against)
+    by_vision, by_prompt = networks.similarity(vision, keys[0]), networks.similarity(prompt, keys[1])
+    score = networks.score(by_prompt, by_vision - against)
 
-    taught = size if hp.training.taught is None else min(size, hp.training.taught)
-    weight = soft_weights(score[:, :taught], draws.allowed[:, :taught].to(score.device), gated=editor.published)
-    share = [i for i, case in enumerate(items.case.tolist()) if case < taught and case % world == rank]
-    experts = editor.experts(backbone.select(requests, range(taught)))
-    losses = _edit_losses(
-        editor, items.upto(taught), backbone.select(prefix, share), items.code[share], experts, weight[share]
-    )
-    if editor.published:
-        routing = _published_routing(hp.training, draws, by_prompt, by_vision, against)
+    taught = size if hp.taught is None else min(size, hp.taught)
+    share = [i for i, c in enumerate(items.case.tolist()) if c < taught and c % place.world == place.rank]
+    weight = soft_weights(score[:, :taught], draws.allowed[:, :taught].to(score.device), gated=networks.published)
+    experts = networks.experts(backbone.select(requests, range(taught)))
+    stream = _Stream(backbone.select(prefix, share), items.code[share].to(score.device), items.upto(taught))
+    losses = _edit_losses(networks, place, stream, experts, weight[share])
+    if networks.published:
+        routing = _published_routing(hp, draws, by_prompt, by_vision, against)
     else:
         routing = {"soft_routing": _joint_routing(items, score)}
-    weights = hp.training
-    total = weights.reliability * losses["reliability"] + weights.generality * losses["generality"]
-    total = total + weights.locality * losses["locality"]
+    total = hp.reliability * losses["reliability"] + hp.generality * losses["generality"]
+    total = total + hp.locality * losses["locality"]
     for name, loss in routing.items():
-        total = total + (weights.soft_routing if name.startswith("soft") else weights.hard_routing) * loss / world
+        total = total + (hp.soft_routing if name.startswith("soft") else hp.hard_routing) * loss / place.world
     return {**losses, **routing, "total": total}
 
 
-def _keys(editor: LiveEdit, prefix: Prefix) -> tuple[Tensor, Tensor]:
-    """Return the vision and the prompt features by which experts are found: (B, F) each."""
+@dataclass(frozen=True)
+class _Stream:
+    """Sequences of this process at the edit layer, their codes (R,), and the items of all processes."""
+
+    prefix: Prefix
+    code: Tensor
+    items: Items
+
+
+def _edit_losses(
+    networks: LiveEditNetworks, place: Place, stream: _Stream, experts: tuple[Tensor, Tensor], weight: Tensor
+) -> dict[str, Tensor]:
+    """Return what the adapted model says about requests and generality (cross entropy) and locality (KL).
+
+    Each is the mean over the rows of all processes; a row counts by the mean over its tokens.
+    """
+    backbone, hp = place.backbone, networks.hparams.training
+    prefix, code, items = stream.prefix, stream.code, stream.items
     batch = prefix.batch
-    vision, prompt, _ = editor.networks.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
-    return vision, prompt
+    normed = networks.stream_norm(prefix.hidden.float())
+    if hp.compat == "reference":  # published: the output of the edit layer goes through the edit layer again
+        with torch.no_grad():
+            again = backbone.prefix_of(prefix.hidden, batch, place.layer - 1)
+            prefix = backbone.advance(again, place.layer)
+    adapted_stream = adapt(prefix.hidden, normed, *experts, weight)
+    at, labels = batch.predicting, torch.roll(batch.input_ids, -1, 1)
+    if hp.teach_end:
+        at, labels = at | batch.ends, torch.where(batch.ends, backbone.end_id, labels)
+    at_local = at & (code == LOCALITY)[:, None]
+    adapted = backbone.resume(replace(prefix, hidden=adapted_stream), at).float()
+    with torch.no_grad():
+        base = backbone.resume(prefix, at_local).float()
+    local = at_local[at]
+    each = F.cross_entropy(adapted, labels[at], reduction="none")
+    shift = F.kl_div(base.log_softmax(-1), adapted[local].log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    each = each.masked_scatter(local, shift)
+    rows = torch.zeros(len(at), device=at.device).index_add(0, at.nonzero()[:, 0], each) / at.sum(1)
+
+    def mean(number: int) -> Tensor:
+        return rows[code == number].sum() / (items.code == number).sum().clamp(min=1)
+
+    losses = {f"generality_{name}": mean(number) for number, name in enumerate(items.names, 1)}
+    total = torch.stack([rows.new_zeros(()), *losses.values()]).sum()
+    return {"reliability": mean(REQUEST), **losses, "generality": total, "locality": mean(LOCALITY)}
 
 
 def _published_routing(
@@ -237,43 +227,6 @@ def _joint_routing(items: Items, score: Tensor) -> Tensor:
     columns = torch.cat((score, torch.zeros_like(score[:, :1])), 1)
     right = torch.where(items.code == LOCALITY, score.shape[1], items.case).to(score.device)
     return F.cross_entropy(columns, right)
-
-
-def _edit_losses(
-    editor: LiveEdit, items: Items, prefix: Prefix, code: Tensor, experts: dict[str, Tensor], weight: Tensor
-) -> dict[str, Tensor]:
-    """Return what the adapted model says about requests and generality (cross entropy) and locality (KL).
-
-    Each is the mean over the rows of all processes, `items`, of which those of `prefix` are here, with their codes. A
-    row counts by the mean over its tokens.
-    """
-    backbone, hp, batch = editor.backbone, editor.hparams.training, prefix.batch
-    normed = editor.networks.stream_norm(prefix.hidden.float())
-    if hp.compat == "reference":  # published: the output of the edit layer goes through the edit layer again
-        with torch.no_grad():
-            again = backbone.prefix_of(prefix.hidden, batch, editor.first_layer - 1)
-            prefix = backbone.advance(again, editor.first_layer)
-    stream = adapt(prefix.hidden, normed, experts["u"], experts["v"], weight)
-    at, labels = batch.predicting, torch.roll(batch.input_ids, -1, 1)
-    if hp.teach_end:
-        at, labels = at | batch.ends, torch.where(batch.ends, backbone.end_id, labels)
-    code = code.to(at.device)
-    at_local = at & (code == LOCALITY)[:, None]
-    adapted = backbone.resume(replace(prefix, hidden=stream), at).float()
-    with torch.no_grad():
-        base = backbone.resume(prefix, at_local).float()
-    local = at_local[at]
-    each = F.cross_entropy(adapted, labels[at], reduction="none")
-    shift = F.kl_div(base.log_softmax(-1), adapted[local].log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    each = each.masked_scatter(local, shift)
-    rows = torch.zeros(len(at), device=at.device).index_add(0, at.nonzero()[:, 0], each) / at.sum(1)
-
-    def mean(number: int) -> Tensor:
-        return rows[code == number].sum() / (items.code == number).sum().clamp(min=1)
-
-    losses = {f"generality_{name}": mean(number) for number, name in enumerate(items.names, 1)}
-    total = torch.stack([rows.new_zeros(()), *losses.values()]).sum()
-    return {"reliability": mean(REQUEST), **losses, "generality": total, "locality": mean(LOCALITY)}
 
 
 def _absolute(table: Tensor, compat: str) -> Tensor:

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.backbones._batch import Batch, Prefix
+from mmedit_cli.backbones._batch import Batch
 from mmedit_cli.editors._experts import ExpertBank, Routing, choose
-from mmedit_cli.editors._extractors import LiveEditNetworks, span
-from mmedit_cli.editors._liveedit_training import LiveEditTraining, training_losses
+from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
+from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
+from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
 from mmedit_cli.editors.base import TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
-
-
-@dataclass(frozen=True)
-class LiveEditHparams:
-    """See hparams/liveedit.yaml for what each value means and where it comes from."""
-
-    module_dim: int = 1024
-    heads: int = 8
-    rank: int = 4
-    feature_vectors: int = 4
-    lora_scale: float = 5.0
-    edit_layer: int = 21
-    sentinel_tokens: int = 32
-    variant: Literal["paper", "joint"] = "joint"
-    visual_weight: float = 1.0
-    top_k: int | None = None
-    margin: float = 0.0
-    training: LiveEditTraining = field(default_factory=LiveEditTraining)
-
-    def __post_init__(self) -> None:
-        for name in ("module_dim", "heads", "rank", "feature_vectors", "lora_scale", "sentinel_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or null, not {self.top_k}")
-        if self.module_dim % self.heads:
-            raise ValueError(f"module_dim {self.module_dim} must be a multiple of heads {self.heads}")
 
 
 class LiveEdit(TrainedEditor):
@@ -74,11 +48,9 @@ class LiveEdit(TrainedEditor):
         self._layer = hp.edit_layer % backbone.n_layers + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.networks = LiveEditNetworks(
-                backbone.width, **{key: getattr(hp, key) for key in self.architecture if key != "edit_layer"}
-            )
+            self.networks = LiveEditNetworks(backbone.width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
-        self._bank = ExpertBank(hp.rank, backbone.width, hp.feature_vectors, hp.module_dim, backbone.device)
+        self._bank = ExpertBank(hp.rank, backbone.width, hp.feature_vectors * hp.module_dim, backbone.device)
         self._patch = Patch(backbone.model)
         self._newest: dict[tuple[Any, ...], int] = {}  # picture and prompt -> position of the newest expert
         self._prefilled: tuple[Batch, Tensor, Routing] | None = None
@@ -94,16 +66,10 @@ class LiveEdit(TrainedEditor):
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         if any(request.image is None for request in requests):
             raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
-        self._add(self.experts(self.backbone.prefix(self.backbone.batch(requests), self._layer)), requests)
+        prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
+        (u, v), (vision, prompt) = self.networks.experts(prefix), self.networks.keys(prefix)
+        self._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, requests)
         return {}
-
-    def experts(self, prefix: Prefix) -> dict[str, Tensor]:
-        """Return the experts of a batch of requests: u, v (B, r, D), vision and prompt features (B, k * m)."""
-        batch, hidden, networks = prefix.batch, prefix.hidden.float(), self.networks
-        tokens, mask = span(hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask)
-        vision, prompt, _ = networks.edit_extractor(hidden, batch.prompt_mask, batch.image_mask)
-        u, v = networks.generator_u(tokens, mask), networks.generator_v(tokens, mask)
-        return {"u": u, "v": v, "vision": vision, "prompt": prompt}
 
     def _add(self, rows: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
         if not len(self._bank):
@@ -165,32 +131,13 @@ class LiveEdit(TrainedEditor):
         if not len(rows):
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
-        hp, bank = self.hparams, self._bank
-        vision, prompt, sentinel = self.networks.input_extractor(
-            hidden[rows].float(), batch.prompt_mask[rows], batch.image_mask[rows]
-        )
-        margin = bank.similarities("vision", vision) - self.own(vision, sentinel)[:, None]
-        score = self.score(bank.similarities("prompt", prompt), margin)
-        decisive = margin if self.published else score
-        return rows, choose((decisive > hp.margin) & bank.visible, score, hp.top_k, gated=self.published)
-
-    @property
-    def published(self) -> bool:
-        """Whether routing follows the paper to the letter."""
-        return bool(self.hparams.variant == "paper")
-
-    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
-        """Return what the weights of experts are made of; in the published form the prompt alone.
-
-        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
-        the one, the same picture with another question passes the other. In the joint form both decide both.
-        """
-        return by_prompt if self.published else by_prompt + self.hparams.visual_weight * margin
-
-    def own(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the similarity of each feature with the one of the same row: (R, F), (R, F) -> (R,)."""
-        vectors = self.hparams.feature_vectors
-        return (a * b).sum(1) / (vectors * (a.shape[1] / vectors) ** 0.5)
+        networks, bank = self.networks, self._bank
+        vision, prompt, against = networks.ask(hidden[rows], batch.prompt_mask[rows], batch.image_mask[rows])
+        margin = bank.compare("vision", partial(networks.similarity, vision)) - against
+        score = networks.score(bank.compare("prompt", partial(networks.similarity, prompt)), margin)
+        decisive = margin if networks.published else score
+        keep = (decisive > self.hparams.margin) & bank.visible
+        return rows, choose(keep, score, self.hparams.top_k, gated=networks.published)
 
     @torch.no_grad()
     def touches(self, queries: Sequence[Query]) -> list[bool]:
@@ -217,7 +164,11 @@ class LiveEdit(TrainedEditor):
         world: int = 1,
     ) -> dict[str, Tensor]:
         """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
-        return training_losses(self, cases, source, others=others, rank=rank, world=world)
+        hp = self.hparams.training
+        items = choose_items(cases, source, hp.generality_items)
+        draws = draw(items, source, hp.compat)
+        place = Place(self.backbone, self._layer, rank, world)
+        return losses_of(self.networks, place, items, draws, [case.request for case in others])
 
     # -- saving -------------------------------------------------------------------------------------------------
 

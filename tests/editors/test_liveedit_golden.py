@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.editors import _liveedit_training
 from mmedit_cli.editors._experts import ExpertBank, choose
-from mmedit_cli.editors._extractors import CrossAttention, LiveEditNetworks
-from mmedit_cli.editors._liveedit_training import Draws, Items, LiveEditTraining, losses_of
+from mmedit_cli.editors._liveedit_hparams import LiveEditHparams, LiveEditTraining
+from mmedit_cli.editors._liveedit_networks import CrossAttention, LiveEditNetworks
+from mmedit_cli.editors._liveedit_training import Draws, Items, Place, losses_of
 from mmedit_cli.editors._liveedit_training import _absolute as absolute
-from mmedit_cli.editors.liveedit import LiveEdit, LiveEditHparams
+from mmedit_cli.editors.liveedit import LiveEdit
 from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.metrics import agreement
 from mmedit_cli.types import Query
@@ -50,7 +52,7 @@ def test_cross_attention_with_heads_of_different_widths():
 @torch.no_grad()
 def test_extractors_and_generators():
     _, tensors = fixture("liveedit_modules")
-    networks = LiveEditNetworks(48, **SHAPE, sentinel_tokens=6)
+    networks = LiveEditNetworks(48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
     networks.load_state_dict(weights(tensors), strict=False)
     spans = [[tensors[f"case{i}.{part}_tokens"][0] for part in ("vision", "prompt", "answer")] for i in range(3)]
     hidden = torch.nn.utils.rnn.pad_sequence([torch.cat(parts) for parts in spans], batch_first=True)
@@ -75,7 +77,7 @@ def test_extractors_and_generators():
 @torch.no_grad()
 def test_routing_and_residual():
     facts, tensors = fixture("liveedit_routing")
-    networks = LiveEditNetworks(48, **SHAPE, sentinel_tokens=6)
+    networks = LiveEditNetworks(48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
     networks.load_state_dict(weights(tensors), strict=False)
     for case in facts["cases"]:
         if case["vision_range"] is None:
@@ -85,21 +87,21 @@ def test_routing_and_residual():
         place = torch.arange(hidden.shape[1])[None]
         start, end = case["vision_range"]
         image, prompt = (place >= start) & (place < end), (place >= end) & (place < case["query_end"])
-        bank = ExpertBank(4, 48, 4, 32, hidden.device)
+        bank = ExpertBank(4, 48, 4 * 32, hidden.device)
         rows = {"u": "U", "v": "V", "vision": "vision_features", "prompt": "prompt_features"}
         pool = {name: tensors[f"{key}pool.{theirs}"] for name, theirs in rows.items()}
         bank.add(
             {name: tensor.flatten(1) if name in ("vision", "prompt") else tensor for name, tensor in pool.items()}
         )
-        vision, asked, sentinel = networks.input_extractor(hidden, prompt, image)
-        similarities = bank.similarities("vision", vision)
-        threshold = (vision * sentinel).sum(1) / (4 * 32**0.5)
+        vision, asked, threshold = networks.ask(hidden, prompt, image)
+        similarities = bank.compare("vision", partial(networks.similarity, vision))
+        by_prompt = bank.compare("prompt", partial(networks.similarity, asked))
         close(similarities[0], tensors[key + "vision_similarity"])
-        close(threshold, tensors[key + "sentinel_similarity"])
-        close(bank.similarities("prompt", asked)[0], tensors[key + "prompt_similarity"])
-        keep = similarities > threshold[:, None]
+        close(threshold[0], tensors[key + "sentinel_similarity"])
+        close(by_prompt[0], tensors[key + "prompt_similarity"])
+        keep = similarities > threshold
         assert keep[0].tolist() == tensors[key + "keep"].tolist()
-        routing = choose(keep, bank.similarities("prompt", asked), None, gated=True)
+        routing = choose(keep, by_prompt, None, gated=True)
         dense = torch.zeros(len(keep[0])).index_add(0, routing.index[0], routing.weight[0])
         close(dense, tensors[key + "weights"])
         out = bank.apply(hidden, networks.stream_norm(hidden), routing)
@@ -215,7 +217,7 @@ def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
         for name in ("neighbour", "sentinel")
     }
     draws = Draws(torch.cat(masks), pairs["neighbour"], pairs["sentinel"])
-    losses = losses_of(editor, items, draws)
+    losses = losses_of(editor.networks, Place(editor.backbone, editor.first_layer), items, draws)
     names = {
         "reliability": "rel", "generality_text": "gen_text_rephrase", "generality_image": "gen_image_rephrase",
         "generality": "gen", "locality": "loc", "soft_relative": "soft_relative", "hard_neighbour": "hard_neighbour",

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmedit_cli.backbones._batch import Prefix
+from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
+
 
 def span(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens under a mask, moved together: (B, T, D), (B, T) bool -> (B, L, D), (B, L) bool.
@@ -92,25 +95,55 @@ class ExpertGenerator(nn.Module):
 
 
 class LiveEditNetworks(nn.Module):
-    """Everything of LiveEdit that is trained; the model itself stays frozen."""
+    """Everything of LiveEdit that is trained, and what it says about sequences; the model itself stays frozen."""
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        module_dim: int,
-        heads: int,
-        rank: int,
-        feature_vectors: int,
-        lora_scale: float,
-        sentinel_tokens: int,
-    ) -> None:
+    def __init__(self, width: int, hparams: LiveEditHparams) -> None:
         super().__init__()
-        self.edit_extractor = Extractor(width, module_dim, heads, feature_vectors)
-        self.input_extractor = Extractor(width, module_dim, heads, feature_vectors, sentinel_tokens)
-        self.generator_u = ExpertGenerator(width, module_dim, heads, rank, lora_scale)
-        self.generator_v = ExpertGenerator(width, module_dim, heads, rank, lora_scale)
+        hp, self.hparams = hparams, hparams
+        shape = (width, hp.module_dim, hp.heads)
+        self.edit_extractor = Extractor(*shape, hp.feature_vectors)
+        self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
+        self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale)
+        self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale)
         self.stream_norm = nn.LayerNorm(width)
+
+    def experts(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each."""
+        batch = prefix.batch
+        tokens, mask = span(prefix.hidden.float(), batch.image_mask | batch.prompt_mask | batch.answer_mask)
+        return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
+
+    def keys(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Return the vision and the prompt feature by which an expert is found: (B, F) each."""
+        batch = prefix.batch
+        vision, prompt, _ = self.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
+        return vision, prompt
+
+    def ask(self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the vision and the prompt feature of queries, (B, F) each, and the sentinel's similarity (B, 1)."""
+        vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
+        return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the mean over the k vectors of a feature of <query, key> / sqrt(m): (R, F), (N, F) -> (R, N)."""
+        return queries @ keys.T * self._scale(queries)
+
+    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
+        """Return what the weights of experts are made of; in the published form the prompt alone.
+
+        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
+        the one, the same picture with another question passes the other. In the joint form both decide both.
+        """
+        return by_prompt if self.published else by_prompt + self.hparams.visual_weight * margin
+
+    @property
+    def published(self) -> bool:
+        """Whether routing follows the paper to the letter."""
+        return self.hparams.variant == "paper"
+
+    def _scale(self, features: Tensor) -> float:
+        vectors = self.hparams.feature_vectors
+        return float((features.shape[1] * vectors) ** -0.5)  # 1 / (k * sqrt(m)) with F = k * m
 
 
 def _normal(*shape: int) -> Tensor:
