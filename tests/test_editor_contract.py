@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import FAMILIES, QUERIES, SHAPES
+from conftest import QUERIES, SHAPES
 
 from mmedit_cli import registry
 from mmedit_cli.backbones._loading import load_backbone
@@ -25,7 +25,8 @@ VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
     "liveedit": ((), ("variant=paper",)),
 }
-TRAINING_STEPS = 120
+TRAINING_STEPS = 200
+FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-qwen3-vl")  # one with each thing that is special
 EDITORS = [(name, overrides) for name in registry.editors.names() for overrides in VARIANTS.get(name, ((),))]
 
 
@@ -81,16 +82,25 @@ def networks(name, overrides, family):
     backbone = load_backbone(family, device="cpu")
     cls = registry.editors.get(name)
     hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=family, overrides=overrides)
-    editor = cls(backbone, hparams)
+    editor = cls(backbone, hparams, seed=1)
     editor.networks.requires_grad_(True)
     optimizer = torch.optim.Adam(editor.networks.parameters(), lr=3e-3)
-    local = {"image": tuple(q for q in QUERIES if q.image is not None)}
+    pictures = ("solid/blue-star.png", "outlined/yellow-cross.png", "corner/red-ring.png")
+    local = {"image": tuple(Query("What is this?", "a shape", SHAPES / picture) for picture in pictures)}
     cases = [EditCase(str(i), request, {"same": (request,)}, local) for i, request in enumerate(REQUESTS)]
     for step in range(TRAINING_STEPS):
         optimizer.zero_grad()
         editor.losses(cases, generator(step))["total"].backward()
         optimizer.step()
     return {key: value.detach() for key, value in editor.networks.state_dict().items()}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def backbone(request):
+    """A tiny backbone that all tests share: each leaves it as it was."""
+    loaded = load_backbone(request.param, device="cpu")
+    loaded.generate(QUERIES[:1], max_new_tokens=1)  # transformers installs hooks of its own at the first pass
+    return loaded
 
 
 @pytest.fixture(params=EDITORS, ids=lambda p: "-".join((p[0], *p[1])))
