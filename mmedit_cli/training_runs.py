@@ -101,14 +101,15 @@ def training_cases(options: TrainOptions) -> tuple[str, list[EditCase], list[Edi
         if validation is None and "val" in named[0].splits:
             validation = f"{options.data}:val"
     data = read_data(train, limit=options.limit, options=how)
+    name = data.name if named is None else options.data
     if validation is not None:
-        return data.name, data.cases, read_data(validation, options=how).cases
+        return name, data.cases, read_data(validation, options=how).cases
     if len(data.cases) < HELD_OUT:
         raise DataError(
             f"{train}: {len(data.cases)} cases are too few to hold some out", "name others with --validation"
         )
     kept = [case for i, case in enumerate(data.cases) if i % HELD_OUT]
-    return data.name, kept, data.cases[::HELD_OUT]
+    return name, kept, data.cases[::HELD_OUT]
 
 
 def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:

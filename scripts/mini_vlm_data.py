@@ -143,6 +143,10 @@ class Pictures:
         """Return the usable pictures in a random order."""
         return self.usable[torch.randperm(len(self.usable), generator=generator, device=self.usable.device)]
 
+    def some(self, n: int, generator: Generator) -> Tensor:
+        """Return n of the usable pictures."""
+        return self.usable[torch.randint(len(self.usable), (n,), generator=generator, device=self.usable.device)]
+
     def draw(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return augmented pictures (B, 3, 64, 64) in 0..255 and the index of their named background (B,), or -1."""
         grounds, colour = self._backgrounds(len(chosen), generator)

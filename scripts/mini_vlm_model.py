@@ -29,8 +29,9 @@ STAGES = ("tower", "decoder", "joint")
 class Stage:
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
-    `reading` weighs the loss of classifying pictures by the tokens the language model sees. `rate` is the peak of the
-    learning rate (linear warm-up over the first `warmup` of the steps, then a cosine to zero).
+    `reading` weighs the loss of classifying pictures by the tokens the language model sees; `contrast` more pictures
+    take part in it, about which nothing is asked. `rate` is the peak of the learning rate (linear warm-up over the
+    first `warmup` of the steps, then a cosine to zero).
     """
 
     passes: int
@@ -40,6 +41,7 @@ class Stage:
     questions: int = 0
     texts: int = 0
     reading: float = 0.0
+    contrast: int = 0
     warmup: float = 0.03
 
 

@@ -1,0 +1,192 @@
+"""Training an editor: exact resume, several processes, the choice of the checkpoint, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHAPES
+from safetensors.torch import load_file
+
+from mmedit_cli import registry, training, training_runs, workflows
+from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.datasets.base import read_data
+from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.hparams import load_hparams
+from mmedit_cli.records import Run
+from mmedit_cli.training import Conditions, alternatives, rate_at, train_networks
+
+SHORT = ("training.steps=8", "training.batch_size=4", "training.validate_every=3", "training.alternatives=1")
+CASES = read_data(SHAPES).cases
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("tiny-blip2", device="cpu")
+
+
+def make(backbone, *overrides, seed=0):
+    cls = registry.editors.get("liveedit")
+    path = registry.hparams_file("liveedit")
+    return cls(backbone, load_hparams(path, cls.Hparams, variant=backbone.name, overrides=overrides), seed=seed)
+
+
+def train(backbone, folder, *overrides, seed=0, tick=lambda *_: None):
+    editor = make(backbone, *SHORT, *overrides, seed=seed)
+    with Run.open(folder, {"overrides": overrides}, {}) as run:
+        report = train_networks(editor, CASES[:10], CASES[10:14], run, Conditions(tick=tick))
+    return editor, report
+
+
+def test_the_same_seed_gives_the_same_networks_and_another_gives_others(backbone, tmp_path):
+    train(backbone, tmp_path / "a")
+    train(backbone, tmp_path / "b")
+    train(backbone, tmp_path / "c", seed=1)
+    a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a if key.startswith("networks."))
+
+
+@pytest.mark.parametrize("moment", [1, 3, 4, 7])
+@pytest.mark.parametrize("saving", ["seldom", "always"])
+def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypatch, moment, saving):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9)
+    _, expected = train(backbone, tmp_path / "whole")
+    steps = []
+
+    def tick(_what, n):
+        steps.append(n)
+        if sum(steps) == moment and len(steps) > 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(backbone, tmp_path / "cut", tick=tick)
+    editor, report = train(backbone, tmp_path / "cut")
+    for name in ("last", "editor"):
+        whole, cut = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+    for part in (expected, report):
+        part.pop("cost")
+    assert report == expected
+    best = load_file(tmp_path / "cut" / "editor.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in editor.networks.state_dict().items())
+
+
+def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monkeypatch):
+    scores = iter((0.2, 0.9, 0.4))
+    monkeypatch.setattr(training, "score_case", lambda *_: {"scores": {training.SCORE: {"reliability": score[0]}}})
+    score = [0.0]
+    states = []
+    real = training._Training._validate
+
+    def validate(self):
+        score[0] = next(scores)
+        states.append({k: v.clone() for k, v in self.editor.networks.state_dict().items()})
+        return real(self)
+
+    monkeypatch.setattr(training._Training, "_validate", validate)
+    editor, report = train(backbone, tmp_path)
+    assert report["best"]["step"] == 6
+    assert [line["score"] for line in report["curve"]] == [0.2, 0.9, 0.4]
+    assert all(torch.equal(states[1][key], value) for key, value in editor.networks.state_dict().items())
+
+
+def test_alternatives_teach_other_targets_and_change_nothing_else():
+    case = CASES[0]
+    others = alternatives(case, CASES, 3, seed=0)
+    assert others == alternatives(case, CASES, 3, seed=0)
+    assert {other.request.target for other in others} <= {c.request.target for c in CASES}
+    for other in others:
+        assert {q.target for qs in other.generality.values() for q in qs} == {other.request.target}
+        assert other.locality == case.locality
+        assert other.request.prompt == case.request.prompt
+
+
+def test_learning_rates(backbone):
+    hp = make(backbone).hparams.training
+    assert [rate_at(hp, step) for step in (0, 9_999)] == [1e-4, 1e-4]
+    assert rate_at(hp, 10_000) == pytest.approx(1e-5)
+    hp = make(backbone, "training.schedule=cosine", "training.warmup=10", "training.steps=110").hparams.training
+    assert rate_at(hp, 0) == pytest.approx(1e-5)
+    assert rate_at(hp, 60) == pytest.approx(5e-5)
+    assert rate_at(hp, 109) < 1e-7
+
+
+def test_one_case_is_too_few(backbone, tmp_path):
+    with Run.open(tmp_path, {}, {}) as run, pytest.raises(DataError, match="one case is too few"):
+        train_networks(make(backbone, *SHORT), CASES[:1], CASES[1:2], run)
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def words(records, *more):
+    flags = [word for override in SHORT for word in ("--set", override)]
+    return ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--records", records, *flags, *more)
+
+
+def test_train_then_eval_without_naming_the_editor(cli, tmp_path):
+    code, text, err = cli(*words(tmp_path, "--json"))
+    assert code == 0, err
+    report = json.loads(text)
+    assert report["data"]["cases"] == 22
+    assert report["validation"]["cases"] == 2, "every twentieth of 24 is held out"
+    assert "step 8/8" in err
+    assert "already done" in cli(*words(tmp_path))[2]
+    code, text, err = cli("eval", "--data", SHAPES, "--sequential", 2, "--limit", 2, "--records", tmp_path, "--json")
+    assert code == 0, err
+    assert "no EDITOR: liveedit on tiny-blip2" in err
+    assert json.loads(text)["hparams"]["edit_layer"] == 3
+    code, text, _ = cli("report", "--records", tmp_path)
+    assert "trained" in text
+
+
+def test_an_untrained_editor_is_no_surprise(cli, tmp_path):
+    code, _, err = cli("eval", "liveedit", "--model", "tiny-llava", "--data", SHAPES, "--records", tmp_path)
+    assert code == 2
+    assert "liveedit has not been trained for tiny-llava" in err
+    assert "mmedit train-editor liveedit --model tiny-llava" in err
+    code, _, err = cli("train-editor", "ft", "--model", "tiny-llava", "--records", tmp_path)
+    assert code == 2
+    assert "ft needs no training" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_evaluation_side_is_never_trained_on():
+    options = training_runs.TrainOptions("liveedit", workflows.ModelOptions("tiny-blip2"), "emojikb", limit=50)
+    name, cases, held_out = training_runs.training_cases(options)
+    assert name == "emojikb"
+    assert {case.uid.partition("-")[0] for case in cases} == {"train"}
+    assert {case.uid.partition("-")[0] for case in held_out} == {"val"}
+    with pytest.raises(UserError, match="too few to hold some out"):
+        training_runs.training_cases(training_runs.TrainOptions("x", options.model, str(SHAPES), limit=5))
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+    """accelerate launch on the CPU (gloo): the same networks as alone, up to the order of additions."""
+    common = [
+        str(w) for w in ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--device", "cpu")
+    ]
+    for setting in ("training.steps=4", "training.validate_every=4"):
+        common += ["--set", setting]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmedit_cli"]
+    runs = {
+        "two": [*launch, *common, "--set", "training.batch_size=4"],
+        "one": [sys.executable, "-m", "mmedit_cli", *common, "--set", "training.batch_size=8"],
+    }
+    found = {}
+    for name, command in runs.items():
+        done = subprocess.run([*command, "--records", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = load_file(next((tmp_path / name).rglob("last.safetensors")))
+    for key, tensor in found["one"].items():
+        torch.testing.assert_close(
+            found["two"][key], tensor, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )
