@@ -32,8 +32,8 @@ SHARPNESS, MARGIN = 24.0, 0.2  # of the reader of names
 class Directions(nn.Module):
     """A classifier by direction: (B, D) -> (B, C), sharpened cosines with a learned prototype a class.
 
-    The right class is handed a cosine that is MARGIN too low (Wang et al. 2018, CosFace), so that pictures of one class
-    move together beyond what telling them apart needs.
+    The right class is handed a cosine that is MARGIN too low (Wang et al. 2018, CosFace), so that pictures of one
+    class move together beyond what telling them apart needs.
     """
 
     def __init__(self, width: int, classes: int) -> None:

@@ -187,6 +187,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         found[name] = load_file(next((tmp_path / name).rglob("last.safetensors")))
     for key, tensor in found["one"].items():
-        torch.testing.assert_close(
-            found["two"][key], tensor, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        # Adam makes a whole step of a gradient that is nothing but rounding: there the weights may differ by the rate
+        close = {"atol": 1e-3, "rtol": 0} if key.startswith("networks.") else {"atol": 1e-4, "rtol": 1e-3}
+        torch.testing.assert_close(found["two"][key], tensor, **close)
