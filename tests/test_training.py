@@ -170,11 +170,11 @@ def test_the_evaluation_side_is_never_trained_on():
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    """accelerate launch on the CPU (gloo): the same networks as alone, up to the order of additions."""
+    """accelerate launch on the CPU (gloo): the same gradient as alone, up to the order of additions."""
     common = [
         str(w) for w in ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--device", "cpu")
     ]
-    for setting in ("training.steps=4", "training.validate_every=4"):
+    for setting in ("training.steps=1", "training.validate_every=1"):
         common += ["--set", setting]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmedit_cli"]
     runs = {
@@ -186,7 +186,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         done = subprocess.run([*command, "--records", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         found[name] = load_file(next((tmp_path / name).rglob("last.safetensors")))
-    for key, tensor in found["one"].items():
-        # Adam makes a whole step of a gradient that is nothing but rounding: there the weights may differ by the rate
-        close = {"atol": 1e-3, "rtol": 0} if key.startswith("networks.") else {"atol": 1e-4, "rtol": 1e-3}
-        torch.testing.assert_close(found["two"][key], tensor, **close)
+    moments = [key for key in found["one"] if key.endswith(".exp_avg")]  # a tenth of the gradient of the one step
+    assert moments
+    for key in moments:
+        torch.testing.assert_close(found["two"][key], found["one"][key], atol=1e-6, rtol=1e-4)
