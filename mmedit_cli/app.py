@@ -162,7 +162,7 @@ def train_editor(
     """Train the networks of an editor for a model. The same command again continues where it stopped.
 
     A named data set is trained on its train split; its val split chooses the checkpoint. What is trained is found by
-    `mmedit eval` without further words. Under `accelerate launch` several processes train together.
+    `mmedit eval` without further words. Under `accelerate launch` or `torchrun` several processes train together.
 
     Examples:
 
@@ -261,15 +261,34 @@ def report(
     run: Annotated[
         Path | None, typer.Argument(help="A run folder; without it, all finished runs.", show_default=False)
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw some of its edits into this PNG file.", show_default=False)
+    ] = None,
     records: options.Records = Path("records"),
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show the report of a run, or list the finished runs."""
+    """Show the report of a run, or list the finished runs.
+
+    Examples:
+
+      mmedit report
+
+      mmedit report records/eval/liveedit/mini-blip2/emojikb/0123456789ab --picture edits.png
+    """
     from mmedit_cli import show
 
     out = Output(as_json=as_json)
-    show.runs(out, records) if run is None else show.report(out, show.read_report(run))
+    if run is None:
+        show.runs(out, records)
+        return
+    found = show.read_report(run)
+    if picture is not None:
+        from mmedit_cli.gallery import draw
+
+        draw(found.get("examples", ()), picture)
+        out.note(f"drawn: {picture}")
+    show.report(out, found)
 
 
 @app.command()

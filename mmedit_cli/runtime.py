@@ -76,7 +76,7 @@ class Processes:
 
 
 def process_count() -> int:
-    """Return how many processes `accelerate launch` (or torchrun) has started, 1 without it."""
+    """Return how many processes `accelerate launch` or `torchrun` has started together, 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -45,7 +45,10 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def report(out: Output, report: Mapping[str, Any]) -> None:
-    """Print the report of an evaluation: scores, answers before and after, cost."""
+    """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
+    if "milestones" not in report:
+        training(out, report)
+        return
 
     def show() -> None:
         milestones = report["milestones"]

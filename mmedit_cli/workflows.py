@@ -123,7 +123,7 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
 
 def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     """Load the model, make the edits, ask, and write the report."""
-    from mmedit_cli.evaluation.report import build_report
+    from mmedit_cli.evaluation.report import build_report, examples
     from mmedit_cli.evaluation.vlm import evaluate_edits
 
     options, protocol = plan.options, plan.options.protocol
@@ -151,7 +151,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         head |= {"checkpoint": plan.config.get("checkpoint")}
         cases = run.read("cases")
         head["data"] = {**plan.config["data"], **too_long}
-        head |= {"environment": run.environment, "examples": _examples(cases)}
+        head |= {"environment": run.environment, "examples": examples(cases, plan.cases)}
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         run.finish(report)
@@ -351,11 +351,3 @@ def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) 
             "versions": plan.config["versions"],
         }
     )[:12]
-
-
-def _examples(lines: Sequence[dict[str, Any]], most: int = 5) -> list[dict[str, Any]]:
-    """Return a few edits with the answers before and after, spread over the last milestone."""
-    most_edits = max(line["edits"] for line in lines)
-    last = [line for line in lines if line["edits"] == most_edits]
-    step = max(1, len(last) // most)
-    return [{"case": line["case"], **line["answers"]["reliability"][0]} for line in last[::step][:most]]

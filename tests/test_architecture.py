@@ -17,7 +17,7 @@ ROWS = (
     {"backbones", "datasets"},
     {"editors"},
     {"evaluation", "training"},
-    {"workflows", "training_runs", "doctor", "show"},
+    {"workflows", "training_runs", "doctor", "show", "gallery"},
     {"options", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

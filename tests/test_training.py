@@ -170,13 +170,13 @@ def test_the_evaluation_side_is_never_trained_on():
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    """accelerate launch on the CPU (gloo): the same gradient as alone, up to the order of additions."""
+    """Started by torchrun, on the CPU (gloo): the same gradient as alone, up to the order of additions."""
     common = [
         str(w) for w in ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--device", "cpu")
     ]
     for setting in ("training.steps=1", "training.validate_every=1"):
         common += ["--set", setting]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmedit_cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mmedit_cli"]
     runs = {
         "two": [*launch, *common, "--set", "training.batch_size=4"],
         "one": [sys.executable, "-m", "mmedit_cli", *common, "--set", "training.batch_size=8"],
@@ -189,4 +189,4 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     moments = [key for key in found["one"] if key.endswith(".exp_avg")]  # a tenth of the gradient of the one step
     assert moments
     one, two = (torch.cat([found[name][key].flatten() for key in moments]) for name in ("one", "two"))
-    assert (one - two).norm() <= 1e-4 * one.norm()
+    assert (one - two).norm() <= 1e-5 * one.norm()

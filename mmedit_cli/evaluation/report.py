@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from mmedit_cli.evaluation.metrics import answer_match
+from mmedit_cli.types import EditCase
+
 FORMAT = 1
 _RESAMPLES, _BLOCK = 1000, 100
 
@@ -112,3 +115,41 @@ def _cost(edits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "p95": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
         },
     }
+
+
+def examples(lines: Sequence[Mapping[str, Any]], cases: Sequence[EditCase], most: int = 5) -> list[dict[str, Any]]:
+    """Return a few edits with the answers before and after, spread over the last milestone.
+
+    `panels` are for looking: the request, a question that must follow it, and one that must not.
+    """
+    most_edits = max(line["edits"] for line in lines)
+    last = [line for line in lines if line["edits"] == most_edits]
+    step = max(1, len(last) // most)
+    by_name = {case.uid: case for case in cases}
+    return [
+        {"case": line["case"], **line["answers"]["reliability"][0], "panels": _panels(by_name[line["case"]], line)}
+        for line in last[::step][:most]
+    ]
+
+
+def _panels(case: EditCase, line: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the queries of a case that can be shown beside each other, with their answers."""
+    wanted = {"request": ("reliability",), "general": ("generality.image", "generality.both", "generality.text")}
+    wanted["local"] = ("locality.near", "locality.image", "locality.same_image")
+    columns, panels = dict(case.columns()), {}
+    for kind, names in wanted.items():
+        for name in names:
+            query = next((q for q in columns.get(name, ()) if q.image is not None), None)
+            if query is None or kind in panels:
+                continue
+            said = line["answers"][name][columns[name].index(query)]
+            if said["after"] is not None:
+                right = answer_match(said["after"], query.target) == 1
+                panels[kind] = {
+                    "prompt": query.prompt,
+                    "image": str(query.image),
+                    "background": query.background,
+                    **said,
+                }
+                panels[kind]["right"] = right
+    return panels

@@ -1,0 +1,83 @@
+"""Edits as a picture: what was asked, what the model said before, and what it says now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli.errors import RunError
+from mmedit_cli.pictures import Picture, load_picture
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+SIDE, GAP, TEXT, LINE = 96, 16, 300, 19  # pixels: a picture, between things, room for text, a line of it
+HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
+INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
+
+
+def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a sheet with a row an edit: the edit, a question that must follow it, and one whose answer must stay.
+
+    Raises RunError if there is nothing to draw, DataError for a picture that is gone.
+    """
+    from PIL import Image, ImageDraw
+
+    rows = [example for example in examples if example.get("panels")]
+    if not rows:
+        raise RunError("no edits with pictures and generated answers in this report", "evaluate with protocol ar")
+    columns = [kind for kind in HEADS if any(kind in row["panels"] for row in rows)]
+    width, height = GAP + len(columns) * (SIDE + TEXT + 2 * GAP), SIDE + GAP
+    sheet = Image.new("RGB", (width, 40 + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, kind in enumerate(columns):
+        left = GAP + i * (SIDE + TEXT + 2 * GAP)
+        pen.text((left, 12), HEADS[kind], GREY, _font(15))
+        for j, row in enumerate(rows):
+            if kind in row["panels"]:
+                _panel(sheet, pen, (left, 40 + j * height), row["panels"][kind], kind)
+    from mmedit_cli.records import write_atomic
+
+    write_atomic(path, _png(sheet))
+
+
+def _panel(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, place: tuple[int, int], panel: Mapping[str, Any], kind: str
+) -> None:
+    """One picture and beside it the question, the answer before and the answer after."""
+    left, top = place
+    picture = load_picture(Picture(Path(panel["image"]), panel["background"]))
+    picture.thumbnail((SIDE, SIDE))
+    if max(picture.size) < SIDE:
+        scale = SIDE / max(picture.size)
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    sheet.paste(picture, (left, top))
+    good = panel["after"] == panel["before"] if kind == "local" else panel["right"]
+    lines = [
+        (panel["prompt"], INK),
+        (f"before: {panel['before']}", GREY),
+        (f"after: {panel['after']}", GREEN if good else RED),
+    ]
+    if kind == "request":
+        lines.insert(1, (f"wanted: {panel['target']}", GREY))
+    for i, (text, colour) in enumerate(lines):
+        pen.text((left + SIDE + GAP, top + 6 + i * LINE), _cut(text), colour, _font(14))
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _cut(text: str, most: int = 42) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _png(sheet: Image.Image) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    sheet.save(file, "PNG", optimize=True)
+    return file.getvalue()
