@@ -293,6 +293,7 @@ def alternatives(case: EditCase, cases: Sequence[EditCase], count: int, seed: in
             request=replace(case.request, target=target),
             generality={k: tuple(replace(q, target=target) for q in qs) for k, qs in case.generality.items()},
             portability={},
+            needs={},
         )
         for target in targets
     ]

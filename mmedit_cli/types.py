@@ -34,8 +34,9 @@ class EditCase:
     """One edit and everything that is asked to judge it.
 
     The keys of `generality`, `locality` and `portability` become the columns of a report, so a new data set needs no
-    new code in the evaluator. `type` groups cases of one sort of fact; `place` says where the record came from (file
-    and line), for error messages.
+    new code in the evaluator. `needs` are, by name of a portability column, questions about the facts its hops build
+    on: the untouched model is asked them, and the column is also reported for the cases where it knows them all.
+    `type` groups cases of one sort of fact; `place` says where the record came from (file and line), for messages.
     """
 
     uid: str
@@ -43,12 +44,13 @@ class EditCase:
     generality: Probes = field(default_factory=dict)
     locality: Probes = field(default_factory=dict)
     portability: Probes = field(default_factory=dict)
+    needs: Probes = field(default_factory=dict)
     type: str = ""
     place: str = ""
 
     def columns(self) -> Iterator[tuple[str, tuple[Query, ...]]]:
-        """Yield (column, queries), the request first: `reliability`, `generality.<name>`, `locality.<name>`, ..."""
+        """Yield (column, queries), the request first: `reliability`, `generality.<name>`, ..., `needs.<name>`."""
         yield "reliability", (self.request,)
-        for family in ("generality", "locality", "portability"):
+        for family in ("generality", "locality", "portability", "needs"):
             for name, queries in getattr(self, family).items():
                 yield f"{family}.{name}", queries

@@ -294,6 +294,14 @@ class Maker:
         ]
         return {"1-hop": queries} if queries else {}
 
+    def needs(self, named: dict, hops: list[dict]) -> dict:
+        """The facts those hops need, as questions without a picture: who does not know them cannot take the hop."""
+        known = {f["type"]: f for f in facts([named]) if "it" in f or "city" in f}
+        relations = [r for r in known if any(q["prompt"] == TEMPLATES[r]["image"][0] for q in hops)]
+        asked = [TEMPLATES[r]["text"][0].format(**known[r]) for r in relations]
+        queries = [{"prompt": q, "target": known[r]["answer"]} for q, r in zip(asked, relations, strict=True)]
+        return {"1-hop": queries} if len(queries) == len(hops) else {}
+
     def artist(self, concept: dict, *key: object) -> str:
         return pick(concept["artists"], 1, "artist", concept["id"], *key)[0]
 
@@ -330,7 +338,8 @@ class Maker:
             "locality": self.locality(concept, edit, first, artist, colour, new),
         }
         hops = self.portability(concept, named, edit, artist, colour)
-        return case | ({"portability": hops} if hops else {})
+        needs = self.needs(named, hops["1-hop"]) if hops and named else {}
+        return case | ({"portability": hops} if hops else {}) | ({"needs": needs} if needs else {})
 
     def cases(self) -> list[dict]:
         """All cases of this side, in a fixed shuffled order."""

@@ -15,7 +15,8 @@ FORMAT = (
     "a record needs `id` and `request`: {prompt, target, image}, or as a plain request `prompt`, `target` and "
     "`image`; see docs/data.md"
 )
-_CASE_KEYS = ("id", "type", "request", "generality", "locality", "portability")
+_FAMILIES = ("generality", "locality", "portability", "needs")
+_CASE_KEYS = ("id", "type", "request", *_FAMILIES)
 _QUERY_KEYS = ("prompt", "target", "image", "background")
 _REPHRASES = {"rephrase": "text", "image_rephrase": "image"}  # key of a plain request -> column of generality
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
@@ -50,7 +51,7 @@ class CaseReader:
         if not isinstance(kind, str):
             self._add("type", "must be a text")
         request = self._query(record["request"], "request")
-        probes = {key: self._probes(record.get(key, {}), key) for key in ("generality", "locality", "portability")}
+        probes = {key: self._probes(record.get(key, {}), key) for key in _FAMILIES}
         return None if request is None else EditCase(uid, request, type=kind, place=self.place, **probes)
 
     def _request(self, record: Mapping[str, Any], number: str) -> EditCase | None:

@@ -13,7 +13,7 @@ from typing import Any
 from mmedit_cli.errors import DataError
 from mmedit_cli.types import EditCase, Query
 
-FAMILIES = ("generality", "locality", "portability")
+FAMILIES = ("generality", "locality", "portability", "needs")
 _MOST_IMAGES = 20
 Subset = Mapping[str, list[str]]  # case id -> columns that are left out of it
 

@@ -24,7 +24,7 @@ from mmedit_cli.registry import share_dir
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval")
-FAMILIES = ("generality", "locality", "portability")
+FAMILIES = ("generality", "locality", "portability", "needs")
 ON_BACKGROUND = "background"  # the one type whose answer depends on the colour behind the picture
 
 Json = dict[str, Any]

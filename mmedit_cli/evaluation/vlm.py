@@ -280,7 +280,10 @@ def score_case(
     base: dict[str, dict[str, float]] = {p: {} for p in protocols}
     texts: dict[str, list[dict[str, str | None]]] = {}
     for column, queries in case.columns():
-        local = column.startswith("locality.")
+        family, _, name = column.partition(".")
+        if family == "needs":
+            continue
+        local = family == "locality"
         for protocol in protocols:
             scores[protocol][column] = _mean(
                 protocol, [_score(protocol, local, q, before[q], after[q]) for q in queries]
@@ -290,7 +293,16 @@ def score_case(
                     protocol, [_score(protocol, False, q, before[q], before[q]) for q in queries]
                 )
         texts[column] = [{"target": q.target, "before": before[q].text, "after": after[q].text} for q in queries]
+        if family == "portability" and _knows(case.needs.get(name, ()), before):
+            for table in (scores, base):
+                for protocol in protocols:
+                    table[protocol][f"{column} known"] = table[protocol][column]
     return {"scores": scores, "base": base, "answers": texts}
+
+
+def _knows(queries: Sequence[Query], before: Mapping[Query, Answer]) -> bool:
+    """Whether the untouched model answers all these questions, and there are any."""
+    return bool(queries) and all(before[q].said == before[q].wanted for q in queries)
 
 
 def _score(protocol: str, local: bool, query: Query, before: Answer, after: Answer) -> tuple[float, float]:

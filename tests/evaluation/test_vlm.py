@@ -19,12 +19,12 @@ from mmedit_cli.editors.base import Editor
 from mmedit_cli.editors.ft import Ft, FtHparams
 from mmedit_cli.errors import UserError
 from mmedit_cli.evaluation import vlm
-from mmedit_cli.evaluation.answers import ask
+from mmedit_cli.evaluation.answers import Answer, ask
 from mmedit_cli.evaluation.report import build_report
 from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
-from mmedit_cli.types import Query
+from mmedit_cli.types import EditCase, Query
 
 CASES = load_cases(SHAPES)
 
@@ -287,8 +287,6 @@ def test_the_published_teacher_forced_report(golden, tmp_path):
     """Base-model columns of tf_liveedit on the golden model: accuracy by hand from the recorded arg-max."""
     from safetensors.torch import load_file
 
-    from mmedit_cli.types import EditCase
-
     folder = golden / "liveedit_blip2"
     facts = json.loads((folder / "liveedit_blip2.json").read_text())
     tensors = load_file(folder / "liveedit_blip2.safetensors")
@@ -301,3 +299,15 @@ def test_the_published_teacher_forced_report(golden, tmp_path):
         scores = score_case(EditCase("x", asked), {asked: answer}, {asked: answer}, ["tf_liveedit"])["scores"]
         expected = (tensors[f"{key}.base_argmax"] == tensors[f"{key}.answer_ids"]).float().mean().item()
         assert scores["tf_liveedit"]["reliability"] == pytest.approx(expected)
+
+
+def test_a_hop_counts_as_known_where_the_untouched_model_knows_its_facts():
+    hop, fact = Query("Its capital?", "Lima"), Query("The capital of Peru?", "Lima")
+    case = EditCase("x", Query("Whose flag?", "Peru"), portability={"1-hop": (hop,)}, needs={"1-hop": (fact,)})
+    wrong, right = Answer(None, (1,), (2,)), Answer(None, (2,), (2,))
+    for knows in (True, False):
+        before = {case.request: wrong, hop: wrong, fact: right if knows else wrong}
+        scored = score_case(case, before, {**before, hop: right}, ("tf_em",))
+        columns = ["reliability", "portability.1-hop", *(["portability.1-hop known"] if knows else [])]
+        assert list(scored["scores"]["tf_em"]) == list(scored["base"]["tf_em"]) == columns
+        assert {scored["scores"]["tf_em"][c] for c in columns[1:]} == {1.0}
