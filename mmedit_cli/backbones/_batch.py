@@ -50,6 +50,10 @@ class Batch:
         after = torch.cat((self.attention_mask[:, 1:], torch.zeros_like(self.attention_mask[:, :1])), dim=1)
         return self.attention_mask.bool() & ~after.bool()
 
+    def telling(self, end: int) -> tuple[Tensor, Tensor]:
+        """Return where the answer and its end are predicted, (B, T) bool, and what is right there, (B, T)."""
+        return self.predicting | self.ends, torch.where(self.ends, end, torch.roll(self.input_ids, -1, 1))
+
     @property
     def answers(self) -> Tensor:
         """(n,): the answer tokens of all rows, in the order of `logits[predicting]`."""

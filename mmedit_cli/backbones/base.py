@@ -183,6 +183,10 @@ class VisionLanguageModel(ABC):
                 )
         return found
 
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings of token ids: (...) -> (..., E)."""
+        return self._embedding(ids)  # type: ignore[no-any-return]
+
     def embed(self, batch: Batch) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
 

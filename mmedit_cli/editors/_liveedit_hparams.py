@@ -54,6 +54,7 @@ class LiveEditHparams:
     lora_scale: float = 5.0
     edit_layer: int = 21
     sentinel_tokens: int = 32
+    answer_slots: bool = True
     variant: Literal["paper", "joint"] = "joint"
     visual_weight: float = 1.0
     top_k: int | None = None

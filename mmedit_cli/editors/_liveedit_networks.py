@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmedit_cli.backbones._batch import Prefix
+from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
 
 
@@ -80,18 +81,31 @@ class Extractor(nn.Module):
 
 
 class ExpertGenerator(nn.Module):
-    """Writes one matrix of an expert from the picture, the prompt and the answer of a request."""
+    """Writes one matrix of an expert from the picture, the prompt and the answer of a request.
 
-    def __init__(self, width: int, dim: int, heads: int, rank: int, lora_scale: float) -> None:
+    With `slots`, row j also gets what stands in slot j, through a linear map that starts as the identity.
+    """
+
+    def __init__(
+        self, width: int, dim: int, heads: int, rank: int, lora_scale: float, slots: float | None = None
+    ) -> None:
         super().__init__()
         self.queries = nn.Parameter(_normal(1, rank, dim))
         self.attn = CrossAttention(dim, width, dim, width, heads)
         self.norm = nn.LayerNorm(width)
         self.scale = 1 / (lora_scale * rank**0.5)
+        if slots is not None:
+            self.slot_norm = nn.LayerNorm(width)
+            self.slot_map = nn.Linear(width, width, bias=False)
+            with torch.no_grad():
+                self.slot_map.weight.copy_(slots * torch.eye(width))
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, D), (B, L) bool -> (B, r, D)."""
-        return self.scale * self.attn(self.queries.expand(len(tokens), -1, -1), self.norm(tokens), mask)
+    def forward(self, tokens: Tensor, mask: Tensor, slots: Tensor | None = None, used: Tensor | None = None) -> Tensor:
+        """(B, L, D), (B, L) bool; what is in the slots, and which are used: (B, r, D), (B, r) -> (B, r, D)."""
+        rows = self.scale * self.attn(self.queries.expand(len(tokens), -1, -1), self.norm(tokens), mask)
+        if slots is None or used is None:
+            return rows
+        return rows + self.slot_map(self.slot_norm(slots)) * used[..., None]
 
 
 class LiveEditNetworks(nn.Module):
@@ -103,15 +117,25 @@ class LiveEditNetworks(nn.Module):
         shape = (width, hp.module_dim, hp.heads)
         self.edit_extractor = Extractor(*shape, hp.feature_vectors)
         self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
-        self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale)
-        self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale)
+        # at first row j of u fires where token j of the answer is to be said, and row j of v says it
+        self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None)
+        self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None)
         self.stream_norm = nn.LayerNorm(width)
 
-    def experts(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
-        """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each."""
-        batch = prefix.batch
-        tokens, mask = span(prefix.hidden.float(), batch.image_mask | batch.prompt_mask | batch.answer_mask)
-        return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
+    def experts(self, prefix: Prefix, backbone: VisionLanguageModel) -> tuple[Tensor, Tensor]:
+        """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each.
+
+        Slot j of u holds the state that is to say token j of the answer, and slot j of v that token; the end of the
+        answer counts as a token, and an answer with more of them than the rank has the rest without a slot.
+        """
+        batch, hidden = prefix.batch, prefix.hidden.float()
+        tokens, mask = span(hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask)
+        if not self.hparams.answer_slots:
+            return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
+        at, labels = batch.telling(backbone.end_id)
+        states, used = _first(*span(hidden, at), self.hparams.rank)
+        words, _ = _first(*span(backbone.word_embeddings(labels).float(), at), self.hparams.rank)
+        return self.generator_u(tokens, mask, states, used), self.generator_v(tokens, mask, words, used)
 
     def keys(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """Return the vision and the prompt feature by which an expert is found: (B, F) each."""
@@ -144,6 +168,12 @@ class LiveEditNetworks(nn.Module):
     def _scale(self, features: Tensor) -> float:
         vectors = self.hparams.feature_vectors
         return float((features.shape[1] * vectors) ** -0.5)  # 1 / (k * sqrt(m)) with F = k * m
+
+
+def _first(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first tokens of each row, so many of them: (B, L, D), (B, L) -> (B, count, D), (B, count) bool."""
+    short = max(0, count - tokens.shape[1])
+    return F.pad(tokens, (0, 0, 0, short))[:, :count], F.pad(valid, (0, short))[:, :count]
 
 
 def _normal(*shape: int) -> Tensor:

@@ -142,7 +142,7 @@ def losses_of(
     taught = size if hp.taught is None else min(size, hp.taught)
     share = [i for i, c in enumerate(items.case.tolist()) if c < taught and c % place.world == place.rank]
     weight = soft_weights(score[:, :taught], draws.allowed[:, :taught].to(score.device), gated=networks.published)
-    experts = networks.experts(backbone.select(requests, range(taught)))
+    experts = networks.experts(backbone.select(requests, range(taught)), backbone)
     stream = _Stream(backbone.select(prefix, share), items.code[share].to(score.device), items.upto(taught))
     losses = _edit_losses(networks, place, stream, experts, weight[share])
     if networks.published:
@@ -181,9 +181,9 @@ def _edit_losses(
             again = backbone.prefix_of(prefix.hidden, batch, place.layer - 1)
             prefix = backbone.advance(again, place.layer)
     adapted_stream = adapt(prefix.hidden, normed, *experts, weight)
-    at, labels = batch.predicting, torch.roll(batch.input_ids, -1, 1)
-    if hp.teach_end:
-        at, labels = at | batch.ends, torch.where(batch.ends, backbone.end_id, labels)
+    at, labels = batch.telling(backbone.end_id)
+    if not hp.teach_end:
+        at = batch.predicting
     at_local = at & (code == LOCALITY)[:, None]
     adapted = backbone.resume(replace(prefix, hidden=adapted_stream), at).float()
     with torch.no_grad():

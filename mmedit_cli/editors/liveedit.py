@@ -33,6 +33,7 @@ class LiveEdit(TrainedEditor):
     Hparams = LiveEditHparams
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
+        "answer_slots",
     )  # fmt: skip
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,6 +46,9 @@ class LiveEdit(TrainedEditor):
             )
         if backbone.width % hp.heads:
             raise HparamsError(f"heads {hp.heads}: must divide the width {backbone.width} of {backbone.name}")
+        words = backbone.word_embeddings(torch.tensor([0], device=backbone.device)).shape[-1]
+        if hp.answer_slots and words != backbone.width:
+            raise HparamsError(f"answer_slots: {backbone.name} embeds words in {words} numbers", "answer_slots=false")
         self._layer = hp.edit_layer % backbone.n_layers + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -67,7 +71,7 @@ class LiveEdit(TrainedEditor):
         if any(request.image is None for request in requests):
             raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
         prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
-        (u, v), (vision, prompt) = self.networks.experts(prefix), self.networks.keys(prefix)
+        (u, v), (vision, prompt) = self.networks.experts(prefix, self.backbone), self.networks.keys(prefix)
         self._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, requests)
         return {}
 

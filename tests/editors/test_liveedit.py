@@ -81,7 +81,7 @@ def test_an_expert_that_is_not_chosen_changes_no_bit(editor):
     editor.edit(REQUESTS[:1])
     before = answers(editor.backbone, REQUESTS[:1])
     rows = {name: tensor[:1].expand(BLOCK, *tensor.shape[1:]) for name, tensor in editor._bank.tensors().items()}
-    rows |= {"vision": -rows["vision"], "prompt": -rows["prompt"]}  # far from everything the first one is near to
+    rows |= {"vision": -50 * rows["vision"]}  # far below any threshold where the first one is above
     others = [Query(f"Other question {i}?", "x", FAR.image) for i in range(BLOCK)]
     editor._add(rows, others)
     assert len(editor._bank) == BLOCK + 1, "also over the border of a block"

@@ -22,7 +22,7 @@ from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.metrics import agreement
 from mmedit_cli.types import Query
 
-SHAPE = {"module_dim": 32, "heads": 4, "rank": 4, "feature_vectors": 4, "lora_scale": 5.0}
+SHAPE = {"module_dim": 32, "heads": 4, "rank": 4, "feature_vectors": 4, "lora_scale": 5.0, "answer_slots": False}
 
 
 def fixture(name):
