@@ -117,6 +117,8 @@ class LiveEditNetworks(nn.Module):
         shape = (width, hp.module_dim, hp.heads)
         self.edit_extractor = Extractor(*shape, hp.feature_vectors)
         self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
+        if not self.published:  # what is alike is then near from the start, whatever the weights
+            self.input_extractor.load_state_dict(self.edit_extractor.state_dict(), strict=False)
         # at first row j of u fires where token j of the answer is to be said, and row j of v says it
         self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None)
         self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None)
