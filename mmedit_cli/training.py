@@ -77,6 +77,7 @@ def train_networks(
         training = _Training(editor, taught, held_out, run, how)
         how.tick("steps", training.progress.step)
         training.go_on()
+        chosen = training.calibrate() if how.processes.rank == 0 else {}
     if how.processes.rank:
         return {}
     editor.load_networks(run.folder / "editor.safetensors")
@@ -86,6 +87,7 @@ def train_networks(
             how.curve(name, value, line["step"])
     return {
         "steps": hp.steps,
+        "calibrated": chosen,
         "validation_cases": len(training.held_out),
         "best": next(line for line in log if "score" in line and line["step"] == training.progress.best_step),
         "curve": [line for line in log if "score" in line],
@@ -210,10 +212,42 @@ class _Training:
 
     # -- held-out cases -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    def calibrate(self) -> dict[str, float]:
+        """Choose what the editor leaves open on held-out cases, for the best networks, and keep it with them."""
+        editor, chosen = self.editor, {}
+        editor.load_networks(self.run.folder / "editor.safetensors")
+        for key, candidates in editor.calibrated.items():
+            found = []
+            for value in candidates:
+                editor.hparams = replace(editor.hparams, **{key: value})
+                found.append((statistics.fmean(self._scores().values()), value))
+                self.how.say(f"{key} {value}: held out mean {100 * found[-1][0]:.1f}")
+            chosen[key] = max(found)[1]
+            editor.hparams = replace(editor.hparams, **{key: chosen[key]})
+        self._keep()
+        return chosen
+
+    def _keep(self) -> None:
+        """Write the present networks as the best ones."""
+        tensors, metadata = self.editor.networks_state()
+        progress = self.progress
+        metadata |= {"step": str(progress.best_step), "score": f"{progress.best:.4f}"}
+        self.run.save_tensors("editor", tensors, metadata)
+
     def _validate(self) -> dict[str, float]:
-        """Edit the held-out cases in a row, score them, and take everything back; keep the best networks."""
-        editor, progress = self.editor, self.progress
+        """Score the held-out cases; keep the networks if they are the best so far."""
+        progress, scores = self.progress, self._scores()
+        score = statistics.fmean(scores.values())
+        self.run.append("log", [{"step": progress.step, "score": score, "scores": scores}])
+        if score > progress.best:
+            progress.best, progress.best_step = score, progress.step
+            self._keep()
+        return scores
+
+    @torch.no_grad()
+    def _scores(self) -> dict[str, float]:
+        """Edit the held-out cases in a row, ask everything about them, and take all of it back: mean by column."""
+        editor = self.editor
         queries = list(dict.fromkeys(q for case in self.held_out for _, qs in case.columns() for q in qs))
         if self._base is None:
             self._base = self._ask(queries)
@@ -224,14 +258,7 @@ class _Training:
         editor.undo()
         lines = [score_case(case, self._base, answers, (SCORE,))["scores"][SCORE] for case in self.held_out]
         names = dict.fromkeys(name for line in lines for name in line if not name.startswith("portability"))
-        scores = {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
-        score = statistics.fmean(scores.values())
-        self.run.append("log", [{"step": progress.step, "score": score, "scores": scores}])
-        if score > progress.best:
-            progress.best, progress.best_step = score, progress.step
-            tensors, metadata = editor.networks_state()
-            self.run.save_tensors("editor", tensors, {**metadata, "step": str(progress.step), "score": f"{score:.4f}"})
-        return scores
+        return {name: statistics.fmean(line[name] for line in lines if name in line) for name in names}
 
     def _ask(self, queries: Sequence[Query]) -> dict[Query, Answer]:
         return ask(

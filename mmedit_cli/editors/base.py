@@ -219,6 +219,11 @@ class TrainedEditor(Editor):
         super().__init__(*args, **kwargs)
         self.trained = "untrained"
 
+    @property
+    def calibrated(self) -> Mapping[str, Sequence[float]]:
+        """The hyper-parameters that are chosen on held-out cases after the training, and what is tried for each."""
+        return {}
+
     @abstractmethod
     def losses(
         self,

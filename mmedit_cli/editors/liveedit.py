@@ -158,6 +158,11 @@ class LiveEdit(TrainedEditor):
 
     # -- training -----------------------------------------------------------------------------------------------
 
+    @property
+    def calibrated(self) -> Mapping[str, Sequence[float]]:
+        """The margin, unless routing follows the paper to the letter."""
+        return {} if self.networks.published else {"margin": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)}
+
     def losses(
         self,
         cases: Sequence[EditCase],
