@@ -30,9 +30,9 @@ def section(report: dict[str, Any]) -> str:
             "",
             f"{report['data']['cases']:,} cases, {report['steps']:,} steps in {report['cost']['seconds'] / 60:.1f} "
             f"minutes on {about['platform']}, {about['device']}, {about['threads']} threads (other work included), "
-            f"torch {report['versions']['torch']}; {report['trained_parameters']:,} parameters. The checkpoint of step "
-            f"{best['step']:,} is the best on {report['validation_cases']} held-out cases, all edited at once. In %, "
-            "all tokens of the answer right"
+            f"torch {report['versions']['torch']}; {report['trained_parameters']:,} parameters. The checkpoint of "
+            f"step {best['step']:,} is the best on {report['validation_cases']} held-out cases, all edited at once. "
+            "In %, all tokens of the answer right"
             + "".join(
                 f"; {key} {value} was then chosen on the same cases" for key, value in report["calibrated"].items()
             )
