@@ -69,7 +69,7 @@ def eval_(
     ] = "ar,tf_liveedit,tf_easyedit,tf_em",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many cases.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Queries in one forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Queries in one forward pass.")] = 32,
     cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 2.0,
     hparams: options.HparamsFile = None,
     overrides: options.Overrides = None,

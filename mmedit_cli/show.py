@@ -71,10 +71,7 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         if report["examples"] and report["examples"][0]["after"] is not None:
             out.line()
             out.table(["edit", "target", "answer before", "answer after"], said)
-        seconds = report["cost"]["seconds_per_edit"]
-        out.line(
-            f"{report['cost']['edits']} edits, {seconds['median']:.3g} s each (median; p95 {seconds['p95']:.3g} s)"
-        )
+        out.line(_cost(report["cost"]))
 
     out.result(report, show)
 
@@ -94,6 +91,16 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
 
     out.result(report, show)
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    """Say how fast it went."""
+    seconds, asked = cost["seconds_per_edit"], cost.get("asked", {"questions": 0})
+    spread = f"median {seconds['median']:.3g} s, p95 {seconds['p95']:.3g} s"
+    text = f"{cost['edits']:,} edits, {1 / seconds['mean']:.3g} a second ({spread})"
+    if asked["questions"]:
+        text += f"; {asked['questions']:,.0f} questions asked, {asked['questions'] / asked['seconds']:,.0f} a second"
+    return text
 
 
 def _selection(data: Mapping[str, Any]) -> Iterator[str]:

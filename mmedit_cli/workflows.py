@@ -146,13 +146,14 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         after = sum(sum(protocol.milestones(len(group))) for group in groups)
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
         with out.progress(totals) as tick:
-            evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
+            asked = evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
         head |= {"checkpoint": plan.config.get("checkpoint")}
         cases = run.read("cases")
         head["data"] = {**plan.config["data"], **too_long}
         head |= {"environment": run.environment, "examples": examples(cases, plan.cases)}
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
+        report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         run.finish(report)
     return report

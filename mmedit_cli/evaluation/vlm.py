@@ -113,8 +113,10 @@ def evaluate_edits(
     *,
     base_folder: Path | None = None,
     tick: Callable[[str, int], None] = lambda _what, _n: None,
-) -> None:
+) -> dict[str, float]:
     """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
+
+    Returns how many questions were asked of the model just now, and in how many seconds.
 
     `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more cases
     asked `before`, `edits` made, or cases asked `after`. A run that was interrupted goes on with the shard it was in.
@@ -123,10 +125,11 @@ def evaluate_edits(
     evaluation = _Evaluation(editor, protocol, run, base_folder, tick)
     if editor.first_layer is None:
         evaluation.all(groups)
-        return
+        return evaluation.asked
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
     with editor.backbone.keeping(editor.first_layer, queries, group=protocol.batch_size, budget=protocol.cache_bytes):
         evaluation.all(groups)
+    return evaluation.asked
 
 
 class _Evaluation:
@@ -144,6 +147,7 @@ class _Evaluation:
         self.base_folder, self.tick = base_folder, tick
         self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
         self.saved = time.monotonic()
+        self.asked = {"questions": 0.0, "seconds": 0.0}
 
     def all(self, groups: Sequence[_Group]) -> None:
         for group in groups:
@@ -248,7 +252,8 @@ class _Evaluation:
         return {**before, **self._ask(touched, cases)}
 
     def _ask(self, queries: Sequence[Query], cases: Sequence[EditCase]) -> dict[Query, Answer]:
-        return ask(
+        began = time.perf_counter()
+        answers = ask(
             self.editor.backbone,
             queries,
             layer=self.editor.first_layer or 0,
@@ -256,6 +261,9 @@ class _Evaluation:
             max_new_tokens=self.protocol.max_new_tokens if self.protocol.generates else 0,
             batch_size=self.protocol.batch_size,
         )
+        self.asked["questions"] += len(queries)
+        self.asked["seconds"] += time.perf_counter() - began
+        return answers
 
     def _base(self, group: _Group, shard: range) -> dict[Query, Answer]:
         """Return the answers of the untouched model to a shard, from the store if they are there."""

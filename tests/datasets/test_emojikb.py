@@ -40,7 +40,9 @@ def report() -> dict:
 
 def test_the_shipped_data_has_no_problem(report):
     assert report["problems"] == []
-    assert set(report["leaks"]) == {"train-val", "train-eval", "val-eval"}
+    assert set(report["leaks"]) == {
+        f"{a}-{b}" for a in ("train", "val") for b in SPLITS if SPLITS.index(b) > SPLITS.index(a)
+    }
     assert not any(items for shared in report["leaks"].values() for items in shared.values())
 
 
@@ -53,8 +55,10 @@ def test_the_counts_are_as_promised(report):
     assert cases["val"] >= 300
     assert cases["eval"] >= 1200
     assert report["splits"]["eval"]["edited_facts"] == cases["eval"], "one fact is edited twice in the eval stream"
-    for split in SPLITS:
+    assert cases["corrections"] >= 100
+    for split in SPLITS[:3]:
         assert set(report["splits"][split]["types"]) == TYPES
+    assert set(report["splits"]["corrections"]["types"]) == TYPES - {"background"}
 
 
 def test_the_strict_reader_takes_every_case(cases):
@@ -106,10 +110,7 @@ def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
 
     def truth(query: dict) -> str:
         if "image" not in query:
-            fact = said[query["prompt"]]
-            concept = concepts[fact["concept"]]
-            assert concept["role"] == "probe"
-            return fact["answer"]
+            return said[query["prompt"]]["answer"]
         relation = types[query["prompt"]]
         if relation == "background":
             return colours[query["background"]]
@@ -117,13 +118,16 @@ def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
 
     for split, records in cases.items():
         for case in records:
-            assert truth(case["request"]) != case["request"]["target"]
+            right = truth(case["request"]) == case["request"]["target"]
+            assert right == (split == "corrections"), case["id"]
             for column, query in queries(case):
+                if column.startswith("locality.text"):
+                    assert concepts[said[query["prompt"]]["concept"]]["role"] == "probe"
                 if column.startswith("locality"):
                     assert query["target"] == truth(query), (case["id"], column)
                 if "image" in query:
                     concept = concepts[Path(query["image"]).stem]
-                    assert concept["split"] == split
+                    assert concept["split"] == split.replace("corrections", "eval")
                     edited = column in ("request", "locality.same_image") or not column.startswith("locality")
                     assert concept["role"] == ("edit" if edited else "probe"), (case["id"], column)
 
