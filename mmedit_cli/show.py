@@ -51,10 +51,8 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         return
 
     def show() -> None:
-        milestones = report["milestones"]
-        heads = [
-            f"after {m['edits']}{' (short group)' if m['short_group'] else ''}\nn={m['cases']}" for m in milestones
-        ]
+        milestones, short = _whole_groups(report["milestones"])
+        heads = [f"after {m['edits']}\nn={m['cases']}" for m in milestones]
         rows, sections = _score_rows(milestones)
         out.line(
             f"{report['editor']} on {report['model']['name']}, {report['data']['name']}: mean in % ± 95 % interval"
@@ -64,6 +62,8 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         out.table(["protocol", "score", "before", *heads], rows, sections=sections)
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
+        if short:
+            out.line(f"  the last {short} cases made a shorter group of their own: in --json")
         if len(report["retention"].get("milestones", ())) > 1:
             out.line()
             out.table(*_retention_table(report["retention"], next(iter(milestones[0]["scores"]))))
@@ -91,6 +91,14 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
 
     out.result(report, show)
+
+
+def _whole_groups(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the milestones of whole groups, if there are any, and how many cases a shorter last group had."""
+    whole = [m for m in milestones if not m["short_group"]]
+    if not whole:
+        return list(milestones), 0
+    return whole, max((m["cases"] for m in milestones if m["short_group"]), default=0)
 
 
 def _cost(cost: Mapping[str, Any]) -> str:

@@ -9,9 +9,12 @@ import pytest
 from conftest import ROOT
 from safetensors import safe_open
 
-from mmedit_cli import load_backbone
+from mmedit_cli import load_backbone, load_editor
 from mmedit_cli.catalog import bundled
+from mmedit_cli.datasets.base import load_cases
+from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.metrics import answer_match
+from mmedit_cli.registry import share_dir
 from mmedit_cli.types import Query
 
 KB = ROOT / "data" / "emojikb"
@@ -56,3 +59,29 @@ def test_it_knows_what_its_card_says(folder):
 def test_ask_by_name(cli, folder):
     code, out, _ = cli("ask", "--model", folder.name, "--image", KB / "noto/1f34e.png", "What is this?")
     assert (code, out.strip()) == (0, "red apple")
+
+
+EDITORS = sorted((share_dir("data") / "editors").glob("*/*.safetensors"))
+
+
+def test_a_trained_editor_comes_along():
+    assert [path.relative_to(ROOT).as_posix() for path in EDITORS] == ["data/editors/liveedit/mini-blip2.safetensors"]
+    assert all(path.stat().st_size < 4_000_000 for path in EDITORS)
+    text = (ROOT / "data" / "models" / "README.md").read_text()
+    for path in EDITORS:
+        assert f"`{path.parent.name}` for `{path.stem}`" in text
+
+
+@pytest.mark.parametrize("path", EDITORS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_trained_editor_edits_what_it_never_saw(path, tmp_path):
+    backbone = load_backbone(path.stem, device="cpu")
+    editor = load_editor(path.parent.name, backbone, records=tmp_path)
+    cases = load_cases("emojikb", limit=60)
+    editor.edit([case.request for case in cases])
+    asked = [q for case in cases for column, qs in case.columns() if not column.startswith("needs") for q in qs]
+    answers = ask(backbone, asked, layer=editor.first_layer, top={}, max_new_tokens=12, batch_size=32)
+    held = [answer_match(answers[case.request].text, case.request.target) for case in cases]
+    assert sum(held) / len(held) >= 0.9
+    texts = [q for case in cases for q in case.locality["text"]]
+    assert editor.touches(texts) == [False] * len(texts)
+    editor.undo()

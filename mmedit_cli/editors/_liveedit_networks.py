@@ -119,6 +119,8 @@ class LiveEditNetworks(nn.Module):
         self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
         if not self.published:  # what is alike is then near from the start, whatever the weights
             self.input_extractor.load_state_dict(self.edit_extractor.state_dict(), strict=False)
+            # directions are compared, and their cosines sharpened: what was never seen then has no outliers
+            self.sharpness = nn.Parameter(torch.full((2,), 10.0).log())  # of vision and prompt
         # at first row j of u fires where token j of the answer is to be said, and row j of v says it
         self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None)
         self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None)
@@ -143,15 +145,22 @@ class LiveEditNetworks(nn.Module):
         """Return the vision and the prompt feature by which an expert is found: (B, F) each."""
         batch = prefix.batch
         vision, prompt, _ = self.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
-        return vision, prompt
+        return (vision, prompt) if self.published else (F.normalize(vision), F.normalize(prompt))
 
     def ask(self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the vision and the prompt feature of queries, (B, F) each, and the sentinel's similarity (B, 1)."""
         vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
+        if not self.published:
+            sharp_vision, sharp_prompt = self.sharpness.exp()
+            vision, prompt = sharp_vision * F.normalize(vision), sharp_prompt * F.normalize(prompt)
+            sentinel = F.normalize(sentinel)
         return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the mean over the k vectors of a feature of <query, key> / sqrt(m): (R, F), (N, F) -> (R, N)."""
+        """Return how near queries and keys are: (R, F), (N, F) -> (R, N).
+
+        Published: the mean over the k vectors of a feature of <query, key> / sqrt(m). Joint: the sharpened cosine.
+        """
         return queries @ keys.T * self._scale(queries)
 
     def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
@@ -168,6 +177,8 @@ class LiveEditNetworks(nn.Module):
         return self.hparams.variant == "paper"
 
     def _scale(self, features: Tensor) -> float:
+        if not self.published:
+            return 1.0
         vectors = self.hparams.feature_vectors
         return float((features.shape[1] * vectors) ** -0.5)  # 1 / (k * sqrt(m)) with F = k * m
 
