@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmedit_cli import __version__, options
-from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output, report_error, report_failure
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
@@ -103,7 +103,7 @@ def eval_(
 
     protocol = Protocol(
         sequential=sequential,
-        report_at=milestones(sequential) if report_at is None else _numbers(report_at, "--report-at"),
+        report_at=milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at"),
         edit_batch=edit_batch,
         protocols=tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip())),
         max_new_tokens=max_new_tokens,
@@ -115,7 +115,7 @@ def eval_(
         editor, model = workflows.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
     request = workflows.EvalOptions(
-        editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, protocol,
+        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
         data_options=DataOptions(root, images, template, subset, skip_missing, skip_long),
         hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
         records=records, force=force,
@@ -175,8 +175,8 @@ def train_editor(
 
     out = Output(as_json=as_json)
     request = training_runs.TrainOptions(
-        editor, workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision), data, validation,
-        data_options=DataOptions(root, images, template, skip_missing=skip_missing),
+        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
+        validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def ask(
     from mmedit_cli import workflows
 
     out = Output(as_json=as_json)
-    asked = workflows.ModelOptions(_named(model, out), device, dtype, device_map, revision)
+    asked = workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision)
     answer = workflows.answer(asked, prompt, image, max_new_tokens=max_new_tokens, out=out)
     out.result({"prompt": prompt, "image": str(image) if image else None, "answer": answer}, lambda: out.line(answer))
 
@@ -366,26 +366,6 @@ def download(
         commands.show_list(request, out)
     else:
         raise typer.Exit(0 if commands.run(request, out, dry_run=dry_run, verify=verify) else 1)
-
-
-def _named(model: str | None, out: Output) -> str:
-    """Return the model that was named, or the default one, saying which it is."""
-    if model is not None:
-        return model
-    from mmedit_cli.catalog import default_model
-
-    out.note(f"no --model: {default_model()}")
-    return default_model()
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read whole numbers separated by commas."""
-    try:
-        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100"
-        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands share: one spelling, one help text."""
+"""Options that several commands share: one spelling, one help text, one way to read them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmedit_cli.errors import UserError
+from mmedit_cli.output import Output
 
 Model = Annotated[
     str | None,
@@ -85,3 +88,23 @@ Force = Annotated[bool, typer.Option("--force", help="Throw an earlier run away 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def named(model: str | None, out: Output) -> str:
+    """Return the model that was named, or the default one, saying which it is."""
+    if model is not None:
+        return model
+    from mmedit_cli.catalog import default_model
+
+    out.note(f"no --model: {default_model()}")
+    return default_model()
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers separated by commas."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100"
+        ) from error

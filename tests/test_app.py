@@ -210,8 +210,6 @@ def test_unknown_editor_option_and_command(cli):
     assert (code, "did you mean ft?" in err) == (2, True)
     assert cli(*EVAL, "--sequentail", 3)[0] == 2
     assert cli("evaluate")[0] == 2
-    code, _, err = cli("eval")
-    assert (code, "EDITOR" in err) == (2, True)
 
 
 def test_without_a_model_and_data_those_that_come_along_are_used(cli, tmp_path):

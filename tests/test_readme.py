@@ -65,7 +65,7 @@ def test_the_error_that_is_shown(cli):
 def test_the_library_example(capsys):
     code = next(block for kind, block in BLOCKS if kind == "python")
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "['poodle']\n"
+    assert capsys.readouterr().out == "['red balloon']\n"
 
 
 def test_the_tables_name_every_editor_and_family():
