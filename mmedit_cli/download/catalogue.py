@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,14 +90,6 @@ class Group:
     terms: str
     homepage: str
     items: tuple[Item, ...]
-
-
-def downloads_folder() -> Path:
-    """Return where groups are put: $MMEDIT_DATA, else mmedit/data in the user's cache."""
-    if os.environ.get("MMEDIT_DATA"):
-        return Path(os.environ["MMEDIT_DATA"]).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "mmedit" / "data"
 
 
 def load_catalogue(extra: Path | None = None) -> dict[str, Group]:

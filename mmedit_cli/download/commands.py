@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.download import models
-from mmedit_cli.download.catalogue import Group, Item, downloads_folder, find_group, load_catalogue
+from mmedit_cli.download.catalogue import Group, Item, find_group, load_catalogue
 from mmedit_cli.download.install import DownloadError, Installer
 from mmedit_cli.download.sources import Courier, is_offline
 from mmedit_cli.download.transfer import Manners
 from mmedit_cli.errors import UserError, near_miss
 from mmedit_cli.output import Output
+from mmedit_cli.registry import data_home
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _say_licence(what: str, licence: str, terms: str, homepage: str, out: Output
 
 
 def _folder(group: Group, request: Request) -> Path:
-    return request.to if request.to is not None else downloads_folder() / group.name
+    return request.to if request.to is not None else data_home() / group.name
 
 
 def _item_size(item: Item) -> str:
