@@ -1,0 +1,46 @@
+"""`mmedit convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.output import Output
+
+
+def minigpt4(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model is written; it must not exist.")],
+    vision: Annotated[Path, typer.Option(help="eva_vit_g.pth of LAVIS.")],
+    qformer: Annotated[Path, typer.Option(help="blip2_pretrained_flant5xxl.pth of LAVIS.")],
+    projection: Annotated[Path, typer.Option(help="prerained_minigpt4_7b.pth of MiniGPT-4.")],
+    llm: Annotated[Path, typer.Option(help="Folder of Vicuna-7B with its tokenizer, e.g. of Vision-CAIR/vicuna-7b.")],
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Put the four published parts of MiniGPT-4 together; nothing in them is executed.
+
+    Where the parts are:
+
+      https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/  (vision, qformer)
+
+      https://huggingface.co/spaces/Vision-CAIR/minigpt4  (projection)
+
+      https://huggingface.co/Vision-CAIR/vicuna-7b  (llm)
+
+    Then:
+
+      mmedit convert minigpt4 models/minigpt4-7b --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth
+      --projection prerained_minigpt4_7b.pth --llm vicuna-7b
+
+      mmedit ask --model models/minigpt4-7b --image cat.png "What is this?"
+    """
+    from mmedit_cli import runtime
+    from mmedit_cli.backbones._minigpt4_weights import Published, convert
+
+    output = Output(as_json=as_json)
+    runtime.quiet_libraries()
+    folder = convert(Published(vision, qformer, projection, llm), out, output.note)
+    output.result({"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder)))

@@ -1,0 +1,39 @@
+"""`mmedit doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.output import Output
+
+
+def doctor(
+    data: Annotated[
+        str | None, typer.Argument(help="Also check the cases and images of this data.", show_default=False)
+    ] = None,
+    root: options.Root = None,
+    images: options.Images = None,
+    skip_missing: options.SkipMissing = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check the installation, and the data if some are named; exit 1 if something is wrong.
+
+    Published data are also compared with their training side, and the list for `--subset clean` is written.
+
+    Examples:
+
+      mmedit doctor emojikb
+
+      mmedit doctor evqa --root easy-edit-mm --images coco
+
+      mmedit doctor my_facts.csv
+    """
+    from mmedit_cli import doctor as checks
+    from mmedit_cli.datasets.base import DataOptions
+
+    well = checks.run(Output(as_json=as_json), data, DataOptions(root, images, skip_missing=skip_missing))
+    raise typer.Exit(0 if well else 1)

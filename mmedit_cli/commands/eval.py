@@ -1,0 +1,96 @@
+"""`mmedit eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.output import Output
+
+
+def evaluate(
+    editor: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EDITOR]", help="An editor of `mmedit list`; without one, the newest that was trained."
+        ),
+    ] = None,
+    model: options.Model = None,
+    data: options.Data = "emojikb",
+    root: options.Root = None,
+    images: options.Images = None,
+    template: options.Template = "",
+    subset: options.Subset = "",
+    skip_missing: options.SkipMissing = False,
+    skip_long: options.SkipLong = False,
+    sequential: Annotated[int, typer.Option("--sequential", "-n", help="Edits in a row before asking about all.")] = 1,
+    report_at: Annotated[
+        str | None,
+        typer.Option(
+            help="Also ask after so many edits. [default: 1, 10, 100, ... below --sequential]", show_default=False
+        ),
+    ] = None,
+    edit_batch: Annotated[int, typer.Option(help="Edits made in one operation.")] = 1,
+    protocols: Annotated[
+        str, typer.Option(help="Of ar, ar_em, ar_f1, tf_liveedit, tf_easyedit, tf_em.")
+    ] = "ar,tf_liveedit,tf_easyedit,tf_em",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many cases.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Queries in one forward pass.")] = 32,
+    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 2.0,
+    hparams: options.HparamsFile = None,
+    overrides: options.Overrides = None,
+    checkpoint: options.Checkpoint = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    records: options.Records = Path("records"),
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Edit, ask, and report: after 1 edit or after 1,000. The same command again continues, or shows the report.
+
+    Examples:
+
+      mmedit eval --sequential 1000
+
+      mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
+
+      mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
+
+      mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
+    """
+    from mmedit_cli import show, workflows
+    from mmedit_cli.datasets.base import DataOptions
+    from mmedit_cli.evaluation.vlm import Protocol, milestones
+
+    protocol = Protocol(
+        sequential=sequential,
+        report_at=milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at"),
+        edit_batch=edit_batch,
+        protocols=tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip())),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        cache_bytes=int(cache_gib * (1 << 30)),
+    )
+    out = Output(as_json=as_json)
+    if editor is None:
+        editor, model = workflows.newest_editor(records, model)
+        out.note(f"no EDITOR: {editor} on {model}")
+    request = workflows.EvalOptions(
+        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
+        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long),
+        hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
+        records=records, force=force,
+    )  # fmt: skip
+    if dry_run:
+        show.plan(out, workflows.plan_evaluation(request).describe())
+    else:
+        show.report(out, workflows.evaluate(request, out))

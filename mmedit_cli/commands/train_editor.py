@@ -1,0 +1,67 @@
+"""`mmedit train-editor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.output import Output
+
+
+def train_editor(
+    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list` that is trained first.")],
+    model: options.Model = None,
+    data: options.Data = "emojikb",
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="Cases that choose the checkpoint. [default: the val split, else every 20th case]", show_default=False
+        ),
+    ] = None,
+    root: options.Root = None,
+    images: options.Images = None,
+    template: options.Template = "",
+    skip_missing: options.SkipMissing = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Train on the first so many cases.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one frozen forward pass.")] = 32,
+    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 4.0,
+    hparams: options.HparamsFile = None,
+    overrides: options.Overrides = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    records: options.Records = Path("records"),
+    force: options.Force = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the curves for TensorBoard.")] = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train the networks of an editor for a model. The same command again continues where it stopped.
+
+    A named data set is trained on its train split; its val split chooses the checkpoint. What is trained is found by
+    `mmedit eval` without further words. Under `accelerate launch` or `torchrun` several processes train together.
+
+    Examples:
+
+      mmedit train-editor liveedit --model mini-blip2
+
+      mmedit train-editor liveedit --model mini-llava --set training.steps=1000 --records my-records
+    """
+    from mmedit_cli import show, training_runs, workflows
+    from mmedit_cli.datasets.base import DataOptions
+
+    out = Output(as_json=as_json)
+    request = training_runs.TrainOptions(
+        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
+        validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
+        hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
+        cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
+    )  # fmt: skip
+    show.training(out, training_runs.train(request, out))
