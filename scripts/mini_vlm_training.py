@@ -143,7 +143,8 @@ class Trainee(nn.Module):
         embeds = self.model.get_input_embeddings()(rows.ids)
         seeing = (picture_of != NONE).nonzero()[:, 0]
         start, count = self.questions.image_start, self.questions.n_image
-        embeds[seeing, start : start + count] = visual[picture_of[seeing]].to(embeds.dtype)
+        if len(seeing):  # a chunk of short questions without a picture has no room for one
+            embeds[seeing, start : start + count] = visual[picture_of[seeing]].to(embeds.dtype)
         stack, head = self.model.get_submodule(self._stack), self.model.get_submodule(self._head)
         hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
         return head(hidden[rows.predicting]), rows.answers, names[rows.predicting.nonzero()[:, 0]]
