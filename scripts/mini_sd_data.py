@@ -31,10 +31,10 @@ FULL = next(iter(FORMS))
 
 def article(words: str) -> str:
     """Return the words with `a` or `an` before them."""
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
+    return f"{'an' if words[:1].lower() in set('aeiou') else 'a'} {words}"
 
 
-def caption(form: str, it: str, artist: str, colour: str) -> str:
+def caption(form: str, it: str, colour: str, artist: str = "") -> str:
     """Return a caption in one of FORMS."""
     return form.format(artist=article(artist), it=it, ground=f"{article(colour)} background")
 
@@ -66,11 +66,11 @@ class Drawn:
         for concept in (*self.concepts, *self.held_out):
             yield from (concept["it"], article(concept["kind"]))
         artists = sorted({artist for _, artist in self.drawings})
-        yield from (caption(FULL, "", artist, colour) for artist in artists for colour in self.grounds)
+        yield from (caption(FULL, "", colour, artist) for artist in artists for colour in self.grounds)
 
 
 def load_drawn(judge: str, categories: list[str], held_out: int, concepts: int | None) -> Drawn:
-    """Read the data set; with `concepts`, only that many are taught. `held_out` more are chosen by hash.
+    """Read the data set; with `concepts`, only that many are shown. `held_out` more are chosen by hash.
 
     Held out are only concepts of which every drawing is there, and whose kind has others that are taught.
     """
@@ -85,8 +85,9 @@ def load_drawn(judge: str, categories: list[str], held_out: int, concepts: int |
     if concepts is not None:
         taught = sorted(taught, key=lambda c: number("small", c["id"]))[:concepts]
     holdout = Holdout(tuple(sorted({*unknown.concepts, *out})), unknown.artists)
-    kb = EmojiKB(**{**vars(kb), "holdout": holdout})
-    return Drawn(kb, taught, [c for c in known if c["id"] in out])
+    left = [c for c in known if c["id"] in out]
+    shown = kb.concepts if concepts is None else [*taught, *left]
+    return Drawn(EmojiKB(**{**vars(kb), "concepts": shown, "holdout": holdout}), taught, left)
 
 
 class Captions:
@@ -105,7 +106,7 @@ class Captions:
         for i, k, f, p in zip(chosen.tolist(), colour.tolist(), form.tolist(), chance.tolist(), strict=True):
             concept, artist = self._drawings[i]
             it = article(concept["kind"]) if p > 1 - KIND else concept["it"]
-            captions.append("" if p < EMPTY else caption(list(FORMS)[f], it, artist, self._colours[k]))
+            captions.append("" if p < EMPTY else caption(list(FORMS)[f], it, self._colours[k], artist))
         return captions
 
     def encode(self, captions: list[str]) -> Tensor:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mini_runs import Stop, run, run_parser, train_stages, training_record
 from mini_sd_data import load_drawn
 from mini_sd_model import Recipe, export
 from mini_sd_training import Trainee
-from mini_training import Stop, run, run_parser, train_stages, training_record
 
 
 def train(recipe: Recipe, out: Path, *, device: torch.device, stages: tuple[str, ...], stop: Stop) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mini_training import Stop, run, run_parser, train_stages, training_record
+from mini_runs import Stop, run, run_parser, train_stages, training_record
 from mini_vlm_data import load_emojikb
 from mini_vlm_model import STAGES, Recipe, export
 from mini_vlm_training import Trainee, adopt_tower

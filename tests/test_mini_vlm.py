@@ -32,6 +32,7 @@ def scripts():
     """The modules of the scripts, imported as the scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        import mini_runs
         import mini_training
         import mini_vlm_data
         import mini_vlm_model
@@ -42,6 +43,7 @@ def scripts():
         runtime.quiet_libraries()
         yield SimpleNamespace(
             common=mini_training,
+            runs=mini_runs,
             data=mini_vlm_data,
             model=mini_vlm_model,
             training=mini_vlm_training,
@@ -62,7 +64,7 @@ def trained(request, scripts, tmp_path_factory):
     """A run of some seconds without a stop: (name of the recipe, folder of the run)."""
     out = tmp_path_factory.mktemp(request.param)
     recipe = short(scripts, request.param, tower=4, decoder=4)
-    finished = scripts.train.train(recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.common.Stop())
+    finished = scripts.train.train(recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop())
     assert finished
     return request.param, out
 
@@ -202,7 +204,7 @@ def test_a_stop_in_every_stage_changes_no_bit(scripts, trained, tmp_path):
     recipe = short(scripts, name, tower=4, decoder=4)
     stops = 0
     while not scripts.train.train(
-        recipe, tmp_path, device=CPU, stages=scripts.model.STAGES, stop=scripts.common.Stop(steps=7)
+        recipe, tmp_path, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop(steps=7)
     ):
         stops += 1
     assert stops >= 3
@@ -269,7 +271,7 @@ def test_another_recipe_is_not_continued(scripts, trained):
     name, out = trained
     recipe = replace(short(scripts, name), seed=99)
     with pytest.raises(UserError, match="from another recipe"):
-        scripts.train.train(recipe, out, device=CPU, stages=("joint",), stop=scripts.common.Stop())
+        scripts.train.train(recipe, out, device=CPU, stages=("joint",), stop=scripts.runs.Stop())
 
 
 def test_schedule_warms_up_and_ends_at_zero(scripts):
@@ -295,7 +297,7 @@ def test_the_real_recipes_fit_the_folder(scripts, name):
 def test_a_clip_tower_starts_from_a_blip_tower(scripts, tmp_path):
     blip, llava = tmp_path / "blip", tmp_path / "llava"
     recipe = short(scripts, "mini_blip2", tower=2)
-    assert scripts.train.train(recipe, blip, device=CPU, stages=("tower",), stop=scripts.common.Stop())
+    assert scripts.train.train(recipe, blip, device=CPU, stages=("tower",), stop=scripts.runs.Stop())
     kb = scripts.data.load_emojikb(24, 2, 4)
     ours = scripts.training.Trainee(short(scripts, "mini_llava"), kb, CPU)
     llava.mkdir()
@@ -351,7 +353,7 @@ def test_items_ask_every_figure_of_the_issue(scripts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_quick_mode_learns(scripts, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.common.signal, "signal", lambda *_: None)  # Ctrl-C stays with pytest
+    monkeypatch.setattr(scripts.runs.signal, "signal", lambda *_: None)  # Ctrl-C stays with pytest
     recipe = ROOT / "scripts" / f"{name}.yaml"
     assert scripts.train.main([str(recipe), "--out", str(tmp_path), "--quick", "--device", "cpu"]) == 0
     scores = scripts.score.score(folder_of(tmp_path), device="cpu", sample=None, batch_size=64, errors=None)
