@@ -49,6 +49,9 @@ def train_stages(
 ) -> bool:
     """Train stages one after another, log to `OUT/log.jsonl`, export after each; return whether all were finished."""
     for name in stages:
+        before = read_progress(out, name)
+        if name != stages[-1] and before is not None and before.step >= steps_of(trainee, name)[1]:
+            continue  # the next stage reads its file
         with (out / "log.jsonl").open("a", encoding="utf-8") as log:
             finished = train_stage(trainee, name, out, stop, lambda line, log=log: _say(line, log))
         export()

@@ -16,6 +16,7 @@ from torch import nn
 SIDE = 64  # pixels
 LONGEST = 24  # tokens of a caption
 START, END = "<|startoftext|>", "<|endoftext|>"  # ids 0 and 1; the end pads too, as in CLIP
+QUIET = -4.0  # logarithm of the variance of latents at the start
 SUFFIX = "</w>"  # ends a token that ends a word
 
 
@@ -63,6 +64,8 @@ def build(recipe: Recipe, tokenizer: Any) -> tuple[nn.Module, nn.Module, nn.Modu
             up_block_types=("UpDecoderBlock2D",) * levels,
             **recipe.vae,
         )
+        # latents start almost without noise: from a variance of one it takes long until anything comes through
+        nn.init.constant_(vae.quant_conv.bias[recipe.vae["latent_channels"] :], QUIET)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=LONGEST, **recipe.text, **ends)
         )

@@ -13,7 +13,7 @@ from mini_training import BaseTrainee
 from mini_vlm_data import Pictures
 from torch import Generator, Tensor, nn
 
-KL = 1e-3  # weight of the divergence from a normal distribution, a number of the latent
+KL = 1e-4  # weight of the divergence from a normal distribution, a number of the latent
 AVERAGE = 0.999  # how much of the running mean of the weights each step keeps, once there are many
 CHUNK = 64  # pictures encoded at once
 
@@ -92,7 +92,8 @@ class Trainee(BaseTrainee):
         return self._latents
 
     def _encode(self, rows: Tensor, colour: str) -> Tensor:
-        latents: Tensor = self.vae.encode(on_colour(self.pictures, rows, colour)).latent_dist.mean.float()
+        with torch.autocast(self.device.type, enabled=False):
+            latents: Tensor = self.vae.encode(on_colour(self.pictures, rows, colour)).latent_dist.mean
         return latents
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ def test_nothing_held_out_is_shown(scripts, drawn):
         assert len(shown) == len(trainee.usable(stage))
         assert not {c for c, _ in shown} & (out | set(judge["concepts"]))
         assert not any(judge["artists"].get(c) == a for c, a in shown)
-    assert len(trainee.usable("diffusion")) == len(drawn.drawings) > 1000
+    assert len(trainee.usable("diffusion")) == len(drawn.drawings) > 800
     assert [drawn.kb.drawings[i] for i in trainee.rows.tolist()] == [(c["id"], a) for c, a in drawn.drawings]
 
 
