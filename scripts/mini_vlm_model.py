@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from mini_training import BaseRecipe, Schedule, replacing_folder
 from torch import Tensor, nn
 
 from mmedit_cli import registry
 from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.errors import UserError
 
 SIDE = 64  # pixels
 MEAN, STD = (0.7, 0.7, 0.7), (0.3, 0.3, 0.3)  # of emoji on light colours, roughly
@@ -26,56 +23,32 @@ STAGES = ("tower", "decoder", "joint")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Schedule):
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
     `reading` weighs the loss of classifying pictures by the tokens the language model sees; `contrast` more pictures
-    take part in it, about which nothing is asked. `rate` is the peak of the learning rate (linear warm-up over the
-    first `warmup` of the steps, then a cosine to zero).
+    take part in it, about which nothing is asked.
     """
 
-    passes: int
-    pictures: int
-    rate: float
-    decay: float
     questions: int = 0
     texts: int = 0
     reading: float = 0.0
     contrast: int = 0
-    warmup: float = 0.03
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseRecipe):
     """Everything a training run depends on but the data and the machine."""
 
-    name: str
+    STAGES = STAGES
+    STAGE = Stage
+
     family: str
-    seed: int
-    data: dict[str, Any]
     vision: dict[str, int]
     text: dict[str, int]
     vocabulary: int
-    stages: dict[str, Stage]
     bridge: dict[str, int] | None = None
     query_tokens: int = 0
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """Return what must not change when a run is continued; schedules may."""
-        return {key: value for key, value in asdict(self).items() if key != "stages"}
-
-
-def read_recipe(path: Path, *, quick: bool = False) -> Recipe:
-    """Return the recipe in a YAML file, with its `quick` section put over it if asked; raise UserError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changes = values.pop("quick", {})
-        values |= changes if quick else {}
-        stages = {name: Stage(**values["stages"][name]) for name in STAGES}
-        return Recipe(**{**values, "stages": stages})
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a recipe ({type(error).__name__}: {error})") from error
 
 
 def build_tokenizer(texts: Iterable[str], size: int) -> Any:
@@ -208,14 +181,7 @@ def export(adapter: VisionLanguageModel, folder: Path, records: dict[str, Any]) 
 
     `records`: further JSON files by name. The folder is replaced as a whole.
     """
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    copy.deepcopy(adapter.model).half().save_pretrained(fresh)
-    full_processor(adapter).save_pretrained(fresh)
-    adapter.image_processor.save_pretrained(fresh)
-    for name, record in records.items():
-        (fresh / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for file in fresh.iterdir():
-        file.chmod(0o644)  # safetensors makes its files private
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with replacing_folder(folder, records) as fresh:
+        copy.deepcopy(adapter.model).half().save_pretrained(fresh)
+        full_processor(adapter).save_pretrained(fresh)
+        adapter.image_processor.save_pretrained(fresh)

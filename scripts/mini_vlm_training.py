@@ -1,31 +1,24 @@
-"""The three stages of training a mini model, one step at a time, and the files they can be continued from."""
+"""The three stages of training a mini vision-language model: what is trained in each, and on what."""
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mini_vlm_data import HEADS, NONE, TYPES, EmojiKB, Pictures, Questions, number
-from mini_vlm_model import STAGES, Recipe, Stage, build, build_tokenizer, normalise
+from mini_training import BaseTrainee, Progress, store
+from mini_vlm_data import HEADS, NONE, TYPES, EmojiKB, Pictures, Questions
+from mini_vlm_model import Recipe, Stage, build, build_tokenizer, normalise
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import UserError
-from mmedit_cli.records import write_atomic
 
 HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
-LOG_SECONDS, SAVE_SECONDS = 20, 180
-BETAS, CLIP, CHUNKS = (0.9, 0.95), 1.0, 4
+CHUNKS = 4
 SHARPNESS, MARGIN = 24.0, 0.2  # of the reader of names
 
 
@@ -45,7 +38,7 @@ class Directions(nn.Module):
         return SHARPNESS * (cosines - MARGIN * F.one_hot(right, len(self.weight)))
 
 
-class Trainee(nn.Module):
+class Trainee(BaseTrainee):
     """The model, what helps to train it and is not shipped, and the data, all on one device.
 
     `heads` classify pictures by the tower's patch tokens, in the first stage; `readers` by the tokens the language
@@ -54,9 +47,11 @@ class Trainee(nn.Module):
     and CLIP's own training has it (Li et al. 2023, 3.2): editors find a thing again by these tokens.
     """
 
+    columns = COLUMNS
+
     def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
-        super().__init__()
-        self.recipe, self.kb, self.device = recipe, kb, device
+        super().__init__(recipe, device)
+        self.kb = kb
         self.adapter: VisionLanguageModel = build(recipe, build_tokenizer(kb.texts(), recipe.vocabulary))
         self.questions = Questions(kb, self.adapter, device)
         self.pictures = Pictures(kb, device)
@@ -74,6 +69,10 @@ class Trainee(nn.Module):
             self.readers["norm"] = nn.LayerNorm(width)
         self.to(device)
 
+    def usable(self, stage: str) -> Tensor:
+        """Return the pictures that are not held out."""
+        return self.pictures.usable
+
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
         chosen = {}
@@ -87,7 +86,13 @@ class Trainee(nn.Module):
                 chosen[name] = parameter
         return chosen
 
-    def tower_loss(self, chosen: Tensor, stage: Stage, generator: Generator) -> tuple[Tensor, Tensor]:
+    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return the loss of the tower, or of answers, and what was right and asked."""
+        if stage == "tower":
+            return self.tower_loss(chosen, generator)
+        return self.answer_loss(chosen, self.recipe.stages[stage], generator)
+
+    def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
         pixels, colour = self.pictures.draw(chosen, generator)
         tokens = self.model.get_submodule(self.tower)(normalise(pixels)).last_hidden_state
@@ -148,185 +153,6 @@ class Trainee(nn.Module):
         stack, head = self.model.get_submodule(self._stack), self.model.get_submodule(self._head)
         hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
         return head(hidden[rows.predicting]), rows.answers, names[rows.predicting.nonzero()[:, 0]]
-
-
-@dataclass
-class Progress:
-    """Where a stage is, and what it cost so far."""
-
-    stage: str
-    step: int = 0
-    seconds: float = 0.0
-    origin: str = ""  # whose tower this one started from
-    last: dict[str, Any] = field(default_factory=dict)  # the last line of its log
-
-
-def rate_at(step: int, steps: int, stage: Stage) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
-    warm = max(1, round(stage.warmup * steps))
-    if step < warm:
-        return stage.rate * (step + 1) / warm
-    return stage.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def steps_of(trainee: Trainee, stage: Stage) -> tuple[int, int]:
-    """Return (steps a pass, steps in all)."""
-    each = max(1, len(trainee.pictures.usable) // stage.pictures)
-    return each, each * stage.passes
-
-
-def batches(trainee: Trainee, name: str, first: int) -> Iterator[tuple[int, Tensor, Generator]]:
-    """Yield (step, pictures, randomness) from step `first` on: each depends on the seed, the stage and the step."""
-    stage, seed, device = trainee.recipe.stages[name], trainee.recipe.seed, trainee.device
-    each, steps = steps_of(trainee, stage)
-    order = None
-    for step in range(first, steps):
-        turn, place = divmod(step, each)
-        if order is None or place == 0:
-            order = trainee.pictures.order(Generator(device).manual_seed(number(seed, name, "pass", turn)))
-        generator = Generator(device).manual_seed(number(seed, name, "step", step))
-        yield step, order[place * stage.pictures : (place + 1) * stage.pictures], generator
-
-
-def train_stage(
-    trainee: Trainee, name: str, out: Path, stop: Callable[[], bool], say: Callable[[dict[str, Any]], None]
-) -> bool:
-    """Train one stage from where its file in `out` left it; return whether it came to its end."""
-    stage = trainee.recipe.stages[name]
-    parameters = trainee.select(name)
-    optimizer = _optimizer(parameters, stage)
-    progress = load(trainee, parameters, optimizer, name, out)
-    _, steps = steps_of(trainee, stage)
-    loss_of = trainee.tower_loss if name == "tower" else trainee.answer_loss
-    meter, saved = _Meter(stage, steps, progress), time.monotonic()
-    for step, chosen, generator in batches(trainee, name, progress.step):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, stage)
-        with torch.autocast(trainee.device.type, torch.bfloat16, enabled=trainee.device.type == "cuda"):
-            loss, counts = loss_of(chosen, stage, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        optimizer.step()
-        meter.add(step, loss.detach(), counts)
-        halt = stop()
-        if halt or step + 1 == steps or meter.due:
-            progress.last = meter.line(optimizer.param_groups[0]["lr"])
-            say(progress.last)
-        if halt or step + 1 == steps or time.monotonic() - saved > SAVE_SECONDS:
-            store(trainee, parameters, optimizer, progress, out)
-            saved = time.monotonic()
-        if halt:
-            return step + 1 == steps
-    return True
-
-
-def _optimizer(parameters: dict[str, nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors and embeddings of positions and classes do not."""
-    matrices = [p for p in parameters.values() if p.dim() == 2 or p.dim() == 4]
-    others = [p for p in parameters.values() if p.dim() not in (2, 4)]
-    groups = [{"params": matrices, "weight_decay": stage.decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.rate, betas=BETAS, foreach=True)
-
-
-class _Meter:
-    """Running loss and accuracies since the last line, the speed, and the time left; keeps `progress` up to date."""
-
-    def __init__(self, stage: Stage, steps: int, progress: Progress) -> None:
-        self._stage, self._steps, self.progress = stage, steps, progress
-        self._before, self._started, self._first = progress.seconds, time.monotonic(), progress.step
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since, self._sums, self._from = time.monotonic(), [], self.progress.step
-
-    def add(self, step: int, loss: Tensor, counts: Tensor) -> None:
-        self._sums.append(torch.cat((loss.view(1).float(), counts.flatten())))
-        self.progress.step = step + 1
-        self.progress.seconds = self._before + time.monotonic() - self._started
-
-    @property
-    def due(self) -> bool:
-        return time.monotonic() - self._since > LOG_SECONDS
-
-    def line(self, rate: float) -> dict[str, Any]:
-        """Return one line of the log and begin anew."""
-        done, took = self.progress.step - self._from, max(time.monotonic() - self._since, 1e-9)
-        values = torch.stack(self._sums).cpu()
-        right, asked = values[:, 1:].sum(0).view(2, -1).tolist()
-        line = {
-            "stage": self.progress.stage,
-            "step": self.progress.step,
-            "steps": self._steps,
-            "loss": round(values[:, 0].mean().item(), 4),
-            "accuracy": {c: round(r / a, 4) for c, r, a in zip(COLUMNS, right, asked, strict=True) if a},
-            "rate": rate,
-            "pictures_per_second": round(done * self._stage.pictures / took, 1),
-            "seconds": round(self.progress.seconds, 1),
-            "seconds_left": round((self._steps - self.progress.step) * took / max(done, 1)),
-        }
-        self._reset()
-        return line
-
-
-# -- files ------------------------------------------------------------------------------------------------------
-
-
-def store(
-    trainee: Trainee,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    out: Path,
-) -> None:
-    """Write `<stage>.safetensors` atomically: all weights, the optimizer's moments, and where the stage is."""
-    tensors = {name: p.detach() for name, p in trainee.named_parameters()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = value
-    metadata = {"progress": json.dumps(vars(progress)), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    write_atomic(out / f"{progress.stage}.safetensors", data)
-
-
-def read_progress(out: Path, name: str) -> Progress | None:
-    """Return where a stage stopped, or None if it never began."""
-    path = out / f"{name}.safetensors"
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        return Progress(**json.loads(file.metadata()["progress"]))
-
-
-def load(
-    trainee: Trainee,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-    name: str,
-    out: Path,
-) -> Progress:
-    """Put back the state of a stage; one that never began starts from the weights of the stage before it."""
-    earlier = [s for s in reversed(STAGES[: STAGES.index(name)]) if (out / f"{s}.safetensors").exists()]
-    source = name if (out / f"{name}.safetensors").exists() else earlier[0] if earlier else None
-    if source is None:
-        return Progress(name)
-    path = out / f"{source}.safetensors"
-    with safe_open(path, "pt", device=str(trainee.device)) as file:
-        if json.loads(file.metadata()["shape"]) != json.loads(json.dumps(trainee.recipe.shape)):
-            raise UserError(f"{path}: from another recipe", "choose another --out, or start anew with --no-resume")
-        known = set(file.keys())
-        with torch.no_grad():
-            for key, parameter in trainee.named_parameters():
-                if key in known and (source == name or source != "tower" or trainee.tower in key):
-                    parameter.copy_(file.get_tensor(key))
-        if source != name:
-            return Progress(name)
-        for key, parameter in parameters.items():
-            if optimizer is not None and f"optimizer/step/{key}" in known:
-                parts = ("step", "exp_avg", "exp_avg_sq")
-                state = {part: file.get_tensor(f"optimizer/{part}/{key}") for part in parts}
-                optimizer.state[parameter] = state | {"step": state["step"].cpu()}  # AdamW counts on the CPU
-        return Progress(**json.loads(file.metadata()["progress"]))
 
 
 @torch.no_grad()

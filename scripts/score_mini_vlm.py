@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -84,13 +84,18 @@ def _picture_figures(holdout: Holdout, kind: str, concept: str, artist: str) -> 
             yield f"name by {artist}"
 
 
-def sampled(asked: list[Item], most: int | None) -> list[Item]:
-    """Return at most `most` items of each first figure, chosen by hash."""
+def sampled(
+    asked: list[Any],
+    most: int | None,
+    group: Callable[[Any], str] = lambda item: item.figures[0],
+    rank: Callable[[Any], int] = lambda item: number(item.picture, item.query.prompt),
+) -> list[Any]:
+    """Return at most `most` items of each group (of each first figure), those of the lowest rank (a hash)."""
     if most is None:
         return asked
-    groups: dict[str, list[Item]] = defaultdict(list)
-    for item in sorted(asked, key=lambda i: number(i.picture, i.query.prompt)):
-        groups[item.figures[0]].append(item)
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for item in sorted(asked, key=rank):
+        groups[group(item)].append(item)
     return [item for group in groups.values() for item in group[:most]]
 
 
@@ -116,7 +121,9 @@ def answer(backbone: VisionLanguageModel, asked: list[Item], batch_size: int) ->
     return answers
 
 
-def figures(asked: list[Item], answers: list[str]) -> dict[str, dict[str, Any]]:
+def figures(
+    asked: list[Item], answers: list[str], targets: Mapping[str, float] = TARGETS
+) -> dict[str, dict[str, Any]]:
     """Return, by figure, the share of right answers (`value`), the number of questions (`n`) and the `target`."""
     scores: dict[str, list[float]] = defaultdict(list)
     for item, text in zip(asked, answers, strict=True):
@@ -125,7 +132,7 @@ def figures(asked: list[Item], answers: list[str]) -> dict[str, dict[str, Any]]:
     first = [*TYPES, "text"]
     names = sorted(scores, key=lambda f: (first.index(f) if f in first else len(first), f))
     return {
-        f: {"value": round(sum(scores[f]) / len(scores[f]), 4), "n": len(scores[f]), "target": TARGETS.get(f)}
+        f: {"value": round(sum(scores[f]) / len(scores[f]), 4), "n": len(scores[f]), "target": targets.get(f)}
         for f in names
     }
 
@@ -139,13 +146,18 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def stages_table(training: dict[str, Any]) -> str:
+    """Return how each stage of training went as a Markdown table, from what training.json says."""
+    rows = ["| stage | passes | pictures seen | minutes | pictures/s |", "|---|---:|---:|---:|---:|"]
+    for name, stage in training["stages"].items():
+        passes, rate = f"{stage['passes']:g} of {stage['of']}", stage["pictures"] / max(stage["seconds"], 1)
+        rows.append(f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |")
+    return "\n".join(rows)
+
+
 def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], holdout: Holdout) -> str:
     """Return the text of the model card."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    stages = ["| stage | passes | pictures seen | minutes | pictures/s |", "|---|---:|---:|---:|---:|"]
-    for name, stage in training["stages"].items():
-        passes, rate = f"{stage['passes']:g} of {stage['of']}", stage["pictures"] / max(stage["seconds"], 1)
-        stages.append(f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |")
     machine, origin = training["machine"], training["stages"].get("tower", {}).get("origin", "")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
     sample = scores["sample"]
@@ -159,7 +171,7 @@ def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], ho
         concepts=f"{training['concepts'] - len(holdout.concepts):,}",
         sampled="" if sample is None else f", with at most {sample} questions a figure",
         figures=table(scores["figures"]),
-        stages="\n".join(stages),
+        stages=stages_table(training),
         machine=f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads",
         n_concepts=len(holdout.concepts),
         n_artists=len(holdout.artists),

@@ -32,6 +32,8 @@ def scripts():
     """The modules of the scripts, imported as the scripts do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        import mini_runs
+        import mini_training
         import mini_vlm_data
         import mini_vlm_model
         import mini_vlm_training
@@ -40,6 +42,8 @@ def scripts():
 
         runtime.quiet_libraries()
         yield SimpleNamespace(
+            common=mini_training,
+            runs=mini_runs,
             data=mini_vlm_data,
             model=mini_vlm_model,
             training=mini_vlm_training,
@@ -50,7 +54,7 @@ def scripts():
 
 def short(scripts, name: str, **passes: int):
     """The quick recipe with fewer passes."""
-    recipe = scripts.model.read_recipe(ROOT / "scripts" / f"{name}.yaml", quick=True)
+    recipe = scripts.model.Recipe.read(ROOT / "scripts" / f"{name}.yaml", quick=True)
     stages = {stage: replace(recipe.stages[stage], passes=passes.get(stage, 1)) for stage in recipe.stages}
     return replace(recipe, stages=stages)
 
@@ -60,7 +64,7 @@ def trained(request, scripts, tmp_path_factory):
     """A run of some seconds without a stop: (name of the recipe, folder of the run)."""
     out = tmp_path_factory.mktemp(request.param)
     recipe = short(scripts, request.param, tower=4, decoder=4)
-    finished = scripts.train.train(recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.train.Stop())
+    finished = scripts.train.train(recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop())
     assert finished
     return request.param, out
 
@@ -200,7 +204,7 @@ def test_a_stop_in_every_stage_changes_no_bit(scripts, trained, tmp_path):
     recipe = short(scripts, name, tower=4, decoder=4)
     stops = 0
     while not scripts.train.train(
-        recipe, tmp_path, device=CPU, stages=scripts.model.STAGES, stop=scripts.train.Stop(steps=7)
+        recipe, tmp_path, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop(steps=7)
     ):
         stops += 1
     assert stops >= 3
@@ -235,7 +239,7 @@ def test_the_folder_loads_and_answers(scripts, trained):
     name, out = trained
     folder = folder_of(out)
     backbone = load_backbone(str(folder), device="cpu")
-    assert backbone.name == scripts.model.read_recipe(ROOT / "scripts" / f"{name}.yaml").name
+    assert backbone.name == scripts.model.Recipe.read(ROOT / "scripts" / f"{name}.yaml").name
     assert backbone.n_layers >= 6
     queries = [Query("What is this?", image=DATA / "noto" / "1f412.png", background="#b3d1ff"), Query("What is it?")]
     assert all(isinstance(text, str) for text in backbone.generate(queries, max_new_tokens=4))
@@ -267,12 +271,12 @@ def test_another_recipe_is_not_continued(scripts, trained):
     name, out = trained
     recipe = replace(short(scripts, name), seed=99)
     with pytest.raises(UserError, match="from another recipe"):
-        scripts.train.train(recipe, out, device=CPU, stages=("joint",), stop=scripts.train.Stop())
+        scripts.train.train(recipe, out, device=CPU, stages=("joint",), stop=scripts.runs.Stop())
 
 
 def test_schedule_warms_up_and_ends_at_zero(scripts):
     stage = scripts.model.Stage(passes=1, pictures=1, rate=1.0, decay=0.0, warmup=0.1)
-    rates = [scripts.training.rate_at(step, 100, stage) for step in range(100)]
+    rates = [scripts.common.rate_at(step, 100, stage) for step in range(100)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.001
@@ -281,7 +285,7 @@ def test_schedule_warms_up_and_ends_at_zero(scripts):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_real_recipes_fit_the_folder(scripts, name):
-    recipe = scripts.model.read_recipe(ROOT / "scripts" / f"{name}.yaml")
+    recipe = scripts.model.Recipe.read(ROOT / "scripts" / f"{name}.yaml")
     kb = scripts.data.load_emojikb(None, 60, 150)
     tokenizer = scripts.model.build_tokenizer(kb.texts(), recipe.vocabulary)
     adapter = scripts.model.build(recipe, tokenizer)
@@ -293,12 +297,12 @@ def test_the_real_recipes_fit_the_folder(scripts, name):
 def test_a_clip_tower_starts_from_a_blip_tower(scripts, tmp_path):
     blip, llava = tmp_path / "blip", tmp_path / "llava"
     recipe = short(scripts, "mini_blip2", tower=2)
-    assert scripts.train.train(recipe, blip, device=CPU, stages=("tower",), stop=scripts.train.Stop())
+    assert scripts.train.train(recipe, blip, device=CPU, stages=("tower",), stop=scripts.runs.Stop())
     kb = scripts.data.load_emojikb(24, 2, 4)
     ours = scripts.training.Trainee(short(scripts, "mini_llava"), kb, CPU)
     llava.mkdir()
     scripts.training.adopt_tower(ours, blip / "tower.safetensors", llava)
-    assert scripts.training.read_progress(llava, "tower").origin == "mini-blip2"
+    assert scripts.common.read_progress(llava, "tower").origin == "mini-blip2"
     theirs = scripts.training.Trainee(recipe, kb, CPU)
     theirs.load_state_dict(load_file(blip / "tower.safetensors"), strict=False)
     pixels = scripts.model.normalise(torch.rand(4, 3, 64, 64) * 255)
@@ -349,7 +353,7 @@ def test_items_ask_every_figure_of_the_issue(scripts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_quick_mode_learns(scripts, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(scripts.train.signal, "signal", lambda *_: None)  # Ctrl-C stays with pytest
+    monkeypatch.setattr(scripts.runs.signal, "signal", lambda *_: None)  # Ctrl-C stays with pytest
     recipe = ROOT / "scripts" / f"{name}.yaml"
     assert scripts.train.main([str(recipe), "--out", str(tmp_path), "--quick", "--device", "cpu"]) == 0
     scores = scripts.score.score(folder_of(tmp_path), device="cpu", sample=None, batch_size=64, errors=None)

@@ -1,0 +1,110 @@
+"""The two stages of training mini-sd: the autoencoder, then text encoder and UNet together."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mini_sd_data import Captions, Drawn, on_colour, scaled
+from mini_sd_model import Recipe, build, build_tokenizer, pipeline, scheduler
+from mini_training import BaseTrainee
+from mini_vlm_data import Pictures
+from torch import Generator, Tensor, nn
+
+KL = 1e-4  # weight of the divergence from a normal distribution, a number of the latent
+AVERAGE = 0.999  # how much of the running mean of the weights each step keeps, once there are many
+CHUNK = 64  # pictures encoded at once
+
+
+class Trainee(BaseTrainee):
+    """The three parts of Stable Diffusion, the running mean of two of them that is shipped, and the pictures.
+
+    The autoencoder learns from every drawing that is not held out, moved, made lighter or darker, and on any colour.
+    UNet and text encoder learn from the latents of `drawn.drawings` on the named backgrounds, which are made once.
+    """
+
+    def __init__(self, recipe: Recipe, drawn: Drawn, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.drawn, self.pictures = drawn, Pictures(drawn.kb, device)
+        self.tokenizer = build_tokenizer(drawn.texts())
+        self.vae, self.text_encoder, self.unet = build(recipe, self.tokenizer)
+        self.mean = copy.deepcopy(nn.ModuleDict({"text_encoder": self.text_encoder, "unet": self.unet}))
+        self.captions, self._noise = Captions(drawn, self.tokenizer), scheduler()
+        place = {key: i for i, key in enumerate(drawn.kb.drawings)}
+        self.rows = torch.tensor([place[c["id"], artist] for c, artist in drawn.drawings], device=device)
+        self._latents: Tensor | None = None
+        self.to(device)
+
+    def usable(self, stage: str) -> Tensor:
+        """Return rows of `pictures` for the autoencoder, places in `drawn.drawings` for the diffusion."""
+        return self.pictures.usable if stage == "vae" else torch.arange(len(self.rows), device=self.device)
+
+    def select(self, stage: str) -> dict[str, nn.Parameter]:
+        """Let exactly the parameters of a stage be trained and return them by name."""
+        parts = ("vae.",) if stage == "vae" else ("text_encoder.", "unet.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(parts))
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return the loss of a stage; there is nothing to be right about."""
+        loss = self.vae_loss(chosen, generator) if stage == "vae" else self.diffusion_loss(chosen, generator)
+        return loss, torch.zeros(2, 0, device=self.device)
+
+    def vae_loss(self, chosen: Tensor, generator: Generator) -> Tensor:
+        """Take pictures to latents and back: absolute and squared error, and a little divergence."""
+        pixels = scaled(self.pictures.draw(chosen, generator)[0])
+        latent = self.vae.encode(pixels).latent_dist
+        made = self.vae.decode(latent.sample(generator)).sample.float()
+        divergence = 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).mean()
+        return F.l1_loss(made, pixels) + F.mse_loss(made, pixels) + KL * divergence
+
+    def diffusion_loss(self, chosen: Tensor, generator: Generator) -> Tensor:
+        """Tell the velocity between noise and latents on a chosen background, at any time, by a caption."""
+        latents = self.latents()
+        count, device = len(chosen), self.device
+        colour = torch.randint(latents.shape[1], (count,), generator=generator, device=device)
+        ids = self.captions.encode(self.captions.write(chosen, colour, generator)).to(device)
+        clean = latents[chosen, colour]
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        steps = self._noise.config.num_train_timesteps
+        time = torch.randint(steps, (count,), generator=generator, device=device)
+        noisy, wanted = self._noise.add_noise(clean, noise, time), self._noise.get_velocity(clean, noise, time)
+        hidden = self.text_encoder(ids).last_hidden_state
+        return F.mse_loss(self.unet(noisy, time, hidden).sample.float(), wanted)
+
+    @torch.no_grad()
+    def latents(self) -> Tensor:
+        """Return the scaled latents of all drawings on all backgrounds (n, 9, 4, 16, 16), made at the first call.
+
+        Their scale, one over their standard deviation, becomes the VAE's `scaling_factor`.
+        """
+        if self._latents is None:
+            colours = [
+                torch.cat([self._encode(rows, colour) for rows in self.rows.split(CHUNK)])
+                for colour in self.drawn.grounds.values()
+            ]
+            latents = torch.stack(colours, dim=1)
+            self.vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+            self._latents = latents * self.vae.config.scaling_factor
+        return self._latents
+
+    def _encode(self, rows: Tensor, colour: str) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            latents: Tensor = self.vae.encode(on_colour(self.pictures, rows, colour)).latent_dist.mean
+        return latents
+
+    @torch.no_grad()
+    def stepped(self, stage: str, step: int) -> None:
+        """Let the running mean of the weights follow."""
+        if stage == "diffusion":
+            keep = min(AVERAGE, (1 + step) / (10 + step))
+            for name, part in self.mean.items():
+                means, values = list(part.parameters()), list(getattr(self, name).parameters())
+                torch._foreach_lerp_(means, values, 1 - keep)
+
+    def pipeline(self) -> Any:
+        """Return what is shipped: the pipeline with the running means."""
+        return pipeline(self.vae, self.mean["text_encoder"], self.tokenizer, self.mean["unet"])
