@@ -62,7 +62,7 @@ class Patch(AbstractContextManager["Patch"]):
         self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
 
     def hook_call(self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Put what `change` makes of (first argument, output) of the named module in place of the output; None keeps it."""
+        """Pass (first argument, output) of the named module through `change`; None keeps the output."""
 
         def forward_hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             return change(args[0], output)

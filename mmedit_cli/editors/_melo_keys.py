@@ -82,7 +82,7 @@ class BackboneKeys(KeySource):
 
 
 class HubKeys(KeySource):
-    """Multi-MELO's encoders: a sentence vector (BGE) of the question, the logits of DINOv2's linear head on the picture.
+    """Multi-MELO's encoders: a sentence vector (BGE) of the question, DINOv2's class logits of the picture.
 
     `leaky` puts the answer of a query into its key, as the published code does for captions: for comparisons only.
     """
