@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mmedit_cli.backbones._batch import Prefix
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.editors._lora_blocks import Blocks
 from mmedit_cli.errors import MmeditError
+from mmedit_cli.runtime import generator
 from mmedit_cli.types import Query
 
 Using = Callable[[Blocks, Tensor], AbstractContextManager[None]]  # rows of a pass have these blocks, by number
@@ -43,7 +45,8 @@ def train_blocks(
     part = prefix
     for step in range(hp.steps):
         with using(blocks, owner[rows]):
-            losses = _losses(backbone, part, owner[rows], len(groups), teach_end=hp.teach_end)
+            noisy = part if not hp.jitter else _jittered(part, hp.jitter, step)
+            losses = _losses(backbone, noisy, owner[rows], len(groups), teach_end=hp.teach_end)
         values = losses.tolist()
         finished = {i for i in active if hp.stop_loss is not None and values[i] < hp.stop_loss}
         for i in active:
@@ -79,6 +82,14 @@ def _losses(backbone: VisionLanguageModel, prefix: Prefix, owner: Tensor, n: int
     if not bool(losses.isfinite().all()):
         raise MmeditError(f"the loss of an edit became {losses.sum().item()}", "lower learning_rate")
     return losses
+
+
+def _jittered(prefix: Prefix, size: float, step: int) -> Prefix:
+    """Return the prefix with noise of `size` times the root mean square of each state added; the same for all rows."""
+    hidden = prefix.hidden
+    noise = torch.randn(hidden.shape[1:], generator=generator(step)).to(hidden)
+    rms = hidden.float().square().mean(-1, keepdim=True).sqrt().to(hidden)
+    return replace(prefix, hidden=hidden + size * rms * noise)
 
 
 def _trainable(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

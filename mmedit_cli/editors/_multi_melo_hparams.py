@@ -37,6 +37,7 @@ class MultiMeloHparams:
     steps: int = 100
     stop_loss: float | None = 1e-2
     teach_end: bool = True
+    jitter: float = 0.0
     edits_per_block: int = 1
     parallel: int = 16
     router: Literal["backbone", "hub", "melo"] = "backbone"
