@@ -73,14 +73,17 @@ def published_distance(query: Keys, rows: Keys) -> Tensor:
 class VectorIndex:
     """Rows with a key, a label and a radius; a query goes to the row whose ball it is deepest in.
 
-    With `resolve`, rows of different labels never claim the same query: a row's radius is half the distance to the
-    nearest row of another label, and `radius` at most; of two that ask the same thing (`DUPLICATE`) the newer hides
-    the older. Radii and what is hidden depend on the rows present alone: taking one out is as if it had never been.
+    With `resolve`, rows of different labels part: a row's radius is `separation` times the distance to the nearest row
+    of another label (at 0.5 no two claim the same query), and `radius` at most; of two that ask the same thing
+    (`DUPLICATE`) the newer hides the older. Radii and what is hidden depend on the rows present alone: taking one out
+    is as if it had never been.
     Without it (the published code) every radius is the same, and of equals the first wins.
     """
 
-    def __init__(self, distance: Distance, *, radius: float = 1.0, resolve: bool = True) -> None:
-        self.distance, self.radius, self.resolve = distance, radius, resolve
+    def __init__(
+        self, distance: Distance, *, radius: float = 1.0, separation: float = 0.5, resolve: bool = True
+    ) -> None:
+        self.distance, self.radius, self.separation, self.resolve = distance, radius, separation, resolve
         self.searches = 0
         self.clear()
 
@@ -131,9 +134,9 @@ class VectorIndex:
         new, every = torch.arange(first, end, device=apart.device)[:, None], torch.arange(end, device=apart.device)
         other = self._labels[first:end, None] != self._labels[:end]
         self._hidden[:end] |= (other & (apart < DUPLICATE) & (every < new)).any(0)
-        half = (apart / 2).masked_fill(~other | (apart < DUPLICATE), float("inf"))
-        self._radii[first:end] = torch.minimum(self._radii[first:end], half.amin(1))
-        self._radii[:end] = torch.minimum(self._radii[:end], half.amin(0))
+        share = (apart * self.separation).masked_fill(~other | (apart < DUPLICATE), float("inf"))
+        self._radii[first:end] = torch.minimum(self._radii[first:end], share.amin(1))
+        self._radii[:end] = torch.minimum(self._radii[:end], share.amin(0))
 
     def search(self, keys: Keys) -> Tensor:
         """Return the row each query goes to, -1 for none: (Q,). A distance equal to the radius is inside."""

@@ -43,17 +43,30 @@ class MultiMeloHparams:
     router: Literal["backbone", "hub", "melo"] = "backbone"
     mode: Literal["correct", "reference"] = "correct"
     reach: Reach = field(default_factory=Reach)
+    separation: float = 0.5
     cluster_radius: float = 75.0
     text_encoder: str = "BAAI/bge-large-en-v1.5"
     image_encoder: str = "facebook/dinov2-large-imagenet1k-1-layer"
     leaky_keys: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "scale", "learning_rate", "decay_every", "decay", "steps", "edits_per_block"):
+        for name in (
+            "rank",
+            "scale",
+            "learning_rate",
+            "decay_every",
+            "decay",
+            "steps",
+            "edits_per_block",
+            "parallel",
+            "cluster_radius",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.parallel < 1 or self.cluster_radius <= 0:
-            raise ValueError("parallel and cluster_radius must be above 0")
+        if not 0 < self.separation < 1:
+            raise ValueError(f"separation must lie between 0 and 1, not be {self.separation}: else edits hide edits")
+        if self.jitter < 0:
+            raise ValueError(f"jitter must not be below 0: {self.jitter}")
         for name in ("layers", "roles"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")

@@ -71,11 +71,12 @@ class MultiMelo(Editor):
         if hp.router == "melo":
             return ClusterIndex(hp.cluster_radius, together=published), TokenKeys(*at)
         if hp.router == "backbone":
-            return VectorIndex(within_reach(vars(hp.reach))), BackboneKeys(*at)
+            return VectorIndex(within_reach(vars(hp.reach)), separation=hp.separation), BackboneKeys(*at)
         keys = HubKeys(*at, text=hp.text_encoder, image=hp.image_encoder, leaky=hp.leaky_keys)
         if published:
             return VectorIndex(published_distance, radius=_THRESHOLD, resolve=False), keys
-        return VectorIndex(within_reach({"question": hp.reach.question, "image": hp.reach.image})), keys
+        reach = {"question": hp.reach.question, "image": hp.reach.image}
+        return VectorIndex(within_reach(reach), separation=hp.separation), keys
 
     @property
     def first_layer(self) -> int:
