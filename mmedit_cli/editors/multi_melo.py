@@ -147,11 +147,13 @@ class MultiMelo(Editor):
         gone = set(range(len(requests))) - set(kept)
         lost = {self._blocks[i] for i in gone} & {self._blocks[i] for i in kept}
         broken = {self._operation_of[i] for i in kept if self._blocks[i] in lost}
+        members_of: dict[int, list[int]] = {}
+        for i in kept:
+            members_of.setdefault(self._operation_of[i], []).append(i)
         made: list[Blocks] = []
         owner: list[int] = []
-        for operation in sorted({self._operation_of[i] for i in kept}):
-            members = [i for i in kept if self._operation_of[i] == operation]
-            before = sum(map(len, made))
+        before = 0
+        for operation, members in members_of.items():
             if operation in broken:
                 blocks, own, _ = self._train([requests[i] for i in members])
             else:
@@ -159,6 +161,7 @@ class MultiMelo(Editor):
                 blocks, own = self._bank.blocks.select(numbers), [numbers.index(self._blocks[i]) for i in members]
             made.append(blocks)
             owner += [before + i for i in own]
+            before += len(blocks)
         operations = [self._operation_of[i] for i in kept]
         self._reset()
         if keys is not None:

@@ -270,7 +270,7 @@ class _Evaluation:
             return "none" if edit_of[query] is None else "right" if edit_of[query] == own else "other"
 
         return {
-            i: {column: [verdict(q, ids[i]) for q in asked] for column, asked in case.columns()}
+            i: {c: [verdict(q, ids[i]) for q in asked] for c, asked in case.columns() if not c.startswith("needs.")}
             for i, case in zip(shard, cases, strict=True)
         }
 
