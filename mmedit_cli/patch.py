@@ -61,6 +61,14 @@ class Patch(AbstractContextManager["Patch"]):
 
         self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
 
+    def hook_call(self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Pass (first argument, output) of the named module through `change`; None keeps the output."""
+
+        def forward_hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return change(args[0], output)
+
+        self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
+
     def hook_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Pass what enters the named module (its first argument) through `change`; None keeps it."""
 

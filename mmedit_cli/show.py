@@ -67,6 +67,9 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         if len(report["retention"].get("milestones", ())) > 1:
             out.line()
             out.table(*_retention_table(report["retention"], next(iter(milestones[0]["scores"]))))
+        if "routing" in milestones[-1]:
+            out.line()
+            out.table(*_routing_table(milestones[-1]["routing"]))
         said = [[_short(str(e[k])) for k in ("case", "target", "before", "after")] for e in report["examples"]]
         if report["examples"] and report["examples"][0]["after"] is not None:
             out.line()
@@ -153,6 +156,13 @@ def _retention_table(retention: Mapping[str, Any], protocol: str) -> tuple[list[
         for cohort, row in zip(retention["cohorts"], retention[protocol]["matrix"], strict=True)
     ]
     return header, rows
+
+
+def _routing_table(routing: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): which share of the queries of each column was answered by which edit, in %."""
+    sent = ("right", "other", "none")
+    rows = [[column_name(column), *(f"{100 * shares[s]:.1f}" for s in sent)] for column, shares in routing.items()]
+    return ["answered by", "its own edit", "another", "none"], rows
 
 
 def _cell(score: Mapping[str, Any] | None, cases: int) -> str:

@@ -24,6 +24,12 @@ REQUESTS = (
 VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
     "liveedit": ((), ("variant=paper",)),
+    "lora": (("steps=20",),),
+    "multi-melo": (
+        ("steps=40",),
+        ("steps=40", "edits_per_block=2", "jitter=0.3"),
+        ("steps=40", "router=melo", "cluster_radius=1"),
+    ),
 }
 TRAINING_STEPS = 200
 FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-qwen3-vl")  # one with each thing that is special

@@ -76,6 +76,17 @@ def test_hook_changes_the_first_entry_of_a_tuple_and_keeps_the_rest():
     assert (first.item(), rest) == (20.0, "rest")
 
 
+def test_hook_call_sees_what_went_in_and_what_came_out(toy):
+    x, before = torch.ones(1, 4), snapshot(toy)
+    with Patch(toy) as patch:
+        patch.hook_call("a", lambda went, came: came + 2 * went)
+        changed = toy.a(x)
+        patch.hook_call("b", lambda *_: None)
+        assert torch.equal(toy.b(x), torch.nn.functional.linear(x, toy.b.weight, toy.b.bias))
+    assert torch.equal(changed, toy.a(x) + 2)
+    assert same(toy, before)
+
+
 def test_a_wrong_shape_changes_nothing(toy):
     before = snapshot(toy)
     with Patch(toy) as patch, pytest.raises(ValueError, match=r"a.weight: shape \(2,\) given, \(4, 4\) expected"):

@@ -98,6 +98,13 @@ class Editor(ABC):
         """
         return [bool(self.operations)] * len(queries)
 
+    def routes(self, queries: Sequence[Query]) -> list[int | None] | None:
+        """Return for each query the id of the edit that answers it, or None where the base model does.
+
+        The default returns None for the whole: only methods that send a query to one edit can say.
+        """
+        return None
+
     # -- the verbs ----------------------------------------------------------------------------------------------
 
     def edit(self, requests: Sequence[Query]) -> Edited:
@@ -111,7 +118,8 @@ class Editor(ABC):
         try:
             info = self._apply(requests, self._source(ids[0]))
         except BaseException:
-            self._replay(self.operations)
+            if not self._keep(range(len(self.requests))):
+                self._replay(self.operations)
             raise
         operation = Operation(ids, tuple(requests), info)
         self.operations.append(operation)

@@ -49,7 +49,17 @@ def _milestone(edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]])
         scope = [_scope(line["scores"][protocol]) for line in lines]
         scores[protocol]["scope"] = _mean_with_interval(scope)
     groups = len({line["group"] for line in lines})
-    return {"edits": edits_made, "groups": groups, "cases": len(lines), "short_group": short, "scores": scores}
+    routing = {"routing": _routing(lines)} if "routing" in lines[0] else {}
+    return {
+        "edits": edits_made, "groups": groups, "cases": len(lines), "short_group": short, "scores": scores, **routing,
+    }  # fmt: skip
+
+
+def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return by column which share of its queries was sent to the case's own edit, to another one, and to none."""
+    columns = dict.fromkeys(column for line in lines for column in line["routing"])
+    sent = {column: [v for line in lines for v in line["routing"].get(column, ())] for column in columns}
+    return {c: {name: vs.count(name) / len(vs) for name in ("right", "other", "none")} for c, vs in sent.items() if vs}
 
 
 def _summary(protocol: str, column: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

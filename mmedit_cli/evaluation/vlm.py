@@ -231,6 +231,7 @@ class _Evaluation:
             cases = group.cases[shard.start : shard.stop]
             before = self._base(group, shard)
             after = self._after(cases, before)
+            routing = self._routing(group, shard)
             lines = [
                 {
                     "group": group.index,
@@ -239,6 +240,7 @@ class _Evaluation:
                     "case": case.uid,
                     "type": case.type,
                     **score_case(case, before, after, self.protocol.protocols),
+                    **({} if routing is None else {"routing": routing[i]}),
                 }
                 for i, case in zip(shard, cases, strict=True)
             ]
@@ -250,6 +252,27 @@ class _Evaluation:
         queries = _distinct(cases)
         touched = [q for q, may in zip(queries, self.editor.touches(queries), strict=True) if may]
         return {**before, **self._ask(touched, cases)}
+
+    def _routing(self, group: _Group, shard: range) -> dict[int, dict[str, list[str]]] | None:
+        """Return for each case of a shard where its queries were sent, by column: to the right edit, another, or none.
+
+        None for an editor that does not send a query to one edit.
+        """
+        cases = group.cases[shard.start : shard.stop]
+        queries = _distinct(cases)
+        found = self.editor.routes(queries)
+        if found is None:
+            return None
+        ids = [i for operation in self.editor.operations for i in operation.ids]
+        edit_of = dict(zip(queries, found, strict=True))
+
+        def verdict(query: Query, own: int) -> str:
+            return "none" if edit_of[query] is None else "right" if edit_of[query] == own else "other"
+
+        return {
+            i: {c: [verdict(q, ids[i]) for q in asked] for c, asked in case.columns() if not c.startswith("needs.")}
+            for i, case in zip(shard, cases, strict=True)
+        }
 
     def _ask(self, queries: Sequence[Query], cases: Sequence[EditCase]) -> dict[Query, Answer]:
         began = time.perf_counter()
