@@ -24,6 +24,7 @@ REQUESTS = (
 VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
     "liveedit": ((), ("variant=paper",)),
+    "t-patcher": ((), ("variant=paper", "neurons=5", "steps=40", "activation_weight=1.0", "memory_weight=0.1")),
 }
 TRAINING_STEPS = 200
 FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-qwen3-vl")  # one with each thing that is special
@@ -137,8 +138,9 @@ def test_undo_of_one_edit_is_as_if_it_had_never_been(editor):
     editor.undo(ids[1:2])
     left = logits(editor.backbone)
     editor.undo()
+    editor._next_id = ids[0]  # randomness belongs to the id of an edit
     editor.edit(REQUESTS[:1])
-    editor._next_id = ids[2]  # randomness belongs to the id of an edit
+    editor._next_id = ids[2]
     editor.edit(REQUESTS[2:])
     assert torch.equal(logits(editor.backbone), left)
 
