@@ -224,6 +224,16 @@ class TrainedEditor(Editor):
         """The hyper-parameters that are chosen on held-out cases after the training, and what is tried for each."""
         return {}
 
+    def gather(self, cases: Sequence[EditCase]) -> str:
+        """Collect from the training cases what the networks are trained on besides, once, before the first step.
+
+        Returns a line that says what was found; the default collects nothing.
+        """
+        return ""
+
+    def settle(self) -> None:
+        """Fix what follows from the networks as they are; called before they are scored and kept."""
+
     @abstractmethod
     def losses(
         self,
