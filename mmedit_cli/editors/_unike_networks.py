@@ -136,7 +136,8 @@ def attend(states: Tensor, rows: Tensor, sharpness: float | None) -> Tensor:
 def blend(said: Tensor, known: Tensor, share: Tensor) -> Tensor:
     """Return what attention says, turned towards what is known, and as long as it was.
 
-    said, known, result: (R, T, D); share: (R, T), 0 changes no bit. The published code leaves a vector of length 1, which all but wipes the branch out.
+    said, known, result: (R, T, D); share: (R, T), 0 changes no bit. The published code leaves a vector of length 1,
+    which all but wipes the branch out.
     """
     turned = F.normalize(known, dim=-1) * said.norm(dim=-1, keepdim=True)
     return said + share[..., None] * (turned - said)

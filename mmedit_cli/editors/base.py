@@ -45,7 +45,8 @@ class Editor(ABC):
     """Changes the answers of one backbone; edits add up until they are undone.
 
     `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
-    cached; None if the image features change too. `hparams` is an instance of the class's own `Hparams`.
+    cached; None if what enters the first changes too, the image features or the prompt. `hparams` is an instance of
+    the class's own `Hparams`.
     """
 
     name: ClassVar[str]
@@ -63,7 +64,7 @@ class Editor(ABC):
     @property
     @abstractmethod
     def first_layer(self) -> int | None:
-        """The decoder layer below which nothing ever changes, or None."""
+        """The decoder layer below which nothing ever changes; None if what enters the language model changes."""
 
     @abstractmethod
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class Unike(TrainedEditor):
                 present = self._moved(new, decoder)
                 self._attach(patch, lambda _: self._training_route(prefix, edits, present))
                 each, right = _answer_losses(backbone.resume(prefix, at), labels, at)
+                total = each.sum()
             for i in open_rows.nonzero()[:, 0].tolist():
                 courses[i].append(each[i].item())
             # what is learned is what stood when it was good enough, whoever else is still learning
@@ -126,7 +127,7 @@ class Unike(TrainedEditor):
             open_rows = open_rows & ~(right & (each < hp.stop_loss))
             if step == hp.steps or not open_rows.any():
                 break
-            gradients = torch.autograd.grad(each.sum(), trained, allow_unused=True)
+            gradients = torch.autograd.grad(total, trained, allow_unused=True)
             norm = sum(g.square().flatten(1).sum(1) for g in gradients[: len(new)] if g is not None).sqrt()
             scale = (hp.clip / norm.clamp(min=1e-12)).clamp(max=1.0)
             for i, (parameter, gradient) in enumerate(zip(trained, gradients, strict=True)):
@@ -398,7 +399,7 @@ class Unike(TrainedEditor):
 
 
 def _answer_losses(logits: Tensor, labels: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross entropy of each row and whether all of it is right, (B,); logits: (n, V), of `at` (B, T)."""
+    """Return the mean cross entropy of each row and whether all is right, (B,); logits: (n, V), of `at` (B, T)."""
     wanted, row = labels[at], at.nonzero()[:, 0]
     each = F.cross_entropy(logits.float(), wanted, reduction="none")
     zeros = each.new_zeros(len(at))
