@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones._batch import Batch, Prefix
-from mmedit_cli.editors._neurons import Neurons, Site, fields, respond
+from mmedit_cli.editors._neurons import Neurons
 from mmedit_cli.editors._unike_hparams import UnikeHparams
-from mmedit_cli.editors._unike_networks import UnikeNetworks, attend, blend
+from mmedit_cli.editors._unike_memory import Memories, Route
+from mmedit_cli.editors._unike_networks import UnikeNetworks
 from mmedit_cli.editors._unike_training import Triples, encoder_losses, gather, last, scope_loss, states
 from mmedit_cli.editors.base import TrainedEditor
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
@@ -22,20 +22,6 @@ from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
 
 _TOGETHER = 32  # requests of one operation whose neurons are trained side by side
-
-
-@dataclass(frozen=True)
-class Route:
-    """What is added to the rows (R,) of a batch.
-
-    neurons: for each layer, (R, n, D) or (n, D) for all rows; known: (S, R, K, D), the rows of knowledge that were
-    retrieved, or None; query: (R, D), the states of the questions they were retrieved for.
-    """
-
-    rows: Tensor
-    neurons: Sequence[Neurons]
-    known: Tensor | None
-    query: Tensor
 
 
 class Unike(TrainedEditor):
@@ -58,14 +44,12 @@ class Unike(TrainedEditor):
         hp, backbone = self.hparams, self.backbone
         if hp.layers > backbone.n_layers:
             raise HparamsError(f"layers {hp.layers}: {backbone.name} has {backbone.n_layers}")
-        self._scoped = hp.mode == "scoped"
-        self._layer = backbone.n_layers - hp.layers
-        self._sites = [Site(backbone, number) for number in range(self._layer, backbone.n_layers)]
-        self._shapes = fields(backbone.width, gated=self._sites[0].gated and not self._scoped)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.networks = UnikeNetworks(backbone.width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
+        self._memories = Memories(backbone, self.networks, hp)
+        self._scoped, self._layer = self._memories.scoped, self._memories.layer
         self._triples: Triples | None = None
         self._patch = Patch(backbone.model)
         self._parts: list[dict[str, Tensor]] = []  # the edits of each operation
@@ -111,13 +95,18 @@ class Unike(TrainedEditor):
         if hp.collaboration and not self._scoped:  # published: the map back from the encoding is learned in each edit
             decoder = nn.Parameter(torch.zeros(hp.layers, backbone.width, hp.truth_dim, device=backbone.device))
         trained = [*new.values(), *([] if decoder is None else [decoder])]
-        optimizer = torch.optim.Adam(trained, lr=hp.learning_rate)
+        # a step of Adam is as long whatever it is taken on: as a share of a key, which is short, it would be too long
+        size_of_key = new["keys"].detach().norm(dim=-1).mean().item()
+        rates = [hp.learning_rate * (size_of_key if k in ("keys", "up") else 1.0) for k in new]
+        rates += [hp.learning_rate] * (len(trained) - len(new))
+        optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(trained, rates, strict=True)])
         final, courses = self._moved(new, decoder), [[] for _ in range(size)]  # type: ignore[var-annotated]
         open_rows = torch.ones(size, dtype=torch.bool, device=at.device)
         for step in range(hp.steps + 1):
             with torch.enable_grad(), Patch(backbone.model) as patch:
                 present = self._moved(new, decoder)
-                self._attach(patch, lambda _: self._training_route(prefix, edits, present))
+                route = self._training_route(prefix, edits, present)
+                self._memories.attach(patch, lambda _, route=route: route)  # type: ignore[misc]
                 each, right = _answer_losses(backbone.resume(prefix, at), labels, at)
                 total = each.sum()
             for i in open_rows.nonzero()[:, 0].tolist():
@@ -133,13 +122,26 @@ class Unike(TrainedEditor):
             for i, (parameter, gradient) in enumerate(zip(trained, gradients, strict=True)):
                 own = _beside(scale, parameter) if i < len(new) else scale[0]
                 parameter.grad = None if gradient is None else own * gradient
-            optimizer.param_groups[0]["lr"] = hp.learning_rate * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
             optimizer.step()
         return {k: t.detach() for k, t in final.items()}, courses
 
+    def _training_route(self, prefix: Prefix, edits: Mapping[str, Tensor], new: Neurons) -> Route:
+        """Return what a request is routed to while it is learned: itself, and as published all earlier ones."""
+        batch, size = prefix.batch, len(prefix.batch.queries)
+        sem, pos = edits["sem"][:, None], edits["pos"][:, None]
+        if not self._scoped and self._parts:
+            before = self._present
+            sem = torch.cat((before["sem"][None], sem), 1)
+            pos = torch.cat((before["pos"][None], pos), 1)
+            new = {k: torch.cat((before[k], t)) for k, t in new.items()} if new["bias"].shape[2] else before
+        rows = torch.arange(size, device=batch.input_ids.device)
+        return self._memories.route(rows, prefix.hidden[last(batch.prompt_mask)].float(), sem, pos, new)
+
     def _blank(self, size: int, count: int) -> dict[str, Tensor]:
         shape = (size, self.hparams.layers, count)
-        return {k: torch.zeros(*shape, *s, device=self.backbone.device) for k, s in self._shapes.items()}
+        return {k: torch.zeros(*shape, *s, device=self.backbone.device) for k, s in self._memories.shapes.items()}
 
     @torch.no_grad()
     def _initial(self, prefix: Prefix, edits: dict[str, Tensor], at: Tensor, source: Generator) -> dict[str, Tensor]:
@@ -147,9 +149,9 @@ class Unike(TrainedEditor):
         hp, backbone = self.hparams, self.backbone
         new, seen = self._blank(len(at), hp.neurons), []  # type: ignore[var-annotated]
         with Patch(backbone.model) as patch:
-            for site in self._sites:
+            for site in self._memories.sites:
                 site.hook(patch, seen.append)
-            self._attach(patch, lambda _: self._training_route(prefix, edits, self._blank(len(at), 0)))
+            self._memories.attach(patch, lambda _: self._training_route(prefix, edits, self._blank(len(at), 0)))
             backbone.advance(prefix, backbone.n_layers)
         for s, entering in enumerate(seen):
             for i, row in enumerate(entering):
@@ -176,7 +178,7 @@ class Unike(TrainedEditor):
         self._keys += [(request.image, request.background, request.prompt) for request in requests]
         self._edits, self._prefilled = {}, None
         self._patch.undo()
-        self._attach(self._patch, self._routed)
+        self._memories.attach(self._patch, self._routed)
 
     @property
     def _present(self) -> dict[str, Tensor]:
@@ -199,91 +201,7 @@ class Unike(TrainedEditor):
         self._patch.undo()
         self._parts, self._keys, self._edits, self._prefilled = [], [], {}, None
 
-    # -- both memories at work ------------------------------------------------------------------------------------
-
-    def _attach(self, patch: Patch, route_of: Callable[[Tensor], Route | None]) -> None:
-        """Have the layers use both memories; what enters the first of them, (B, T, D), says what it is routed to."""
-        anchors, present = self.backbone.anchors, [None]  # type: ignore[var-annotated]
-
-        def enter(hidden: Tensor) -> None:
-            present[0] = route_of(hidden)
-
-        def external(s: int) -> tuple[Callable[[Tensor], None], Callable[[Tensor], Tensor | None]]:
-            entered: list[Tensor] = []
-
-            def change(said: Tensor) -> Tensor | None:
-                asking, route = entered.pop(), present[0]
-                if route is None or route.known is None:
-                    return None
-                new = self._resort(s, asking[route.rows].float(), said[route.rows].float(), route)
-                return said.index_copy(0, route.rows, new.to(said.dtype))
-
-            return entered.append, change
-
-        def intrinsic(s: int, entering: Tensor) -> Tensor | None:
-            route = present[0]
-            if route is None or not route.neurons[s]["bias"].shape[-1]:
-                return None
-            act = F.relu if self._scoped else self._sites[s].act
-            more = respond(entering[route.rows], route.neurons[s], act)
-            return torch.zeros_like(entering).index_copy(0, route.rows, more)
-
-        patch.hook_input(anchors.path("layer", self._layer), enter)
-        for s, site in enumerate(self._sites):
-            before, after = external(s)
-            patch.hook_input(anchors.path("attn", site.layer), before)
-            patch.hook(anchors.path("attn", site.layer), after)
-            site.hook(patch, lambda entering, s=s: intrinsic(s, entering))  # type: ignore[misc]
-
-    def _resort(self, s: int, asking: Tensor, said: Tensor, route: Route) -> Tensor:
-        """Return what attention says, turned towards what is known (eq. 7 to 9): (R, T, D) twice -> (R, T, D)."""
-        assert route.known is not None
-        known = attend(asking, route.known[s], self.hparams.sharpness if self._scoped else None)
-        if self.hparams.collaboration:
-            meant = self.networks.semantic[s](known)
-            share = F.cosine_similarity(meant, route.query[:, None], dim=-1).clamp(0, 1)
-        else:
-            share = torch.full_like(said[..., 0], self.hparams.share)
-        return blend(said, known, share)
-
-    def recall(self, query: Tensor, sem: Tensor, pos: Tensor) -> Tensor:
-        """Return the knowledge nearest to questions by cosine, that of edits included: (S, R, K, D).
-
-        query: (R, D); the edits each row may use: sem (R, M, D), pos (R, M, S, D).
-        """
-        networks = self.networks
-        rows = int(networks.rows)
-        asked = F.normalize(query, dim=-1)
-        near = asked @ F.normalize(networks.sem[:rows].float(), dim=-1).T
-        near = torch.cat((near, torch.einsum("rd,rmd->rm", asked, F.normalize(sem, dim=-1))), 1)
-        picked = near.topk(min(self.hparams.top_k, near.shape[1]), 1).indices  # (R, K)
-        own = picked >= rows
-        place = (picked - rows).clamp(min=0)[..., None, None].expand(-1, -1, *pos.shape[2:])
-        of_edits = pos.gather(1, place).permute(2, 0, 1, 3)
-        if not rows:
-            return of_edits
-        return torch.where(own[None, ..., None], of_edits, networks.pos[:, picked.clamp(max=rows - 1)].float())
-
-    def _training_route(self, prefix: Prefix, edits: Mapping[str, Tensor], new: Neurons) -> Route:
-        """Return what a request is routed to while it is learned: itself, and as published all earlier ones."""
-        batch, size = prefix.batch, len(prefix.batch.queries)
-        sem, pos = edits["sem"][:, None], edits["pos"][:, None]
-        if not self._scoped and self._parts:
-            before = self._present
-            sem = torch.cat((before["sem"][None], sem), 1)
-            pos = torch.cat((before["pos"][None], pos), 1)
-            new = {k: torch.cat((before[k], t)) for k, t in new.items()} if new["bias"].shape[2] else before
-        rows = torch.arange(size, device=batch.input_ids.device)
-        return self._route(rows, prefix.hidden[last(batch.prompt_mask)].float(), sem, pos, new)
-
-    def _route(self, rows: Tensor, query: Tensor, sem: Tensor, pos: Tensor, neurons: Neurons) -> Route:
-        """neurons: (R, S, n, ...), in the reference (E, S, n, ...) for all rows."""
-        known = self.recall(query, sem, pos) if self.hparams.external else None
-        layers = range(self.hparams.layers)
-        each = [{k: neurons[k][:, s] for k in self._shapes} for s in layers]
-        if not self._scoped:
-            each = [{k: t.flatten(0, 1) for k, t in layer.items()} for layer in each]
-        return Route(rows, each, known, query)
+    # -- which edit a query is about ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _routed(self, hidden: Tensor) -> Route | None:
@@ -306,13 +224,13 @@ class Unike(TrainedEditor):
         if not self._scoped:
             rows, size = torch.arange(len(hidden), device=hidden.device), len(hidden)
             sem, pos = (edits[name].expand(size, *edits[name].shape) for name in ("sem", "pos"))
-            return self._route(rows, query, sem, pos, edits)
+            return self._memories.route(rows, query, sem, pos, edits)
         about = self.about(hidden, batch)
         rows = (about >= 0).nonzero()[:, 0]
         if not len(rows):
             return None
         own = {name: tensor[about[rows]] for name, tensor in edits.items()}
-        return self._route(rows, query[rows], own["sem"][:, None], own["pos"][:, None], own)
+        return self._memories.route(rows, query[rows], own["sem"][:, None], own["pos"][:, None], own)
 
     @torch.no_grad()
     def about(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -390,7 +308,7 @@ class Unike(TrainedEditor):
             return
         hp, width, size = self.hparams, self.backbone.width, len(requests)
         count = hp.neurons if hp.intrinsic else 0
-        wanted = {k: (size, hp.layers, count, *shape) for k, shape in self._shapes.items()}
+        wanted = {k: (size, hp.layers, count, *shape) for k, shape in self._memories.shapes.items()}
         wanted |= {"scope": (size, 2 * self.networks.scope.features), "sem": (size, width)}
         wanted |= {"pos": (size, hp.layers, width)}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
