@@ -216,8 +216,8 @@ class TPatcher(Editor):
             if step % 25 == 24:
                 schedule.step(course[-1])
             if step >= 100 and right:
-                better = float(kept) < best * (1 - 1e-3)
-                best, patience = min(best, float(kept)), 0 if better else patience + 1
+                better = kept.item() < best * (1 - 1e-3)
+                best, patience = min(best, kept.item()), 0 if better else patience + 1
                 if patience > 1:
                     break
         return course
