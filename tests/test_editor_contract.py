@@ -24,7 +24,8 @@ REQUESTS = (
 VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
     "liveedit": ((), ("variant=paper",)),
-    "unike": ((), ("mode=reference",)),
+    # as published edits disturb each other: with longer steps the last of three unteaches the second
+    "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
     "t-patcher": ((), ("variant=paper", "neurons=5", "steps=40", "activation_weight=1.0", "memory_weight=0.1")),
 }
 TRAINING_STEPS = 200

@@ -23,6 +23,7 @@ class UnikeTraining:
     alternatives: int = 0
     others: int = 0
     validate_every: int = 500
+    calibrate: bool = True
     validation_cases: int = 64
 
     def __post_init__(self) -> None:
