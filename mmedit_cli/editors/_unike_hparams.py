@@ -23,7 +23,6 @@ class UnikeTraining:
     alternatives: int = 0
     others: int = 0
     validate_every: int = 500
-    calibrate: bool = True
     validation_cases: int = 64
 
     def __post_init__(self) -> None:

@@ -262,9 +262,8 @@ class Unike(TrainedEditor):
 
     @property
     def calibrated(self) -> Mapping[str, Sequence[float]]:
-        """The threshold of the scope, unless it is given; as published there is none."""
-        wanted = self._scoped and self.hparams.training.calibrate
-        return {"threshold": (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0)} if wanted else {}
+        """The threshold of the scope; as published there is none."""
+        return {"threshold": (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0)} if self._scoped else {}
 
     def gather(self, cases: Sequence[EditCase]) -> str:
         """Build the bank of knowledge from what the model gets wrong among the requests of these cases."""
