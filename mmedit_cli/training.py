@@ -74,6 +74,8 @@ def train_networks(
     shown = [*(case for variants in taught for case in variants), *held_out]
     everything = [q for case in shown for _, qs in case.columns() for q in qs]
     with editor.backbone.keeping(editor.first_layer, everything, group=how.batch_size, budget=how.cache_bytes):
+        if found := editor.gather(cases):
+            how.say(found)
         training = _Training(editor, taught, held_out, run, how)
         how.tick("steps", training.progress.step)
         training.go_on()
@@ -236,6 +238,7 @@ class _Training:
 
     def _validate(self) -> dict[str, float]:
         """Score the held-out cases; keep the networks if they are the best so far."""
+        self.editor.settle()
         progress, scores = self.progress, self._scores()
         score = statistics.fmean(scores.values())
         self.run.append("log", [{"step": progress.step, "score": score, "scores": scores}])

@@ -14,6 +14,7 @@ _IN_LAYER = {
     "ffn_gate": ("mlp.gate_proj",),
     "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1"),
     "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2"),
+    "ffn_act": ("mlp.act_fn", "mlp.activation_fn", "activation_fn"),
     "attn": ("self_attn",),
     "attn_q": ("self_attn.q_proj",),
     "attn_k": ("self_attn.k_proj",),
@@ -32,7 +33,8 @@ _NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
 class Anchors:
     """Resolves roles such as `ffn_out` to module paths of one model.
 
-    Roles with a layer: layer, ffn_gate (gated networks), ffn_in, ffn_out, attn, attn_q, attn_k, attn_v, attn_out.
+    Roles with a layer: layer, ffn_gate (gated networks), ffn_in, ffn_out, ffn_act, attn, attn_q, attn_k, attn_v,
+    attn_out.
     Roles without: vision, connector, projector, norm, head.
     """
 

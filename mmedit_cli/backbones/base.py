@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -25,6 +25,7 @@ class VisionLanguageModel(ABC):
     """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
 
     `passing` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
+    `rewrite` is what an editor that works in the context does to every query before it is encoded; else None.
     """
 
     family: ClassVar[str]
@@ -46,6 +47,7 @@ class VisionLanguageModel(ABC):
         self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
         self._encode = lru_cache(maxsize=1 << 16)(self._tokenize)  # a query is asked at every milestone
         self.passing: Batch | None = None
+        self.rewrite: Callable[[Query], Query] | None = None
         self._kept: Kept | None = None
 
     # -- what a family has to say -------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ class VisionLanguageModel(ABC):
 
         The answer tokens are those that prompt + answer has more than the prompt alone (LiveEdit, evaluation code).
         """
-        return self._encode(query, with_answer)
+        return self._encode(query if self.rewrite is None else self.rewrite(query), with_answer)
 
     def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
         prompt = query.prompt

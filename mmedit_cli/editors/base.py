@@ -45,7 +45,8 @@ class Editor(ABC):
     """Changes the answers of one backbone; edits add up until they are undone.
 
     `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
-    cached; None if the image features change too. `hparams` is an instance of the class's own `Hparams`.
+    cached; None if what enters the first changes too, the image features or the prompt. `hparams` is an instance of
+    the class's own `Hparams`.
     """
 
     name: ClassVar[str]
@@ -63,7 +64,7 @@ class Editor(ABC):
     @property
     @abstractmethod
     def first_layer(self) -> int | None:
-        """The decoder layer below which nothing ever changes, or None."""
+        """The decoder layer below which nothing ever changes; None if what enters the language model changes."""
 
     @abstractmethod
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
@@ -231,6 +232,16 @@ class TrainedEditor(Editor):
     def calibrated(self) -> Mapping[str, Sequence[float]]:
         """The hyper-parameters that are chosen on held-out cases after the training, and what is tried for each."""
         return {}
+
+    def gather(self, cases: Sequence[EditCase]) -> str:
+        """Collect from the training cases what the networks are trained on besides, once, before the first step.
+
+        Returns a line that says what was found; the default collects nothing.
+        """
+        return ""
+
+    def settle(self) -> None:
+        """Fix what follows from the networks as they are; called before they are scored and kept."""
 
     @abstractmethod
     def losses(
