@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets"},
+    {"backbones", "datasets", "covariance"},
     {"editors"},
     {"evaluation", "training"},
     {"workflows", "training_runs", "doctor", "show", "gallery"},

@@ -9,7 +9,7 @@ import torch
 
 from mmedit_cli.backbones._tiny import spread
 
-_WORDS = """
+WORDS = """
 a an the of in on with and photo good picture image drawing shown photograph dog cat toy teapot boot backpack
 stuffed animal red blue green yellow snow beach jungle table forest background my sks is
 """.split()  # noqa: SIM905
@@ -31,7 +31,7 @@ def tokenizer() -> Any:
     trainer = trainers.BpeTrainer(  # ends are named, so that their ids, and with them ties, are always the same
         vocab_size=10_000, end_of_word_suffix=_SUFFIX, special_tokens=ends, show_progress=False
     )
-    bpe.train_from_iterator([" ".join(_WORDS)], trainer)
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     spelled = (*letters, *ends, *(a + b for a, b in merges))
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys((_START, _END, *spelled)))}
