@@ -135,12 +135,12 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     if entry is None and folder.exists():
         return ModelRef(folder.resolve().name, _family(folder), folder, fingerprint(folder))
     repo = entry.repo if entry is not None and entry.repo else name
-    folder = _from_hub(repo, revision)
+    folder = hub_folder(repo, revision)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
     return ModelRef(short, _family(folder), folder, fingerprint(folder))
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def hub_folder(repo: str, revision: str | None) -> Path:
     """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -61,6 +61,14 @@ class Patch(AbstractContextManager["Patch"]):
 
         self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
 
+    def hook_call(self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Pass what enters the named module (its first argument) and its output through `change`; None keeps it."""
+
+        def forward_hook(_module: nn.Module, inputs: Any, output: Any) -> Any:
+            return change(inputs[0], output)
+
+        self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
+
     def hook_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Pass what enters the named module (its first argument) through `change`; None keeps it."""
 
