@@ -52,6 +52,7 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     def __init__(self, model: StableDiffusion, hparams: Any, *, seed: int = 0) -> None:
         self.model, self.hparams, self.seed = model, hparams, seed
         self.concepts: dict[str, Learned] = {}
+        self.identifiers: set[str] = set()  # words that concepts have been given
 
     # -- what a method has to say -------------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
         """Put a concept that was learned into the model; raise StateError if it does not fit."""
         self._check_free(learned.token)
         self._attach(learned)
+        self.identifiers.add(learned.facts.get("identifier", learned.token))
         self.concepts[learned.token] = learned
 
     def remove(self, token: str) -> Learned:

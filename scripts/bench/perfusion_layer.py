@@ -2,8 +2,8 @@
 
     python scripts/bench/perfusion_layer.py [--rounds 60] [--dtype float32]
 
-One thread. `edited` is a Linear with the hook that Perfusion puts on it, with one concept and with two; similarities and
-gates are shared by all layers and computed once for a prompt, so they are timed on their own (`gates`). The sides run
+One thread. Edited is a Linear with the hook that Perfusion puts on it, with one concept and with two; similarities
+and gates are shared by all layers and computed once for a prompt, so they are timed on their own. The sides run
 interleaved; CPU times, median and least of the rounds.
 """
 
