@@ -23,6 +23,7 @@ class Entry:
     summary: str
 
 
+DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
 _TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
@@ -31,8 +32,8 @@ MODELS = {
     "tiny-qwen2-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen2.5-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen3-vl": Entry("qwen-vl", None, _TINY),
-    "tiny-sd": Entry("stable-diffusion", None, _TINY),
-    "tiny-sdxl": Entry("stable-diffusion", None, _TINY),
+    "tiny-sd": Entry(DRAWS, None, _TINY),
+    "tiny-sdxl": Entry(DRAWS, None, _TINY),
     "blip2-opt-2.7b": Entry("blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"),
     "blip2-opt-6.7b": Entry("blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"),
     "llava-1.5-7b": Entry("llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"),
@@ -45,14 +46,12 @@ MODELS = {
     "qwen3-vl-4b": Entry("qwen-vl", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL 4B (36 layers)"),
     "qwen3-vl-8b": Entry("qwen-vl", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL 8B (36 layers)"),
     "qwen3-vl-32b": Entry("qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"),
-    "stable-diffusion-v1-4": Entry(
-        "stable-diffusion", "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"
-    ),
+    "stable-diffusion-v1-4": Entry(DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"),
     "stable-diffusion-v1-5": Entry(
-        "stable-diffusion", "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 px"
+        DRAWS, "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 px"
     ),
-    "stable-diffusion-2-1": Entry("stable-diffusion", "stabilityai/stable-diffusion-2-1", "SD 2.1, 768 px"),
-    "sdxl-1.0": Entry("stable-diffusion", "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 px"),
+    "stable-diffusion-2-1": Entry(DRAWS, "stabilityai/stable-diffusion-2-1", "SD 2.1, 768 px"),
+    "sdxl-1.0": Entry(DRAWS, "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 px"),
 }
 
 DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where no model is named
@@ -64,8 +63,8 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "qwen2_vl": "qwen-vl",
     "qwen2_5_vl": "qwen-vl",
     "qwen3_vl": "qwen-vl",
-    "StableDiffusionPipeline": "stable-diffusion",
-    "StableDiffusionXLPipeline": "stable-diffusion",
+    "StableDiffusionPipeline": DRAWS,
+    "StableDiffusionXLPipeline": DRAWS,
 }
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
@@ -115,7 +114,7 @@ def default_model(names: Sequence[str] = DEFAULTS) -> str:
 
 def patterns(repo: str) -> tuple[str, ...]:
     """Return which files of a hub repository are fetched."""
-    pipelines = [entry.repo for entry in MODELS.values() if entry.family == "stable-diffusion"]
+    pipelines = [entry.repo for entry in MODELS.values() if entry.family == DRAWS]
     return PIPELINE_FILES if repo in pipelines else FILES
 
 

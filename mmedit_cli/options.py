@@ -24,8 +24,8 @@ DrawingModel = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A text-to-image model: a name of `mmedit list`, a folder of diffusers, or a hub id. [default: one that "
-        "comes along]",
+        help="A text-to-image model of `mmedit list`, a folder of diffusers, or a hub id. [default: one that comes "
+        "along]",
         show_default=False,
     ),
 ]

@@ -17,7 +17,7 @@ ROWS = (
     {"backbones", "datasets", "covariance"},
     {"editors", "personalizers"},
     {"evaluation", "training"},
-    {"workflows", "training_runs", "doctor", "show", "gallery"},
+    {"workflows", "training_runs", "doctor", "show", "gallery", "concepts", "drawing"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
