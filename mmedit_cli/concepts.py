@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from mmedit_cli import registry
-from mmedit_cli.errors import DataError, StateError, near_miss
+from mmedit_cli.errors import DataError, StateError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.records import write_atomic
+from mmedit_cli.runtime import resolve_device
 from mmedit_cli.types import Concept
 
 if TYPE_CHECKING:
@@ -97,6 +98,16 @@ class ConceptFolder:
                 raise StateError(f"{self.folder}: {what}", "choose another folder for another method or model")
         if token in self.tokens and not force:
             raise StateError(f"{self.folder}: {token} is there already", "another token, or --force to replace it")
+        others = [other for other in self.tokens if other != token]
+        if others and not registry.personalizers.get(editor).several:
+            raise StateError(f"{self.folder}: holds {others[0]}, and {editor} one concept", "choose another folder")
+
+    def check_covariance(self, covariance: Covariance, token: str) -> None:
+        """Raise StateError if a concept beside `token` was learned with another covariance: they could not mix."""
+        for entry in self.entries:
+            if entry["token"] != token and entry.get("covariance") != covariance.digest:
+                raise StateError(f"{self.folder}: {entry['token']} was learned with another covariance",
+                                 "name that with --covariance, or choose another folder")  # fmt: skip
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -220,15 +231,19 @@ def learn_concept(options: LearnOptions, out: Output) -> dict[str, Any]:
     if len(concept.images) not in _USUAL:
         out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
     out.note(f"loading {ref.name}")
-    model = load_stable_diffusion(ref, device=options.device, dtype=options.dtype)
-    needs = {"covariance": covariance_for(model, options.covariance, out)} if cls.name == "perfusion" else {}
+    model = load_stable_diffusion(ref, device=options.device, dtype=_training_dtype(options))
+    needs, more = {}, {}
+    if cls.name == "perfusion":
+        needs["covariance"] = covariance_for(model, options.covariance, out)
+        folder.check_covariance(needs["covariance"], concept.token)
+        more["covariance"] = needs["covariance"].digest
     personalizer = cls(model, hparams, seed=options.seed, **needs)
     started = time.perf_counter()
     with folder.writing():
         folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
         with out.progress({"steps": personalizer.steps}) as tick:
             learned = personalizer.learn(concept, tick=lambda n: tick("steps", n))
-        info = {**learned.info, "seconds": round(time.perf_counter() - started, 3)}
+        info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
         return folder.put(personalizer, concept, _findable(options.model), info)
 
 
@@ -246,6 +261,14 @@ def covariance_for(model: StableDiffusion, path: Path | None, out: Output) -> Co
     found = moments.Covariance.load(path or usual)
     moments.check(found, model)
     return found
+
+
+def _training_dtype(options: LearnOptions) -> str:
+    """Return the number format to learn in; raise UserError for one that loses small gradients."""
+    if options.dtype == "float16":
+        raise UserError("--dtype float16: small gradients vanish in it", "learn in bfloat16 or float32; draw in any")
+    on_cpu = resolve_device(options.device).type == "cpu"
+    return options.dtype if options.dtype != "auto" or on_cpu else "bfloat16"
 
 
 def _findable(model: str) -> str:

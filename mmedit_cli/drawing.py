@@ -48,9 +48,10 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """The pictures of one prompt, by one side: `base` or `edited`."""
+    """The pictures of one prompt, by one side: `base` or `edited`; `said` is what the model was told."""
 
     prompt: str
+    said: str
     side: str
     seeds: tuple[int, ...]
     images: tuple[Any, ...]
@@ -117,26 +118,34 @@ def _rows(
     model: StableDiffusion, folder: ConceptFolder | None, options: DrawOptions, sampling: Sampling, tick: Any
 ) -> list[Row]:
     """Draw everything; both sides in the same batches, so that what an edit leaves alone is the same bit for bit."""
-    from mmedit_cli.backbones._prompts import Word
-
     prompts = [prompt for prompt in options.prompts for _ in options.seeds]
     seeds = list(options.seeds) * len(options.prompts)
     sides: dict[str, list[Any]] = {}
-    if options.compare and folder is not None:
-        model.words |= {entry["token"]: Word(entry["superclass"]) for entry in folder.entries}
-        sides["base"] = model.generate(prompts, seeds, sampling, tick=tick)
-        model.words.clear()
-    if folder is None:
-        sides["base"] = model.generate(prompts, seeds, sampling, tick=tick)
-    else:
+    if options.compare or folder is None:
+        plain = [_plain(prompt, folder) for prompt in prompts]
+        sides["base"] = model.generate(plain, seeds, sampling, tick=tick)
+    if folder is not None:
         with folder.load(model, overrides=options.overrides):
             sides["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
     count = len(options.seeds)
     return [
-        Row(prompt, side, options.seeds, tuple(images[i * count : (i + 1) * count]))
+        Row(
+            prompt,
+            _plain(prompt, folder) if side == "base" else prompt,
+            side,
+            options.seeds,
+            tuple(images[i * count : (i + 1) * count]),
+        )
         for i, prompt in enumerate(options.prompts)
         for side, images in sides.items()
     ]
+
+
+def _plain(prompt: str, folder: ConceptFolder | None) -> str:
+    """Return a prompt with the plain word for each concept."""
+    for entry in [] if folder is None else folder.entries:
+        prompt = prompt.replace(entry["token"], entry["superclass"])
+    return prompt
 
 
 def write(rows: Sequence[Row], output: Path, facts: dict[str, Any]) -> list[Path]:
@@ -151,7 +160,7 @@ def write(rows: Sequence[Row], output: Path, facts: dict[str, Any]) -> list[Path
     for row in rows:
         for seed, image in zip(row.seeds, row.images, strict=True):
             files.append(output / f"{prompts.index(row.prompt):03d}-{seed}-{row.side}.png")
-            write_atomic(files[-1], _encoded(image, ".png", {**facts, "prompt": row.prompt, "seed": seed}))
+            write_atomic(files[-1], _encoded(image, ".png", {**facts, "prompt": row.said, "seed": seed}))
     return files
 
 
@@ -165,7 +174,7 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
     several = len({row.side for row in rows}) > 1
     texts = []
     for row in rows:
-        words = f"{row.side}: {row.prompt}" if several else row.prompt
+        words = f"{row.side}: {row.said}" if several else row.said
         texts.append(textwrap.wrap(words, max(8, (width - 2 * GAP) // 7)) or [""])
     heights = [len(lines) * LINE + LINE + side + GAP for lines in texts]
     whole = Image.new("RGB", (width, GAP + sum(heights)), "white")

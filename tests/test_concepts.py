@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.concepts import ConceptFolder, LearnOptions, learn_concept, photos_in
-from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, UnknownName
+from mmedit_cli.covariance import Covariance, default_path
+from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, UnknownName, UserError
 from mmedit_cli.output import Output
 from mmedit_cli.types import Concept
 
@@ -25,8 +26,6 @@ def cache(tmp_path_factory, monkeypatch):
     """A place where the covariance is found, so that it need not be computed."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MMEDIT_CACHE", str(folder))
-    from mmedit_cli.covariance import Covariance, default_path
-
     model = load_stable_diffusion("tiny-sd", device="cpu")
     path = default_path(model)
     path.parent.mkdir()
@@ -107,6 +106,19 @@ def test_one_method_and_one_model_a_folder(learn, tmp_path):
     assert (tmp_path / "mine" / "index.json").read_bytes() == before
 
 
+def test_a_second_concept_that_could_not_be_drawn_with_the_first_is_not_learned(learn, tmp_path, cache):
+    learn()
+    (path,) = (cache / "covariance").glob("*")
+    found = Covariance.load(path)
+    Covariance(found.matrix + torch.ones(32, 32), source=found.source).save(path)
+    with pytest.raises(StateError, match="<my-dog> was learned with another covariance"):
+        learn("<toy>")
+    learn(force=True)
+    learn("<whole>", editor="dreambooth", folder=tmp_path / "whole")
+    with pytest.raises(StateError, match="holds <whole>, and dreambooth one concept"):
+        learn("<toy>", editor="dreambooth", folder=tmp_path / "whole")
+
+
 def test_bad_input_costs_nothing(learn, tmp_path):
     for more, error in [
         ({"editor": "prefusion"}, UnknownName),
@@ -115,6 +127,7 @@ def test_bad_input_costs_nothing(learn, tmp_path):
         ({"token": "my dog"}, DataError),
         ({"images": ()}, DataError),
         ({"superclass": ""}, DataError),
+        ({"dtype": "float16"}, UserError),
         ({"covariance": tmp_path / "none.safetensors"}, StateError),
     ]:
         with pytest.raises(error):
@@ -166,6 +179,8 @@ def test_drawing_with_concepts(learn, cli, tmp_path, editor):
     assert names == [f"{i:03d}-{s}-{side}.png" for i in (0, 1) for side in ("base", "edited") for s in (1, 2)]
     shown = {name: picture(tmp_path / "all" / name) for name in names}
     assert not np.array_equal(shown["000-1-base.png"], shown["000-1-edited.png"])
+    with Image.open(tmp_path / "all" / "000-1-base.png") as base:
+        assert base.info["mmedit:prompt"] == "a dog"
     if editor in ("perfusion", "multi-melo-diffusion"):
         assert np.array_equal(shown["001-2-base.png"], shown["001-2-edited.png"])
     code, text, _ = cli(

@@ -76,6 +76,16 @@ def test_hook_changes_the_first_entry_of_a_tuple_and_keeps_the_rest():
     assert (first.item(), rest) == (20.0, "rest")
 
 
+def test_hook_call_sees_what_goes_in_and_what_comes_out(toy):
+    x, expected = torch.ones(2, 4), toy(torch.ones(2, 4))[0]
+    with Patch(toy) as patch:
+        patch.hook_call("b", lambda inputs, output: output + inputs)
+        assert torch.equal(toy(x)[0], expected + toy.a(x))
+        patch.hook_call("b", lambda inputs, output: None)
+        assert torch.equal(toy(x)[0], expected + toy.a(x))
+    assert torch.equal(toy(x)[0], expected)
+
+
 def test_a_wrong_shape_changes_nothing(toy):
     before = snapshot(toy)
     with Patch(toy) as patch, pytest.raises(ValueError, match=r"a.weight: shape \(2,\) given, \(4, 4\) expected"):

@@ -72,6 +72,9 @@ class StableDiffusion:
         names = ["unet", "vae", "text_encoder"] + ["text_encoder_2"] * self.is_xl
         self.model = nn.ModuleDict({part: getattr(pipe, part) for part in names}).eval().requires_grad_(False)
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if self.is_xl else [pipe.tokenizer]
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            longest = encoder.config.max_position_embeddings  # some tokenizers come without a limit
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
         self.passing: Passing | None = None

@@ -151,12 +151,6 @@ def forked(seed: int) -> ExitStack:
     return stack
 
 
-def summary(losses: Sequence[float]) -> dict[str, Any]:
-    """Return how a training went: its steps, the first loss, and the mean of the last tenth."""
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {"steps": len(losses), "loss_first": losses[0], "loss_last": sum(tail) / len(tail)}
-
-
 def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> None:
     if copies[0] is parameters[0]:
         optimizer.step()

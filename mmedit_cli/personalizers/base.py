@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,3 +161,9 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     def _identity(self) -> dict[str, str]:
         model = {"model": self.model.name, "fingerprint": self.model.fingerprint}
         return {"format": FORMAT, "method": self.name, **model}
+
+
+def summary(losses: Sequence[float]) -> dict[str, Any]:
+    """Return how a training went: its steps, the first loss, and the mean of the last tenth."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {"steps": len(losses), "loss_first": losses[0], "loss_last": sum(tail) / len(tail)}

@@ -8,8 +8,8 @@ from torch import Generator
 
 from mmedit_cli.errors import StateError
 from mmedit_cli.patch import Patch
-from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier, summary, word_for
-from mmedit_cli.personalizers.base import Learned, Personalizer, Tick
+from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier, word_for
+from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
 from mmedit_cli.types import Concept
 
 

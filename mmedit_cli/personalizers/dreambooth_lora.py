@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Generator, Tensor
 
 from mmedit_cli.personalizers import _lora
-from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, forked, identifier, summary, word_for
-from mmedit_cli.personalizers.base import Learned, Personalizer, Tick
+from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, forked, identifier, word_for
+from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
 from mmedit_cli.types import Concept
 
 _LEARNING = "learning"

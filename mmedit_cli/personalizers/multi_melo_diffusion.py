@@ -15,8 +15,8 @@ from mmedit_cli.errors import StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.personalizers import _lora
 from mmedit_cli.personalizers._routing import TokenTrie, mean_encoding, nearest
-from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier, summary, word_for
-from mmedit_cli.personalizers.base import Learned, Personalizer, Tick
+from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier, word_for
+from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
 from mmedit_cli.types import Concept
 
 _KEY = "router_key"

@@ -19,7 +19,7 @@ from mmedit_cli.patch import Patch
 from mmedit_cli.personalizers._perfusion_hparams import PerfusionHparams
 from mmedit_cli.personalizers._photos import MaskOptions, Photos, masked_loss, masks_of, open_squares
 from mmedit_cli.personalizers._rank_one import Gates, add_edit, dual, edit_rows, mixing_in_scope
-from mmedit_cli.personalizers.base import Learned, Personalizer, Tick
+from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
 from mmedit_cli.types import Concept
 
 _ASYMMETRY = 1e-2  # of two concepts learned with one covariance, saved in float16
@@ -366,9 +366,7 @@ class _Lesson:
             "covariance_tokens": editor.covariance.source.get("rule", ""),
             "ridge": f"{self.ridge:g}",
         }
-        tail = losses[-max(1, len(losses) // 10) :]
-        info = {"steps": len(losses), "loss_first": losses[0], "loss_last": sum(tail) / len(tail)}
-        return Learned(self.concept.token, self.concept.superclass, tensors, facts, info)
+        return Learned(self.concept.token, self.concept.superclass, tensors, facts, summary(losses))
 
 
 def _slices(layers: Sequence[Projection]) -> dict[str, slice]:

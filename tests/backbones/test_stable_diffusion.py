@@ -82,6 +82,14 @@ def test_a_prompt_without_own_tokens_is_tokenized_as_ever(spoken):
     assert torch.equal(tokens.aligned, torch.arange(24).expand(3, -1))
 
 
+def test_a_tokenizer_without_a_limit_gets_that_of_the_model(model, tmp_path):
+    model.pipe.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"model_max_length": 24', '"model_max_length": 1000000000000000'))
+    assert "1000000000000000" in path.read_text()
+    assert load_stable_diffusion(str(tmp_path), device="cpu").tokenize(["a dog"]).ids[0].shape == (1, 24)
+
+
 def test_own_tokens_stand_where_they_are_written(spoken):
     tokens = spoken.tokenize(["a <my-cat> on a <my-cat>", "a <my-cat>."])
     assert tokens.places["<my-cat>"].nonzero().tolist() == [[0, 2], [0, 3], [0, 6], [0, 7], [1, 2], [1, 3]]
