@@ -25,7 +25,7 @@ from mmedit_cli.types import Concept
 _ASYMMETRY = 1e-2  # of two concepts learned with one covariance, saved in float16
 
 
-@dataclass
+@dataclass(eq=False)
 class Active:
     """A concept in the model: input i*, dual C^-1 i* and superclass encoding s* (D,), outputs of all layers in a row.
 
@@ -74,10 +74,10 @@ class Perfusion(Personalizer):
     def set_gate(self, token: str, *, beta: float | None = None, tau: float | None = None) -> None:
         """Change how a learned concept opens: a higher `beta` weakens it in favour of the prompt."""
         active = self._of(token)
+        if tau is not None and tau <= 0:
+            raise StateError(f"{token}: tau must be above 0, not {tau}")
         active.beta = active.beta if beta is None else beta
         active.tau = active.tau if tau is None else tau
-        if active.tau <= 0:
-            raise StateError(f"{token}: tau must be above 0, not {active.tau}")
         self._forget()
 
     # -- drawing ------------------------------------------------------------------------------------------------
