@@ -66,11 +66,6 @@ def tokenize(
     )
 
 
-def named_in(prompt: str, tokens: Sequence[str]) -> list[str]:
-    """Return which tokens a prompt names."""
-    return [token for token in tokens if token in prompt]
-
-
 def check_token(token: str) -> None:
     """Raise DataError unless a token can name something of one's own."""
     if not re.fullmatch(r"<[^<>\s]{1,40}>", token):

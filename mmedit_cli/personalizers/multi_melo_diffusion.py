@@ -122,7 +122,9 @@ class MultiMeloDiffusion(Personalizer):
         tokens = self.model.rows(rows).tokens
         if tokens is not self._seen:
             routes = [tuple(route) for route in self._route(tokens)]
-            where = {some: [i for i, other in enumerate(routes) if other == some] for some in set(routes) if some}
+            where = {
+                some: [i for i, other in enumerate(routes) if other == some] for some in dict.fromkeys(routes) if some
+            }
             self._routed = {key: torch.tensor(which, device=self.model.device) for key, which in where.items()}
             self._seen = tokens
         return self._routed
