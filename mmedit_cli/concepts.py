@@ -209,7 +209,7 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
     return found
 
 
-def learn_concept(options: LearnOptions, out: Output) -> dict[str, Any]:
+def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str, Any]:
     """Learn a concept from its photos, put it into the folder, and return its entry.
 
     Raises DataError for photos, a token or a superclass that cannot be used, StateError if the folder holds concepts
@@ -220,6 +220,7 @@ def learn_concept(options: LearnOptions, out: Output) -> dict[str, Any]:
     from mmedit_cli.catalog import find_model
     from mmedit_cli.hparams import load_hparams
 
+    out = out or Output()
     concept, folder = options.concept, ConceptFolder(options.folder)
     check_token(concept.token)
     cls = registry.personalizers.get(options.editor)

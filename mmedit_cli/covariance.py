@@ -102,7 +102,7 @@ class Covariance:
             if not failed:
                 return factor, share
         problem = "the covariance is not positive definite" + (f" with ridge {ridge:g}" if ridge is not None else "")
-        raise DataError(problem, "use more captions, or --ridge 1e-3")
+        raise DataError(problem, "use more captions, or a larger ridge (--set ridge=1e-3)")
 
     def summary(self) -> dict[str, Any]:
         """Return counts, the span of the eigenvalues, the condition number, and the rank in terms of entropy."""

@@ -264,6 +264,25 @@ def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
     assert (tmp_path / "c.safetensors").stat().st_size <= most
 
 
+def test_photos_are_drawn_as_they_are_and_mirrored(model, photos):
+    squares = open_squares(photos, model.side)
+    marks = torch.zeros(3, 16, 16)
+    marks[:, :, :8] = 1
+    for flip, left in ((0.0, 1.0), (1.0, 0.0)):
+        some = Photos(model, squares, marks, flip)
+        latents, masks = some.sample(5, generator(0))
+        assert latents.shape == (5, 4, 8, 8)
+        assert (masks[..., 0] == left).all()
+        again, _ = some.sample(5, generator(0))
+        assert torch.equal(latents, again)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    mean, deviation = model.latents(pixels)
+    with torch.no_grad():
+        wanted = model.pipe.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, wanted.mean * model.pipe.vae.config.scaling_factor)
+    torch.testing.assert_close(deviation, wanted.std * model.pipe.vae.config.scaling_factor)
+
+
 def test_masks_weigh_the_loss():
     errors = torch.rand(3, 4, 8, 8)
     ones = torch.ones(3, 1, 8, 8)
