@@ -216,14 +216,14 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     of another method or model, HparamsError, or ModelError.
     """
     from mmedit_cli.backbones._diffusion_loading import check_draws, load_stable_diffusion
-    from mmedit_cli.backbones._prompts import check_token
     from mmedit_cli.catalog import find_model
     from mmedit_cli.hparams import load_hparams
+    from mmedit_cli.personalizers.base import check_concept
 
     out = out or Output()
     concept, folder = options.concept, ConceptFolder(options.folder)
-    check_token(concept.token)
     cls = registry.personalizers.get(options.editor)
+    check_concept(concept)
     ref = find_model(options.model, revision=options.revision)
     check_draws(ref)
     folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)

@@ -16,6 +16,7 @@ from mmedit_cli.backbones._prompts import check_token
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import to_dict
+from mmedit_cli.pictures import check_picture
 from mmedit_cli.records import read_tensors, write_tensors
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import Concept
@@ -81,12 +82,8 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
         If it fails, the model and the other concepts are as they were. Raises DataError for pictures, a token or a
         superclass that cannot be used, StateError for a token that is taken.
         """
-        check_token(concept.token)
+        check_concept(concept)
         self._check_free(concept.token)
-        if not concept.images:
-            raise DataError(f"{concept.token}: no pictures to learn from", "three to six photos are usual")
-        if not concept.superclass.strip() or "<" in concept.superclass:
-            raise DataError(f"superclass {concept.superclass!r}: not a word", "e.g. --superclass dog")
         others = list(self.concepts.values())
         self.close()  # concepts are learned on the base model, each for itself
         try:
@@ -161,6 +158,23 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     def _identity(self) -> dict[str, str]:
         model = {"model": self.model.name, "fingerprint": self.model.fingerprint}
         return {"format": FORMAT, "method": self.name, **model}
+
+
+def check_concept(concept: Concept) -> None:
+    """Raise DataError for a token or a superclass that is none, and without pictures, or naming every bad one."""
+    check_token(concept.token)
+    if not concept.images:
+        raise DataError(f"{concept.token}: no pictures to learn from", "three to six photos are usual")
+    if not concept.superclass.strip() or "<" in concept.superclass:
+        raise DataError(f"superclass {concept.superclass!r}: not a word", "e.g. --superclass dog")
+    problems: list[str] = []
+    for path in concept.images:
+        try:
+            check_picture(path)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems, "replace the pictures, or take them out of the folder")
 
 
 def summary(losses: Sequence[float]) -> dict[str, Any]:
