@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmedit_cli.types import EditCase, Query
+    from mmedit_cli.concepts import LearnOptions, learn_concept
+    from mmedit_cli.types import Concept, EditCase, Query
     from mmedit_cli.workflows import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
 
 # public name -> where it lives; loaded on first use, so that importing the package costs nothing
 _PUBLIC = {
+    "Concept": "mmedit_cli.types",
+    "LearnOptions": "mmedit_cli.concepts",
+    "learn_concept": "mmedit_cli.concepts",
     "Query": "mmedit_cli.types",
     "EditCase": "mmedit_cli.types",
     "load_backbone": "mmedit_cli.workflows",
@@ -21,12 +25,15 @@ _PUBLIC = {
     "ModelOptions": "mmedit_cli.workflows",
 }
 __all__ = [
+    "Concept",
     "EditCase",
     "EvalOptions",
+    "LearnOptions",
     "ModelOptions",
     "Query",
     "__version__",
     "evaluate",
+    "learn_concept",
     "load_backbone",
     "load_editor",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Entry:
     summary: str
 
 
+DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
 _TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
@@ -31,6 +32,8 @@ MODELS = {
     "tiny-qwen2-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen2.5-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen3-vl": Entry("qwen-vl", None, _TINY),
+    "tiny-sd": Entry(DRAWS, None, _TINY),
+    "tiny-sdxl": Entry(DRAWS, None, _TINY),
     "blip2-opt-2.7b": Entry("blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"),
     "blip2-opt-6.7b": Entry("blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"),
     "llava-1.5-7b": Entry("llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"),
@@ -43,16 +46,25 @@ MODELS = {
     "qwen3-vl-4b": Entry("qwen-vl", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL 4B (36 layers)"),
     "qwen3-vl-8b": Entry("qwen-vl", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL 8B (36 layers)"),
     "qwen3-vl-32b": Entry("qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"),
+    "stable-diffusion-v1-4": Entry(DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"),
+    "stable-diffusion-v1-5": Entry(
+        DRAWS, "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 px"
+    ),
+    "stable-diffusion-2-1": Entry(DRAWS, "stabilityai/stable-diffusion-2-1", "SD 2.1, 768 px"),
+    "sdxl-1.0": Entry(DRAWS, "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 px"),
 }
 
 DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where no model is named
-FAMILIES = {  # config.json: model_type -> backbone module
+DRAWING_DEFAULTS = ("mini-sd", "tiny-sd")  # the same for text-to-image
+FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> backbone module
     "blip-2": "blip2",
     "llava": "llava",
     "minigpt4": "minigpt4",
     "qwen2_vl": "qwen-vl",
     "qwen2_5_vl": "qwen-vl",
     "qwen3_vl": "qwen-vl",
+    "StableDiffusionPipeline": DRAWS,
+    "StableDiffusionXLPipeline": DRAWS,
 }
 TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
 
@@ -63,6 +75,15 @@ FILES = (
     "*.model",
     "*.jinja",
 )  # of a hub repository; pickled weights are left there
+PIPELINE_FILES = (  # of one that holds a diffusers pipeline: no second copies in float16, no single-file checkpoint
+    "model_index.json",
+    "*/*.json",
+    "*/*.txt",
+    "vae/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder*/model.safetensors",
+)
+_CONFIGS = ("config.json", "model_index.json")
 _STRIDE, _CHUNK = 16 << 20, 64 << 10
 
 
@@ -81,13 +102,20 @@ class ModelRef:
 
 
 def bundled() -> dict[str, Path]:
-    """Return the trained models that come along, by name: the folders of data/models with a config.json."""
-    return {path.parent.name: path.parent for path in sorted((share_dir("data") / "models").glob("*/config.json"))}
+    """Return the trained models that come along, by name: the folders of data/models with a config."""
+    folders = sorted(path for path in (share_dir("data") / "models").glob("*") if _config_file(path) is not None)
+    return {folder.name: folder for folder in folders}
 
 
-def default_model() -> str:
+def default_model(names: Sequence[str] = DEFAULTS) -> str:
     """Return the model that is used where none is named."""
-    return next(name for name in DEFAULTS if name in MODELS or name in bundled())
+    return next(name for name in names if name in MODELS or name in bundled())
+
+
+def patterns(repo: str) -> tuple[str, ...]:
+    """Return which files of a hub repository are fetched."""
+    pipelines = [entry.repo for entry in MODELS.values() if entry.family == DRAWS]
+    return PIPELINE_FILES if repo in pipelines else FILES
 
 
 def find_model(name: str, *, revision: str | None = None) -> ModelRef:
@@ -104,11 +132,11 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
-        return ModelRef(folder.resolve().name, _family(folder), folder, _fingerprint(folder))
+        return ModelRef(folder.resolve().name, _family(folder), folder, fingerprint(folder))
     repo = entry.repo if entry is not None and entry.repo else name
     folder = hub_folder(repo, revision)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
-    return ModelRef(short, _family(folder), folder, _fingerprint(folder))
+    return ModelRef(short, _family(folder), folder, fingerprint(folder))
 
 
 def hub_folder(repo: str, revision: str | None) -> Path:
@@ -116,10 +144,10 @@ def hub_folder(repo: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(FILES)
+    wanted = list(patterns(repo))
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
-        if any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=wanted))
+        if any(folder.glob("*.safetensors")) or any(folder.glob("unet/*.safetensors")):
             return folder
     except (LocalEntryNotFoundError, HFValidationError):
         pass
@@ -127,21 +155,20 @@ def hub_folder(repo: str, revision: str | None) -> Path:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise ModelError(f"{repo}: not in the cache, and HF_HUB_OFFLINE is set", f"{cache}; unset it to download")
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(f"{repo}: cannot be fetched from the hub: {reason}", f"{cache}; check the name") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model folder; raise ModelError if there is none that can be read."""
-    path = folder / "config.json"
+    """Return the config.json of a model folder, or the model_index.json of a pipeline; raise ModelError without."""
+    hint = "give a folder as save_pretrained writes it"
     if not folder.is_dir():
-        raise ModelError(f"{folder}: not a folder", "give a folder as save_pretrained writes it")
-    if not path.is_file():
-        raise ModelError(
-            f"{folder}: no config.json, so not a model folder", "give a folder as save_pretrained writes it"
-        )
+        raise ModelError(f"{folder}: not a folder", hint)
+    path = _config_file(folder)
+    if path is None:
+        raise ModelError(f"{folder}: no config.json, so not a model folder", hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -151,12 +178,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _config_file(folder: Path) -> Path | None:
+    return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+
+
 def _family(folder: Path) -> str:
-    model_type = str(read_config(folder).get("model_type"))
-    if model_type not in FAMILIES:
-        problem = f"{folder}: model_type {model_type!r} is not supported{near_miss(model_type, FAMILIES)}"
+    config = read_config(folder)
+    key = "model_type" if "model_type" in config or "_class_name" not in config else "_class_name"
+    kind = str(config.get(key))
+    if kind not in FAMILIES:
+        problem = f"{folder}: {key} {kind!r} is not supported{near_miss(kind, FAMILIES)}"
         raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return FAMILIES[kind]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -175,9 +208,28 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _fingerprint(folder: Path) -> str:
-    """Digest the config and, of each weight file, the size, the header and a 64 KiB sample of every 16 MiB."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+def pipeline_parts(folder: Path) -> list[str]:
+    """Return the parts of a pipeline folder that have weights: `unet`, `vae`, `text_encoder`, and its second one."""
+    parts = {key: value for key, value in read_config(folder).items() if not key.startswith("_")}
+    trained = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return [part for part in trained if isinstance(parts.get(part), list) and parts[part][1] is not None]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a digest that stands for the content of a model folder, or of a part of a pipeline."""
+    config = _config_file(folder)
+    pipeline = config is not None and config.name == "model_index.json"
+    parts = [folder / part for part in pipeline_parts(folder)] if pipeline else [folder]
+    digest = hashlib.sha256(config.read_bytes() if config is not None else b"")
+    for part in parts:
+        if part != folder:
+            digest.update((part / "config.json").read_bytes() if (part / "config.json").is_file() else b"")
+        _digest_weights(digest, part)
+    return digest.hexdigest()[:16]
+
+
+def _digest_weights(digest: Any, folder: Path) -> None:
+    """Add, of each weight file, the size, the header and a 64 KiB sample of every 16 MiB."""
     for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
@@ -189,7 +241,6 @@ def _fingerprint(folder: Path) -> str:
             for chunk in _samples(size, head + 8):
                 stream.seek(chunk)
                 digest.update(stream.read(_CHUNK))
-    return digest.hexdigest()[:16]
 
 
 def _samples(size: int, start: int) -> Iterator[int]:

@@ -19,6 +19,16 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+DrawingModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A text-to-image model of `mmedit list`, a folder of diffusers, or a hub id. [default: one that comes "
+        "along]",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(
@@ -98,6 +108,16 @@ def named(model: str | None, out: Output) -> str:
 
     out.note(f"no --model: {default_model()}")
     return default_model()
+
+
+def named_drawing(model: str | None, out: Output) -> str:
+    """Return the text-to-image model that was named, or the default one, saying which it is."""
+    if model is not None:
+        return model
+    from mmedit_cli.catalog import DRAWING_DEFAULTS, default_model
+
+    out.note(f"no --model: {default_model(DRAWING_DEFAULTS)}")
+    return default_model(DRAWING_DEFAULTS)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

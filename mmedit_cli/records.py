@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
-from mmedit_cli.errors import RunError
+from mmedit_cli.errors import RunError, StateError
 
 _START_ANEW = "start it anew with --force"
 _OURS = ("*.jsonl", "*.safetensors", "*.tmp", "report.json", "run.yaml")
@@ -205,6 +205,24 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     with _replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write tensors and text to one safetensors file, atomically; raise RunError if that fails."""
+    from safetensors.torch import save
+
+    write_atomic(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata)))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{path}: not a readable state ({error})") from error
 
 
 def sha256_json(obj: Any) -> str:

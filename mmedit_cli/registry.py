@@ -65,6 +65,7 @@ class Registry(Generic[T]):
 
 
 editors: Registry[Any] = Registry("mmedit_cli.editors", "EDITOR")
+personalizers: Registry[Any] = Registry("mmedit_cli.personalizers", "PERSONALIZER")
 backbones: Registry[Any] = Registry("mmedit_cli.backbones", "BACKBONE")
 datasets: Registry[Any] = Registry("mmedit_cli.datasets", "DATASET")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
-from mmedit_cli.catalog import MODELS, bundled, find_model
+from mmedit_cli.catalog import DRAWS, MODELS, bundled, find_model
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
@@ -219,9 +219,18 @@ def catalogue(out: Output) -> None:
                 "summary": registry.editors.summary(name),
                 "trained first": "yes" if editor.trains else "no",
                 "batch edits": "yes" if editor.batch_edits else "no",
-                "models": ", ".join(registry.backbones.names()),
+                "models": ", ".join(name for name in registry.backbones.names() if name != DRAWS),
             }
         )
+    drawn = [
+        {
+            "personalizer": name,
+            "summary": registry.personalizers.summary(name),
+            "concepts at a time": "several" if registry.personalizers.get(name).several else "one",
+            "models": DRAWS,
+        }
+        for name in registry.personalizers.names()
+    ]
     models = [
         {"model": name, "family": find_model(name).family, "source": "comes along", "summary": "trained on EmojiKB"}
         for name in bundled()
@@ -239,7 +248,7 @@ def catalogue(out: Output) -> None:
     )
 
     def show() -> None:
-        for rows in (editors, models, data):
+        for rows in (editors, drawn, models, data):
             out.table(list(rows[0]), [list(row.values()) for row in rows])
 
-    out.result({"editors": editors, "models": models, "data": data}, show)
+    out.result({"editors": editors, "personalizers": drawn, "models": models, "data": data}, show)

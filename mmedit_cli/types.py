@@ -54,3 +54,15 @@ class EditCase:
         for family in ("generality", "locality", "portability", "needs"):
             for name, queries in getattr(self, family).items():
                 yield f"{family}.{name}", queries
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something of one's own to draw: pictures of it, the word for what it is, and the token that will name it.
+
+    `token` is written in prompts, e.g. "<my-dog>"; `superclass` is a word or a few, e.g. "dog".
+    """
+
+    token: str
+    superclass: str
+    images: tuple[Path, ...]

@@ -91,3 +91,41 @@ def test_hub_ids_resolve_in_the_cache_first_and_fail_in_one_line(monkeypatch, tm
 def test_odd_names_are_refused(name):
     with pytest.raises(ModelError):
         catalog.find_model(name)
+
+
+def test_of_a_pipeline_on_the_hub_only_what_is_needed_is_fetched():
+    from fnmatch import fnmatch
+
+    repo = catalog.MODELS["stable-diffusion-v1-5"].repo
+    files = {
+        "model_index.json": True, "unet/config.json": True, "unet/diffusion_pytorch_model.safetensors": True,
+        "unet/diffusion_pytorch_model.fp16.safetensors": False, "v1-5-pruned.safetensors": False,
+        "vae/diffusion_pytorch_model.safetensors": True, "text_encoder/model.safetensors": True,
+        "safety_checker/model.safetensors": False, "tokenizer/merges.txt": True,
+        "unet/diffusion_pytorch_model.bin": False,
+    }  # fmt: skip
+    for file, wanted in files.items():
+        assert any(fnmatch(file, pattern) for pattern in catalog.patterns(repo)) == wanted, file
+    assert catalog.patterns("llava-hf/llava-1.5-7b-hf") == catalog.FILES
+
+
+def test_a_pipeline_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipelin", "unet": ["diffusers", "U"]}')
+    with pytest.raises(
+        ModelError, match=r"_class_name .* is not supported \(did you mean StableDiffusionPipeline\?\)"
+    ):
+        catalog.find_model(str(tmp_path))
+
+
+def test_the_fingerprint_of_a_pipeline_follows_every_part(tmp_path):
+    def folder(name, text=b"x"):
+        path = tmp_path / name
+        for part in ("unet", "vae", "text_encoder"):
+            weights = text * 100 if part == "text_encoder" else b"x" * 100
+            model_folder(path / part, weights=weights)
+        parts = {part: ["diffusers", "X"] for part in ("unet", "vae", "text_encoder")}
+        (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+        return catalog.find_model(str(path)).fingerprint
+
+    one, same, other = folder("a"), folder("b"), folder("c", b"y")
+    assert one == same != other

@@ -13,12 +13,13 @@ FILES = sorted((ROOT / "hparams").rglob("*.yaml"))
 
 
 def test_each_editor_has_its_file():
-    assert {registry.hparams_file(name) for name in registry.editors.names()} == set(FILES)
+    names = (*registry.editors.names(), *registry.personalizers.names())
+    assert {registry.hparams_file(name) for name in names} == set(FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_is_right(path):
-    cls = registry.editors.get(path.stem).Hparams
+    cls = hparams_of(path.stem)
     content = yaml.safe_load(path.read_text())
     for variant in (None, *content.get("variants", {})):
         load_hparams(path, cls, variant=variant)
@@ -26,7 +27,7 @@ def test_the_file_is_right(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_names_every_value_and_says_where_it_comes_from(path):
-    cls = registry.editors.get(path.stem).Hparams
+    cls = hparams_of(path.stem)
     text = path.read_text()
     keys = {name for name, _, _ in describe(cls)}
     assert keys == set(named({k: v for k, v in yaml.safe_load(text).items() if k != "variants"}))
@@ -34,6 +35,11 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
     for line in text.partition("\nvariants:")[0].splitlines():
         if line.partition(":")[0].strip() in last:
             assert "#" in line, f"no comment: {line}"
+
+
+def hparams_of(name):
+    known = registry.personalizers if name.replace("_", "-") in registry.personalizers.names() else registry.editors
+    return known.get(name).Hparams
 
 
 def named(content, prefix=""):

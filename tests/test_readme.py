@@ -73,6 +73,8 @@ def test_the_tables_name_every_editor_and_family():
 
     for name in (*registry.editors.names(), *registry.backbones.names()):
         assert f"| `{name}` |" in TEXT
+    for name in registry.personalizers.names():
+        assert f"`{name}`" in TEXT
 
 
 def test_links_lead_somewhere():

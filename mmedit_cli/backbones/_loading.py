@@ -29,6 +29,8 @@ def load_backbone(
     target = runtime.resolve_device(device)
     number = runtime.resolve_dtype(dtype, target)
     family = registry.backbones.get(ref.family)
+    if not issubclass(family, VisionLanguageModel):
+        raise ModelError(f"{ref.name}: draws pictures ({ref.family}), it answers nothing", "draw: mmedit generate")
     if ref.folder is None:
         module, tokenizer, processor = _tiny.build(ref.name)
         module.to(target, None if isinstance(number, str) else number)

@@ -48,7 +48,7 @@ def build(name: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = _BUILD[name](words)
-        _spread(model)
+        spread(model)
     model.generation_config.eos_token_id = words.eos_token_id
     return model, words, processor
 
@@ -159,7 +159,7 @@ _BUILD: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> None:
+def spread(model: nn.Module) -> None:
     """Scale every matrix by its fan-in, so that different inputs really give different outputs."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:

@@ -31,7 +31,7 @@ def plan(repo: str, revision: str | None) -> dict[str, Any]:
 
     Raises DownloadError.
     """
-    source = Source("hub", repo, "model", revision, catalog.FILES)
+    source = Source("hub", repo, "model", revision, catalog.patterns(repo))
     try:
         commit, files, licence = hub_files(source)
     except SourceError as error:
@@ -56,7 +56,9 @@ def get(repo: str, revision: str | None, planned: dict[str, Any], parts: int) ->
         cache = Path(constants.HF_HUB_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
         check_room(cache, planned["bytes"] if state == "missing" else 0)
-        folder = snapshot_download(repo, revision=revision, allow_patterns=list(catalog.FILES), max_workers=parts)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=list(catalog.patterns(repo)), max_workers=parts
+        )
     except Exception as error:  # the errors of the transport below differ between releases of the hub client
         raise _failure(repo, hub_reason(error, Source("hub", repo, "model"))) from error
     planned = {**planned, "folder": Path(folder), "state": "present" if state == "present" else "downloaded"}
@@ -84,7 +86,9 @@ def cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=list(catalog.FILES), local_files_only=True)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=list(catalog.patterns(repo)), local_files_only=True
+        )
     except (OSError, ValueError):  # not there, or no name for a repository
         return None
     return Path(folder)

@@ -290,13 +290,9 @@ class TrainedEditor(Editor):
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from mmedit_cli.records import read_tensors
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path}: not a readable state ({error})") from error
+    return read_tensors(path)
 
 
 def _to_json(query: Query) -> dict[str, str | None]:

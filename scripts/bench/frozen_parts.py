@@ -57,7 +57,7 @@ def moderate_blip2(layers: int) -> Blip2:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config)
-    _tiny._spread(model)
+    _tiny.spread(model)
     return Blip2("moderate", model, words, BlipImageProcessorPil(size={"height": 64, "width": 64}), "moderate")
 
 

@@ -1,0 +1,82 @@
+"""From a text-to-image model that was found to one that draws."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from mmedit_cli import runtime
+from mmedit_cli.backbones.stable_diffusion import StableDiffusion
+from mmedit_cli.catalog import ModelRef, find_model, fingerprint, pipeline_parts, read_config
+from mmedit_cli.errors import ModelError
+
+
+def load_stable_diffusion(
+    model: str | ModelRef,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    low_memory: bool = False,
+) -> StableDiffusion:
+    """Return the text-to-image model for a name of the catalogue, a local folder or a hub id.
+
+    `low_memory` decodes and attends in slices. Raises ModelError if the files cannot be used, or draw nothing.
+    """
+    ref = find_model(model, revision=revision) if isinstance(model, str) else model
+    check_draws(ref)
+    runtime.quiet_libraries()
+    _quiet()
+    target = runtime.resolve_device(device)
+    number = runtime.resolve_dtype(dtype, target)
+    if ref.folder is None:
+        from mmedit_cli.backbones import _tiny_diffusion
+
+        pipe = _tiny_diffusion.build(ref.name).to(target, None if isinstance(number, str) else number)
+        text = ref.fingerprint
+    else:
+        pipe = _from_folder(ref, number).to(target)
+        parts = [part for part in pipeline_parts(ref.folder) if part.startswith("text_encoder")]
+        text = hashlib.sha256("".join(fingerprint(ref.folder / part) for part in parts).encode()).hexdigest()[:16]
+    made = StableDiffusion(ref.name, pipe, ref.fingerprint, text)
+    if low_memory:
+        made.save_memory()
+    return made
+
+
+def check_draws(ref: ModelRef) -> None:
+    """Raise ModelError unless the model makes pictures from text."""
+    if ref.family != StableDiffusion.family:
+        raise ModelError(
+            f"{ref.name}: a vision-language model ({ref.family}), it draws nothing",
+            "take a text-to-image model such as tiny-sd, stable-diffusion-v1-5 or a folder of diffusers",
+        )
+
+
+def _from_folder(ref: ModelRef, dtype: Any) -> Any:
+    import diffusers
+    import torch
+    from safetensors import SafetensorError
+
+    assert ref.folder is not None
+    config = read_config(ref.folder)
+    kind = getattr(diffusers, config["_class_name"])
+    half = any((ref.folder / "unet").glob("*.fp16.safetensors"))
+    whole = any(path for path in (ref.folder / "unet").glob("*.safetensors") if ".fp16" not in path.suffixes)
+    options: dict[str, Any] = {"variant": "fp16"} if half and not whole else {}
+    if "safety_checker" in config:
+        options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if isinstance(dtype, str):
+        dtype = torch.float16
+    try:
+        return kind.from_pretrained(ref.folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ModelError(f"{ref.folder}: cannot be loaded: {reason}", "is the folder complete?") from error
+
+
+def _quiet() -> None:
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,289 @@
+"""Concepts of one's own, kept in a folder: learned, listed, forgotten, and put into a model again.
+
+A folder holds one safetensors file a concept and an `index.json` that names them, the method and the model. All of its
+concepts were learned by one method for one model. The index is written last, so a crash loses no concept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from mmedit_cli import registry
+from mmedit_cli.errors import DataError, StateError, UserError, near_miss
+from mmedit_cli.output import Output
+from mmedit_cli.records import write_atomic
+from mmedit_cli.runtime import resolve_device
+from mmedit_cli.types import Concept
+
+if TYPE_CHECKING:
+    from mmedit_cli.backbones.stable_diffusion import StableDiffusion
+    from mmedit_cli.covariance import Covariance
+    from mmedit_cli.personalizers.base import Personalizer
+
+FORMAT = 1
+INDEX = "index.json"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_USUAL = range(3, 7)  # photos a concept
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """What to learn, how, and where to keep it.
+
+    `model` is a name, a folder or a hub id; `covariance` a file of `mmedit covariance` (None: where that puts it).
+    With `force` a concept of the same token is replaced.
+    """
+
+    editor: str
+    model: str
+    concept: Concept
+    folder: Path
+    hparams: Path | None = None
+    overrides: tuple[str, ...] = ()
+    covariance: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    force: bool = False
+
+
+class ConceptFolder:
+    """The concepts of a folder; `entries` are what the index says of each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.head: dict[str, Any] = {}
+        self.entries: list[dict[str, Any]] = []
+        if (folder / INDEX).exists():
+            self._read()
+
+    @classmethod
+    def existing(cls, folder: Path) -> ConceptFolder:
+        """Return the concepts of a folder; raise StateError if there are none."""
+        found = cls(folder)
+        if not found.head:
+            raise StateError(f"{folder}: no concepts here (no {INDEX})", "learn one into it first")
+        return found
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens of the concepts, in the order they were learned."""
+        return [entry["token"] for entry in self.entries]
+
+    def entry(self, token: str) -> dict[str, Any]:
+        """Return what is known of a concept; raise StateError if it is not there."""
+        for entry in self.entries:
+            if entry["token"] == token:
+                return entry
+        raise StateError(f"{self.folder}: no concept {token}{near_miss(token, self.tokens)}",
+                         f"there are: {', '.join(self.tokens) or 'none'}")  # fmt: skip
+
+    def check_takes(self, editor: str, fingerprint: str, token: str, *, force: bool = False) -> None:
+        """Raise StateError unless a concept of this method, model and token may be put here."""
+        for key, value in (("editor", editor), ("fingerprint", fingerprint)):
+            if self.head and self.head[key] != value:
+                what = f"holds concepts of {self.head['editor']} for {self.head['model']}"
+                raise StateError(f"{self.folder}: {what}", "choose another folder for another method or model")
+        if token in self.tokens and not force:
+            raise StateError(f"{self.folder}: {token} is there already", "another token, or --force to replace it")
+        others = [other for other in self.tokens if other != token]
+        if others and not registry.personalizers.get(editor).several:
+            raise StateError(f"{self.folder}: holds {others[0]}, and {editor} one concept", "choose another folder")
+
+    def check_covariance(self, covariance: Covariance, token: str) -> None:
+        """Raise StateError if a concept beside `token` was learned with another covariance: they could not mix."""
+        for entry in self.entries:
+            if entry["token"] != token and entry.get("covariance") != covariance.digest:
+                raise StateError(f"{self.folder}: {entry['token']} was learned with another covariance",
+                                 "name that with --covariance, or choose another folder")  # fmt: skip
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lock of the folder inside the block, with the index as it is now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                if (self.folder / INDEX).exists():
+                    self._read()
+                yield
+        except Timeout as error:
+            raise StateError(f"another process is writing {self.folder}", "wait for it to end") from error
+
+    def put(self, personalizer: Personalizer, concept: Concept, model: str, info: dict[str, Any]) -> dict[str, Any]:
+        """Save a concept that is in a personalizer, with the name its model is found by; return its entry."""
+        name = _file_name(concept.token)
+        personalizer.save(concept.token, self.folder / name)
+        data = (self.folder / name).read_bytes()
+        entry = {
+            "token": concept.token, "superclass": concept.superclass, "file": name, "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(), "seed": personalizer.seed,
+            "images": [{"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in concept.images],
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), **info,
+        }  # fmt: skip
+        self.head = {"format": FORMAT, "editor": personalizer.name, "model": model,
+                     "fingerprint": personalizer.model.fingerprint}  # fmt: skip
+        self.entries = [*(other for other in self.entries if other["token"] != concept.token), entry]
+        self._write()
+        return entry
+
+    def forget(self, token: str) -> dict[str, Any]:
+        """Take a concept out of the folder and return its entry; raise StateError if it is not there."""
+        with self.writing():
+            entry = self.entry(token)
+            self.entries.remove(entry)
+            self._write()
+            (self.folder / entry["file"]).unlink(missing_ok=True)
+        return entry
+
+    def load(self, model: StableDiffusion, *, overrides: Sequence[str] = ()) -> Personalizer:
+        """Put all concepts into a model; raise StateError if a file was changed or does not fit.
+
+        The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts.
+        """
+        from mmedit_cli.hparams import load_hparams
+        from mmedit_cli.records import read_tensors
+
+        name = self.head["editor"]
+        cls = registry.personalizers.get(name)
+        learned_with: dict[str, Any] = {}
+        for entry in self.entries:
+            data = self._file(entry).read_bytes()
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise StateError(f"{self._file(entry)}: not the file that was saved", "learn the concept again")
+            learned_with |= json.loads(read_tensors(self._file(entry))[1].get("hparams", "{}"))
+        words = [f"{key}={json.dumps(value)}" for key, value in learned_with.items()]
+        hparams = load_hparams(registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides])
+        personalizer: Personalizer = cls(model, hparams)
+        try:
+            for entry in self.entries:
+                personalizer.load(self._file(entry))
+        except BaseException:
+            personalizer.close()
+            raise
+        return personalizer
+
+    def _file(self, entry: dict[str, Any]) -> Path:
+        path = self.folder / entry["file"]
+        if Path(entry["file"]).name != entry["file"] or not path.is_file():
+            raise StateError(f"{self.folder / INDEX}: {entry['token']}: no file {entry['file']!r} in the folder",
+                             "learn the concept again")  # fmt: skip
+        return path
+
+    def _read(self) -> None:
+        path = self.folder / INDEX
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            head = {key: content[key] for key in ("format", "editor", "model", "fingerprint")}
+            entries = [{**entry, **{key: str(entry[key]) for key in ("token", "superclass", "file", "sha256")}}
+                       for entry in content["concepts"]]  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path}: not an index of concepts ({error})", "choose another folder") from error
+        if head["format"] != FORMAT:
+            raise StateError(f"{path}: format {head['format']}, this program reads {FORMAT}", "upgrade mmedit")
+        self.head, self.entries = head, entries
+
+    def _write(self) -> None:
+        content = {**self.head, "concepts": self.entries}
+        write_atomic(self.folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def photos_in(folder: Path) -> tuple[Path, ...]:
+    """Return the pictures of a folder, by name; raise DataError if there are none."""
+    if not folder.is_dir():
+        raise DataError(f"--images {folder}: not a folder", "a folder with three to six photos")
+    found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES))
+    if not found:
+        raise DataError(f"--images {folder}: no pictures ({', '.join(PICTURES)})", "three to six photos are usual")
+    return found
+
+
+def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str, Any]:
+    """Learn a concept from its photos, put it into the folder, and return its entry.
+
+    Raises DataError for photos, a token or a superclass that cannot be used, StateError if the folder holds concepts
+    of another method or model, HparamsError, or ModelError.
+    """
+    from mmedit_cli.backbones._diffusion_loading import check_draws, load_stable_diffusion
+    from mmedit_cli.catalog import find_model
+    from mmedit_cli.hparams import load_hparams
+    from mmedit_cli.personalizers.base import check_concept
+
+    out = out or Output()
+    concept, folder = options.concept, ConceptFolder(options.folder)
+    cls = registry.personalizers.get(options.editor)
+    check_concept(concept)
+    ref = find_model(options.model, revision=options.revision)
+    check_draws(ref)
+    folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
+    file = options.hparams or registry.hparams_file(options.editor)
+    hparams = load_hparams(file, cls.Hparams, variant=ref.name, overrides=options.overrides)
+    if len(concept.images) not in _USUAL:
+        out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
+    out.note(f"loading {ref.name}")
+    model = load_stable_diffusion(ref, device=options.device, dtype=_training_dtype(options))
+    needs, more = {}, {}
+    if cls.name == "perfusion":
+        needs["covariance"] = covariance_for(model, options.covariance, out)
+        folder.check_covariance(needs["covariance"], concept.token)
+        more["covariance"] = needs["covariance"].digest
+    personalizer = cls(model, hparams, seed=options.seed, **needs)
+    started = time.perf_counter()
+    with folder.writing():
+        folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
+        with out.progress({"steps": personalizer.steps}) as tick:
+            learned = personalizer.learn(concept, tick=lambda n: tick("steps", n))
+        info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
+        return folder.put(personalizer, concept, _findable(options.model), info)
+
+
+def covariance_for(model: StableDiffusion, path: Path | None, out: Output) -> Covariance:
+    """Return the covariance of a model's text encodings: of a file, of the usual place, or computed and put there."""
+    from mmedit_cli import covariance as moments
+
+    usual = moments.default_path(model)
+    if path is None and not usual.exists():
+        out.note("no covariance for this text encoder yet: computing it from captions about the things of EmojiKB")
+        out.note("with captions of your own: mmedit covariance --captions FILE --force")
+        usual.parent.mkdir(parents=True, exist_ok=True)
+        with out.progress({"captions": moments.survey(None)[1]}) as tick:
+            return moments.estimate(model, None, usual, tick=lambda n: tick("captions", n))
+    found = moments.Covariance.load(path or usual)
+    moments.check(found, model)
+    return found
+
+
+def _training_dtype(options: LearnOptions) -> str:
+    """Return the number format to learn in; raise UserError for one that loses small gradients."""
+    if options.dtype == "float16":
+        raise UserError("--dtype float16: small gradients vanish in it", "learn in bfloat16 or float32; draw in any")
+    on_cpu = resolve_device(options.device).type == "cpu"
+    return options.dtype if options.dtype != "auto" or on_cpu else "bfloat16"
+
+
+def _findable(model: str) -> str:
+    """Return a name by which the model is found from any folder."""
+    from mmedit_cli.catalog import MODELS, bundled
+
+    own = model not in MODELS and model not in bundled() and Path(model).is_dir()
+    return str(Path(model).resolve()) if own else model
+
+
+def _file_name(token: str) -> str:
+    """Return a file name for a token; where the token had to be changed a short hash keeps it distinct."""
+    inner = token.strip("<>")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", inner).strip("-")
+    if name == inner:
+        return f"{name}.safetensors"
+    return f"{name}-{hashlib.sha256(token.encode()).hexdigest()[:8]}.safetensors".lstrip("-")

@@ -1,0 +1,200 @@
+"""DreamBooth, its LoRA, and Multi-MELO: what is trained, who is routed where, and what other programs can load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+from mmedit_cli.errors import StateError
+from mmedit_cli.personalizers._routing import TokenTrie, nearest
+from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier
+from mmedit_cli.runtime import generator
+from personalizers.conftest import draw, make
+
+QUICK = ("steps=4",)
+NAMED, UNNAMED, KIND = "a <my-dog> on the beach", "a photo of a cat", "a photo of a dog"
+GOLDEN = ROOT.parent / "shared" / "golden"
+
+
+@pytest.fixture
+def melo(model):
+    made = make("multi-melo-diffusion", model, *QUICK)
+    yield made
+    made.close()
+
+
+def test_a_token_stands_for_an_identifier_and_its_superclass(melo, concept):
+    learned = melo.learn(concept)
+    name = learned.facts["identifier"]
+    assert name.startswith("sks")
+    assert identifier(melo.model.tokenizers[0], "<my-dog>", ()) == name, "always the same"
+    assert identifier(melo.model.tokenizers[0], "<other>", ()) != name
+    spelled = f"a {name} dog on the beach"
+    assert np.array_equal(draw(melo.model, [NAMED]), draw(melo.model, [spelled]))
+
+
+def test_rare_tokens_of_a_large_vocabulary():
+    class Words:
+        @staticmethod
+        def get_vocab():
+            return {"cat</w>": 500, "sks</w>": 48136, "ohwx</w>": 49000, "pll</w>": 48200, "zz": 49001}
+
+    assert {identifier(Words(), f"<{i}>", ()) for i in range(50)} == {"sks", "pll"}
+    assert identifier(Words(), "<1>", ("sks",)) == "pll"
+
+
+def test_the_router_reads_the_prompt(melo, concept):
+    name = melo.learn(concept).facts["identifier"]
+    melo.learn(replace(concept, token="<toy>", superclass="toy"))
+    prompts = [NAMED, UNNAMED, KIND, "a <toy> with a <my-dog>", f"{name}", ""]
+    assert melo.route(prompts) == [["<my-dog>"], [], [], ["<toy>", "<my-dog>"], ["<my-dog>"], []]
+
+
+def test_rows_of_one_batch_get_their_own_blocks(melo, concept):
+    base = draw(melo.model, [UNNAMED, UNNAMED, KIND])
+    melo.learn(concept)
+    mixed = draw(melo.model, [UNNAMED, NAMED, KIND])
+    assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
+    melo.oracle = [None, "<my-dog>", None]
+    assert np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND]), mixed), "the router is right"
+    melo.oracle = [None, None, None]
+    assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[1], mixed[1])
+    melo.oracle = [None]
+    with pytest.raises(StateError, match="1 routes for 2 prompts"):
+        draw(melo.model, [UNNAMED, NAMED])
+    melo.oracle = None
+
+
+def test_always_on_touches_everything(model, concept):
+    base = draw(model, [UNNAMED])
+    with make("multi-melo-diffusion", model, *QUICK, "router=always") as editor:
+        editor.learn(concept)
+        assert not np.array_equal(draw(model, [UNNAMED]), base)
+        assert editor.route([UNNAMED]) == [["<my-dog>"]]
+
+
+def test_the_embedding_router_goes_by_likeness(model, concept):
+    with make("multi-melo-diffusion", model, *QUICK, "router=embedding", "threshold=0.999") as editor:
+        name = editor.learn(concept).facts["identifier"]
+        assert editor.route([f"a photo of {name} dog", UNNAMED]) == [["<my-dog>"], []]
+    assert nearest(torch.eye(3), torch.eye(3)[:2], 0.5) == [0, 1, None]
+    assert nearest(torch.eye(2), torch.empty(0, 2), 0.5) == [None, None]
+
+
+def test_guidance_rows_follow_their_prompt_or_not(model, concept):
+    for route, same in (("both", False), ("cond_only", True)):
+        with make("multi-melo-diffusion", model, *QUICK, f"cfg_route={route}") as editor:
+            editor.learn(concept)
+            tokens = model.tokenize(["", "", NAMED, UNNAMED], unconditional=2)
+            routes = editor._route(tokens)
+        assert routes[2:] == [["<my-dog>"], []]
+        assert (routes[:2] == [[], []]) == same
+
+
+def test_a_fresh_block_changes_nothing_and_others_keep_their_bytes(melo, concept):
+    first = melo.learn(concept)
+    kept = {key: tensor.clone() for key, tensor in first.tensors.items()}
+    melo.learn(replace(concept, token="<toy>", superclass="toy"))
+    assert all(torch.equal(melo.concepts["<my-dog>"].tensors[key], tensor) for key, tensor in kept.items())
+    down, up = melo._fresh(melo.targets[0], generator(0))
+    assert not up.any()
+    assert down.abs().max() <= melo.hparams.rank**-0.5
+
+
+def test_prior_preservation_leaves_the_superclass_to_the_base(melo, concept):
+    hp = replace(melo.hparams, prior_weight=1.0, prior_images=2)
+    lesson = SubjectLesson(melo.model, concept, hp, generator(0), "sksabcd")
+    assert lesson.prompts == ["a photo of sksabcd dog", "a photo of dog"]
+    assert len(lesson.prior) == 2
+    tokens, encoding = lesson._encoded(cached=True)()
+    plain = lesson._loss(tokens, encoding)
+    assert plain.isfinite()
+    with make("multi-melo-diffusion", melo.model, *QUICK, "prior_weight=1.0", "prior_images=2") as editor:
+        assert editor.learn(concept).info["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["multi-melo-diffusion", "dreambooth-lora"])
+def test_an_exported_block_is_a_lora_of_diffusers(name, model, concept, tmp_path):
+    with make(name, model, "steps=20", "learning_rate=1e-2") as editor:
+        learned = editor.learn(concept)
+        word = learned.facts["identifier"]
+        prompt = f"a {word} dog on the beach"
+        ours = draw(model, [prompt])
+        editor.export("<my-dog>", tmp_path / "lora.safetensors")
+    base = draw(model, [prompt])
+    assert np.abs(ours.astype(int) - base).max() > 3
+    model.pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    theirs = draw(model, [prompt])
+    model.pipe.unload_lora_weights()
+    assert np.abs(theirs.astype(int) - ours).max() <= 1
+    assert np.array_equal(draw(model, [prompt]), base)
+
+
+def test_dreambooth_trains_every_weight_it_should(model, concept):
+    for text in ("true", "false"):
+        with make("dreambooth", model, *QUICK, f"train_text_encoder={text}") as editor:
+            before = {key: value.clone() for key, value in model.model.named_parameters()}
+            learned = editor.learn(concept)
+            moved = {key.partition(".")[0] for key, value in learned.tensors.items() if not value.equal(before[key])}
+            assert "unet" in moved
+            assert ("text_encoder" in moved) == (text == "true")
+            assert "vae" not in {key.partition(".")[0] for key in learned.tensors}
+
+
+def test_in_low_precision_small_steps_are_not_lost(concept):
+    model = load_stable_diffusion("tiny-sd", device="cpu", dtype="bfloat16")
+    with make("dreambooth", model, "steps=40", "learning_rate=1e-4") as editor:
+        before = model.unet.conv_in.weight.clone()
+        moved = editor.learn(concept).tensors["unet.conv_in.weight"].to(before) - before
+    assert (moved != 0).float().mean() > 0.5
+
+
+def test_the_trie_finds_whole_sequences_in_order():
+    trie = TokenTrie()
+    for ids, name in (([7], "seven"), ([1, 2], "one-two"), ([1, 2, 3], "all"), ([9, 9], "nines")):
+        trie.insert(ids, name)
+    assert trie.find([0, 1, 2, 4, 7]) == ["one-two", "seven"]
+    assert trie.find([1, 2, 3, 7, 1, 2, 3]) == ["all", "seven"]
+    assert trie.find([1, 1, 2]) == ["one-two"]
+    assert trie.find([9, 1]) == trie.find([]) == []
+    with pytest.raises(ValueError, match="empty"):
+        trie.insert([], "nothing")
+
+
+def test_values_that_make_no_sense():
+    for changes in ({"steps": 0}, {"prior_weight": -1.0}, {"template": "no place"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            SubjectHparams(**changes)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden fixtures are not part of the repository")
+@pytest.mark.parametrize(("case", "factor"), [(0, 4.0), (1, 0.6)])
+def test_published_blocks(melo, case, factor, monkeypatch):
+    tensors = {
+        key: t for key, t in load_file(GOLDEN / "melo_dynamic_lora.safetensors").items() if f"case{case}" in key
+    }
+    down, up = tensors[f"case{case}.A"], tensors[f"case{case}.B"]
+    rank = 3 if case == 0 else 2
+    melo._blocks = {
+        str(i): {"x": (down[:, cut].T, up[cut].T * factor)}
+        for i, cut in enumerate(slice(j, j + rank) for j in range(0, down.shape[1], rank))
+    }
+    for number in range(3 if case == 0 else 1):
+        name = f"case{case}.map{number}"
+        inputs, blocks = tensors[f"{name}.x"], tensors[f"{name}.blocks"].tolist()
+        blocks = blocks * (len(inputs) // len(blocks))
+        rows = {(str(b),): torch.tensor([i for i, c in enumerate(blocks) if c == b]) for b in set(blocks) if b >= 0}
+        monkeypatch.setattr(melo, "_rows", lambda _count, rows=rows: rows)
+        bias = tensors.get(f"case{case}.bias")
+        base = torch.nn.functional.linear(inputs, tensors[f"case{case}.W"], bias)
+        out = melo._change("x")(inputs, base)
+        torch.testing.assert_close(out, tensors[f"{name}.out"], atol=1e-4, rtol=1e-4)
+        idle = [i for i, block in enumerate(blocks) if block < 0]
+        assert torch.equal(out[idle], base[idle])
+    melo._blocks = {}
