@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,22 +104,25 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
-        return ModelRef(folder.resolve().name, _family(folder), folder, _fingerprint(folder))
+        return ModelRef(folder.resolve().name, _family(folder), folder, fingerprint_folder(folder))
     repo = entry.repo if entry is not None and entry.repo else name
-    folder = _from_hub(repo, revision)
+    folder = from_hub(repo, revision)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
-    return ModelRef(short, _family(folder), folder, _fingerprint(folder))
+    return ModelRef(short, _family(folder), folder, fingerprint_folder(folder))
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
-    """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache."""
+def from_hub(repo: str, revision: str | None, files: Sequence[str] = FILES) -> Path:
+    """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache.
+
+    `files` are patterns of what is taken. Raises ModelError.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(FILES)
+    patterns = list(files)
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns))
-        if any(folder.glob("*.safetensors")):
+        if any(folder.rglob("*.safetensors")):
             return folder
     except (LocalEntryNotFoundError, HFValidationError):
         pass
@@ -175,7 +178,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_folder(folder: Path) -> str:
     """Digest the config and, of each weight file, the size, the header and a 64 KiB sample of every 16 MiB."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):

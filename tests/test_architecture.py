@@ -15,9 +15,9 @@ ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
     {"backbones", "datasets"},
-    {"editors"},
+    {"editors", "image_editors"},
     {"evaluation", "training"},
-    {"workflows", "training_runs", "doctor", "show", "gallery"},
+    {"workflows", "training_runs", "image_edits", "doctor", "show", "gallery"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
