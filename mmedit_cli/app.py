@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmedit_cli import __version__
-from mmedit_cli.commands import ask, convert, doctor, download, eval, list, report, train_editor
+from mmedit_cli.commands import ask, convert, doctor, download, eval, image_edit, list, report, train_editor
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output, report_error, report_failure
 
@@ -27,6 +27,7 @@ app = _group(
 app.command("eval")(eval.evaluate)
 app.command("train-editor")(train_editor.train_editor)
 app.command("ask")(ask.ask)
+app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list.list_all)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)

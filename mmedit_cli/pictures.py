@@ -44,6 +44,13 @@ def load_picture(picture: Picture) -> Image.Image:
         return upright.convert("RGB")
 
 
+def load_alpha(path: Path) -> Image.Image | None:
+    """Return the transparency of the upright picture, None if it has none; raise DataError if it cannot be decoded."""
+    with _reading(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""

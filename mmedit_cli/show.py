@@ -173,6 +173,20 @@ def column_name(column: str) -> str:
     return _NAMES.get(column, f"{prefix} {name}")
 
 
+def image_edits(out: Output, report: Mapping[str, Any], *, with_instruction: bool) -> None:
+    """Print the files that were made and, if asked for, the instruction that was derived for each."""
+
+    def show() -> None:
+        for edit in report["edits"]:
+            for warning in edit["warnings"]:
+                out.note(f"{edit['image']}: {warning}")
+            out.line(edit["output"])
+            if with_instruction:
+                out.line(f"  {edit['expressive'] or edit['instruction']} ({edit['expressive_source'] or 'as given'})")
+
+    out.result(report, show)
+
+
 def runs(out: Output, records: Path) -> None:
     """List the finished runs of a records folder, the newest first."""
     found = sorted(records.rglob("report.json"), key=lambda path: path.stat().st_mtime, reverse=True)

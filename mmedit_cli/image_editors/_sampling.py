@@ -79,5 +79,5 @@ def denoise(
         latents = scheduler.step(predicted, step, latents, **random, return_dict=False)[0]
         if not torch.isfinite(latents).all():
             raise MmeditError(f"the picture became not a number at step {number} of {steps}", "try --dtype float32")
-        tick(1)
+        tick(len(seeds))
     return latents.to(dtype)

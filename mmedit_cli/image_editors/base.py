@@ -101,7 +101,7 @@ class ImageEditor(ABC):
 
     @abstractmethod
     def edit_batch(self, jobs: Sequence[Job], settings: Settings, tick: Tick) -> list[Edited]:
-        """Edit pictures of one size, whose sides are multiples of `multiple`; `tick(1)` after each step.
+        """Edit pictures of one size, whose sides are multiples of `multiple`; `tick(B)` after each step.
 
         `settings` has no gaps. A job's result does not depend on the others. Raises DataError, ModelError.
         """
