@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets"},
+    {"backbones", "datasets", "image_pairs"},
     {"editors", "image_editors"},
     {"evaluation", "training"},
     {"workflows", "training_runs", "image_edits", "doctor", "show", "gallery"},
