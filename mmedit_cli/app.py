@@ -34,6 +34,7 @@ app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
+conversions.command("mgie")(convert.mgie)
 app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
 
 

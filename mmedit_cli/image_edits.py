@@ -18,6 +18,7 @@ from mmedit_cli.errors import DataError, MmeditError, RunError, UserError, near_
 from mmedit_cli.gallery import edit_sheet
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
+from mmedit_cli.image_training_runs import newest
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
 from mmedit_cli.records import Run, sha256_json, write_atomic
@@ -53,6 +54,7 @@ class EditOptions:
     keep_alpha: bool = False
     batch_size: int = 1
     force: bool = False
+    records: Path = Path("records")
 
 
 def samples(wish: Wish, count: int) -> list[Wish]:
@@ -153,9 +155,11 @@ def check(wishes: Sequence[Wish], options: EditOptions, done: frozenset[Path] = 
 
 def load_editor(options: EditOptions, out: Output) -> ImageEditor:
     """Load the editor, saying so: it may take a while. Raises UnknownName, ModelError."""
-    cls = registry.image_editors.get(options.editor)
-    out.note(f"loading {options.editor}" + (f": {options.model}" if options.model else ""))
-    editor: ImageEditor = cls.load(options.model, options.load)
+    cls, model = registry.image_editors.get(options.editor), options.model
+    if model is None and cls.trains and (trained := newest(options.editor, options.records)) is not None:
+        model = str(trained)
+    out.note(f"loading {options.editor}" + (f": {model}" if model else ""))
+    editor: ImageEditor = cls.load(model, options.load)
     return editor
 
 

@@ -47,7 +47,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def report(out: Output, report: Mapping[str, Any]) -> None:
     """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
     if "milestones" not in report:
-        training(out, report)
+        (training if "best" in report else image_training)(out, report)
         return
 
     def show() -> None:
@@ -89,6 +89,21 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
             f"all edits of {report['validation_cases']} held-out cases at once, all answer tokens right"
         )
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
+
+    out.result(report, show)
+
+
+def image_training(out: Output, report: Mapping[str, Any]) -> None:
+    """Print how the training of an image editor went: losses on held-out pairs, and where it is."""
+
+    def show() -> None:
+        out.line(f"{report['editor']} on {report['model']['name']}, trained on {report['data']['cases']} pairs")
+        names = list(report["curve"][-1]["held_out"]) if report["curve"] else []
+        rows = [[str(line["step"]), *(f"{line['held_out'][n]:.4f}" for n in names)] for line in report["curve"][-5:]]
+        out.table(["step", *(f"held-out loss, {name}" for name in names)], rows)
+        minutes = report["cost"]["seconds"] / 60
+        out.line(f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {minutes:.1f} min")
+        out.line(f"mmedit image-edit {report['editor']} --model {report['run']} --image ...")
 
     out.result(report, show)
 
@@ -194,7 +209,7 @@ def runs(out: Output, records: Path) -> None:
     for path in found:
         done = read_report(path.parent)
         if "milestones" not in done:  # a training
-            best = f"held out {100 * done['best']['score']:.1f}"
+            best = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
             rows.append(
                 [done["editor"], done["model"]["name"], done["data"]["name"], "trained", best, str(path.parent)]
             )

@@ -16,8 +16,8 @@ ROWS = (
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
     {"backbones", "datasets", "image_pairs"},
     {"editors", "image_editors"},
-    {"evaluation", "training"},
-    {"workflows", "training_runs", "image_edits", "doctor", "show", "gallery"},
+    {"evaluation", "training", "image_training"},
+    {"workflows", "training_runs", "image_edits", "image_training_runs", "doctor", "show", "gallery"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

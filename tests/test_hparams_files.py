@@ -12,13 +12,22 @@ from mmedit_cli.hparams import describe, load_hparams
 FILES = sorted((ROOT / "hparams").rglob("*.yaml"))
 
 
+def image_editor(name):
+    return registry.image_editors.get(name)
+
+
+def editor_of(name):
+    return registry.editors.get(name) if name.replace("_", "-") in registry.editors.names() else image_editor(name)
+
+
 def test_each_editor_has_its_file():
-    assert {registry.hparams_file(name) for name in registry.editors.names()} == set(FILES)
+    names = [*registry.editors.names(), *(n for n in registry.image_editors.names() if image_editor(n).trains)]
+    assert {registry.hparams_file(name) for name in names} == set(FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_is_right(path):
-    cls = registry.editors.get(path.stem).Hparams
+    cls = editor_of(path.stem).Hparams
     content = yaml.safe_load(path.read_text())
     for variant in (None, *content.get("variants", {})):
         load_hparams(path, cls, variant=variant)
@@ -26,7 +35,7 @@ def test_the_file_is_right(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_names_every_value_and_says_where_it_comes_from(path):
-    cls = registry.editors.get(path.stem).Hparams
+    cls = editor_of(path.stem).Hparams
     text = path.read_text()
     keys = {name for name, _, _ in describe(cls)}
     assert keys == set(named({k: v for k, v in yaml.safe_load(text).items() if k != "variants"}))

@@ -30,7 +30,10 @@ def image_edit(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="A name, a folder or a hub id. [default: the editor's own]", show_default=False
+            "--model",
+            "-m",
+            help="A name, a folder or a hub id. [default: what was trained last, or the editor's own]",
+            show_default=False,
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -68,6 +71,7 @@ def image_edit(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
+    records: options.Records = Path("records"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -96,7 +100,7 @@ def image_edit(
     request = image_edits.EditOptions(
         editor, model, LoadOptions(device, dtype, revision),
         Settings(steps, text_guidance, image_guidance, resolution, restore),
-        image_edits.colour(background), keep_alpha, max(batch_size, 1), force,
+        image_edits.colour(background), keep_alpha, batch_size, force, records,
     )  # fmt: skip
     if batch is not None:
         wishes = image_edits.read_wishes(batch, output, seed)

@@ -85,7 +85,7 @@ class Guide:
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         """Return the image tokens of pictures: (N_v, D) each."""
         inputs = self.image_processor(images=list(pictures), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.device, self._embedding.weight.dtype)
+        pixels = inputs["pixel_values"].to(self.device, self.mllm.dtype)
         return list(self.mllm.get_image_features(pixels, return_dict=True).pooler_output)
 
     def token_ids(self, instruction: str, expressive: str | None, n_image: int) -> tuple[list[int], int]:

@@ -146,7 +146,7 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path}: not what a training of mgie left ({error})", "train again with --force") from error
     pipeline = assemble(about["model"], hparams, options)
-    restore(pipeline, make_trainable(pipeline, hparams), tensors, str(path))
+    restore(make_trainable(pipeline, hparams), tensors, str(path))
     device = runtime.resolve_device(options.device)
     number = runtime.resolve_dtype(options.dtype, device)
     for part in ("mllm", "unet"):
@@ -158,9 +158,7 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
     return pipeline, f"mgie on {about['model']}", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def restore(
-    pipeline: MGIEPipeline, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: str
-) -> None:
+def restore(trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: str) -> None:
     """Put trained tensors back by name; raise StateError unless names and shapes are those of what is trained."""
     problems = [f"{place}: {name} is missing" for name in trained.keys() - tensors.keys()]
     problems += [f"{place}: {name} is not part of the model" for name in tensors.keys() - trained.keys()]
