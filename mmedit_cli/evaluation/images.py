@@ -1,7 +1,7 @@
 """Scores of edited pictures as pure functions; pictures are (3, H, W) in 0 .. 1, encodings (D,).
 
-o is the output, g the goal, v the picture that was edited. The names of scores that need an encoder go with the name of
-that encoder: a CLIP-I of one is not comparable to that of another.
+o is the output, g the goal, v the picture that was edited. A score that needs an encoder carries its name: a CLIP-I of
+one is not comparable to that of another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, cosine_similarity, normalize
 
 UNCHANGED = 4 / 255  # a pixel that source and goal share up to this belongs to what should stay
+_STILL = 1e-6  # length of a change that is rounding
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -78,11 +79,11 @@ def direction(v: Tensor, o: Tensor, caption: Tensor, target_caption: Tensor) -> 
 
     None where nothing changed: then there is no direction.
     """
-    picture, text = (normalize(x.float(), dim=-1) for x in (o, v)), (target_caption, caption)
-    changes = [a - b for a, b in (tuple(picture), tuple(normalize(x.float(), dim=-1) for x in text))]
-    if min(float(change.norm()) for change in changes) < 1e-6:
+    unit = [normalize(encoding.float(), dim=-1) for encoding in (v, o, caption, target_caption)]
+    picture, text = unit[1] - unit[0], unit[3] - unit[2]
+    if min(float(picture.norm()), float(text.norm())) < _STILL:
         return None
-    return float(cosine_similarity(*changes, dim=-1))
+    return float(cosine_similarity(picture, text, dim=-1))
 
 
 class ClipEncoder:

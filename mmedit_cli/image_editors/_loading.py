@@ -18,7 +18,6 @@ REPOS = {  # short names of published pipelines
     "instruct-pix2pix": "timbrooks/instruct-pix2pix",
     "magicbrush": "vinesmsuic/magicbrush-jul7",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
-    "qwen-image-edit": "Qwen/Qwen-Image-Edit",
 }
 INDEX = "model_index.json"
 # not the same weights a second time, in one file or in half precision, and nothing that is pickled

@@ -144,6 +144,8 @@ class ImageEditor(ABC):
             problems.append(f"--steps {settings.steps}: at least 1")
         if settings.resolution is not None and not self.multiple <= settings.resolution <= LARGEST_SIDE:
             problems.append(f"--resolution {settings.resolution}: from {self.multiple} to {LARGEST_SIDE} pixels")
+        if settings.image_guidance is not None and self.defaults.image_guidance is None:
+            problems.append(f"--image-guidance: {self.name} has no guidance by the picture")
         if problems:
             raise DataError(problems)
 
