@@ -47,7 +47,8 @@ def read_report(folder: Path) -> dict[str, Any]:
 def report(out: Output, report: Mapping[str, Any]) -> None:
     """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
     if "milestones" not in report:
-        (training if "best" in report else image_training)(out, report)
+        shown = training if "best" in report else image_scores if "scores" in report else image_training
+        shown(out, report)
         return
 
     def show() -> None:
@@ -106,6 +107,35 @@ def image_training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"mmedit image-edit {report['editor']} --model {report['run']} --image ...")
 
     out.result(report, show)
+
+
+def image_scores(out: Output, report: Mapping[str, Any]) -> None:
+    """Print the scores of an image editor, beside those of giving every picture back as it is."""
+
+    def show() -> None:
+        out.line(f"{report['editor']} ({report['model']['name']}) on {report['data']['name']}: mean ± 95 % interval")
+        rows = [_score_row("all", name, score) for name, score in report["scores"].items()]
+        rows += [
+            _score_row(kind, name, scores[name])
+            for kind, scores in report["by_kind"].items()
+            for name in ("L1", "kept")
+            if name in scores
+        ]
+        out.table(["pairs", "score", "better is", "edited", "picture as it is", "n"], rows)
+        for key, name in report["encoders"].items():
+            if name:
+                out.line(f"{key}: {name}")
+        out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {Path(report['run']) / 'pictures'}")
+
+    out.result(report, show)
+
+
+def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
+    from mmedit_cli.image_evaluation import SCORES
+
+    half = (score["ci95"][1] - score["ci95"][0]) / 2
+    unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"
+    return [pairs, name, SCORES[name], f"{score['mean']:.4f} ±{half:.4f}", unchanged, str(score["n"])]
 
 
 def _whole_groups(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
@@ -210,9 +240,8 @@ def runs(out: Output, records: Path) -> None:
         done = read_report(path.parent)
         if "milestones" not in done:  # a training
             best = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
-            rows.append(
-                [done["editor"], done["model"]["name"], done["data"]["name"], "trained", best, str(path.parent)]
-            )
+            what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+            rows.append([done["editor"], done["model"]["name"], done["data"]["name"], what, best, str(path.parent)])
             continue
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))

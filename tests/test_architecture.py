@@ -17,7 +17,16 @@ ROWS = (
     {"backbones", "datasets", "image_pairs"},
     {"editors", "image_editors"},
     {"evaluation", "training", "image_training"},
-    {"workflows", "training_runs", "image_edits", "image_training_runs", "doctor", "show", "gallery"},
+    {
+        "workflows",
+        "training_runs",
+        "image_edits",
+        "image_training_runs",
+        "image_evaluation",
+        "doctor",
+        "show",
+        "gallery",
+    },
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

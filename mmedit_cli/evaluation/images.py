@@ -17,7 +17,8 @@ from torch.nn.functional import conv2d, cosine_similarity, normalize
 
 UNCHANGED = 4 / 255  # a pixel that source and goal share up to this belongs to what should stay
 _STILL = 1e-6  # length of a change that is rounding
-_WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
+SMALLEST = _WINDOW = 11  # pixels: the window of SSIM
+_SIGMA, _K1, _K2 = 1.5, 0.01, 0.03
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
