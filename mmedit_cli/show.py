@@ -270,6 +270,14 @@ def catalogue(out: Output) -> None:
                 "models": ", ".join(registry.backbones.names()),
             }
         )
+    image_editors = [
+        {
+            "image editor": name,
+            "summary": registry.image_editors.summary(name),
+            "trained first": "yes" if registry.image_editors.get(name).trains else "no",
+        }
+        for name in registry.image_editors.names()
+    ]
     models = [
         {"model": name, "family": find_model(name).family, "source": "comes along", "summary": "trained on EmojiKB"}
         for name in bundled()
@@ -286,8 +294,13 @@ def catalogue(out: Output) -> None:
         }
     )
 
+    data.append(
+        {"data": "emojikb-edits", "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md"}
+    )
+    found = {"editors": editors, "image editors": image_editors, "models": models, "data": data}
+
     def show() -> None:
-        for rows in (editors, models, data):
+        for rows in found.values():
             out.table(list(rows[0]), [list(row.values()) for row in rows])
 
-    out.result({"editors": editors, "models": models, "data": data}, show)
+    out.result(found, show)

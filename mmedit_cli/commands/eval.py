@@ -76,6 +76,7 @@ def evaluate(
     out = Output(as_json=as_json)
     if editor is not None and editor.replace("_", "-") in registry.image_editors.names():
         strange = {"--sequential": sequential != 1, "--root": root is not None, "--template": bool(template)}
+        strange |= {"--dry-run": dry_run, "--hparams": hparams is not None, "--checkpoint": checkpoint is not None}
         request = image_evaluation.ImageEvalOptions(
             editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, tuple(overrides or ()), limit,
             batch_size, seed, records, force,
