@@ -5,6 +5,7 @@ Beside each score stands that of giving the picture back as it is: what an edito
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -175,7 +176,9 @@ def _score_all(
         seconds = (time.monotonic() - began) / len(part)
         lines = []
         for pair, source, result in zip(part, sources, results, strict=True):
-            write_atomic(run.folder / "pictures" / f"{pair.uid.replace('/', '--')}.png", _png(result.picture))
+            write_atomic(
+                run.folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png", _png(result.picture)
+            )
             lines.append(_line(pair, source, result, encoders) | {"seconds": round(seconds, 4)})
         run.append("cases", lines)
         tick("pairs", len(part))

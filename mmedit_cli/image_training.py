@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,11 +129,11 @@ class _Training:
             raise DataError("no pairs to train on")
         self.pairs, self.held_out = pairs, held_out[: self.hp.validation_pairs]
         every = [*pairs, *self.held_out]
-        told = {pair.uid: pair.expressive for pair in every if pair.expressive}
-        told |= {line["uid"]: line["expressive"] for line in self.run.read("expressive")}
-        left = [pair for pair in every if pair.uid not in told]
+        told = {_key(pair): pair.expressive for pair in every if pair.expressive}
+        told |= {line["pair"]: line["expressive"] for line in self.run.read("expressive")}
+        left = [pair for pair in every if _key(pair) not in told]
         if self.hparams.expressive == "instruction":
-            told |= {pair.uid: pair.instruction for pair in left}
+            told |= {_key(pair): pair.instruction for pair in left}
         elif left and self.step == 0:
             if self.processes.world > 1:
                 raise DataError(
@@ -153,9 +154,9 @@ class _Training:
             said = self.guide.write(
                 pictures, [p.instruction for p in part], longest=self.hparams.longest, briefly=True
             )
-            lines = [{"uid": p.uid, "expressive": w.text} for p, w in zip(part, said, strict=True)]
+            lines = [{"pair": _key(p), "expressive": w.text} for p, w in zip(part, said, strict=True)]
             self.run.append("expressive", lines)
-            found |= {line["uid"]: line["expressive"] for line in lines}
+            found |= {line["pair"]: line["expressive"] for line in lines}
         return found
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
@@ -172,7 +173,7 @@ class _Training:
         side = self.hp.resolution // self.editor.multiple
         shape = (self.editor.vae.config.latent_channels, side, side)
         noise, spread = (torch.randn(shape, generator=generator) for _ in range(2))
-        expressive = self.expressive[pair.uid]
+        expressive = self.expressive[_key(pair)]
         return Sample(source, target, pair.instruction, expressive, u if by_chance else 1.0, t, noise, spread)
 
     def _batch(self) -> list[tuple[EditPair, int]]:
@@ -237,7 +238,7 @@ class _Training:
         n_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         total = 0
         for pair in pairs:
-            ids, n_prompt = self.guide.token_ids(pair.instruction, self.expressive[pair.uid], n_image)
+            ids, n_prompt = self.guide.token_ids(pair.instruction, self.expressive[_key(pair)], n_image)
             visual_only = self.hparams.train_lm == "two_phase" and not self.first_phase
             total += (0 if visual_only else len(ids) - n_prompt) + 9
         return total
@@ -338,7 +339,8 @@ class _Training:
     def _keep(self) -> None:
         """Write what was trained, the running mean in place of the denoiser if there is one."""
         tensors = {name: parameter.detach() for name, parameter in self.trained.items()} | self.mean
-        about = {"hparams": asdict(self.hparams), "model": self.editor.model, "seed": self.seed}
+        hparams = {**asdict(self.hparams), "diffusion": _lasting(self.hparams.diffusion)}
+        about = {"hparams": hparams, "model": _lasting(self.editor.model), "fingerprint": self.editor.fingerprint}
         self.run.save_tensors("editor", tensors, {"mgie": json.dumps(about)})
 
     def _save(self) -> None:
@@ -366,3 +368,13 @@ class _Training:
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         if self.processes.rank == 0:
             self.run.rewrite("log", [line for line in self.run.read("log") if line["step"] <= self.step])
+
+
+def _key(pair: EditPair) -> str:
+    """Return what stands for a pair among those of all files."""
+    return f"{pair.uid}:{pair.digest}"
+
+
+def _lasting(name: str) -> str:
+    """Return the name of a model that still leads to it from another folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

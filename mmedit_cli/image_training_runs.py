@@ -102,7 +102,7 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     out.note(f"loading {plan.ref.name} and {plan.hparams.diffusion}")
     load = LoadOptions(processes.device, options.model.dtype, options.model.revision)
     pipeline = assemble(options.model.model, plan.hparams, load, seed=options.seed)
-    editor = registry.image_editors.get(options.editor)(pipeline, options.model.model, "")
+    editor = registry.image_editors.get(options.editor)(pipeline, options.model.model, plan.ref.fingerprint)
     with ExitStack() as stack:
         if processes.rank == 0:
             environment = runtime.environment(editor.device)

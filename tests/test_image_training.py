@@ -129,6 +129,19 @@ def test_what_was_trained_loads_and_edits_as_it_did(train):
     assert loaded.edit([replace(job, expressive="x")], Settings(2))[0].picture != got.picture
 
 
+def test_another_base_model_is_refused(train, monkeypatch):
+    editor, folder = train(hp(steps=1))
+    monkeypatch.setattr("mmedit_cli.catalog.TINY_VERSION", 99)
+    Mgie.load(str(folder), CPU)  # trained from the library: nothing is known of the base
+    editor.fingerprint = "another"
+    with Run.open(folder, {}, {}) as run:
+        state = _Training(fresh(hp(steps=1)), hp(steps=1), run, Conditions(), 0)
+        state.editor.fingerprint = "another"
+        state._keep()
+    with pytest.raises(StateError, match="is not the model it was trained for"):
+        Mgie.load(str(folder), CPU)
+
+
 def test_a_damaged_checkpoint_is_named(train):
     _, folder = train(hp(steps=1))
     path = folder / "editor.safetensors"

@@ -33,10 +33,7 @@ class Settings:
 
     def over(self, defaults: Settings) -> Settings:
         """Return these settings with the gaps filled from `defaults`."""
-        return Settings(*(theirs if own is None else own for own, theirs in zip(self, defaults, strict=True)))
-
-    def __iter__(self) -> Any:
-        return iter(vars(self).values())
+        return replace(defaults, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ class ImageEditor(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
+    derives: ClassVar[bool] = False  # an expressive instruction
     defaults: ClassVar[Settings]
     model: str
     fingerprint: str
@@ -122,6 +120,8 @@ class ImageEditor(ABC):
         """
         chosen = (settings or Settings()).over(self.defaults)
         self._check(chosen)
+        if not self.derives and any(job.expressive for job in jobs):
+            raise DataError(f"{self.name} derives no expressive instruction", "leave it out, or name another editor")
         groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         done: dict[int, Edited] = {}
         for i, job in enumerate(jobs):

@@ -67,10 +67,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class EmojiKB:
-    """The concepts of one side by id, the colours by name, and the digest of each picture."""
+    """The concepts of one side by id, the colours by name, and the digest of each picture.
+
+    `kin` are the concepts that share the value of a key, drawn by an artist: (key, value, artist) -> concepts.
+    """
 
     folder: Path
     concepts: Mapping[str, Json]
+    kin: Mapping[tuple[str, str, str], list[Json]]
     colours: Mapping[str, str]
     digests: Mapping[str, str]
 
@@ -125,7 +129,12 @@ def load(split: str) -> EmojiKB:
     concepts = {c["id"]: c for c in map(json.loads, lines) if c["split"] == split}
     colours = json.loads((folder / "backgrounds.json").read_text(encoding="utf-8"))
     files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    return EmojiKB(folder, concepts, {**colours, "white": "#ffffff"}, files)
+    kin: dict[tuple[str, str, str], list[Json]] = {}
+    for concept in concepts.values():
+        for artist in concept["artists"]:
+            for key in ("kind", "category", "country"):
+                kin.setdefault((key, concept.get(key, ""), artist), []).append(concept)
+    return EmojiKB(folder, concepts, kin, {**colours, "white": "#ffffff"}, files)
 
 
 def number(*key: str) -> int:
@@ -198,20 +207,20 @@ def _of_the_drawing(concept: Json, scene: Scene, thing: str, key: tuple[str, ...
 def _by_knowledge(kb: EmojiKB, concept: Json, scene: Scene) -> Iterator[Edit]:
     """Yield the edits whose meaning needs the picture and a fact."""
     artist = scene.sprites[0].artist
-    kin = [c for c in kb.concepts.values() if c["kind"] == concept["kind"] and artist in c["artists"]]
+    kin = kb.kin["kind", concept["kind"], artist]
     if len(kin) > 1:
         following = kin[(kin.index(concept) + 1) % len(kin)]
         after = replace(scene, sprites=(Sprite(following["id"], artist),))
         known = "country flag" in concept["kind"]
         text = "turn it into another flag" if known else "turn it into another of its kind"
         yield Edit("another-kind", text, says(kb, after), scene, after)
-    flags = {c["country"]: c for c in kb.concepts.values() if "country" in c and artist in c["artists"]}
-    beside = flags.get(NEIGHBOUR.get(concept.get("country", ""), ""))
-    if beside is not None:
-        after = replace(scene, sprites=(Sprite(beside["id"], artist),))
+    neighbour = NEIGHBOUR.get(concept.get("country", ""))
+    beside = kb.kin.get(("country", neighbour, artist)) if neighbour else None
+    if beside:
+        after = replace(scene, sprites=(Sprite(beside[0]["id"], artist),))
         yield Edit("neighbour", "give it the flag of the neighbouring country", says(kb, after), scene, after)
     if "country" in concept:
-        others = [c for c in flags.values() if "capital" in c and c is not concept]
+        others = [c for c in kin if "capital" in c and c is not concept]
         chosen = others[number("capital", concept["id"], artist) % len(others)]
         after = replace(scene, sprites=(Sprite(chosen["id"], artist),))
         text = f"make it the flag of the country whose capital is {chosen['capital']}"
@@ -220,11 +229,7 @@ def _by_knowledge(kb: EmojiKB, concept: Json, scene: Scene) -> Iterator[Edit]:
 
 def _other(kb: EmojiKB, concept: Json, artist: str, key: tuple[str, ...]) -> Json | None:
     """Return another concept of the same category by the same artist, None if there is none."""
-    kin = [
-        c
-        for c in kb.concepts.values()
-        if c["category"] == concept["category"] and artist in c["artists"] and c is not concept
-    ]
+    kin = [c for c in kb.kin["category", concept["category"], artist] if c is not concept]
     return kin[number("other", *key) % len(kin)] if kin else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def pairs(file: Path) -> list[EditPair]:
                 problems.append(f"{place}: {fault}")
             else:
                 found.append(_pair(record, file.parent, place, number))
+    twice = [uid for uid, count in Counter(pair.uid for pair in found).items() if count > 1]
+    problems += [f"{file}: the id {uid!r} stands more than once" for uid in twice]
     if problems:
         raise DataError(problems[:20], 'a line is {"source": ..., "target": ..., "instruction": ...}')
     return found

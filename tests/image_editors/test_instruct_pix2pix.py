@@ -166,6 +166,8 @@ def test_no_instruction_gives_the_picture_back(editor):
 def test_what_cannot_be_done_is_said(editor):
     with pytest.raises(DataError, match="80 tokens; tiny-ip2p reads 77"):
         editor.edit([Job(picture(), "x" * 78)], Settings(1))
+    with pytest.raises(DataError, match="derives no expressive instruction"):
+        editor.edit([Job(picture(), "x", expressive="y")], Settings(1))
     with pytest.raises(DataError, match="steps 0") as caught:
         editor.edit([Job(picture(), "x")], Settings(0, resolution=9999))
     assert len(caught.value.problems) == 2

@@ -90,6 +90,23 @@ def test_widening_changes_nothing():
         torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-6)
 
 
+def test_a_text_to_image_model_to_start_from(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    from mmedit_cli.image_editors.mgie.hparams import MgieHparams
+    from mmedit_cli.image_editors.mgie.parts import assemble
+
+    drawing = StableDiffusionPipeline(
+        vae=_tiny.vae(), text_encoder=_tiny.text_encoder(), tokenizer=_tiny.clip_tokenizer(), unet=_tiny.unet(4),
+        scheduler=_tiny.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    drawing.save_pretrained(tmp_path / "sd")
+    pipeline = assemble("tiny-llava", MgieHparams(str(tmp_path / "sd"), d_model=32, heads=2, layers=1), CPU)
+    assert pipeline.unet.config.in_channels == pipeline.unet.conv_in.weight.shape[1] == 8
+    assert not pipeline.unet.conv_in.weight[:, 4:].any()
+    assert Mgie(pipeline, "", "").edit([Job(picture(), "paint it blue")], Settings(1))[0].picture.size == (32, 32)
+
+
 # -- guide ------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,9 @@ def test_records(tmp_path):
     file.write_text(json.dumps(record) + "\n")
     name, (pair,) = open_pairs(file)
     assert (name, pair.uid, pair.expressive) == ("mine", "1", "a star")
+    file.write_text("\n".join(json.dumps({**record, "id": "a"}) for _ in range(2)))
+    with pytest.raises(DataError, match="the id 'a' stands more than once"):
+        open_pairs(file)
     bad = [{**record, "sorce": "x"}, {**record, "target": "nowhere.png"}, {**record, "instruction": " "}, [], 3]
     file.write_text("\n".join(json.dumps(line) for line in bad) + "\nnonsense")
     with pytest.raises(DataError) as caught:

@@ -23,7 +23,7 @@ class Mgie(LatentEditor):
     """Guiding instruction-based image editing via multimodal large language models (Fu et al. 2024)."""
 
     name = "mgie"
-    trains = True
+    trains = derives = True
     Hparams = MgieHparams
 
     def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:

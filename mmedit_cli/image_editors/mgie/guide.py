@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.image_editors.mgie.modules import N_TOKENS, VisualTokens
-from mmedit_cli.patch import Patch
 
 PROMPT = "USER: <image>\nwhat will this image be like if '{instruction}' ASSISTANT:"  # LLaVA-1.5's format
 BRIEFLY = " (in at most 32 words)"  # behind the instruction, where the model was not taught to be brief
@@ -154,17 +153,13 @@ class Guide:
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             suppress_tokens=[self._image_id, *range(self.n_vocabulary + 1, self.n_vocabulary + N_TOKENS)],
         )
-        name = next(n for n, module in self.mllm.named_modules() if module is self.mllm.get_output_embeddings())
-        inputs: dict[str, Tensor] = {}
 
-        def remember(_module: Any, args: tuple[Tensor, ...]) -> None:
-            inputs["hidden"] = args[0]
+        def widen(_module: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+            return torch.cat([logits, self._visual_logits(inputs[0])], -1)
 
-        handle = self.mllm.get_output_embeddings().register_forward_pre_hook(remember)
+        handle = self.mllm.get_output_embeddings().register_forward_hook(widen)
         try:
-            with Patch(self.mllm) as patch:  # the visual tokens are further columns of the logits
-                patch.hook(name, lambda logits: torch.cat([logits, self._visual_logits(inputs["hidden"])], -1))
-                out = self.mllm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+            out = self.mllm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
         finally:
             handle.remove()
         said = [ids[:limit] for ids, limit in zip(out.tolist(), limits, strict=True)]

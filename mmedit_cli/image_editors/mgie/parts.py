@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedit_cli import runtime
+from mmedit_cli.catalog import find_model
 from mmedit_cli.errors import ModelError, StateError
 from mmedit_cli.image_editors import _tiny
 from mmedit_cli.image_editors._loading import LoadOptions, digest, find_pipeline, load_pipeline, pipeline_class
@@ -30,6 +31,7 @@ def assemble(model: str, hparams: MgieHparams, options: LoadOptions, *, seed: in
 
     A denoiser of a text-to-image model gets the channels for the picture. Raises ModelError.
     """
+    from diffusers import EulerAncestralDiscreteScheduler
     from transformers import LlavaProcessor
 
     from mmedit_cli.backbones._loading import load_backbone
@@ -38,8 +40,9 @@ def assemble(model: str, hparams: MgieHparams, options: LoadOptions, *, seed: in
     if llava.family != "llava":
         raise ModelError(f"--model {model}: of the family {llava.family}; mgie is built on llava")
     diffusion = load_pipeline(hparams.diffusion, _DIFFUSION, LoadOptions(options.device, options.dtype)).pipeline
-    unet, channels = diffusion.unet, 2 * diffusion.vae.config.latent_channels
+    unet, channels, scheduler = diffusion.unet, 2 * diffusion.vae.config.latent_channels, diffusion.scheduler
     if unet.config.in_channels != channels:
+        scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)  # InstructPix2Pix's sampler
         unet.conv_in = widened(unet.conv_in, channels)
         unet.register_to_config(in_channels=channels)
     mllm, length = llava.model, diffusion.tokenizer.model_max_length
@@ -52,7 +55,7 @@ def assemble(model: str, hparams: MgieHparams, options: LoadOptions, *, seed: in
     matrices = (mllm.get_input_embeddings().weight, mllm.get_output_embeddings().weight)
     head.to(unet.device).tokens.start_from(*matrices, runtime.generator(seed))
     processor = LlavaProcessor(llava.image_processor, llava.tokenizer)
-    parts = (mllm, processor, head.to(unet.dtype), unet, diffusion.vae, diffusion.scheduler)
+    parts = (mllm, processor, head.to(unet.dtype), unet, diffusion.vae, scheduler)
     return MGIEPipeline(*parts, hparams.prompt)
 
 
@@ -145,6 +148,10 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
             hparams = MgieHparams(**{k: v for k, v in values.items() if k != "training"})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path}: not what a training of mgie left ({error})", "train again with --force") from error
+    if about["fingerprint"] not in ("", find_model(about["model"]).fingerprint):
+        raise StateError(
+            f"{path}: {about['model']} is not the model it was trained for", "give it back, or train again"
+        )
     pipeline = assemble(about["model"], hparams, options)
     restore(make_trainable(pipeline, hparams), tensors, str(path))
     device = runtime.resolve_device(options.device)
