@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from mmedit_cli import __version__
-from mmedit_cli.commands import ask, convert, covariance, doctor, download, eval, generate, list, report, train_editor
+from mmedit_cli.commands import (
+    ask,
+    convert,
+    covariance,
+    doctor,
+    download,
+    eval,
+    generate,
+    image_edit,
+    list,
+    report,
+    train_editor,
+)
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output, report_error, report_failure
 
@@ -29,12 +41,14 @@ app.command("train-editor")(train_editor.train_editor)
 app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
+app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list.list_all)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
+conversions.command("mgie")(convert.mgie)
 app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
 
 

@@ -139,15 +139,18 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     return ModelRef(short, _family(folder), folder, fingerprint(folder))
 
 
-def hub_folder(repo: str, revision: str | None) -> Path:
-    """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache."""
+def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = None) -> Path:
+    """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache.
+
+    `files`: patterns of what is taken, if not what a model of its kind needs. Raises ModelError.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = list(patterns(repo))
+    wanted = list(files or patterns(repo))
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=wanted))
-        if any(folder.glob("*.safetensors")) or any(folder.glob("unet/*.safetensors")):
+        if any(folder.rglob("*.safetensors")):
             return folder
     except (LocalEntryNotFoundError, HFValidationError):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 SIDE, GAP, TEXT, LINE = 96, 16, 300, 19  # pixels: a picture, between things, room for text, a line of it
+THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
 HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
 INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
 
@@ -39,6 +41,32 @@ def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
                 _panel(sheet, pen, (left, 40 + j * height), row["panels"][kind], kind)
     from mmedit_cli.records import write_atomic
 
+    write_atomic(path, _png(sheet))
+
+
+def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw a picture and what became of it, all beside each other with the seeds; write it as a PNG.
+
+    `edits` are records of `mmedit image-edit` about that picture.
+    """
+    from PIL import Image, ImageDraw
+
+    from mmedit_cli.records import write_atomic
+
+    shown = [(load_picture(Picture(source, background)), "before")]
+    shown += [(load_picture(Picture(Path(edit["output"]), background)), f"seed {edit['seed']}") for edit in edits]
+    across = math.ceil(math.sqrt(len(shown))) if len(shown) > 3 else len(shown)
+    side = max(THUMB, min(2 * THUMB, 1200 // across))
+    down = math.ceil(len(shown) / across)
+    sheet = Image.new("RGB", (GAP + across * (side + GAP), 2 * LINE + down * (side + LINE + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), _cut(edits[0]["instruction"], sheet.width // 9), INK, _font(15))
+    for i, (picture, caption) in enumerate(shown):
+        left, top = GAP + i % across * (side + GAP), 2 * LINE + i // across * (side + LINE + GAP)
+        scale = side / max(picture.size)
+        fitted = picture.resize([max(1, round(length * scale)) for length in picture.size])
+        sheet.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
+        pen.text((left, top + side + 2), caption, GREY, _font(13))
     write_atomic(path, _png(sheet))
 
 

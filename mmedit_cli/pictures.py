@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -44,8 +44,21 @@ def load_picture(picture: Picture) -> Image.Image:
         return upright.convert("RGB")
 
 
+def upright_rgb(file: BinaryIO, place: str) -> Image.Image:
+    """Return an image file that is in memory as RGB, upright; raise DataError naming `place` if it is none."""
+    with _reading(file, place) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_alpha(path: Path) -> Image.Image | None:
+    """Return the transparency of the upright picture, None if it has none; raise DataError if it cannot be decoded."""
+    with _reading(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[Image.Image]:
+def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
     try:
         with warnings.catch_warnings():
@@ -53,6 +66,6 @@ def _reading(path: Path) -> Iterator[Image.Image]:
             with Image.open(path) as image:
                 yield image
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image") from error
+        raise DataError(f"{place or path}: no such image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from error
+        raise DataError(f"{place or path}: not a readable image ({error})") from error

@@ -59,13 +59,14 @@ class Registry(Generic[T]):
     def _module(self, name: str) -> str:
         public, names = name.replace("_", "-"), self.names()
         if public not in names:
-            kind = self.attribute.lower()
+            kind = self.attribute.lower().replace("_", " ")
             raise UnknownName(f"unknown {kind} '{name}'{near_miss(public, names)}", f"{kind}s: {', '.join(names)}")
         return public.replace("-", "_")
 
 
 editors: Registry[Any] = Registry("mmedit_cli.editors", "EDITOR")
 personalizers: Registry[Any] = Registry("mmedit_cli.personalizers", "PERSONALIZER")
+image_editors: Registry[Any] = Registry("mmedit_cli.image_editors", "IMAGE_EDITOR")
 backbones: Registry[Any] = Registry("mmedit_cli.backbones", "BACKBONE")
 datasets: Registry[Any] = Registry("mmedit_cli.datasets", "DATASET")
 

@@ -47,7 +47,8 @@ def read_report(folder: Path) -> dict[str, Any]:
 def report(out: Output, report: Mapping[str, Any]) -> None:
     """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
     if "milestones" not in report:
-        training(out, report)
+        shown = training if "best" in report else image_scores if "scores" in report else image_training
+        shown(out, report)
         return
 
     def show() -> None:
@@ -94,6 +95,50 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
 
     out.result(report, show)
+
+
+def image_training(out: Output, report: Mapping[str, Any]) -> None:
+    """Print how the training of an image editor went: losses on held-out pairs, and where it is."""
+
+    def show() -> None:
+        out.line(f"{report['editor']} on {report['model']['name']}, trained on {report['data']['cases']} pairs")
+        names = list(report["curve"][-1]["held_out"]) if report["curve"] else []
+        rows = [[str(line["step"]), *(f"{line['held_out'][n]:.4f}" for n in names)] for line in report["curve"][-5:]]
+        out.table(["step", *(f"held-out loss, {name}" for name in names)], rows)
+        minutes = report["cost"]["seconds"] / 60
+        out.line(f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {minutes:.1f} min")
+        out.line(f"mmedit image-edit {report['editor']} --model {report['run']} --image ...")
+
+    out.result(report, show)
+
+
+def image_scores(out: Output, report: Mapping[str, Any]) -> None:
+    """Print the scores of an image editor, beside those of giving every picture back as it is."""
+
+    def show() -> None:
+        out.line(f"{report['editor']} ({report['model']['name']}) on {report['data']['name']}: mean ± 95 % interval")
+        rows = [_score_row("all", name, score) for name, score in report["scores"].items()]
+        rows += [
+            _score_row(kind, name, scores[name])
+            for kind, scores in report["by_kind"].items()
+            for name in ("L1", "kept")
+            if name in scores
+        ]
+        out.table(["pairs", "score", "better is", "edited", "picture as it is", "n"], rows)
+        for key, name in report["encoders"].items():
+            if name:
+                out.line(f"{key}: {name}")
+        out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {Path(report['run']) / 'pictures'}")
+
+    out.result(report, show)
+
+
+def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
+    from mmedit_cli.image_evaluation import SCORES
+
+    half = (score["ci95"][1] - score["ci95"][0]) / 2
+    unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"
+    return [pairs, name, SCORES[name], f"{score['mean']:.4f} ±{half:.4f}", unchanged, str(score["n"])]
 
 
 def _whole_groups(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
@@ -183,6 +228,20 @@ def column_name(column: str) -> str:
     return _NAMES.get(column, f"{prefix} {name}")
 
 
+def image_edits(out: Output, report: Mapping[str, Any], *, with_instruction: bool) -> None:
+    """Print the files that were made and, if asked for, the instruction that was derived for each."""
+
+    def show() -> None:
+        for edit in report["edits"]:
+            for warning in edit["warnings"]:
+                out.note(f"{edit['image']}: {warning}")
+            out.line(edit["output"])
+            if with_instruction:
+                out.line(f"  {edit['expressive'] or edit['instruction']} ({edit['expressive_source'] or 'as given'})")
+
+    out.result(report, show)
+
+
 def runs(out: Output, records: Path) -> None:
     """List the finished runs of a records folder, the newest first."""
     found = sorted(records.rglob("report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -190,10 +249,9 @@ def runs(out: Output, records: Path) -> None:
     for path in found:
         done = read_report(path.parent)
         if "milestones" not in done:  # a training
-            best = f"held out {100 * done['best']['score']:.1f}"
-            rows.append(
-                [done["editor"], done["model"]["name"], done["data"]["name"], "trained", best, str(path.parent)]
-            )
+            best = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
+            what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+            rows.append([done["editor"], done["model"]["name"], done["data"]["name"], what, best, str(path.parent)])
             continue
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))
@@ -231,6 +289,14 @@ def catalogue(out: Output) -> None:
         }
         for name in registry.personalizers.names()
     ]
+    image_editors = [
+        {
+            "image editor": name,
+            "summary": registry.image_editors.summary(name),
+            "trained first": "yes" if registry.image_editors.get(name).trains else "no",
+        }
+        for name in registry.image_editors.names()
+    ]
     models = [
         {"model": name, "family": find_model(name).family, "source": "comes along", "summary": "trained on EmojiKB"}
         for name in bundled()
@@ -246,9 +312,19 @@ def catalogue(out: Output) -> None:
             "summary": "your own facts: a cases.jsonl, or .csv, .json, .jsonl; see docs/data.md",
         }
     )
+    data.append(
+        {"data": "emojikb-edits", "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md"}
+    )
+    found = {
+        "editors": editors,
+        "personalizers": drawn,
+        "image editors": image_editors,
+        "models": models,
+        "data": data,
+    }
 
     def show() -> None:
-        for rows in (editors, drawn, models, data):
+        for rows in found.values():
             out.table(list(rows[0]), [list(row.values()) for row in rows])
 
-    out.result({"editors": editors, "personalizers": drawn, "models": models, "data": data}, show)
+    out.result(found, show)

@@ -294,14 +294,14 @@ class _Training:
         saved = self.run.load_tensors("last")
         if saved is not None:
             tensors, metadata = saved
-            self.editor.networks.load_state_dict(_below(tensors, "networks."))
+            self.editor.networks.load_state_dict(below(tensors, "networks."))
             state = self.optimizer.state_dict()
             state["state"] = {}
-            for name, value in _below(tensors, "optimizer.").items():
+            for name, value in below(tensors, "optimizer.").items():
                 index, _, key = name.partition(".")
                 state["state"].setdefault(int(index), {})[key] = value
             self.optimizer.load_state_dict(state)
-            self._sums = dict(_below(tensors, "sums."))
+            self._sums = dict(below(tensors, "sums."))
             self.progress = _Progress(
                 int(metadata["step"]), float(metadata["best"]), int(metadata["best_step"]), float(metadata["seconds"])
             )
@@ -340,5 +340,6 @@ def rate_at(training: Any, step: int) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name begins with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -14,10 +14,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets", "covariance"},
-    {"editors", "personalizers"},
-    {"evaluation", "training"},
-    {"workflows", "training_runs", "doctor", "show", "gallery", "concepts", "drawing"},
+    {"backbones", "datasets", "image_pairs", "covariance"},
+    {"editors", "personalizers", "image_editors"},
+    {"evaluation", "training", "image_training"},
+    {
+        "workflows",
+        "training_runs",
+        "image_edits",
+        "image_training_runs",
+        "image_evaluation",
+        "doctor",
+        "show",
+        "gallery",
+        "concepts",
+        "drawing",
+    },
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

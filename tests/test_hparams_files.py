@@ -13,7 +13,12 @@ FILES = sorted((ROOT / "hparams").rglob("*.yaml"))
 
 
 def test_each_editor_has_its_file():
-    names = (*registry.editors.names(), *registry.personalizers.names())
+    images = registry.image_editors
+    names = (
+        *registry.editors.names(),
+        *registry.personalizers.names(),
+        *(name for name in images.names() if images.get(name).trains),
+    )
     assert {registry.hparams_file(name) for name in names} == set(FILES)
 
 
@@ -38,8 +43,8 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
 
 
 def hparams_of(name):
-    known = registry.personalizers if name.replace("_", "-") in registry.personalizers.names() else registry.editors
-    return known.get(name).Hparams
+    known = (registry.editors, registry.personalizers, registry.image_editors)
+    return next(r for r in known if name.replace("_", "-") in r.names()).get(name).Hparams
 
 
 def named(content, prefix=""):

@@ -44,3 +44,34 @@ def minigpt4(
     runtime.quiet_libraries()
     folder = convert(Published(vision, qformer, projection, llm), out, output.note)
     output.result({"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder)))
+
+
+def mgie(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pipeline is written; it must not exist.")],
+    llava: Annotated[Path, typer.Option(help="Folder of LLaVA-Lightning-7B-v1-1 with its tokenizer.")],
+    vision: Annotated[Path, typer.Option(help="Folder of openai/clip-vit-large-patch14.")],
+    mllm: Annotated[Path, typer.Option(help="mllm.pt of MGIE.")],
+    unet: Annotated[Path, typer.Option(help="unet.pt of MGIE.")],
+    diffusion: Annotated[
+        str, typer.Option(help="Pipeline whose VAE and scheduler are used: a folder or hub id.")
+    ] = "instruct-pix2pix",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Put the published parts of MGIE together as a pipeline of diffusers; nothing in them is executed.
+
+    mllm.pt and unet.pt are those of apple/ml-mgie, or what its extract_ckpt.ipynb makes of one's own training; LLaVA
+    is the merged LLaVA-7B-v1 that its README describes. Then:
+
+      mmedit convert mgie models/mgie-7b --llava LLaVA-7B-v1 --vision clip-vit-large-patch14 --mllm mllm.pt
+      --unet unet.pt
+
+      mmedit image-edit mgie --model models/mgie-7b --image beach.jpg "make it more dramatic" -o drama.png
+    """
+    from mmedit_cli import runtime
+    from mmedit_cli.image_editors.mgie.published import Published, convert
+
+    output = Output(as_json=as_json)
+    runtime.quiet_libraries()
+    folder = convert(Published(llava, vision, mllm, unet, diffusion), out, output.note)
+    output.result({"model": str(folder), "editor": "mgie"}, lambda: output.line(str(folder)))

@@ -65,12 +65,24 @@ def evaluate(
 
       mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
 
+      mmedit eval mgie --data emojikb-edits --limit 100 --set steps=20 --set clip=openai/clip-vit-base-patch32
+
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
     """
-    from mmedit_cli import show, workflows
+    from mmedit_cli import image_evaluation, registry, show, workflows
     from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.evaluation.vlm import Protocol, milestones
 
+    out = Output(as_json=as_json)
+    if editor is not None and editor.replace("_", "-") in registry.image_editors.names():
+        strange = {"--sequential": sequential != 1, "--root": root is not None, "--template": bool(template)}
+        strange |= {"--dry-run": dry_run, "--hparams": hparams is not None, "--checkpoint": checkpoint is not None}
+        request = image_evaluation.ImageEvalOptions(
+            editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, tuple(overrides or ()), limit,
+            batch_size, seed, records, force,
+        )  # fmt: skip
+        show.image_scores(out, image_evaluation.evaluate(request, out, strange))
+        return
     protocol = Protocol(
         sequential=sequential,
         report_at=milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at"),
@@ -80,7 +92,6 @@ def evaluate(
         batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)),
     )
-    out = Output(as_json=as_json)
     if editor is None:
         editor, model = workflows.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")

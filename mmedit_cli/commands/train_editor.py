@@ -12,7 +12,9 @@ from mmedit_cli.output import Output
 
 
 def train_editor(
-    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list` that is trained first.")],
+    editor: Annotated[
+        str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list` that is trained first, also of images.")
+    ],
     model: options.Model = None,
     data: options.Data = "emojikb",
     validation: Annotated[
@@ -53,15 +55,23 @@ def train_editor(
       mmedit train-editor liveedit --model mini-blip2
 
       mmedit train-editor liveedit --model mini-llava --set training.steps=1000 --records my-records
+
+      mmedit train-editor mgie --model llava-1.5-7b --data edit-pairs/ --dtype bfloat16 --set train_lm=two_phase
     """
-    from mmedit_cli import show, training_runs, workflows
+    from mmedit_cli import image_training_runs, registry, show, training_runs, workflows
     from mmedit_cli.datasets.base import DataOptions
 
     out = Output(as_json=as_json)
+    of_images = editor in registry.image_editors.names()
+    if of_images:
+        model, data = model or "llava-1.5-7b", image_training_runs.DATA if data == "emojikb" else data
     request = training_runs.TrainOptions(
         editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
         validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
-    show.training(out, training_runs.train(request, out))
+    if of_images:
+        show.image_training(out, image_training_runs.train(request, out))
+    else:
+        show.training(out, training_runs.train(request, out))

@@ -47,7 +47,7 @@ def _milestone(edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]])
         columns = dict.fromkeys(column for line in lines for column in line["scores"][protocol])
         scores[protocol] = {column: _summary(protocol, column, lines) for column in columns}
         scope = [_scope(line["scores"][protocol]) for line in lines]
-        scores[protocol]["scope"] = _mean_with_interval(scope)
+        scores[protocol]["scope"] = mean_with_interval(scope)
     groups = len({line["group"] for line in lines})
     routing = {"routing": _routing(lines)} if "routing" in lines[0] else {}
     return {
@@ -64,7 +64,7 @@ def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _summary(protocol: str, column: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     having = [line for line in lines if column in line["scores"][protocol]]
-    summary = _mean_with_interval([line["scores"][protocol][column] for line in having])
+    summary = mean_with_interval([line["scores"][protocol][column] for line in having])
     base = [line["base"][protocol][column] for line in having if column in line["base"][protocol]]
     return {**summary, "before": statistics.fmean(base)} if base else summary
 
@@ -74,7 +74,7 @@ def _scope(scores: Mapping[str, float]) -> float:
     return float(scores["reliability"] == 1 and all(v == 1 for k, v in scores.items() if k.startswith("locality.")))
 
 
-def _mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
+def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean, n, and the 95 % bootstrap interval over cases (1,000 resamples, fixed seed)."""
     import numpy as np
 

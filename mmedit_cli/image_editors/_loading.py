@@ -1,0 +1,120 @@
+"""From the name of a diffusion pipeline to its parts on a device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import runtime
+from mmedit_cli.catalog import fingerprint, hub_folder
+from mmedit_cli.errors import ModelError, near_miss
+from mmedit_cli.image_editors import _tiny
+
+REPOS = {  # short names of published pipelines
+    "instruct-pix2pix": "timbrooks/instruct-pix2pix",
+    "magicbrush": "vinesmsuic/magicbrush-jul7",
+    "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+}
+INDEX = "model_index.json"
+# not the same weights a second time, in one file or in half precision, and nothing that is pickled
+_WANTED = (INDEX, "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
+_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a model is loaded; the values mean what they mean in transformers."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pipeline that was loaded, its name, and a digest of its content."""
+
+    pipeline: Any
+    name: str
+    fingerprint: str
+
+
+def find_pipeline(name: str, *, revision: str | None = None) -> tuple[str, Path]:
+    """Return (name, folder) of a pipeline: a folder, a short name or a hub id; raise ModelError if it is none."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder.resolve().name, folder
+    if name not in REPOS and name.count("/") != 1:
+        known = [*_tiny.NAMES, *REPOS]
+        problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
+        raise ModelError(problem, f"known names: {', '.join(known)}")
+    return name, hub_folder(REPOS.get(name, name), revision, _WANTED)
+
+
+def load_pipeline(name: str, wanted: str | Sequence[str], options: LoadOptions) -> Found:
+    """Load a pipeline of one of the classes `wanted`, without its safety checker and with no bars.
+
+    Raises ModelError if it is of another class, or if its files cannot be used.
+    """
+    import diffusers
+
+    classes = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    runtime.quiet_libraries()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    device = runtime.resolve_device(options.device)
+    number = runtime.resolve_dtype(options.dtype, device)
+    if name in _tiny.NAMES:
+        pipeline, fingerprint = _tiny.build(name), f"{name}/{_tiny.VERSION}"
+        kind = type(pipeline).__name__
+        if kind in classes and not isinstance(number, str):
+            pipeline.to(number)
+    else:
+        name, folder = find_pipeline(name, revision=options.revision)
+        kind, fingerprint = pipeline_class(folder), digest(folder)
+    if kind not in classes:
+        raise ModelError(f"--model {name}: a {kind}, where {' or '.join(classes)} is needed", "name another editor")
+    if name not in _tiny.NAMES:
+        pipeline = _from_folder(folder, kind, number)
+    return Found(pipeline.to(device), name, fingerprint)
+
+
+def pipeline_class(folder: Path) -> str:
+    """Return the class that a pipeline's folder names; raise ModelError if it is no pipeline."""
+    path = folder / INDEX
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no {INDEX}, so not a diffusion pipeline", "give a folder of diffusers") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: names no pipeline class", "copy it again") from error
+
+
+def digest(folder: Path) -> str:
+    """Return a digest of a pipeline's index and of the weights and configs of its parts."""
+    found = hashlib.sha256((folder / INDEX).read_bytes())
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (part / "config.json").is_file() and any(part.glob("*.safetensors")):
+            found.update(f"{part.name}:{fingerprint(part)};".encode())
+    return found.hexdigest()[:16]
+
+
+def _from_folder(folder: Path, kind: str, number: Any) -> Any:
+    import diffusers
+    from safetensors import SafetensorError
+
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    without = {name: None for name in _UNUSED if name in index}
+    more = {"requires_safety_checker": False} if "safety_checker" in index else {}
+    more |= {} if isinstance(number, str) else {"dtype": number}
+    try:
+        return getattr(diffusers, kind).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **without, **more
+        )
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ModelError(f"{folder}: cannot be loaded: {reason}", "is the folder complete?") from error

@@ -1,0 +1,68 @@
+"""FLUX.1 Kontext: a rectified-flow transformer that reads the picture as further tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+
+from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
+from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings, Tick
+
+
+@final
+class FluxKontext(ImageEditor):
+    """FLUX.1 Kontext (Black Forest Labs 2025), for any checkpoint that FluxKontextPipeline reads.
+
+    Its guidance is distilled into the model: one pass a step whatever the scale, and none for the picture.
+    """
+
+    name = "flux-kontext"
+    defaults = Settings(steps=28, text_guidance=3.5)
+
+    def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
+        self.pipeline, self.model, self.fingerprint = pipeline, model, fingerprint
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, model: str | None, options: LoadOptions) -> FluxKontext:
+        """Return the editor for a name, a folder or a hub id; None is the published checkpoint."""
+        found = load_pipeline(model or "flux-kontext", "FluxKontextPipeline", options)
+        return cls(found.pipeline, found.name, found.fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.pipeline.transformer.device  # type: ignore[no-any-return]
+
+    @property
+    def multiple(self) -> int:
+        """Pixels to a token: latents are packed two by two."""
+        return 2 * int(self.pipeline.vae_scale_factor)
+
+    @property
+    def resolution(self) -> int:
+        """About a megapixel."""
+        return 1024
+
+    def edit_batch(self, jobs: Sequence[Job], settings: Settings, tick: Tick) -> list[Edited]:
+        """Edit pictures one after another: the pipeline takes one picture a call."""
+        return [self._edit(job, settings, tick) for job in jobs]
+
+    def _edit(self, job: Job, settings: Settings, tick: Tick) -> Edited:
+        def after_step(_pipeline: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            tick(1)
+            return tensors
+
+        width, height = job.picture.size
+        steps = settings.steps or 1
+        made = self.pipeline(
+            image=job.picture, prompt=job.instruction, width=width, height=height, max_area=width * height,
+            num_inference_steps=steps, guidance_scale=settings.text_guidance,
+            generator=torch.Generator().manual_seed(job.seed), callback_on_step_end=after_step,
+        )  # fmt: skip
+        return Edited(made.images[0], rows=steps)
+
+
+IMAGE_EDITOR = FluxKontext

@@ -1,0 +1,77 @@
+"""MGIE as an image editor: InstructPix2Pix with another condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from mmedit_cli.errors import UserError
+from mmedit_cli.image_editors._latent import Condition, LatentEditor
+from mmedit_cli.image_editors._loading import INDEX, LoadOptions
+from mmedit_cli.image_editors.base import Edited, Job
+from mmedit_cli.image_editors.mgie.guide import Guide, Written
+from mmedit_cli.image_editors.mgie.hparams import MgieHparams
+
+_CUT = "the expressive instruction is longer than the model reads: its end was not used"
+
+
+@final
+class Mgie(LatentEditor):
+    """Guiding instruction-based image editing via multimodal large language models (Fu et al. 2024)."""
+
+    name = "mgie"
+    trains = derives = True
+    Hparams = MgieHparams
+
+    def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
+        super().__init__(model, fingerprint, pipeline.vae, pipeline.unet, pipeline.scheduler)
+        self.pipeline, self.edit_head = pipeline, pipeline.edit_head
+        self.guide = Guide(pipeline.mllm, pipeline.processor, self.edit_head.tokens, pipeline.config.prompt)
+
+    @classmethod
+    def load(cls, model: str | None, options: LoadOptions) -> Mgie:
+        """Return the editor for a folder of MGIEPipeline, a finished training, or `tiny-mgie`.
+
+        Raises UserError where no model is named: none comes along.
+        """
+        from mmedit_cli.image_editors.mgie import parts
+
+        if model is None:
+            raise UserError(
+                "mgie: no --model named, and none was trained",
+                "mmedit train-editor mgie --data ..., or mmedit convert mgie for the published weights",
+            )
+        if (Path(model) / parts.CHECKPOINT).is_file() and not (Path(model) / INDEX).is_file():
+            return cls(*parts.load_trained(Path(model), options))
+        return cls(*parts.load_whole(model, options))
+
+    def conditions(self, jobs: Sequence[Job]) -> Condition:
+        """Return what the edit head makes of the visual tokens behind each expressive instruction."""
+        written = self.write(jobs)
+        rows = self.guide.rows(
+            self.guide.features([job.picture for job in jobs]),
+            [job.instruction for job in jobs],
+            [w.text for w in written],
+        )
+        text = self.edit_head(self.guide.states(rows).visual)
+        full = [len(row.ids) >= self.guide.room for row in rows]
+        notes = [
+            Edited(job.picture, w.text, w.source, 0, w.warnings + (_CUT,) * cut)
+            for job, w, cut in zip(jobs, written, full, strict=True)
+        ]
+        dtype = self.unet.dtype
+        return Condition(text.to(dtype), self.edit_head.null(len(jobs)).to(dtype), notes)
+
+    def write(self, jobs: Sequence[Job]) -> list[Written]:
+        """Return the expressive instruction of each job: the user's own, else what the model says."""
+        own = [job.expressive for job in jobs]
+        asked = [i for i, text in enumerate(own) if not (text or "").strip()]
+        said: list[Written] = []
+        if asked:
+            with torch.no_grad():
+                said = self.guide.write([jobs[i].picture for i in asked], [jobs[i].instruction for i in asked])
+        found = dict(zip(asked, said, strict=True))
+        return [found[i] if i in found else Written((own[i] or "").strip(), "user") for i in range(len(jobs))]
