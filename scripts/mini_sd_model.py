@@ -40,11 +40,14 @@ def build_tokenizer(texts: Iterable[str]) -> Any:
     plain = CLIPTokenizer().backend_tokenizer  # cuts texts into words
     bpe = Tokenizer(models.BPE(end_of_word_suffix=SUFFIX))
     bpe.normalizer, bpe.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=100_000, end_of_word_suffix=SUFFIX, show_progress=False)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [letter + SUFFIX for letter in letters]
+    trainer = trainers.BpeTrainer(  # ends are named, so that their ids, and with them ties, are always the same
+        vocab_size=100_000, end_of_word_suffix=SUFFIX, special_tokens=ends, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [START, END, *letters, *(letter + SUFFIX for letter in letters), *("".join(pair) for pair in merges)]
+    tokens = [START, END, *letters, *ends, *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LONGEST)
 
