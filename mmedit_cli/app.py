@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmedit_cli import __version__
-from mmedit_cli.commands import ask, convert, doctor, download, eval, list, report, train_editor
+from mmedit_cli.commands import ask, convert, doctor, download, edit, edits, eval, list, report, train_editor
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output, report_error, report_failure
 
@@ -26,11 +26,22 @@ app = _group(
 )
 app.command("eval")(eval.evaluate)
 app.command("train-editor")(train_editor.train_editor)
+app.command("edit")(edit.edit)
 app.command("ask")(ask.ask)
 app.command("list")(list.list_all)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
+kept = _group()
+kept.command("list")(edits.list_edits)
+kept.command("show")(edits.show)
+kept.command("undo")(edits.undo)
+kept.command("redo")(edits.redo)
+kept.command("diff")(edits.diff)
+kept.command("verify")(edits.verify)
+kept.command("compact")(edits.compact)
+kept.command("export")(edits.export)
+app.add_typer(kept, name="edits", help="List, undo, compare, check and export the edits of a ledger.")
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
 app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")

@@ -14,10 +14,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
+    {"ledger"},
     {"backbones", "datasets"},
     {"editors"},
     {"evaluation", "training"},
     {"workflows", "training_runs", "doctor", "show", "gallery"},
+    {"edits", "editing", "asking", "exporting", "show_edits"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class LiveEdit(TrainedEditor):
 
     name = "liveedit"
     Hparams = LiveEditHparams
+    independent = True
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
         "answer_slots",
@@ -143,17 +145,27 @@ class LiveEdit(TrainedEditor):
         keep = (decisive > self.hparams.margin) & bank.visible
         return rows, choose(keep, score, self.hparams.top_k, gated=networks.published)
 
-    @torch.no_grad()
     def touches(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether any expert is chosen for it; without a picture none ever is."""
-        answers = dict.fromkeys(queries, False)
+        return [bool(used) for used in self._routed(queries)]
+
+    def explain(self, queries: Sequence[Query]) -> list[dict[int, float]]:
+        """Return the weights of the experts chosen for each query, by the id of their edit, the largest first."""
+        ids = [i for operation in self.operations for i in operation.ids]
+        chosen = self._routed([replace(q, target=q.target or "?") for q in queries])  # routing reads no answer
+        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in chosen]
+
+    @torch.no_grad()
+    def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
+        """Return the weights of the experts chosen for each query, by their position in the bank."""
+        answers: dict[Query, dict[int, float]] = {query: {} for query in queries}
         seeing = self.backbone.by_length(query for query in queries if query.image is not None)
         size = 32
         for part in (seeing[i : i + size] for i in range(0, len(seeing) if self.operations else 0, size)):
             prefix = self.backbone.prefix(self.backbone.batch(part), self._layer)
             rows, routing = self.route(prefix.hidden, prefix.batch)
-            for row, used in zip(rows.tolist(), routing.used.tolist(), strict=True):
-                answers[part[row]] = used
+            for row, index, weight in zip(rows.tolist(), routing.index.tolist(), routing.weight.tolist(), strict=True):
+                answers[part[row]] = {i: w for i, w in zip(index, weight, strict=True) if w > 0}
         return [answers[query] for query in queries]
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -180,6 +192,10 @@ class LiveEdit(TrainedEditor):
         return losses_of(self.networks, place, items, draws, [case.request for case in others])
 
     # -- saving -------------------------------------------------------------------------------------------------
+
+    def tensors(self, start: int = 0) -> dict[str, Tensor]:
+        """Return the experts of the edits from position `start` on, without a copy of the others."""
+        return self._bank.tensors(start)
 
     def _tensors(self) -> dict[str, Tensor]:
         return self._bank.tensors()
