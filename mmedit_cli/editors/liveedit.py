@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,12 @@ from mmedit_cli.editors._experts import ExpertBank, Routing, choose
 from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
 from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
 from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
-from mmedit_cli.editors.base import TrainedEditor
+from mmedit_cli.editors.base import Standalone, TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
+
+_RUNTIME = Path(__file__).with_name("_liveedit_runtime.py")  # read, never imported: exported edits run on it
 
 
 class LiveEdit(TrainedEditor):
@@ -209,6 +212,32 @@ class LiveEdit(TrainedEditor):
             raise StateError(f"the state does not hold {len(requests)} experts of rank {hp.rank} and width {width}")
         if requests:
             self._add(tensors, requests)
+
+    def standalone(self) -> Standalone:
+        """Return the experts, what routes them, and one file that needs transformers only."""
+        from mmedit_cli.editors._standalone import flatten
+
+        config = self.backbone.model.config
+        names = (
+            "module_dim",
+            "heads",
+            "feature_vectors",
+            "sentinel_tokens",
+            "variant",
+            "visual_weight",
+            "top_k",
+            "margin",
+        )
+        settings = {name: getattr(self.hparams, name) for name in names}
+        settings |= {"stack": self.backbone.anchors.stack, "entered": self._entered}
+        settings["image_token_id"] = getattr(config, "image_token_id", None) or config.image_token_index
+        tensors = self._bank.tensors()
+        tensors["ids"] = torch.tensor([i for operation in self.operations for i in operation.ids])
+        tensors["hidden"] = ~self._bank.visible
+        kept = ("input_extractor.", "stream_norm.", "sharpness")
+        state = {key: value for key, value in self.networks.state_dict().items() if key.startswith(kept)}
+        tensors |= {f"networks.{key}": value for key, value in state.items()}
+        return Standalone(flatten(_RUNTIME), tensors, settings)
 
 
 EDITOR = LiveEdit
