@@ -252,8 +252,9 @@ def _loading(kind: str) -> Iterator[str]:
         )
     else:
         yield "Plain weights: the edits are in them."
-    yield from ("", "```python", "from transformers import AutoModelForImageTextToText", "")
+    yield from ("", "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor", "")
     yield f'model = AutoModelForImageTextToText.from_pretrained("FOLDER"{remote})'
+    yield f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})'
     yield "```"
 
 
