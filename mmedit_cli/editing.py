@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.edits import EditOptions, begin_edits, described, open_edits, question
+from mmedit_cli.edits import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.ledger import Kept, Ledger
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
@@ -28,11 +28,16 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory."""
     from mmedit_cli.evaluation.metrics import answer_match, same_answer
 
+    check_pictures(requests)
+    probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
-        probes = locality_probes(requests)
         with out.progress({"edits": len(requests)}) as tick:
             before = model.generate(probes)
-            ids = model.edit(requests, batch=batch, tick=tick)
+            try:
+                ids = model.edit(requests, batch=batch, tick=tick)
+            except BaseException:
+                model.ledger.discard()  # if it is new: requests that cannot be used leave nothing behind
+                raise
             after = model.generate(probes)
         made = [model.ledger.edits[i] for i in ids]
         answers = model.generate([edit.request for edit in made])

@@ -154,19 +154,28 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         self.ledger.mark(do, ids, None if self.ledger.rows else self.editor.tensors())
 
     def _check(self, requests: Sequence[Query]) -> None:
-        from mmedit_cli.pictures import check_picture
+        check_pictures(requests)
+        _all(requests, self.backbone.encode)
 
-        problems, hint = [], ""
-        for request in requests:
-            try:
-                if request.image is not None:
-                    check_picture(request.image)
-                self.backbone.encode(request)
-            except DataError as error:
-                problems += error.problems
-                hint = hint or error.hint
-        if problems:
-            raise DataError(problems[:20], hint)
+
+def check_pictures(requests: Sequence[Query]) -> None:
+    """Raise DataError naming each picture that is missing or none (at most 20)."""
+    from mmedit_cli.pictures import check_picture
+
+    _all([request.image for request in requests if request.image is not None], check_picture)
+
+
+def _all(things: Sequence[Any], check: Callable[[Any], Any]) -> None:
+    """Run a check on each thing; raise one DataError with all problems, at most 20."""
+    problems, hint = [], ""
+    for thing in things:
+        try:
+            check(thing)
+        except DataError as error:
+            problems += error.problems
+            hint = hint or error.hint
+    if problems:
+        raise DataError(problems[:20], hint)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------

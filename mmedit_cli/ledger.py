@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -120,6 +121,11 @@ class Ledger:
     def close(self) -> None:
         """Let go of the folder; closing twice is fine."""
         self._run.close()
+
+    def discard(self) -> None:
+        """Remove a ledger that never got an edit."""
+        if not self.edits:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Ledger:
         return self
