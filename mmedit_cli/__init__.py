@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mmedit_cli.edits import EditOptions, begin_edits, open_edits
     from mmedit_cli.types import EditCase, Query
     from mmedit_cli.workflows import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
 
@@ -19,16 +20,22 @@ _PUBLIC = {
     "evaluate": "mmedit_cli.workflows",
     "EvalOptions": "mmedit_cli.workflows",
     "ModelOptions": "mmedit_cli.workflows",
+    "begin_edits": "mmedit_cli.edits",
+    "open_edits": "mmedit_cli.edits",
+    "EditOptions": "mmedit_cli.edits",
 }
 __all__ = [
     "EditCase",
+    "EditOptions",
     "EvalOptions",
     "ModelOptions",
     "Query",
     "__version__",
+    "begin_edits",
     "evaluate",
     "load_backbone",
     "load_editor",
+    "open_edits",
 ]
 
 

@@ -209,9 +209,12 @@ def open_edits(
     return EditedModel(ledger, backbone, editor)
 
 
-def begin_edits(folder: Path, options: EditOptions, out: Output | None = None) -> EditedModel:
-    """Return the model of a ledger, open for writing: of the one in the folder if it agrees, else of a new one."""
-    out = out or Output(quiet=True)
+def begin_edits(folder: Path | str, options: EditOptions, out: Output | None = None) -> EditedModel:
+    """Return the model of a ledger, open for writing: of the one in the folder if it agrees, else of a new one.
+
+    Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
+    """
+    folder, out = Path(folder), out or Output(quiet=True)
     if Ledger.exists(folder):
         _check_agreement(folder, options)
         return open_edits(folder, model=options.model, writing=True, out=out)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SHAPES
 
 PICTURES = ROOT / "data" / "emojikb"
-GUITAR, APPLE = PICTURES / "noto" / "1f3b8.png", PICTURES / "noto" / "1f34e.png"
+BANJO, APPLE = PICTURES / "noto" / "1fa95.png", PICTURES / "noto" / "1f34e.png"
 FT = ("edit", "ft", "--model", "tiny-blip2", "--image", SHAPES / "solid/red-star.png", "--prompt", "What is this?")
 
 
@@ -19,7 +19,7 @@ FT = ("edit", "ft", "--model", "tiny-blip2", "--image", SHAPES / "solid/red-star
 def facts(tmp_path) -> Path:
     """A file of five facts about the pictures of EmojiKB."""
     shutil.copytree(PICTURES / "noto", tmp_path / "noto")
-    codes = {"1f3b8": "a red balloon", "1f352": "a lion", "1f454": "seven", "1f984": "a violin", "1f3a9": "a fish"}
+    codes = {"1fa95": "a red balloon", "1f352": "a lion", "1f454": "seven", "1f984": "a violin", "1f3a9": "a fish"}
     lines = [f"noto/{code}.png,What is this?,{target}" for code, target in codes.items()]
     path = tmp_path / "facts.csv"
     path.write_text("\n".join(["image,prompt,target", *lines]) + "\n")
@@ -41,11 +41,11 @@ def answer(cli, *words) -> str:
 
 
 def test_an_edit_shows_what_it_did(cli, tmp_path):
-    words = ("edit", "liveedit", "--image", GUITAR, "--prompt", "What is this?", "--target", "a red balloon")
+    words = ("edit", "liveedit", "--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon")
     code, text, err = cli(*words, "--into", tmp_path / "edits")
     assert (code, "no --model: mini-blip2" in err) == (0, True)
     rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert "1 What is this? 1f3b8.png a red balloon guitar a red balloon yes" in rows
+    assert "1 What is this? 1fa95.png a red balloon banjo a red balloon yes" in rows
     assert "What is the capital of Peru? Lima Lima yes" in rows
     assert "1 of 1 edit holds; 9 of 9 locality probes answered as before" in rows
     code, text, _ = cli(*words[:-1], "a lion", "--into", tmp_path / "edits", "--json")
@@ -59,26 +59,26 @@ def test_an_edit_shows_what_it_did(cli, tmp_path):
 
 
 def test_ask_with_edits_streams_what_generate_returns(cli, ledger):
-    words = ("--edits", ledger, "--image", GUITAR, "What is this?")
+    words = ("--edits", ledger, "--image", BANJO, "What is this?")
     assert answer(cli, *words) == json.loads(answer(cli, *words, "--json"))["answer"] == "a red balloon"
     assert answer(cli, "--edits", ledger, "--image", APPLE, "What is this?") == "red apple"
-    assert answer(cli, "--image", GUITAR, "What is this?") == "guitar"
+    assert answer(cli, "--image", BANJO, "What is this?") == "banjo"
     shown = " ".join(answer(cli, *words, "--compare").split())
-    assert "base guitar edited a red balloon" in shown
+    assert "base banjo edited a red balloon" in shown
     row = json.loads(answer(cli, *words, "--compare", "--json"))
-    assert (row["base"], row["answer"], [edit["edit"] for edit in row["fired"]]) == ("guitar", "a red balloon", [1])
+    assert (row["base"], row["answer"], [edit["edit"] for edit in row["fired"]]) == ("banjo", "a red balloon", [1])
     assert 0.5 < row["fired"][0]["weight"] < 1
 
 
 def test_ask_a_file_and_a_conversation(cli, ledger, facts, tmp_path, monkeypatch):
     rows = json.loads(answer(cli, "--edits", ledger, "--questions", facts, "--json", "--compare"))
     assert [row["answer"] for row in rows] == ["a red balloon", "a lion", "seven", "a violin", "a fish"]
-    assert [row["base"] for row in rows] == ["guitar", "cherries", "necktie", "unicorn", "top hat"]
+    assert [row["base"] for row in rows] == ["banjo", "cherries", "necktie", "unicorn", "top hat"]
     assert [[edit["edit"] for edit in row["fired"]] for row in rows] == [[1], [2], [3], [4], [5]]
     (tmp_path / "questions.txt").write_text("What is this?\n\nWhat colour is the background?\n")
-    table = answer(cli, "--edits", ledger, "--image", GUITAR, "--questions", tmp_path / "questions.txt")
+    table = answer(cli, "--edits", ledger, "--image", BANJO, "--questions", tmp_path / "questions.txt")
     assert "a red balloon" in table
-    lines = f"/image {GUITAR}\nWhat is this?\n/image gone.png\n/dance\n\n/image {APPLE}\nWhat is this?\n/quit\nno\n"
+    lines = f"/image {BANJO}\nWhat is this?\n/image gone.png\n/dance\n\n/image {APPLE}\nWhat is this?\n/quit\nno\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     code, text, err = cli("ask", "--edits", ledger)
     assert (code, text) == (0, "a red balloon\nred apple\n")
@@ -100,7 +100,7 @@ def test_list_show_undo_redo(cli, ledger):
     assert (code, err.splitlines()[0]) == (2, "error: edit 3 is undone already")
     assert cli("edits", "redo", ledger, "all")[1] == "redone: 2, 3, 4; 5 active\n"
     assert cli("edits", "undo", ledger, "all")[1].endswith("0 active\n")
-    assert answer(cli, "--edits", ledger, "--image", GUITAR, "What is this?") == "guitar"
+    assert answer(cli, "--edits", ledger, "--image", BANJO, "What is this?") == "banjo"
     code, text, _ = cli("edits", "show", ledger, "1", "--json")
     shown = json.loads(text)
     assert (code, shown["show"][0]["target"], shown["hparams"]["rank"]) == (0, "a red balloon", 8)
@@ -111,16 +111,7 @@ def test_verify_says_which_do_not_hold(cli, tmp_path):
     words = (*FT, "--target", "a blue circle", "--into", tmp_path / "edits")
     assert cli(*words)[0] == 0
     assert cli("edits", "verify", tmp_path / "edits")[0] == 0
-    again = (
-        "edit",
-        "ft",
-        "--image",
-        SHAPES / "corner/green-ring.png",
-        "--prompt",
-        "What is this?",
-        "--target",
-        "nine",
-    )
+    again = (*FT[:5], SHAPES / "corner/green-ring.png", *FT[6:], "--target", "a red house")
     assert cli(*again, "--into", tmp_path / "edits")[0] == 0
     code, text, _ = cli("edits", "verify", tmp_path / "edits")  # fine-tuning forgets
     assert (code, "1 of 2 edits hold" in text, "a blue circle" in text) == (1, True, True)
@@ -160,10 +151,10 @@ def test_diff_and_compact(cli, ledger, facts, tmp_path):
         (("--target", "nothing"), "nothing to teach: --prompt missing"),
         (("--prompt", "What?", "--target", "no", "--image", "gone.png"), "gone.png: no such image"),
         (("--prompt", "What?", "--target", "no"), "liveedit routes by the picture"),
-        (("--prompt", "What?", "--target", " ", "--image", GUITAR), "is empty"),
+        (("--prompt", "What?", "--target", " ", "--image", BANJO), "is empty"),
         (("--requests", "gone.csv"), "gone.csv: no such file"),
         (("--requests", "gone.csv", "--prompt", "What?"), "--requests and --prompt"),
-        (("--prompt", "What?", "--target", "no", "--image", GUITAR, "--model", "tiny-blip2"), "has not been trained"),
+        (("--prompt", "What?", "--target", "no", "--image", BANJO, "--model", "tiny-blip2"), "has not been trained"),
     ],
 )
 def test_requests_that_cannot_be_used(cli, tmp_path, words, part):

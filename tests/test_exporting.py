@@ -24,7 +24,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.types import Query
 from mmedit_cli.workflows import ModelOptions, load_editor
 
-GUITAR, APPLE = (ROOT / "data" / "emojikb" / "noto" / f"{code}.png" for code in ("1f3b8", "1f34e"))
+BANJO, APPLE = (ROOT / "data" / "emojikb" / "noto" / f"{code}.png" for code in ("1fa95", "1f34e"))
 REQUESTS = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
@@ -57,7 +57,7 @@ print(json.dumps(said))
 @pytest.fixture
 def balloon(cli, tmp_path) -> Path:
     """A ledger with one edit by LiveEdit on mini-blip2."""
-    words = ("--image", GUITAR, "--prompt", "What is this?", "--target", "a red balloon", "--into", tmp_path / "edits")
+    words = ("--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon", "--into", tmp_path / "edits")
     assert cli("edit", "liveedit", *words)[0] == 0
     return tmp_path / "edits"
 
@@ -68,17 +68,17 @@ def test_routed_edits_run_without_this_package(cli, balloon, tmp_path):
     assert "trust_remote_code=True; mmedit is not needed" in text
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, tmp_path / "out", GUITAR, APPLE],
+        [sys.executable, "-c", ALONE, tmp_path / "out", BANJO, APPLE],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    guitar, apple = json.loads(done.stdout)
-    assert guitar["type"] == "Blip2ForConditionalGeneration"
-    assert guitar["cache"] == guitar["no_cache"] == guitar["beams"] == "a red balloon"
+    banjo, apple = json.loads(done.stdout)
+    assert banjo["type"] == "Blip2ForConditionalGeneration"
+    assert banjo["cache"] == banjo["no_cache"] == banjo["beams"] == "a red balloon"
     assert apple["cache"] == apple["no_cache"] == apple["beams"] == "red apple"
-    assert (guitar["weights"], apple["weights"]) == ([[1], [1]], [[], []])
+    assert (banjo["weights"], apple["weights"]) == ([[1], [1]], [[], []])
     with open_edits(balloon) as edited:
-        for row, image in ((guitar, GUITAR), (apple, APPLE)):
+        for row, image in ((banjo, BANJO), (apple, APPLE)):
             query = Query("What is this?", image=image)
             batch = edited.backbone.batch([query], with_answer=False)
             with torch.no_grad():
@@ -235,5 +235,5 @@ def test_push_to_the_hub(cli, balloon, tmp_path, monkeypatch):
     assert {"README.md", "config.json", "edits.safetensors", "modeling_edits.py"} <= set(sent["me/balloon"])
     card = huggingface_hub.ModelCard.load(tmp_path / "two" / "README.md")
     assert {"mmedit", "liveedit"} <= set(card.data.tags)
-    assert "| 1 | What is this? | 1f3b8.png | guitar | a red balloon |" in card.text
+    assert "| 1 | What is this? | 1fa95.png | banjo | a red balloon |" in card.text
     assert "trust_remote_code=True" in card.text
