@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,18 +26,24 @@ _PICTURES = ("1f415", "1f697", "1f33b", "1f34c")  # of EmojiKB: a dog, a car, a 
 
 
 def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], batch: int | None, out: Output) -> Any:
-    """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory."""
+    """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
+
+    Of many requests those that the ledger holds are passed over, so that an interrupted command can be given again.
+    """
     from mmedit_cli.evaluation.metrics import answer_match, same_answer
 
     check_pictures(requests)
     probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
+        if len(requests) > 1:
+            requests = _missing(requests, model.ledger, out)
         with out.progress({"edits": len(requests)}) as tick:
             before = model.generate(probes)
             try:
                 ids = model.edit(requests, batch=batch, tick=tick)
             except BaseException:
-                model.ledger.discard()  # if it is new: requests that cannot be used leave nothing behind
+                if not model.ledger.edits:  # requests that cannot be used leave no ledger behind
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             after = model.generate(probes)
         made = [model.ledger.edits[i] for i in ids]
@@ -58,6 +65,19 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     ]
     cost = {"seconds": model.seconds, "peak_memory": peak}
     return {"ledger": str(folder), "active": active, "edits": edits, "locality": locality, "cost": cost}
+
+
+def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Query]:
+    """Return the requests that are not what the newest active edit of their picture and question says."""
+
+    def known(query: Query) -> tuple[Any, ...]:
+        return query.prompt, query.image and _content(query.image), query.background, query.chat
+
+    held = {known(edit.request): edit.request.target for edit in ledger.active}
+    missing = [request for request in requests if held.get(known(request)) != request.target]
+    if len(missing) < len(requests):
+        out.note(f"{len(requests) - len(missing):,} of {len(requests):,} edits are in {ledger.folder} already")
+    return missing
 
 
 def locality_probes(requests: Sequence[Query]) -> list[Query]:

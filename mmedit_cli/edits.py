@@ -82,7 +82,7 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         requests that cannot be used before any is made.
         """
         self._check(requests)
-        kept = [self.ledger.keep_picture(request)[0] for request in requests]
+        kept = [self.ledger.keep_picture(request) for request in requests]
         names = ["" if request.image is None else request.image.name for request in requests]
         before = self.generate(kept)
         size = batch or (_BATCH if self.editor.independent else 1)

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +47,7 @@ class Kept:
     row: int
 
 
-class Ledger:
+class Ledger(AbstractContextManager["Ledger"]):
     """The edits of one editor on one model, with one writer and any number of readers.
 
     Made by `create` or `open`. `rows` says whether every edit has tensors of its own (a row of each tensor), or
@@ -58,7 +57,7 @@ class Ledger:
     def __init__(self, folder: Path, run: Run, config: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         self.folder, self.config = folder, config
         self.edits: dict[int, Kept] = {}
-        self._run = run
+        self._run, self._writing = run, False
         self._state: str | None = None  # the shard that stands for all active edits
         for number, record in enumerate(records, 1):
             try:
@@ -113,6 +112,7 @@ class Ledger:
             for part in ("shards", "pictures"):
                 (folder / part).mkdir(exist_ok=True)
             ledger._sweep()
+            ledger._writing = True
         except BaseException:
             run.close()
             raise
@@ -120,15 +120,8 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the folder; closing twice is fine."""
+        self._writing = False
         self._run.close()
-
-    def discard(self) -> None:
-        """Remove a ledger that never got an edit."""
-        if not self.edits:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def __enter__(self) -> Ledger:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -182,8 +175,9 @@ class Ledger:
     ) -> list[tuple[tuple[int, ...], tuple[Query, ...]]]:
         """Return (ids, requests) of each operation: of the active edits, of those in `also`, or of all edits."""
         groups: dict[int, list[Kept]] = {}
+        more = set(also)
         for edit in self.edits.values():
-            if edit.active or undone or edit.id in also:
+            if edit.active or undone or edit.id in more:
                 groups.setdefault(edit.first, []).append(edit)
         return [(tuple(e.id for e in group), tuple(e.request for e in group)) for group in groups.values()]
 
@@ -206,17 +200,18 @@ class Ledger:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def keep_picture(self, query: Query) -> tuple[Query, str]:
-        """Copy the picture of a query into the ledger; return the query with it, and its digest ("" without one)."""
+    def keep_picture(self, query: Query) -> Query:
+        """Copy the picture of a query into the ledger and return the query with the copy."""
+        self._check_writing()
         if query.image is None:
-            return query, ""
+            return query
         data = query.image.read_bytes()
         digest, suffix = hashlib.sha256(data).hexdigest(), query.image.suffix.lower()
         name = digest + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else "")
         path = self.folder / "pictures" / name
         if not path.exists():
             write_atomic(path, data)
-        return replace(query, image=path), digest
+        return replace(query, image=path)
 
     def add(
         self, requests: Sequence[Query], tensors: Mapping[str, Any], *, before: Sequence[str], names: Sequence[str]
@@ -268,6 +263,10 @@ class Ledger:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _check_writing(self) -> None:
+        if not self._writing:
+            raise RunError(f"{self.folder}: open for reading only", "open_edits(..., writing=True)")
+
     def _one(self, i: int, active: bool | None) -> int:
         if i not in self.edits:
             raise UserError(f"no edit {i} in {self.folder}", f"it has {len(self.edits)}; mmedit edits list")
@@ -308,6 +307,7 @@ class Ledger:
         return {"do": "add", "time": edits[0].time, **made, "edits": rows, "shard": shard, "row": row}
 
     def _append(self, record: dict[str, Any]) -> None:
+        self._check_writing()
         before = self._state
         self._run.append("edits", [record])
         self._take(record)
@@ -317,6 +317,7 @@ class Ledger:
     def _write_shard(self, tensors: Mapping[str, Any]) -> str | None:
         from safetensors.torch import save
 
+        self._check_writing()
         if not tensors:
             return None
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

@@ -30,7 +30,7 @@ def made(out: Output, report: Mapping[str, Any]) -> None:
             f"{len(locality) - len(changed)} of {len(locality)} locality probes answered as before"
         )
         memory = ", ".join(f"{name} {size / (1 << 20):,.0f} MiB" for name, size in cost["peak_memory"].items())
-        out.line(f"{cost['seconds'] / len(edits):.3g} s an edit; peak memory: {memory}")
+        out.line(f"{cost['seconds'] / max(1, len(edits)):.3g} s an edit; peak memory: {memory}")
         out.line(f"kept in {report['ledger']}, which has {report['active']:,} active")
 
     out.result(report, show)

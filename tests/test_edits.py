@@ -86,6 +86,15 @@ def test_ask_a_file_and_a_conversation(cli, ledger, facts, tmp_path, monkeypatch
     assert "/dance: no such command" in err
 
 
+def test_the_same_requests_again_add_what_is_missing(cli, ledger, facts):
+    cli("edits", "undo", ledger, "3")
+    code, text, err = cli("edit", "liveedit", "--requests", facts, "--into", ledger, "--json")
+    assert (code, "4 of 5 edits are in" in err) == (0, True)
+    assert [(edit["id"], edit["target"]) for edit in json.loads(text)["edits"]] == [(6, "seven")]
+    code, text, _ = cli("edit", "liveedit", "--requests", facts, "--into", ledger)
+    assert (code, "0 of 0 edits hold" in text, "5 active" in text) == (0, True, True)
+
+
 def test_list_show_undo_redo(cli, ledger):
     code, text, _ = cli("edits", "list", ledger)
     assert (code, "5 active of 5 edits" in text) == (0, True)

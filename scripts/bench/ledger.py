@@ -3,9 +3,9 @@
     python scripts/bench/ledger.py --edits 10000
 
 LiveEdit on mini-blip2. The edits are those of EmojiKB's training side, made anew on other backgrounds until there are
-enough. Two ledgers: `appended` has a shard for 32 edits, as `mmedit edit --requests` makes it; `one by one` has a shard
-an edit. Opening is `open_edits` behind a loaded library: the model, the networks and all experts. Adding is everything
-up to the line that is safe on disk, the median of 20.
+enough. Two ledgers: one with a shard for 32 edits, as `mmedit edit --requests` makes it, one with a shard for each.
+Opening is `open_edits` behind a loaded library: the model, the networks and all experts. Adding is everything
+up to the line that is safe on disk, the median of 20. TMPDIR says on which disk.
 """
 
 from __future__ import annotations
@@ -53,30 +53,43 @@ def adding(edited: EditedModel, extra: list[Query]) -> float:
     return statistics.median(seconds)
 
 
+def fill(edited: EditedModel, facts: list[Query], size: int) -> None:
+    """Make the edits 32 at a time and keep them `size` at a time, without asking for the answers before."""
+    ledger, editor = edited.ledger, edited.editor
+    for at in range(0, len(facts), 32):
+        kept = [ledger.keep_picture(request) for request in facts[at : at + 32]]
+        start = len(editor.requests)
+        editor.edit(kept)
+        rows = editor.tensors(start)
+        for first in range(0, len(kept), size):
+            part = slice(first, first + size)
+            some = {name: tensor[part] for name, tensor in rows.items()}
+            blank = [""] * len(kept[part])
+            ledger.add(kept[part], some, before=blank, names=blank)
+
+
 def main() -> None:
     """Build both ledgers in a temporary folder and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shards", type=int, nargs="+", default=[32, 1], help="edits a shard")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     many = list(requests(arguments.edits + 20))
     facts, extra = many[: arguments.edits], many[arguments.edits :]
     options = EditOptions("liveedit", ModelOptions(MODEL, device="cpu"))
     with tempfile.TemporaryDirectory() as temporary:
-        for name, size in (("appended", 32), ("one by one", 1)):
-            folder = Path(temporary) / name
+        for size in arguments.shards:
+            folder = Path(temporary) / str(size)
             with begin_edits(folder, options) as edited:
                 none = adding(edited, extra)
                 edited.undo([edit.id for edit in edited.ledger.active])
                 start = time.perf_counter()
-                edited.edit(facts, batch=size)
+                fill(edited, facts, size)
                 built = time.perf_counter() - start
                 full = adding(edited, extra)
             files = [path.stat().st_size for path in (folder / "shards").iterdir()]
-            print(
-                f"{name}: {len(facts):,} edits in {built:.0f} s; {len(files):,} shards, {sum(files) / 2**20:.0f} MiB"
-            )
+            print(f"{len(facts):,} edits in {built:.0f} s: {len(files):,} shards, {sum(files) / 2**20:.0f} MiB")
             print(f"  adding one edit: {1000 * none:.1f} ms at 0, {1000 * full:.1f} ms at {len(facts):,}")
             print(f"  opening: {opening(folder):.2f} s, again {opening(folder):.2f} s")
 
