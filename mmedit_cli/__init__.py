@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mmedit_cli.concepts import LearnOptions, learn_concept
+    from mmedit_cli.edits import EditOptions, begin_edits, open_edits
     from mmedit_cli.types import Concept, EditCase, Query
     from mmedit_cli.workflows import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
 
@@ -23,19 +24,25 @@ _PUBLIC = {
     "evaluate": "mmedit_cli.workflows",
     "EvalOptions": "mmedit_cli.workflows",
     "ModelOptions": "mmedit_cli.workflows",
+    "begin_edits": "mmedit_cli.edits",
+    "open_edits": "mmedit_cli.edits",
+    "EditOptions": "mmedit_cli.edits",
 }
 __all__ = [
     "Concept",
     "EditCase",
+    "EditOptions",
     "EvalOptions",
     "LearnOptions",
     "ModelOptions",
     "Query",
     "__version__",
+    "begin_edits",
     "evaluate",
     "learn_concept",
     "load_backbone",
     "load_editor",
+    "open_edits",
 ]
 
 

@@ -14,6 +14,8 @@ from mmedit_cli.commands import (
     covariance,
     doctor,
     download,
+    edit,
+    edits,
     eval,
     generate,
     image_edit,
@@ -38,6 +40,7 @@ app = _group(
 )
 app.command("eval")(eval.evaluate)
 app.command("train-editor")(train_editor.train_editor)
+app.command("edit")(edit.edit)
 app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
@@ -46,6 +49,16 @@ app.command("list")(list.list_all)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
+kept = _group()
+kept.command("list")(edits.list_edits)
+kept.command("show")(edits.show)
+kept.command("undo")(edits.undo)
+kept.command("redo")(edits.redo)
+kept.command("diff")(edits.diff)
+kept.command("verify")(edits.verify)
+kept.command("compact")(edits.compact)
+kept.command("export")(edits.export)
+app.add_typer(kept, name="edits", help="List, undo, compare, check and export the edits of a ledger.")
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
 conversions.command("mgie")(convert.mgie)

@@ -37,6 +37,10 @@ class Output:
         """Print one line of a result."""
         print(text)
 
+    def write(self, text: str) -> None:
+        """Print a part of a line at once."""
+        print(text, end="", flush=True)
+
     def yaml(self, data: Mapping[str, Any]) -> None:
         """Print nested values as YAML."""
         import yaml

@@ -266,17 +266,6 @@ def load_model(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLangu
     return _loading.load_backbone(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)
 
 
-def answer(options: ModelOptions, prompt: str, image: Path | None, *, max_new_tokens: int, out: Output) -> str:
-    """Return the greedy answer of a model to one question."""
-    ref = find_model(options.model, revision=options.revision)
-    if image is not None:
-        from mmedit_cli.pictures import check_picture
-
-        check_picture(image)
-    backbone = load_model(options, ref, out)
-    return backbone.generate([Query(prompt, image=image)], max_new_tokens=max_new_tokens)[0]
-
-
 def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase]) -> None:
     """Tokenise every query of the cases; raise DataError naming each one the model cannot take."""
     problems, hint = [], ""

@@ -19,7 +19,7 @@ from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import default_model
 
 EVAL = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--sequential", 8, "--report-at", "1,8")
-COMMANDS = ("eval", "ask", "list", "report", "doctor", "image-edit")
+COMMANDS = ("eval", "edit", "ask", "list", "report", "doctor", "image-edit")
 
 
 def spoiled(tmp_path: Path, line: int, **request: object) -> Path:

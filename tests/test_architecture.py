@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets", "image_pairs", "covariance"},
+    {"backbones", "datasets", "image_pairs", "covariance", "ledger"},
     {"editors", "personalizers", "image_editors"},
     {"evaluation", "training", "image_training"},
     {
@@ -29,6 +29,7 @@ ROWS = (
         "concepts",
         "drawing",
     },
+    {"edits", "editing", "asking", "exporting", "show_edits"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

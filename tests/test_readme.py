@@ -55,6 +55,35 @@ def test_every_command_works(cli, command):
     assert out
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """A folder of its own, with the data in their place: what is written does not land in the checkout."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_dialogue_happens_as_shown(cli):
+    (dialogue,) = [block for kind, block in BLOCKS if kind == "console"]
+    turns = re.split(r"^\$ mmedit ", dialogue, flags=re.MULTILINE)[1:]
+    assert len(turns) == 6
+    for turn in turns:
+        command, *shown = turn.strip().splitlines()
+        code, out, err = cli(*shlex.split(command))
+        assert code == 0, err
+        printed = [line.rstrip() for line in out.splitlines()]
+        if "..." not in shown:
+            assert printed == shown
+        assert set(shown) - {"..."} <= set(printed), command
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_library_example_of_the_ledger(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "edits.md").read_text(), re.DOTALL)
+    exec(compile(code, "edits.md", "exec"), {})
+    assert capsys.readouterr().out == "['a red balloon']\n['banjo']\n"
+
+
 def test_the_error_that_is_shown(cli):
     block = next(block for kind, block in BLOCKS if kind == "text" and block.startswith("$ "))
     command, *expected = block.strip().splitlines()

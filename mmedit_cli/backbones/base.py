@@ -324,8 +324,11 @@ class VisionLanguageModel(ABC):
     # -- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 32) -> list[str]:
-        """Return the greedy answer to each query, cut at the end token or the first newline, and stripped."""
+    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 32, streamer: Any = None) -> list[str]:
+        """Return the greedy answer to each query, cut at the end token or the first newline, and stripped.
+
+        A `streamer` of transformers gets the tokens of a single query as they come.
+        """
         from transformers import GenerationConfig, StoppingCriteriaList
 
         batch = self.batch(queries, with_answer=False, left_pad=True)
@@ -348,6 +351,7 @@ class VisionLanguageModel(ABC):
                 **self._positions(batch),
                 generation_config=config,
                 stopping_criteria=stop,
+                streamer=streamer,
             )
         return [self.decode(row) for row in tokens.tolist()]
 

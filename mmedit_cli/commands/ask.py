@@ -12,11 +12,23 @@ from mmedit_cli.output import Output
 
 
 def ask(
-    prompt: Annotated[str, typer.Argument(help="The question.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question; without one, the lines of stdin are asked.", show_default=False)
+    ] = None,
     model: options.Model = None,
     image: Annotated[
         Path | None, typer.Option("--image", "-i", help="The picture asked about.", show_default=False)
     ] = None,
+    edits: Annotated[
+        Path | None, typer.Option(help="Ask the model with the edits of this ledger.", show_default=False)
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="A file of questions: .txt, one a line, or facts as .csv or .jsonl.", show_default=False),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show base and edited side by side, and which edits took part.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -25,15 +37,30 @@ def ask(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Ask a model one question.
+    """Ask a model one question, a file of questions, or line by line.
 
-    Example:
+    Examples:
 
       mmedit ask --model llava-1.5-7b --image cat.png "What is this?"
+
+      mmedit ask --edits my-edits --image cat.png "What is this?" --compare
+
+      mmedit ask --edits my-edits --questions facts.csv --json
     """
-    from mmedit_cli import workflows
+    from mmedit_cli import asking, workflows
+    from mmedit_cli.pictures import check_picture
+    from mmedit_cli.types import Query
 
     out = Output(as_json=as_json)
-    asked = workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision)
-    answer = workflows.answer(asked, prompt, image, max_new_tokens=max_new_tokens, out=out)
-    out.result({"prompt": prompt, "image": str(image) if image else None, "answer": answer}, lambda: out.line(answer))
+    if image is not None:
+        check_picture(image)
+    asked = [] if questions is None else asking.read_questions(questions, image)
+    named = (model or "") if edits is not None else options.named(model, out)
+    chosen = workflows.ModelOptions(named, device, dtype, device_map, revision)
+    with asking.Asker(chosen, edits, out, compare=compare, max_new_tokens=max_new_tokens) as asker:
+        if questions is not None:
+            asker.many(asked)
+        elif prompt is not None:
+            asker.one(Query(prompt, image=image))
+        else:
+            asker.talk(image)

@@ -91,9 +91,9 @@ class ExpertBank:
         """Take an expert out of the routing, or put it back."""
         self._hidden[position] = hidden
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the experts, each tensor with N rows."""
-        return {name: tensor[: self.size].clone() for name, tensor in self._rows.items()}
+    def tensors(self, start: int = 0) -> dict[str, Tensor]:
+        """Return the experts from position `start` on, each tensor with N - start rows."""
+        return {name: tensor[start : self.size].clone() for name, tensor in self._rows.items()}
 
     def compare(self, name: str, similarity: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the similarity of queries with all experts, given that with a block of features: (R, N).

@@ -5,6 +5,8 @@ B sequences, L tokens of a span, D width of the model, k feature vectors of widt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,7 +110,50 @@ class ExpertGenerator(nn.Module):
         return rows + self.slot_map(self.slot_norm(slots)) * used[..., None]
 
 
-class LiveEditNetworks(nn.Module):
+class Asking:
+    """How queries are routed, from `input_extractor` and `sharpness`; also in the file that exported edits run on."""
+
+    hparams: Any
+    input_extractor: Extractor
+    sharpness: Tensor
+
+    def ask(self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the vision and the prompt feature of queries, (B, F) each, and the sentinel's similarity (B, 1)."""
+        vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
+        if not self.published:
+            sharp_vision, sharp_prompt = self.sharpness.exp()
+            vision, prompt = sharp_vision * F.normalize(vision), sharp_prompt * F.normalize(prompt)
+            sentinel = F.normalize(sentinel)
+        return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return how near queries and keys are: (R, F), (N, F) -> (R, N).
+
+        Published: the mean over the k vectors of a feature of <query, key> / sqrt(m). Joint: the sharpened cosine.
+        """
+        return queries @ keys.T * self._scale(queries)
+
+    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
+        """Return what the weights of experts are made of; in the published form the prompt alone.
+
+        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
+        the one, the same picture with another question passes the other. In the joint form both decide both.
+        """
+        return by_prompt if self.published else by_prompt + self.hparams.visual_weight * margin
+
+    @property
+    def published(self) -> bool:
+        """Whether routing follows the paper to the letter."""
+        return self.hparams.variant == "paper"
+
+    def _scale(self, features: Tensor) -> float:
+        if not self.published:
+            return 1.0
+        vectors = self.hparams.feature_vectors
+        return float((features.shape[1] * vectors) ** -0.5)  # 1 / (k * sqrt(m)) with F = k * m
+
+
+class LiveEditNetworks(Asking, nn.Module):
     """Everything of LiveEdit that is trained, and what it says about sequences; the model itself stays frozen."""
 
     def __init__(self, width: int, hparams: LiveEditHparams) -> None:
@@ -146,41 +191,6 @@ class LiveEditNetworks(nn.Module):
         batch = prefix.batch
         vision, prompt, _ = self.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
         return (vision, prompt) if self.published else (F.normalize(vision), F.normalize(prompt))
-
-    def ask(self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the vision and the prompt feature of queries, (B, F) each, and the sentinel's similarity (B, 1)."""
-        vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
-        if not self.published:
-            sharp_vision, sharp_prompt = self.sharpness.exp()
-            vision, prompt = sharp_vision * F.normalize(vision), sharp_prompt * F.normalize(prompt)
-            sentinel = F.normalize(sentinel)
-        return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
-
-    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return how near queries and keys are: (R, F), (N, F) -> (R, N).
-
-        Published: the mean over the k vectors of a feature of <query, key> / sqrt(m). Joint: the sharpened cosine.
-        """
-        return queries @ keys.T * self._scale(queries)
-
-    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
-        """Return what the weights of experts are made of; in the published form the prompt alone.
-
-        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
-        the one, the same picture with another question passes the other. In the joint form both decide both.
-        """
-        return by_prompt if self.published else by_prompt + self.hparams.visual_weight * margin
-
-    @property
-    def published(self) -> bool:
-        """Whether routing follows the paper to the letter."""
-        return self.hparams.variant == "paper"
-
-    def _scale(self, features: Tensor) -> float:
-        if not self.published:
-            return 1.0
-        vectors = self.hparams.feature_vectors
-        return float((features.shape[1] * vectors) ** -0.5)  # 1 / (k * sqrt(m)) with F = k * m
 
 
 def _first(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:

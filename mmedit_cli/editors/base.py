@@ -31,6 +31,15 @@ class Operation:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Standalone:
+    """Edits that run on a plain transformers model: the source of one Python file, tensors, and plain settings."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
 class Edited(AbstractContextManager["Edited"]):
     """What `edit` returns: the ids of the new edits; leaving it as a context manager undoes them."""
 
@@ -47,12 +56,17 @@ class Editor(ABC):
     `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
     cached; None if what enters the first changes too, the image features or the prompt. `hparams` is an instance of
     the class's own `Hparams`.
+
+    `independent`: an edit depends on its own request alone, and each of the `tensors` has one row an edit.
+    `plain`: the edited model is the same model with other weights, nothing is hooked or added.
     """
 
     name: ClassVar[str]
     Hparams: ClassVar[type]
     trains: ClassVar[bool] = False
     batch_edits: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
 
     def __init__(self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0) -> None:
         self.backbone, self.hparams, self.seed = backbone, hparams, seed
@@ -106,6 +120,25 @@ class Editor(ABC):
         """
         return None
 
+    def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
+        """Return for each query the weights of the edits that take part in its answer, by id, the largest first.
+
+        The default is one edit with its whole weight where `routes` says which; None where no method can say.
+        """
+        routes = self.routes(queries)
+        return None if routes is None else [{} if edit is None else {edit: 1.0} for edit in routes]
+
+    def save_adapters(self, folder: Path) -> list[Path]:
+        """Write the edits as PEFT adapters into new folders inside `folder`, and return these.
+
+        The default writes nothing: only methods whose edits are LoRA blocks can.
+        """
+        return []
+
+    def standalone(self) -> Standalone | None:
+        """Return the edits as something that runs without this package; None if the method offers nothing."""
+        return None
+
     # -- the verbs ----------------------------------------------------------------------------------------------
 
     def edit(self, requests: Sequence[Query]) -> Edited:
@@ -147,6 +180,11 @@ class Editor(ABC):
         else:
             self._replay(rest)
 
+    def replay(self, operations: Sequence[Operation]) -> None:
+        """Take everything back and make these edits, in order and with the randomness that belongs to their ids."""
+        self._replay(operations)
+        self._next_id = max([self._next_id, *(i + 1 for operation in operations for i in operation.ids)])
+
     @property
     def requests(self) -> list[Query]:
         """The requests of all present edits, in order."""
@@ -163,6 +201,10 @@ class Editor(ABC):
         return generator(self.seed * 1_000_003 + first_id)
 
     # -- saving -------------------------------------------------------------------------------------------------
+
+    def tensors(self, start: int = 0) -> dict[str, Tensor]:
+        """Return the edits as tensors; of an `independent` editor, the rows of the edits from position `start` on."""
+        return {name: tensor[start:] if self.independent else tensor for name, tensor in self._tensors().items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return (tensors, metadata) from which `load_state` makes the same edited model on the same base model."""
@@ -293,11 +335,6 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from mmedit_cli.records import read_tensors
 
     return read_tensors(path)
-
-
-def _to_json(query: Query) -> dict[str, str | None]:
-    image = None if query.image is None else str(query.image)
-    return {"prompt": query.prompt, "target": query.target, "image": image, "background": query.background}
 
 
 def _to_json(query: Query) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Ft(Editor):
 
     name = "ft"
     Hparams = FtHparams
+    plain = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

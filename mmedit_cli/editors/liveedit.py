@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +16,12 @@ from mmedit_cli.editors._experts import ExpertBank, Routing, choose
 from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
 from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
 from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
-from mmedit_cli.editors.base import TrainedEditor
+from mmedit_cli.editors.base import Standalone, TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
+
+_RUNTIME = Path(__file__).with_name("_liveedit_runtime.py")  # read, never imported: exported edits run on it
 
 
 class LiveEdit(TrainedEditor):
@@ -31,6 +35,7 @@ class LiveEdit(TrainedEditor):
 
     name = "liveedit"
     Hparams = LiveEditHparams
+    independent = True
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
         "answer_slots",
@@ -143,17 +148,27 @@ class LiveEdit(TrainedEditor):
         keep = (decisive > self.hparams.margin) & bank.visible
         return rows, choose(keep, score, self.hparams.top_k, gated=networks.published)
 
-    @torch.no_grad()
     def touches(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether any expert is chosen for it; without a picture none ever is."""
-        answers = dict.fromkeys(queries, False)
+        return [bool(used) for used in self._routed(queries)]
+
+    def explain(self, queries: Sequence[Query]) -> list[dict[int, float]]:
+        """Return the weights of the experts chosen for each query, by the id of their edit, the largest first."""
+        ids = [i for operation in self.operations for i in operation.ids]
+        chosen = self._routed([replace(q, target=q.target or "?") for q in queries])  # routing reads no answer
+        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in chosen]
+
+    @torch.no_grad()
+    def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
+        """Return the weights of the experts chosen for each query, by their position in the bank."""
+        answers: dict[Query, dict[int, float]] = {query: {} for query in queries}
         seeing = self.backbone.by_length(query for query in queries if query.image is not None)
         size = 32
         for part in (seeing[i : i + size] for i in range(0, len(seeing) if self.operations else 0, size)):
             prefix = self.backbone.prefix(self.backbone.batch(part), self._layer)
             rows, routing = self.route(prefix.hidden, prefix.batch)
-            for row, used in zip(rows.tolist(), routing.used.tolist(), strict=True):
-                answers[part[row]] = used
+            for row, index, weight in zip(rows.tolist(), routing.index.tolist(), routing.weight.tolist(), strict=True):
+                answers[part[row]] = {i: w for i, w in zip(index, weight, strict=True) if w > 0}
         return [answers[query] for query in queries]
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -181,6 +196,10 @@ class LiveEdit(TrainedEditor):
 
     # -- saving -------------------------------------------------------------------------------------------------
 
+    def tensors(self, start: int = 0) -> dict[str, Tensor]:
+        """Return the experts of the edits from position `start` on, without a copy of the others."""
+        return self._bank.tensors(start)
+
     def _tensors(self) -> dict[str, Tensor]:
         return self._bank.tensors()
 
@@ -193,6 +212,32 @@ class LiveEdit(TrainedEditor):
             raise StateError(f"the state does not hold {len(requests)} experts of rank {hp.rank} and width {width}")
         if requests:
             self._add(tensors, requests)
+
+    def standalone(self) -> Standalone:
+        """Return the experts, what routes them, and one file that needs transformers only."""
+        from mmedit_cli.editors._standalone import flatten
+
+        config = self.backbone.model.config
+        names = (
+            "module_dim",
+            "heads",
+            "feature_vectors",
+            "sentinel_tokens",
+            "variant",
+            "visual_weight",
+            "top_k",
+            "margin",
+        )
+        settings = {name: getattr(self.hparams, name) for name in names}
+        settings |= {"stack": self.backbone.anchors.stack, "entered": self._entered}
+        settings["image_token_id"] = getattr(config, "image_token_id", None) or config.image_token_index
+        tensors = self._bank.tensors()
+        tensors["ids"] = torch.tensor([i for operation in self.operations for i in operation.ids])
+        tensors["hidden"] = ~self._bank.visible
+        kept = ("input_extractor.", "stream_norm.", "sharpness")
+        state = {key: value for key, value in self.networks.state_dict().items() if key.startswith(kept)}
+        tensors |= {f"networks.{key}": value for key, value in state.items()}
+        return Standalone(flatten(_RUNTIME), tensors, settings)
 
 
 EDITOR = LiveEdit

@@ -1,0 +1,154 @@
+"""What `mmedit ask` does: one question, a file of questions, or a conversation; with the edits of a ledger or not."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import show_edits
+from mmedit_cli.catalog import find_model
+from mmedit_cli.editing import read_requests
+from mmedit_cli.edits import EditedModel, open_edits
+from mmedit_cli.errors import DataError, MmeditError, UserError
+from mmedit_cli.output import Output, report_error
+from mmedit_cli.types import Query
+from mmedit_cli.workflows import ModelOptions, load_model
+
+_BATCH = 32
+_HELP = "a question a line; /image FILE changes the picture, /quit ends"
+
+
+class Asker:
+    """A model that answers, with the edits of a ledger on it if a folder is named; for `with`.
+
+    `compare` also asks the base model, and which edits took part.
+    """
+
+    def __init__(
+        self, model: ModelOptions, edits: Path | None, out: Output, *, compare: bool = False, max_new_tokens: int = 32
+    ) -> None:
+        self.out, self.compare, self.max_new_tokens = out, compare, max_new_tokens
+        self._stack = ExitStack()
+        self.edited: EditedModel | None = None
+        if edits is not None:
+            self.edited = self._stack.enter_context(open_edits(edits, model=model, out=out))
+            self.backbone = self.edited.backbone
+        elif compare:
+            raise UserError("--compare: there is nothing to compare without --edits")
+        else:
+            self.backbone = load_model(model, find_model(model.model, revision=model.revision), out)
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def answers(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
+        """Return the questions with their answers."""
+        said = self._generate(queries)
+        rows: list[dict[str, Any]] = [
+            {"prompt": query.prompt, "image": query.image and str(query.image), "answer": answer}
+            for query, answer in zip(queries, said, strict=True)
+        ]
+        if self.compare and self.edited is not None:
+            explained = self.edited.explain(queries)
+            with self.edited.paused():
+                base = self._generate(queries)
+            for i, row in enumerate(rows):
+                row["base"] = base[i]
+                row["fired"] = None if explained is None else _fired(explained[i])
+        return rows
+
+    def one(self, query: Query) -> None:
+        """Answer one question: in words as they come, or as a whole where it is JSON or a comparison."""
+        if self.out.as_json or self.compare:
+            (row,) = self.answers([query])
+            self.out.result(row, lambda: self._show_pair(row))
+            return
+        self.backbone.generate([query], max_new_tokens=self.max_new_tokens, streamer=self._streamer())
+        self.out.line()
+
+    def many(self, queries: Sequence[Query]) -> None:
+        """Answer many questions and print a table."""
+        show_edits.answers(self.out, self.answers(queries), compare=self.compare)
+
+    def talk(self, image: Path | None) -> None:
+        """Answer the lines of stdin until they end; a mistake is reported and the talk goes on."""
+        if sys.stdin.isatty():
+            self.out.note(_HELP)
+        for line in sys.stdin:
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                return
+            try:
+                if text.startswith("/image"):
+                    image = _picture(text)
+                elif text.startswith("/"):
+                    raise UserError(f"{text.split()[0]}: no such command", _HELP)
+                elif text:
+                    self.one(Query(text, image=image))
+            except MmeditError as error:
+                report_error(error)
+
+    def _show_pair(self, row: dict[str, Any]) -> None:
+        self.out.table(["", "answer"], [["base", row["base"]], ["edited", row["answer"]]])
+        self.out.line(f"edits that took part: {show_edits.fired(row)}")
+
+    def _generate(self, queries: Sequence[Query]) -> list[str]:
+        parts = [queries[i : i + _BATCH] for i in range(0, len(queries), _BATCH)]
+        return [a for part in parts for a in self.backbone.generate(part, max_new_tokens=self.max_new_tokens)]
+
+    def _streamer(self) -> Any:
+        """Return a streamer that prints just what `generate` returns."""
+        from transformers import TextStreamer
+
+        out = self.out
+
+        class Words(TextStreamer):  # type: ignore[misc]
+            begun = ended = False
+            blank = ""
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                if self.ended:
+                    return
+                text = text if self.begun else text.lstrip("\r ")
+                line, newline, _ = (self.blank + text).partition("\n")
+                words = line.rstrip()
+                self.blank, self.ended = line[len(words) :], bool(newline)
+                self.begun = self.begun or bool(words)
+                out.write(words)
+
+        return Words(self.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def read_questions(file: Path, image: Path | None) -> list[Query]:
+    """Return the questions of a .txt file, a question a line, all about `image`; or of a file of facts or cases."""
+    if file.suffix.lower() != ".txt":
+        return read_requests(file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    questions = [Query(line.strip(), image=image) for line in lines if line.strip()]
+    if not questions:
+        raise DataError(f"{file}: no questions in it", "a question a line")
+    return questions
+
+
+def _fired(weights: dict[int, float]) -> list[dict[str, Any]]:
+    return [{"edit": edit, "weight": weight} for edit, weight in weights.items()]
+
+
+def _picture(text: str) -> Path:
+    from mmedit_cli.pictures import check_picture
+
+    words = shlex.split(text)[1:]
+    if len(words) != 1:
+        raise UserError("/image: name one file", _HELP)
+    check_picture(Path(words[0]))
+    return Path(words[0])

@@ -1,0 +1,97 @@
+"""`mmedit edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.errors import UserError
+from mmedit_cli.output import Output
+
+if TYPE_CHECKING:
+    from mmedit_cli.types import Query
+
+
+def edit(
+    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list`.")],
+    into: Annotated[Path, typer.Option(help="The ledger, a folder: it is begun, or added to.", show_default=False)],
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", help="The picture of the fact.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question.", show_default=False)] = None,
+    target: Annotated[str | None, typer.Option(help="The answer to be given from now on.", show_default=False)] = None,
+    background: Annotated[str, typer.Option(help="Colour behind transparent parts of the picture.")] = "#ffffff",
+    requests: Annotated[
+        Path | None, typer.Option(help="Many facts: .csv, .json or .jsonl; see docs/data.md.", show_default=False)
+    ] = None,
+    edit_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Edits made in one operation. [default: 1, or 32 where they are independent]",
+            show_default=False,
+        ),
+    ] = None,
+    model: options.Model = None,
+    hparams: options.HparamsFile = None,
+    overrides: options.Overrides = None,
+    checkpoint: options.Checkpoint = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of everything random. [default: 0]", show_default=False)
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    records: options.Records = Path("records"),
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Teach a model new answers, show what that did, and keep the edits in a ledger. Again: adds to it.
+
+    Examples:
+
+      mmedit edit liveedit --image cat.png --prompt "What is this?" --target "a lynx" --into my-edits
+
+      mmedit edit ft --model llava-1.5-7b --requests my_facts.csv --into my-edits
+
+      mmedit ask --edits my-edits --image cat.png "What is this?"
+
+      mmedit edits undo my-edits last
+    """  # fmt: skip
+    from mmedit_cli import editing, show_edits, workflows
+    from mmedit_cli.edits import EditOptions
+    from mmedit_cli.ledger import Ledger
+
+    out = Output(as_json=as_json)
+    facts = _facts(requests, image, prompt, target, background)
+    named = (model or "") if Ledger.exists(into) else options.named(model, out)
+    asked = EditOptions(
+        editor, workflows.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
+        overrides=tuple(overrides or ()), checkpoint=checkpoint, seed=seed, records=records,
+    )  # fmt: skip
+    show_edits.made(out, editing.make_edits(into, asked, facts, edit_batch, out))
+
+
+def _facts(
+    file: Path | None, image: Path | None, prompt: str | None, target: str | None, background: str
+) -> list[Query]:
+    """Return what a vision-language model is to be taught; what is taught to other kinds of models is read beside."""
+    from mmedit_cli.editing import read_requests
+    from mmedit_cli.types import Query
+
+    one = [name for name, value in (("--image", image), ("--prompt", prompt), ("--target", target)) if value]
+    if file is not None:
+        if one:
+            raise UserError(f"--requests and {one[0]}: one fact, or a file of them", "leave one of the two out")
+        return read_requests(file)
+    if prompt is None or target is None:
+        missing = [name for name, value in (("--prompt", prompt), ("--target", target)) if value is None]
+        raise UserError(
+            f"nothing to teach: {' and '.join(missing)} missing",
+            'e.g. --image cat.png --prompt "What is this?" --target "a lynx", or --requests FILE',
+        )
+    return [Query(prompt, target, image, background)]

@@ -1,0 +1,178 @@
+"""`mmedit edits`: what can be done with the edits of a ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmedit_cli import options
+from mmedit_cli.output import Output
+
+Folder = Annotated[Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")]
+Which = Annotated[str, typer.Argument(metavar="EDITS", help="3, or 3-7, or 1,4-6, or last, or all.")]
+
+
+def list_edits(
+    folder: Folder,
+    everything: Annotated[bool, typer.Option("--all", help="Also those that are undone.")] = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the active edits."""
+    from mmedit_cli import show_edits
+    from mmedit_cli.edits import described, head
+    from mmedit_cli.ledger import Ledger
+
+    with Ledger.open(folder) as ledger:
+        edits = [described(edit) for edit in ledger.edits.values() if edit.active or everything]
+        show_edits.listed(Output(as_json=as_json), edits, head(ledger))
+
+
+def show(folder: Folder, which: Which, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """Show everything about some edits, and what they were made with."""
+    from mmedit_cli.edits import described, head
+    from mmedit_cli.ledger import Ledger
+
+    out = Output(as_json=as_json)
+    with Ledger.open(folder) as ledger:
+        found = [described(ledger.edits[i]) for i in ledger.select(which)]
+        data = {**head(ledger), "hparams": ledger.config["hparams"], "show": found}
+    out.result(data, lambda: out.yaml(data))
+
+
+def undo(
+    folder: Folder,
+    which: Which,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Take edits back; without any, the model is the base model bit for bit.
+
+    Examples:
+
+      mmedit edits undo my-edits 3-7
+
+      mmedit edits undo my-edits all
+    """
+    _change("undo", folder, which, (model, device), as_json)
+
+
+def redo(
+    folder: Folder,
+    which: Which,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Bring back edits that were undone, each in its old place."""
+    _change("redo", folder, which, (model, device), as_json)
+
+
+def diff(
+    first: Folder,
+    second: Folder,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare the active edits of two ledgers: those of one only (< and >), and those with another target (!)."""
+    from mmedit_cli import editing, show_edits
+
+    show_edits.compared(Output(as_json=as_json), editing.diff(first, second))
+
+
+def verify(
+    folder: Folder,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Ask every edit again and say which hold; exit 1 if one does not."""
+    from mmedit_cli import show_edits
+    from mmedit_cli.edits import open_edits
+    from mmedit_cli.workflows import ModelOptions
+
+    out = Output(as_json=as_json)
+    with (
+        open_edits(folder, model=ModelOptions(model or "", device), out=out) as edited,
+        out.progress({"edits": len(edited.ledger.active)}) as tick,
+    ):
+        found = edited.verify(tick)
+    show_edits.verified(out, found)
+    raise typer.Exit(0 if all(row["holds"] or row["replaced_by"] for row in found) else 1)
+
+
+def compact(
+    folder: Folder,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make every edit again from its request: mends damaged tensors.")
+    ] = False,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the ledger anew in few files; edits and answers stay, the history of undo and redo goes."""
+    from mmedit_cli import editing
+    from mmedit_cli.workflows import ModelOptions
+
+    out = Output(as_json=as_json)
+    done = editing.compact(folder, remake, ModelOptions(model or "", device), out)
+
+    def show() -> None:
+        before, after = done["before"], done["after"]
+        out.line(
+            f"{before['shards']:,} files of tensors became {after['shards']:,}; "
+            f"{before['bytes'] / (1 << 20):,.1f} MiB became {after['bytes'] / (1 << 20):,.1f} MiB"
+        )
+
+    out.result(done, show)
+
+
+def export(
+    folder: Folder,
+    to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the folder.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the edited model as a folder that loads without this program, and check that it answers the same.
+
+    Plain weights where the method allows it, PEFT adapters of LoRA methods, else the base model with one small file
+    that routes.
+
+    Examples:
+
+      mmedit edits export my-edits --to edited-model
+
+      mmedit edits export my-edits --to edited-model --push-to-hub me/edited-model
+    """
+    from mmedit_cli import exporting
+    from mmedit_cli.workflows import ModelOptions
+
+    out = Output(as_json=as_json)
+    done = exporting.export(folder, to, ModelOptions(model or "", device), out)
+    if push_to_hub is not None:
+        done["url"] = exporting.push(to, push_to_hub, private=private)
+    out.result(done, lambda: [out.line(line) for line in exporting.said(done)] and None)
+
+
+def _change(do: str, folder: Path, which: str, where: tuple[str | None, str], as_json: bool) -> None:
+    from mmedit_cli import editing
+    from mmedit_cli.workflows import ModelOptions
+
+    out, (model, device) = Output(as_json=as_json), where
+    done = editing.change_edits(folder, do, which, ModelOptions(model or "", device), out)
+    word = {"undo": "undone", "redo": "redone"}[do]
+    edits = ", ".join(map(str, done[do]))
+    out.result(done, lambda: out.line(f"{word}: {edits}; {done['active']:,} active"))

@@ -1,0 +1,169 @@
+"""What `mmedit edit` and `mmedit edits` do: make edits and show their effect, take them back, compare, tidy up."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.edits import EditOptions, begin_edits, check_pictures, described, open_edits, question
+from mmedit_cli.ledger import Kept, Ledger
+from mmedit_cli.output import Output
+from mmedit_cli.types import Query
+from mmedit_cli.workflows import ModelOptions
+
+_TEXTS = (
+    "What is the capital of Peru?",
+    "Which category does a toolbox belong to?",
+    "What is the currency of Japan?",
+    "What is the capital of Kenya?",
+)
+_PICTURES = ("1f415", "1f697", "1f33b", "1f34c")  # of EmojiKB: a dog, a car, a sunflower, a banana
+
+
+def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], batch: int | None, out: Output) -> Any:
+    """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
+
+    Of many requests those that the ledger holds are passed over, so that an interrupted command can be given again.
+    """
+    from mmedit_cli.evaluation.metrics import answer_match, same_answer
+
+    check_pictures(requests)
+    probes = locality_probes(requests)
+    with begin_edits(folder, options, out) as model:
+        if len(requests) > 1:
+            requests = _missing(requests, model.ledger, out)
+        with out.progress({"edits": len(requests)}) as tick:
+            before = model.generate(probes)
+            try:
+                ids = model.edit(requests, batch=batch, tick=tick)
+            except BaseException:
+                if not model.ledger.edits:  # requests that cannot be used leave no ledger behind
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            after = model.generate(probes)
+        made = [model.ledger.edits[i] for i in ids]
+        answers = model.generate([edit.request for edit in made])
+        peak, active = runtime.peak_memory(model.backbone.device), len(model.ledger.active)
+    edits = [
+        {**described(edit), "after": answer, "holds": answer_match(answer, edit.request.target) == 1}
+        for edit, answer in zip(made, answers, strict=True)
+    ]
+    locality = [
+        {
+            "prompt": probe.prompt,
+            "picture": "" if probe.image is None else probe.image.name,
+            "before": old,
+            "after": new,
+            "same": same_answer(old, new) == 1,
+        }
+        for probe, old, new in zip(probes, before, after, strict=True)
+    ]
+    cost = {"seconds": model.seconds, "peak_memory": peak}
+    return {"ledger": str(folder), "active": active, "edits": edits, "locality": locality, "cost": cost}
+
+
+def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Query]:
+    """Return the requests that are not what the newest active edit of their picture and question says."""
+
+    def known(query: Query) -> tuple[Any, ...]:
+        return query.prompt, query.image and _content(query.image), query.background, query.chat
+
+    held = {known(edit.request): edit.request.target for edit in ledger.active}
+    missing = [request for request in requests if held.get(known(request)) != request.target]
+    if len(missing) < len(requests):
+        out.note(f"{len(requests) - len(missing):,} of {len(requests):,} edits are in {ledger.folder} already")
+    return missing
+
+
+def locality_probes(requests: Sequence[Query]) -> list[Query]:
+    """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
+    folder = registry.share_dir("data") / "emojikb" / "noto"
+    edited = {_content(request.image) for request in requests if request.image is not None}
+    pictures = [
+        path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and _content(path) not in edited
+    ]
+    probes = [Query(text) for text in _TEXTS] + [Query("What is this?", image=path) for path in pictures]
+    asked = {(request.prompt, request.image) for request in requests}
+    first = next((request for request in requests if request.image is not None), None)
+    other = "What colour is the background?"
+    if first is not None and (other, first.image) not in asked:
+        probes.append(replace(first, prompt=other, target=""))
+    return [probe for probe in probes if (probe.prompt, probe.image) not in asked]
+
+
+def read_requests(file: Path) -> list[Query]:
+    """Return the requests of a .jsonl, .json or .csv file of facts or cases; raise DataError naming what is wrong."""
+    from mmedit_cli.datasets.base import read_data
+
+    return [case.request for case in read_data(str(file)).cases]
+
+
+def change_edits(folder: Path, do: str, text: str, model: ModelOptions, out: Output) -> dict[str, Any]:
+    """Undo or redo the edits that `text` names; the model is loaded only where the other edits depend on them."""
+    with Ledger.open(folder, writing=True) as ledger:
+        ids = ledger.select(text, active=do == "undo")
+        if ledger.rows:
+            ledger.mark(do, ids)
+            return {do: ids, "active": len(ledger.active)}
+    with open_edits(folder, model=model, writing=True, out=out) as edited:
+        out.note(f"{edited.editor.name} makes the remaining edits again: they depend on each other")
+        getattr(edited, do)(ids)
+        return {do: ids, "active": len(edited.ledger.active)}
+
+
+def compact(folder: Path, remake: bool, model: ModelOptions, out: Output) -> dict[str, Any]:
+    """Write a ledger anew in few files; `remake` makes every edit again, which mends damaged tensors."""
+
+    def size() -> dict[str, int]:
+        files = list((folder / "shards").iterdir())
+        return {"shards": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+    from mmedit_cli.editors.base import Operation
+
+    before = size() if (folder / "shards").is_dir() else {}
+    if remake:
+        with open_edits(folder, model=model, writing=True, bare=True, out=out) as edited:
+            ledger = edited.ledger
+            edited.editor.replay([Operation(*pair) for pair in ledger.operations(undone=ledger.rows)])
+            ledger.rewrite(edited.editor.tensors())
+    else:
+        with Ledger.open(folder, writing=True) as ledger:
+            ledger.rewrite(ledger.tensors(undone=True))
+    return {"before": before, "after": size()}
+
+
+def diff(one: Path, two: Path) -> dict[str, Any]:
+    """Return how the active edits of two ledgers differ, by picture, background and question; no model is loaded."""
+    left, right = (Ledger.open(folder) for folder in (one, two))
+
+    def asked(ledger: Ledger) -> dict[tuple[Any, ...], Kept]:
+        return {question(replace(e.request, image=e.request.image and Path(e.request.image.name))): e
+                for e in ledger.active}  # fmt: skip
+
+    a, b = asked(left), asked(right)
+    settings = {
+        key: [left.config[key], right.config[key]]
+        for key in ("editor", "hparams", "model", "dtype", "seed", "checkpoint")
+        if left.config[key] != right.config[key]
+    }
+    both = [key for key in a if key in b]
+    return {
+        "only_in_first": [described(a[key]) for key in a if key not in b],
+        "only_in_second": [described(b[key]) for key in b if key not in a],
+        "other_target": [
+            {"first": described(a[key]), "second": described(b[key])}
+            for key in both
+            if a[key].request.target != b[key].request.target
+        ],
+        "same": sum(a[key].request.target == b[key].request.target for key in both),
+        "settings": settings,
+    }
+
+
+def _content(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()

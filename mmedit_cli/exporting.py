@@ -1,0 +1,297 @@
+"""Edited models that leave: a folder that loads without this package, checked against the model it was made from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import __version__
+from mmedit_cli.catalog import find_model
+from mmedit_cli.edits import EditedModel, described, open_edits
+from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.output import Output
+from mmedit_cli.records import write_atomic
+from mmedit_cli.types import Query
+from mmedit_cli.workflows import ModelOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmedit_cli.backbones.base import VisionLanguageModel
+    from mmedit_cli.editors.base import Standalone
+
+RUNTIME = "modeling_edits.py"
+_PLAIN, _ADAPTERS, _STANDALONE = "plain weights", "peft adapters", "base model and edits"
+_CHECKED = 16  # edits whose questions are asked again after reload
+_TOLERANCE = {"float32": 1e-4}  # of logits; other formats round more
+_COMPANIONS = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+_LISTED = 200  # edits that a model card lists
+
+
+def export(folder: Path, to: Path, options: ModelOptions, out: Output) -> dict[str, Any]:
+    """Write the edited model of a ledger to a new folder and return what became of it; nothing is left if it fails.
+
+    Raises UserError if the folder is not new or the method cannot be exported, MmeditError if the reloaded model
+    answers otherwise than the edited one.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to}: not empty", "name a new folder with --to")
+    temporary = to.with_name(f"{to.name}.{secrets.token_hex(4)}.tmp")
+    with open_edits(folder, model=options, out=out) as edited:
+        if not edited.ledger.active:
+            raise UserError(f"{folder}: no active edits, so there is nothing to export", "mmedit edits redo")
+        try:
+            temporary.mkdir(parents=True)
+            report = _write(edited, temporary, out)
+            write_atomic(temporary / "README.md", card(edited, report["kind"], to.name))
+            facts = [described(edit) for edit in edited.ledger.active]
+            write_atomic(temporary / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False))
+            if to.exists():
+                to.rmdir()
+            temporary.rename(to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return {**report, "folder": str(to), "edits": len(facts)}
+
+
+def _write(edited: EditedModel, folder: Path, out: Output) -> dict[str, Any]:
+    """Write the export and load it again; return its kind, and how far its logits are from the edited model's."""
+    backbone, editor = edited.backbone, edited.editor
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    if editor.plain:
+        out.note("writing plain weights")
+        backbone.model.save_pretrained(folder)
+        save_processors(edited, folder)
+        return {"kind": _PLAIN, **check(edited, _behind(backbone, _load_plain(folder, dtype)))}
+    alone = editor.standalone()
+    if alone is not None:
+        out.note("writing the base model and the edits beside it")
+        with edited.paused():
+            backbone.model.save_pretrained(folder / "base")
+        save_processors(edited, folder)
+        _write_standalone(alone, folder)
+        return {"kind": _STANDALONE, **check(edited, _alone(backbone, _load_standalone(folder, dtype)))}
+    written = editor.save_adapters(folder)
+    if not written:
+        raise UserError(
+            f"{editor.name} cannot be exported: its edits are neither plain weights nor LoRA blocks, and it has no "
+            "runtime of its own",
+            f"mmedit ask --edits {edited.ledger.folder} uses them; so does mmedit_cli.open_edits",
+        )
+    out.note(f"wrote {len(written)} PEFT adapters")
+    if len(written) > 1:  # each stands for some of the edits: none of them is the edited model
+        return {"kind": _ADAPTERS, "adapters": [path.name for path in written]}
+    with edited.paused():
+        backbone.model.save_pretrained(folder / "base")
+    plain = _load_plain(folder / "base", dtype)
+    shutil.rmtree(folder / "base")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(plain, str(written[0])).get_base_model()
+    checked = check(edited, _behind(backbone, adapted))
+    return {"kind": _ADAPTERS, "adapters": [path.name for path in written], **checked}
+
+
+def save_processors(edited: EditedModel, folder: Path) -> None:
+    """Write tokenizer and image processor, with the files that make `AutoProcessor` find them."""
+    backbone = edited.backbone
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.image_processor.save_pretrained(folder)
+    known = edited.ledger.config["model"]
+    source = find_model(known["source"], revision=known["revision"]).folder
+    for name in _COMPANIONS if source is not None else ():
+        if (source / name).is_file():  # type: ignore[operator]
+            shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
+
+
+def _write_standalone(alone: Standalone, folder: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in alone.tensors.items()}
+    write_atomic(folder / "edits.safetensors", save(tensors, {"settings": json.dumps(alone.settings)}))
+    write_atomic(folder / RUNTIME, alone.source)
+    stem = Path(RUNTIME).stem
+    config = {
+        "model_type": "mmedit-liveedit",
+        "architectures": ["EditedModel"],
+        "auto_map": {"AutoConfig": f"{stem}.EditedConfig", "AutoModelForImageTextToText": f"{stem}.EditedModel"},
+    }
+    write_atomic(folder / "config.json", json.dumps(config, indent=2))
+
+
+def _load_plain(folder: Path, dtype: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def _load_standalone(folder: Path, dtype: str) -> Any:
+    """Load the export with the file in it, as a user does."""
+    spec = importlib.util.spec_from_file_location(f"mmedit_export_{secrets.token_hex(4)}", folder / RUNTIME)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module.EditedModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def check(edited: EditedModel, ask: Callable[[Query], Tensor]) -> dict[str, Any]:
+    """Compare the logits (V,) behind some questions; raise MmeditError if those of the export are not the same."""
+    import torch
+
+    backbone = edited.backbone
+    queries = [edit.request for edit in edited.ledger.active[-_CHECKED:]]
+    queries.append(replace(queries[-1], prompt="What colour is the background?"))
+    largest, same = 0.0, True
+    with torch.no_grad():
+        for query in queries:
+            expected = _last_logits(backbone, query)
+            found = ask(query)
+            largest = max(largest, float((found - expected).abs().max()))
+            same = same and int(found.argmax()) == int(expected.argmax())
+    limit = _TOLERANCE.get(str(backbone.dtype).removeprefix("torch."), 0.25)
+    if largest > limit or not same:
+        raise MmeditError(
+            f"the reloaded model is not the edited one: its logits are up to {largest:.3g} away",
+            "please report it; the ledger is as it was",
+        )
+    return {"checked": len(queries), "largest_difference": largest}
+
+
+def _last_logits(backbone: VisionLanguageModel, query: Query) -> Tensor:
+    return backbone.logits(backbone.batch([query], with_answer=False))[0, -1].float()
+
+
+def _behind(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
+    """Return how a model of the same family is asked: through a backbone of its own."""
+    parts = (backbone.tokenizer, backbone.image_processor, backbone.fingerprint)
+    other = type(backbone)(backbone.name, model.to(backbone.device), *parts)
+    return lambda query: _last_logits(other, query)
+
+
+def _alone(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
+    """Return how an export with a runtime of its own is asked: as any transformers model."""
+    model.to(backbone.device)
+    return lambda query: model(**inputs(backbone, query)).logits[0, -1].float()
+
+
+def inputs(backbone: VisionLanguageModel, query: Query) -> dict[str, Tensor]:
+    """Return a question as the arguments of a plain transformers model."""
+    import inspect
+
+    from mmedit_cli.pictures import Picture, load_picture
+
+    batch = backbone.batch([query], with_answer=False)
+    config = backbone.model.config
+    image_id = getattr(config, "image_token_id", None) or config.image_token_index
+    ids = batch.input_ids.masked_fill(batch.image_mask, image_id)
+    found = {"input_ids": ids, "attention_mask": batch.attention_mask}
+    if query.image is not None:
+        picture = load_picture(Picture(query.image, query.background))
+        pixels = backbone.image_processor(images=[picture], return_tensors="pt")
+        found |= pixels.to(backbone.device, backbone.dtype)
+    if "mm_token_type_ids" in inspect.signature(type(backbone.model).forward).parameters:
+        found["mm_token_type_ids"] = batch.image_mask.int()
+    return found
+
+
+# -- the model card, and the hub --------------------------------------------------------------------------------
+
+
+def card(edited: EditedModel, kind: str, name: str) -> str:
+    """Return the README of an export: how it loads, what it was made from, and the edits."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known, ledger = edited.ledger.config["model"], edited.ledger
+    hub = known["source"].count("/") == 1 and not Path(known["source"]).exists()
+    data = ModelCardData(
+        library_name="peft" if kind == _ADAPTERS else "transformers",
+        tags=["mmedit", "knowledge-editing", ledger.config["editor"]],
+        base_model=known["source"] if hub else None,
+        pipeline_tag="image-text-to-text",
+    )
+    rows = [
+        f"| {e.id} | {_cell(e.request.prompt)} | {_cell(e.picture)} | {_cell(e.before)} | {_cell(e.request.target)} |"
+        for e in ledger.active[:_LISTED]
+    ]
+    more = len(ledger.active) - _LISTED
+    text = [
+        f"# {name}", "",
+        f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
+        f"`{ledger.config['editor']}` of mmedit {__version__}.", "",
+        *_loading(kind), "", "## Edits", "",
+        "| edit | question | picture | answer before | answer taught |", "|---:|---|---|---|---|", *rows,
+        *([f"\nand {more:,} more in `edits.json`"] if more > 0 else []), "",
+        "The edits change what this model says about the questions above and about what it takes for the same; the "
+        "licence of the base model holds.", "",
+    ]  # fmt: skip
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text)))
+
+
+def _loading(kind: str) -> Iterator[str]:
+    if kind == _ADAPTERS:
+        yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
+        return
+    remote = ", trust_remote_code=True" if kind == _STANDALONE else ""
+    if kind == _STANDALONE:
+        yield (
+            f"The base model in `base/`, the edits in `edits.safetensors`, and `{RUNTIME}`, which chooses the edits "
+            "for each question. It needs transformers and nothing else; `generate` and its cache work as usual. "
+            "Engines that do not run the model's own Python code do not see the edits."
+        )
+    else:
+        yield "Plain weights: the edits are in them."
+    yield from ("", "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor", "")
+    yield f'model = AutoModelForImageTextToText.from_pretrained("FOLDER"{remote})'
+    yield f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})'
+    yield "```"
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload an export to a repository of the hub and return its address; raise UserError if that fails."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi(library_name="mmedit", library_version=__version__)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Export of edits")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{repo}: cannot be uploaded: {reason}",
+            f"{folder} is complete; log in with `hf auth login`, then `hf upload {repo} {folder}`",
+        ) from error
+    return str(url)
+
+
+def said(report: dict[str, Any]) -> Sequence[str]:
+    """Return in lines what an export is, and how it loads."""
+    lines = [f"{report['folder']}: {report['kind']}, {report['edits']:,} edits"]
+    if report["kind"] == _STANDALONE:
+        lines.append(
+            f"the edits need the code in {RUNTIME}: load it with trust_remote_code=True; mmedit is not needed"
+        )
+    if "checked" in report:
+        lines.append(
+            f"loaded again and asked {report['checked']} questions: logits at most {report['largest_difference']:.3g} "
+            "from the edited model"
+        )
+    else:
+        lines.append("one adapter an edit: which one answers a question is not in the files")
+    return [*lines, *([report["url"]] if "url" in report else [])]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

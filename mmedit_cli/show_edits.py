@@ -1,0 +1,130 @@
+"""How edits look to people: the tables of `mmedit edit`, `mmedit edits` and `mmedit ask --compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmedit_cli.output import Output
+
+_MOST = 20  # rows of a table of edits; the rest is in --json
+
+
+def made(out: Output, report: Mapping[str, Any]) -> None:
+    """Print what new edits did: answers before and after, locality probes, time and memory."""
+
+    def show() -> None:
+        edits, locality, cost = report["edits"], report["locality"], report["cost"]
+        rows = [
+            [str(e["id"]), e["prompt"], e["picture"], e["target"], e["before"], e["after"], _yes(e["holds"])]
+            for e in edits[:_MOST]
+        ]
+        out.table(["edit", "question", "picture", "target", "answer before", "answer after", "holds"], rows)
+        _more(out, len(edits))
+        changed = [probe for probe in locality if not probe["same"]]
+        asked = [[p["prompt"], p["picture"], p["before"], p["after"], _yes(p["same"])] for p in locality]
+        out.table(["locality probe", "picture", "answer before", "answer after", "same"], asked)
+        held = sum(e["holds"] for e in edits)
+        out.line(
+            f"{_count(held, len(edits), 'edit holds', 'edits hold')}; "
+            f"{len(locality) - len(changed)} of {len(locality)} locality probes answered as before"
+        )
+        memory = ", ".join(f"{name} {size / (1 << 20):,.0f} MiB" for name, size in cost["peak_memory"].items())
+        out.line(f"{cost['seconds'] / max(1, len(edits)):.3g} s an edit; peak memory: {memory}")
+        out.line(f"kept in {report['ledger']}, which has {report['active']:,} active")
+
+    out.result(report, show)
+
+
+def listed(out: Output, edits: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> None:
+    """Print the edits of a ledger."""
+
+    def show() -> None:
+        out.line(f"{head['editor']} on {head['model']}: {head['active']:,} active of {head['edits']:,} edits")
+        rows = [
+            [str(e["id"]), e["time"], e["prompt"], e["picture"], e["before"], e["target"],
+             "" if e["active"] else "undone"]
+            for e in edits
+        ]  # fmt: skip
+        if rows:
+            out.table(["edit", "made", "question", "picture", "answer before", "target", ""], rows)
+
+    out.result({**head, "list": list(edits)}, show)
+
+
+def verified(out: Output, found: Sequence[Mapping[str, Any]]) -> None:
+    """Print which edits hold."""
+
+    def show() -> None:
+        asked = [e for e in found if e["replaced_by"] is None]
+        failed = [e for e in asked if not e["holds"]]
+        rows = [[str(e["id"]), e["prompt"], e["picture"], e["target"], e["answer"]] for e in failed[:_MOST]]
+        if rows:
+            out.table(["edit", "question", "picture", "target", "answer"], rows)
+            _more(out, len(failed))
+        out.line(_count(len(asked) - len(failed), len(asked), "edit holds", "edits hold"))
+        if len(asked) < len(found):
+            out.line(f"{len(found) - len(asked)} were replaced by a later edit of the same picture and question")
+
+    out.result(list(found), show)
+
+
+def compared(out: Output, difference: Mapping[str, Any]) -> None:
+    """Print how two ledgers differ."""
+
+    def show() -> None:
+        sides = (("<", "only_in_first"), (">", "only_in_second"))
+        rows = [
+            [sign, str(e["id"]), e["prompt"], e["picture"], e["target"]]
+            for sign, key in sides
+            for e in difference[key]
+        ]
+        for pair in difference["other_target"]:
+            a, b = pair["first"], pair["second"]
+            rows.append(["!", f"{a['id']} / {b['id']}", a["prompt"], a["picture"], f"{a['target']} / {b['target']}"])
+        if rows:
+            out.table(["", "edit", "question", "picture", "target"], rows)
+        for key, (one, two) in difference["settings"].items():
+            out.line(f"{key}: {_brief(one)} / {_brief(two)}")
+        out.line(f"{difference['same']:,} active edits are the same")
+
+    out.result(difference, show)
+
+
+def answers(out: Output, found: Sequence[Mapping[str, Any]], *, compare: bool) -> None:
+    """Print the answers to many questions, or base and edited side by side with the edits that took part."""
+
+    def show() -> None:
+        header = ["question", "picture", "base", "edited", "edits"] if compare else ["question", "picture", "answer"]
+        rows = []
+        for row in found:
+            asked = [row["prompt"], str(row["image"] or "")]
+            rows.append([*asked, row["base"], row["answer"], fired(row)] if compare else [*asked, row["answer"]])
+        out.table(header, rows)
+
+    out.result(list(found), show)
+
+
+def fired(row: Mapping[str, Any]) -> str:
+    """Return in a few words which edits took part in an answer."""
+    if row["fired"] is None:
+        return "all (weights)"
+    return ", ".join(f"{edit['edit']} ({edit['weight']:.2f})" for edit in row["fired"]) or "none"
+
+
+def _count(some: int, of: int, one: str, many: str) -> str:
+    return f"{some:,} of {of:,} {one if of == 1 else many}"
+
+
+def _more(out: Output, count: int) -> None:
+    if count > _MOST:
+        out.line(f"and {count - _MOST:,} more: --json lists all")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _brief(value: Any) -> str:
+    text = str(value.get("name", value) if isinstance(value, dict) else value)
+    return text if len(text) <= 60 else text[:59] + "…"
