@@ -112,7 +112,7 @@ class _Training:
     ) -> None:
         self.editor, self.cases, self.run, self.how, self.processes = editor, cases, run, how, how.processes
         self.hp, self.batch_size = editor.hparams.training, how.batch_size
-        self.held_out = held_out[: self.hp.validation_cases]
+        self.held_out = distinct(held_out)[: self.hp.validation_cases]
         self.parameters = dict(editor.networks.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.hp.learning_rate, weight_decay=self.hp.weight_decay
@@ -254,8 +254,11 @@ class _Training:
         queries = list(dict.fromkeys(q for case in self.held_out for _, qs in case.columns() for q in qs))
         if self._base is None:
             self._base = self._ask(queries)
-        for start in range(0, len(self.held_out), self.batch_size):
-            editor.edit([case.request for case in self.held_out[start : start + self.batch_size]])
+        more = max(0, getattr(self.hp, "validation_edits", 0) - len(self.held_out))
+        others = distinct([variants[0] for variants in self.cases])[:more]
+        edits = [case.request for case in (*self.held_out, *others)]
+        for start in range(0, len(edits), self.batch_size):
+            editor.edit(edits[start : start + self.batch_size])
         touched = [q for q, may in zip(queries, editor.touches(queries), strict=True) if may]
         answers = {**self._base, **self._ask(touched)}
         editor.undo()
@@ -308,6 +311,22 @@ class _Training:
         if self.processes.rank == 0:
             log = self.run.read("log")
             self.run.rewrite("log", [line for line in log if line["step"] <= self.progress.step])
+
+
+def distinct(cases: Sequence[EditCase]) -> list[EditCase]:
+    """Return the cases but those that say about the same picture what an earlier one says.
+
+    A fact that is edited by way of several pictures would be found by any of its edits, which hides how well one is.
+    """
+    kept: list[EditCase] = []
+    said: set[tuple[Any, str]] = set()
+    for case in cases:
+        queries = (case.request, *(query for queries in case.generality.values() for query in queries))
+        here = {(query.image, query.target) for query in queries if query.image is not None}
+        if not here & said:
+            kept.append(case)
+            said |= here
+    return kept
 
 
 def alternatives(case: EditCase, cases: Sequence[EditCase], count: int, seed: int) -> list[EditCase]:

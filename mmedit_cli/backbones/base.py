@@ -49,6 +49,7 @@ class VisionLanguageModel(ABC):
         self.passing: Batch | None = None
         self.rewrite: Callable[[Query], Query] | None = None
         self._kept: Kept | None = None
+        self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
 
     # -- what a family has to say -------------------------------------------------------------------------------
 
@@ -84,6 +85,11 @@ class VisionLanguageModel(ABC):
     def dtype(self) -> torch.dtype:
         """The number format of the language model."""
         return self._embedding.weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def entry_width(self) -> int:
+        """The width of what enters the language model: that of its word embeddings, E, mostly D."""
+        return self._embedding.weight.shape[1]  # type: ignore[no-any-return]
 
     @property
     def _embedding(self) -> Any:
@@ -202,12 +208,22 @@ class VisionLanguageModel(ABC):
         rows = [index for index in batch.picture_of if index is not None]
         if not rows:
             return embeds, None
-        kept = self._kept
-        encoded = self.image_features(batch.pictures) if kept is None else kept.features.get(batch.pictures)
-        tokens = torch.cat([encoded[index].to(self.device) for index in rows])
+        self._encoded = (batch, self._image_tokens(batch))
+        tokens = torch.cat([self._encoded[1][index].to(self.device) for index in rows])
         first, *later = tokens.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
         embeds = embeds.masked_scatter(batch.image_mask.unsqueeze(-1), first)
         return embeds, DeepStack(batch.image_mask, torch.stack(later, 1)) if later else None
+
+    def mean_image_tokens(self, batch: Batch) -> Tensor:
+        """Return the mean of each row's image tokens as they enter the language model: (B, E), 0 without a picture."""
+        if self._encoded is None or self._encoded[0] is not batch:
+            self._encoded = (batch, self._image_tokens(batch))
+        means = [tokens.to(self.device)[:, : self.entry_width].mean(0) for tokens in self._encoded[1]]
+        means.append(torch.zeros(self.entry_width, dtype=self.dtype, device=self.device))
+        return torch.stack([means[-1 if index is None else index] for index in batch.picture_of])
+
+    def _image_tokens(self, batch: Batch) -> Sequence[Tensor]:
+        return self.image_features(batch.pictures) if self._kept is None else self._kept.features.get(batch.pictures)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V)."""
@@ -237,7 +253,7 @@ class VisionLanguageModel(ABC):
         if layer == self.n_layers:
             return Prefix(layer, batch, hidden, {})
         deepstack = self._entering(batch)[1] if layer < self.n_deepstack else None
-        embeds = torch.zeros(*hidden.shape[:2], self._embedding.weight.shape[1], dtype=self.dtype, device=self.device)
+        embeds = torch.zeros(*hidden.shape[:2], self.entry_width, dtype=self.dtype, device=self.device)
         _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
         return Prefix(layer, batch, hidden, context, deepstack)
 
@@ -309,9 +325,8 @@ class VisionLanguageModel(ABC):
             self.passing = before
 
     def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
-        positions = self._positions(batch)
-        stack = self._stack(inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False, **positions)
-        return stack.last_hidden_state  # type: ignore[no-any-return]
+        inputs = {"inputs_embeds": embeds, "attention_mask": batch.attention_mask, **self._positions(batch)}
+        return self._stack(use_cache=False, **inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def _positions(self, batch: Batch) -> dict[str, Tensor]:
         positions = self.position_ids(batch)
@@ -341,8 +356,7 @@ class VisionLanguageModel(ABC):
             pad_token_id=self.pad_id,
             eos_token_id=self._end_ids,
         )
-        newline = self._newline
-        stop = StoppingCriteriaList([lambda ids, _scores, **_: newline[ids[:, -1]]])
+        stop = StoppingCriteriaList([lambda ids, _scores, **_: self._newline[ids[:, -1]]])
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):
             tokens = self.generator.generate(
@@ -357,8 +371,7 @@ class VisionLanguageModel(ABC):
 
     @cached_property
     def _end_ids(self) -> list[int]:
-        config = getattr(self.generator, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
+        ids = getattr(getattr(self.generator, "generation_config", None), "eos_token_id", None)
         found = ids if isinstance(ids, list) else [ids, self.tokenizer.eos_token_id]
         return sorted({i for i in found if i is not None})
 

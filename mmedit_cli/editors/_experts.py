@@ -1,6 +1,7 @@
 """The expert repository of LiveEdit: store, route, apply.
 
-R queries with a picture, N experts, n of them chosen for a query at most, r their rank, D width, F = k * m features.
+R queries with a picture, N experts, n of them chosen for a query at most, r their rank, D width, F
+or V values of a feature.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def adapt(stream: Tensor, normed: Tensor, u: Tensor, v: Tensor, weight: Tensor) 
 
 
 class ExpertBank:
-    """Experts in the order they were made, in tensors that double when full; rows can be taken out."""
+    """Experts in the order they were made, in tensors that double when full; rows can be taken out.
 
-    FIELDS = ("u", "v", "vision", "prompt")
+    `shapes` of one expert: u, v (r, D), the vision feature (V,), the prompt feature (F,).
+    """
 
-    def __init__(self, rank: int, width: int, features: int, device: torch.device) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         self.size = 0
-        shapes = {"u": (rank, width), "v": (rank, width), "vision": (features,), "prompt": (features,)}
         self._rows = {name: torch.zeros(BLOCK, *shape, device=device) for name, shape in shapes.items()}
         self._hidden = torch.zeros(BLOCK, dtype=torch.bool, device=device)
 
@@ -72,7 +73,7 @@ class ExpertBank:
         return self.size
 
     def add(self, rows: Mapping[str, Tensor]) -> None:
-        """Append experts: u, v (n, r, D); vision, prompt (n, F)."""
+        """Append experts: u, v (n, r, D); vision (n, V); prompt (n, F)."""
         end = self.size + len(rows["u"])
         if end > len(self._hidden):
             room = BLOCK * (2 ** ((end - 1) // BLOCK).bit_length())

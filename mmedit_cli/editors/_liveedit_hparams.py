@@ -32,6 +32,7 @@ class LiveEditTraining:
     compat: Literal["correct", "reference"] = "correct"
     validate_every: int = 500
     validation_cases: int = 256
+    validation_edits: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -55,6 +56,7 @@ class LiveEditHparams:
     edit_layer: int = 21
     sentinel_tokens: int = 32
     answer_slots: bool = True
+    whole_picture: bool = True
     variant: Literal["paper", "joint"] = "joint"
     visual_weight: float = 1.0
     top_k: int | None = None

@@ -1,10 +1,12 @@
 """The networks of LiveEdit: what reads a sequence to route it, and what writes an expert (Chen et al. 2025, 4).
 
-B sequences, L tokens of a span, D width of the model, k feature vectors of width m, r the rank of an expert.
+B sequences, L tokens of a span, D width of the model, k feature vectors of width m, r the rank of an expert;
+F = k * m values of a feature, V = F or F + E where whole pictures are compared too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -110,24 +112,64 @@ class ExpertGenerator(nn.Module):
         return rows + self.slot_map(self.slot_norm(slots)) * used[..., None]
 
 
+class Scalar(nn.Module):
+    """One trained number that is kept as a tenth: a step of the optimizer moves it ten times as far as a weight."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.tenth = nn.Parameter(torch.tensor(value / 10))
+
+    def forward(self) -> Tensor:
+        """Return the number."""
+        return 10 * self.tenth
+
+
+class WholePicture(nn.Module):
+    """Compares pictures by the direction of their mean image token, as it enters the language model.
+
+    What drew pictures of one thing together in the training of the model knows many more things than the cases of an
+    editor show it: the metric starts as the plain cosine. `threshold` is the cosine that an expert has to beat.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(width, width))
+        self.sharpness = Scalar(math.log(20.0))
+        self.threshold = Scalar(0.6)
+
+    def forward(self, mean: Tensor) -> Tensor:
+        """(B, E), the mean image token -> (B, E), a direction."""
+        mean = F.layer_norm(mean, mean.shape[-1:])
+        return F.normalize(mean + mean @ self.change)
+
+
 class Asking:
-    """How queries are routed, from `input_extractor` and `sharpness`; also in the file that exported edits run on."""
+    """How queries are routed, from the networks named here; also in the file that exported edits run on."""
 
     hparams: Any
     input_extractor: Extractor
-    sharpness: Tensor
+    vision_sharpness: Scalar
+    prompt_sharpness: Scalar
+    picture: WholePicture
 
-    def ask(self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the vision and the prompt feature of queries, (B, F) each, and the sentinel's similarity (B, 1)."""
+    def ask(
+        self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the vision and the prompt feature of queries, (B, V) and (B, F), and what to beat (B, 1)."""
         vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
-        if not self.published:
-            sharp_vision, sharp_prompt = self.sharpness.exp()
-            vision, prompt = sharp_vision * F.normalize(vision), sharp_prompt * F.normalize(prompt)
-            sentinel = F.normalize(sentinel)
-        return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
+        if self.published:
+            return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
+        vision = self.vision_sharpness().exp() * F.normalize(vision)
+        prompt = self.prompt_sharpness().exp() * F.normalize(prompt)
+        against = (vision * F.normalize(sentinel)).sum(1, keepdim=True)
+        if self.whole_picture:
+            sharp = self.picture.sharpness().exp()
+            vision = torch.cat((vision, sharp * self.picture(mean.float())), 1)
+            against = against + sharp * self.picture.threshold()
+        return vision, prompt, against
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return how near queries and keys are: (R, F), (N, F) -> (R, N).
+        """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.
 
         Published: the mean over the k vectors of a feature of <query, key> / sqrt(m). Joint: the sharpened cosine.
         """
@@ -146,6 +188,11 @@ class Asking:
         """Whether routing follows the paper to the letter."""
         return self.hparams.variant == "paper"
 
+    @property
+    def whole_picture(self) -> bool:
+        """Whether whole pictures are compared too."""
+        return self.hparams.whole_picture and not self.published
+
     def _scale(self, features: Tensor) -> float:
         if not self.published:
             return 1.0
@@ -156,7 +203,7 @@ class Asking:
 class LiveEditNetworks(Asking, nn.Module):
     """Everything of LiveEdit that is trained, and what it says about sequences; the model itself stays frozen."""
 
-    def __init__(self, width: int, hparams: LiveEditHparams) -> None:
+    def __init__(self, width: int, entry_width: int, hparams: LiveEditHparams) -> None:
         super().__init__()
         hp, self.hparams = hparams, hparams
         shape = (width, hp.module_dim, hp.heads)
@@ -165,7 +212,9 @@ class LiveEditNetworks(Asking, nn.Module):
         if not self.published:  # what is alike is then near from the start, whatever the weights
             self.input_extractor.load_state_dict(self.edit_extractor.state_dict(), strict=False)
             # directions are compared, and their cosines sharpened: what was never seen then has no outliers
-            self.sharpness = nn.Parameter(torch.full((2,), 10.0).log())  # of vision and prompt
+            self.vision_sharpness, self.prompt_sharpness = Scalar(math.log(10.0)), Scalar(math.log(10.0))
+            if hp.whole_picture:
+                self.picture = WholePicture(entry_width)
         # at first row j of u fires where token j of the answer is to be said, and row j of v says it
         self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None)
         self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None)
@@ -186,11 +235,23 @@ class LiveEditNetworks(Asking, nn.Module):
         words, _ = _first(*span(backbone.word_embeddings(labels).float(), at), self.hparams.rank)
         return self.generator_u(tokens, mask, states, used), self.generator_v(tokens, mask, words, used)
 
-    def keys(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
-        """Return the vision and the prompt feature by which an expert is found: (B, F) each."""
+    def keys(self, prefix: Prefix, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vision and the prompt feature by which an expert is found: (B, V) and (B, F).
+
+        `mean`: the mean image token of each row, (B, E).
+        """
         batch = prefix.batch
         vision, prompt, _ = self.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
-        return (vision, prompt) if self.published else (F.normalize(vision), F.normalize(prompt))
+        if self.published:
+            return vision, prompt
+        vision, prompt = F.normalize(vision), F.normalize(prompt)
+        return (torch.cat((vision, self.picture(mean.float())), 1) if self.whole_picture else vision), prompt
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """V and F, the number of values of a vision and of a prompt feature."""
+        values = self.hparams.feature_vectors * self.hparams.module_dim
+        return {"vision": values + (len(self.picture.change) if self.whole_picture else 0), "prompt": values}
 
 
 def _first(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:

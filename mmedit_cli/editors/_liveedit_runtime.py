@@ -31,7 +31,15 @@ from mmedit_cli.editors._experts import (  # noqa: F401
     choose,
     soft_weights,
 )
-from mmedit_cli.editors._liveedit_networks import Asking, CrossAttention, Extractor, _normal, span  # noqa: F401
+from mmedit_cli.editors._liveedit_networks import (  # noqa: F401
+    Asking,
+    CrossAttention,
+    Extractor,
+    Scalar,
+    WholePicture,
+    _normal,
+    span,
+)
 
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -70,7 +78,9 @@ class Networks(Asking, nn.Module):
         shape = (width, hp.module_dim, hp.heads, hp.feature_vectors, hp.sentinel_tokens)
         self.input_extractor, self.stream_norm = Extractor(*shape), nn.LayerNorm(width)
         if not self.published:
-            self.sharpness = nn.Parameter(torch.zeros(2))
+            self.vision_sharpness, self.prompt_sharpness = Scalar(0.0), Scalar(0.0)
+        if self.whole_picture:
+            self.picture = WholePicture(len(tensors["networks.picture.change"]))
         self.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")})
         self.eval().requires_grad_(False)
 
@@ -85,7 +95,9 @@ class Edits:
         self._hidden = tensors["hidden"].nonzero()[:, 0].tolist()
         self._bank: ExpertBank | None = None
         self._read: Tensor | None = None  # the token ids that were embedded last
-        self._question: tuple[Tensor, Tensor] | None = None  # (ids, mask) of a question that is not routed yet
+        self._question: tuple[Tensor, ...] | None = (
+            None  # (ids, mask, embeddings) of a question that is not routed yet
+        )
         self._routed: tuple[Tensor, Routing] | None = None
         self.weights: list[dict[int, float]] = []
         model.get_input_embeddings().register_forward_pre_hook(self._embedding)  # type: ignore[operator]
@@ -107,7 +119,7 @@ class Edits:
             mask = torch.ones_like(ids)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise ValueError("the edits need an attention_mask of shape (batch, tokens)")
-        self._question, self._routed, self._read = (ids, mask), None, None
+        self._question, self._routed, self._read = (ids, mask, kwargs["inputs_embeds"]), None, None
 
     def _adapt(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -122,11 +134,11 @@ class Edits:
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     @torch.no_grad()
-    def _route(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+    def _route(self, hidden: Tensor, ids: Tensor, mask: Tensor, embeds: Tensor) -> tuple[Tensor, Routing]:
         """Return the rows that have a picture, and which experts they use."""
         bank, networks, hp = self._on(hidden.device), self.networks, self.networks.hparams
-        ids, mask = (
-            x.to(hidden.device).repeat_interleave(len(hidden) // len(x), 0) for x in (ids, mask)
+        ids, mask, embeds = (
+            x.to(hidden.device).repeat_interleave(len(hidden) // len(x), 0) for x in (ids, mask, embeds)
         )  # beams of a question
         image = ids == hp.image_token_id
         behind = image.flip(1).cumsum(1).flip(1) == 0
@@ -136,7 +148,8 @@ class Edits:
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
         prompt = behind & mask.bool()
-        vision, asked, against = networks.ask(hidden[rows], prompt[rows], image[rows])
+        mean = torch.stack([embeds[row, image[row]].mean(0) for row in rows.tolist()])
+        vision, asked, against = networks.ask(hidden[rows], prompt[rows], image[rows], mean)
         margin = bank.compare("vision", partial(networks.similarity, vision)) - against
         score = networks.score(bank.compare("prompt", partial(networks.similarity, asked)), margin)
         keep = ((margin if networks.published else score) > hp.margin) & bank.visible
@@ -148,9 +161,8 @@ class Edits:
     def _on(self, device: torch.device) -> ExpertBank:
         """Return the experts where the model computes; the routing stays in float32."""
         if self._bank is None:
-            _, rank, width = self._tensors["u"].shape
             self.networks.to(device)
-            self._bank = ExpertBank(rank, width, self._tensors["vision"].shape[1], device)
+            self._bank = ExpertBank({name: tuple(rows.shape[1:]) for name, rows in self._tensors.items()}, device)
             self._bank.add(self._tensors)
             for position in self._hidden:
                 self._bank.hide(position, True)

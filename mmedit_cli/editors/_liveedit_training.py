@@ -128,13 +128,15 @@ def losses_of(
     backbone, hp, size = place.backbone, networks.hparams.training, draws.allowed.shape[1]
     with torch.no_grad():
         prefix = backbone.prefix(backbone.batch(items.queries), place.layer)
+        means = backbone.mean_image_tokens(prefix.batch)
     requests = backbone.select(prefix, range(size))
-    vision, prompt, against = networks.ask(prefix.hidden, prefix.batch.prompt_mask, prefix.batch.image_mask)
+    vision, prompt, against = networks.ask(prefix.hidden, prefix.batch.prompt_mask, prefix.batch.image_mask, means)
     # the published routers also compare with what no edit is made of; the joint one with edits alone, and with more
-    keys = networks.keys(prefix if networks.published else requests)
+    keys = networks.keys(prefix, means) if networks.published else networks.keys(requests, means[:size])
     if others and not networks.published:
         with torch.no_grad():
-            more = networks.keys(backbone.prefix(backbone.batch(others), place.layer))
+            batch = backbone.batch(others)
+            more = networks.keys(backbone.prefix(batch, place.layer), backbone.mean_image_tokens(batch))
         keys = (torch.cat((keys[0], more[0])), torch.cat((keys[1], more[1])))
     by_vision, by_prompt = networks.similarity(vision, keys[0]), networks.similarity(prompt, keys[1])
     score = networks.score(by_prompt, by_vision - against)
@@ -148,7 +150,8 @@ def losses_of(
     if networks.published:
         routing = _published_routing(hp, draws, by_prompt, by_vision, against)
     else:
-        routing = {"soft_routing": _joint_routing(items, score)}
+        targets = [query.target for query in (*items.queries[:size], *others)]
+        routing = {"soft_routing": _joint_routing(items, score, targets)}
     total = hp.reliability * losses["reliability"] + hp.generality * losses["generality"]
     total = total + hp.locality * losses["locality"]
     for name, loss in routing.items():
@@ -218,13 +221,19 @@ def _published_routing(
     return losses
 
 
-def _joint_routing(items: Items, score: Tensor) -> Tensor:
+def _joint_routing(items: Items, score: Tensor, targets: Sequence[str]) -> Tensor:
     """Return the cross entropy of choosing among all experts and none: (S, N), the first B of them of the batch.
 
     Right is the own expert for a request and its generality, none for locality. All the others take part, so that what
-    is learned holds among many.
+    is learned holds among many; but for those that say the same (`targets`): a fact that is edited by way of several
+    pictures has an expert for each, and none of them is a wrong choice.
     """
-    columns = torch.cat((score, torch.zeros_like(score[:, :1])), 1)
+    number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
+    says = torch.tensor([number[target] for target in targets])
+    own = items.case[:, None] == torch.arange(len(targets))
+    alike = (says[items.case][:, None] == says) & ~own & (items.code != LOCALITY)[:, None]
+    columns = score.masked_fill(alike.to(score.device), float("-inf"))
+    columns = torch.cat((columns, torch.zeros_like(score[:, :1])), 1)
     right = torch.where(items.code == LOCALITY, score.shape[1], items.case).to(score.device)
     return F.cross_entropy(columns, right)
 

@@ -38,7 +38,7 @@ class LiveEdit(TrainedEditor):
     independent = True
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
-        "answer_slots",
+        "answer_slots", "whole_picture",
     )  # fmt: skip
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,15 +51,19 @@ class LiveEdit(TrainedEditor):
             )
         if backbone.width % hp.heads:
             raise HparamsError(f"heads {hp.heads}: must divide the width {backbone.width} of {backbone.name}")
-        words = backbone.word_embeddings(torch.tensor([0], device=backbone.device)).shape[-1]
-        if hp.answer_slots and words != backbone.width:
-            raise HparamsError(f"answer_slots: {backbone.name} embeds words in {words} numbers", "answer_slots=false")
+        if hp.answer_slots and backbone.entry_width != backbone.width:
+            raise HparamsError(
+                f"answer_slots: {backbone.name} embeds words in {backbone.entry_width} numbers", "answer_slots=false"
+            )
         self._layer = hp.edit_layer % backbone.n_layers + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.networks = LiveEditNetworks(backbone.width, hp)
+            self.networks = LiveEditNetworks(backbone.width, backbone.entry_width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
-        self._bank = ExpertBank(hp.rank, backbone.width, hp.feature_vectors * hp.module_dim, backbone.device)
+        expert = (hp.rank, backbone.width)
+        features = {name: (values,) for name, values in self.networks.widths.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {"u": expert, "v": expert, **features}
+        self._bank = ExpertBank(self._shapes, backbone.device)
         self._patch = Patch(backbone.model)
         self._newest: dict[tuple[Any, ...], int] = {}  # picture and prompt -> position of the newest expert
         self._prefilled: tuple[Batch, Tensor, Routing] | None = None
@@ -76,7 +80,8 @@ class LiveEdit(TrainedEditor):
         if any(request.image is None for request in requests):
             raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
         prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
-        (u, v), (vision, prompt) = self.networks.experts(prefix, self.backbone), self.networks.keys(prefix)
+        u, v = self.networks.experts(prefix, self.backbone)
+        vision, prompt = self.networks.keys(prefix, self.backbone.mean_image_tokens(prefix.batch))
         self._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, requests)
         return {}
 
@@ -141,7 +146,9 @@ class LiveEdit(TrainedEditor):
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
         networks, bank = self.networks, self._bank
-        vision, prompt, against = networks.ask(hidden[rows], batch.prompt_mask[rows], batch.image_mask[rows])
+        vision, prompt, against = networks.ask(
+            hidden[rows], batch.prompt_mask[rows], batch.image_mask[rows], self.backbone.mean_image_tokens(batch)[rows]
+        )
         margin = bank.compare("vision", partial(networks.similarity, vision)) - against
         score = networks.score(bank.compare("prompt", partial(networks.similarity, prompt)), margin)
         decisive = margin if networks.published else score
@@ -204,12 +211,10 @@ class LiveEdit(TrainedEditor):
         return self._bank.tensors()
 
     def _load_tensors(self, tensors: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
-        hp, width = self.hparams, self.backbone.width
-        features = hp.feature_vectors * hp.module_dim
-        shapes = {"u": (hp.rank, width), "v": (hp.rank, width), "vision": (features,), "prompt": (features,)}
-        wanted = {name: (len(requests), *shape) for name, shape in shapes.items()}
+        wanted = {name: (len(requests), *shape) for name, shape in self._shapes.items()}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
-            raise StateError(f"the state does not hold {len(requests)} experts of rank {hp.rank} and width {width}")
+            rank, width = self._shapes["u"]
+            raise StateError(f"the state does not hold {len(requests)} experts of rank {rank} and width {width}")
         if requests:
             self._add(tensors, requests)
 
@@ -219,22 +224,16 @@ class LiveEdit(TrainedEditor):
 
         config = self.backbone.model.config
         names = (
-            "module_dim",
-            "heads",
-            "feature_vectors",
-            "sentinel_tokens",
-            "variant",
-            "visual_weight",
-            "top_k",
-            "margin",
-        )
+            "module_dim", "heads", "feature_vectors", "sentinel_tokens", "variant", "whole_picture", "visual_weight",
+            "top_k", "margin",
+        )  # fmt: skip
         settings = {name: getattr(self.hparams, name) for name in names}
         settings |= {"stack": self.backbone.anchors.stack, "entered": self._entered}
         settings["image_token_id"] = getattr(config, "image_token_id", None) or config.image_token_index
         tensors = self._bank.tensors()
         tensors["ids"] = torch.tensor([i for operation in self.operations for i in operation.ids])
         tensors["hidden"] = ~self._bank.visible
-        kept = ("input_extractor.", "stream_norm.", "sharpness")
+        kept = ("input_extractor.", "stream_norm.", "vision_sharpness.", "prompt_sharpness.", "picture.")
         state = {key: value for key, value in self.networks.state_dict().items() if key.startswith(kept)}
         tensors |= {f"networks.{key}": value for key, value in state.items()}
         return Standalone(flatten(_RUNTIME), tensors, settings)

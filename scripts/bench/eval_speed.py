@@ -62,7 +62,8 @@ def floor(editor: LiveEdit, cases: list[EditCase]) -> dict[Query, tuple[tuple[in
         for part in parts([case.request for case in cases]):
             batch = backbone.batch(part)
             prefix = backbone.prefix_of(pad_sequence([hidden[q] for q in part], batch_first=True), batch, layer)
-            (u, v), (vision, prompt) = editor.networks.experts(prefix, backbone), editor.networks.keys(prefix)
+            u, v = editor.networks.experts(prefix, backbone)
+            vision, prompt = editor.networks.keys(prefix, backbone.mean_image_tokens(batch))
             editor._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, part)
         for part in parts([q for q in queries if q.image is not None]):
             batch = backbone.batch(part)

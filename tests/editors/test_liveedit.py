@@ -223,7 +223,7 @@ def test_the_newest_edit_of_the_same_picture_and_prompt_wins_until_it_is_undone(
 
 
 def test_many_experts_are_kept_in_order_and_grow(backbone):
-    bank = ExpertBank(1, 2, 3, torch.device("cpu"))
+    bank = ExpertBank({"u": (1, 2), "v": (1, 2), "vision": (3,), "prompt": (3,)}, torch.device("cpu"))
     for start in range(0, 3 * BLOCK, 100):
         numbers = torch.arange(start, start + 100).float()
         bank.add({"u": numbers.view(-1, 1, 1).expand(-1, 1, 2), "v": torch.zeros(100, 1, 2),

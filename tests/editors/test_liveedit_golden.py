@@ -52,7 +52,7 @@ def test_cross_attention_with_heads_of_different_widths():
 @torch.no_grad()
 def test_extractors_and_generators():
     _, tensors = fixture("liveedit_modules")
-    networks = LiveEditNetworks(48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
+    networks = LiveEditNetworks(48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
     networks.load_state_dict(weights(tensors), strict=False)
     spans = [[tensors[f"case{i}.{part}_tokens"][0] for part in ("vision", "prompt", "answer")] for i in range(3)]
     hidden = torch.nn.utils.rnn.pad_sequence([torch.cat(parts) for parts in spans], batch_first=True)
@@ -77,7 +77,7 @@ def test_extractors_and_generators():
 @torch.no_grad()
 def test_routing_and_residual():
     facts, tensors = fixture("liveedit_routing")
-    networks = LiveEditNetworks(48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
+    networks = LiveEditNetworks(48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
     networks.load_state_dict(weights(tensors), strict=False)
     for case in facts["cases"]:
         if case["vision_range"] is None:
@@ -87,13 +87,13 @@ def test_routing_and_residual():
         place = torch.arange(hidden.shape[1])[None]
         start, end = case["vision_range"]
         image, prompt = (place >= start) & (place < end), (place >= end) & (place < case["query_end"])
-        bank = ExpertBank(4, 48, 4 * 32, hidden.device)
+        bank = ExpertBank({"u": (4, 48), "v": (4, 48), "vision": (128,), "prompt": (128,)}, hidden.device)
         rows = {"u": "U", "v": "V", "vision": "vision_features", "prompt": "prompt_features"}
         pool = {name: tensors[f"{key}pool.{theirs}"] for name, theirs in rows.items()}
         bank.add(
             {name: tensor.flatten(1) if name in ("vision", "prompt") else tensor for name, tensor in pool.items()}
         )
-        vision, asked, threshold = networks.ask(hidden, prompt, image)
+        vision, asked, threshold = networks.ask(hidden, prompt, image, hidden[:, 0])
         similarities = bank.compare("vision", partial(networks.similarity, vision))
         by_prompt = bank.compare("prompt", partial(networks.similarity, asked))
         close(similarities[0], tensors[key + "vision_similarity"])
