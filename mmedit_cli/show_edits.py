@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmedit_cli.output import Output
 
 _MOST = 20  # rows of a table of edits; the rest is in --json
+
+
+def learned(out: Output, folder: Path, entry: Mapping[str, Any]) -> None:
+    """Print what a text-to-image model has learned, and how it is drawn."""
+
+    def show() -> None:
+        out.line(f"{entry['token']}: {entry['bytes']:,} bytes in {folder / entry['file']}, {entry['seconds']:.0f} s")
+        out.line(f'mmedit generate --edits {folder} "a {entry["token"]} in the snow" --compare')
+
+    out.result(entry, show)
 
 
 def made(out: Output, report: Mapping[str, Any]) -> None:

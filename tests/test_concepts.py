@@ -72,6 +72,21 @@ def test_learning_writes_a_file_and_an_index(learn, tmp_path):
     assert not list((tmp_path / "mine").glob("*.tmp"))
 
 
+def test_the_command_learns_and_draws(cli, photos, tmp_path):
+    words = ("edit", "perfusion", "--model", "tiny-sd", "--images", photos, "--superclass", "dog", "--device", "cpu",
+             "--into", tmp_path / "mine", "--set", "steps=3")  # fmt: skip
+    code, out, _ = cli(*words, "--token", "<my-dog>", "--json")
+    assert (code, json.loads(out)["token"]) == (0, "<my-dog>")
+    assert cli("generate", "--edits", tmp_path / "mine", "a <my-dog>", "-o", tmp_path / "a.png", *FEW)[0] == 0
+    for more, said in (
+        (("--token", "<my-dog>"), "--force to replace it"),
+        ((), "--token are needed"),
+        (("--token", "<my-cat>", "--target", "a cat"), "--target: perfusion teaches a model what to draw"),
+    ):
+        code, _, err = cli(*words, *more)
+        assert (code, said in err) == (2, True), err
+
+
 def test_photos_are_what_a_folder_has(photos, tmp_path):
     assert [path.name for path in photos_in(photos)] == ["0.jpg", "1.jpg", "2.jpg"]
     with pytest.raises(DataError, match="not a folder"):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmedit_cli import options
+from mmedit_cli import options, registry
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
-    from mmedit_cli.types import Query
+    from mmedit_cli.types import Concept, Query
 
 
 def edit(
@@ -26,6 +26,22 @@ def edit(
     background: Annotated[str, typer.Option(help="Colour behind transparent parts of the picture.")] = "#ffffff",
     requests: Annotated[
         Path | None, typer.Option(help="Many facts: .csv, .json or .jsonl; see docs/data.md.", show_default=False)
+    ] = None,
+    photos: Annotated[
+        Path | None,
+        typer.Option("--images", help="What to draw: a folder of three to six photos.", show_default=False),
+    ] = None,
+    superclass: Annotated[
+        str | None, typer.Option(help="What to draw: the word for what the photos show.", show_default=False)
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help="What to draw: its name in prompts, e.g. <my-dog>.", show_default=False)
+    ] = None,
+    covariance: Annotated[
+        Path | None,
+        typer.Option(
+            help="perfusion: a file of `mmedit covariance`. [default: where that puts it]", show_default=False
+        ),
     ] = None,
     edit_batch: Annotated[
         int | None,
@@ -47,10 +63,13 @@ def edit(
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     records: options.Records = Path("records"),
+    force: Annotated[bool, typer.Option("--force", help="What to draw: replace a concept of the same name.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Teach a model new answers, show what that did, and keep the edits in a ledger. Again: adds to it.
+    """Teach a model new answers, or a new thing to draw; show what that did, and keep it. Again: adds to it.
+
+    An editor of answers writes a ledger, one of drawings (perfusion, dreambooth, ...) a folder of concepts.
 
     Examples:
 
@@ -61,12 +80,33 @@ def edit(
       mmedit ask --edits my-edits --image cat.png "What is this?"
 
       mmedit edits undo my-edits last
+
+      mmedit edit perfusion --images photos/teddy --superclass teddy --token "<my-teddy>" --into my-concepts
+
+      mmedit generate --edits my-concepts "a <my-teddy> in the snow"
     """  # fmt: skip
     from mmedit_cli import editing, show_edits, workflows
+    from mmedit_cli.concepts import LearnOptions, learn_concept
     from mmedit_cli.edits import EditOptions
     from mmedit_cli.ledger import Ledger
 
     out = Output(as_json=as_json)
+    draws = editor.replace("_", "-") in registry.personalizers.names()
+    _check_kind(
+        editor, draws,
+        answers={"--image": image, "--prompt": prompt, "--target": target, "--requests": requests,
+                 "--edit-batch": edit_batch, "--checkpoint": checkpoint},
+        drawings={"--images": photos, "--superclass": superclass, "--token": token, "--covariance": covariance,
+                  "--force": force or None},
+    )  # fmt: skip
+    if draws:
+        concept = _concept(photos, superclass, token)
+        asked_for = LearnOptions(
+            editor, options.named_drawing(model, out), concept, into, hparams, tuple(overrides or ()), covariance,
+            seed or 0, device, dtype, revision, force,
+        )  # fmt: skip
+        show_edits.learned(out, into, learn_concept(asked_for, out))
+        return
     facts = _facts(requests, image, prompt, target, background)
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
     asked = EditOptions(
@@ -76,10 +116,32 @@ def edit(
     show_edits.made(out, editing.make_edits(into, asked, facts, edit_batch, out))
 
 
+def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:
+    """Return what a text-to-image model is to be taught."""
+    from mmedit_cli.concepts import photos_in
+    from mmedit_cli.types import Concept
+
+    if photos is None or not superclass or not token:
+        raise UserError(
+            "nothing to learn: --images, --superclass and --token are needed",
+            'e.g. --images photos/teddy --superclass teddy --token "<my-teddy>"',
+        )
+    return Concept(token, superclass, photos_in(photos))
+
+
+def _check_kind(editor: str, draws: bool, answers: dict[str, object], drawings: dict[str, object]) -> None:
+    """Raise UserError for an option that belongs to the other kind of editor."""
+    wrong = [name for name, value in (answers if draws else drawings).items() if value is not None]
+    if wrong:
+        kind = "teaches a model what to draw" if draws else "teaches a model what to answer"
+        takes = list(drawings if draws else answers)
+        raise UserError(f"{wrong[0]}: {editor} {kind}", f"it takes {', '.join(takes)}")
+
+
 def _facts(
     file: Path | None, image: Path | None, prompt: str | None, target: str | None, background: str
 ) -> list[Query]:
-    """Return what a vision-language model is to be taught; what is taught to other kinds of models is read beside."""
+    """Return what a vision-language model is to be taught."""
     from mmedit_cli.editing import read_requests
     from mmedit_cli.types import Query
 

@@ -57,6 +57,7 @@ class LiveEditHparams:
     sentinel_tokens: int = 32
     answer_slots: bool = True
     whole_picture: bool = True
+    detail_dim: int = 8
     variant: Literal["paper", "joint"] = "joint"
     visual_weight: float = 1.0
     top_k: int | None = None
@@ -64,7 +65,7 @@ class LiveEditHparams:
     training: LiveEditTraining = field(default_factory=LiveEditTraining)
 
     def __post_init__(self) -> None:
-        for name in ("module_dim", "heads", "rank", "feature_vectors", "lora_scale", "sentinel_tokens"):
+        for name in ("module_dim", "heads", "rank", "feature_vectors", "lora_scale", "sentinel_tokens", "detail_dim"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.top_k is not None and self.top_k < 1:

@@ -1,7 +1,7 @@
 """The networks of LiveEdit: what reads a sequence to route it, and what writes an expert (Chen et al. 2025, 4).
 
 B sequences, L tokens of a span, D width of the model, k feature vectors of width m, r the rank of an expert;
-F = k * m values of a feature, V = F or F + E where whole pictures are compared too.
+F = k * m values of a feature, V = F, or d + E where whole pictures are compared.
 """
 
 from __future__ import annotations
@@ -128,19 +128,20 @@ class WholePicture(nn.Module):
     """Compares pictures by the direction of their mean image token, as it enters the language model.
 
     What drew pictures of one thing together in the training of the model knows many more things than the cases of an
-    editor show it: the metric starts as the plain cosine. `threshold` is the cosine that an expert has to beat.
+    editor show it, so only the weight of this cosine is trained, and the `threshold` that an expert has to beat. The
+    `detail` of a picture that a question is about (the colour behind it, say) is compared in few values: in many, the
+    things of the training cases are learned by heart.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, features: int, detail: int) -> None:
         super().__init__()
-        self.change = nn.Parameter(torch.zeros(width, width))
+        self.detail = nn.Linear(features, detail, bias=False)
         self.sharpness = Scalar(math.log(20.0))
-        self.threshold = Scalar(0.6)
+        self.threshold = Scalar(0.5)
 
-    def forward(self, mean: Tensor) -> Tensor:
-        """(B, E), the mean image token -> (B, E), a direction."""
-        mean = F.layer_norm(mean, mean.shape[-1:])
-        return F.normalize(mean + mean @ self.change)
+    def forward(self, vision: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two directions: of the vision feature (B, F) -> (B, d), of the mean image token (B, E) -> (B, E)."""
+        return F.normalize(self.detail(vision)), F.normalize(F.layer_norm(mean.float(), mean.shape[-1:]))
 
 
 class Asking:
@@ -159,14 +160,14 @@ class Asking:
         vision, prompt, sentinel = self.input_extractor(hidden.float(), prompt_mask, image_mask)
         if self.published:
             return vision, prompt, self._scale(vision) * (vision * sentinel).sum(1, keepdim=True)
-        vision = self.vision_sharpness().exp() * F.normalize(vision)
         prompt = self.prompt_sharpness().exp() * F.normalize(prompt)
-        against = (vision * F.normalize(sentinel)).sum(1, keepdim=True)
-        if self.whole_picture:
-            sharp = self.picture.sharpness().exp()
-            vision = torch.cat((vision, sharp * self.picture(mean.float())), 1)
-            against = against + sharp * self.picture.threshold()
-        return vision, prompt, against
+        if not self.whole_picture:
+            vision = self.vision_sharpness().exp() * F.normalize(vision)
+            return vision, prompt, (vision * F.normalize(sentinel)).sum(1, keepdim=True)
+        detail, whole = self.picture(vision, mean)
+        detail, sharp = self.vision_sharpness().exp() * detail, self.picture.sharpness().exp()
+        against = (detail * self.picture(sentinel, mean)[0]).sum(1, keepdim=True) + sharp * self.picture.threshold()
+        return torch.cat((detail, sharp * whole), 1), prompt, against
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.
@@ -205,7 +206,7 @@ class LiveEditNetworks(Asking, nn.Module):
 
     def __init__(self, width: int, entry_width: int, hparams: LiveEditHparams) -> None:
         super().__init__()
-        hp, self.hparams = hparams, hparams
+        hp, self.hparams, self.entry_width = hparams, hparams, entry_width
         shape = (width, hp.module_dim, hp.heads)
         self.edit_extractor = Extractor(*shape, hp.feature_vectors)
         self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
@@ -214,7 +215,7 @@ class LiveEditNetworks(Asking, nn.Module):
             # directions are compared, and their cosines sharpened: what was never seen then has no outliers
             self.vision_sharpness, self.prompt_sharpness = Scalar(math.log(10.0)), Scalar(math.log(10.0))
             if hp.whole_picture:
-                self.picture = WholePicture(entry_width)
+                self.picture = WholePicture(hp.feature_vectors * hp.module_dim, hp.detail_dim)
         # at first row j of u fires where token j of the answer is to be said, and row j of v says it
         self.generator_u = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None)
         self.generator_v = ExpertGenerator(*shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None)
@@ -244,14 +245,15 @@ class LiveEditNetworks(Asking, nn.Module):
         vision, prompt, _ = self.edit_extractor(prefix.hidden.float(), batch.prompt_mask, batch.image_mask)
         if self.published:
             return vision, prompt
-        vision, prompt = F.normalize(vision), F.normalize(prompt)
-        return (torch.cat((vision, self.picture(mean.float())), 1) if self.whole_picture else vision), prompt
+        vision = torch.cat(self.picture(vision, mean), 1) if self.whole_picture else F.normalize(vision)
+        return vision, F.normalize(prompt)
 
     @property
     def widths(self) -> dict[str, int]:
         """V and F, the number of values of a vision and of a prompt feature."""
         values = self.hparams.feature_vectors * self.hparams.module_dim
-        return {"vision": values + (len(self.picture.change) if self.whole_picture else 0), "prompt": values}
+        vision = self.hparams.detail_dim + self.entry_width if self.whole_picture else values
+        return {"vision": vision, "prompt": values}
 
 
 def _first(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ class Networks(Asking, nn.Module):
         if not self.published:
             self.vision_sharpness, self.prompt_sharpness = Scalar(0.0), Scalar(0.0)
         if self.whole_picture:
-            self.picture = WholePicture(len(tensors["networks.picture.change"]))
+            self.picture = WholePicture(hp.feature_vectors * hp.module_dim, hp.detail_dim)
         self.load_state_dict({k.removeprefix("networks."): v for k, v in tensors.items() if k.startswith("networks.")})
         self.eval().requires_grad_(False)
 

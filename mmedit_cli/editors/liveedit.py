@@ -38,7 +38,7 @@ class LiveEdit(TrainedEditor):
     independent = True
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
-        "answer_slots", "whole_picture",
+        "answer_slots", "whole_picture", "detail_dim",
     )  # fmt: skip
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -224,8 +224,8 @@ class LiveEdit(TrainedEditor):
 
         config = self.backbone.model.config
         names = (
-            "module_dim", "heads", "feature_vectors", "sentinel_tokens", "variant", "whole_picture", "visual_weight",
-            "top_k", "margin",
+            "module_dim", "heads", "feature_vectors", "sentinel_tokens", "variant", "whole_picture", "detail_dim",
+            "visual_weight", "top_k", "margin",
         )  # fmt: skip
         settings = {name: getattr(self.hparams, name) for name in names}
         settings |= {"stack": self.backbone.anchors.stack, "entered": self._entered}
