@@ -90,7 +90,8 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
         out.table(["held out", f"step {best['step']}"], [*rows, ["mean", f"{100 * best['score']:.1f}"]])
         out.line(
             f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {seconds / 60:.1f} min; "
-            f"all edits of {report['validation_cases']} held-out cases at once, all answer tokens right"
+            f"{report['validation_cases']} held-out cases among {report['validation_edits']:,} edits, "
+            "all answer tokens right"
         )
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
 

@@ -91,6 +91,7 @@ def train_networks(
         "steps": hp.steps,
         "calibrated": chosen,
         "validation_cases": len(training.held_out),
+        "validation_edits": max(len(training.held_out), getattr(hp, "validation_edits", 0)),
         "best": next(line for line in log if "score" in line and line["step"] == training.progress.best_step),
         "curve": [line for line in log if "score" in line],
         "losses": [line for line in log if "losses" in line],

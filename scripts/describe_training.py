@@ -31,7 +31,8 @@ def section(report: dict[str, Any]) -> str:
             f"{report['data']['cases']:,} cases, {report['steps']:,} steps in {report['cost']['seconds'] / 60:.1f} "
             f"minutes on {about['platform']}, {about['device']}, {about['threads']} threads (other work included), "
             f"torch {report['versions']['torch']}; {report['trained_parameters']:,} parameters. The checkpoint of "
-            f"step {best['step']:,} is the best on {report['validation_cases']} held-out cases, all edited at once. "
+            f"step {best['step']:,} is the best on {report['validation_cases']} held-out cases among "
+            f"{report['validation_edits']:,} edits. "
             "In %, all tokens of the answer right"
             + "".join(
                 f"; {key} {value} was then chosen on the same cases" for key, value in report["calibrated"].items()

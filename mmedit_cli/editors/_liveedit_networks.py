@@ -224,8 +224,8 @@ class LiveEditNetworks(Asking, nn.Module):
     def experts(self, prefix: Prefix, backbone: VisionLanguageModel) -> tuple[Tensor, Tensor]:
         """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each.
 
-        Slot j of u holds the state that is to say token j of the answer, and slot j of v that token; the end of the
-        answer counts as a token, and an answer with more of them than the rank has the rest without a slot.
+        Slot j of u holds the state that is to say token j of the answer, and slot j of v the row of the head for that
+        token; the end of the answer counts as one, and tokens beyond the rank have no slot.
         """
         batch, hidden = prefix.batch, prefix.hidden.float()
         tokens, mask = span(hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask)
@@ -233,7 +233,8 @@ class LiveEditNetworks(Asking, nn.Module):
             return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
         at, labels = batch.telling(backbone.end_id)
         states, used = _first(*span(hidden, at), self.hparams.rank)
-        words, _ = _first(*span(backbone.word_embeddings(labels).float(), at), self.hparams.rank)
+        directions = backbone.anchors.module("head").weight[labels].float()  # what makes the head say a token
+        words, _ = _first(*span(directions, at), self.hparams.rank)
         return self.generator_u(tokens, mask, states, used), self.generator_v(tokens, mask, words, used)
 
     def keys(self, prefix: Prefix, mean: Tensor) -> tuple[Tensor, Tensor]:
