@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mmedit_cli.datasets.base import read_data
 from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.records import Run
-from mmedit_cli.training import Conditions, alternatives, rate_at, train_networks
+from mmedit_cli.training import Conditions, alternatives, distinct, rate_at, train_networks
 
 SHORT = ("training.steps=8", "training.batch_size=4", "training.validate_every=3", "training.alternatives=1")
 CASES = read_data(SHAPES).cases
@@ -107,6 +108,16 @@ def test_alternatives_teach_other_targets_and_change_nothing_else():
         assert {q.target for qs in other.generality.values() for q in qs} == {other.request.target}
         assert other.locality == case.locality
         assert other.request.prompt == case.request.prompt
+
+
+def test_held_out_cases_that_say_the_same_of_a_picture_count_once():
+    case = next(case for case in CASES if case.generality.get("image"))
+    other = case.generality["image"][0]
+    by_another_picture = replace(case, uid="sibling", request=replace(case.request, image=other.image))
+    of_another_answer = replace(
+        case, uid="other", request=replace(case.request, target="quite another"), generality={}
+    )
+    assert distinct([case, by_another_picture, of_another_answer]) == [case, of_another_answer]
 
 
 def test_learning_rates(backbone):

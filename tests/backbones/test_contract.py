@@ -180,6 +180,22 @@ def test_logits_at_positions_are_the_same_rows(backbone):
     )  # fmt: skip
 
 
+def test_the_mean_image_token_is_that_of_the_embeddings(backbone, monkeypatch):
+    batch = backbone.batch(QUERIES)
+    embeds, mask = backbone.embed(batch), batch.image_mask[..., None]
+    expected = (embeds * mask).sum(1) / mask.sum(1).clamp(min=1)
+    fresh = backbone.mean_image_tokens(backbone.batch(QUERIES))
+    torch.testing.assert_close(fresh, expected)
+    assert torch.equal(fresh[1], torch.zeros_like(fresh[1])), "a query without a picture"
+    assert fresh.shape == (len(QUERIES), backbone.entry_width)
+    with backbone.keeping(1, QUERIES, group=2, budget=1 << 20):
+        torch.testing.assert_close(backbone.mean_image_tokens(backbone.batch(QUERIES)), expected)
+    batch = backbone.batch(QUERIES)
+    backbone.prefix(batch, 1)
+    monkeypatch.setattr(backbone, "image_features", None)  # the batch that entered last is not encoded again
+    torch.testing.assert_close(backbone.mean_image_tokens(batch), expected)
+
+
 def test_what_is_kept_changes_nothing(backbone, monkeypatch):
     encoded = []
     real = backbone.image_features

@@ -11,7 +11,16 @@ from test_editor_contract import REQUESTS, logits, make
 
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.editors._experts import BLOCK, ExpertBank, adapt, choose, soft_weights
-from mmedit_cli.editors._liveedit_training import LOCALITY, Draws, Place, choose_items, draw, losses_of
+from mmedit_cli.editors._liveedit_training import (
+    LOCALITY,
+    Draws,
+    Items,
+    Place,
+    _joint_routing,
+    choose_items,
+    draw,
+    losses_of,
+)
 from mmedit_cli.errors import DataError, HparamsError, StateError
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
@@ -320,6 +329,19 @@ def test_no_allowed_expert_means_no_locality_loss(backbone, compat):
         editor.networks, Place(backbone, editor.first_layer), items, Draws(allowed, drawn.neighbour, drawn.sentinel)
     )
     assert losses["locality"] == 0
+
+
+def test_an_expert_that_says_the_same_is_no_wrong_choice():
+    """Sequences: two requests, and a locality query of the first; experts: theirs, and two of edits beside them."""
+    items = Items((), torch.tensor([0, 1, 0]), torch.tensor([0, 0, LOCALITY]), ())
+    score = torch.tensor([[1.0, 0.0, 9.0, 0.5], [0.2, 2.0, 0.3, 0.1], [0.4, 0.6, 9.0, 0.7]])
+    loss = _joint_routing(items, score, ["lion", "pear", "lion", "car"])
+    told = (
+        torch.tensor([1.0, 0.0, 0.5, 0.0]).log_softmax(0)[0]  # the third says lion as well; the last is "none"
+        + torch.tensor([0.2, 2.0, 0.3, 0.1, 0.0]).log_softmax(0)[1]
+        + torch.tensor([0.4, 0.6, 9.0, 0.7, 0.0]).log_softmax(0)[4]  # where no edit is to answer, all are wrong
+    )
+    torch.testing.assert_close(loss, -told / 3)
 
 
 def test_the_shares_of_two_processes_add_up(editor):
