@@ -27,13 +27,15 @@ class Stage(Schedule):
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
     `reading` weighs the loss of classifying pictures by the tokens the language model sees; `contrast` more pictures
-    take part in it, about which nothing is asked.
+    take part in it, about which nothing is asked. `margin` is how much nearer to its name than to any other (in
+    cosines) a picture has to be in it.
     """
 
     questions: int = 0
     texts: int = 0
     reading: float = 0.0
     contrast: int = 0
+    margin: float = 0.2
 
 
 @dataclass(frozen=True)

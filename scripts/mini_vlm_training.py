@@ -19,15 +19,17 @@ from mmedit_cli.errors import UserError
 HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
 CHUNKS = 4
-SHARPNESS, MARGIN = 24.0, 0.2  # of the reader of names
+SHARPNESS = 24.0  # of the reader of names
 
 
 class Directions(nn.Module):
     """A classifier by direction: (B, D) -> (B, C), sharpened cosines with a learned prototype a class.
 
-    The right class is handed a cosine that is MARGIN too low (Wang et al. 2018, CosFace), so that pictures of one
+    The right class is handed a cosine that is `margin` too low (Wang et al. 2018, CosFace), so that pictures of one
     class move together beyond what telling them apart needs.
     """
+
+    margin = 0.0  # of the stage that is trained
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class Directions(nn.Module):
 
     def forward(self, x: Tensor, right: Tensor) -> Tensor:
         cosines = F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
-        return SHARPNESS * (cosines - MARGIN * F.one_hot(right, len(self.weight)))
+        return SHARPNESS * (cosines - self.margin * F.one_hot(right, len(self.weight)))
 
 
 class Trainee(BaseTrainee):
@@ -75,6 +77,7 @@ class Trainee(BaseTrainee):
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
+        self.readers["name"].margin = self.recipe.stages[stage].margin
         chosen = {}
         for name, parameter in self.named_parameters():
             part = "tower" if name.startswith(("heads.", f"model.{self.tower}.")) else "decoder"

@@ -62,6 +62,7 @@ class LiveEditHparams:
     visual_weight: float = 1.0
     top_k: int | None = None
     margin: float = 0.0
+    refine: int = 30
     training: LiveEditTraining = field(default_factory=LiveEditTraining)
 
     def __post_init__(self) -> None:

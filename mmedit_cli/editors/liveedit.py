@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmedit_cli.backbones._batch import Batch
 from mmedit_cli.editors._experts import ExpertBank, Routing, choose
 from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
 from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
+from mmedit_cli.editors._liveedit_refining import refined
 from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
 from mmedit_cli.editors.base import Standalone, TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
@@ -28,7 +30,8 @@ class LiveEdit(TrainedEditor):
     """LiveEdit (Chen et al., CVPR 2025): lifelong editing with a mixture of low-rank experts.
 
     Experts add to the stream that leaves decoder layer `edit_layer`, at every position of queries with a picture.
-    An expert depends on its request alone, so edits are independent of each other and of their order; one that repeats
+    An expert is written by networks and, where it does not say its answer yet, refined by a few steps of gradient.
+    It depends on its request alone, so edits are independent of each other and of their order; one that repeats
     the picture and the prompt of an earlier one hides it until it is undone. Which experts a query uses is decided
     from its picture and prompt once, and holds for every token that is generated.
     """
@@ -67,6 +70,7 @@ class LiveEdit(TrainedEditor):
         self._patch = Patch(backbone.model)
         self._newest: dict[tuple[Any, ...], int] = {}  # picture and prompt -> position of the newest expert
         self._prefilled: tuple[Batch, Tensor, Routing] | None = None
+        self._aside = False
 
     @property
     def first_layer(self) -> int:
@@ -80,7 +84,9 @@ class LiveEdit(TrainedEditor):
         if any(request.image is None for request in requests):
             raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
         prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
-        u, v = self.networks.experts(prefix, self.backbone)
+        experts = self.networks.experts(prefix, self.backbone)
+        with self._set_aside():
+            u, v = refined(self.networks, self.backbone, prefix, experts, self.hparams.refine)
         vision, prompt = self.networks.keys(prefix, self.backbone.mean_image_tokens(prefix.batch))
         self._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, requests)
         return {}
@@ -95,6 +101,15 @@ class LiveEdit(TrainedEditor):
             if key in self._newest:
                 self._bank.hide(self._newest[key], True)
             self._newest[key] = position
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Run the base model inside: an expert is refined as if it were alone, so that no order matters."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     @property
     def _entered(self) -> str:
@@ -120,6 +135,8 @@ class LiveEdit(TrainedEditor):
 
     def _adapt(self, hidden: Tensor) -> Tensor | None:
         """Add the experts to the stream (B, T, D) that enters the layer after the edit layer."""
+        if self._aside:
+            return None
         batch = self.backbone.passing
         if batch is None:
             raise MmeditError(

@@ -10,6 +10,7 @@ from conftest import QUERIES, SHAPES
 from test_editor_contract import REQUESTS, logits, make
 
 from mmedit_cli.backbones._loading import load_backbone
+from mmedit_cli.editors import _liveedit_refining
 from mmedit_cli.editors._experts import BLOCK, ExpertBank, adapt, choose, soft_weights
 from mmedit_cli.editors._liveedit_training import (
     LOCALITY,
@@ -276,6 +277,31 @@ def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_pa
     save_file(dict(list(tensors.items())[1:]), path, metadata)
     with pytest.raises(StateError, match="does not fit"):
         editor.load_networks(path)
+
+
+# -- refining ------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_that_misses_is_refined(backbone):
+    request, heard = replace(REQUESTS[0], target="a red balloon"), {}
+    for steps in (0, 10, 40):
+        editor = make("liveedit", (f"refine={steps}", "margin=-100"), backbone)  # untrained: it says nothing yet
+        with editor.edit([request]):
+            told = answers(backbone, [request]).log_softmax(-1)
+            heard[steps] = told.gather(1, backbone.batch([request]).answers[:, None]).sum()
+    assert heard[0] < heard[10] < heard[40]
+
+
+def test_what_says_its_answer_is_left_to_the_bit(backbone, monkeypatch):
+    rows = {}
+    for sure in (0.0, 0.9):  # from what probability on a token counts as said
+        monkeypatch.setattr(_liveedit_refining, "_SURE", sure)
+        for steps in (0, 5):
+            with make("liveedit", (f"refine={steps}",), backbone).edit(REQUESTS) as edited:
+                rows[sure, steps] = edited.editor.tensors()
+    assert all(torch.equal(rows[0.0, 0][name], rows[0.0, 5][name]) for name in rows[0.0, 0])
+    for name, expert in rows[0.9, 5].items():
+        assert torch.equal(rows[0.9, 0][name], expert) == (name not in "uv")
 
 
 # -- training -----------------------------------------------------------------------------------------------------

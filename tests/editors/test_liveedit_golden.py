@@ -119,7 +119,7 @@ def published():
 def make(published, **training):
     _, tensors, backbone = published
     hparams = LiveEditHparams(
-        **SHAPE, edit_layer=3, sentinel_tokens=8, variant="paper", training=LiveEditTraining(**training)
+        **SHAPE, edit_layer=3, sentinel_tokens=8, variant="paper", refine=0, training=LiveEditTraining(**training)
     )
     editor = LiveEdit(backbone, hparams)
     editor.networks.load_state_dict(weights(tensors))
