@@ -264,11 +264,11 @@ def test_killed_for_good_the_same_command_ends_with_the_same_report(tmp_path):
 
 
 def test_interrupted_by_the_keyboard(tmp_path):
-    with program(*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=200") as running:
+    with program(*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=2000") as running:
         while running.poll() is None and not list(tmp_path.rglob("edits.jsonl")):
             time.sleep(0.001)
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate()
+        _, err = running.communicate(timeout=120)
     assert (running.returncode, "Traceback" in err) == (130, False)
     assert "the same command continues" in err
 

@@ -67,7 +67,8 @@ EDITORS = sorted((share_dir("data") / "editors").glob("*/*.safetensors"))
 def test_a_trained_editor_comes_along():
     names = [path.relative_to(ROOT / "data" / "editors").as_posix() for path in EDITORS]
     assert names == [
-        f"{name}.safetensors" for name in ("liveedit/mini-blip2", "liveedit/mini-llava", "unike/mini-blip2")
+        f"{name}.safetensors"
+        for name in ("liveedit/mini-blip2", "liveedit/mini-llava", "unike/mini-blip2", "unike/mini-llava")
     ]
     assert all(path.stat().st_size < 4_000_000 for path in EDITORS)
     text = (ROOT / "data" / "models" / "README.md").read_text()

@@ -26,6 +26,7 @@ class LiveEditTraining:
     hard_routing: float = 1.0
     teach_end: bool = False
     generality_items: Literal["all", "one"] = "all"
+    locality_items: Literal["all", "one"] = "one"
     taught: int | None = None
     alternatives: int = 0
     others: int = 0

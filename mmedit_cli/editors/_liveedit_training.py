@@ -57,10 +57,13 @@ class Draws:
     sentinel: tuple[Tensor, Tensor]
 
 
-def choose_items(cases: Sequence[EditCase], source: Generator, generality: str = "all") -> Items:
+def choose_items(
+    cases: Sequence[EditCase], source: Generator, generality: str = "all", locality: str = "one"
+) -> Items:
     """Draw one query with a picture for each name of generality, and one for locality, from each case.
 
-    With `one`, a single name of generality is drawn for each case: a step costs less.
+    With `one`, a single name of generality is drawn for each case: a step costs less. With `all`, nothing is drawn of
+    locality: every query takes part.
     """
     names = tuple(dict.fromkeys(n for c in cases for n, qs in c.generality.items() if _seeing(qs)))
     picked: list[tuple[int, int, Query]] = [(i, REQUEST, case.request) for i, case in enumerate(cases)]
@@ -76,7 +79,8 @@ def choose_items(cases: Sequence[EditCase], source: Generator, generality: str =
         queries = [q for qs in case.locality.values() for q in _seeing(qs)]
         if not queries:
             raise DataError(f"{case.place}: {case.uid} has no locality query with a picture", "liveedit trains on one")
-        picked.append((i, LOCALITY, queries[_below(len(queries), source)]))
+        drawn = queries if locality == "all" else [queries[_below(len(queries), source)]]
+        picked += [(i, LOCALITY, query) for query in drawn]
     rows, codes, chosen = zip(*picked, strict=True)
     return Items(tuple(chosen), torch.tensor(rows), torch.tensor(codes), names)
 

@@ -213,7 +213,7 @@ class LiveEdit(TrainedEditor):
     ) -> dict[str, Tensor]:
         """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
         hp = self.hparams.training
-        items = choose_items(cases, source, hp.generality_items)
+        items = choose_items(cases, source, hp.generality_items, hp.locality_items)
         draws = draw(items, source, hp.compat)
         place = Place(self.backbone, self._layer, rank, world)
         return losses_of(self.networks, place, items, draws, [case.request for case in others])

@@ -402,3 +402,16 @@ def test_pools_and_pairs_are_drawn_from_what_there_is():
             assert ((items.code[a] == LOCALITY) ^ (items.code[b] == LOCALITY)).all()
     with pytest.raises(DataError, match="has no locality query with a picture"):
         choose_items([EditCase("x", REQUESTS[0], {}, {"text": (Query("Peru?", "Lima"),)})], generator(0))
+
+
+def test_every_query_that_must_stay_can_take_part():
+    near = replace(FAR, prompt="Say what this is.")
+    cases = [
+        replace(case, locality={"far": (FAR, near), "near": (near,), "text": (Query("And?", "no"),)}) for case in CASES
+    ]
+    drawn = choose_items(cases, generator(0))
+    assert (drawn.code == LOCALITY).sum() == len(cases)
+    whole = choose_items(cases, generator(0), locality="all")
+    stays = [(whole.case[i].item(), whole.queries[i]) for i in (whole.code == LOCALITY).nonzero()[:, 0].tolist()]
+    assert stays == [(i, query) for i in range(len(cases)) for query in (FAR, near, near)]
+    assert whole.queries[: len(cases)] == tuple(case.request for case in cases)
