@@ -7,7 +7,7 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,17 +86,30 @@ def _write(edited: EditedModel, folder: Path, out: Output) -> dict[str, Any]:
             f"mmedit ask --edits {edited.ledger.folder} uses them; so does mmedit_cli.open_edits",
         )
     out.note(f"wrote {len(written)} PEFT adapters")
-    if len(written) > 1:  # each stands for some of the edits: none of them is the edited model
-        return {"kind": _ADAPTERS, "adapters": [path.name for path in written]}
-    with edited.paused():
-        backbone.model.save_pretrained(folder / "base")
-    plain = _load_plain(folder / "base", dtype)
-    shutil.rmtree(folder / "base")
+    return {"kind": _ADAPTERS, "adapters": [path.name for path in written], **_check_adapters(edited, written, dtype)}
+
+
+def _check_adapters(edited: EditedModel, written: Mapping[Path, Sequence[Query]], dtype: str) -> dict[str, Any]:
+    """Put the newest adapters on the base model, one at a time, and ask each what it was made for."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(plain, str(written[0])).get_base_model()
-    checked = check(edited, _behind(backbone, adapted))
-    return {"kind": _ADAPTERS, "adapters": [path.name for path in written], **checked}
+    folder = next(iter(written)).parent / "base"
+    with edited.paused():
+        edited.backbone.model.save_pretrained(folder)
+    plain = _load_plain(folder, dtype)
+    shutil.rmtree(folder)
+    model, checks = None, []
+    for path, requests in list(written.items())[-_CHECKED:]:
+        if model is None:
+            model = PeftModel.from_pretrained(plain, str(path), adapter_name=path.name)
+        else:
+            model.load_adapter(str(path), adapter_name=path.name)
+            model.set_adapter(path.name)
+        checks.append(check(edited, _behind(edited.backbone, model.get_base_model()), requests[-_CHECKED:]))
+    return {
+        "checked": sum(done["checked"] for done in checks),
+        "largest_difference": max(done["largest_difference"] for done in checks),
+    }
 
 
 def save_processors(edited: EditedModel, folder: Path) -> None:
@@ -146,13 +159,19 @@ def _load_standalone(folder: Path, dtype: str) -> Any:
     return module.EditedModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
-def check(edited: EditedModel, ask: Callable[[Query], Tensor]) -> dict[str, Any]:
-    """Compare the logits (V,) behind some questions; raise MmeditError if those of the export are not the same."""
+def check(
+    edited: EditedModel, ask: Callable[[Query], Tensor], queries: Sequence[Query] | None = None
+) -> dict[str, Any]:
+    """Compare the logits (V,) behind some questions; raise MmeditError if those of the export are not the same.
+
+    By default they are those of the newest edits, and one that no edit is about.
+    """
     import torch
 
     backbone = edited.backbone
-    queries = [edit.request for edit in edited.ledger.active[-_CHECKED:]]
-    queries.append(replace(queries[-1], prompt="What colour is the background?"))
+    if queries is None:
+        asked = [edit.request for edit in edited.ledger.active[-_CHECKED:]]
+        queries = [*asked, replace(asked[-1], prompt="What colour is the background?")]
     largest, same = 0.0, True
     with torch.no_grad():
         for query in queries:

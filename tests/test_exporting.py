@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ from safetensors.torch import save_file
 
 from mmedit_cli import exporting
 from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors.base import Editor
-from mmedit_cli.edits import EditedModel, EditOptions, begin_edits, open_edits
+from mmedit_cli.editors import _lora_adapters
+from mmedit_cli.edits import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import MmeditError
-from mmedit_cli.ledger import Ledger
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
 from mmedit_cli.workflows import ModelOptions, load_editor
@@ -133,72 +131,26 @@ def test_fine_tuning_becomes_plain_weights(cli, tmp_path):
     ]  # fmt: skip
 
 
-class Lora(Editor):
-    """An editor whose edits are one LoRA block: what `save_adapters` promises to the export."""
-
-    name = "lora-for-tests"
-    wrong = False
-
-    def first_layer(self):
-        return 0
-
-    def _path(self) -> str:
-        return self.backbone.anchors.path("attn_q", 0)
-
-    def _apply(self, requests: Sequence[Query], source: torch.Generator) -> dict:
-        weight = self.backbone.model.get_submodule(self._path()).weight
-        self.a = torch.randn(2, weight.shape[1], generator=source)
-        self.b = torch.randn(weight.shape[0], 2, generator=source)
-        self.original = weight.detach().clone()
-        weight.data += self.b @ self.a
-        return {}
-
-    def _reset(self) -> None:
-        if self.operations:
-            self.backbone.model.get_submodule(self._path()).weight.data.copy_(self.original)
-
-    def _tensors(self) -> dict:
-        return {"a": self.a, "b": self.b} if self.operations else {}
-
-    def _load_tensors(self, tensors: Mapping, requests: Sequence[Query]) -> None:
-        self._apply(requests, torch.Generator().manual_seed(0))
-        self._reset_weight(tensors)
-
-    def _reset_weight(self, tensors: Mapping) -> None:
-        self.a, self.b = tensors["a"], tensors["b"]
-        weight = self.backbone.model.get_submodule(self._path()).weight
-        weight.data.copy_(self.original + self.b @ self.a)
-
-    def save_adapters(self, folder: Path) -> list[Path]:
-        from peft import LoraConfig
-
-        (folder / "adapter").mkdir()
-        LoraConfig(r=2, lora_alpha=2, target_modules=[self._path()]).save_pretrained(folder / "adapter")
-        name = f"base_model.model.{self._path()}"
-        tensors = {f"{name}.lora_A.weight": self.a, f"{name}.lora_B.weight": (2 if self.wrong else 1) * self.b}
-        save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
-        return [folder / "adapter"]
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("wrong", [False, True])
-def test_lora_becomes_a_peft_adapter_and_a_wrong_one_is_noticed(tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr(Lora, "wrong", wrong)
-    with begin_edits(tmp_path / "edits", EditOptions("ft", ModelOptions("tiny-llava"))) as edited:
+@pytest.mark.parametrize(
+    ("editor", "adapters"), [("lora", ["lora"]), ("multi-melo", ["edit-1", "edit-2"])], ids=["one", "each"]
+)
+def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(tmp_path, monkeypatch, editor, adapters):
+    with begin_edits(tmp_path / "edits", EditOptions(editor, ModelOptions("tiny-llava"))) as edited:
         edited.edit(REQUESTS[:1])
-    backbone = load_backbone("tiny-llava", device="cpu")
-    editor = Lora(backbone, edited.editor.hparams)
-    editor.edit(REQUESTS[:1])
-    ledger = Ledger.open(tmp_path / "edits")
-    monkeypatch.setattr(exporting, "open_edits", lambda *_, **__: EditedModel(ledger, backbone, editor))
-    if wrong:
-        with pytest.raises(MmeditError, match="the reloaded model is not the edited one"):
-            exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
-        assert not list(tmp_path.glob("out*")), "nothing half-written"
-        return
+        edited.edit(REQUESTS[1:2])
     report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
-    assert (report["kind"], report["adapters"], report["checked"]) == ("peft adapters", ["adapter"], 2)
+    assert (report["kind"], report["adapters"], report["checked"]) == ("peft adapters", adapters, 2)
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {*adapters, "edits.json"}
+    assert not (tmp_path / "out" / "base").exists()
+    write = _lora_adapters.write
+    monkeypatch.setattr(
+        _lora_adapters, "write", lambda folder, block, scale, model: write(folder, block, 2 * scale, model)
+    )
+    with pytest.raises(MmeditError, match="the reloaded model is not the edited one"):
+        exporting.export(tmp_path / "edits", tmp_path / "wrong", ModelOptions(""), QUIET)
+    assert not list(tmp_path.glob("wrong*")), "nothing half-written"
 
 
 def test_exports_that_cannot_be(cli, balloon, tmp_path):

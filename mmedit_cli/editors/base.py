@@ -128,12 +128,13 @@ class Editor(ABC):
         routes = self.routes(queries)
         return None if routes is None else [{} if edit is None else {edit: 1.0} for edit in routes]
 
-    def save_adapters(self, folder: Path) -> list[Path]:
-        """Write the edits as PEFT adapters into new folders inside `folder`, and return these.
+    def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
+        """Write the edits as PEFT adapters into new folders inside `folder`.
 
-        The default writes nothing: only methods whose edits are LoRA blocks can.
+        Returns the folders, each with requests that its adapter answers as the edited model does. The default writes
+        nothing: only methods whose edits are LoRA blocks can.
         """
-        return []
+        return {}
 
     def standalone(self) -> Standalone | None:
         """Return the edits as something that runs without this package; None if the method offers nothing."""

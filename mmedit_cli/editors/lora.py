@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
+from mmedit_cli.editors import _lora_adapters
+from mmedit_cli.editors._lora_blocks import Blocks
 from mmedit_cli.editors._losses import answer_loss
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import MmeditError, StateError
@@ -140,6 +143,19 @@ class Lora(Editor):
     def _reset(self) -> None:
         self._patch.undo()
         self._adapters = None
+
+    def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
+        """Write the adapter that all edits share."""
+        if self._adapters is None:
+            return {}
+        layers = {path: self._adapters[path.replace(".", "/")] for path in self._paths}
+        sides = (
+            {path: getattr(layer, side)["default"].weight.T[None] for path, layer in layers.items()}
+            for side in ("lora_A", "lora_B")
+        )
+        scale = self.hparams.alpha / self.hparams.rank
+        _lora_adapters.write(folder / "lora", Blocks(*sides), scale, self.backbone.name)
+        return {folder / "lora": tuple(self.requests)}
 
     def _tensors(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict

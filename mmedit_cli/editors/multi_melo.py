@@ -264,6 +264,16 @@ class MultiMelo(Editor):
         block = self._bank.blocks.select([self._blocks[ids.index(edit)]])
         _lora_adapters.write(folder, block, self.hparams.scale, self.backbone.name)
 
+    def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
+        """Write a block for each edit that its question finds, named after its id; who gets which is not in them."""
+        routes = dict(zip(self.requests, self.routes(self.requests), strict=True))
+        written = {}
+        for edit in dict.fromkeys(edit for edit in routes.values() if edit is not None):
+            path = folder / f"edit-{edit}"
+            self.export_block(edit, path)
+            written[path] = tuple(request for request, found in routes.items() if found == edit)
+        return written
+
     def import_block(self, folder: Path, request: Query) -> Edited:
         """Make an edit of a request from a LoRA adapter; raise StateError if it does not fit the edited layers."""
         block = _lora_adapters.read(folder, self._bank.shapes, self.hparams.rank, self.hparams.scale)
