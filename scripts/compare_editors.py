@@ -25,10 +25,8 @@ FIGURES = {
 def label(report: Mapping[str, Any]) -> str:
     """Return the editor, and what distinguishes it from another row of the same editor."""
     hparams = report["hparams"]
-    marks = [
-        hparams[key] for key, usual in (("target", "lm"), ("variant", "joint")) if hparams.get(key, usual) != usual
-    ]
-    return " ".join([report["editor"], *map(str, marks)])
+    marks = [text for key, text in (("target", "connector"), ("variant", "paper")) if hparams.get(key) == text]
+    return " ".join([report["editor"], *marks])
 
 
 def figure(scores: Mapping[str, Any], names: tuple[str, ...]) -> float:
