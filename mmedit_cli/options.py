@@ -34,7 +34,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json or "
-        ".csv file.",
+        ".csv file; several, joined by +, take turns.",
     ),
 ]
 Root = Annotated[

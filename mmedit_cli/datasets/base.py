@@ -102,9 +102,12 @@ def load_cases(data: str | Path, *, limit: int | None = None, options: DataOptio
 def read_data(data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()) -> Data:
     """Read a data set by name (`emojikb`, `evqa:train`), a folder with a cases.jsonl, or a .jsonl, .json or .csv file.
 
-    Images are looked for but not opened. Raises DataError with every bad record (at most 20) and its place, and with
-    the missing images, unless `options.skip_missing` says to go on without them.
+    Several joined by a plus sign (`evqa+eic`) take turns. Images are looked for but not opened. Raises DataError with
+    every bad record (at most 20) and its place, and with the missing images, unless `options.skip_missing` says to go
+    on without them.
     """
+    if "+" in str(data) and not Path(data).exists():
+        return _pooled(str(data), limit, options)
     problems: list[str] = []
     named = find_dataset(data)
     if named is not None:
@@ -134,6 +137,23 @@ def read_data(data: str | Path, *, limit: int | None = None, options: DataOption
     selection |= {"subset": Path(options.subset).name} if options.subset else {}
     selection |= {"skip_long": True} if options.skip_long else {}
     return Data(name, cases, selection | pictures.skipped())
+
+
+def _pooled(data: str, limit: int | None, options: DataOptions) -> Data:
+    """Return the cases of several data sets in turn, until the shortest has no more: every stretch holds equal shares.
+
+    So K edits in a row are K / n of each, the cross-task setting of UniKE (Pan et al. 2024).
+    """
+    names = data.split("+")
+    parts = [
+        read_data(name, limit=None if limit is None else -(-limit // len(names)), options=options) for name in names
+    ]
+    turns = zip(
+        *([replace(case, uid=f"{part.name}:{case.uid}") for case in part.cases] for part in parts), strict=False
+    )
+    cases = [case for turn in turns for case in turn][:limit]
+    selection = {part.name: part.selection for part in parts if part.selection}
+    return Data("+".join(part.name for part in parts), cases, {"pooled": selection} if selection else {})
 
 
 def own_file(data: str | Path) -> Path:

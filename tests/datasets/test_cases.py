@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SHAPES
 from PIL import Image
 
-from mmedit_cli.datasets.base import fingerprint, load_cases
+from mmedit_cli.datasets.base import fingerprint, load_cases, read_data
 from mmedit_cli.errors import DataError
 from mmedit_cli.pictures import Picture, check_picture, load_picture
 
@@ -34,6 +34,17 @@ def test_the_small_data_set_is_read_in_order():
         "locality.near", "locality.same_image", "portability.1-hop",
     ]  # fmt: skip
     assert load_cases(SHAPES / "cases.jsonl", limit=3) == cases[:3]
+
+
+def test_data_joined_by_a_plus_sign_take_turns(tmp_path):
+    own = write(tmp_path, *({**GOOD, "id": str(i)} for i in range(3)))
+    data = read_data(f"{SHAPES}+{own}")
+    assert data.name == f"shapes+{tmp_path.name}"
+    assert [case.uid for case in data.cases[:2]] == ["shapes:red-circle", f"{tmp_path.name}:0"]
+    assert len(data.cases) == 6, "as many of each as the shortest has"
+    assert read_data(f"{SHAPES}+{own}", limit=3).cases == data.cases[:3]
+    with pytest.raises(DataError, match="nowhere"):
+        read_data(f"{SHAPES}+nowhere")
 
 
 def test_the_small_data_set_is_what_its_script_draws(tmp_path):
