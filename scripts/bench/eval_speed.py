@@ -127,7 +127,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     backbone = load_backbone(options.model, device="cpu")
-    editor = load_editor("liveedit", backbone)
+    editor = load_editor("liveedit", backbone, overrides=["refine=0"])  # what is measured is the asking
     assert isinstance(editor, LiveEdit)
     out, rows = Output(), []
     for n in options.edits:
