@@ -112,8 +112,7 @@ def evaluate(
         "versions": runtime.versions(),
     }
     folder = Run.locate(options.records, (FOLDER, options.editor, editor.model, name), config)
-    if not options.force and (report := Run.finished(folder)) is not None:
-        out.note(f"already done: {folder} (--force does it again)")
+    if (report := Run.done_before(folder, force=options.force, say=out.note)) is not None:
         return report
     with Run.open(folder, config, runtime.environment(editor.device), force=options.force) as run:
         with out.progress({"pairs": len(pairs)}) as tick:

@@ -15,7 +15,7 @@ from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_pairs.base import NAMED, EditPair, fingerprint, open_pairs
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
-from mmedit_cli.training_runs import HELD_OUT, TrainOptions, tensorboard
+from mmedit_cli.training_runs import HELD_OUT, TrainOptions, shared_run, tensorboard
 
 DATA = "emojikb-edits"  # where no data are named
 FOLDER = "train-image-editor"  # below the records
@@ -84,10 +84,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
     """
     out = out or Output()
     plan = plan_training(options)
-    if not options.force and (report := Run.finished(plan.folder)) is not None:
-        out.note(f"already done: {plan.folder} (--force does it again)")
-        return report
-    return run_training(plan, out)
+    return Run.done_before(plan.folder, force=options.force, say=out.note) or run_training(plan, out)
 
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
@@ -104,12 +101,8 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     pipeline = assemble(options.model.model, plan.hparams, load, seed=options.seed)
     editor = registry.image_editors.get(options.editor)(pipeline, options.model.model, plan.ref.fingerprint)
     with ExitStack() as stack:
-        if processes.rank == 0:
-            environment = runtime.environment(editor.device)
-            run = stack.enter_context(Run.open(plan.folder, plan.config, environment, force=options.force))
-        processes.wait()  # the folder is as the first process leaves it
-        if processes.rank:
-            run = Run.view(plan.folder)
+        environment = runtime.environment(editor.device)
+        run = stack.enter_context(shared_run(plan.folder, plan.config, environment, processes, force=options.force))
         how = Conditions(processes, say=out.note)
         if options.tensorboard and processes.rank == 0:
             how = replace(how, curve=stack.enter_context(tensorboard(plan.folder)))
@@ -120,7 +113,7 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         if processes.rank == 0:
             head = {key: value for key, value in plan.config.items() if key not in ("device", "dtype")}
             run.finish({"format": 1, **head, "environment": run.environment, **result, "run": str(plan.folder)})
-        processes.wait()
+    processes.wait()
     report = Run.finished(plan.folder)
     assert report is not None
     return report

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,14 @@ class Run:
                 return _decode(path.read_bytes()) if path.exists() else None
         except ValueError as error:
             raise RunError(f"{path}: not a report: {error}", _START_ANEW) from error
+
+    @classmethod
+    def done_before(cls, folder: Path, *, force: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """Return the report of a finished run and say so; None where it is to do, as `force` says of all."""
+        report = None if force else cls.finished(folder)
+        if report is not None:
+            say(f"already done: {folder} (--force does it again)")
+        return report
 
     @classmethod
     def open(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.runtime import Processes
 from mmedit_cli.types import EditCase
 from mmedit_cli.workflows import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
 
@@ -119,10 +120,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
     """
     out = out or Output()
     plan = plan_training(options)
-    if not options.force and (report := Run.finished(plan.folder)) is not None:
-        out.note(f"already done: {plan.folder} (--force does it again)")
-        return report
-    return run_training(plan, out)
+    return Run.done_before(plan.folder, force=options.force, say=out.note) or run_training(plan, out)
 
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
@@ -137,12 +135,8 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     check_queries(backbone, [*plan.cases, *plan.held_out])
     editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
     with ExitStack() as stack:
-        if processes.rank == 0:
-            environment = runtime.environment(backbone.device)
-            run = stack.enter_context(Run.open(plan.folder, plan.config, environment, force=options.force))
-        processes.wait()  # the folder is as the first process leaves it
-        if processes.rank:
-            run = Run.view(plan.folder)
+        environment = runtime.environment(backbone.device)
+        run = stack.enter_context(shared_run(plan.folder, plan.config, environment, processes, force=options.force))
         conditions = Conditions(processes, options.batch_size, options.cache_bytes, say=out.note)
         if options.tensorboard and processes.rank == 0:
             conditions = replace(conditions, curve=stack.enter_context(tensorboard(plan.folder)))
@@ -151,10 +145,22 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         if processes.rank == 0:
             head = {key: value for key, value in plan.config.items() if key not in ("device", "dtype", "batch_size")}
             run.finish({"format": 1, **head, "environment": run.environment, **result, "run": str(plan.folder)})
-        processes.wait()
+    processes.wait()
     report = Run.finished(plan.folder)
     assert report is not None
     return report
+
+
+@contextmanager
+def shared_run(
+    folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any], processes: Processes, *, force: bool
+) -> Iterator[Run]:
+    """Yield the run in `folder`: the first process opens and writes it, the others look at it as that leaves it."""
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            run = stack.enter_context(Run.open(folder, config, environment, force=force))
+        processes.wait()
+        yield Run.view(folder) if processes.rank else run
 
 
 @contextmanager

@@ -115,10 +115,7 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
     """
     out = out or Output()
     plan = plan_evaluation(options)
-    if not options.force and (report := Run.finished(plan.folder)) is not None:
-        out.note(f"already done: {plan.folder} (--force does it again)")
-        return report
-    return run_evaluation(plan, out)
+    return Run.done_before(plan.folder, force=options.force, say=out.note) or run_evaluation(plan, out)
 
 
 def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
