@@ -12,6 +12,7 @@ decided in emojikb_choices.py; how cases are made of it, in emojikb_cases.py.
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import importlib.metadata
 import io
@@ -288,7 +289,13 @@ def draw_all(sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Pat
 
 def dump(path: Path, records: list[dict]) -> None:
     lines = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    text = "".join(lines).encode()
+    if path.suffix == ".gz":
+        packed = io.BytesIO()
+        with gzip.GzipFile("", "wb", 9, packed, mtime=0) as stream:  # neither name nor time: the same bytes each time
+            stream.write(text)
+        text = packed.getvalue()
+    path.write_bytes(text)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -319,7 +326,7 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
         splits["corrections"] = emojikb_cases.Maker(concepts, "eval").corrections(wrong)
         shutil.copyfile(errors, out / "model_errors.jsonl")
     for split, cases in splits.items():
-        dump(out / f"{split}.jsonl", cases)
+        dump(out / f"{split}.jsonl.gz", cases)
     licences(sources, out)
     counts = {
         "concepts": len(concepts),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmedit_cli.datasets._files import read_records
+from mmedit_cli.datasets.files import read_records
 from mmedit_cli.errors import near_miss
 from mmedit_cli.types import EditCase, Query
 

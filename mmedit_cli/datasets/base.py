@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets._cases import FORMAT, CaseReader
-from mmedit_cli.datasets._files import FORMATS
 from mmedit_cli.datasets._selection import Pictures, change, read_subset, select
+from mmedit_cli.datasets.files import FORMATS, PACKED, form
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
 CLEAN = "clean"  # the subset that shares nothing with the training side
 CHAT = "chat"  # the one template that data of any kind can be asked with
-_HELP = "give a folder with a cases.jsonl, a .jsonl, .json or .csv file, or the name of a data set of `mmedit list`"
+_HELP = "give a folder with a cases.jsonl, a .jsonl, .json or .csv file (or its .gz), or a data set of `mmedit list`"
 _MOST_PROBLEMS = 20
 
 
@@ -116,7 +116,7 @@ def read_data(data: str | Path, *, limit: int | None = None, options: DataOption
         records, layout = dataset.cases(split, options, problems), dataset.layout(options)
     else:
         path = own_file(data)
-        name = path.parent.name if path.name == "cases.jsonl" else path.stem
+        name = path.parent.name if path.name.startswith("cases.jsonl") else Path(path.name.removesuffix(PACKED)).stem
         records = own_cases(path, options, problems)
         layout = f"images are named relative to {options.images or path.parent}"
     kept = read_subset(_subset_file(data, named, options)) if options.subset else None
@@ -160,11 +160,13 @@ def own_file(data: str | Path) -> Path:
     """Return the file of a user's own data: a folder's cases.jsonl, or the file itself; raise DataError if none."""
     path = Path(data)
     if path.is_dir():
-        path = path / "cases.jsonl"
+        plain = path / "cases.jsonl"
+        packed = plain.with_name(plain.name + PACKED)
+        path = packed if packed.is_file() and not plain.is_file() else plain
     if not path.is_file():
         problem = f"--data {data}: no such file, folder or data set{near_miss(str(data), datasets.names())}"
         raise DataError(problem, _HELP)
-    if path.suffix.lower() not in FORMATS:
+    if form(path) not in FORMATS:
         raise DataError(f"--data {data}: not one of {', '.join(FORMATS)}", _HELP)
     return path
 

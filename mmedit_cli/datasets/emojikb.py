@@ -19,6 +19,7 @@ from typing import Any, final
 
 from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
+from mmedit_cli.datasets.files import PACKED, read_text
 from mmedit_cli.errors import DataError
 from mmedit_cli.registry import share_dir
 from mmedit_cli.types import EditCase
@@ -28,6 +29,7 @@ SAME_SIDE = {
     "eval",
     "corrections",
 }  # what the model that comes along gets wrong, of the evaluation side: never trained on
+SUFFIX = f".jsonl{PACKED}"  # of the case files
 FAMILIES = ("generality", "locality", "portability", "needs")
 ON_BACKGROUND = "background"  # the one type whose answer depends on the colour behind the picture
 
@@ -90,7 +92,7 @@ def faults(case: Json) -> Iterator[str]:
 def read_split(path: Path) -> Split:
     """Read a case file; malformed records are named with their line and left out."""
     split = Split()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         place = f"{path.name}:{number}"
         try:
             case = json.loads(line)
@@ -196,7 +198,7 @@ def audit(folder: Path) -> Json:
     splits: dict[str, Split] = {}
     cases: Json = {}
     for name in SPLITS:
-        path = folder / f"{name}.jsonl"
+        path = folder / f"{name}{SUFFIX}"
         if not path.is_file():
             problems += [f"{path.name} is missing"] if name != "corrections" else []  # made for a model, if at all
             continue
@@ -255,7 +257,7 @@ class EmojiKB(Dataset):
 
     def cases(self, split: str, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
         """Yield the cases of a split; raise DataError if the file is not there."""
-        path = self.folder / f"{split}.jsonl"
+        path = self.folder / f"{split}{SUFFIX}"
         if not path.is_file():
             raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
         yield from own_cases(path, replace(options, images=None), problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from mmedit_cli.datasets.files import read_records
 from mmedit_cli.editors._sentences import sentence_encoder
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import DataError
@@ -25,7 +25,7 @@ class IkeHparams:
     """See hparams/ike.yaml for what each value means and where it comes from."""
 
     demonstrations: int = 16
-    facts: str = "emojikb/train.jsonl"
+    facts: str = "emojikb/train.jsonl.gz"
     encoder: str = "backbone"
 
     def __post_init__(self) -> None:
@@ -151,16 +151,10 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
 
     Only its texts are used. Raises DataError naming the line that is no case.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror})", "facts names a cases.jsonl of training facts"
-        ) from error
-    found = []
-    for number, line in enumerate(lines, 1):
+    found: list[Demonstration] = []
+    problems: list[str] = []
+    for number, (place, case) in enumerate(read_records(path, problems), 1):
         try:
-            case = json.loads(line)
             request = case["request"]
             image = (path.parent / request["image"]).resolve() if request.get("image") else None
             examples = [request, *case.get("generality", {}).get("text", ())[:1]]
@@ -169,8 +163,10 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
             shown = f"{example['prompt']} {example['target']}"
             prompt, target = str(request["prompt"]), str(request["target"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: no case ({error})", "docs/data.md says what a case is") from error
+            raise DataError(f"{place}: no case ({error})", "docs/data.md says what a case is") from error
         found.append(Demonstration(f"{prompt} {target}", shown, prompt, target, image))
+    if problems:
+        raise DataError(problems, "facts names a cases.jsonl of training facts")
     return list({(demo.fact, demo.example): demo for demo in found}.values())
 
 

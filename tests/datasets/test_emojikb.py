@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import sys
@@ -14,13 +15,14 @@ from PIL import Image
 
 from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.datasets.emojikb import SPLITS, audit, queries
+from mmedit_cli.datasets.files import read_text
 
 DATA = ROOT / "data" / "emojikb"
 TYPES = {"name", "kind", "category", "background", "country", "capital", "continent", "currency", "language"}
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def concepts() -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, list[dict]]:
-    return {split: lines(DATA / f"{split}.jsonl") for split in SPLITS}
+    return {split: lines(DATA / f"{split}.jsonl.gz") for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_the_counts_are_as_promised(report):
 
 def test_the_strict_reader_takes_every_case(cases):
     for split in SPLITS:
-        assert len(load_cases(DATA / f"{split}.jsonl")) == len(cases[split])
+        assert len(load_cases(DATA / f"{split}.jsonl.gz")) == len(cases[split])
 
 
 def test_every_picture_is_64_by_64_with_alpha(concepts):
@@ -202,7 +204,8 @@ def small(tmp_path, cases):
 
     def check() -> list[str]:
         for split, side in records.items():
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(case) + "\n" for case in side), encoding="utf-8")
+            text = "".join(json.dumps(case) + "\n" for case in side)
+            (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
         return [problem for problem in audit(folder)["problems"] if not problem.startswith("files: manifest.json")]
 
     return folder, records, check
@@ -244,8 +247,8 @@ def test_contradictions_duplicates_and_spoilt_probes_are_found(small):
     asked = {**first["request"], "target": "the truth"}
     records["eval"][1]["locality"]["near"] = [asked]
     found = "\n".join(check())
-    assert "contradictions: eval.jsonl:7" in found
-    assert "spoilt probes: eval.jsonl:2: locality.near" in found
+    assert "contradictions: eval.jsonl.gz:7" in found
+    assert "spoilt probes: eval.jsonl.gz:2: locality.near" in found
     assert f"duplicates: {first['id']} stands 2 times" in found
 
 
@@ -253,7 +256,7 @@ def test_missing_and_altered_pictures_are_found(small):
     folder, records, check = small
     gone = records["val"][2]["request"]["image"]
     (folder / gone).unlink()
-    assert any("missing pictures: val.jsonl:3: request" in problem for problem in check())
+    assert any("missing pictures: val.jsonl.gz:3: request" in problem for problem in check())
     (folder / "manifest.json").write_text(json.dumps({"files": {gone: "0" * 64, "templates.json": "0" * 64}}))
     found = check()
     assert f"files: {gone} is missing" in found
@@ -276,6 +279,6 @@ def test_missing_and_altered_pictures_are_found(small):
 def test_malformed_records_are_named_with_their_line(small, change, message):
     _, records, check = small
     change(records["train"][4])
-    found = [problem for problem in check() if problem.startswith("malformed: train.jsonl:5")]
+    found = [problem for problem in check() if problem.startswith("malformed: train.jsonl.gz:5")]
     assert found
     assert any(message in problem for problem in found)

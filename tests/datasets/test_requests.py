@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHAPES
 from PIL import Image
 
-from mmedit_cli.datasets.base import DataOptions, load_cases, read_data
+from mmedit_cli.datasets.base import DataOptions, fingerprint, load_cases, read_data
 from mmedit_cli.errors import DataError
 from mmedit_cli.types import Query
 
@@ -161,6 +163,26 @@ def test_another_kind_of_file_is_refused(folder):
     (folder / "facts.csv").write_bytes(b"prompt,target\nWho?,Ren\xe9\n")
     with pytest.raises(DataError, match=r"not UTF-8 \(byte 22\)"):
         load_cases(folder / "facts.csv")
+
+
+def test_gzipped_files_are_read_and_broken_ones_refused(folder, tmp_path):
+    plain = write(folder, "facts.csv", "image,prompt,target\na.png,Who?,Ada\n")
+    packed = folder / "more.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    data = read_data(packed)
+    assert (data.name, [case.request for case in data.cases]) == ("more", [case.request for case in load_cases(plain)])
+    assert data.cases[0].place == f"{packed}:2"
+    cases = tmp_path / "cases"
+    shutil.copytree(SHAPES, cases)
+    (cases / "cases.jsonl.gz").write_bytes(gzip.compress((cases / "cases.jsonl").read_bytes()))
+    (cases / "cases.jsonl").unlink()
+    assert read_data(cases).name == "cases"
+    assert fingerprint(load_cases(cases)) == fingerprint(load_cases(SHAPES))
+    whole = packed.read_bytes()
+    for broken in (whole[:-9], plain.read_bytes(), whole[:15] + b"\xff" + whole[16:]):
+        packed.write_bytes(broken)
+        with pytest.raises(DataError, match=r"more.csv.gz: not a whole gzip file"):
+            load_cases(packed)
 
 
 def test_eval_and_doctor_take_a_table(cli, folder):

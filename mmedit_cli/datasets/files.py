@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,47 @@ from mmedit_cli.errors import DataError
 
 FORMATS = (".jsonl", ".json", ".csv")
 Record = tuple[str, Any]  # "file:line", what stands there
+PACKED = ".gz"  # each of them may also be gzipped
 _DELIMITERS = (",", ";", "\t")  # what spreadsheets write
+_LARGEST = 2**31  # bytes of an unpacked file
+
+
+def form(path: Path) -> str:
+    """Return which of FORMATS a file is in by its name, as `.jsonl` for `cases.jsonl.gz`; or what else it ends in."""
+    name = path.name.lower().removesuffix(PACKED)
+    return Path(name).suffix
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, unpacked if it is gzipped.
+
+    Raises DataError if it cannot be read, is not UTF-8, or is no gzip file though it is called one.
+    """
+    try:
+        if path.suffix.lower() != PACKED:
+            data = path.read_bytes()
+        else:
+            with gzip.open(path) as stream:
+                data = stream.read(_LARGEST)
+                if stream.read(1):
+                    raise DataError(f"{path}: more than {_LARGEST >> 30} GiB unpacked", "split it into smaller files")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error})", "pack it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_records(path: Path, problems: list[str]) -> Iterator[Record]:
     """Yield the records of a file with their places; a record that cannot be read goes to `problems`.
 
     JSON is one array of records, JSON lines one record a line, CSV a header and one record a row. Raises DataError for
-    a file that is not UTF-8.
+    a file that `read_text` cannot read.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    reader = {".json": _json, ".csv": _csv}.get(path.suffix.lower(), _lines)
-    yield from reader(path, text, problems)
+    reader = {".json": _json, ".csv": _csv}.get(form(path), _lines)
+    yield from reader(path, read_text(path), problems)
 
 
 def _lines(path: Path, text: str, problems: list[str]) -> Iterator[Record]:
