@@ -115,8 +115,8 @@ def pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.M
 def export(pipe: Any, folder: Path, records: dict[str, Any]) -> None:
     """Write a pipeline in float16, and further JSON files by name; the folder is replaced as a whole."""
     with replacing_folder(folder, records) as fresh:
-        vae, text_encoder, unet = (copy.deepcopy(part).half() for part in (pipe.vae, pipe.text_encoder, pipe.unet))
-        pipeline(vae, text_encoder, pipe.tokenizer, unet).save_pretrained(fresh)
+        halves = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("vae", "text_encoder", "unet")}
+        type(pipe)(**{**pipe.components, **halves}, requires_safety_checker=False).save_pretrained(fresh)
         # transformers loads in the format that the config names, diffusers in float32: they must be the same
         config = fresh / "text_encoder" / "config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}

@@ -90,10 +90,10 @@ class Edit:
     after: Scene
 
 
-def pairs(split: str = "") -> list[EditPair]:
+def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
     """Return the pairs of a side (train, val, eval; empty: eval) in a mixed but fixed order.
 
-    Raises DataError for another side, or where EmojiKB is not there.
+    Another `variation` has the same kinds of edits with other colours, artists and things beside. Raises DataError for another side, or where EmojiKB is not there.
     """
     split = split or "eval"
     if split not in SPLITS:
@@ -104,17 +104,17 @@ def pairs(split: str = "") -> list[EditPair]:
     if not manifest.is_file():
         raise DataError(f"{manifest}: not there", "the data come with a checkout of the repository")
     left_out = frozenset(json.loads(manifest.read_text(encoding="utf-8"))["without_effect"])
-    return [pair for pair in every_pair(split) if pair.uid not in left_out]
+    return [pair for pair in every_pair(split, variation) if pair.uid not in left_out]
 
 
-def every_pair(split: str) -> list[EditPair]:
+def every_pair(split: str, variation: int = 0) -> list[EditPair]:
     """Return the pairs of a side, also those whose edit changes nothing, such as to mirror what is symmetrical."""
     kb = load(split)
     found = [
         _pair(kb, f"{split}-{edit.kind}-{concept['id']}-{artist}", edit)
         for concept in kb.concepts.values()
         for artist in concept["artists"]
-        for edit in edits(kb, concept, artist)
+        for edit in edits(kb, concept, artist, variation)
     ]
     return sorted(found, key=lambda pair: number(pair.uid))
 
@@ -145,9 +145,9 @@ def number(*key: str) -> int:
 # -- what is done -----------------------------------------------------------------------------------------------
 
 
-def edits(kb: EmojiKB, concept: Json, artist: str) -> Iterator[Edit]:
+def edits(kb: EmojiKB, concept: Json, artist: str, variation: int = 0) -> Iterator[Edit]:
     """Yield every edit of one drawing; colours and other drawings are chosen by a hash."""
-    key = (concept["id"], artist)
+    key = (concept["id"], artist, *((str(variation),) if variation else ()))
     colours = list(kb.colours)
     ground = colours[number("ground", *key) % len(colours)]
     sprite = Sprite(concept["id"], artist)
