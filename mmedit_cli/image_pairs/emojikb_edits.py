@@ -93,7 +93,8 @@ class Edit:
 def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
     """Return the pairs of a side (train, val, eval; empty: eval) in a mixed but fixed order.
 
-    Another `variation` has the same kinds of edits with other colours, artists and things beside. Raises DataError for another side, or where EmojiKB is not there.
+    Another `variation` has the same kinds of edits with other colours, artists and things beside. Raises DataError for
+    another side, or where EmojiKB is not there.
     """
     split = split or "eval"
     if split not in SPLITS:
