@@ -25,6 +25,11 @@ SPLITS = ("train", "val", "eval")
 SIDE = 64  # pixels
 ARTISTS = {"noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji"}
 AMBIGUOUS = ("opposite-background", "opposite-colour", "another-kind", "another-artist", "neighbour", "capital")
+STYLES = ("style", "another-artist")  # told by which artist's drawing the result is nearest to
+WHITE = "white"  # no colour of EmojiKB's own backgrounds, so nobody is asked about it
+_COLOUR, _NAME = ("What colour is the background?", "ground"), ("What is this?", "name")
+ASKED = {"background": _COLOUR, "opposite-background": _COLOUR, "replace": _NAME, "another-kind": _NAME}
+ASKED |= {"neighbour": _NAME, "capital": _NAME}
 OPPOSITE = {
     "blue": "orange",
     "orange": "blue",
@@ -135,7 +140,7 @@ def load(split: str) -> EmojiKB:
         for artist in concept["artists"]:
             for key in ("kind", "category", "country"):
                 kin.setdefault((key, concept.get(key, ""), artist), []).append(concept)
-    return EmojiKB(folder, concepts, kin, {**colours, "white": "#ffffff"}, files)
+    return EmojiKB(folder, concepts, kin, {**colours, WHITE: "#ffffff"}, files)
 
 
 def number(*key: str) -> int:
@@ -281,6 +286,11 @@ def _opposite(drawing: Image.Image) -> Image.Image:
 
 def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
     drawn = sorted({f"{s.artist}/{s.concept}.png" for scene in (edit.before, edit.after) for s in scene.sprites})
+    question, key = ASKED.get(edit.kind, ("", ""))
+    known = {"": "", "ground": edit.after.ground, "name": kb.concepts[edit.after.sprites[0].concept]["name"]}
+    sprite = edit.after.sprites[0]
+    by_others = [artist for artist in kb.concepts[sprite.concept]["artists"] if artist != sprite.artist]
+    rivals = [replace(edit.after, sprites=(replace(sprite, artist=artist),)) for artist in by_others]
     facts = [repr(edit), *(kb.digests.get(name, "") for name in drawn)]
     return EditPair(
         uid=uid,
@@ -293,4 +303,7 @@ def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
         target_caption=says(kb, edit.after),
         kind=edit.kind,
         place=f"emojikb-edits: {uid}",
+        question=question if known[key] != WHITE else "",
+        answer=known[key] if known[key] != WHITE else "",
+        rivals=tuple(partial(compose, kb, scene) for scene in rivals) if edit.kind in STYLES else (),
     )
