@@ -76,7 +76,7 @@ def _write(edited: EditedModel, folder: Path, out: Output) -> dict[str, Any]:
         with edited.paused():
             backbone.model.save_pretrained(folder / "base")
         save_processors(edited, folder)
-        _write_standalone(alone, folder)
+        _write_standalone(alone, f"mmedit-{editor.name}", folder)
         return {"kind": _STANDALONE, **check(edited, _alone(backbone, _load_standalone(folder, dtype)))}
     written = editor.save_adapters(folder)
     if not written:
@@ -124,7 +124,7 @@ def save_processors(edited: EditedModel, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
 
 
-def _write_standalone(alone: Standalone, folder: Path) -> None:
+def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in alone.tensors.items()}
@@ -132,7 +132,7 @@ def _write_standalone(alone: Standalone, folder: Path) -> None:
     write_atomic(folder / RUNTIME, alone.source)
     stem = Path(RUNTIME).stem
     config = {
-        "model_type": "mmedit-liveedit",
+        "model_type": model_type,
         "architectures": ["EditedModel"],
         "auto_map": {"AutoConfig": f"{stem}.EditedConfig", "AutoModelForImageTextToText": f"{stem}.EditedModel"},
     }
