@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.utils import cached_file
 
 from mmedit_cli.patch import Patch
@@ -55,7 +55,9 @@ class RoutedEdits:
         self._reading: Tensor | None = None  # the token ids that were embedded last
         self._question: tuple[Tensor, Tensor, Tensor] | None = None  # ids, mask and embeddings, not routed yet
         self._aside = self._generating = self._begun = False
-        model.generate = self._generate_with(model.generate)
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):  # the model, and in BLIP-2 the language model inside
+                module.generate = self._generate_with(module.generate)  # type: ignore[method-assign]
         model.get_input_embeddings().register_forward_pre_hook(self._embed)
         model.get_submodule(self.settings.stack).register_forward_pre_hook(self._begin, with_kwargs=True)
         self.patch.hook_input(self.settings.entered, self._enter)
@@ -79,6 +81,8 @@ class RoutedEdits:
     def _generate_with(self, generate: Any) -> Any:
         @wraps(generate)
         def generating(*args: Any, **kwargs: Any) -> Any:
+            if self._generating:
+                return generate(*args, **kwargs)
             self._generating, self._begun = True, False
             try:
                 return generate(*args, **kwargs)
