@@ -77,6 +77,8 @@ def _write(edited: EditedModel, folder: Path, out: Output, adapters: bool) -> di
         out.note("writing the base model and the edits beside it")
         with edited.paused():
             backbone.model.save_pretrained(folder / "base")
+        for code in (folder / "base").glob("*.py"):  # of a model that transformers does not know: it is sought above
+            code.rename(folder / code.name)
         save_processors(edited, folder)
         _write_standalone(alone, f"mmedit-{editor.name}", folder)
         model = _load_standalone(folder, dtype).to(backbone.device)
@@ -277,11 +279,12 @@ def card(edited: EditedModel, kind: str, name: str) -> str:
         for e in ledger.active[:_LISTED]
     ]
     more = len(ledger.active) - _LISTED
+    own_code = not type(edited.backbone.model).__module__.startswith("transformers.")
     text = [
         f"# {name}", "",
         f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
         f"`{ledger.config['editor']}` of mmedit {__version__}.", "",
-        *_loading(kind), "", "## Edits", "",
+        *_loading(kind, own_code=own_code), "", "## Edits", "",
         "| edit | question | picture | answer before | answer taught |", "|---:|---|---|---|---|", *rows,
         *([f"\nand {more:,} more in `edits.json`"] if more > 0 else []), "",
         "The edits change what this model says about the questions above and about what it takes for the same; the "
@@ -290,11 +293,11 @@ def card(edited: EditedModel, kind: str, name: str) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text)))
 
 
-def _loading(kind: str) -> Iterator[str]:
+def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
     if kind == _ADAPTERS:
         yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
         return
-    remote = ", trust_remote_code=True" if kind == _STANDALONE else ""
+    remote = ", trust_remote_code=True" if kind == _STANDALONE or own_code else ""
     if kind == _STANDALONE:
         yield (
             f"The base model in `base/`, the edits in `edits.safetensors`, and `{RUNTIME}`, which chooses the edits "

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,11 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("model", ["tiny-blip2", "tiny-llava", "tiny-qwen2-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("model", ["tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen3-vl"])
 @pytest.mark.parametrize("method", METHODS)
 def test_routed_edits_of_every_family(tmp_path, model, method):
     edits = begun(tmp_path, model, *METHODS[method])
-    routed = [*REQUESTS, REQUESTS[0]]  # the last hides the first
+    routed = [*REQUESTS, replace(REQUESTS[0], target="yellow")]  # the last hides the first
     if "liveedit" not in method:
         routed.insert(0, Query("What is the capital of Peru?", "Lima"))
     with edits as edited:
@@ -153,6 +154,20 @@ def begun(folder, model, editor, *overrides):
         save_file(tensors, networks, metadata)
     options = EditOptions(editor, ModelOptions(model), overrides=overrides, checkpoint=networks)
     return begin_edits(folder / "edits", options)
+
+
+def test_a_model_that_transformers_does_not_know_takes_its_code_along(tmp_path):
+    with begun(tmp_path, "tiny-minigpt4", "multi-melo", "steps=2") as edited:
+        edited.edit(REQUESTS)
+    exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+    words = ("import sys; sys.modules['mmedit_cli'] = None", "from transformers import AutoModelForImageTextToText as A",
+             "print(A.from_pretrained(sys.argv[1], trust_remote_code=True).edits.ids)")  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(words), tmp_path / "out"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[1, 2]", done.stderr[-2000:]
 
 
 def test_an_export_that_routes_every_token_anew_is_noticed(tmp_path, monkeypatch):

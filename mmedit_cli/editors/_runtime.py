@@ -100,8 +100,11 @@ class RoutedEdits:
         follows = (past is not None and past.get_seq_length() > 0) or (self._generating and self._begun)
         if self._aside or follows:
             return
-        ids, embeds, mask = self._reading, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if ids is None or embeds is None or ids.shape[1] != embeds.shape[1]:
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if embeds is None:  # a language model that is asked past the model around it
+            embeds = self.model.get_input_embeddings()(kwargs["input_ids"])
+        ids = self._reading
+        if ids is None or ids.shape[1] != embeds.shape[1]:
             raise ValueError("the edits are found by the tokens of the question: give input_ids, not inputs_embeds")
         if mask is None:
             mask = torch.ones_like(ids)
@@ -143,7 +146,7 @@ class Loader(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Return the base model of a folder or hub repository with its edits on it; arguments as for the base."""
-        for name in ("trust_remote_code", "adapter_kwargs", "code_revision"):
+        for name in ("adapter_kwargs", "code_revision"):
             kwargs.pop(name, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
         model = AutoModelForImageTextToText.from_pretrained(folder, *args, subfolder="base", **kwargs)
