@@ -66,6 +66,22 @@ print(json.dumps(said))
 """
 
 
+ONLY_LOADED = """
+import sys
+sys.modules["mmedit_cli"] = None
+from transformers import AutoModelForImageTextToText
+print(AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).edits.ids)
+"""
+
+
+def run_alone(code, folder, *words):
+    """Run a program in a folder from which this package cannot be imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
 WORDS = ("--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon")
 
 
@@ -80,14 +96,12 @@ def balloon(cli, tmp_path) -> Path:
 def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     balloon = tmp_path / "edits"
     assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
+    code, text, err = cli("ask", "--edits", balloon, "--compare", "--image", BANJO, "What is this?")
+    assert (code, "edits that took part: 1 (" in text) == (0, True), err
     code, text, _ = cli("edits", "export", balloon, "--to", tmp_path / "out")
     assert code == 0
     assert "trust_remote_code=True; mmedit is not needed" in text
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, tmp_path / "out", BANJO, APPLE],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_alone(ALONE, tmp_path, tmp_path / "out", BANJO, APPLE)
     assert done.returncode == 0, done.stderr[-2000:]
     banjo, apple, batch = json.loads(done.stdout)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == f"mmedit-{editor}"
@@ -160,13 +174,7 @@ def test_a_model_that_transformers_does_not_know_takes_its_code_along(tmp_path):
     with begun(tmp_path, "tiny-minigpt4", "multi-melo", "steps=2") as edited:
         edited.edit(REQUESTS)
     exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
-    words = ("import sys; sys.modules['mmedit_cli'] = None", "from transformers import AutoModelForImageTextToText as A",
-             "print(A.from_pretrained(sys.argv[1], trust_remote_code=True).edits.ids)")  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(words), tmp_path / "out"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_alone(ONLY_LOADED, tmp_path, tmp_path / "out")
     assert done.stdout.strip() == "[1, 2]", done.stderr[-2000:]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -177,8 +176,8 @@ class LiveEdit(TrainedEditor):
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]]:
         """Return the weights of the experts chosen for each query, by the id of their edit, the largest first."""
         ids = [i for operation in self.operations for i in operation.ids]
-        chosen = self._routed([replace(q, target=q.target or "?") for q in queries])  # routing reads no answer
-        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in chosen]
+        routed = self._routed(queries)
+        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in routed]
 
     @torch.no_grad()
     def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
