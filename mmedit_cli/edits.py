@@ -61,7 +61,7 @@ class EditedModel(AbstractContextManager["EditedModel"]):
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
         """Return for each query the weights of the edits that take part in its answer; None if the method has none."""
-        return self.editor.explain(queries)
+        return self.editor.explain([replace(query, target=query.target or "?") for query in queries])  # never read
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import secrets
 import shutil
@@ -30,16 +31,17 @@ if TYPE_CHECKING:
 RUNTIME = "modeling_edits.py"
 _PLAIN, _ADAPTERS, _STANDALONE = "plain weights", "peft adapters", "base model and edits"
 _CHECKED = 16  # edits whose questions are asked again after reload
+_CONTINUED = 8  # tokens that two of them are answered with
 _TOLERANCE = {"float32": 1e-4}  # of logits; other formats round more
 _COMPANIONS = ("processor_config.json", "chat_template.json", "chat_template.jinja")
 _LISTED = 200  # edits that a model card lists
 
 
-def export(folder: Path, to: Path, options: ModelOptions, out: Output) -> dict[str, Any]:
+def export(folder: Path, to: Path, options: ModelOptions, out: Output, *, adapters: bool = False) -> dict[str, Any]:
     """Write the edited model of a ledger to a new folder and return what became of it; nothing is left if it fails.
 
-    Raises UserError if the folder is not new or the method cannot be exported, MmeditError if the reloaded model
-    answers otherwise than the edited one.
+    `adapters`: PEFT adapters, also where the method offers more. Raises UserError if the folder is not new or the
+    method cannot be exported, MmeditError if the reloaded model answers otherwise than the edited one.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: not empty", "name a new folder with --to")
@@ -49,7 +51,7 @@ def export(folder: Path, to: Path, options: ModelOptions, out: Output) -> dict[s
             raise UserError(f"{folder}: no active edits, so there is nothing to export", "mmedit edits redo")
         try:
             temporary.mkdir(parents=True)
-            report = _write(edited, temporary, out)
+            report = _write(edited, temporary, out, adapters)
             write_atomic(temporary / "README.md", card(edited, report["kind"], to.name))
             facts = [described(edit) for edit in edited.ledger.active]
             write_atomic(temporary / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False))
@@ -61,24 +63,29 @@ def export(folder: Path, to: Path, options: ModelOptions, out: Output) -> dict[s
     return {**report, "folder": str(to), "edits": len(facts)}
 
 
-def _write(edited: EditedModel, folder: Path, out: Output) -> dict[str, Any]:
+def _write(edited: EditedModel, folder: Path, out: Output, adapters: bool) -> dict[str, Any]:
     """Write the export and load it again; return its kind, and how far its logits are from the edited model's."""
     backbone, editor = edited.backbone, edited.editor
     dtype = str(backbone.dtype).removeprefix("torch.")
-    if editor.plain:
+    if editor.plain and not adapters:
         out.note("writing plain weights")
         backbone.model.save_pretrained(folder)
         save_processors(edited, folder)
         return {"kind": _PLAIN, **check(edited, _behind(backbone, _load_plain(folder, dtype)))}
-    alone = editor.standalone()
+    alone = None if adapters else editor.standalone()
     if alone is not None:
         out.note("writing the base model and the edits beside it")
         with edited.paused():
             backbone.model.save_pretrained(folder / "base")
+        for code in (folder / "base").glob("*.py"):  # of a model that transformers does not know: it is sought above
+            code.rename(folder / code.name)
         save_processors(edited, folder)
-        _write_standalone(alone, folder)
-        return {"kind": _STANDALONE, **check(edited, _alone(backbone, _load_standalone(folder, dtype)))}
+        _write_standalone(alone, f"mmedit-{editor.name}", folder)
+        model = _load_standalone(folder, dtype).to(backbone.device)
+        return {"kind": _STANDALONE, **check(edited, _alone(backbone, model)), **_check_generation(edited, model)}
     written = editor.save_adapters(folder)
+    if not written and adapters:
+        raise UserError(f"{editor.name} has no adapters: its edits are not LoRA blocks", "leave --adapters out")
     if not written:
         raise UserError(
             f"{editor.name} cannot be exported: its edits are neither plain weights nor LoRA blocks, and it has no "
@@ -124,7 +131,7 @@ def save_processors(edited: EditedModel, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
 
 
-def _write_standalone(alone: Standalone, folder: Path) -> None:
+def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in alone.tensors.items()}
@@ -132,7 +139,7 @@ def _write_standalone(alone: Standalone, folder: Path) -> None:
     write_atomic(folder / RUNTIME, alone.source)
     stem = Path(RUNTIME).stem
     config = {
-        "model_type": "mmedit-liveedit",
+        "model_type": model_type,
         "architectures": ["EditedModel"],
         "auto_map": {"AutoConfig": f"{stem}.EditedConfig", "AutoModelForImageTextToText": f"{stem}.EditedModel"},
     }
@@ -201,24 +208,51 @@ def _behind(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tens
 
 def _alone(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
     """Return how an export with a runtime of its own is asked: as any transformers model."""
-    model.to(backbone.device)
-    return lambda query: model(**inputs(backbone, query)).logits[0, -1].float()
+    return lambda query: _reader(model, [query])(**inputs(backbone, [query])).logits[0, -1].float()
 
 
-def inputs(backbone: VisionLanguageModel, query: Query) -> dict[str, Tensor]:
-    """Return a question as the arguments of a plain transformers model."""
-    import inspect
+def _reader(model: Any, queries: Sequence[Query]) -> Any:
+    """Return what questions are put to: BLIP-2 wants a picture, without one they go to its language model."""
+    wanted = inspect.signature(type(model).forward).parameters["pixel_values"].default is inspect.Parameter.empty
+    return model.language_model if wanted and not any(query.image for query in queries) else model
 
+
+def _check_generation(edited: EditedModel, model: Any) -> dict[str, Any]:
+    """Have an export continue an edit's question and another in one batch, with its cache and without.
+
+    Raises MmeditError if the two differ, or if a question is not routed in company as it is alone; other formats than
+    float32 round too much to tell.
+    """
+    if str(edited.backbone.dtype) != "torch.float32":
+        return {}
+    requests = [edit.request for edit in edited.ledger.active]
+    newest = next((request for request in reversed(requests) if request.image is not None), requests[-1])
+    queries = [newest, replace(newest, prompt="What colour is the background?")]
+    fired, texts = [], []
+    for asked, cache in ((queries[:1], True), (queries[1:], True), (queries, True), (queries, False)):
+        given = inputs(edited.backbone, asked)
+        tokens = _reader(model, asked).generate(**given, max_new_tokens=_CONTINUED, do_sample=False, use_cache=cache)
+        texts.append(edited.backbone.tokenizer.batch_decode(tokens[:, given["input_ids"].shape[1] :]))
+        fired.append([set(weights) for weights in model.edits.weights])
+    if not (fired[0] + fired[1] == fired[2] == fired[3] and texts[2] == texts[3]):
+        raise MmeditError(
+            "the reloaded model does not continue a batch as it should", "please report it; the ledger is as it was"
+        )
+    return {"continued": len(queries)}
+
+
+def inputs(backbone: VisionLanguageModel, queries: Sequence[Query]) -> dict[str, Tensor]:
+    """Return questions as the arguments of a plain transformers model, padded on the left."""
     from mmedit_cli.pictures import Picture, load_picture
 
-    batch = backbone.batch([query], with_answer=False)
+    batch = backbone.batch(queries, with_answer=False, left_pad=True)
     config = backbone.model.config
     image_id = getattr(config, "image_token_id", None) or config.image_token_index
     ids = batch.input_ids.masked_fill(batch.image_mask, image_id)
     found = {"input_ids": ids, "attention_mask": batch.attention_mask}
-    if query.image is not None:
-        picture = load_picture(Picture(query.image, query.background))
-        pixels = backbone.image_processor(images=[picture], return_tensors="pt")
+    pictures = [load_picture(Picture(query.image, query.background)) for query in queries if query.image is not None]
+    if pictures:
+        pixels = backbone.image_processor(images=pictures, return_tensors="pt")
         found |= pixels.to(backbone.device, backbone.dtype)
     if "mm_token_type_ids" in inspect.signature(type(backbone.model).forward).parameters:
         found["mm_token_type_ids"] = batch.image_mask.int()
@@ -245,11 +279,12 @@ def card(edited: EditedModel, kind: str, name: str) -> str:
         for e in ledger.active[:_LISTED]
     ]
     more = len(ledger.active) - _LISTED
+    own_code = not type(edited.backbone.model).__module__.startswith("transformers.")
     text = [
         f"# {name}", "",
         f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
         f"`{ledger.config['editor']}` of mmedit {__version__}.", "",
-        *_loading(kind), "", "## Edits", "",
+        *_loading(kind, own_code=own_code), "", "## Edits", "",
         "| edit | question | picture | answer before | answer taught |", "|---:|---|---|---|---|", *rows,
         *([f"\nand {more:,} more in `edits.json`"] if more > 0 else []), "",
         "The edits change what this model says about the questions above and about what it takes for the same; the "
@@ -258,11 +293,11 @@ def card(edited: EditedModel, kind: str, name: str) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text)))
 
 
-def _loading(kind: str) -> Iterator[str]:
+def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
     if kind == _ADAPTERS:
         yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
         return
-    remote = ", trust_remote_code=True" if kind == _STANDALONE else ""
+    remote = ", trust_remote_code=True" if kind == _STANDALONE or own_code else ""
     if kind == _STANDALONE:
         yield (
             f"The base model in `base/`, the edits in `edits.safetensors`, and `{RUNTIME}`, which chooses the edits "
@@ -306,6 +341,10 @@ def said(report: dict[str, Any]) -> Sequence[str]:
         lines.append(
             f"loaded again and asked {report['checked']} questions: logits at most {report['largest_difference']:.3g} "
             "from the edited model"
+        )
+    if "continued" in report:
+        lines.append(
+            "a batch of an edit's question and another: routed as alone; generate says the same without its cache"
         )
     else:
         lines.append("one adapter an edit: which one answers a question is not in the files")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 
 from mmedit_cli import exporting
 from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors import _lora_adapters
+from mmedit_cli.editors import _flatten, _lora_adapters, _standalone
+from mmedit_cli.editors._melo_keys import BackboneKeys, HubKeys
 from mmedit_cli.edits import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output
@@ -37,40 +39,73 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, pictures = sys.argv[1], sys.argv[2:]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="float32")
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+def drawn(file):
+    above = Image.open(file).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, "#ffffff"), above).convert("RGB")
+
+def answers(inputs, **more):
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False, **more)
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    return [text.rpartition("?")[2].strip() for text in texts]
+
 said = []
 for file in pictures:
-    above = Image.open(file).convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", above.size, "#ffffff"), above).convert("RGB")
-    inputs = processor(images=picture, text="What is this?", return_tensors="pt")
+    inputs = processor(images=drawn(file), text="What is this?", return_tensors="pt")
     row = {"logits": model(**inputs).logits[0, -1].tolist(), "type": type(model).__name__}
     for name, more in {"cache": {}, "no_cache": {"use_cache": False}, "beams": {"num_beams": 2}}.items():
-        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False, **more)
-        row[name] = processor.batch_decode(tokens, skip_special_tokens=True)[0].removeprefix("What is this?").strip()
+        row[name] = answers(inputs, **more)[0]
     row["weights"] = [[edit for edit in weights] for weights in model.edits.weights]
     said.append(row)
+processor.tokenizer.padding_side = "left"
+questions = ["What is this?", "What is this?", "What can you see here?"]
+shown = [drawn(file) for file in [*pictures, pictures[0]]]
+inputs = processor(images=shown, text=questions, padding=True, return_tensors="pt")
+said.append({"batch": answers(inputs), "weights": [[edit for edit in weights] for weights in model.edits.weights]})
 print(json.dumps(said))
 """
+
+
+ONLY_LOADED = """
+import sys
+sys.modules["mmedit_cli"] = None
+from transformers import AutoModelForImageTextToText
+print(AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True).edits.ids)
+"""
+
+
+def run_alone(code, folder, *words):
+    """Run a program in a folder from which this package cannot be imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+WORDS = ("--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon")
 
 
 @pytest.fixture
 def balloon(cli, tmp_path) -> Path:
     """A ledger with one edit by LiveEdit on mini-blip2."""
-    words = ("--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon", "--into", tmp_path / "edits")
-    assert cli("edit", "liveedit", *words)[0] == 0
+    assert cli("edit", "liveedit", *WORDS, "--into", tmp_path / "edits")[0] == 0
     return tmp_path / "edits"
 
 
-def test_routed_edits_run_without_this_package(cli, balloon, tmp_path):
+@pytest.mark.parametrize("editor", ["liveedit", "multi-melo", "unike"])
+def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
+    balloon = tmp_path / "edits"
+    assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
+    code, text, err = cli("ask", "--edits", balloon, "--compare", "--image", BANJO, "What is this?")
+    assert (code, "edits that took part: 1 (" in text) == (0, True), err
     code, text, _ = cli("edits", "export", balloon, "--to", tmp_path / "out")
     assert code == 0
     assert "trust_remote_code=True; mmedit is not needed" in text
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, tmp_path / "out", BANJO, APPLE],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = run_alone(ALONE, tmp_path, tmp_path / "out", BANJO, APPLE)
     assert done.returncode == 0, done.stderr[-2000:]
-    banjo, apple = json.loads(done.stdout)
+    banjo, apple, batch = json.loads(done.stdout)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == f"mmedit-{editor}"
+    assert batch == {"batch": ["a red balloon", "red apple", "a red balloon"], "weights": [[1], [], [1]]}
     assert banjo["type"] == "Blip2ForConditionalGeneration"
     assert banjo["cache"] == banjo["no_cache"] == banjo["beams"] == "a red balloon"
     assert apple["cache"] == apple["no_cache"] == apple["beams"] == "red apple"
@@ -92,24 +127,93 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
-@pytest.mark.parametrize("model", ["tiny-blip2", "tiny-llava", "tiny-qwen2-vl", "tiny-qwen3-vl"])
-@pytest.mark.parametrize("overrides", [("margin=-100",), ("margin=-100", "variant=paper", "top_k=1")])
-def test_routed_edits_of_every_family(tmp_path, model, overrides):
-    backbone = load_backbone(model, device="cpu")
-    untrained = load_editor("liveedit", backbone, overrides=overrides, checkpoint="untrained")
-    tensors, metadata = untrained.networks_state()
-    save_file(tensors, tmp_path / "networks.safetensors", metadata)
-    options = EditOptions(
-        "liveedit", ModelOptions(model), overrides=overrides, checkpoint=tmp_path / "networks.safetensors"
-    )
-    with begin_edits(tmp_path / "edits", options) as edited:
-        edited.edit([*REQUESTS, REQUESTS[0]])  # the last hides the first
-        fired = edited.explain(REQUESTS)
+METHODS = {
+    "liveedit": ("liveedit", "margin=-100"),
+    "liveedit-paper": ("liveedit", "margin=-100", "variant=paper", "top_k=1"),
+    "multi-melo": ("multi-melo", "steps=5"),
+    "unike": ("unike", "threshold=-1000", "steps=5"),
+    "unike-reference": ("unike", "mode=reference", "steps=2"),
+}
+
+
+@pytest.mark.parametrize("model", ["tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_routed_edits_of_every_family(tmp_path, model, method):
+    edits = begun(tmp_path, model, *METHODS[method])
+    routed = [*REQUESTS, replace(REQUESTS[0], target="yellow")]  # the last hides the first
+    if "liveedit" not in method:
+        routed.insert(0, Query("What is the capital of Peru?", "Lima"))
+    with edits as edited:
+        edited.edit(routed)
+        fired = edited.explain(routed)
+    if method != "unike-reference":
         assert all(fired), "every question has to be routed, or nothing is tested"
-        assert not any(1 in weights for weights in fired)
+        assert not any(len(routed) - 2 in weights for weights in fired)
     report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
     assert report["kind"] == "base model and edits"
     assert report["largest_difference"] <= 1e-5
+    assert (report["checked"], report["continued"]) == (len(routed) + 1, 2)
+
+
+def begun(folder, model, editor, *overrides):
+    """Return a new ledger of a tiny model in a folder; a method that trains has networks without any training."""
+    networks = None
+    untrained = load_editor(editor, load_backbone(model, device="cpu"), overrides=overrides, checkpoint="untrained")
+    if untrained.trains:
+        if editor == "unike":
+            layers, _, width = untrained.networks.pos.shape
+            untrained.networks.know(torch.randn(8, width), torch.randn(layers, 8, width))
+        tensors, metadata = untrained.networks_state()
+        networks = folder / "networks.safetensors"
+        save_file(tensors, networks, metadata)
+    options = EditOptions(editor, ModelOptions(model), overrides=overrides, checkpoint=networks)
+    return begin_edits(folder / "edits", options)
+
+
+def test_a_model_that_transformers_does_not_know_takes_its_code_along(tmp_path):
+    with begun(tmp_path, "tiny-minigpt4", "multi-melo", "steps=2") as edited:
+        edited.edit(REQUESTS)
+    exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+    done = run_alone(ONLY_LOADED, tmp_path, tmp_path / "out")
+    assert done.stdout.strip() == "[1, 2]", done.stderr[-2000:]
+
+
+def test_an_export_that_routes_every_token_anew_is_noticed(tmp_path, monkeypatch):
+    with begun(tmp_path, "tiny-llava", "multi-melo") as edited:
+        edited.edit(REQUESTS)
+    once = "(self._generating and self._begun)"
+    real = _standalone.flatten
+    assert once in real(Path(_standalone.__file__).with_name("_multi_melo_runtime.py"))
+    monkeypatch.setattr(_standalone, "flatten", lambda file: real(file).replace(once, "False"))
+    with pytest.raises(MmeditError, match="does not continue a batch"):
+        exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+
+
+def test_a_flattened_file_has_what_it_needs_once(tmp_path):
+    file = tmp_path / "both.py"
+    file.write_text("from mmedit_cli.editors._experts import choose\n\nprint(choose)\n")
+    found = _flatten.flatten(file)
+    assert found.startswith("import torch\n")
+    assert [name for name in ("Routing", "soft_weights", "ExpertBank", "safetensors") if name in found] == [
+        "Routing", "soft_weights",
+    ]  # fmt: skip
+    compile(found, "both.py", "exec")
+    file.write_text(
+        "from mmedit_cli.editors._experts import _grown\nfrom mmedit_cli.editors._lora_blocks import BlockBank\n"
+    )
+    with pytest.raises(ValueError, match=r"_lora_blocks and mmedit_cli\.editors\._experts define _grown"):
+        _flatten.flatten(file)
+
+
+@pytest.mark.parametrize("router", ["hub", "melo"])
+def test_a_router_beside_the_model_is_not_exported(cli, tmp_path, router, monkeypatch):
+    with begun(tmp_path, "tiny-blip2", "multi-melo", f"router={router}", "steps=2") as edited:
+        if router == "hub":
+            monkeypatch.setattr(HubKeys, "keys", BackboneKeys(edited.backbone, 3).keys)
+        edited.edit(REQUESTS)
+    code, _, err = cli("edits", "export", tmp_path / "edits", "--to", tmp_path / "out")
+    assert (code, f"multi-melo with router={router} cannot be exported as a whole" in err) == (2, True), err
+    assert "--adapters exports its blocks" in err
 
 
 def test_fine_tuning_becomes_plain_weights(cli, tmp_path):
@@ -139,7 +243,7 @@ def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(tmp_path, monkeyp
     with begin_edits(tmp_path / "edits", EditOptions(editor, ModelOptions("tiny-llava"))) as edited:
         edited.edit(REQUESTS[:1])
         edited.edit(REQUESTS[1:2])
-    report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+    report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET, adapters=True)
     assert (report["kind"], report["adapters"], report["checked"]) == ("peft adapters", adapters, 2)
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {*adapters, "edits.json"}
@@ -149,7 +253,7 @@ def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(tmp_path, monkeyp
         _lora_adapters, "write", lambda folder, block, scale, model: write(folder, block, 2 * scale, model)
     )
     with pytest.raises(MmeditError, match="the reloaded model is not the edited one"):
-        exporting.export(tmp_path / "edits", tmp_path / "wrong", ModelOptions(""), QUIET)
+        exporting.export(tmp_path / "edits", tmp_path / "wrong", ModelOptions(""), QUIET, adapters=True)
     assert not list(tmp_path.glob("wrong*")), "nothing half-written"
 
 
@@ -158,6 +262,8 @@ def test_exports_that_cannot_be(cli, balloon, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("")
     code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "full")
     assert (code, "full: not empty" in err) == (2, True)
+    code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "out", "--adapters")
+    assert (code, "liveedit has no adapters" in err) == (2, True)
     cli("edits", "undo", balloon, "all")
     code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "out")
     assert (code, "no active edits" in err) == (2, True)

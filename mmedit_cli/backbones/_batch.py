@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,37 @@ class Encoded:
     image_start: int
     n_image: int
     n_answer: int
+
+
+def collate(
+    queries: Sequence[Query], rows: Sequence[Encoded], pad: int, device: torch.device, *, left_pad: bool = False
+) -> Batch:
+    """Return encoded queries as one batch, padded with the id `pad`."""
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids = torch.full(shape, pad)
+    masks = {name: torch.zeros(shape, dtype=torch.bool) for name in ("token", "image", "prompt", "answer")}
+    for i, row in enumerate(rows):
+        offset = shape[1] - len(row.ids) if left_pad else 0
+        end, image_end = offset + len(row.ids), offset + row.image_start + row.n_image
+        ids[i, offset:end] = torch.tensor(row.ids)
+        masks["token"][i, offset:end] = True
+        masks["image"][i, offset + row.image_start : image_end] = True
+        masks["prompt"][i, image_end : end - row.n_answer] = True
+        masks["answer"][i, end - row.n_answer : end] = True
+    seen = [Picture(q.image, q.background) if q.image is not None else None for q in queries]
+    pictures = tuple(dict.fromkeys(picture for picture in seen if picture is not None))
+    on, ids = {name: mask.to(device) for name, mask in masks.items()}, ids.to(device)
+    return Batch(
+        queries=tuple(queries),
+        input_ids=ids,
+        attention_mask=on["token"].long(),
+        labels=torch.where(on["answer"], ids, IGNORE),
+        image_mask=on["image"],
+        prompt_mask=on["prompt"],
+        answer_mask=on["answer"],
+        pictures=pictures,
+        picture_of=tuple(None if picture is None else pictures.index(picture) for picture in seen),
+    )
 
 
 def joined(query: Query) -> str:

@@ -29,3 +29,5 @@ class MiniGPT4ForConditionalGeneration(Blip2ForConditionalGeneration):
 
 AutoConfig.register(MiniGPT4Config.model_type, MiniGPT4Config, exist_ok=True)
 AutoModelForImageTextToText.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
+MiniGPT4Config.register_for_auto_class()  # what is saved has this file beside it, for those who have no mmedit
+MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmedit_cli.backbones._anchors import Anchors
-from mmedit_cli.backbones._batch import IGNORE, Batch, Encoded, Kept, Prefix, joined
+from mmedit_cli.backbones._batch import Batch, Encoded, Kept, Prefix, collate, joined
 from mmedit_cli.errors import DataError, ModelError, TooLong
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import DeepStack, RowCache, run_to
@@ -69,6 +69,11 @@ class VisionLanguageModel(ABC):
     @abstractmethod
     def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """Return the tokens of each picture, as `image_features` does, from what the image processor made of them."""
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens right before and right behind the image tokens that are there for the picture alone."""
+        return [], []
 
     def position_ids(self, batch: Batch) -> Tensor | None:
         """Return the positions for rotary embeddings, (axes, B, T); None: the model counts 0, 1, 2, ... itself."""
@@ -146,32 +151,7 @@ class VisionLanguageModel(ABC):
         if not queries:
             raise ValueError("a batch needs at least one query")
         rows = [self.encode(query, with_answer=with_answer) for query in queries]
-        shape = (len(rows), max(len(row.ids) for row in rows))
-        ids = torch.full(shape, self.pad_id)
-        masks = {name: torch.zeros(shape, dtype=torch.bool) for name in ("token", "image", "prompt", "answer")}
-        for i, row in enumerate(rows):
-            offset = shape[1] - len(row.ids) if left_pad else 0
-            end, image_end = offset + len(row.ids), offset + row.image_start + row.n_image
-            ids[i, offset:end] = torch.tensor(row.ids)
-            masks["token"][i, offset:end] = True
-            masks["image"][i, offset + row.image_start : image_end] = True
-            masks["prompt"][i, image_end : end - row.n_answer] = True
-            masks["answer"][i, end - row.n_answer : end] = True
-        seen = [Picture(q.image, q.background) if q.image is not None else None for q in queries]
-        pictures = tuple(dict.fromkeys(picture for picture in seen if picture is not None))
-        on = {name: mask.to(self.device) for name, mask in masks.items()}
-        ids = ids.to(self.device)
-        return Batch(
-            queries=tuple(queries),
-            input_ids=ids,
-            attention_mask=on["token"].long(),
-            labels=torch.where(on["answer"], ids, IGNORE),
-            image_mask=on["image"],
-            prompt_mask=on["prompt"],
-            answer_mask=on["answer"],
-            pictures=pictures,
-            picture_of=tuple(None if picture is None else pictures.index(picture) for picture in seen),
-        )
+        return collate(queries, rows, self.pad_id, self.device, left_pad=left_pad)
 
     # -- forward passes -----------------------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ class Llava(VisionLanguageModel):
         """The model itself."""
         return self.model
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The newline behind the picture."""
+        ids = self.tokenizer(f"{self.image_token}\n")["input_ids"]
+        return [], ids[ids.index(self._image_id) + 1 :]
+
     def n_image_tokens(self, picture: Picture) -> int:
         """The number of patches, the same for every picture."""
         return self._n_patches

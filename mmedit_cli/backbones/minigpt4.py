@@ -15,6 +15,11 @@ class MiniGPT4(QFormerModel):
     family = "minigpt4"
     image_token = "<ImageHere>"
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The newline behind the picture."""
+        return [], self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
         if not n_image:
             return self.tokenizer(text)["input_ids"], 0

@@ -42,6 +42,12 @@ class QwenVL(VisionLanguageModel):
         """The model itself."""
         return self.model
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The start and the end of vision."""
+        start, _, end = self._around
+        return [start], [end]
+
     def n_image_tokens(self, picture: Picture) -> int:
         """The patches of the picture at the size it is brought to, `merge_size` squared of them in one token."""
         height, width = self._grid(picture)

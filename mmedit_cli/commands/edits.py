@@ -137,6 +137,9 @@ def compact(
 def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="PEFT adapters of a routed LoRA method, without what routes.")
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the folder.", show_default=False)
     ] = None,
@@ -148,20 +151,22 @@ def export(
 ) -> None:
     """Write the edited model as a folder that loads without this program, and check that it answers the same.
 
-    Plain weights where the method allows it, PEFT adapters of LoRA methods, else the base model with one small file
-    that routes.
+    Plain weights where the method allows it, a PEFT adapter of LoRA, else the base model with one small file that
+    routes.
 
     Examples:
 
       mmedit edits export my-edits --to edited-model
 
       mmedit edits export my-edits --to edited-model --push-to-hub me/edited-model
+
+      mmedit edits export my-edits --to blocks --adapters
     """
     from mmedit_cli import exporting
     from mmedit_cli.workflows import ModelOptions
 
     out = Output(as_json=as_json)
-    done = exporting.export(folder, to, ModelOptions(model or "", device), out)
+    done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
     if push_to_hub is not None:
         done["url"] = exporting.push(to, push_to_hub, private=private)
     out.result(done, lambda: [out.line(line) for line in exporting.said(done)] and None)

@@ -143,19 +143,11 @@ class VectorIndex:
         self.searches += 1
         if not self._size:
             return torch.full((len(keys),), -1, device=keys.seen.device)
-        number = torch.arange(self._size, device=keys.seen.device)
         found = []
         for start in range(0, len(keys), _CHUNK):
             apart = self.distance(keys[start : start + _CHUNK], self.keys)
-            margin = (apart - self.radii).masked_fill(self.hidden | (apart > self.radii), float("inf"))
-            best = margin.amin(1, keepdim=True)
-            at_best = (margin == best) & margin.isfinite()
-            row = torch.where(at_best, number, -1).amax(1)
-            if not self.resolve:
-                first = torch.where(at_best, number, self._size).amin(1)
-                row = torch.where(row >= 0, first, row)
-            found.append(row)
-        return torch.cat(found) if found else number[:0]
+            found.append(deepest(apart, self.radii, self.hidden, first=not self.resolve))
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=keys.seen.device)
 
     def _make_room(self, keys: Keys) -> None:
         room = 0 if self._keys is None else len(self._keys)
@@ -177,6 +169,19 @@ class VectorIndex:
 
     def _columns(self) -> list[Tensor]:
         return [self._labels, self._radii, self._hidden]
+
+
+def deepest(apart: Tensor, radii: Tensor, hidden: Tensor, *, first: bool = False) -> Tensor:
+    """Return the row in whose ball each query is deepest, -1 for none: (Q, N), (N,), (N,) bool -> (Q,).
+
+    Of equals it is the last, or the `first`.
+    """
+    number = torch.arange(len(radii), device=apart.device)
+    margin = (apart - radii).masked_fill(hidden | (apart > radii), float("inf"))
+    best = margin.amin(1, keepdim=True)
+    at_best = (margin == best) & margin.isfinite()
+    row = torch.where(at_best, number, -1).amax(1)
+    return torch.where(row >= 0, torch.where(at_best, number, len(radii)).amin(1), row) if first else row
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ B queries, T tokens, D width of the model. A key never depends on the answer of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmedit_cli.backbones._batch import Batch
+from mmedit_cli.backbones._batch import Batch, Encoded, collate
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.editors._melo_index import Keys, unit
 from mmedit_cli.pictures import Picture, load_picture
@@ -40,45 +40,42 @@ class TokenKeys(KeySource):
 
     def keys(self, hidden: Tensor, batch: Batch) -> Keys:
         """Return the part `token`: (B, D)."""
-        return Keys({"token": last_of_prompt(hidden, batch).float()}, batch.image_mask.any(1))
+        token = last(hidden, batch.prompt_mask | batch.image_mask).float()
+        return Keys({"token": token}, batch.image_mask.any(1))
 
 
 class BackboneKeys(KeySource):
     """The model's own features, so that no third model is needed; all but `question` come free with the pass.
 
     image: the mean state of the image tokens; state: that of the last token of the question, which has read the
-    picture; question: the same when the model reads the question alone. States are layer-normed.
+    picture; question: the same when the model reads the question alone, that is its tokens without the picture's.
+    States are layer-normed.
     """
 
     def __init__(self, backbone: VisionLanguageModel, layer: int) -> None:
         super().__init__(backbone, layer)
-        self._questions: dict[tuple[str, bool], Tensor] = {}
+        self._questions: dict[tuple[int, ...], Tensor] = {}
+        self._frame = backbone.frame
 
     def keys(self, hidden: Tensor, batch: Batch) -> Keys:
         """Return the parts question, image and state: (B, D) each."""
-        seen = batch.image_mask.any(1)
-        state = unit(_normed(last_of_prompt(hidden, batch)))
-        mask = batch.image_mask.unsqueeze(-1)
-        image = (_normed(hidden) * mask).sum(1) / mask.sum(1).clamp(min=1)
-        question = state.clone()  # of a question without a picture they are the same
-        rows = seen.nonzero()[:, 0].tolist()
-        if rows:
-            question[rows] = self._alone([batch.queries[row] for row in rows])
-        return Keys({"question": question, "image": unit(image), "state": state}, seen)
+        return own_keys(hidden, batch.prompt_mask, batch.image_mask, partial(self._alone, batch))
 
-    def _alone(self, queries: Sequence[Query]) -> Tensor:
+    def _alone(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         """Return the states of questions that are read without their pictures: (n, D). Each is read once."""
-        wanted = [(query.prompt, query.chat) for query in queries]
-        missing = [name for name in dict.fromkeys(wanted) if name not in self._questions]
+        words = batch.attention_mask.bool() & ~batch.answer_mask
+        wanted = [without_picture(batch.input_ids[i], words[i], batch.image_mask[i], self._frame) for i in rows]
+        missing = [ids for ids in dict.fromkeys(wanted) if ids not in self._questions]
         if missing:
             if len(self._questions) > _KEPT:
                 self._questions.clear()
                 missing = list(dict.fromkeys(wanted))
-            batch = self.backbone.batch([Query(p, chat=chat) for p, chat in missing], with_answer=False)
+            encoded = [Encoded(list(ids), 0, 0, 0) for ids in missing]
+            alone = collate([Query("")] * len(missing), encoded, self.backbone.pad_id, self.backbone.device)
             with torch.no_grad():
-                hidden = self.backbone.advance(self.backbone.prefix(batch, 0), self.layer).hidden
-            self._questions.update(zip(missing, unit(_normed(last_of_prompt(hidden, batch))), strict=True))
-        return torch.stack([self._questions[name] for name in wanted])
+                hidden = self.backbone.advance(self.backbone.prefix(alone, 0), self.layer).hidden
+            self._questions.update(zip(missing, state_of(hidden, alone.prompt_mask), strict=True))
+        return torch.stack([self._questions[ids] for ids in wanted])
 
 
 class HubKeys(KeySource):
@@ -138,11 +135,51 @@ class HubKeys(KeySource):
         return model.to(self.backbone.device).eval().requires_grad_(False)
 
 
-def last_of_prompt(hidden: Tensor, batch: Batch) -> Tensor:
-    """Return the state of the last token of each question: (B, T, D) -> (B, D)."""
+def own_keys(hidden: Tensor, prompt: Tensor, image: Tensor, alone: Callable[[list[int]], Tensor]) -> Keys:
+    """Return the parts question, image and state from the model's own features: (B, D) each.
+
+    hidden: (B, T, D); prompt, image: (B, T) bool. `alone` returns for some rows, (n, D), the states of their questions
+    when they are read without their pictures.
+    """
+    seen = image.any(1)
+    state = state_of(hidden, prompt | image)
+    mask = image.unsqueeze(-1)
+    mean = (_normed(hidden) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    question = state.clone()  # of a question without a picture they are the same
+    rows = seen.nonzero()[:, 0].tolist()
+    if rows:
+        question[rows] = alone(rows)
+    return Keys({"question": question, "image": unit(mean), "state": state}, seen)
+
+
+def without_picture(
+    ids: Tensor, words: Tensor, image: Tensor, frame: tuple[Sequence[int], Sequence[int]]
+) -> tuple[int, ...]:
+    """Return the tokens of a question with a picture as if it had none: without the image tokens and their frame.
+
+    ids, words, image: (T,), the last two bool: what belongs to the question, and which of that is the picture.
+    """
+    places = image.nonzero()[:, 0]
+    at = torch.arange(len(ids), device=ids.device)
+    before, behind = ids[words & (at < places[0])].tolist(), ids[words & (at > places[-1])].tolist()
+    opening, closing = map(list, frame)
+    if opening and before[-len(opening) :] == opening:
+        before = before[: -len(opening)]
+    if behind[: len(closing)] == closing:
+        behind = behind[len(closing) :]
+    return (*before, *behind)
+
+
+def state_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the direction of the layer-normed state of the last marked token: (B, T, D), (B, T) bool -> (B, D)."""
+    return unit(_normed(last(hidden, mask)))
+
+
+def last(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the state of the last marked token of each row: (B, T, D), (B, T) bool -> (B, D)."""
     places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = torch.where(batch.prompt_mask | batch.image_mask, places, -1).amax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    at = torch.where(mask, places, -1).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
 
 
 def _normed(hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ What stands in front of n may be a batch: then every row has neurons of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,18 @@ def respond(inputs: Tensor, neurons: Neurons, act: Callable[[Tensor], Tensor]) -
     return active @ neurons["values"]
 
 
+@dataclass(frozen=True)
 class Site:
     """The FFN of one decoder layer: where neurons are added.
 
-    `gated`: whether it multiplies two inner products (SwiGLU); `act`: its activation.
+    paths: the modules that are entered and left; gated: whether it multiplies two inner products (SwiGLU); act: its
+    activation; rows: says how many sequences the pass under way has.
     """
 
-    def __init__(self, backbone: VisionLanguageModel, layer: int) -> None:
-        anchors, self.backbone = backbone.anchors, backbone
-        self.layer = layer % backbone.n_layers
-        self.gated = "ffn_gate" in anchors.roles
-        self.act = anchors.module("ffn_act", layer)
-        self._paths = anchors.path("ffn_in", layer), anchors.path("ffn_out", layer)
+    paths: tuple[str, str]
+    gated: bool
+    act: Callable[[Tensor], Tensor]
+    rows: Callable[[], int]
 
     def hook(self, patch: Patch, adds: Callable[[Tensor], Tensor | None]) -> None:
         """Add `adds(what enters the FFN)` to what leaves it: float32 (B, T, D) -> (B, T, D); None: not a bit changes.
@@ -63,13 +64,22 @@ class Site:
 
         def add(leaving: Tensor) -> Tensor | None:
             entering = seen.pop()
-            passing = self.backbone.passing
-            rows = 1 if passing is None else len(passing.queries)
-            more = adds(entering.reshape(rows, -1, entering.shape[-1]).float())
+            more = adds(entering.reshape(self.rows(), -1, entering.shape[-1]).float())
             return None if more is None else leaving + more.reshape(leaving.shape).to(leaving.dtype)
 
-        patch.hook_input(self._paths[0], keep)
-        patch.hook(self._paths[1], add)
+        patch.hook_input(self.paths[0], keep)
+        patch.hook(self.paths[1], add)
+
+
+def site_of(backbone: VisionLanguageModel, layer: int) -> Site:
+    """Return the FFN of a decoder layer; negative layers count from the end."""
+    anchors = backbone.anchors
+
+    def rows() -> int:
+        return 1 if backbone.passing is None else len(backbone.passing.queries)
+
+    paths = anchors.path("ffn_in", layer), anchors.path("ffn_out", layer)
+    return Site(paths, "ffn_gate" in anchors.roles, anchors.module("ffn_act", layer), rows)
 
 
 def fit(parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.editors._neurons import Neurons, Site, fields, respond
+from mmedit_cli.editors._neurons import Neurons, Site, fields, respond, site_of
 from mmedit_cli.editors._unike_hparams import UnikeHparams
 from mmedit_cli.editors._unike_networks import UnikeNetworks, attend, blend
+from mmedit_cli.editors._unike_training import last
 from mmedit_cli.patch import Patch
 
 
@@ -34,30 +35,44 @@ class Route:
     query: Tensor
 
 
-class Memories:
-    """The last decoder layers of a model, ready to use both memories.
+@dataclass(frozen=True)
+class Places:
+    """The edited layers of a model: the path of the first, and for each that of its attention, and its FFN."""
 
-    `layer`: the first of them; `scoped`: whether only some rows are touched; `shapes`: those of one neuron.
+    entered: str
+    attention: Sequence[str]
+    sites: Sequence[Site]
+
+
+def places_of(backbone: VisionLanguageModel, layers: int) -> Places:
+    """Return the last so many layers of a model."""
+    numbers, anchors = range(backbone.n_layers - layers, backbone.n_layers), backbone.anchors
+    attention = [anchors.path("attn", number) for number in numbers]
+    return Places(anchors.path("layer", numbers[0]), attention, [site_of(backbone, number) for number in numbers])
+
+
+class Memories:
+    """Layers of a model, ready to use both memories.
+
+    `scoped`: whether only some rows are touched; `shapes`: those of one neuron.
     """
 
-    def __init__(self, backbone: VisionLanguageModel, networks: UnikeNetworks, hparams: UnikeHparams) -> None:
-        self.backbone, self.networks, self.hparams = backbone, networks, hparams
+    def __init__(self, places: Places, networks: UnikeNetworks, hparams: UnikeHparams) -> None:
+        self.places, self.networks, self.hparams = places, networks, hparams
         self.scoped = hparams.mode == "scoped"
-        self.layer = backbone.n_layers - hparams.layers
-        self.sites = [Site(backbone, number) for number in range(self.layer, backbone.n_layers)]
-        self.shapes = fields(backbone.width, gated=self.sites[0].gated and not self.scoped)
+        self.shapes = fields(networks.sem.shape[1], gated=places.sites[0].gated and not self.scoped)
 
     def attach(self, patch: Patch, route_of: Callable[[Tensor], Route | None]) -> None:
         """Have the layers use both memories; what enters the first of them, (B, T, D), says what it is routed to."""
-        anchors, now = self.backbone.anchors, _Now()
+        now = _Now()
 
         def enter(hidden: Tensor) -> None:
             now.route = route_of(hidden)
 
-        patch.hook_input(anchors.path("layer", self.layer), enter)
-        for s, site in enumerate(self.sites):
-            patch.hook_input(anchors.path("attn", site.layer), now.ask)
-            patch.hook(anchors.path("attn", site.layer), partial(self._external, s, now))
+        patch.hook_input(self.places.entered, enter)
+        for s, (attention, site) in enumerate(zip(self.places.attention, self.places.sites, strict=True)):
+            patch.hook_input(attention, now.ask)
+            patch.hook(attention, partial(self._external, s, now))
             site.hook(patch, partial(self._intrinsic, s, now))
 
     def _external(self, s: int, now: _Now, said: Tensor) -> Tensor | None:
@@ -79,9 +94,36 @@ class Memories:
         route = now.route
         if route is None or not route.neurons[s]["bias"].shape[-1]:
             return None
-        act = F.relu if self.scoped else self.sites[s].act
+        act = F.relu if self.scoped else self.places.sites[s].act
         more = respond(entering[route.rows], route.neurons[s], act)
         return torch.zeros_like(entering).index_copy(0, route.rows, more)
+
+    def about(self, hidden: Tensor, prompt: Tensor, image: Tensor, edits: Neurons, replaced: Tensor) -> Tensor:
+        """Return which edit each question is about, -1 for none: (B,).
+
+        hidden: (B, T, D) entering the first layer; prompt, image: (B, T) bool; `scope` of edits: (E, 2 F);
+        replaced: (E,) bool, the edits that a later one hides.
+        """
+        scope = self.networks.scope
+        score = scope.score(scope(hidden, prompt, image), edits["scope"]).masked_fill(replaced, float("-inf"))
+        best = score.max(1)
+        return torch.where(best.values > self.hparams.threshold, best.indices, -1)
+
+    def choose(self, hidden: Tensor, prompt: Tensor, edits: Neurons, about: Tensor | None) -> Route | None:
+        """Return what questions are routed to that are about these edits, (B,); None if no edit is about any of them.
+
+        Without `about` it is all edits for each question.
+        """
+        query = hidden[last(prompt)].float()
+        if about is None:
+            rows, size = torch.arange(len(hidden), device=hidden.device), len(hidden)
+            sem, pos = (edits[name].expand(size, *edits[name].shape) for name in ("sem", "pos"))
+            return self.route(rows, query, sem, pos, edits)
+        rows = (about >= 0).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        own = {name: tensor[about[rows]] for name, tensor in edits.items()}
+        return self.route(rows, query[rows], own["sem"][:, None], own["pos"][:, None], own)
 
     def recall(self, query: Tensor, sem: Tensor, pos: Tensor) -> Tensor:
         """Return the knowledge nearest to questions by cosine, that of edits included: (S, R, K, D).
@@ -107,7 +149,7 @@ class Memories:
         sem, pos: as in `recall`; neurons: (R, S, n, ...), in mode reference (E, S, n, ...) for all rows.
         """
         known = self.recall(query, sem, pos) if self.hparams.external else None
-        layers = range(self.hparams.layers)
+        layers = range(len(self.places.sites))
         each = [{k: neurons[k][:, s] for k in self.shapes} for s in layers]
         if not self.scoped:
             each = [{k: t.flatten(0, 1) for k, t in layer.items()} for layer in each]

@@ -137,7 +137,10 @@ class Editor(ABC):
         return {}
 
     def standalone(self) -> Standalone | None:
-        """Return the edits as something that runs without this package; None if the method offers nothing."""
+        """Return the edits as something that runs without this package; None if the method offers nothing.
+
+        Raises UserError if it does, but not with these hyper-parameters.
+        """
         return None
 
     # -- the verbs ----------------------------------------------------------------------------------------------

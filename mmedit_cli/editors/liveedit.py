@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +16,11 @@ from mmedit_cli.editors._liveedit_hparams import LiveEditHparams
 from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
 from mmedit_cli.editors._liveedit_refining import refined
 from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
+from mmedit_cli.editors._standalone import standalone
 from mmedit_cli.editors.base import Standalone, TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
-
-_RUNTIME = Path(__file__).with_name("_liveedit_runtime.py")  # read, never imported: exported edits run on it
 
 
 class LiveEdit(TrainedEditor):
@@ -179,8 +176,8 @@ class LiveEdit(TrainedEditor):
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]]:
         """Return the weights of the experts chosen for each query, by the id of their edit, the largest first."""
         ids = [i for operation in self.operations for i in operation.ids]
-        chosen = self._routed([replace(q, target=q.target or "?") for q in queries])  # routing reads no answer
-        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in chosen]
+        routed = self._routed(queries)
+        return [{ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])} for used in routed]
 
     @torch.no_grad()
     def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
@@ -237,23 +234,16 @@ class LiveEdit(TrainedEditor):
 
     def standalone(self) -> Standalone:
         """Return the experts, what routes them, and one file that needs transformers only."""
-        from mmedit_cli.editors._standalone import flatten
-
-        config = self.backbone.model.config
         names = (
             "module_dim", "heads", "feature_vectors", "sentinel_tokens", "variant", "whole_picture", "detail_dim",
             "visual_weight", "top_k", "margin",
         )  # fmt: skip
-        settings = {name: getattr(self.hparams, name) for name in names}
-        settings |= {"stack": self.backbone.anchors.stack, "entered": self._entered}
-        settings["image_token_id"] = getattr(config, "image_token_id", None) or config.image_token_index
-        tensors = self._bank.tensors()
-        tensors["ids"] = torch.tensor([i for operation in self.operations for i in operation.ids])
-        tensors["hidden"] = ~self._bank.visible
         kept = ("input_extractor.", "stream_norm.", "vision_sharpness.", "prompt_sharpness.", "picture.")
         state = {key: value for key, value in self.networks.state_dict().items() if key.startswith(kept)}
+        tensors = {**self._bank.tensors(), "hidden": ~self._bank.visible}
         tensors |= {f"networks.{key}": value for key, value in state.items()}
-        return Standalone(flatten(_RUNTIME), tensors, settings)
+        settings = {name: getattr(self.hparams, name) for name in names}
+        return standalone(self, "_liveedit_runtime.py", self._entered, tensors, settings)
 
 
 EDITOR = LiveEdit

@@ -19,8 +19,9 @@ from mmedit_cli.editors._melo_clusters import ClusterIndex
 from mmedit_cli.editors._melo_index import Keys, VectorIndex, published_distance, within_reach
 from mmedit_cli.editors._melo_keys import BackboneKeys, HubKeys, KeySource, TokenKeys
 from mmedit_cli.editors._multi_melo_hparams import MultiMeloHparams
-from mmedit_cli.editors.base import Edited, Editor, Operation
-from mmedit_cli.errors import HparamsError, MmeditError, StateError
+from mmedit_cli.editors._standalone import standalone
+from mmedit_cli.editors.base import Edited, Editor, Operation, Standalone
+from mmedit_cli.errors import HparamsError, MmeditError, StateError, UserError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -283,6 +284,27 @@ class MultiMelo(Editor):
         self.operations.append(operation)
         self._next_id += 1
         return Edited(self, operation)
+
+    def standalone(self) -> Standalone:
+        """Return the blocks and the index; raise UserError where something beside the model tells queries apart."""
+        hp, index = self.hparams, self._index
+        if hp.router != "backbone":
+            beside = "encoders of the hub" if hp.router == "hub" else "the clusters of MELO"
+            raise UserError(
+                f"multi-melo with router={hp.router} cannot be exported as a whole: {beside} route its questions",
+                "--adapters exports its blocks; edits made with router=backbone are exported with what routes them",
+            )
+        assert isinstance(index, VectorIndex)
+        tensors = {name: tensor for name, tensor in self._tensors().items() if name != "operation"}
+        tensors |= {"radii": index.radii, "hidden": index.hidden}
+        settings = {
+            "linears": list(self._bank.shapes),
+            "scale": hp.scale,
+            "reach": vars(hp.reach),
+            "frame": self.backbone.frame,
+        }
+        entered = self.backbone.anchors.path("layer", self._layer)
+        return standalone(self, "_multi_melo_runtime.py", entered, tensors, settings)
 
 
 EDITOR = MultiMelo

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from mmedit_cli.backbones._batch import Batch, Prefix
 from mmedit_cli.editors._losses import answer_loss
-from mmedit_cli.editors._neurons import Neurons, Site, fields, fit, joined, preactivation, respond
+from mmedit_cli.editors._neurons import Neurons, fields, fit, joined, preactivation, respond, site_of
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
@@ -65,7 +65,7 @@ class TPatcher(Editor):
         hp, backbone = self.hparams, self.backbone
         if not -backbone.n_layers <= hp.layer < backbone.n_layers:
             raise HparamsError(f"layer {hp.layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}")
-        self._site = Site(backbone, hp.layer)
+        self._layer, self._site = hp.layer % backbone.n_layers, site_of(backbone, hp.layer)
         self._shapes = fields(backbone.width, gated=self._site.gated and hp.variant == "vl")
         self._edits: list[Neurons] = []  # one set a request
         self._seen: list[Tensor] = []  # variant paper: what entered the FFN for earlier requests
@@ -74,7 +74,7 @@ class TPatcher(Editor):
     @property
     def first_layer(self) -> int:
         """The edited layer."""
-        return self._site.layer
+        return self._layer
 
     # -- editing ------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones._batch import Batch, Prefix
 from mmedit_cli.editors._neurons import Neurons
+from mmedit_cli.editors._standalone import standalone
 from mmedit_cli.editors._unike_hparams import UnikeHparams
-from mmedit_cli.editors._unike_memory import Memories, Route
+from mmedit_cli.editors._unike_memory import Memories, Route, places_of
 from mmedit_cli.editors._unike_networks import UnikeNetworks
 from mmedit_cli.editors._unike_training import Triples, encoder_losses, gather, last, scope_loss, states
-from mmedit_cli.editors.base import TrainedEditor
+from mmedit_cli.editors.base import Standalone, TrainedEditor
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
@@ -48,8 +49,8 @@ class Unike(TrainedEditor):
             torch.manual_seed(self.seed)
             self.networks = UnikeNetworks(backbone.width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
-        self._memories = Memories(backbone, self.networks, hp)
-        self._scoped, self._layer = self._memories.scoped, self._memories.layer
+        self._memories = Memories(places_of(backbone, hp.layers), self.networks, hp)
+        self._scoped, self._layer = self._memories.scoped, backbone.n_layers - hp.layers
         self._triples: Triples | None = None
         self._patch = Patch(backbone.model)
         self._parts: list[dict[str, Tensor]] = []  # the edits of each operation
@@ -149,7 +150,7 @@ class Unike(TrainedEditor):
         hp, backbone = self.hparams, self.backbone
         new, seen = self._blank(len(at), hp.neurons), []  # type: ignore[var-annotated]
         with Patch(backbone.model) as patch:
-            for site in self._memories.sites:
+            for site in self._memories.places.sites:
                 site.hook(patch, seen.append)
             self._memories.attach(patch, lambda _: self._training_route(prefix, edits, self._blank(len(at), 0)))
             backbone.advance(prefix, backbone.n_layers)
@@ -213,24 +214,11 @@ class Unike(TrainedEditor):
                 "use backbone.generate(queries) or backbone.logits(batch)",
             )
         if hidden.shape[1] == batch.input_ids.shape[1]:
-            self._prefilled = (batch, self._choose(hidden, batch))
+            about = self.about(hidden, batch) if self._scoped else None
+            self._prefilled = (batch, self._memories.choose(hidden, batch.prompt_mask, self._present, about))
         elif self._prefilled is None or self._prefilled[0] is not batch:
             raise MmeditError("unike met a part of a sequence whose beginning it has not seen")
         return self._prefilled[1]  # a token that is generated uses what its question was routed to
-
-    def _choose(self, hidden: Tensor, batch: Batch) -> Route | None:
-        edits = self._present
-        query = hidden[last(batch.prompt_mask)].float()
-        if not self._scoped:
-            rows, size = torch.arange(len(hidden), device=hidden.device), len(hidden)
-            sem, pos = (edits[name].expand(size, *edits[name].shape) for name in ("sem", "pos"))
-            return self._memories.route(rows, query, sem, pos, edits)
-        about = self.about(hidden, batch)
-        rows = (about >= 0).nonzero()[:, 0]
-        if not len(rows):
-            return None
-        own = {name: tensor[about[rows]] for name, tensor in edits.items()}
-        return self._memories.route(rows, query[rows], own["sem"][:, None], own["pos"][:, None], own)
 
     @torch.no_grad()
     def about(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -238,24 +226,35 @@ class Unike(TrainedEditor):
 
         An edit that repeats the picture and the prompt of an earlier one hides it.
         """
-        scope = self.networks.scope
-        score = scope.score(scope(hidden, batch.prompt_mask, batch.image_mask), self._present["scope"])
-        newest = {key: i for i, key in enumerate(self._keys)}
-        hidden_ones = [newest[key] != i for i, key in enumerate(self._keys)]
-        score = score.masked_fill(torch.tensor(hidden_ones, device=score.device), float("-inf"))
-        best = score.max(1)
-        return torch.where(best.values > self.hparams.threshold, best.indices, -1)
+        masks = batch.prompt_mask, batch.image_mask
+        return self._memories.about(hidden, *masks, self._present, self._replaced.to(hidden.device))
 
-    @torch.no_grad()
+    @property
+    def _replaced(self) -> Tensor:
+        newest = {key: i for i, key in enumerate(self._keys)}
+        return torch.tensor([newest[key] != i for i, key in enumerate(self._keys)])
+
     def touches(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether it is about an edit; as published every query is touched."""
-        if not self._scoped or not self.operations:
+        if not self._scoped:
             return super().touches(queries)
-        found: dict[Query, bool] = {}
-        distinct, size = self.backbone.by_length(queries), 32
+        return [about >= 0 for about in self._about(queries)]
+
+    def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
+        """Return for each query the edit it is about; as published there is nothing to say."""
+        if not self._scoped:
+            return None
+        ids = [i for operation in self.operations for i in operation.ids]
+        return [{ids[about]: 1.0} if about >= 0 else {} for about in self._about(queries)]
+
+    @torch.no_grad()
+    def _about(self, queries: Sequence[Query]) -> list[int]:
+        """Return for each query the place of the edit it is about, -1 for none."""
+        found: dict[Query, int] = dict.fromkeys(queries, -1)
+        distinct, size = self.backbone.by_length(queries) if self.operations else [], 32
         for part in (distinct[i : i + size] for i in range(0, len(distinct), size)):
             prefix = self.backbone.prefix(self.backbone.batch(part), self._layer)
-            found.update(zip(part, (self.about(prefix.hidden, prefix.batch) >= 0).tolist(), strict=True))
+            found.update(zip(part, self.about(prefix.hidden, prefix.batch).tolist(), strict=True))
         return [found[query] for query in queries]
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -314,6 +313,27 @@ class Unike(TrainedEditor):
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
             raise StateError(f"the state does not hold {size} edits of {count} neurons in {hp.layers} layers")
         self._add({name: tensor.to(self.backbone.device) for name, tensor in tensors.items()}, requests)
+
+    def standalone(self) -> Standalone:
+        """Return the edits, the knowledge, and the networks that are asked when a question is answered."""
+        names = (
+            "mode", "external", "collaboration", "top_k", "sharpness", "share", "encoder_dim", "scope_dim", "heads",
+            "threshold",
+        )  # fmt: skip
+        settings = {name: getattr(self.hparams, name) for name in names}
+        places, anchors = self._memories.places, self.backbone.anchors
+        settings |= {
+            "attention": places.attention,
+            "ffn": [site.paths for site in places.sites],
+            "act": [anchors.path("ffn_act", layer) for layer in range(self._layer, self.backbone.n_layers)],
+            "gated": places.sites[0].gated,
+        }
+        networks, rows = self.networks, int(self.networks.rows)
+        known = {"sem": networks.sem[:rows], "pos": networks.pos[:, :rows], "rows": networks.rows}
+        kept = ("semantic.", "scope.")
+        known |= {key: value for key, value in networks.state_dict().items() if key.startswith(kept)}
+        tensors = {**self._present, "hidden": self._replaced, **{f"networks.{key}": t for key, t in known.items()}}
+        return standalone(self, "_unike_runtime.py", places.entered, tensors, settings)
 
 
 def _answer_losses(logits: Tensor, labels: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from conftest import QUERIES, SHAPES
 from safetensors.torch import load_file
 
 from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors._neurons import Site, joined, respond
+from mmedit_cli.editors._neurons import joined, respond, site_of
 from mmedit_cli.editors.t_patcher import TPatcher, TPatcherHparams
 from mmedit_cli.errors import HparamsError
 from mmedit_cli.patch import Patch
@@ -62,7 +62,7 @@ def test_the_corrected_loop_learns_the_request(backbone):
 
 def test_neurons_are_a_larger_ffn(backbone):
     """Keys and values put beside the model's own matrices give the same output."""
-    site, width = Site(backbone, -1), backbone.width
+    site, width = site_of(backbone, -1), backbone.width
     source = torch.Generator().manual_seed(3)
     names = ("keys", "values", *(("up",) if site.gated else ()))
     new = {name: torch.randn(4, width, generator=source) * 0.1 for name in names}
