@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mmedit_cli.errors import RunError
 from mmedit_cli.pictures import Picture, load_picture
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 SIDE, GAP, TEXT, LINE = 96, 16, 300, 19  # pixels: a picture, between things, room for text, a line of it
 THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
 HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
+_STYLE = "body{font:15px sans-serif;margin:2em}figure{margin:0 0 12px}img{height:128px;margin:4px 8px 0 0}"
 INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
 
 
@@ -68,6 +72,39 @@ def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]]
         sheet.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
         pen.text((left, top + side + 2), caption, GREY, _font(13))
     write_atomic(path, _png(sheet))
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Path]]], path: Path) -> None:
+    """Draw rows of pictures, each below its words, and write them as a PNG."""
+    from PIL import Image, ImageDraw
+
+    from mmedit_cli.records import write_atomic
+
+    across = max(len(files) for _, files in rows)
+    sheet = Image.new("RGB", (GAP + across * (SIDE + GAP // 2), GAP + len(rows) * (LINE + SIDE + GAP // 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (words, files) in enumerate(rows):
+        top = GAP + i * (LINE + SIDE + GAP // 2)
+        pen.text((GAP, top), _cut(words, sheet.width // 7), INK, _font(13))
+        for j, file in enumerate(files):
+            picture = load_picture(Picture(file)).resize((SIDE, SIDE))
+            sheet.paste(picture, (GAP + j * (SIDE + GAP // 2), top + LINE))
+    write_atomic(path, _png(sheet))
+
+
+def page(title: str, sections: Sequence[tuple[str, Sequence[tuple[str, Sequence[Path]]]]], path: Path) -> None:
+    """Write a page in HTML: under each heading rows of pictures, which stay where they are, below their words."""
+    from mmedit_cli.records import write_atomic
+
+    name = escape(title)
+    lines = [f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>', f"<h1>{name}</h1>"]
+    for heading, rows in sections:
+        lines.append(f"<h2>{escape(heading)}</h2>")
+        for words, files in rows:
+            links = (Path(os.path.relpath(file, path.parent)).as_posix() for file in files)
+            pictures = "".join(f'<img src="{quote(link)}" alt="{escape(words)}" loading="lazy">' for link in links)
+            lines.append(f"<figure><figcaption>{escape(words)}</figcaption>{pictures}</figure>")
+    write_atomic(path, "\n".join(lines) + "\n")
 
 
 def _panel(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmedit_cli import options
+from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
+
+if TYPE_CHECKING:
+    from mmedit_cli.concept_plan import ConceptEvalOptions
 
 
 def evaluate(
@@ -67,9 +71,12 @@ def evaluate(
 
       mmedit eval mgie --data emojikb-edits --limit 100 --set steps=20 --set clip=openai/clip-vit-base-patch32
 
+      mmedit eval perfusion --model mini-sd --data emojikb-concepts --set eval.seeds=4
+
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
     """
     from mmedit_cli import image_evaluation, registry, show, workflows
+    from mmedit_cli.concept_plan import ConceptEvalOptions
     from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.evaluation.vlm import Protocol, milestones
 
@@ -83,15 +90,22 @@ def evaluate(
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
+    if (editor or "").replace("_", "-") in registry.personalizers.names():
+        strange = {"--sequential": sequential != 1, "--template": bool(template), "--subset": bool(subset)}
+        strange |= {"--report-at": report_at is not None, "--checkpoint": checkpoint is not None}
+        strange |= {"--images": images is not None, "--device-map": device_map is not None}
+        asked = ConceptEvalOptions(
+            str(editor), options.named_drawing(model, out), data, root, hparams, tuple(overrides or ()), limit, seed,
+            device, dtype, revision, records, force,
+        )  # fmt: skip
+        _personalizer(asked, strange, dry_run, out)
+        return
+    at = milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at")
+    names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
     protocol = Protocol(
-        sequential=sequential,
-        report_at=milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at"),
-        edit_batch=edit_batch,
-        protocols=tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip())),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        cache_bytes=int(cache_gib * (1 << 30)),
-    )
+        sequential=sequential, report_at=at, edit_batch=edit_batch, protocols=names, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, cache_bytes=int(cache_gib * (1 << 30)),
+    )  # fmt: skip
     if editor is None:
         editor, model = workflows.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
@@ -105,3 +119,15 @@ def evaluate(
         show.plan(out, workflows.plan_evaluation(request).describe())
     else:
         show.report(out, workflows.evaluate(request, out))
+
+
+def _personalizer(asked: ConceptEvalOptions, strange: dict[str, bool], dry_run: bool, out: Output) -> None:
+    """Evaluate a method that teaches a model what to draw."""
+    from mmedit_cli import concept_evaluation, concept_plan, show
+
+    if wrong := [option for option, given in strange.items() if given]:
+        raise UserError(f"{', '.join(wrong)}: means nothing to a personalizer", "its settings: --set eval.steps=25")
+    if dry_run:
+        show.plan(out, concept_plan.plan_evaluation(asked).describe())
+    else:
+        show.concept_scores(out, concept_evaluation.evaluate(asked, out))
