@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mmedit_cli.personalizers.base import Personalizer
 
 BASE, PHOTOS = "base", "photos"
-_KEPT = ("token", "superclass", "bytes", "sha256", "steps", "loss_first", "loss_last", "covariance", "seconds")
+_KEPT = ("token", "superclass", "bytes", "steps", "loss_first", "loss_last", "covariance", "seconds")
 
 
 def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str, Any]:

@@ -123,6 +123,8 @@ def evaluate(
 
 def load_encoders(clip: str, dino: str, device: str) -> Encoders:
     """Return the encoders of that name (a folder or hub id; empty: none); raise ModelError if one is not usable."""
+    if not clip and not dino:
+        return Encoders()
     from transformers import AutoModel, AutoProcessor
 
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder
