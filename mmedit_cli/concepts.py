@@ -89,6 +89,12 @@ class ConceptFolder:
         raise StateError(f"{self.folder}: no concept {token}{near_miss(token, self.tokens)}",
                          f"there are: {', '.join(self.tokens) or 'none'}")  # fmt: skip
 
+    def select(self, which: str) -> list[str]:
+        """Return the tokens of a text: one or several, separated by commas, or `last`, or `all`; raise StateError."""
+        if which in ("last", "all"):
+            return self.tokens[-1:] if which == "last" else self.tokens
+        return [self.entry(token.strip())["token"] for token in which.split(",")]
+
     def check_takes(self, editor: str, fingerprint: str, token: str, *, force: bool = False) -> None:
         """Raise StateError unless a concept of this method, model and token may be put here."""
         for key, value in (("editor", editor), ("fingerprint", fingerprint)):
@@ -258,6 +264,31 @@ def learn_into(
     learned = personalizer.learn(concept, tick=tick)
     info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
     return folder.put(personalizer, concept, _findable(model), info)
+
+
+def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: str, out: Output) -> dict[str, Any]:
+    """Write each concept as a LoRA file that diffusers loads, named by its token, and return what was written.
+
+    Raises StateError for a method whose concepts are no LoRA, UserError for a folder that is there already.
+    """
+    from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+
+    name = folder.head["editor"]
+    if not hasattr(registry.personalizers.get(name), "export"):
+        raise StateError(f"{folder.folder}: concepts of {name} are no LoRA", "draw them with mmedit generate --edits")
+    if to.exists():
+        raise UserError(f"{to}: there already", "name a new folder")
+    out.note(f"loading {model or folder.head['model']}")
+    loaded = load_stable_diffusion(model or folder.head["model"], device=device)
+    written = []
+    with folder.load(loaded) as personalizer:
+        to.mkdir(parents=True)
+        for entry in folder.entries:
+            path = to / entry["file"]
+            personalizer.export(entry["token"], path)  # type: ignore[attr-defined]
+            called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
+            written.append({"token": entry["token"], "file": str(path), "called": called})
+    return {"editor": name, "model": loaded.name, "written": written}
 
 
 def covariance_for(model: StableDiffusion, path: Path | None, out: Output) -> Covariance:

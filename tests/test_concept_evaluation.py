@@ -134,7 +134,7 @@ def test_a_killed_run_ends_with_the_same_report(evaluate, editor, tmp_path, monk
     assert codes == [130, 130]
     again = report_of(evaluate(editor, "--json", "--records", tmp_path / "again"))
     for report in (whole, again):
-        for key in ("cost", "run", "gallery"):
+        for key in ("cost", "run", "gallery", "environment"):
             report.pop(key)
     assert again == whole
     assert sorted(taught) == ["<mug>", "<rex>"], "each was learned once"

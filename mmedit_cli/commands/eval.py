@@ -67,8 +67,6 @@ def evaluate(
 
       mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
 
-      mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
-
       mmedit eval mgie --data emojikb-edits --limit 100 --set steps=20 --set clip=openai/clip-vit-base-patch32
 
       mmedit eval perfusion --model mini-sd --data emojikb-concepts --set eval.seeds=4
@@ -81,24 +79,23 @@ def evaluate(
     from mmedit_cli.evaluation.vlm import Protocol, milestones
 
     out = Output(as_json=as_json)
-    if editor is not None and editor.replace("_", "-") in registry.image_editors.names():
-        strange = {"--sequential": sequential != 1, "--root": root is not None, "--template": bool(template)}
-        strange |= {"--dry-run": dry_run, "--hparams": hparams is not None, "--checkpoint": checkpoint is not None}
+    name, changes = (editor or "").replace("_", "-"), tuple(overrides or ())
+    strange = {"--sequential": sequential != 1, "--template": bool(template), "--checkpoint": checkpoint is not None}
+    if name in registry.image_editors.names():
+        strange |= {"--root": root is not None, "--dry-run": dry_run, "--hparams": hparams is not None}
         request = image_evaluation.ImageEvalOptions(
-            editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, tuple(overrides or ()), limit,
-            batch_size, seed, records, force,
+            name, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size, seed,
+            records, force,
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
-    if (editor or "").replace("_", "-") in registry.personalizers.names():
-        strange = {"--sequential": sequential != 1, "--template": bool(template), "--subset": bool(subset)}
-        strange |= {"--report-at": report_at is not None, "--checkpoint": checkpoint is not None}
-        strange |= {"--images": images is not None, "--device-map": device_map is not None}
+    if name in registry.personalizers.names():
+        strange |= {"--subset": bool(subset), "--images": images is not None, "--device-map": device_map is not None}
         asked = ConceptEvalOptions(
-            str(editor), options.named_drawing(model, out), data, root, hparams, tuple(overrides or ()), limit, seed,
-            device, dtype, revision, records, force,
+            name, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
+            revision, records, force,
         )  # fmt: skip
-        _personalizer(asked, strange, dry_run, out)
+        _personalizer(asked, {**strange, "--report-at": report_at is not None}, dry_run, out)
         return
     at = milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at")
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
@@ -111,9 +108,8 @@ def evaluate(
         out.note(f"no EDITOR: {editor} on {model}")
     request = workflows.EvalOptions(
         editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
-        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long),
-        hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
-        records=records, force=force,
+        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), hparams=hparams, seed=seed,
+        overrides=changes, checkpoint=checkpoint, limit=limit, records=records, force=force,
     )  # fmt: skip
     if dry_run:
         show.plan(out, workflows.plan_evaluation(request).describe())
