@@ -90,10 +90,11 @@ class ConceptFolder:
                          f"there are: {', '.join(self.tokens) or 'none'}")  # fmt: skip
 
     def select(self, which: str) -> list[str]:
-        """Return the tokens of a text: one or several, separated by commas, or `last`, or `all`; raise StateError."""
+        """Return the tokens that a text names, or the `last`, or `all`; raise StateError for one that is not there."""
         if which in ("last", "all"):
             return self.tokens[-1:] if which == "last" else self.tokens
-        return [self.entry(token.strip())["token"] for token in which.split(",")]
+        named = dict.fromkeys(re.findall(r"<[^<>\s]+>", which) or [which])
+        return [self.entry(token)["token"] for token in named]
 
     def check_takes(self, editor: str, fingerprint: str, token: str, *, force: bool = False) -> None:
         """Raise StateError unless a concept of this method, model and token may be put here."""

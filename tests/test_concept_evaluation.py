@@ -17,6 +17,7 @@ from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
 from mmedit_cli.concepts import ConceptFolder
 from mmedit_cli.covariance import Covariance, default_path
+from mmedit_cli.image_editors import _tiny as image_tiny
 from mmedit_cli.personalizers.base import Personalizer
 from mmedit_cli.subjects import emojikb_concepts
 
@@ -171,6 +172,25 @@ def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
         "mini-blip2-I": 2, "nearest by mini-blip2": 2, "named by mini-blip2": 1,
     }  # fmt: skip
     assert report["sides"]["photos"]["reliability"]["mini-blip2-I"]["mean"] > 20
+
+
+def test_encoders_of_the_hub_have_columns_of_their_own(evaluate, tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = image_tiny.text_encoder().config.to_dict()
+    clip = CLIPModel(CLIPConfig(text_config=text, projection_dim=16, vision_config=vision | {"image_size": 32}))
+    clip.save_pretrained(tmp_path / "clip")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, image_tiny.clip_tokenizer()).save_pretrained(tmp_path / "clip")
+    ViTModel(ViTConfig(image_size=224, patch_size=32, **vision)).save_pretrained(tmp_path / "dino")
+    words = ("--set", f"eval.clip={tmp_path / 'clip'}", "--set", f"eval.dino={tmp_path / 'dino'}", "--limit", "1")
+    report = report_of(evaluate("perfusion", *words, "--set", "eval.encoder=none", "--json"))
+    columns = {"CLIP-I", "nearest by CLIP", "CLIP-T", "DINO-I", "nearest by DINO"}
+    assert set(means(report, "edited", "reliability")) == set(means(report, "base", "reliability")) == columns
+    assert means(report, "edited", "other")["DINO-I paired"] == pytest.approx(100, abs=1e-3)
+    assert report["settings"]["clip"] == str(tmp_path / "clip")
 
 
 def test_a_plan_costs_nothing(evaluate, tmp_path):

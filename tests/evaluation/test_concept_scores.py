@@ -106,3 +106,15 @@ def test_means_count_subjects_once():
     found = concepts.summary(lines)["edited"]
     assert (found["class"]["identical"]["mean"], found["class"]["identical"]["n"]) == (75, 2)
     assert (found["other"]["identical"]["mean"], found["other"]["identical"]["n"]) == (pytest.approx(100 / 3), 3)
+
+
+def test_clip_also_reads_the_prompts(paint):
+    class Texts:
+        @staticmethod
+        def texts(texts):
+            return torch.stack([torch.eye(3)[{"red": 0, "blue": 2}[text]] for text in texts])
+
+    eyes = Eyes({"CLIP": Colours()}, [("red", paint(RED))], Texts())
+    found = concepts.resemblance(Drawn([[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]), eyes)
+    assert found["CLIP-T"] == [pytest.approx(100), pytest.approx(0)]
+    assert set(found) == {"CLIP-I", "CLIP-T", "nearest by CLIP"}
