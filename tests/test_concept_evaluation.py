@@ -169,7 +169,7 @@ def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
     assert report["nameless"] == ["koala"], "mini-blip2 never learned that name"
     found = report["sides"]["routed"]["reliability"]
     assert {name: score["n"] for name, score in found.items()} == {
-        "mini-blip2-I": 2, "nearest by mini-blip2": 2, "named by mini-blip2": 1,
+        "mini-blip2-I": 2, "nearest by mini-blip2": 2, "named by mini-blip2": 1, "recognised by mini-blip2": 2,
     }  # fmt: skip
     assert report["sides"]["photos"]["reliability"]["mini-blip2-I"]["mean"] > 20
 

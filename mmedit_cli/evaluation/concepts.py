@@ -101,16 +101,19 @@ def resemblance(drawn: Drawn, eyes: Eyes) -> Scores:
         photos = eyes.encode(column, [load_picture(Picture(path)) for path in drawn.photos])
         encodings = eyes.encode(column, pictures)
         found[f"{column}-I"] = [images.all_pairs(some, photos) for some in drawn.by_prompt(encodings)]
-        names = drawn.by_prompt(eyes.nearest(column, encodings))
-        found[f"nearest by {column}"] = [100 * fmean(n in drawn.subjects for n in some) for some in names]
+        near = [name in drawn.subjects for name in eyes.nearest(column, encodings)]
+        found[f"nearest by {column}"] = [100 * fmean(some) for some in drawn.by_prompt(near)]
         if column == "CLIP" and eyes.clip is not None:
             texts = eyes.clip.texts(drawn.plain)
             pieces = zip(drawn.by_prompt(encodings), texts, strict=True)
             found["CLIP-T"] = [images.all_pairs(some, text[None]) for some, text in pieces]
-    if eyes.namer is not None and drawn.answer and not eyes.unknown & {*drawn.subjects}:
-        said = _names(eyes.namer, [path for row in drawn.files for path in row])
-        right = drawn.by_prompt([answer_match(text, drawn.answer) for text in said])
-        found[f"named by {eyes.namer.name}"] = [100 * fmean(some) for some in right]
+        if eyes.namer is not None and column == eyes.namer.name and drawn.answer:
+            said = _names(eyes.namer, [path for row in drawn.files for path in row])
+            named = [answer_match(text, drawn.answer) == 1 for text in said]
+            if not eyes.unknown & {*drawn.subjects}:
+                found[f"named by {column}"] = [100 * fmean(some) for some in drawn.by_prompt(named)]
+            either = [one or other for one, other in zip(near, named, strict=True)]
+            found[f"recognised by {column}"] = [100 * fmean(some) for some in drawn.by_prompt(either)]
     return found
 
 

@@ -71,10 +71,13 @@ def test_likeness_to_the_photos(eyes, paint):
     assert concepts.of_photos([paint(RED)], eyes) == {}
 
 
-def test_names_are_asked_for_where_there_are_any(eyes, paint):
+def test_names_are_asked_for_where_there_are_any(paint):
     drawn = Drawn([[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing")
-    eyes.namer = Namer()
-    assert concepts.resemblance(drawn, eyes)["named by namer"] == [50]
+    eyes = Eyes({"namer": Colours()}, [("red", paint(GREEN)), ("blue", paint(RED))], namer=Namer())
+    found = concepts.resemblance(drawn, eyes)
+    assert found["named by namer"] == [50]
+    assert found["nearest by namer"] == [0]
+    assert found["recognised by namer"] == [50], "by its name or by its neighbour"
     eyes.unknown = frozenset({"red"})
     assert "named by namer" not in concepts.resemblance(drawn, eyes)
 
