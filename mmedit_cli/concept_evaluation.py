@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmedit_cli.personalizers.base import Personalizer
 
 BASE, PHOTOS = "base", "photos"
+_SHOWN = 10  # rows of a subject's sheet; the page has all
 _KEPT = ("token", "superclass", "bytes", "steps", "loss_first", "loss_last", "covariance", "seconds")
 
 
@@ -290,25 +291,18 @@ class _Evaluation:
                 photo = load_picture(Picture(path))
                 photo.thumbnail((gallery.THUMB, gallery.THUMB))
                 write_atomic(photos[-1], png(photo))
-            rows = [(f"{subject.name}, {subject.concept.superclass}: photos", photos), *self.rows(subject)]
-            gallery.contact_sheet(rows, home / f"{subject.name}.png")
+            rows = self.rows(sheet for sheet in self.sheets if sheet.subjects == (subject,))
+            rows = [(subject.concept.superclass, [("photos", photos)]), *rows]
+            gallery.contact_sheet(rows[:_SHOWN], home / f"{subject.name}.png")
             sections.append((subject.name, rows))
-        pairs = [row for sheet in self.sheets if sheet.test == "pair" for row in self.rows_of(sheet)]
-        rest = [
-            row for sheet in self.sheets if sheet.test == "other" and not sheet.subjects for row in self.rows_of(sheet)
-        ]
-        sections += [(title, rows) for title, rows in (("two in one prompt", pairs), ("other things", rest)) if rows]
+        pairs = self.rows(sheet for sheet in self.sheets if sheet.test == "pair")
+        others = self.rows(sheet for sheet in self.sheets if not sheet.subjects)
+        sections += [(title, rows) for title, rows in (("two in one prompt", pairs), ("other things", others)) if rows]
         gallery.page(f"{self.plan.options.editor} on {self.plan.ref.name}", sections, home / "index.html")
 
-    def rows(self, subject: Subject) -> Iterator[tuple[str, list[Path]]]:
-        """Yield (what was said, pictures) of a subject, prompt by prompt, the base model first."""
-        for sheet in self.sheets:
-            if sheet.subjects == (subject,):
-                yield from self.rows_of(sheet)
-
-    def rows_of(self, sheet: Sheet) -> Iterator[tuple[str, list[Path]]]:
-        """Yield (what was said, pictures) of a sheet."""
-        for i, prompt in enumerate(sheet.prompts):
-            yield f"{BASE}: {sheet.plain[i]}", self.files(BASE, sheet)[i]
-            for side in self.plan.sides:
-                yield f"{side}: {prompt}", self.files(side, sheet)[i]
+    def rows(self, sheets: Iterable[Sheet]) -> list[gallery.Row]:
+        """Return a row for each prompt of some sheets: the pictures of the base model, then those of each side."""
+        return [
+            (prompt, [(side, self.files(side, sheet)[i]) for side in (BASE, *self.plan.sides)])
+            for sheet in sheets for i, prompt in enumerate(sheet.prompts)
+        ]  # fmt: skip

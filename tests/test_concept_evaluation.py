@@ -109,8 +109,9 @@ def test_the_gallery_shows_every_subject(evaluate, tmp_path):
     links = re.findall('src="([^"]+)"', text)
     assert len(links) > 2 * 2 + 2 * 4 * 3
     assert all((page.parent / unquote(link)).is_file() for link in links)
-    assert "always-on: a photo of a &lt;rex&gt;" in text
-    assert "base: a photo of a teapot and a dog" in text
+    assert "<p>a photo of a &lt;rex&gt;</p>" in text
+    assert "<p>a photo of a &lt;mug&gt; and a &lt;rex&gt;</p>" in text
+    assert text.count("<figcaption>always-on") == text.count("<figcaption>base") == 2 * 4 + 1 + 2
 
 
 @pytest.mark.parametrize("editor", EDITORS)
