@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ class _Evaluation:
         self.sheets = list(sheets_of(plan.found, routes=plan.routes, several=plan.several))
         self.seeds = range(plan.settings.seeds)
         self.learned = {line["subject"] for line in run.read("learned")}
-        self.routing: dict[str, dict[str, list[str]]] = {}
+        self.routing: dict[str, Counter[str]] = {}
         cls, options = registry.personalizers.get(plan.options.editor), plan.options
         self.learner = personalizer_for(model, cls, plan.hparams, options.seed, None, out)
 
@@ -176,9 +177,9 @@ class _Evaluation:
         """Note where the router sends the prompts of the sheets: to whom they name, to others, or to none."""
         for sheet in group:
             wanted = {s.concept.token for s in sheet.subjects} if self.names(sheet) else set()
-            for prompt, sent in zip(sheet.prompts, personalizer.route(list(sheet.prompts)), strict=True):
+            for sent in personalizer.route(sheet.prompts):
                 said = "none" if not sent else "right" if set(sent) == wanted else "other"
-                self.routing.setdefault(sheet.test, {}).setdefault(said, []).append(prompt)
+                self.routing.setdefault(sheet.test, Counter())[said] += 1
 
     @staticmethod
     def names(sheet: Sheet) -> bool:
@@ -257,7 +258,6 @@ class _Evaluation:
 
         learned = self.record.read("learned")
         seconds = [line.pop("seconds") for line in learned]
-        sent = {test: {said: len(some) for said, some in found.items()} for test, found in self.routing.items()}
         return {
             "format": 1,
             **self.plan.config,
@@ -267,8 +267,8 @@ class _Evaluation:
                 {**{key: line[key] for key in ("subject", "side", "test")},
                  "scores": {name: fmean(values) for name, values in line["scores"].items()}} for line in lines
             ],
-            "routing": {test: {said: n / sum(found.values()) for said, n in found.items()}
-                        for test, found in sent.items()},
+            "routing": {test: {said: n / found.total() for said, n in found.items()}
+                        for test, found in self.routing.items()},
             "nameless": sorted(eyes.unknown),
             "concepts": learned,
             "cost": {"seconds_per_subject": round(fmean(seconds), 3),

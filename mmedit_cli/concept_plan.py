@@ -119,7 +119,7 @@ class ConceptPlan:
     @property
     def sides(self) -> tuple[str, ...]:
         """The sides with concepts."""
-        return ROUTED if self.options.editor == "multi-melo-diffusion" else ("edited",)
+        return ROUTED if hasattr(registry.personalizers.get(self.options.editor), "route") else ("edited",)
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -187,7 +187,7 @@ def sheets_of(found: SubjectSet, *, routes: bool, several: bool) -> Iterator[She
         concept = subject.concept
         loaded = None if routes else (subject,)
         for test, templates in (("reliability", found.reliability), ("generality", found.generality_of(subject))):
-            prompts = tuple(template.format(concept.token) for template in templates)
+            prompts = tuple(template.replace("{}", concept.token) for template in templates)
             plain = tuple(in_plain_words(prompt, [concept]) for prompt in prompts)
             about = ((subject,), loaded)
             yield Sheet(test, f"{subject.name}.{test}", _base(plain, concept), prompts, plain, *about)
@@ -202,7 +202,7 @@ def sheets_of(found: SubjectSet, *, routes: bool, several: bool) -> Iterator[She
         ring = [*found.subjects, *found.subjects[: len(found.subjects) > 2]]
         for both in pairwise(ring):
             concepts = [subject.concept for subject in both]
-            prompt = found.pair.format(*(concept.token for concept in concepts))
+            prompt = found.pair.replace("{}", concepts[0].token, 1).replace("{}", concepts[1].token, 1)
             name = "+".join(subject.name for subject in both)
             plain = (in_plain_words(prompt, concepts),)
             yield Sheet("pair", name, _base(plain, *concepts), (prompt,), plain, both, None if routes else both)
