@@ -150,7 +150,10 @@ def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
         for test in tests:
             names = dict.fromkeys(n for side in sides[::-1] for n in report["sides"][side].get(test, {}))
             for i, name in enumerate(names):
-                cells = [_concept_cell(report["sides"][side].get(test, {}).get(name)) for side in sides]
+                cells = [
+                    _concept_cell(report["sides"][side].get(test, {}).get(name), 4 if name == "L1" else 1)
+                    for side in sides
+                ]
                 rows.append(["" if i else test, name, *cells])
             sections.append(len(rows) - 1)
         out.table(["test", "score", *sides], rows, sections=sections)
@@ -173,11 +176,10 @@ def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
     out.result(report, show)
 
 
-def _concept_cell(score: Mapping[str, Any] | None) -> str:
+def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:
     if score is None:
         return ""
     half = (score["ci95"][1] - score["ci95"][0]) / 2
-    digits = 1 if score["mean"] >= 1 or score["mean"] == 0 else 4
     return f"{score['mean']:.{digits}f} ±{half:.{digits}f}"
 
 

@@ -73,7 +73,8 @@ def test_likeness_to_the_photos(eyes, paint):
 
 def test_names_are_asked_for_where_there_are_any(paint):
     drawn = Drawn([[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing")
-    eyes = Eyes({"namer": Colours()}, [("red", paint(GREEN)), ("blue", paint(RED))], namer=Namer())
+    gallery = [("red", paint(GREEN)), ("other", paint(RED)), ("blue", paint(BLUE))]
+    eyes = Eyes({"namer": Colours()}, gallery, namer=Namer())
     found = concepts.resemblance(drawn, eyes)
     assert found["named by namer"] == [50]
     assert found["nearest by namer"] == [0]
