@@ -164,6 +164,13 @@ def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = No
         raise ModelError(f"{repo}: cannot be fetched from the hub: {reason}", f"{cache}; check the name") from error
 
 
+def in_cache(repo: str) -> bool:
+    """Whether a model of the hub lies in its cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model folder, or the model_index.json of a pipeline; raise ModelError without."""
     hint = "give a folder as save_pretrained writes it"

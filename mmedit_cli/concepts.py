@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from mmedit_cli import registry
-from mmedit_cli.errors import DataError, StateError, UserError, near_miss
+from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.records import write_atomic
 from mmedit_cli.runtime import resolve_device
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 INDEX = "index.json"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _USUAL = range(3, 7)  # photos a concept
 
 
@@ -90,6 +89,13 @@ class ConceptFolder:
         raise StateError(f"{self.folder}: no concept {token}{near_miss(token, self.tokens)}",
                          f"there are: {', '.join(self.tokens) or 'none'}")  # fmt: skip
 
+    def select(self, which: str) -> list[str]:
+        """Return the tokens that a text names, or the `last`, or `all`; raise StateError for one that is not there."""
+        if which in ("last", "all"):
+            return self.tokens[-1:] if which == "last" else self.tokens
+        named = dict.fromkeys(re.findall(r"<[^<>\s]+>", which) or [which])
+        return [self.entry(token)["token"] for token in named]
+
     def check_takes(self, editor: str, fingerprint: str, token: str, *, force: bool = False) -> None:
         """Raise StateError unless a concept of this method, model and token may be put here."""
         for key, value in (("editor", editor), ("fingerprint", fingerprint)):
@@ -129,6 +135,7 @@ class ConceptFolder:
         entry = {
             "token": concept.token, "superclass": concept.superclass, "file": name, "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(), "seed": personalizer.seed,
+            "identifier": personalizer.concepts[concept.token].facts.get("identifier", concept.token),
             "images": [{"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in concept.images],
             "time": datetime.now(UTC).isoformat(timespec="seconds"), **info,
         }  # fmt: skip
@@ -147,8 +154,10 @@ class ConceptFolder:
             (self.folder / entry["file"]).unlink(missing_ok=True)
         return entry
 
-    def load(self, model: StableDiffusion, *, overrides: Sequence[str] = ()) -> Personalizer:
-        """Put all concepts into a model; raise StateError if a file was changed or does not fit.
+    def load(
+        self, model: StableDiffusion, *, tokens: Sequence[str] | None = None, overrides: Sequence[str] = ()
+    ) -> Personalizer:
+        """Put concepts into a model, all or those of `tokens`; raise StateError if a file was changed or does not fit.
 
         The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts.
         """
@@ -158,7 +167,8 @@ class ConceptFolder:
         name = self.head["editor"]
         cls = registry.personalizers.get(name)
         learned_with: dict[str, Any] = {}
-        for entry in self.entries:
+        entries = self.entries if tokens is None else [self.entry(token) for token in tokens]
+        for entry in entries:
             data = self._file(entry).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise StateError(f"{self._file(entry)}: not the file that was saved", "learn the concept again")
@@ -167,7 +177,7 @@ class ConceptFolder:
         hparams = load_hparams(registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides])
         personalizer: Personalizer = cls(model, hparams)
         try:
-            for entry in self.entries:
+            for entry in entries:
                 personalizer.load(self._file(entry))
         except BaseException:
             personalizer.close()
@@ -199,16 +209,6 @@ class ConceptFolder:
         write_atomic(self.folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def photos_in(folder: Path) -> tuple[Path, ...]:
-    """Return the pictures of a folder, by name; raise DataError if there are none."""
-    if not folder.is_dir():
-        raise DataError(f"--images {folder}: not a folder", "a folder with three to six photos")
-    found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES))
-    if not found:
-        raise DataError(f"--images {folder}: no pictures ({', '.join(PICTURES)})", "three to six photos are usual")
-    return found
-
-
 def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str, Any]:
     """Learn a concept from its photos, put it into the folder, and return its entry.
 
@@ -232,20 +232,64 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     if len(concept.images) not in _USUAL:
         out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
     out.note(f"loading {ref.name}")
-    model = load_stable_diffusion(ref, device=options.device, dtype=_training_dtype(options))
-    needs, more = {}, {}
-    if cls.name == "perfusion":
-        needs["covariance"] = covariance_for(model, options.covariance, out)
-        folder.check_covariance(needs["covariance"], concept.token)
-        more["covariance"] = needs["covariance"].digest
-    personalizer = cls(model, hparams, seed=options.seed, **needs)
-    started = time.perf_counter()
+    model = load_stable_diffusion(ref, device=options.device, dtype=training_dtype(options.device, options.dtype))
+    personalizer = personalizer_for(model, cls, hparams, options.seed, options.covariance, out)
     with folder.writing():
         folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
         with out.progress({"steps": personalizer.steps}) as tick:
-            learned = personalizer.learn(concept, tick=lambda n: tick("steps", n))
-        info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
-        return folder.put(personalizer, concept, _findable(options.model), info)
+            return learn_into(folder, personalizer, concept, options.model, lambda n: tick("steps", n))
+
+
+def personalizer_for(
+    model: StableDiffusion, cls: type[Personalizer], hparams: Any, seed: int, covariance: Path | None, out: Output
+) -> Personalizer:
+    """Return a personalizer that can learn, with what its method needs beside the model."""
+    needs = {"covariance": covariance_for(model, covariance, out)} if cls.name == "perfusion" else {}
+    return cls(model, hparams, seed=seed, **needs)
+
+
+def learn_into(
+    folder: ConceptFolder, personalizer: Personalizer, concept: Concept, model: str, tick: Callable[[int], None]
+) -> dict[str, Any]:
+    """Learn a concept, put it into the folder, which is being written, and return its entry.
+
+    `model` is what the model was found by. No two concepts of a folder get one identifier.
+    """
+    more = {}
+    if (covariance := getattr(personalizer, "covariance", None)) is not None:
+        folder.check_covariance(covariance, concept.token)
+        more["covariance"] = covariance.digest
+    others = (entry for entry in folder.entries if entry["token"] != concept.token)
+    personalizer.identifiers = {entry.get("identifier", entry["token"]) for entry in others}
+    started = time.perf_counter()
+    learned = personalizer.learn(concept, tick=tick)
+    info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
+    return folder.put(personalizer, concept, _findable(model), info)
+
+
+def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: str, out: Output) -> dict[str, Any]:
+    """Write each concept as a LoRA file that diffusers loads, named by its token, and return what was written.
+
+    Raises StateError for a method whose concepts are no LoRA, UserError for a folder that is there already.
+    """
+    from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+
+    name = folder.head["editor"]
+    if not hasattr(registry.personalizers.get(name), "export"):
+        raise StateError(f"{folder.folder}: concepts of {name} are no LoRA", "draw them with mmedit generate --edits")
+    if to.exists():
+        raise UserError(f"{to}: there already", "name a new folder")
+    out.note(f"loading {model or folder.head['model']}")
+    loaded = load_stable_diffusion(model or folder.head["model"], device=device)
+    written = []
+    with folder.load(loaded) as personalizer:
+        to.mkdir(parents=True)
+        for entry in folder.entries:
+            path = to / entry["file"]
+            personalizer.export(entry["token"], path)  # type: ignore[attr-defined]
+            called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
+            written.append({"token": entry["token"], "file": str(path), "called": called})
+    return {"editor": name, "model": loaded.name, "written": written}
 
 
 def covariance_for(model: StableDiffusion, path: Path | None, out: Output) -> Covariance:
@@ -264,12 +308,12 @@ def covariance_for(model: StableDiffusion, path: Path | None, out: Output) -> Co
     return found
 
 
-def _training_dtype(options: LearnOptions) -> str:
+def training_dtype(device: str, dtype: str) -> str:
     """Return the number format to learn in; raise UserError for one that loses small gradients."""
-    if options.dtype == "float16":
+    if dtype == "float16":
         raise UserError("--dtype float16: small gradients vanish in it", "learn in bfloat16 or float32; draw in any")
-    on_cpu = resolve_device(options.device).type == "cpu"
-    return options.dtype if options.dtype != "auto" or on_cpu else "bfloat16"
+    on_cpu = resolve_device(device).type == "cpu"
+    return dtype if dtype != "auto" or on_cpu else "bfloat16"
 
 
 def _findable(model: str) -> str:

@@ -346,7 +346,7 @@ def said(report: dict[str, Any]) -> Sequence[str]:
         lines.append(
             "a batch of an edit's question and another: routed as alone; generate says the same without its cache"
         )
-    else:
+    if report["kind"] == _ADAPTERS:
         lines.append("one adapter an edit: which one answers a question is not in the files")
     return [*lines, *([report["url"]] if "url" in report else [])]
 

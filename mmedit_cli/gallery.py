@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mmedit_cli.errors import RunError
 from mmedit_cli.pictures import Picture, load_picture
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 SIDE, GAP, TEXT, LINE = 96, 16, 300, 19  # pixels: a picture, between things, room for text, a line of it
 THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
 HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
+_STYLE = """body { font: 15px sans-serif; margin: 2em } p { margin: 1em 0 0 } div { display: flex; flex-wrap: wrap }
+figure { margin: 0 1.5em 0 0 } figcaption { color: #707070 } img { height: 96px; margin-right: 4px }"""
+Row = tuple[str, Sequence[tuple[str, Sequence[Path]]]]  # words, and groups of pictures by name
 INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
 
 
@@ -68,6 +74,46 @@ def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]]
         sheet.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
         pen.text((left, top + side + 2), caption, GREY, _font(13))
     write_atomic(path, _png(sheet))
+
+
+def contact_sheet(rows: Sequence[Row], path: Path) -> None:
+    """Draw groups of pictures beside each other, a row of them below its words, and write all as a PNG."""
+    from PIL import Image, ImageDraw
+
+    from mmedit_cli.records import write_atomic
+
+    step, height = SIDE + GAP // 4, 2 * LINE + SIDE + GAP // 2
+    across = max(sum(len(files) * step + GAP for _, files in groups) for _, groups in rows)
+    sheet = Image.new("RGB", (GAP + across, GAP + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (words, groups) in enumerate(rows):
+        left, top = GAP, GAP + i * height
+        pen.text((left, top), _cut(words, sheet.width // 8), INK, _font(14))
+        for name, files in groups:
+            pen.text((left, top + LINE), name, GREY, _font(13))
+            for file in files:
+                sheet.paste(load_picture(Picture(file)).resize((SIDE, SIDE)), (left, top + 2 * LINE))
+                left += step
+            left += GAP
+    write_atomic(path, _png(sheet))
+
+
+def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
+    """Write a page in HTML: under each heading rows as on a contact sheet, of pictures that stay where they are."""
+    from mmedit_cli.records import write_atomic
+
+    name = escape(title)
+    lines = [f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>', f"<h1>{name}</h1>"]
+    for heading, rows in sections:
+        lines.append(f"<h2>{escape(heading)}</h2>")
+        for words, groups in rows:
+            lines.append(f"<p>{escape(words)}</p><div>")
+            for group, files in groups:
+                links = (Path(os.path.relpath(file, path.parent)).as_posix() for file in files)
+                shown = "".join(f'<img src="{quote(link)}" alt="{escape(words)}" loading="lazy">' for link in links)
+                lines.append(f"<figure><figcaption>{escape(group)}</figcaption>{shown}</figure>")
+            lines.append("</div>")
+    write_atomic(path, "\n".join(lines) + "\n")
 
 
 def _panel(

@@ -62,6 +62,27 @@ def load_hparams(path: Path, cls: type[T], *, variant: str | None = None, overri
     return cast(T, hparams)
 
 
+def read_values(overrides: Sequence[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Read KEY=VALUE texts as values of the kinds (str, int, float) that are known by key.
+
+    Raises HparamsError with all that is wrong.
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    for text in overrides:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or key not in kinds:
+            problems.append(f"--set {text}: unknown key '{key}'{near_miss(key, kinds)}")
+            continue
+        try:
+            found[key] = kinds[key](value)
+        except ValueError:
+            problems.append(f"--set {text}: expected {'a whole number' if kinds[key] is int else 'a number'}")
+    if problems:
+        raise HparamsError(problems, f"valid keys: {', '.join(kinds)}")
+    return found
+
+
 def to_dict(hparams: Any) -> dict[str, Any]:
     """Return the dataclass as plain values that JSON and YAML can write; tuples become lists."""
     return cast(dict[str, Any], _plain(hparams))

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.errors import HparamsError, ModelError, UserError, near_miss
+from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.evaluation import images
 from mmedit_cli.evaluation.report import mean_with_interval
+from mmedit_cli.hparams import read_values
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.image_edits import EditOptions, load_editor
 from mmedit_cli.image_pairs.base import EditPair, fingerprint, open_pairs
 from mmedit_cli.image_training_runs import DATA
 from mmedit_cli.output import Output
+from mmedit_cli.pictures import png
 from mmedit_cli.records import Run, write_atomic
 
 if TYPE_CHECKING:
@@ -65,19 +67,7 @@ class Encoders:
 
 def read_settings(overrides: Sequence[str]) -> tuple[Settings, str, str]:
     """Return (settings, CLIP model, DINO model) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
-    found: dict[str, Any] = {}
-    problems = []
-    for text in overrides:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or key not in _KEYS:
-            problems.append(f"--set {text}: unknown key '{key}'{near_miss(key, _KEYS)}")
-            continue
-        try:
-            found[key] = _KEYS[key](value)
-        except ValueError:
-            problems.append(f"--set {text}: expected {'a whole number' if _KEYS[key] is int else 'a number'}")
-    if problems:
-        raise HparamsError(problems, f"valid keys: {', '.join(_KEYS)}")
+    found = read_values(overrides, _KEYS)
     clip, dino = found.pop("clip", ""), found.pop("dino", "")
     return Settings(**found), clip, dino
 
@@ -133,6 +123,8 @@ def evaluate(
 
 def load_encoders(clip: str, dino: str, device: str) -> Encoders:
     """Return the encoders of that name (a folder or hub id; empty: none); raise ModelError if one is not usable."""
+    if not clip and not dino:
+        return Encoders()
     from transformers import AutoModel, AutoProcessor
 
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder
@@ -143,9 +135,9 @@ def load_encoders(clip: str, dino: str, device: str) -> Encoders:
         processor = AutoProcessor.from_pretrained(clip) if clip else None
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:160]
-        raise ModelError(f"--set clip={clip} dino={dino}: cannot be loaded: {reason}", "folders or hub ids") from error
+        raise ModelError(f"clip={clip} dino={dino}: cannot be loaded: {reason}", "folders or hub ids") from error
     if both is not None and not hasattr(both, "get_text_features"):
-        raise ModelError(f"--set clip={clip}: does not encode texts and pictures in one space", "name a CLIP")
+        raise ModelError(f"clip={clip}: does not encode texts and pictures in one space", "name a CLIP")
     return Encoders(
         ClipEncoder(both, processor, clip) if both is not None else None,
         DinoEncoder(eye, dino) if eye is not None else None,
@@ -176,7 +168,7 @@ def _score_all(
         lines = []
         for pair, source, result in zip(part, sources, results, strict=True):
             write_atomic(
-                run.folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png", _png(result.picture)
+                run.folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png", png(result.picture)
             )
             lines.append(_line(pair, source, result, encoders) | {"seconds": round(seconds, 4)})
         run.append("cases", lines)
@@ -231,11 +223,3 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _kinds(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({line["kind"] for line in lines if line["kind"]})
-
-
-def _png(picture: Image.Image) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import BinaryIO, NamedTuple
 from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Picture(NamedTuple):
@@ -44,10 +47,27 @@ def load_picture(picture: Picture) -> Image.Image:
         return upright.convert("RGB")
 
 
+def photos_in(folder: Path) -> tuple[Path, ...]:
+    """Return the pictures of a folder, by name; raise DataError if there are none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
+    found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS))
+    if not found:
+        raise DataError(f"{folder}: no pictures ({', '.join(ENDINGS)})", "three to six photos are usual")
+    return found
+
+
 def upright_rgb(file: BinaryIO, place: str) -> Image.Image:
     """Return an image file that is in memory as RGB, upright; raise DataError naming `place` if it is none."""
     with _reading(file, place) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def png(image: Image.Image) -> bytes:
+    """Return a picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def load_alpha(path: Path) -> Image.Image | None:

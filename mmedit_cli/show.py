@@ -20,6 +20,7 @@ _PROTOCOLS = {
     "tf_easyedit": "teacher-forced, locality at all positions",
     "tf_em": "teacher-forced, all answer tokens right",
 }
+_TESTS = ("reliability", "generality", "class", "other", "pair")  # of concepts, as they are printed
 _NAMES = {
     "reliability": "Rel",
     "generality.text": "T-Gen",
@@ -47,8 +48,8 @@ def read_report(folder: Path) -> dict[str, Any]:
 def report(out: Output, report: Mapping[str, Any]) -> None:
     """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
     if "milestones" not in report:
-        shown = training if "best" in report else image_scores if "scores" in report else image_training
-        shown(out, report)
+        kinds = {"best": training, "scores": image_scores, "sides": concept_scores}
+        next((shown for key, shown in kinds.items() if key in report), image_training)(out, report)
         return
 
     def show() -> None:
@@ -132,6 +133,54 @@ def image_scores(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {Path(report['run']) / 'pictures'}")
 
     out.result(report, show)
+
+
+def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
+    """Print the scores of a personalizer, side by side with those of the base model and of the photos."""
+
+    def show() -> None:
+        data = report["data"]
+        out.line(
+            f"{report['editor']} on {report['model']['name']}, {data['name']}: mean ± 95 % interval over subjects"
+        )
+        sides = [side for side in ("photos", "base") if side in report["sides"]]
+        sides += [side for side in report["sides"] if side not in sides]
+        tests = sorted({test for side in sides for test in report["sides"][side]}, key=_TESTS.index)
+        rows, sections = [], []
+        for test in tests:
+            names = dict.fromkeys(n for side in sides[::-1] for n in report["sides"][side].get(test, {}))
+            for i, name in enumerate(names):
+                cells = [
+                    _concept_cell(report["sides"][side].get(test, {}).get(name), 4 if name == "L1" else 1)
+                    for side in sides
+                ]
+                rows.append(["" if i else test, name, *cells])
+            sections.append(len(rows) - 1)
+        out.table(["test", "score", *sides], rows, sections=sections)
+        if report["routing"]:
+            said = ("right", "other", "none")
+            sent = [
+                [test, *(f"{100 * found.get(s, 0):.1f}" for s in said)] for test, found in report["routing"].items()
+            ]
+            out.table(["the router sends to, in %", *said], sent)
+        for key in ("clip", "dino", "encoder"):
+            if (name := report["settings"][key]) != "none":
+                out.line(f"{'own encoder' if key == 'encoder' else key.upper()}: {name}")
+        if report["nameless"]:
+            out.line(
+                f"not asked for by name, {report['settings']['encoder']} has none: {', '.join(report['nameless'])}"
+            )
+        seconds = report["cost"]["seconds_per_subject"]
+        out.line(f"{data['cases']} subjects, {seconds:.3g} s to learn one; gallery: {report['gallery']}")
+
+    out.result(report, show)
+
+
+def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:
+    if score is None:
+        return ""
+    half = (score["ci95"][1] - score["ci95"][0]) / 2
+    return f"{score['mean']:.{digits}f} ±{half:.{digits}f}"
 
 
 def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
@@ -252,6 +301,8 @@ def runs(out: Output, records: Path) -> None:
         if "milestones" not in done:  # a training
             best = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
             what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+            if "sides" in done:
+                what = f"{done['data']['cases']} subjects"
             rows.append([done["editor"], done["model"]["name"], done["data"]["name"], what, best, str(path.parent)])
             continue
         last = done["milestones"][-1]
@@ -316,6 +367,10 @@ def catalogue(out: Output) -> None:
     data.append(
         {"data": "emojikb-edits", "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md"}
     )
+    data += [
+        {"data": "emojikb-concepts", "summary": "things of EmojiKB that mini-sd never drew, for personalizers"},
+        {"data": "dreambooth", "summary": "30 subjects in photos, for personalizers (mmedit download dreambooth)"},
+    ]
     found = {
         "editors": editors,
         "personalizers": drawn,

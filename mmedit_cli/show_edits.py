@@ -21,6 +21,22 @@ def learned(out: Output, folder: Path, entry: Mapping[str, Any]) -> None:
     out.result(entry, show)
 
 
+def concepts(out: Output, head: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Print the concepts of a folder."""
+
+    def show() -> None:
+        out.line(f"{head['editor']} on {head['model']}: {len(entries):,} concepts")
+        rows = [[e["token"], e["superclass"], str(len(e["images"])), f"{e['bytes']:,}", e["time"]] for e in entries]
+        out.table(["token", "superclass", "photos", "bytes", "time"], rows)
+
+    out.result({**head, "concepts": entries}, show)
+
+
+def exported(out: Output, done: Mapping[str, Any]) -> None:
+    """Print the LoRA files that were written, and how each subject is called with them."""
+    out.result(done, lambda: [out.line(f"{w['file']}: {w['called']}") for w in done["written"]] and None)
+
+
 def made(out: Output, report: Mapping[str, Any]) -> None:
     """Print what new edits did: answers before and after, locality probes, time and memory."""
 

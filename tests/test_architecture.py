@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets", "image_pairs", "covariance", "ledger"},
+    {"backbones", "datasets", "image_pairs", "subjects", "covariance", "ledger"},
     {"editors", "personalizers", "image_editors"},
     {"evaluation", "training", "image_training"},
     {
@@ -27,6 +27,8 @@ ROWS = (
         "show",
         "gallery",
         "concepts",
+        "concept_plan",
+        "concept_evaluation",
         "drawing",
     },
     {"edits", "editing", "asking", "exporting", "show_edits"},

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.concepts import ConceptFolder, LearnOptions, learn_concept, photos_in
+from mmedit_cli.concepts import ConceptFolder, LearnOptions, learn_concept
 from mmedit_cli.covariance import Covariance, default_path
 from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, UnknownName, UserError
 from mmedit_cli.output import Output
+from mmedit_cli.pictures import photos_in
 from mmedit_cli.types import Concept
 
 QUIET = Output(quiet=True)
@@ -290,3 +291,47 @@ def test_a_foreign_safetensors_file_is_refused(learn, tmp_path):
     (tmp_path / "mine" / "index.json").write_text(json.dumps(index))
     with pytest.raises(StateError, match="made with format None"):
         ConceptFolder(tmp_path / "mine").load(load_stable_diffusion("tiny-sd", device="cpu"))
+
+
+def test_concepts_are_listed_forgotten_and_exported(learn, cli, tmp_path):
+    mine = tmp_path / "mine"
+    learn(editor="multi-melo-diffusion")
+    learn("<toy>", editor="multi-melo-diffusion", superclass="stuffed animal")
+    code, text, _ = cli("edits", "list", mine)
+    assert (code, "<toy>" in text, "stuffed animal" in text) == (0, True, True)
+    assert [e["token"] for e in json.loads(cli("edits", "list", mine, "--json")[1])["concepts"]] == [
+        "<my-dog>",
+        "<toy>",
+    ]
+    code, text, _ = cli("edits", "export", mine, "--to", tmp_path / "lora", "--device", "cpu", "--json")
+    assert (code, len(json.loads(text)["written"])) == (0, 2)
+    called = {entry["identifier"] for entry in ConceptFolder(mine).entries}
+    assert {w["called"].partition(" ")[0] for w in json.loads(text)["written"]} == called
+    pipe = load_stable_diffusion("tiny-sd", device="cpu").pipe
+    pipe.load_lora_weights(tmp_path / "lora" / "toy.safetensors")
+    code, _, err = cli("edits", "export", mine, "--to", tmp_path / "lora")
+    assert (code, "there already" in err) == (2, True)
+    code, _, err = cli("edits", "undo", mine, "<tay>")
+    assert (code, "did you mean <toy>" in err) == (2, True)
+    assert "forgotten: <toy>; 1 left" in cli("edits", "undo", mine, "<toy>")[1]
+    assert ConceptFolder(mine).tokens == ["<my-dog>"]
+
+
+def test_only_a_lora_is_exported_as_one(learn, cli, tmp_path):
+    learn()
+    code, _, err = cli("edits", "export", tmp_path / "mine", "--to", tmp_path / "lora")
+    assert (code, "concepts of perfusion are no LoRA" in err) == (2, True)
+
+
+def test_no_two_concepts_of_a_folder_get_one_identifier(learn, monkeypatch, tmp_path):
+    taken = []
+
+    def named(_tokenizer, token, others):
+        taken.append(set(others))
+        return f"sks{len(taken)}"
+
+    monkeypatch.setattr("mmedit_cli.personalizers.multi_melo_diffusion.identifier", named)
+    learn(editor="multi-melo-diffusion")
+    learn("<toy>", editor="multi-melo-diffusion")
+    learn("<toy>", editor="multi-melo-diffusion", force=True)
+    assert taken == [set(), {"sks1"}, {"sks1"}]

@@ -160,9 +160,7 @@ class VisionLanguageModel(ABC):
 
         Raises DataError for a picture that cannot be read, ModelError for one that is not what it was when measured.
         """
-        loaded = [load_picture(picture) for picture in pictures]
-        inputs = self.image_processor(images=loaded, return_tensors="pt").to(self.device, self.dtype)
-        found = [tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)]
+        found = self.encode_images([load_picture(picture) for picture in pictures])
         for picture, tokens in zip(pictures, found, strict=True):
             if len(tokens) != (expected := self.n_image_tokens(picture)):
                 raise ModelError(
@@ -170,6 +168,11 @@ class VisionLanguageModel(ABC):
                     "did the file change, or is the image processor of another model?",
                 )
         return found
+
+    def encode_images(self, images: Sequence[Any]) -> list[Tensor]:
+        """Return the image tokens of RGB pictures in memory, as `image_features` does of files."""
+        inputs = self.image_processor(images=list(images), return_tensors="pt").to(self.device, self.dtype)
+        return [tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)]
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings of token ids: (...) -> (..., E)."""
@@ -330,12 +333,8 @@ class VisionLanguageModel(ABC):
         room = self.max_length - batch.input_ids.shape[1]
         if room < 1:
             raise DataError(f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt")
-        config = GenerationConfig(
-            max_new_tokens=min(max_new_tokens, room),
-            do_sample=False,
-            pad_token_id=self.pad_id,
-            eos_token_id=self._end_ids,
-        )
+        ends = {"pad_token_id": self.pad_id, "eos_token_id": self._end_ids}
+        config = GenerationConfig(max_new_tokens=min(max_new_tokens, room), do_sample=False, **ends)
         stop = StoppingCriteriaList([lambda ids, _scores, **_: self._newline[ids[:, -1]]])
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):

@@ -118,7 +118,7 @@ def edit(
 
 def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:
     """Return what a text-to-image model is to be taught."""
-    from mmedit_cli.concepts import photos_in
+    from mmedit_cli.pictures import photos_in
     from mmedit_cli.types import Concept
 
     if photos is None or not superclass or not token:

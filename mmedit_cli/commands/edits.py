@@ -22,9 +22,13 @@ def list_edits(
 ) -> None:
     """List the active edits."""
     from mmedit_cli import show_edits
+    from mmedit_cli.concepts import ConceptFolder
     from mmedit_cli.edits import described, head
     from mmedit_cli.ledger import Ledger
 
+    if (concepts := ConceptFolder(folder)).head:
+        show_edits.concepts(Output(as_json=as_json), concepts.head, concepts.entries)
+        return
     with Ledger.open(folder) as ledger:
         edits = [described(edit) for edit in ledger.edits.values() if edit.active or everything]
         show_edits.listed(Output(as_json=as_json), edits, head(ledger))
@@ -50,14 +54,25 @@ def undo(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Take edits back; without any, the model is the base model bit for bit.
+    """Take edits back; without any, the model is the base model bit for bit. Of a folder of concepts: forget some.
 
     Examples:
 
       mmedit edits undo my-edits 3-7
 
       mmedit edits undo my-edits all
+
+      mmedit edits undo my-concepts "<my-teddy>"
     """
+    from mmedit_cli.concepts import ConceptFolder
+
+    if (concepts := ConceptFolder(folder)).head:
+        out, gone = Output(as_json=as_json), concepts.select(which)
+        for token in gone:
+            concepts.forget(token)
+        left = {"undo": gone, "concepts": concepts.tokens}
+        out.result(left, lambda: out.line(f"forgotten: {', '.join(gone)}; {len(concepts.tokens)} left"))
+        return
     _change("undo", folder, which, (model, device), as_json)
 
 
@@ -151,8 +166,8 @@ def export(
 ) -> None:
     """Write the edited model as a folder that loads without this program, and check that it answers the same.
 
-    Plain weights where the method allows it, a PEFT adapter of LoRA, else the base model with one small file that
-    routes.
+    Plain weights where the method allows it, PEFT adapters of LoRA methods, else the base model with one small file
+    that routes. Of a folder of concepts: LoRA files for diffusers.
 
     Examples:
 
@@ -162,10 +177,17 @@ def export(
 
       mmedit edits export my-edits --to blocks --adapters
     """
-    from mmedit_cli import exporting
+    from mmedit_cli import exporting, show_edits
+    from mmedit_cli.concepts import ConceptFolder, export_concepts
     from mmedit_cli.workflows import ModelOptions
 
     out = Output(as_json=as_json)
+    if (concepts := ConceptFolder(folder)).head:
+        done = export_concepts(concepts, to, model, device, out)
+        if push_to_hub is not None:
+            done["url"] = exporting.push(to, push_to_hub, private=private)
+        show_edits.exported(out, done)
+        return
     done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
     if push_to_hub is not None:
         done["url"] = exporting.push(to, push_to_hub, private=private)

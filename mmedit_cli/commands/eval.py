@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmedit_cli import options
+from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
+
+if TYPE_CHECKING:
+    from mmedit_cli.concept_plan import ConceptEvalOptions
 
 
 def evaluate(
@@ -63,45 +67,63 @@ def evaluate(
 
       mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
 
-      mmedit eval ft -m tiny-llava --data tests/data/shapes --set target=connector --json
-
       mmedit eval mgie --data emojikb-edits --limit 100 --set steps=20 --set clip=openai/clip-vit-base-patch32
+
+      mmedit eval perfusion --model mini-sd --data emojikb-concepts --set eval.seeds=4
 
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
     """
     from mmedit_cli import image_evaluation, registry, show, workflows
+    from mmedit_cli.concept_plan import ConceptEvalOptions
     from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.evaluation.vlm import Protocol, milestones
 
     out = Output(as_json=as_json)
-    if editor is not None and editor.replace("_", "-") in registry.image_editors.names():
-        strange = {"--sequential": sequential != 1, "--root": root is not None, "--template": bool(template)}
-        strange |= {"--dry-run": dry_run, "--hparams": hparams is not None, "--checkpoint": checkpoint is not None}
+    name, changes = (editor or "").replace("_", "-"), tuple(overrides or ())
+    strange = {"--sequential": sequential != 1, "--template": bool(template), "--checkpoint": checkpoint is not None}
+    if name in registry.image_editors.names():
+        strange |= {"--root": root is not None, "--dry-run": dry_run, "--hparams": hparams is not None}
         request = image_evaluation.ImageEvalOptions(
-            editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, tuple(overrides or ()), limit,
-            batch_size, seed, records, force,
+            name, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size, seed,
+            records, force,
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
+    if name in registry.personalizers.names():
+        strange |= {"--subset": bool(subset), "--images": images is not None, "--device-map": device_map is not None}
+        asked = ConceptEvalOptions(
+            name, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
+            revision, records, force,
+        )  # fmt: skip
+        _personalizer(asked, {**strange, "--report-at": report_at is not None}, dry_run, out)
+        return
+    at = milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at")
+    names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
     protocol = Protocol(
-        sequential=sequential,
-        report_at=milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at"),
-        edit_batch=edit_batch,
-        protocols=tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip())),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        cache_bytes=int(cache_gib * (1 << 30)),
-    )
+        sequential=sequential, report_at=at, edit_batch=edit_batch, protocols=names, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, cache_bytes=int(cache_gib * (1 << 30)),
+    )  # fmt: skip
     if editor is None:
         editor, model = workflows.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
     request = workflows.EvalOptions(
         editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
-        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long),
-        hparams=hparams, overrides=tuple(overrides or ()), checkpoint=checkpoint, limit=limit, seed=seed,
-        records=records, force=force,
+        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), hparams=hparams, seed=seed,
+        overrides=changes, checkpoint=checkpoint, limit=limit, records=records, force=force,
     )  # fmt: skip
     if dry_run:
         show.plan(out, workflows.plan_evaluation(request).describe())
     else:
         show.report(out, workflows.evaluate(request, out))
+
+
+def _personalizer(asked: ConceptEvalOptions, strange: dict[str, bool], dry_run: bool, out: Output) -> None:
+    """Evaluate a method that teaches a model what to draw."""
+    from mmedit_cli import concept_evaluation, concept_plan, show
+
+    if wrong := [option for option, given in strange.items() if given]:
+        raise UserError(f"{', '.join(wrong)}: means nothing to a personalizer", "its settings: --set eval.steps=25")
+    if dry_run:
+        show.plan(out, concept_plan.plan_evaluation(asked).describe())
+    else:
+        show.concept_scores(out, concept_evaluation.evaluate(asked, out))

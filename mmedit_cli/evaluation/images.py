@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import conv2d, cosine_similarity, normalize
 
+from mmedit_cli.backbones.base import VisionLanguageModel
+
 UNCHANGED = 4 / 255  # a pixel that source and goal share up to this belongs to what should stay
 _STILL = 1e-6  # length of a change that is rounding
 SMALLEST = _WINDOW = 11  # pixels: the window of SSIM
@@ -75,6 +77,25 @@ def similarity(one: Tensor, other: Tensor) -> float:
     return 100 * float(cosine_similarity(one.float(), other.float(), dim=-1))
 
 
+def paired(ones: Tensor, others: Tensor) -> float:
+    """Return the mean similarity of encodings (B, D) to those of the same row: of pictures with the same seeds."""
+    return 100 * float(cosine_similarity(ones.float(), others.float(), dim=-1).mean())
+
+
+def all_pairs(ones: Tensor, others: Tensor) -> float:
+    """Return the mean similarity over all pairs of encodings (A, D) and (B, D): CLIP-I and DINO of DreamBooth.
+
+    Of a set of different pictures with itself it is below 100.
+    """
+    return 100 * float((normalize(ones.float(), dim=-1) @ normalize(others.float(), dim=-1).T).mean())
+
+
+def among_themselves(encodings: Tensor) -> float | None:
+    """Return the mean similarity over all pairs of different rows of (B, D), B > 1; None for a single row."""
+    count = len(encodings)
+    return None if count < 2 else (all_pairs(encodings, encodings) * count - 100) / (count - 1)
+
+
 def direction(v: Tensor, o: Tensor, caption: Tensor, target_caption: Tensor) -> float | None:
     """Return the cosine of the change of the picture and that of its caption (Gal et al. 2022), in one space.
 
@@ -109,6 +130,18 @@ class ClipEncoder:
         ).to(self.model.device)
         found = self.model.get_text_features(inputs["input_ids"], inputs["attention_mask"], return_dict=True)
         return found.pooler_output.float().cpu()  # type: ignore[no-any-return]
+
+
+class TokenEncoder:
+    """The mean of the image tokens a vision-language model sees; scores that use it carry its name."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model, self.name = model, model.name
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return (B, D)."""
+        return torch.stack([tokens.float().mean(0).cpu() for tokens in self.model.encode_images(pictures)])
 
 
 class DinoEncoder:

@@ -49,6 +49,7 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     name: ClassVar[str]
     Hparams: ClassVar[type]
     several: ClassVar[bool] = True  # concepts at a time
+    routes: ClassVar[bool] = False  # whether a concept acts on prompts that name it, so that any number may be there
 
     def __init__(self, model: StableDiffusion, hparams: Any, *, seed: int = 0) -> None:
         self.model, self.hparams, self.seed = model, hparams, seed

@@ -47,16 +47,17 @@ class MultiMeloDiffusion(Personalizer):
     """A LoRA block a subject in the UNet and the text encoders (Multi-MELO), chosen by the prompt.
 
     A prompt that names no subject is drawn as by the base model, bit for bit; one that names several gets the sum of
-    their blocks. For ablations `router: always` puts all blocks on every prompt, and `oracle`, one token or None for
-    each conditional prompt, decides in the place of the router.
+    their blocks. For ablations `router: always` puts all blocks on every prompt, and `oracle`, the tokens for each
+    conditional prompt, decides in the place of the router.
     """
 
     name = "multi-melo-diffusion"
     Hparams = MultiMeloDiffusionHparams
+    routes = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.oracle: Sequence[str | None] | None = None
+        self.oracle: Sequence[Sequence[str]] | None = None
         self._patch = Patch(self.model.model)
         self._blocks: dict[str, Block] = {}
         self._keys: dict[str, Tensor] = {}
@@ -88,7 +89,7 @@ class MultiMeloDiffusion(Personalizer):
         if self._router == "none":
             wanted: list[list[str]] = [[] for _ in tokens.prompts[count:]]
         elif self.oracle is not None:
-            wanted = [[] if token is None else [token] for token in self.oracle]
+            wanted = [list(named) for named in self.oracle]
             if len(wanted) != len(tokens.prompts) - count:
                 raise StateError(f"oracle: {len(wanted)} routes for {len(tokens.prompts) - count} prompts")
         elif self._router == "always":

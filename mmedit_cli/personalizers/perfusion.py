@@ -51,6 +51,7 @@ class Perfusion(Personalizer):
 
     name = "perfusion"
     Hparams = PerfusionHparams
+    routes = True
 
     def __init__(self, *args: Any, covariance: Covariance | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

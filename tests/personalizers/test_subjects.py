@@ -61,11 +61,11 @@ def test_rows_of_one_batch_get_their_own_blocks(melo, concept):
     melo.learn(concept)
     mixed = draw(melo.model, [UNNAMED, NAMED, KIND])
     assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
-    melo.oracle = [None, "<my-dog>", None]
+    melo.oracle = [(), ["<my-dog>"], ()]
     assert np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND]), mixed), "the router is right"
-    melo.oracle = [None, None, None]
+    melo.oracle = [(), (), ()]
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[1], mixed[1])
-    melo.oracle = [None]
+    melo.oracle = [()]
     with pytest.raises(StateError, match="1 routes for 2 prompts"):
         draw(melo.model, [UNNAMED, NAMED])
     melo.oracle = None

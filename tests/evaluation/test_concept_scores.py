@@ -1,0 +1,124 @@
+"""Scores of drawn concepts, by an encoder that sees the mean colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmedit_cli.evaluation import concepts, images
+from mmedit_cli.evaluation.concepts import Drawn, Eyes
+from mmedit_cli.pictures import Picture, load_picture
+
+RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
+
+
+class Colours:
+    """Encodes a picture as its mean colour."""
+
+    @staticmethod
+    def pictures(pictures):
+        return torch.stack([images.pixels(picture).mean((1, 2)) for picture in pictures])
+
+
+class Namer:
+    """Says of a picture whether it is red."""
+
+    name = "namer"
+
+    @staticmethod
+    def generate(queries, *, max_new_tokens):
+        assert max_new_tokens
+        pixels = [load_picture(Picture(query.image)).getpixel((0, 0)) for query in queries]
+        return ["a red thing" if pixel == (255, 0, 0) else "a blue thing" for pixel in pixels]
+
+
+@pytest.fixture
+def paint(tmp_path):
+    """Write a picture of one colour, or of a left and a right one, and return its file."""
+
+    def write(*colours: str) -> Path:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        picture = Image.new("RGB", (8, 8), colours[0])
+        picture.paste(colours[-1], (4, 0, 8, 8))
+        picture.save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def eyes(paint):
+    return Eyes({"colours": Colours()}, [("red", paint(RED)), ("green", paint(GREEN)), ("blue", paint(BLUE))])
+
+
+def test_pairs_by_seed_and_all_pairs():
+    same = torch.eye(2)
+    assert images.paired(same, 3 * same) == pytest.approx(100)
+    assert images.all_pairs(same, same) == pytest.approx(50), "of two that differ, below 100"
+    assert images.among_themselves(same) == pytest.approx(0, abs=1e-5)
+    assert images.among_themselves(torch.ones(3, 4)) == pytest.approx(100, abs=1e-4)
+    assert images.among_themselves(same[:1]) is None
+
+
+def test_likeness_to_the_photos(eyes, paint):
+    drawn = Drawn([[paint(RED), paint(BLUE)], [paint(RED), paint(RED)]], [], ["one", "two"], ["red"], [paint(RED)])
+    found = concepts.resemblance(drawn, eyes)
+    assert found == {"colours-I": pytest.approx([50, 100]), "nearest by colours": [50, 100]}
+    assert concepts.of_photos([paint(RED), paint(RED)], eyes) == {"colours-I": [pytest.approx(100)]}
+    assert concepts.of_photos([paint(RED)], eyes) == {}
+
+
+def test_names_are_asked_for_where_there_are_any(paint):
+    drawn = Drawn([[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing")
+    gallery = [("red", paint(GREEN)), ("other", paint(RED)), ("blue", paint(BLUE))]
+    eyes = Eyes({"namer": Colours()}, gallery, namer=Namer())
+    found = concepts.resemblance(drawn, eyes)
+    assert found["named by namer"] == [50]
+    assert found["nearest by namer"] == [0]
+    assert found["recognised by namer"] == [50], "by its name or by its neighbour"
+    eyes.unknown = frozenset({"red"})
+    assert "named by namer" not in concepts.resemblance(drawn, eyes)
+
+
+def test_what_stayed(eyes, paint):
+    base = [[paint(RED), paint(BLUE)]]
+    found = concepts.constancy(Drawn(base, base, ["x"]), eyes)
+    assert (found["identical"], found["L1"]) == ([100], [0])
+    assert found["colours-I paired"] == [pytest.approx(100)]
+    assert found["colours-I all pairs"] == [pytest.approx(50)], "the ceiling of the published form"
+    found = concepts.constancy(Drawn([[paint(RED), paint("#0000fe")]], base, ["x"]), eyes)
+    assert found["identical"] == [50], "one step of one channel is a difference"
+    assert 0 < found["L1"][0] < 1e-3
+
+
+def test_two_in_one_picture(eyes, paint):
+    drawn = Drawn([[paint(RED, GREEN), paint(RED)]], [], ["x"], ["red", "green"])
+    found = concepts.togetherness(drawn, eyes)
+    assert found == {"both by colours": [50], "one at least by colours": [100]}
+    assert [part.size for part in concepts.windows(Image.new("RGB", (8, 8)))] == [(8, 8), *[(4, 4)] * 9]
+
+
+def test_means_count_subjects_once():
+    lines = [
+        {"side": "edited", "test": "class", "subject": name, "scores": {"identical": values}}
+        for name, values in (("a", [100.0, 0.0]), ("b", [100.0]))
+    ]
+    lines.append({"side": "edited", "test": "other", "subject": "", "scores": {"identical": [100.0, 0.0, 0.0]}})
+    found = concepts.summary(lines)["edited"]
+    assert (found["class"]["identical"]["mean"], found["class"]["identical"]["n"]) == (75, 2)
+    assert (found["other"]["identical"]["mean"], found["other"]["identical"]["n"]) == (pytest.approx(100 / 3), 3)
+
+
+def test_clip_also_reads_the_prompts(paint):
+    class Texts:
+        @staticmethod
+        def texts(texts):
+            return torch.stack([torch.eye(3)[{"red": 0, "blue": 2}[text]] for text in texts])
+
+    eyes = Eyes({"CLIP": Colours()}, [("red", paint(RED))], Texts())
+    found = concepts.resemblance(Drawn([[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]), eyes)
+    assert found["CLIP-T"] == [pytest.approx(100), pytest.approx(0)]
+    assert set(found) == {"CLIP-I", "CLIP-T", "nearest by CLIP"}
