@@ -67,7 +67,7 @@ def load_eyes(plan: ConceptPlan) -> Eyes:
     settings = plan.settings
     device = str(runtime.resolve_device(plan.options.device))
     clip, dino = ("" if name == "none" else name for name in (settings.clip, settings.dino))
-    loaded = load_encoders(clip, dino, device)
+    loaded = load_encoders({"clip": clip, "dino": dino}, device)
     encoders: dict[str, Any] = {"CLIP": loaded.clip, "DINO": loaded.dino}
     namer, unknown = None, frozenset[str]()
     if settings.encoder != "none":

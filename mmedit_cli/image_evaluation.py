@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mmedit_cli import registry, runtime
+from mmedit_cli import gallery, registry, runtime
 from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.evaluation import images
+from mmedit_cli.evaluation.lpips import SMALLEST, Lpips
 from mmedit_cli.evaluation.report import mean_with_interval
 from mmedit_cli.hparams import read_values
 from mmedit_cli.image_editors._loading import LoadOptions
@@ -31,14 +32,18 @@ from mmedit_cli.records import Run, write_atomic
 
 if TYPE_CHECKING:
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder
+    from mmedit_cli.evaluation.judge import Judge
 
 FOLDER = "eval-image-editor"  # below the records
 # better is: less, or more; the first of them are of the pixels alone
 SCORES = {"L1": "less", "L2": "less", "SSIM": "more", "kept": "less", "CLIP-I": "more", "CLIP-T": "more"}
-SCORES |= {"DINO": "more", "direction": "more"}
+SCORES |= {"DINO": "more", "direction": "more", "LPIPS": "less", "reached": "more"}
+_LOOKS = ("clip", "dino", "lpips", "judge")  # what takes scores, by the name of a model, folder or file
 _KEYS: dict[str, type] = {
-    "steps": int, "text_guidance": float, "image_guidance": float, "resolution": int, "clip": str, "dino": str,
+    "steps": int, "text_guidance": float, "image_guidance": float, "resolution": int, **dict.fromkeys(_LOOKS, str),
 }  # fmt: skip
+JUDGE, NOBODY = "mini-blip2", "none"  # who is asked whether an edit was made where pairs say what to ask
+_SHOWN = 8  # pairs of each kind in the gallery
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,15 @@ class Encoders:
 
     clip: ClipEncoder | None = None
     dino: DinoEncoder | None = None
+    lpips: Lpips | None = None
+    judge: Judge | None = None
 
 
-def read_settings(overrides: Sequence[str]) -> tuple[Settings, str, str]:
-    """Return (settings, CLIP model, DINO model) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
+def read_settings(overrides: Sequence[str]) -> tuple[Settings, dict[str, str]]:
+    """Return (settings, names of what takes scores) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
     found = read_values(overrides, _KEYS)
-    clip, dino = found.pop("clip", ""), found.pop("dino", "")
-    return Settings(**found), clip, dino
+    looks = {name: found.pop(name, "") for name in _LOOKS}
+    return Settings(**found), looks
 
 
 def evaluate(
@@ -83,13 +90,14 @@ def evaluate(
     out = out or Output()
     if wrong := [option for option, given in (strange or {}).items() if given]:
         raise UserError(f"{', '.join(wrong)}: means nothing to an image editor", "its settings: --set steps=30")
-    settings, clip, dino = read_settings(options.overrides)
+    settings, looks = read_settings(options.overrides)
     options = replace(options, editor=options.editor.replace("_", "-"))
     registry.image_editors.get(options.editor)
     name, pairs = open_pairs(DATA if options.data == "emojikb" else options.data, limit=options.limit)
     asked = EditOptions(options.editor, options.model, options.load, settings, records=options.records)
     editor = load_editor(asked, out)
-    encoders = load_encoders(clip, dino, str(editor.device))
+    looks["judge"] = looks["judge"] or (JUDGE if any(pair.question or pair.rivals for pair in pairs) else NOBODY)
+    encoders = load_encoders(looks, str(editor.device))
     config = {
         "command": "eval",
         "editor": options.editor,
@@ -97,7 +105,7 @@ def evaluate(
         "dtype": options.load.dtype,
         "data": {"name": name, "cases": len(pairs), "fingerprint": fingerprint(pairs)},
         "settings": {**asdict(settings.over(editor.defaults)), "resolution": settings.resolution or editor.resolution},
-        "encoders": {"clip": clip, "dino": dino},
+        "encoders": looks,
         "seed": options.seed,
         "versions": runtime.versions(),
     }
@@ -115,16 +123,30 @@ def evaluate(
             "scores": summary(lines),
             "by_kind": {kind: summary([x for x in lines if x["kind"] == kind]) for kind in _kinds(lines)},
             "cost": {"seconds_per_edit": round(fmean(line["seconds"] for line in lines), 4)},
+            "gallery": str(_draw(pairs, folder, f"{options.editor} ({editor.model}) on {name}")),
             "run": str(folder),
         }
         run.finish(report)
     return report
 
 
-def load_encoders(clip: str, dino: str, device: str) -> Encoders:
-    """Return the encoders of that name (a folder or hub id; empty: none); raise ModelError if one is not usable."""
-    if not clip and not dino:
-        return Encoders()
+def load_encoders(looks: Mapping[str, str], device: str) -> Encoders:
+    """Return what takes scores, by names (see `_LOOKS`; empty: none); raise ModelError if one is not usable."""
+    clip, dino, lpips, judge = (looks.get(name, "") for name in _LOOKS)
+    found = Encoders()
+    if clip or dino:
+        found = _hub_encoders(clip, dino, device)
+    if lpips:
+        found = replace(found, lpips=Lpips.load(Path(lpips)))
+    if judge not in ("", NOBODY):
+        from mmedit_cli.backbones._loading import load_backbone
+        from mmedit_cli.evaluation.judge import Judge
+
+        found = replace(found, judge=Judge(load_backbone(judge, device=device)))
+    return found
+
+
+def _hub_encoders(clip: str, dino: str, device: str) -> Encoders:
     from transformers import AutoModel, AutoProcessor
 
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder
@@ -167,12 +189,39 @@ def _score_all(
         seconds = (time.monotonic() - began) / len(part)
         lines = []
         for pair, source, result in zip(part, sources, results, strict=True):
-            write_atomic(
-                run.folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png", png(result.picture)
-            )
+            write_atomic(_file(run.folder, pair), png(result.picture))
             lines.append(_line(pair, source, result, encoders) | {"seconds": round(seconds, 4)})
+        if encoders.judge is not None:
+            for title, pictures in (("scores", [result.picture for result in results]), ("unchanged", sources)):
+                for line, value in zip(lines, encoders.judge.reached(pictures, part), strict=True):
+                    line[title] |= {} if value is None else {"reached": value}
         run.append("cases", lines)
         tick("pairs", len(part))
+
+
+def _file(folder: Path, pair: EditPair) -> Path:
+    """Return where the edited picture of a pair is kept."""
+    return folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png"
+
+
+def _draw(pairs: Sequence[EditPair], folder: Path, title: str) -> Path:
+    """Draw the first pairs of each kind, before, after and wanted; return the page that shows them."""
+    home, sections = folder / "gallery", []
+    home.mkdir(exist_ok=True)
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        rows: list[gallery.Row] = []
+        for pair in [pair for pair in pairs if pair.kind == kind][:_SHOWN]:
+            files = {name: home / f"{_file(folder, pair).stem}-{name}.png" for name in ("before", "wanted")}
+            for name, load in (("before", pair.source), ("wanted", pair.target)):
+                picture = load()
+                picture.thumbnail((gallery.THUMB, gallery.THUMB))
+                write_atomic(files[name], png(picture))
+            shown = {"before": files["before"], "edited": _file(folder, pair), "wanted": files["wanted"]}
+            rows.append((pair.instruction, [(name, [file]) for name, file in shown.items()]))
+        sections.append((kind or "edits", rows))
+    gallery.contact_sheet([row for _, rows in sections for row in rows[:2]], home / "sheet.png")
+    gallery.page(title, sections, home / "index.html")
+    return home / "index.html"
 
 
 def _line(pair: EditPair, source: Image.Image, result: Edited, encoders: Encoders) -> dict[str, Any]:
@@ -207,6 +256,8 @@ def score(
             found["direction"] = images.direction(ev, eo, before, after) if pair.caption else None
     if encoders.dino is not None:
         found["DINO"] = images.similarity(*encoders.dino.pictures([output, goal]))
+    if encoders.lpips is not None and min(goal.size) >= SMALLEST:
+        found["LPIPS"] = float(encoders.lpips(o[None], g[None]))
     return {name: value for name, value in found.items() if value is not None}
 
 

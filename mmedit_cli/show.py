@@ -123,14 +123,14 @@ def image_scores(out: Output, report: Mapping[str, Any]) -> None:
         rows += [
             _score_row(kind, name, scores[name])
             for kind, scores in report["by_kind"].items()
-            for name in ("L1", "kept")
+            for name in ("L1", "kept", "reached")
             if name in scores
         ]
         out.table(["pairs", "score", "better is", "edited", "picture as it is", "n"], rows)
         for key, name in report["encoders"].items():
-            if name:
+            if name not in ("", "none"):
                 out.line(f"{key}: {name}")
-        out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {Path(report['run']) / 'pictures'}")
+        out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {report['gallery']}")
 
     out.result(report, show)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -40,6 +42,12 @@ def test_a_report(cli, tmp_path):
     folder = tmp_path / "records"
     pictures = list(folder.rglob("pictures/*.png"))
     assert len(pictures) == 5
+    assert report["encoders"]["judge"] == "mini-blip2"
+    assert report["scores"]["reached"]["unchanged"] == 0  # who gives the picture back has not done what was asked
+    page = Path(report["gallery"])
+    assert page.read_text().count("<img") == 15
+    assert all((page.parent / link).is_file() for link in re.findall(r'src="([^"]+)"', page.read_text()))
+    assert (page.parent / "sheet.png").is_file()
     code, out, err = cli(*WORDS)
     assert "already done" in err
     assert "picture as it is" in out
@@ -64,6 +72,8 @@ def test_a_killed_run_ends_with_the_same_scores(cli, tmp_path, monkeypatch):
         (("--set", "stepz=3"), "did you mean steps"),
         (("--set", "steps=some"), "expected a whole number"),
         (("--set", "clip=nowhere/none"), "cannot be loaded"),
+        (("--set", "lpips=nowhere.safetensors"), "no such file"),
+        (("--set", "judge=nobody"), "neither a known name, nor a folder, nor a hub id"),
         (("--sequential", "3"), "means nothing to an image editor"),
         (("--data", "emojikb-edits:evil"), "no such split"),
     ],
@@ -75,6 +85,6 @@ def test_wrong_input_is_one_line(cli, words, said):
 
 
 def test_settings():
-    settings, clip, dino = read_settings(["steps=3", "image_guidance=1.2", "clip=x/y"])
+    settings, looks = read_settings(["steps=3", "image_guidance=1.2", "clip=x/y"])
     assert (settings.steps, settings.image_guidance, settings.text_guidance) == (3, 1.2, None)
-    assert (clip, dino) == ("x/y", "")
+    assert looks == {"clip": "x/y", "dino": "", "lpips": "", "judge": ""}
