@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmedit_cli.concepts import LearnOptions, learn_concept
-    from mmedit_cli.edits import EditOptions, begin_edits, open_edits
+    from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
     from mmedit_cli.types import Concept, EditCase, Query
-    from mmedit_cli.workflows import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
+    from mmedit_cli.workflows.concepts import LearnOptions, learn_concept
+    from mmedit_cli.workflows.evaluation import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
 
 # public name -> where it lives; loaded on first use, so that importing the package costs nothing
 _PUBLIC = {
     "Concept": "mmedit_cli.types",
-    "LearnOptions": "mmedit_cli.concepts",
-    "learn_concept": "mmedit_cli.concepts",
+    "LearnOptions": "mmedit_cli.workflows.concepts",
+    "learn_concept": "mmedit_cli.workflows.concepts",
     "Query": "mmedit_cli.types",
     "EditCase": "mmedit_cli.types",
-    "load_backbone": "mmedit_cli.workflows",
-    "load_editor": "mmedit_cli.workflows",
-    "evaluate": "mmedit_cli.workflows",
-    "EvalOptions": "mmedit_cli.workflows",
-    "ModelOptions": "mmedit_cli.workflows",
-    "begin_edits": "mmedit_cli.edits",
-    "open_edits": "mmedit_cli.edits",
-    "EditOptions": "mmedit_cli.edits",
+    "load_backbone": "mmedit_cli.workflows.evaluation",
+    "load_editor": "mmedit_cli.workflows.evaluation",
+    "evaluate": "mmedit_cli.workflows.evaluation",
+    "EvalOptions": "mmedit_cli.workflows.evaluation",
+    "ModelOptions": "mmedit_cli.workflows.evaluation",
+    "begin_edits": "mmedit_cli.edits.model",
+    "open_edits": "mmedit_cli.edits.model",
+    "EditOptions": "mmedit_cli.edits.model",
 }
 __all__ = [
     "Concept",

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli.show import column_name, read_report
+from mmedit_cli.reports.show import column_name, read_report
 
 
 def section(report: dict[str, Any]) -> str:

@@ -22,8 +22,8 @@ from mmedit_cli.image_editors._latent import encode_pictures
 from mmedit_cli.image_editors.mgie.modules import widened
 from mmedit_cli.image_pairs import emojikb_edits
 from mmedit_cli.image_pairs.base import EditPair, fingerprint
-from mmedit_cli.image_training import dropped
 from mmedit_cli.records import write_atomic
+from mmedit_cli.training.mgie import dropped
 
 AVERAGE = 0.999  # how much of the running mean of the weights each step keeps, once there are many
 CHUNK = 64  # pictures encoded at once

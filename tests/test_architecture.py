@@ -14,24 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "types"},
     {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
-    {"backbones", "datasets", "image_pairs", "subjects", "covariance", "ledger"},
+    {"backbones", "datasets", "image_pairs", "subjects", "covariance"},
     {"editors", "personalizers", "image_editors"},
-    {"evaluation", "training", "image_training"},
-    {
-        "workflows",
-        "training_runs",
-        "image_edits",
-        "image_training_runs",
-        "image_evaluation",
-        "doctor",
-        "show",
-        "gallery",
-        "concepts",
-        "concept_plan",
-        "concept_evaluation",
-        "drawing",
-    },
-    {"edits", "editing", "asking", "exporting", "show_edits"},
+    {"evaluation", "training"},
+    {"workflows", "reports"},
+    {"edits"},
     {"options", "commands", "app", "__main__"},
 )
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -15,11 +15,11 @@ from PIL import Image
 from mmedit_cli.backbones import _tiny_diffusion
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
-from mmedit_cli.concepts import ConceptFolder
 from mmedit_cli.covariance import Covariance, default_path
 from mmedit_cli.image_editors import _tiny as image_tiny
 from mmedit_cli.personalizers.base import Personalizer
 from mmedit_cli.subjects import emojikb_concepts
+from mmedit_cli.workflows.concepts import ConceptFolder
 
 EDITORS = ("dreambooth", "dreambooth-lora", "multi-melo-diffusion", "perfusion")
 FEW = ("--device", "cpu", "--set", "steps=3", "--set", "eval.steps=1", "--set", "eval.seeds=2", "--set",

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.concepts import ConceptFolder, LearnOptions, learn_concept
 from mmedit_cli.covariance import Covariance, default_path
 from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, UnknownName, UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import photos_in
 from mmedit_cli.types import Concept
+from mmedit_cli.workflows.concepts import ConceptFolder, LearnOptions, learn_concept
 
 QUIET = Output(quiet=True)
 FEW = ("--steps", 2, "--json")

@@ -14,15 +14,15 @@ import torch
 from conftest import ROOT, SHAPES
 from safetensors.torch import save_file
 
-from mmedit_cli import exporting
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.editors import _flatten, _lora_adapters, _standalone
 from mmedit_cli.editors._melo_keys import BackboneKeys, HubKeys
-from mmedit_cli.edits import EditOptions, begin_edits, open_edits
+from mmedit_cli.edits import exporting
+from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions, load_editor
+from mmedit_cli.workflows.evaluation import ModelOptions, load_editor
 
 BANJO, APPLE = (ROOT / "data" / "emojikb" / "noto" / f"{code}.png" for code in ("1fa95", "1f34e"))
 REQUESTS = (

@@ -9,8 +9,8 @@ import pytest
 from conftest import SHAPES
 from PIL import ExifTags, Image
 
-from mmedit_cli.image_edits import EditOptions, Wish, edit_pictures
 from mmedit_cli.output import Output
+from mmedit_cli.workflows.image_edits import EditOptions, Wish, edit_pictures
 
 CIRCLE = SHAPES / "solid" / "red-circle.png"
 FAST = ("instruct-pix2pix", "--model", "tiny-ip2p", "--steps", "1", "--device", "cpu")
@@ -205,9 +205,9 @@ def test_bad_lines_are_all_named(cli, tmp_path):
 
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
-    from mmedit_cli import image_edits
     from mmedit_cli.image_editors._loading import LoadOptions
     from mmedit_cli.image_editors.base import Settings
+    from mmedit_cli.workflows import image_edits
 
     wish = Wish(CIRCLE, "paint it blue", tmp_path / "o.png")
     options = EditOptions("instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), Settings(1))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmedit_cli.image_evaluation import Encoders, read_settings, score
 from mmedit_cli.image_pairs.base import EditPair
+from mmedit_cli.workflows.image_evaluation import Encoders, read_settings, score
 
 WORDS = ("eval", "instruct_pix2pix", "--model", "tiny-ip2p", "--limit", "5", "--set", "steps=1", "--device", "cpu")
 

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from mmedit_cli import image_training
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.image_editors._latent import encode_pictures, to_pixels
@@ -21,10 +20,11 @@ from mmedit_cli.image_editors.mgie import Mgie
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
 from mmedit_cli.image_editors.mgie.parts import assemble
 from mmedit_cli.image_pairs.base import open_pairs
-from mmedit_cli.image_training import _Training, dropped, train_mgie
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
-from mmedit_cli.training import Conditions
+from mmedit_cli.training import mgie
+from mmedit_cli.training.editors import Conditions
+from mmedit_cli.training.mgie import _Training, dropped, train_mgie
 
 CPU = LoadOptions("cpu")
 TINY = load_hparams(ROOT / "hparams" / "mgie.yaml", MgieHparams, variant="tiny-llava")
@@ -269,7 +269,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("train_lm", ["lora", "two_phase"])
 def test_a_killed_training_ends_with_the_same_bits(train, tmp_path, monkeypatch, train_lm):
-    monkeypatch.setattr(image_training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(mgie, "SAVE_SECONDS", 0.0)
     hparams = hp(train_lm, steps=4, ema=0.9)
     _, whole = train(hparams, "whole")
     ticks = iter(range(100))
@@ -325,7 +325,7 @@ def test_the_running_mean_is_what_is_kept(train):
 def test_a_small_set_is_learned(train, train_lm, monkeypatch):
     rates = {"learning_rate": 4e-2, "unet_learning_rate": 1e-3, "warmup": 5, "drop": 0.0, "flip": 0.0}
     hparams = replace(hp(train_lm, steps=100, batch_size=2, validate_every=100, **rates), expressive="instruction")
-    monkeypatch.setattr(image_training, "LOG_EVERY", 1)
+    monkeypatch.setattr(mgie, "LOG_EVERY", 1)
     editor = fresh(hparams)
     from tempfile import TemporaryDirectory
 

@@ -14,11 +14,11 @@ import torch
 import yaml
 from conftest import SHAPES
 
-from mmedit_cli.edits import EditOptions, begin_edits, open_edits
+from mmedit_cli.edits.ledger import Ledger
+from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import RunError, StateError, UserError
-from mmedit_cli.ledger import Ledger
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions
+from mmedit_cli.workflows.evaluation import ModelOptions
 
 CONFIG = {
     "editor": "nobody", "hparams": {"a": 1}, "model": {"name": "none", "fingerprint": "0"}, "dtype": "float32",
@@ -315,7 +315,7 @@ def test_without_one_edit_it_is_as_if_it_had_never_been(ledger, tmp_path):
 
 
 def test_a_damaged_shard_is_made_again(ledger):
-    from mmedit_cli.editing import compact
+    from mmedit_cli.edits.making import compact
     from mmedit_cli.output import Output
 
     with open_edits(ledger) as edited:

@@ -12,13 +12,15 @@ import torch
 from conftest import ROOT, SHAPES
 from safetensors.torch import load_file
 
-from mmedit_cli import registry, training, training_runs, workflows
+from mmedit_cli import registry
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.datasets.base import read_data
 from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.records import Run
-from mmedit_cli.training import Conditions, alternatives, distinct, rate_at, train_networks
+from mmedit_cli.training import editors
+from mmedit_cli.training.editors import Conditions, alternatives, distinct, rate_at, train_networks
+from mmedit_cli.workflows import evaluation, training
 
 SHORT = ("training.steps=8", "training.batch_size=4", "training.validate_every=3", "training.alternatives=1")
 CASES = read_data(SHAPES).cases
@@ -58,7 +60,7 @@ def test_the_same_seed_gives_the_same_networks_and_another_gives_others(backbone
 @pytest.mark.parametrize("moment", [1, 3, 4, 7])
 @pytest.mark.parametrize("saving", ["seldom", "always"])
 def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypatch, moment, saving):
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9)
+    monkeypatch.setattr(editors, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9)
     _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
@@ -82,17 +84,17 @@ def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypat
 
 def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monkeypatch):
     scores = iter((0.2, 0.9, 0.4))
-    monkeypatch.setattr(training, "score_case", lambda *_: {"scores": {training.SCORE: {"reliability": score[0]}}})
+    monkeypatch.setattr(editors, "score_case", lambda *_: {"scores": {editors.SCORE: {"reliability": score[0]}}})
     score = [0.0]
     states = []
-    real = training._Training._validate
+    real = editors._Training._validate
 
     def validate(self):
         score[0] = next(scores)
         states.append({k: v.clone() for k, v in self.editor.networks.state_dict().items()})
         return real(self)
 
-    monkeypatch.setattr(training._Training, "_validate", validate)
+    monkeypatch.setattr(editors._Training, "_validate", validate)
     editor, report = train(backbone, tmp_path)
     assert report["best"]["step"] == 6
     assert [line["score"] for line in report["curve"]] == [0.2, 0.9, 0.4]
@@ -171,13 +173,13 @@ def test_an_untrained_editor_is_no_surprise(cli, tmp_path):
 
 
 def test_the_evaluation_side_is_never_trained_on():
-    options = training_runs.TrainOptions("liveedit", workflows.ModelOptions("tiny-blip2"), "emojikb", limit=50)
-    name, cases, held_out = training_runs.training_cases(options)
+    options = training.TrainOptions("liveedit", evaluation.ModelOptions("tiny-blip2"), "emojikb", limit=50)
+    name, cases, held_out = training.training_cases(options)
     assert name == "emojikb"
     assert {case.uid.partition("-")[0] for case in cases} == {"train"}
     assert {case.uid.partition("-")[0] for case in held_out} == {"val"}
     with pytest.raises(UserError, match="too few to hold some out"):
-        training_runs.training_cases(training_runs.TrainOptions("x", options.model, str(SHAPES), limit=5))
+        training.training_cases(training.TrainOptions("x", options.model, str(SHAPES), limit=5))
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):

@@ -47,16 +47,17 @@ def ask(
 
       mmedit ask --edits my-edits --questions facts.csv --json
     """
-    from mmedit_cli import asking, workflows
+    from mmedit_cli.edits import asking
     from mmedit_cli.pictures import check_picture
     from mmedit_cli.types import Query
+    from mmedit_cli.workflows import evaluation
 
     out = Output(as_json=as_json)
     if image is not None:
         check_picture(image)
     asked = [] if questions is None else asking.read_questions(questions, image)
     named = (model or "") if edits is not None else options.named(model, out)
-    chosen = workflows.ModelOptions(named, device, dtype, device_map, revision)
+    chosen = evaluation.ModelOptions(named, device, dtype, device_map, revision)
     with asking.Asker(chosen, edits, out, compare=compare, max_new_tokens=max_new_tokens) as asker:
         if questions is not None:
             asker.many(asked)

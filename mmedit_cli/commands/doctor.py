@@ -32,8 +32,8 @@ def doctor(
 
       mmedit doctor my_facts.csv
     """
-    from mmedit_cli import doctor as checks
     from mmedit_cli.datasets.base import DataOptions
+    from mmedit_cli.workflows import doctor as checks
 
     well = checks.run(Output(as_json=as_json), data, DataOptions(root, images, skip_missing=skip_missing))
     raise typer.Exit(0 if well else 1)

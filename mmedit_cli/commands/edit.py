@@ -85,10 +85,11 @@ def edit(
 
       mmedit generate --edits my-concepts "a <my-teddy> in the snow"
     """  # fmt: skip
-    from mmedit_cli import editing, show_edits, workflows
-    from mmedit_cli.concepts import LearnOptions, learn_concept
-    from mmedit_cli.edits import EditOptions
-    from mmedit_cli.ledger import Ledger
+    from mmedit_cli.edits import making, printing
+    from mmedit_cli.edits.ledger import Ledger
+    from mmedit_cli.edits.model import EditOptions
+    from mmedit_cli.workflows import evaluation
+    from mmedit_cli.workflows.concepts import LearnOptions, learn_concept
 
     out = Output(as_json=as_json)
     draws = editor.replace("_", "-") in registry.personalizers.names()
@@ -105,15 +106,15 @@ def edit(
             editor, options.named_drawing(model, out), concept, into, hparams, tuple(overrides or ()), covariance,
             seed or 0, device, dtype, revision, force,
         )  # fmt: skip
-        show_edits.learned(out, into, learn_concept(asked_for, out))
+        printing.learned(out, into, learn_concept(asked_for, out))
         return
     facts = _facts(requests, image, prompt, target, background)
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
     asked = EditOptions(
-        editor, workflows.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
+        editor, evaluation.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
         overrides=tuple(overrides or ()), checkpoint=checkpoint, seed=seed, records=records,
     )  # fmt: skip
-    show_edits.made(out, editing.make_edits(into, asked, facts, edit_batch, out))
+    printing.made(out, making.make_edits(into, asked, facts, edit_batch, out))
 
 
 def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:
@@ -142,7 +143,7 @@ def _facts(
     file: Path | None, image: Path | None, prompt: str | None, target: str | None, background: str
 ) -> list[Query]:
     """Return what a vision-language model is to be taught."""
-    from mmedit_cli.editing import read_requests
+    from mmedit_cli.edits.making import read_requests
     from mmedit_cli.types import Query
 
     one = [name for name, value in (("--image", image), ("--prompt", prompt), ("--target", target)) if value]

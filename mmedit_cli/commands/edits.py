@@ -21,23 +21,23 @@ def list_edits(
     debug: options.Debug = False,
 ) -> None:
     """List the active edits."""
-    from mmedit_cli import show_edits
-    from mmedit_cli.concepts import ConceptFolder
-    from mmedit_cli.edits import described, head
-    from mmedit_cli.ledger import Ledger
+    from mmedit_cli.edits import printing
+    from mmedit_cli.edits.ledger import Ledger
+    from mmedit_cli.edits.model import described, head
+    from mmedit_cli.workflows.concepts import ConceptFolder
 
     if (concepts := ConceptFolder(folder)).head:
-        show_edits.concepts(Output(as_json=as_json), concepts.head, concepts.entries)
+        printing.concepts(Output(as_json=as_json), concepts.head, concepts.entries)
         return
     with Ledger.open(folder) as ledger:
         edits = [described(edit) for edit in ledger.edits.values() if edit.active or everything]
-        show_edits.listed(Output(as_json=as_json), edits, head(ledger))
+        printing.listed(Output(as_json=as_json), edits, head(ledger))
 
 
 def show(folder: Folder, which: Which, as_json: options.Json = False, debug: options.Debug = False) -> None:
     """Show everything about some edits, and what they were made with."""
-    from mmedit_cli.edits import described, head
-    from mmedit_cli.ledger import Ledger
+    from mmedit_cli.edits.ledger import Ledger
+    from mmedit_cli.edits.model import described, head
 
     out = Output(as_json=as_json)
     with Ledger.open(folder) as ledger:
@@ -64,7 +64,7 @@ def undo(
 
       mmedit edits undo my-concepts "<my-teddy>"
     """
-    from mmedit_cli.concepts import ConceptFolder
+    from mmedit_cli.workflows.concepts import ConceptFolder
 
     if (concepts := ConceptFolder(folder)).head:
         out, gone = Output(as_json=as_json), concepts.select(which)
@@ -95,9 +95,9 @@ def diff(
     debug: options.Debug = False,
 ) -> None:
     """Compare the active edits of two ledgers: those of one only (< and >), and those with another target (!)."""
-    from mmedit_cli import editing, show_edits
+    from mmedit_cli.edits import making, printing
 
-    show_edits.compared(Output(as_json=as_json), editing.diff(first, second))
+    printing.compared(Output(as_json=as_json), making.diff(first, second))
 
 
 def verify(
@@ -108,9 +108,9 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Ask every edit again and say which hold; exit 1 if one does not."""
-    from mmedit_cli import show_edits
-    from mmedit_cli.edits import open_edits
-    from mmedit_cli.workflows import ModelOptions
+    from mmedit_cli.edits import printing
+    from mmedit_cli.edits.model import open_edits
+    from mmedit_cli.workflows.evaluation import ModelOptions
 
     out = Output(as_json=as_json)
     with (
@@ -118,7 +118,7 @@ def verify(
         out.progress({"edits": len(edited.ledger.active)}) as tick,
     ):
         found = edited.verify(tick)
-    show_edits.verified(out, found)
+    printing.verified(out, found)
     raise typer.Exit(0 if all(row["holds"] or row["replaced_by"] for row in found) else 1)
 
 
@@ -133,11 +133,11 @@ def compact(
     debug: options.Debug = False,
 ) -> None:
     """Write the ledger anew in few files; edits and answers stay, the history of undo and redo goes."""
-    from mmedit_cli import editing
-    from mmedit_cli.workflows import ModelOptions
+    from mmedit_cli.edits import making
+    from mmedit_cli.workflows.evaluation import ModelOptions
 
     out = Output(as_json=as_json)
-    done = editing.compact(folder, remake, ModelOptions(model or "", device), out)
+    done = making.compact(folder, remake, ModelOptions(model or "", device), out)
 
     def show() -> None:
         before, after = done["before"], done["after"]
@@ -177,16 +177,16 @@ def export(
 
       mmedit edits export my-edits --to blocks --adapters
     """
-    from mmedit_cli import exporting, show_edits
-    from mmedit_cli.concepts import ConceptFolder, export_concepts
-    from mmedit_cli.workflows import ModelOptions
+    from mmedit_cli.edits import exporting, printing
+    from mmedit_cli.workflows.concepts import ConceptFolder, export_concepts
+    from mmedit_cli.workflows.evaluation import ModelOptions
 
     out = Output(as_json=as_json)
     if (concepts := ConceptFolder(folder)).head:
         done = export_concepts(concepts, to, model, device, out)
         if push_to_hub is not None:
             done["url"] = exporting.push(to, push_to_hub, private=private)
-        show_edits.exported(out, done)
+        printing.exported(out, done)
         return
     done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
     if push_to_hub is not None:
@@ -195,11 +195,11 @@ def export(
 
 
 def _change(do: str, folder: Path, which: str, where: tuple[str | None, str], as_json: bool) -> None:
-    from mmedit_cli import editing
-    from mmedit_cli.workflows import ModelOptions
+    from mmedit_cli.edits import making
+    from mmedit_cli.workflows.evaluation import ModelOptions
 
     out, (model, device) = Output(as_json=as_json), where
-    done = editing.change_edits(folder, do, which, ModelOptions(model or "", device), out)
+    done = making.change_edits(folder, do, which, ModelOptions(model or "", device), out)
     word = {"undo": "undone", "redo": "redone"}[do]
     edits = ", ".join(map(str, done[do]))
     out.result(done, lambda: out.line(f"{word}: {edits}; {done['active']:,} active"))

@@ -12,7 +12,7 @@ from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
-    from mmedit_cli.concept_plan import ConceptEvalOptions
+    from mmedit_cli.workflows.concept_plan import ConceptEvalOptions
 
 
 def evaluate(
@@ -73,10 +73,12 @@ def evaluate(
 
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
     """
-    from mmedit_cli import image_evaluation, registry, show, workflows
-    from mmedit_cli.concept_plan import ConceptEvalOptions
+    from mmedit_cli import registry
     from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.evaluation.vlm import Protocol, milestones
+    from mmedit_cli.reports import show
+    from mmedit_cli.workflows import evaluation, image_evaluation
+    from mmedit_cli.workflows.concept_plan import ConceptEvalOptions
 
     out = Output(as_json=as_json)
     name, changes = (editor or "").replace("_", "-"), tuple(overrides or ())
@@ -104,22 +106,24 @@ def evaluate(
         batch_size=batch_size, cache_bytes=int(cache_gib * (1 << 30)),
     )  # fmt: skip
     if editor is None:
-        editor, model = workflows.newest_editor(records, model)
+        editor, model = evaluation.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
-    request = workflows.EvalOptions(
-        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
+    request = evaluation.EvalOptions(
+        editor,
+        evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
         data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), hparams=hparams, seed=seed,
         overrides=changes, checkpoint=checkpoint, limit=limit, records=records, force=force,
     )  # fmt: skip
     if dry_run:
-        show.plan(out, workflows.plan_evaluation(request).describe())
+        show.plan(out, evaluation.plan_evaluation(request).describe())
     else:
-        show.report(out, workflows.evaluate(request, out))
+        show.report(out, evaluation.evaluate(request, out))
 
 
 def _personalizer(asked: ConceptEvalOptions, strange: dict[str, bool], dry_run: bool, out: Output) -> None:
     """Evaluate a method that teaches a model what to draw."""
-    from mmedit_cli import concept_evaluation, concept_plan, show
+    from mmedit_cli.reports import show
+    from mmedit_cli.workflows import concept_evaluation, concept_plan
 
     if wrong := [option for option, given in strange.items() if given]:
         raise UserError(f"{', '.join(wrong)}: means nothing to a personalizer", "its settings: --set eval.steps=25")

@@ -55,8 +55,8 @@ def generate(
 
       mmedit generate --edits my-concepts "a <my-teddy> in the snow" --set beta=0.6 -o pictures
     """  # fmt: skip
-    from mmedit_cli import drawing
     from mmedit_cli.backbones.stable_diffusion import Sampling
+    from mmedit_cli.workflows import drawing
 
     out = Output(as_json=as_json)
     if model is None and edits is None:

@@ -91,9 +91,10 @@ def image_edit(
 
       mmedit image-edit mgie --batch edits.jsonl -o edited/ --batch-size 4
     """
-    from mmedit_cli import image_edits, show
     from mmedit_cli.image_editors._loading import LoadOptions
     from mmedit_cli.image_editors.base import Settings
+    from mmedit_cli.reports import show
+    from mmedit_cli.workflows import image_edits
 
     out = Output(as_json=as_json)
     image_edits.one_of(image, instruction, batch)

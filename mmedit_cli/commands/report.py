@@ -30,7 +30,7 @@ def report(
 
       mmedit report records/eval/liveedit/mini-blip2/emojikb/0123456789ab --picture edits.png
     """
-    from mmedit_cli import show
+    from mmedit_cli.reports import show
 
     out = Output(as_json=as_json)
     if run is None:
@@ -38,7 +38,7 @@ def report(
         return
     found = show.read_report(run)
     if picture is not None:
-        from mmedit_cli.gallery import draw
+        from mmedit_cli.reports.gallery import draw
 
         draw(found.get("examples", ()), picture)
         out.note(f"drawn: {picture}")

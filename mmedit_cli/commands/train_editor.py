@@ -58,20 +58,22 @@ def train_editor(
 
       mmedit train-editor mgie --model llava-1.5-7b --data edit-pairs/ --dtype bfloat16 --set train_lm=two_phase
     """
-    from mmedit_cli import image_training_runs, registry, show, training_runs, workflows
+    from mmedit_cli import registry
     from mmedit_cli.datasets.base import DataOptions
+    from mmedit_cli.reports import show
+    from mmedit_cli.workflows import evaluation, image_training, training
 
     out = Output(as_json=as_json)
     of_images = editor in registry.image_editors.names()
     if of_images:
-        model, data = model or "llava-1.5-7b", image_training_runs.DATA if data == "emojikb" else data
-    request = training_runs.TrainOptions(
-        editor, workflows.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
+        model, data = model or "llava-1.5-7b", image_training.DATA if data == "emojikb" else data
+    request = training.TrainOptions(
+        editor, evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
         validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
         cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
     if of_images:
-        show.image_training(out, image_training_runs.train(request, out))
+        show.image_training(out, image_training.train(request, out))
     else:
-        show.training(out, training_runs.train(request, out))
+        show.training(out, training.train(request, out))

@@ -32,7 +32,7 @@ from mmedit_cli.pictures import Picture
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import quiet_libraries, versions
 from mmedit_cli.types import EditCase, Query
-from mmedit_cli.workflows import load_backbone, load_editor
+from mmedit_cli.workflows.evaluation import load_backbone, load_editor
 
 BATCH = 32
 

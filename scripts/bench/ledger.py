@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.edits import EditedModel, EditOptions, begin_edits, open_edits
+from mmedit_cli.edits.model import EditedModel, EditOptions, begin_edits, open_edits
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions
+from mmedit_cli.workflows.evaluation import ModelOptions
 
 MODEL = "mini-blip2"
 

@@ -19,7 +19,7 @@ from mmedit_cli.errors import HparamsError, MmeditError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import generator
-from mmedit_cli.training import Conditions, train_networks
+from mmedit_cli.training.editors import Conditions, train_networks
 from mmedit_cli.types import Query
 
 REQUESTS = (

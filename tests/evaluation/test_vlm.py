@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import SHAPES
 
-from mmedit_cli import workflows
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.editors.base import Editor
@@ -25,6 +24,7 @@ from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.types import EditCase, Query
+from mmedit_cli.workflows import evaluation
 
 CASES = load_cases(SHAPES)
 
@@ -189,10 +189,10 @@ def test_batch_edits_stop_at_milestones(tmp_path, backbone):
 # -- resuming ---------------------------------------------------------------------------------------------------
 
 
-def options(records: Path, **protocol) -> workflows.EvalOptions:
-    return workflows.EvalOptions(
+def options(records: Path, **protocol) -> evaluation.EvalOptions:
+    return evaluation.EvalOptions(
         "ft",
-        workflows.ModelOptions("tiny-blip2", device="cpu"),
+        evaluation.ModelOptions("tiny-blip2", device="cpu"),
         str(SHAPES),
         Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "shard": 3, **protocol}),
         records=records,
@@ -206,11 +206,11 @@ def comparable(report: dict) -> str:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 
-def run_and_kill(request: workflows.EvalOptions, when) -> bool:
+def run_and_kill(request: evaluation.EvalOptions, when) -> bool:
     """Run the evaluation in another process and kill it for good once `when()`; return whether that came in time."""
     child = os.fork()
     if child == 0:
-        workflows.evaluate(request, Output(as_json=True))
+        evaluation.evaluate(request, Output(as_json=True))
         os._exit(0)
     while not when():
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -240,9 +240,9 @@ def lines(folder: Path, name: str) -> int:
 @pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["saved-often", "made-again"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, moments, seconds):
     monkeypatch.setattr(vlm, "SAVE_SECONDS", seconds)
-    expected = workflows.evaluate(options(tmp_path / "whole"), Output(as_json=True))
+    expected = evaluation.evaluate(options(tmp_path / "whole"), Output(as_json=True))
     request = options(tmp_path / "killed")
-    folder = workflows.plan_evaluation(request).folder
+    folder = evaluation.plan_evaluation(request).folder
     for name, count in moments:
 
         def reached(name=name, count=count):
@@ -250,26 +250,26 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, moments,
 
         assert run_and_kill(request, reached), "finished before it could be killed"
         assert not (folder / "report.json").exists()
-    resumed = workflows.evaluate(request, Output(as_json=True))
+    resumed = evaluation.evaluate(request, Output(as_json=True))
     assert comparable(resumed) == comparable(expected)
-    whole = workflows.plan_evaluation(options(tmp_path / "whole")).folder
+    whole = evaluation.plan_evaluation(options(tmp_path / "whole")).folder
     assert (folder / "cases.jsonl").read_bytes() == (whole / "cases.jsonl").read_bytes()
-    assert workflows.evaluate(request, Output(as_json=True)) == resumed
+    assert evaluation.evaluate(request, Output(as_json=True)) == resumed
 
 
 @needs_fork
 def test_the_report_counts_every_edit_once_after_resuming(tmp_path):
     request = options(tmp_path)
-    folder = workflows.plan_evaluation(request).folder
+    folder = evaluation.plan_evaluation(request).folder
     run_and_kill(request, lambda: lines(folder, "edits") >= 6)
-    assert workflows.evaluate(request, Output())["cost"]["edits"] == 24
+    assert evaluation.evaluate(request, Output())["cost"]["edits"] == 24
 
 
 def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
     from dataclasses import replace
 
     plans = [
-        workflows.plan_evaluation(replace(options(tmp_path), **change)).folder
+        evaluation.plan_evaluation(replace(options(tmp_path), **change)).folder
         for change in ({}, {"seed": 1}, {"overrides": ("steps=3",)}, {"limit": 20}, {"overrides": ("steps=50",)})
     ]
     assert len(set(plans)) == 4

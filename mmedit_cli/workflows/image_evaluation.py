@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mmedit_cli import gallery, registry, runtime
+from mmedit_cli import registry, runtime
 from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.evaluation import images
 from mmedit_cli.evaluation.lpips import SMALLEST, Lpips
@@ -23,12 +23,13 @@ from mmedit_cli.evaluation.report import mean_with_interval
 from mmedit_cli.hparams import read_values
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
-from mmedit_cli.image_edits import EditOptions, load_editor
 from mmedit_cli.image_pairs.base import EditPair, fingerprint, open_pairs
-from mmedit_cli.image_training_runs import DATA
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import png
 from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.reports import gallery
+from mmedit_cli.workflows.image_edits import EditOptions, load_editor
+from mmedit_cli.workflows.image_training import DATA
 
 if TYPE_CHECKING:
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder

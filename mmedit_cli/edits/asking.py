@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import show_edits
 from mmedit_cli.catalog import find_model
-from mmedit_cli.editing import read_requests
-from mmedit_cli.edits import EditedModel, open_edits
+from mmedit_cli.edits import printing
+from mmedit_cli.edits.making import read_requests
+from mmedit_cli.edits.model import EditedModel, open_edits
 from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.output import Output, report_error
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions, load_model
+from mmedit_cli.workflows.evaluation import ModelOptions, load_model
 
 _BATCH = 32
 _HELP = "a question a line; /image FILE changes the picture, /quit ends"
@@ -75,7 +75,7 @@ class Asker:
 
     def many(self, queries: Sequence[Query]) -> None:
         """Answer many questions and print a table."""
-        show_edits.answers(self.out, self.answers(queries), compare=self.compare)
+        printing.answers(self.out, self.answers(queries), compare=self.compare)
 
     def talk(self, image: Path | None) -> None:
         """Answer the lines of stdin until they end; a mistake is reported and the talk goes on."""
@@ -97,7 +97,7 @@ class Asker:
 
     def _show_pair(self, row: dict[str, Any]) -> None:
         self.out.table(["", "answer"], [["base", row["base"]], ["edited", row["answer"]]])
-        self.out.line(f"edits that took part: {show_edits.fired(row)}")
+        self.out.line(f"edits that took part: {printing.fired(row)}")
 
     def _generate(self, queries: Sequence[Query]) -> list[str]:
         parts = [queries[i : i + _BATCH] for i in range(0, len(queries), _BATCH)]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.edits import EditOptions, begin_edits, check_pictures, described, open_edits, question
-from mmedit_cli.ledger import Kept, Ledger
+from mmedit_cli.edits.ledger import Kept, Ledger
+from mmedit_cli.edits.model import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions
+from mmedit_cli.workflows.evaluation import ModelOptions
 
 _TEXTS = (
     "What is the capital of Peru?",

@@ -15,13 +15,13 @@ from PIL import Image, ImageColor
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.errors import DataError, MmeditError, RunError, UserError, near_miss
-from mmedit_cli.gallery import edit_sheet
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
-from mmedit_cli.image_training_runs import newest
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
 from mmedit_cli.records import Run, sha256_json, write_atomic
+from mmedit_cli.reports.gallery import edit_sheet
+from mmedit_cli.workflows.image_training import newest
 
 if TYPE_CHECKING:
     from mmedit_cli.output import Tick

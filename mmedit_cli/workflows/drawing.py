@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmedit_cli.concepts import ConceptFolder
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.records import write_atomic
+from mmedit_cli.workflows.concepts import ConceptFolder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.errors import DataError, ModelError, StateError, UserError
 from mmedit_cli.hparams import to_dict
-from mmedit_cli.ledger import Kept, Ledger
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
-from mmedit_cli.workflows import ModelOptions, find_networks, load_model, resolve_editor
+from mmedit_cli.workflows.evaluation import ModelOptions, find_networks, load_model, resolve_editor
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.base import VisionLanguageModel

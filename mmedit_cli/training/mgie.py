@@ -23,7 +23,7 @@ from mmedit_cli.image_editors.mgie.guide import IGNORE
 from mmedit_cli.image_editors.mgie.parts import make_trainable, restore
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.records import Run
-from mmedit_cli.training import LOG_EVERY, SAVE_SECONDS, Conditions, below, rate_at
+from mmedit_cli.training.editors import LOG_EVERY, SAVE_SECONDS, Conditions, below, rate_at
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # an instruction with one of these is not mirrored
 _EMA_WARMUP = 10  # the running mean follows quickly at first (as in InstructPix2Pix)

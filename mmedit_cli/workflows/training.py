@@ -16,7 +16,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
 from mmedit_cli.types import EditCase
-from mmedit_cli.workflows import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
+from mmedit_cli.workflows.evaluation import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
 
 if TYPE_CHECKING:
     from mmedit_cli.datasets.base import DataOptions
@@ -125,7 +125,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
-    from mmedit_cli.training import Conditions, train_networks
+    from mmedit_cli.training.editors import Conditions, train_networks
 
     options, processes = plan.options, runtime.join_processes(plan.options.model.device)
     model = replace(options.model, device=processes.device)

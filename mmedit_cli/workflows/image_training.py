@@ -15,7 +15,7 @@ from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_pairs.base import NAMED, EditPair, fingerprint, open_pairs
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
-from mmedit_cli.training_runs import HELD_OUT, TrainOptions, shared_run, tensorboard
+from mmedit_cli.workflows.training import HELD_OUT, TrainOptions, shared_run, tensorboard
 
 DATA = "emojikb-edits"  # where no data are named
 FOLDER = "train-image-editor"  # below the records
@@ -90,8 +90,8 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     """Load the parts, train, and write what was trained and the report; the first process writes, all return it."""
     from mmedit_cli.image_editors.mgie.parts import assemble
-    from mmedit_cli.image_training import train_mgie
-    from mmedit_cli.training import Conditions
+    from mmedit_cli.training.editors import Conditions
+    from mmedit_cli.training.mgie import train_mgie
 
     options, processes = plan.options, runtime.join_processes(plan.options.model.device)
     if processes.rank:

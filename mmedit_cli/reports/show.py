@@ -184,7 +184,7 @@ def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
-    from mmedit_cli.image_evaluation import SCORES
+    from mmedit_cli.workflows.image_evaluation import SCORES
 
     half = (score["ci95"][1] - score["ci95"][0]) / 2
     unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"

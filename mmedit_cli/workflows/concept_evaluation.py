@@ -16,15 +16,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mmedit_cli import gallery, registry, runtime
+from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import bundled
-from mmedit_cli.concept_plan import ConceptEvalOptions, ConceptPlan, Sheet, plan_evaluation, sheets_of
-from mmedit_cli.concepts import ConceptFolder, learn_into, personalizer_for, training_dtype
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
 from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.reports import gallery
 from mmedit_cli.subjects.base import Subject
+from mmedit_cli.workflows.concept_plan import ConceptEvalOptions, ConceptPlan, Sheet, plan_evaluation, sheets_of
+from mmedit_cli.workflows.concepts import ConceptFolder, learn_into, personalizer_for, training_dtype
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion
@@ -62,7 +63,7 @@ def load_eyes(plan: ConceptPlan) -> Eyes:
     from mmedit_cli.backbones._loading import load_backbone
     from mmedit_cli.evaluation.concepts import Eyes
     from mmedit_cli.evaluation.images import TokenEncoder
-    from mmedit_cli.image_evaluation import load_encoders
+    from mmedit_cli.workflows.image_evaluation import load_encoders
 
     settings = plan.settings
     device = str(runtime.resolve_device(plan.options.device))

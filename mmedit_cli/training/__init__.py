@@ -1,0 +1,1 @@
+"""How editors with networks are trained."""
