@@ -101,18 +101,15 @@ def evaluate(
         return
     at = milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at")
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
-    protocol = Protocol(
-        sequential=sequential, report_at=at, edit_batch=edit_batch, protocols=names, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, cache_bytes=int(cache_gib * (1 << 30)),
-    )  # fmt: skip
+    room = int(cache_gib * (1 << 30))
+    protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)
     if editor is None:
         editor, model = evaluation.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
+    how = evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision)
     request = evaluation.EvalOptions(
-        editor,
-        evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data, protocol,
-        data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), hparams=hparams, seed=seed,
-        overrides=changes, checkpoint=checkpoint, limit=limit, records=records, force=force,
+        editor, how, data, protocol, hparams=hparams, checkpoint=checkpoint, limit=limit, seed=seed, records=records,
+        overrides=changes, data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), force=force,
     )  # fmt: skip
     if dry_run:
         show.plan(out, evaluation.plan_evaluation(request).describe())
