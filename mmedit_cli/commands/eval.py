@@ -108,8 +108,8 @@ def evaluate(
         out.note(f"no EDITOR: {editor} on {model}")
     how = evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision)
     request = evaluation.EvalOptions(
-        editor, how, data, protocol, hparams=hparams, checkpoint=checkpoint, limit=limit, seed=seed, records=records,
-        overrides=changes, data_options=DataOptions(root, images, template, subset, skip_missing, skip_long), force=force,
+        editor, how, data, protocol, DataOptions(root, images, template, subset, skip_missing, skip_long), hparams,
+        overrides=changes, checkpoint=checkpoint, limit=limit, seed=seed, records=records, force=force,
     )  # fmt: skip
     if dry_run:
         show.plan(out, evaluation.plan_evaluation(request).describe())
