@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="the model folder, as train_mini_sd.py writes it")
     parser.add_argument("--sample", type=int, default=None, metavar="N", help="at most N pictures a figure")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="scale of classifier-free guidance")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance")
     parser.add_argument("--keep", type=Path, default=None, help="keep the pictures, and what was said, in this folder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)

@@ -45,7 +45,7 @@ def read(model: Path | None) -> SubjectSet:
         locality=tuple(f"a drawing of {known[key]['it']}" for key in taught[::stride][:_OTHERS]),
         pair="a drawing of a {} and a {}",
         gallery=tuple(gallery),
-        guidance=3.0,
+        guidance=2.0,
     )
 
 
