@@ -166,7 +166,7 @@ def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
     words = ("eval", "multi_melo_diffusion", "--model", model, *FEW[:-1], "eval.encoder=mini-blip2", "--json")
     report = report_of(cli(*words, "--set", "steps=1", "--set", "eval.seeds=1"))
     assert report["data"]["name"] == "emojikb-concepts"
-    assert report["settings"]["guidance"] == 3
+    assert report["settings"]["guidance"] == 2
     assert report["nameless"] == ["koala"], "mini-blip2 never learned that name"
     found = report["sides"]["routed"]["reliability"]
     assert {name: score["n"] for name, score in found.items()} == {
