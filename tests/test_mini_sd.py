@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -290,3 +291,19 @@ def test_quick_mode_learns(scripts, tmp_path, monkeypatch):
     ends = {line["stage"]: line for line in lines}
     assert ends["vae"]["loss"] < 0.5
     assert ends["diffusion"]["loss"] < 0.6  # 1 is what guessing nothing costs
+
+
+def test_the_model_that_comes_along_draws_what_its_card_says(scripts, tmp_path):
+    """A sample of the captions of its card, drawn and judged anew: near what was measured on all of them."""
+    shipped = ROOT / "data" / "models" / "mini-sd"
+    measured = json.loads((shipped / "scores.json").read_text())
+    assert measured["figures"]["name"]["value"] >= 0.6
+    assert measured["figures"]["background"]["value"] >= 0.8
+    card = (shipped / "README.md").read_text()
+    for name, figure in measured["figures"].items():
+        assert f"| {name} | {100 * figure['value']:.1f} % |" in card, name
+    copy = shutil.copytree(shipped, tmp_path / "mini-sd")
+    options = {"steps": measured["steps"], "guidance": measured["guidance"], "device": "cpu"}
+    figures = scripts.score.score(copy, sample=20, **options)["figures"]
+    assert figures["name"]["value"] >= measured["figures"]["name"]["value"] - 0.25
+    assert figures["background"]["value"] >= 0.85
