@@ -12,7 +12,6 @@ what is symmetrical: these are left out.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections import Counter
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from mmedit_cli.image_pairs import emojikb_edits  # noqa: E402
 from mmedit_cli.image_pairs.base import EditPair, fingerprint  # noqa: E402
+from mmedit_cli.pictures import png  # noqa: E402
 from mmedit_cli.records import write_atomic  # noqa: E402
 
 MANIFEST = ROOT / "data" / "emojikb-edits" / "manifest.json"
@@ -62,8 +62,8 @@ def export(pairs: list[EditPair], folder: Path) -> None:
             "edit": pair.instruction, "input": pair.caption, "output": pair.target_caption,
             "expressive": pair.expressive,
         }  # fmt: skip
-        write_atomic(place / "0_0.png", _png(pair.source()))
-        write_atomic(place / "0_1.png", _png(pair.target()))
+        write_atomic(place / "0_0.png", png(pair.source()))
+        write_atomic(place / "0_1.png", png(pair.target()))
         write_atomic(place / "prompt.json", json.dumps(told, ensure_ascii=False))
 
 
@@ -83,12 +83,6 @@ def sheet(pairs: list[EditPair]) -> Image.Image:
     return paper
 
 
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pictures there")
@@ -97,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=None, help="the first so many pairs")
     args = parser.parse_args(argv)
     if args.sheet is not None:
-        write_atomic(args.sheet, _png(sheet(emojikb_edits.pairs(args.split))))
+        write_atomic(args.sheet, png(sheet(emojikb_edits.pairs(args.split))))
     if args.export is not None:
         export(emojikb_edits.pairs(args.split)[: args.limit], args.export)
     if args.sheet is None and args.export is None:

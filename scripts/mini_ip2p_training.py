@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mini_sd_model import LONGEST, build_tokenizer, scheduler
-from mini_training import BaseRecipe, BaseTrainee, Schedule
+from mini_training import BaseRecipe, BaseTrainee, Schedule, follow
 from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 
@@ -25,7 +25,6 @@ from mmedit_cli.image_pairs.base import EditPair, fingerprint
 from mmedit_cli.records import write_atomic
 from mmedit_cli.training.mgie import dropped
 
-AVERAGE = 0.999  # how much of the running mean of the weights each step keeps, once there are many
 CHUNK = 64  # pictures encoded at once
 
 
@@ -132,12 +131,9 @@ class Trainee(BaseTrainee):
         found = F.mse_loss(self.unet(inputs, time, hidden).sample.float(), wanted)
         return found, torch.zeros(2, 0, device=device)
 
-    @torch.no_grad()
     def stepped(self, stage: str, step: int) -> None:
         """Let the running mean of the weights follow."""
-        keep = min(AVERAGE, (1 + step) / (10 + step))
-        for name, part in self.mean.items():
-            torch._foreach_lerp_(list(part.parameters()), list(getattr(self, name).parameters()), 1 - keep)
+        follow(self.mean, self, step)
 
     def pipeline(self) -> Any:
         """Return what is shipped: the pipeline with the running means."""

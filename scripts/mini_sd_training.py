@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from mini_sd_data import Captions, Drawn, on_colour, scaled
 from mini_sd_model import Recipe, build, build_tokenizer, pipeline, scheduler
-from mini_training import BaseTrainee
+from mini_training import BaseTrainee, follow
 from mini_vlm_data import Pictures
 from torch import Generator, Tensor, nn
 
 KL = 1e-4  # weight of the divergence from a normal distribution, a number of the latent
-AVERAGE = 0.999  # how much of the running mean of the weights each step keeps, once there are many
 CHUNK = 64  # pictures encoded at once
 
 
@@ -96,14 +95,10 @@ class Trainee(BaseTrainee):
             latents: Tensor = self.vae.encode(on_colour(self.pictures, rows, colour)).latent_dist.mean
         return latents
 
-    @torch.no_grad()
     def stepped(self, stage: str, step: int) -> None:
         """Let the running mean of the weights follow."""
         if stage == "diffusion":
-            keep = min(AVERAGE, (1 + step) / (10 + step))
-            for name, part in self.mean.items():
-                means, values = list(part.parameters()), list(getattr(self, name).parameters())
-                torch._foreach_lerp_(means, values, 1 - keep)
+            follow(self.mean, self, step)
 
     def pipeline(self) -> Any:
         """Return what is shipped: the pipeline with the running means."""

@@ -106,6 +106,17 @@ class BaseTrainee(nn.Module):
         """Do what is to be done after each step, counted from 0."""
 
 
+AVERAGE = 0.999  # how much of a running mean of weights each step keeps, once there are many
+
+
+@torch.no_grad()
+def follow(mean: nn.ModuleDict, trainee: nn.Module, step: int) -> None:
+    """Let the running means of some parts of a trainee follow them after a step, counted from 0."""
+    keep = min(AVERAGE, (1 + step) / (10 + step))
+    for name, part in mean.items():
+        torch._foreach_lerp_(list(part.parameters()), list(getattr(trainee, name).parameters()), 1 - keep)
+
+
 # -- steps ------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ class Judge:
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model, self.name = model, model.name
+        self._legible: dict[tuple[str, str], bool] = {}  # pairs whose goal was asked about, by uid and digest
 
     def reached(self, pictures: Sequence[Image.Image], pairs: Sequence[EditPair]) -> list[float | None]:
         """Return 100 or 0 for each picture and its pair, None where nothing tells or the goal is not read right.
@@ -33,12 +34,12 @@ class Judge:
         found: list[float | None] = [
             _nearest(o, p) if p.rivals else None for o, p in zip(pictures, pairs, strict=True)
         ]
-        shown = [picture for i in asked for picture in (pictures[i], pairs[i].target())]
-        questions = [(pairs[i].question, pairs[i].answer) for i in asked for _ in range(2)]
-        right = self._right(shown, questions)
-        for place, i in enumerate(asked):
-            made, legible = right[2 * place : 2 * place + 2]
-            found[i] = 100.0 * made if legible else None
+        fresh = [pairs[i] for i in asked if (pairs[i].uid, pairs[i].digest) not in self._legible]
+        shown = [*(pictures[i] for i in asked), *(pair.target() for pair in fresh)]
+        right = self._right(shown, [(pair.question, pair.answer) for pair in (*(pairs[i] for i in asked), *fresh)])
+        self._legible.update(zip(((pair.uid, pair.digest) for pair in fresh), right[len(asked) :], strict=True))
+        for i, made in zip(asked, right, strict=False):
+            found[i] = 100.0 * made if self._legible[pairs[i].uid, pairs[i].digest] else None
         return found
 
     def _right(self, pictures: Sequence[Image.Image], questions: Sequence[tuple[str, str]]) -> list[bool]:

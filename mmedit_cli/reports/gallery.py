@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mmedit_cli.errors import RunError
-from mmedit_cli.pictures import Picture, load_picture
+from mmedit_cli.pictures import Picture, load_picture, png
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -47,7 +47,7 @@ def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
                 _panel(sheet, pen, (left, 40 + j * height), row["panels"][kind], kind)
     from mmedit_cli.records import write_atomic
 
-    write_atomic(path, _png(sheet))
+    write_atomic(path, png(sheet, small=True))
 
 
 def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -73,7 +73,7 @@ def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]]
         fitted = picture.resize([max(1, round(length * scale)) for length in picture.size])
         sheet.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
         pen.text((left, top + side + 2), caption, GREY, _font(13))
-    write_atomic(path, _png(sheet))
+    write_atomic(path, png(sheet, small=True))
 
 
 def contact_sheet(rows: Sequence[Row], path: Path) -> None:
@@ -95,7 +95,7 @@ def contact_sheet(rows: Sequence[Row], path: Path) -> None:
                 sheet.paste(load_picture(Picture(file)).resize((SIDE, SIDE)), (left, top + 2 * LINE))
                 left += step
             left += GAP
-    write_atomic(path, _png(sheet))
+    write_atomic(path, png(sheet, small=True))
 
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
@@ -147,11 +147,3 @@ def _font(size: int) -> Any:
 
 def _cut(text: str, most: int = 42) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _png(sheet: Image.Image) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
-    return file.getvalue()
