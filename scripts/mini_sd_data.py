@@ -6,12 +6,13 @@ The judge of its pictures is a mini vision-language model, so it draws only what
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mini_vlm_data import ROOT, EmojiKB, Holdout, Pictures, choose_holdout, composed, load_emojikb, number, rgb
+import torch.nn.functional as F
+from mini_vlm_data import NONE, ROOT, EmojiKB, Holdout, Pictures, choose_holdout, composed, load_emojikb, number, rgb
 from torch import Generator, Tensor
 
 MODELS = ROOT / "data" / "models"
@@ -97,15 +98,19 @@ class Captions:
         self._drawings, self._colours, self._tokenizer = drawn.drawings, list(drawn.grounds), tokenizer
         self._weights = torch.tensor([float(weight) for weight in FORMS.values()])
 
-    def write(self, chosen: Tensor, colour: Tensor, generator: Generator) -> list[str]:
-        """Return a caption for each of some pictures (B,) on colours (B,)."""
+    def write(self, chosen: Tensor, colour: Tensor, generator: Generator, beside: Tensor | None = None) -> list[str]:
+        """Return a caption for each of some pictures (B,) on colours (B,), where not NONE with another `beside` it."""
         device = generator.device
         form = torch.multinomial(self._weights.to(device), len(chosen), replacement=True, generator=generator)
         chance = torch.rand(len(chosen), generator=generator, device=device)
+        others = [NONE] * len(chosen) if beside is None else beside.tolist()
         captions = []
-        for i, k, f, p in zip(chosen.tolist(), colour.tolist(), form.tolist(), chance.tolist(), strict=True):
+        for i, j, k, f, p in zip(
+            chosen.tolist(), others, colour.tolist(), form.tolist(), chance.tolist(), strict=True
+        ):
             concept, artist = self._drawings[i]
             it = article(concept["kind"]) if p > 1 - KIND else concept["it"]
+            it = it if j == NONE else f"{it} and {self._drawings[j][0]['it']}"
             captions.append("" if p < EMPTY else caption(list(FORMS)[f], it, self._colours[k], artist))
         return captions
 
@@ -118,9 +123,25 @@ class Captions:
 
 def on_colour(pictures: Pictures, rows: Tensor, colour: str) -> Tensor:
     """Return pictures (B,) on a background #rrggbb: (B, 3, 64, 64) in -1..1, as a VAE takes them."""
+    return scaled(_composed(pictures, rows, colours([colour], rows)))
+
+
+def side_by_side(pictures: Pictures, left: Tensor, right: Tensor, grounds: Tensor) -> Tensor:
+    """Return pictures (B,) and (B,) in half their size beside each other on colours (B, 3): as `on_colour`."""
+    halves = [F.avg_pool2d(_composed(pictures, rows, grounds), 2) for rows in (left, right)]
+    scene = torch.cat(halves, -1)
+    bar = grounds[:, :, None, None].expand(-1, -1, scene.shape[2] // 2, scene.shape[3])
+    return scaled(torch.cat([bar, scene.round(), bar], -2))
+
+
+def colours(named: Sequence[str], like: Tensor) -> Tensor:
+    """Return colours #rrggbb as (n, 3) in 0..255, where `like` is."""
+    return torch.tensor([rgb(colour) for colour in named], device=like.device, dtype=torch.float32)
+
+
+def _composed(pictures: Pictures, rows: Tensor, grounds: Tensor) -> Tensor:
     rgba = pictures.rgba[rows]
-    grounds = torch.tensor([rgb(colour)], device=rgba.device, dtype=torch.float32).expand(len(rows), 3)
-    return scaled(composed(rgba[:, :3], rgba[:, 3:], grounds))
+    return composed(rgba[:, :3], rgba[:, 3:], grounds.expand(len(rows), 3))
 
 
 def scaled(pixels: Tensor) -> Tensor:

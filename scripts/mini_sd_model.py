@@ -21,11 +21,18 @@ SUFFIX = "</w>"  # ends a token that ends a word
 
 
 @dataclass(frozen=True)
+class Stage(Schedule):
+    """A schedule, and the share of pictures with two things beside each other."""
+
+    pairs: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """Everything a training run depends on but data and machine; `vae`, `text`, `unet` are parts of configs."""
 
-    STAGES = ("vae", "diffusion")
-    STAGE = Schedule
+    STAGES = ("vae", "diffusion", "scenes")
+    STAGE = Stage
 
     vae: dict[str, Any]
     text: dict[str, int]

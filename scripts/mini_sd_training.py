@@ -1,4 +1,4 @@
-"""The two stages of training mini-sd: the autoencoder, then text encoder and UNet together."""
+"""The stages of training mini-sd: the autoencoder, then text encoder and UNet together, at last with two things."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mini_sd_data import Captions, Drawn, on_colour, scaled
+from mini_sd_data import Captions, Drawn, colours, on_colour, scaled, side_by_side
 from mini_sd_model import Recipe, build, build_tokenizer, pipeline, scheduler
 from mini_training import BaseTrainee, follow
-from mini_vlm_data import Pictures
+from mini_vlm_data import NONE, Pictures
 from torch import Generator, Tensor, nn
 
 KL = 1e-4  # weight of the divergence from a normal distribution, a number of the latent
@@ -33,6 +33,9 @@ class Trainee(BaseTrainee):
         self.captions, self._noise = Captions(drawn, self.tokenizer), scheduler()
         place = {key: i for i, key in enumerate(drawn.kb.drawings)}
         self.rows = torch.tensor([place[c["id"], artist] for c, artist in drawn.drawings], device=device)
+        drawers = [artist for _, artist in drawn.drawings]
+        self._by_artist = {a: torch.tensor([i for i, b in enumerate(drawers) if a == b]) for a in set(drawers)}
+        self._grounds = colours([*drawn.grounds.values()], self.rows)
         self._latents: Tensor | None = None
         self.to(device)
 
@@ -49,7 +52,7 @@ class Trainee(BaseTrainee):
 
     def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return the loss of a stage; there is nothing to be right about."""
-        loss = self.vae_loss(chosen, generator) if stage == "vae" else self.diffusion_loss(chosen, generator)
+        loss = self.vae_loss(chosen, generator) if stage == "vae" else self.diffusion_loss(stage, chosen, generator)
         return loss, torch.zeros(2, 0, device=self.device)
 
     def vae_loss(self, chosen: Tensor, generator: Generator) -> Tensor:
@@ -60,13 +63,21 @@ class Trainee(BaseTrainee):
         divergence = 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).mean()
         return F.l1_loss(made, pixels) + F.mse_loss(made, pixels) + KL * divergence
 
-    def diffusion_loss(self, chosen: Tensor, generator: Generator) -> Tensor:
-        """Tell the velocity between noise and latents on a chosen background, at any time, by a caption."""
+    def diffusion_loss(self, stage: str, chosen: Tensor, generator: Generator) -> Tensor:
+        """Tell the velocity between noise and latents on a chosen background, at any time, by a caption.
+
+        Some pictures have a second drawing beside the chosen one, by the same artist.
+        """
         latents = self.latents()
         count, device = len(chosen), self.device
         colour = torch.randint(latents.shape[1], (count,), generator=generator, device=device)
-        ids = self.captions.encode(self.captions.write(chosen, colour, generator)).to(device)
-        clean = latents[chosen, colour]
+        beside = self._beside(chosen, self.recipe.stages[stage].pairs, generator)
+        ids = self.captions.encode(self.captions.write(chosen, colour, generator, beside)).to(device)
+        clean, two = latents[chosen, colour], beside != NONE
+        if two.any():
+            rows = (self.rows[chosen[two]], self.rows[beside[two]])
+            scenes = side_by_side(self.pictures, *rows, self._grounds[colour[two]])
+            clean[two] = self._encode(scenes) * self.vae.config.scaling_factor
         noise = torch.randn(clean.shape, generator=generator, device=device)
         steps = self._noise.config.num_train_timesteps
         time = torch.randint(steps, (count,), generator=generator, device=device)
@@ -82,7 +93,7 @@ class Trainee(BaseTrainee):
         """
         if self._latents is None:
             colours = [
-                torch.cat([self._encode(rows, colour) for rows in self.rows.split(CHUNK)])
+                torch.cat([self._encode(on_colour(self.pictures, rows, colour)) for rows in self.rows.split(CHUNK)])
                 for colour in self.drawn.grounds.values()
             ]
             latents = torch.stack(colours, dim=1)
@@ -90,14 +101,25 @@ class Trainee(BaseTrainee):
             self._latents = latents * self.vae.config.scaling_factor
         return self._latents
 
-    def _encode(self, rows: Tensor, colour: str) -> Tensor:
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            latents: Tensor = self.vae.encode(on_colour(self.pictures, rows, colour)).latent_dist.mean
+            latents: Tensor = self.vae.encode(pictures).latent_dist.mean
         return latents
+
+    def _beside(self, chosen: Tensor, share: float, generator: Generator) -> Tensor:
+        """Return for drawings (B,) another by the same artist for a share of them, else NONE."""
+        beside = torch.full_like(chosen, NONE)
+        if share:
+            chance = torch.rand(2, len(chosen), generator=generator, device=self.device)
+            for i in (chance[0] < share).nonzero().flatten().tolist():
+                same = self._by_artist[self.drawn.drawings[int(chosen[i])][1]]
+                beside[i] = same[int(chance[1, i] * len(same))]
+        return beside
 
     def stepped(self, stage: str, step: int) -> None:
         """Let the running mean of the weights follow."""
-        if stage == "diffusion":
+        if stage != "vae":
             follow(self.mean, self, step)
 
     def pipeline(self) -> Any:

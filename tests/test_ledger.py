@@ -16,6 +16,7 @@ from conftest import SHAPES
 
 from mmedit_cli.edits.ledger import Ledger
 from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
+from mmedit_cli.edits.shards import Shards
 from mmedit_cli.errors import RunError, StateError, UserError
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions
@@ -119,7 +120,38 @@ def test_adding_writes_nothing_that_is_there_already(tmp_path):
     assert path.stat().st_size < 1000
     after = (tmp_path / "edits.jsonl").read_bytes()
     assert after.startswith(lines)
-    assert after.count(b"\n") == 51
+    assert after.count(b'"do":"add"') == 51
+
+
+def test_edits_made_one_by_one_lie_in_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    ledger = filled(tmp_path, 70)
+    add(ledger, 1)  # the same tensors as another edit's, so the same file
+    ledger.mark("undo", [3, 69])
+    wanted = [*(float(i) for i in range(1, 71) if i not in (3, 69)), 1.0]
+    assert values(ledger) == wanted
+    ledger = reopened(ledger, writing=True)
+    assert values(ledger) == wanted
+    assert len(list((tmp_path / "shards").iterdir())) == 2 + 1 + 3, "of 32, of 4, and of 1"
+    ledger.mark("redo", [3])
+    add(ledger, 2000)
+    assert values(reopened(ledger)) == [*wanted[:2], 3.0, *wanted[2:], 2000.0]
+
+
+def test_packing_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
+    """No row is written more than three times: alone, and in two sizes of shards."""
+    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    written = 0
+    write = Shards.write
+
+    def counted(self, tensors):
+        nonlocal written
+        written += len(tensors["row"])
+        return write(self, tensors)
+
+    monkeypatch.setattr(Shards, "write", counted)
+    filled(tmp_path, 130)
+    assert written == 130 + 128 + 128
 
 
 @pytest.mark.parametrize("rows", [True, False])

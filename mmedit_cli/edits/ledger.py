@@ -1,7 +1,7 @@
 """Ledger: a folder that keeps edits. What was taught, with what, and the tensors that came of it.
 
     run.yaml              the editor, its hyper-parameters, and the fingerprint of the model it edits
-    edits.jsonl           one line an operation, only ever appended to: add, undo, redo
+    edits.jsonl           one line an operation, only ever appended to: add, undo, redo, pack
     shards/<sha256>.safetensors    tensors of edits; a line names the shard that it needs, and so its digest
     pictures/<sha256>.png          the pictures of the requests, so that an edit can be made again anywhere
     networks.safetensors  the trained networks of the editor, if it has any
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmedit_cli.edits.shards import Shards, grouped, sweep
 from mmedit_cli.errors import RunError, StateError, UserError
 from mmedit_cli.records import Run, sha256_json, write_atomic
 from mmedit_cli.types import Query
@@ -30,6 +32,7 @@ FORMAT = 1  # of the folder; a newer one is refused
 NETWORKS = "networks.safetensors"
 _SHARD, _PICTURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}(\.[a-z0-9]{1,5})?")
 _SHARD_ROWS = 4096  # of a shard that compacting writes
+_PACKED = (32, 1024)  # edits: the newest shards below such a size are packed into one as soon as they hold as many
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Ledger(AbstractContextManager["Ledger"]):
         self.folder, self.config = folder, config
         self.edits: dict[int, Kept] = {}
         self._run, self._writing = run, False
+        self._files = Shards(folder)
         self._state: str | None = None  # the shard that stands for all active edits
+        self._shards: dict[str, list[int]] = {}  # the edits whose rows are in a shard, the newest shard last
         for number, record in enumerate(records, 1):
             try:
                 self._take(record)
@@ -184,16 +189,16 @@ class Ledger(AbstractContextManager["Ledger"]):
     def tensors(self, *, undone: bool = False) -> dict[str, Any]:
         """Return the tensors of the active edits (or of all), on the CPU; raise StateError if a shard is damaged."""
         if not self.rows:
-            return {} if self._state is None else self._shard(self._state)
+            return {} if self._state is None else self._files.read(self._state)
+        return self._rows(edit for edit in self.edits.values() if edit.active or undone)
+
+    def _rows(self, edits: Iterable[Kept]) -> dict[str, Any]:
+        """Return the tensors of some edits, a row each in their order."""
         import torch
 
-        wanted: dict[str, list[int]] = {}
-        for edit in self.edits.values():
-            if edit.active or undone:
-                wanted.setdefault(str(edit.shard), []).append(edit.row)
         parts = []
-        for shard, rows in wanted.items():
-            whole = self._shard(shard)
+        for shard, run in groupby(edits, key=lambda edit: str(edit.shard)):
+            whole, rows = self._files.read(shard), [edit.row for edit in run]
             everything = rows == list(range(len(next(iter(whole.values())))))
             parts.append(whole if everything else {name: tensor[rows] for name, tensor in whole.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -227,6 +232,8 @@ class Ledger(AbstractContextManager["Ledger"]):
             for row, (request, said, name) in enumerate(zip(requests, before, names, strict=True))
         ]
         self._append(self._record(edits, shard, 0))
+        if self.rows:
+            self._pack()
         return [edit.id for edit in edits]
 
     def mark(self, do: str, ids: Sequence[int], tensors: Mapping[str, Any] | None = None) -> None:
@@ -244,7 +251,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         whole = None if self.rows else self._write_shard(tensors)
         records: list[dict[str, Any]] = []
         start = 0
-        for group in _packed(operations, _SHARD_ROWS) if self.rows else [operations]:
+        for group in grouped(operations, _SHARD_ROWS) if self.rows else [operations]:
             rows = sum(map(len, group))
             part = {name: tensor[start : start + rows] for name, tensor in tensors.items()} if self.rows else {}
             shard, row = self._write_shard(part) if self.rows else whole, 0
@@ -257,9 +264,26 @@ class Ledger(AbstractContextManager["Ledger"]):
             records.append({"do": "undo", "time": _now(), "ids": undone, "shard": whole})
         self._run.rewrite("edits", records)
         self.edits.clear()
+        self._shards.clear()
         for record in records:
             self._take(record)
         self._sweep()
+
+    def _pack(self) -> None:
+        """Put the newest shards into one where they hold enough edits together, as in a log-structured merge.
+
+        So a row is written a few times at most, and many edits made one by one lie in few files. The files that are
+        named no more stay until the next writer comes: somebody may be reading them.
+        """
+        for size in _PACKED:
+            ids: list[int] = []
+            for some in reversed(self._shards.values()):
+                if len(some) >= size:
+                    break
+                ids = [*some, *ids]
+            if len(ids) >= size:
+                shard = self._write_shard(self._rows(self.edits[i] for i in ids))
+                self._append({"do": "pack", "time": _now(), "ids": ids, "shard": shard})
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -288,9 +312,17 @@ class Ledger(AbstractContextManager["Ledger"]):
                 query = Query(edit["prompt"], edit["target"], image, edit["background"], edit["chat"])
                 i, own = int(edit["id"]), shard if self.rows else None
                 self.edits[i] = Kept(i, query, record["time"], edit["before"], edit["picture"], True, first, own, row)
+                if own is not None:
+                    self._shards.setdefault(own, []).append(i)
         elif do in ("undo", "redo"):
             for i in record["ids"]:
                 self.edits[i] = replace(self.edits[i], active=do == "redo")
+        elif do == "pack" and self.rows:
+            for old in {str(self.edits[i].shard) for i in record["ids"]}:
+                del self._shards[old]
+            for row, i in enumerate(record["ids"]):
+                self.edits[i] = replace(self.edits[i], shard=shard, row=row)
+            self._shards[shard] = list(record["ids"])
         else:
             raise ValueError(f"do {do!r}")
         if not self.rows:
@@ -312,44 +344,18 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._run.append("edits", [record])
         self._take(record)
         if not self.rows and before is not None and before != self._state:
-            self._path(before).unlink(missing_ok=True)  # it stood for edits as they no longer are
+            self._files.remove(before)  # it stood for edits as they no longer are
 
     def _write_shard(self, tensors: Mapping[str, Any]) -> str | None:
-        from safetensors.torch import save
-
         self._check_writing()
-        if not tensors:
-            return None
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        digest = hashlib.sha256(data).hexdigest()
-        write_atomic(self._path(digest), data)
-        return digest
-
-    def _shard(self, digest: str) -> dict[str, Any]:
-        from safetensors.torch import load
-
-        path = self._path(digest)
-        hint = f"`mmedit edits compact {self.folder} --remake` makes the edits again from their requests"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StateError(f"{path}: cannot be read: {error.strerror}", hint) from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise StateError(f"{path}: damaged: it is not what was written", hint)
-        return load(data)
-
-    def _path(self, digest: str) -> Path:
-        return self.folder / "shards" / f"{digest}.safetensors"
+        return self._files.write(tensors) if tensors else None
 
     def _sweep(self) -> None:
         """Remove what no line names: the tensors and pictures of an edit that a kill kept from getting in."""
         shards = {edit.shard for edit in self.edits.values()} | {self._state}
         pictures = {edit.request.image.name for edit in self.edits.values() if edit.request.image is not None}
-        for folder, names in (("shards", {f"{shard}.safetensors" for shard in shards}), ("pictures", pictures)):
-            for path in (self.folder / folder).iterdir():
-                if path.name not in names:
-                    with suppress(OSError):
-                        path.unlink()
+        sweep(self.folder / "shards", {f"{shard}.safetensors" for shard in shards})
+        sweep(self.folder / "pictures", pictures)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -379,19 +385,6 @@ def _hinted(action: Any) -> Any:
             raise
         hint = "put it back from a copy; tensors and pictures are as they were"
         raise RunError(error.problems, hint) from error
-
-
-def _packed(operations: Sequence[list[Kept]], most: int) -> list[list[list[Kept]]]:
-    """Return the operations in groups of at most `most` edits, in order; one operation stays together."""
-    groups: list[list[list[Kept]]] = []
-    size = most
-    for edits in operations:
-        if size + len(edits) > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(edits)
-        size += len(edits)
-    return groups
 
 
 def _now() -> str:
