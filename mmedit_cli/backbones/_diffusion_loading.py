@@ -21,7 +21,7 @@ def load_stable_diffusion(
 ) -> StableDiffusion:
     """Return the text-to-image model for a name of the catalogue, a local folder or a hub id.
 
-    `low_memory` decodes and attends in slices. Raises ModelError if the files cannot be used, or draw nothing.
+    `low_memory`: see `StableDiffusion.save_memory`. Raises ModelError if the files cannot be used, or draw nothing.
     """
     ref = find_model(model, revision=revision) if isinstance(model, str) else model
     check_draws(ref)

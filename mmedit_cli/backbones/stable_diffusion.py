@@ -237,8 +237,11 @@ class StableDiffusion:
         spread = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
         return spread.mean.float() * vae.config.scaling_factor, spread.std.float() * vae.config.scaling_factor
 
-    def errors(self, latents: Tensor, tokens: Tokens, encoding: Encoding, source: Generator) -> Tensor:
-        """Return the squared errors (B, C, h, w) of what is predicted for noisy latents, at random steps."""
+    def errors(self, latents: Tensor, encoding: Encoding, source: Generator) -> Tensor:
+        """Return the squared errors (B, C, h, w) of what is predicted for noisy latents, at random steps.
+
+        To be called, and followed back, inside `running`: a block that kept nothing is run again on the way back.
+        """
         noise = torch.randn(latents.shape, generator=source).to(latents)
         steps = torch.randint(0, self.noise.config.num_train_timesteps, latents.shape[:1], generator=source)
         steps = steps.to(latents.device)
@@ -246,10 +249,9 @@ class StableDiffusion:
         kind = self.noise.config.prediction_type
         wanted = noise if kind == "epsilon" else self.noise.get_velocity(latents, noise, steps)
         added = self._xl_conditions(encoding, latents) if self.is_xl else None
-        with self.running(tokens, encoding):
-            out = self.unet(
-                noisy.to(self.dtype), steps, encoder_hidden_states=encoding.hidden, added_cond_kwargs=added
-            ).sample
+        out = self.unet(
+            noisy.to(self.dtype), steps, encoder_hidden_states=encoding.hidden, added_cond_kwargs=added
+        ).sample
         return (out.float() - wanted.float()).square()
 
     def _xl_conditions(self, encoding: Encoding, latents: Tensor) -> dict[str, Tensor | None]:
@@ -306,9 +308,12 @@ class StableDiffusion:
             )  # fmt: skip
 
     def save_memory(self) -> None:
-        """Decode pictures one by one and compute attention in slices: slower, in less memory."""
+        """Decode pictures one by one, and keep little of the UNet's blocks while learning: slower, in less memory.
+
+        Attention is not sliced: PyTorch's own needs no more memory than slices do.
+        """
         self.model["vae"].enable_slicing()
-        self.pipe.enable_attention_slicing()
+        self.unet.enable_gradient_checkpointing()
 
 
 BACKBONE = StableDiffusion

@@ -64,6 +64,9 @@ def edit(
     revision: options.Revision = None,
     records: options.Records = Path("records"),
     force: Annotated[bool, typer.Option("--force", help="What to draw: replace a concept of the same name.")] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="What to draw: learn in less memory, in more time.")
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -98,13 +101,13 @@ def edit(
         answers={"--image": image, "--prompt": prompt, "--target": target, "--requests": requests,
                  "--edit-batch": edit_batch, "--checkpoint": checkpoint},
         drawings={"--images": photos, "--superclass": superclass, "--token": token, "--covariance": covariance,
-                  "--force": force or None},
+                  "--force": force or None, "--low-memory": low_memory or None},
     )  # fmt: skip
     if draws:
         concept = _concept(photos, superclass, token)
         asked_for = LearnOptions(
             editor, options.named_drawing(model, out), concept, into, hparams, tuple(overrides or ()), covariance,
-            seed or 0, device, dtype, revision, force,
+            seed or 0, device, dtype, revision, force, low_memory,
         )  # fmt: skip
         printing.learned(out, into, learn_concept(asked_for, out))
         return

@@ -101,10 +101,12 @@ class SubjectLesson:
             for _ in range(hp.steps):
                 for parameter in parameters:
                     parameter.grad = None
-                loss = self._loss(*encode())
-                if not loss.isfinite():
-                    raise MmeditError(f"the loss became {loss.item()}", "lower learning_rate")
-                loss.backward()
+                tokens, encoding = encode()
+                with self.model.running(tokens, encoding):
+                    loss = self._loss(encoding)
+                    if not loss.isfinite():
+                        raise MmeditError(f"the loss became {loss.item()}", "lower learning_rate")
+                    loss.backward()
                 if hp.clip is not None:
                     nn.utils.clip_grad_norm_(parameters, hp.clip)
                 _step(optimizer, parameters, copies)
@@ -112,12 +114,12 @@ class SubjectLesson:
                 tick(1)
         return losses
 
-    def _loss(self, tokens: Tokens, encoding: Encoding) -> Tensor:
+    def _loss(self, encoding: Encoding) -> Tensor:
         latents = self.photos.sample(self.hp.batch_size, self.source)[0]
         if self.prior is None:
-            return self.model.errors(latents, tokens, encoding, self.source).mean()
+            return self.model.errors(latents, encoding, self.source).mean()
         both = torch.cat([latents, self.prior.sample(self.hp.batch_size, self.source)[0]])
-        errors = self.model.errors(both, tokens, encoding, self.source)
+        errors = self.model.errors(both, encoding, self.source)
         own, kind = errors.chunk(2)
         return own.mean() + self.hp.prior_weight * kind.mean()
 

@@ -117,8 +117,12 @@ class Perfusion(Personalizer):
         for layer in self.layers:
             if layer.role == "k" and self._lock.startswith("global"):
                 self._patch.hook_input(layer.path, self._superclass)
-            if layer.role == "v" or self._lock != "global":
-                self._patch.hook_call(layer.path, self._edit(layer))
+        for layer in self._edited():
+            self._patch.hook_call(layer.path, self._edit(layer))
+
+    def _edited(self) -> list[Projection]:
+        """The layers whose outputs change."""
+        return [layer for layer in self.layers if layer.role == "v" or self._lock != "global"]
 
     def _forget(self) -> None:
         self._seen = self._mixed = self._plain = None
@@ -162,6 +166,12 @@ class Perfusion(Personalizer):
             scope = self._scope()
             self._mixed = self._mix(passing.encoding.hidden.float(), scope) if scope.any() else None
         return passing
+
+    def prepare(self) -> None:
+        """Compute all that layers share before the first asks for it: a checkpointed block would not keep it."""
+        assert self.model.passing is not None
+        self._prepare(len(self.model.passing.tokens.prompts))
+        self._rows = {layer.path: self._layer_rows(layer).to(self.model.dtype) for layer in self._edited()}
 
     def _mix(self, hidden: Tensor, scope: Tensor) -> Tensor:
         inputs, duals = (torch.stack([getattr(a, key) for a in self._active]) for key in ("target_input", "dual"))
@@ -286,11 +296,7 @@ class _Lesson:
             optimizer.zero_grad()
             total = 0.0
             for _ in range(hp.accumulate):
-                loss = self._loss(photos) / hp.accumulate
-                if not loss.isfinite():
-                    raise MmeditError(f"perfusion: the loss became {loss.item()}", "lower the learning rates")
-                loss.backward()
-                total += loss.item()
+                total += self._accumulate(photos)
             if hp.clip is not None:
                 nn.utils.clip_grad_norm_(trained, hp.clip)
             optimizer.step()
@@ -298,7 +304,8 @@ class _Lesson:
             tick(1)
         return self._learned(losses)
 
-    def _loss(self, photos: Photos) -> Tensor:
+    def _accumulate(self, photos: Photos) -> float:
+        """Add the gradients of one batch and return its share of the loss."""
         count = self.hp.batch_size
         which = torch.randint(0, len(self.tokens), (count,), generator=self.source).tolist()
         latents, masks = photos.sample(count, self.source)
@@ -306,8 +313,14 @@ class _Lesson:
         encoding = self.model.encode(tokens)
         seen = self._at_token(encoding.hidden, tokens).mean(0)
         self.step(seen, self.superclass[which].mean(0))
-        errors = self.model.errors(latents, tokens, encoding, self.source)
-        return masked_loss(errors, masks, self.hp.mask_power)
+        with self.model.running(tokens, encoding):
+            self.editor.prepare()
+            errors = self.model.errors(latents, encoding, self.source)
+            loss = masked_loss(errors, masks, self.hp.mask_power) / self.hp.accumulate
+            if not loss.isfinite():
+                raise MmeditError(f"perfusion: the loss became {loss.item()}", "lower the learning rates")
+            loss.backward()
+        return loss.item()
 
     def step(self, seen: Tensor, superclass: Tensor) -> None:
         """Move the running means by the encodings (D,) of one batch, then put the concept as it is now to use."""

@@ -41,7 +41,7 @@ class LearnOptions:
     """What to learn, how, and where to keep it.
 
     `model` is a name, a folder or a hub id; `covariance` a file of `mmedit covariance` (None: where that puts it).
-    With `force` a concept of the same token is replaced.
+    With `force` a concept of the same token is replaced; `low_memory` learns with gradient checkpointing.
     """
 
     editor: str
@@ -56,6 +56,7 @@ class LearnOptions:
     dtype: str = "auto"
     revision: str | None = None
     force: bool = False
+    low_memory: bool = False
 
 
 class ConceptFolder:
@@ -232,7 +233,8 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     if len(concept.images) not in _USUAL:
         out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
     out.note(f"loading {ref.name}")
-    model = load_stable_diffusion(ref, device=options.device, dtype=training_dtype(options.device, options.dtype))
+    dtype = training_dtype(options.device, options.dtype)
+    model = load_stable_diffusion(ref, device=options.device, dtype=dtype, low_memory=options.low_memory)
     personalizer = personalizer_for(model, cls, hparams, options.seed, options.covariance, out)
     with folder.writing():
         folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)

@@ -72,6 +72,20 @@ def test_the_same_seed_learns_the_same(editor, concept):
     third.close()
 
 
+def test_in_little_memory_it_learns_the_same(editor, concept):
+    first = editor.learn(concept)
+    lean = load_stable_diffusion(editor.model.name, device="cpu", low_memory=True)
+    draw(lean, ["a dog"])
+    runs = []
+    resnets = [resnet for down in lean.unet.down_blocks for resnet in down.resnets]
+    for resnet in resnets:
+        resnet.register_forward_pre_hook(lambda *_: runs.append(1))
+    with make(editor.name, lean, *QUICK) as other:
+        second = other.learn(concept)
+    assert len(runs) > 6 * len(resnets), "run again on the way back"
+    assert second.info == pytest.approx(first.info, rel=1e-4)
+
+
 def test_a_file_of_another_model_or_method_is_refused(editor, concept, tmp_path):
     editor.learn(concept)
     path = tmp_path / "c.safetensors"

@@ -32,7 +32,8 @@ def projections(model, prompts, unconditional=0):
     ]
     with torch.no_grad():
         encoding = model.encode(tokens)
-        model.errors(torch.zeros(len(prompts), 4, 8, 8), tokens, encoding, generator(0))
+        with model.running(tokens, encoding):
+            model.errors(torch.zeros(len(prompts), 4, 8, 8), encoding, generator(0))
     for handle in handles:
         handle.remove()
     return seen, tokens, encoding
@@ -77,7 +78,7 @@ def test_learning_moves_nothing_but_what_is_learned(editor, concept):
 
 def test_gradients_reach_both(lesson, photos, editor):
     some = Photos(editor.model, open_squares(photos, editor.model.side))
-    lesson._loss(some).backward()
+    lesson._accumulate(some)
     assert lesson.values.grad.abs().sum() > 0
     assert all(v.grad.abs().sum() > 0 for v in lesson.vectors)
     assert all(p.grad is None for p in editor.model.model.parameters())
@@ -108,9 +109,8 @@ def test_straight_through_changes_the_gradient_and_not_the_value(model, concept,
     for flag in ("true", "false"):
         editor = make("perfusion", model, *QUICK, f"straight_through={flag}")
         lesson = _Lesson(editor, concept, generator(0))
-        loss = lesson._loss(Photos(model, open_squares(photos, model.side)))
-        loss.backward()
-        found.append((loss.item(), lesson.vectors[0].grad.clone()))
+        loss = lesson._accumulate(Photos(model, open_squares(photos, model.side)))
+        found.append((loss, lesson.vectors[0].grad.clone()))
         model.words.clear()
         editor._active = []
         editor._hook()

@@ -113,7 +113,8 @@ def test_prior_preservation_leaves_the_superclass_to_the_base(melo, concept):
     assert lesson.prompts == ["a photo of sksabcd dog", "a photo of dog"]
     assert len(lesson.prior) == 2
     tokens, encoding = lesson._encoded(cached=True)()
-    plain = lesson._loss(tokens, encoding)
+    with melo.model.running(tokens, encoding):
+        plain = lesson._loss(encoding)
     assert plain.isfinite()
     with make("multi-melo-diffusion", melo.model, *QUICK, "prior_weight=1.0", "prior_images=2") as editor:
         assert editor.learn(concept).info["steps"] == 4
