@@ -83,7 +83,9 @@ PIPELINE_FILES = (  # of one that holds a diffusers pipeline: no second copies i
     "unet/diffusion_pytorch_model.safetensors",
     "text_encoder*/model.safetensors",
 )
-_CONFIGS = ("config.json", "model_index.json")
+INDEX = "model_index.json"  # of a pipeline
+CHECKPOINT = "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
+_CONFIGS = ("config.json", INDEX)
 _STRIDE, _CHUNK = 16 << 20, 64 << 10
 
 
@@ -102,9 +104,18 @@ class ModelRef:
 
 
 def bundled() -> dict[str, Path]:
-    """Return the trained models that come along, by name: the folders of data/models with a config."""
-    folders = sorted(path for path in (share_dir("data") / "models").glob("*") if _config_file(path) is not None)
-    return {folder.name: folder for folder in folders}
+    """Return the trained models that come along, by name: those in data/models that answer or draw."""
+    return {name: folder for name, folder in _shipped().items() if _kind(folder) in FAMILIES}
+
+
+def own_image_editors() -> dict[str, Path]:
+    """Return what comes along to change pictures, by name: other pipelines in data/models, and trainings of mgie."""
+    left = {name: folder for name, folder in _shipped().items() if _kind(folder) not in FAMILIES}
+    return {name: folder for name, folder in left.items() if any((folder / f).is_file() for f in (INDEX, CHECKPOINT))}
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.name: path for path in sorted((share_dir("data") / "models").glob("*")) if path.is_dir()}
 
 
 def default_model(names: Sequence[str] = DEFAULTS) -> str:
@@ -192,12 +203,19 @@ def _config_file(folder: Path) -> Path | None:
     return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
 
 
-def _family(folder: Path) -> str:
+def _kind(folder: Path) -> str:
+    """Return what a model calls itself, empty where there is no config."""
+    if _config_file(folder) is None:
+        return ""
     config = read_config(folder)
-    key = "model_type" if "model_type" in config or "_class_name" not in config else "_class_name"
-    kind = str(config.get(key))
+    return str(config.get("model_type", config.get("_class_name")))
+
+
+def _family(folder: Path) -> str:
+    read_config(folder)
+    kind = _kind(folder)
     if kind not in FAMILIES:
-        problem = f"{folder}: {key} {kind!r} is not supported{near_miss(kind, FAMILIES)}"
+        problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, FAMILIES)}"
         raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
@@ -228,7 +246,7 @@ def pipeline_parts(folder: Path) -> list[str]:
 def fingerprint(folder: Path) -> str:
     """Return a digest that stands for the content of a model folder, or of a part of a pipeline."""
     config = _config_file(folder)
-    pipeline = config is not None and config.name == "model_index.json"
+    pipeline = config is not None and config.name == INDEX
     parts = [folder / part for part in pipeline_parts(folder)] if pipeline else [folder]
     digest = hashlib.sha256(config.read_bytes() if config is not None else b"")
     for part in parts:

@@ -112,7 +112,7 @@ def test_of_a_pipeline_on_the_hub_only_what_is_needed_is_fetched():
 def test_a_pipeline_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipelin", "unet": ["diffusers", "U"]}')
     with pytest.raises(
-        ModelError, match=r"_class_name .* is not supported \(did you mean StableDiffusionPipeline\?\)"
+        ModelError, match=r"type 'StableDiffusionPipelin' is not supported \(did you mean StableDiffusionPipeline\?\)"
     ):
         catalog.find_model(str(tmp_path))
 

@@ -34,13 +34,14 @@ class LatentEditor(ImageEditor):
 
     defaults = Settings(steps=100, text_guidance=7.5, image_guidance=1.5)
 
-    def __init__(self, model: str, fingerprint: str, vae: Any, unet: Any, scheduler: Any) -> None:
+    def __init__(self, model: str, fingerprint: str, pipeline: Any, usual: Settings | None = None) -> None:
         self.model, self.fingerprint = model, fingerprint
-        self.vae, self.unet, self.scheduler = vae, unet, scheduler
-        channels = 2 * vae.config.latent_channels
-        if unet.config.in_channels != channels:
+        self.vae, self.unet, self.scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
+        self.defaults = (usual or Settings()).over(type(self).defaults)
+        channels = 2 * self.vae.config.latent_channels
+        if self.unet.config.in_channels != channels:
             raise ModelError(
-                f"{model}: its denoiser takes {unet.config.in_channels} channels, an image editor's takes {channels}",
+                f"{model}: a denoiser of {self.unet.config.in_channels} channels, an image editor's has {channels}",
                 "it is a text-to-image model; name one trained as InstructPix2Pix",
             )
 

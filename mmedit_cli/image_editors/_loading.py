@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import fingerprint, hub_folder
+from mmedit_cli.catalog import INDEX, bundled, fingerprint, hub_folder, own_image_editors
 from mmedit_cli.errors import ModelError, near_miss
 from mmedit_cli.image_editors import _tiny
+from mmedit_cli.image_editors.base import Settings
 
 REPOS = {  # short names of published pipelines
     "instruct-pix2pix": "timbrooks/instruct-pix2pix",
     "magicbrush": "vinesmsuic/magicbrush-jul7",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
 }
-INDEX = "model_index.json"
+SETTINGS = "settings.json"  # how a model is best used: steps, text_guidance, image_guidance
 # not the same weights a second time, in one file or in half precision, and nothing that is pickled
 _WANTED = (INDEX, "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 _UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -36,20 +37,24 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Found:
-    """A pipeline that was loaded, its name, and a digest of its content."""
+    """A pipeline that was loaded, its name, a digest of its content, and how it is best used."""
 
     pipeline: Any
     name: str
     fingerprint: str
+    settings: Settings
 
 
 def find_pipeline(name: str, *, revision: str | None = None) -> tuple[str, Path]:
-    """Return (name, folder) of a pipeline: a folder, a short name or a hub id; raise ModelError if it is none."""
-    folder = Path(name)
+    """Return (name, folder) of a pipeline: one that comes along, a folder, a short name or a hub id.
+
+    Raises ModelError if it is none.
+    """
+    folder = {**bundled(), **own_image_editors()}.get(name, Path(name))
     if folder.is_dir():
         return folder.resolve().name, folder
     if name not in REPOS and name.count("/") != 1:
-        known = [*_tiny.NAMES, *REPOS]
+        known = [*own_image_editors(), *_tiny.NAMES, *REPOS]
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     return name, hub_folder(REPOS.get(name, name), revision, _WANTED)
@@ -69,18 +74,18 @@ def load_pipeline(name: str, wanted: str | Sequence[str], options: LoadOptions) 
     device = runtime.resolve_device(options.device)
     number = runtime.resolve_dtype(options.dtype, device)
     if name in _tiny.NAMES:
-        pipeline, fingerprint = _tiny.build(name), f"{name}/{_tiny.VERSION}"
+        pipeline, fingerprint, settings = _tiny.build(name), f"{name}/{_tiny.VERSION}", Settings()
         kind = type(pipeline).__name__
         if kind in classes and not isinstance(number, str):
             pipeline.to(number)
     else:
         name, folder = find_pipeline(name, revision=options.revision)
-        kind, fingerprint = pipeline_class(folder), digest(folder)
+        kind, fingerprint, settings = pipeline_class(folder), digest(folder), usual_settings(folder)
     if kind not in classes:
         raise ModelError(f"--model {name}: a {kind}, where {' or '.join(classes)} is needed", "name another editor")
     if name not in _tiny.NAMES:
         pipeline = _from_folder(folder, kind, number)
-    return Found(pipeline.to(device), name, fingerprint)
+    return Found(pipeline.to(device), name, fingerprint, settings)
 
 
 def pipeline_class(folder: Path) -> str:
@@ -94,6 +99,17 @@ def pipeline_class(folder: Path) -> str:
         raise ModelError(f"{path}: names no pipeline class", "copy it again") from error
 
 
+def usual_settings(folder: Path) -> Settings:
+    """Return how the model of a folder is best used, as its `settings.json` says; raise ModelError if it cannot."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return Settings()
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not settings of an image editor ({error})", "copy it again") from error
+
+
 def digest(folder: Path) -> str:
     """Return a digest of a pipeline's index and of the weights and configs of its parts."""
     found = hashlib.sha256((folder / INDEX).read_bytes())
@@ -101,6 +117,11 @@ def digest(folder: Path) -> str:
         if (part / "config.json").is_file() and any(part.glob("*.safetensors")):
             found.update(f"{part.name}:{fingerprint(part)};".encode())
     return found.hexdigest()[:16]
+
+
+def content_of(name: str) -> str:
+    """Return the digest of a pipeline by name, without loading it; raise ModelError if there is none."""
+    return f"{name}/{_tiny.VERSION}" if name in _tiny.NAMES else digest(find_pipeline(name)[1])
 
 
 def _from_folder(folder: Path, kind: str, number: Any) -> Any:

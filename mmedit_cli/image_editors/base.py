@@ -70,7 +70,7 @@ class ImageEditor(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = False
     derives: ClassVar[bool] = False  # an expressive instruction
-    defaults: ClassVar[Settings]
+    defaults: Settings
     model: str
     fingerprint: str
 

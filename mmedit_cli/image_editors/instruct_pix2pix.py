@@ -10,7 +10,7 @@ import torch
 from mmedit_cli.errors import DataError
 from mmedit_cli.image_editors._latent import Condition, LatentEditor
 from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
-from mmedit_cli.image_editors.base import Edited, Job
+from mmedit_cli.image_editors.base import Edited, Job, Settings
 
 
 @final
@@ -19,15 +19,15 @@ class InstructPix2Pix(LatentEditor):
 
     name = "instruct-pix2pix"
 
-    def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
-        super().__init__(model, fingerprint, pipeline.vae, pipeline.unet, pipeline.scheduler)
+    def __init__(self, pipeline: Any, model: str, fingerprint: str, usual: Settings | None = None) -> None:
+        super().__init__(model, fingerprint, pipeline, usual)
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
 
     @classmethod
     def load(cls, model: str | None, options: LoadOptions) -> InstructPix2Pix:
         """Return the editor for a name, a folder or a hub id; None is the published checkpoint."""
         found = load_pipeline(model or "instruct-pix2pix", "StableDiffusionInstructPix2PixPipeline", options)
-        return cls(found.pipeline, found.name, found.fingerprint)
+        return cls(found.pipeline, found.name, found.fingerprint, found.settings)
 
     def conditions(self, jobs: Sequence[Job]) -> Condition:
         """Return the instructions, and the empty one, as CLIP reads them: (B, T, D)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
-from mmedit_cli.catalog import DRAWS, MODELS, bundled, find_model
+from mmedit_cli.catalog import DRAWS, MODELS, bundled, find_model, own_image_editors
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
@@ -352,6 +352,10 @@ def catalogue(out: Output) -> None:
     models = [
         {"model": name, "family": find_model(name).family, "source": "comes along", "summary": "trained on EmojiKB"}
         for name in bundled()
+    ]
+    models += [
+        {"model": name, "family": "changes pictures", "source": "comes along", "summary": "trained on EmojiKB"}
+        for name in own_image_editors()
     ]
     models += [
         {"model": name, "family": entry.family, "source": entry.repo or "built in", "summary": entry.summary}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmedit_cli import runtime
 from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.image_editors._latent import encode_pictures, to_pixels
+from mmedit_cli.image_editors._loading import content_of
 from mmedit_cli.image_editors.mgie import Mgie
 from mmedit_cli.image_editors.mgie.guide import IGNORE
 from mmedit_cli.image_editors.mgie.parts import make_trainable, restore
@@ -341,6 +342,7 @@ class _Training:
         tensors = {name: parameter.detach() for name, parameter in self.trained.items()} | self.mean
         hparams = {**asdict(self.hparams), "diffusion": _lasting(self.hparams.diffusion)}
         about = {"hparams": hparams, "model": _lasting(self.editor.model), "fingerprint": self.editor.fingerprint}
+        about["diffusion"] = content_of(self.hparams.diffusion)
         self.run.save_tensors("editor", tensors, {"mgie": json.dumps(about)})
 
     def _save(self) -> None:

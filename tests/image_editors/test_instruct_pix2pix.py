@@ -173,7 +173,7 @@ def test_what_cannot_be_done_is_said(editor):
     assert len(caught.value.problems) == 2
     pipeline = _tiny.build("tiny-ip2p")
     pipeline.register_modules(unet=_tiny.unet(4))
-    with pytest.raises(ModelError, match="takes 4 channels"):
+    with pytest.raises(ModelError, match="denoiser of 4 channels"):
         InstructPix2Pix(pipeline, "drawn", "")
     with pytest.raises(ModelError, match="did you mean tiny-ip2p"):
         InstructPix2Pix.load("tiny-ip2", LoadOptions("cpu"))

@@ -8,13 +8,15 @@ from typing import Any, final
 
 import torch
 
+from mmedit_cli.catalog import CHECKPOINT, INDEX, own_image_editors
 from mmedit_cli.errors import UserError
 from mmedit_cli.image_editors._latent import Condition, LatentEditor
-from mmedit_cli.image_editors._loading import INDEX, LoadOptions
-from mmedit_cli.image_editors.base import Edited, Job
+from mmedit_cli.image_editors._loading import LoadOptions, usual_settings
+from mmedit_cli.image_editors.base import Edited, Job, Settings
 from mmedit_cli.image_editors.mgie.guide import Guide, Written
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
 
+OWN = "mini-mgie"  # comes along
 _CUT = "the expressive instruction is longer than the model reads: its end was not used"
 
 
@@ -26,8 +28,8 @@ class Mgie(LatentEditor):
     trains = derives = True
     Hparams = MgieHparams
 
-    def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
-        super().__init__(model, fingerprint, pipeline.vae, pipeline.unet, pipeline.scheduler)
+    def __init__(self, pipeline: Any, model: str, fingerprint: str, usual: Settings | None = None) -> None:
+        super().__init__(model, fingerprint, pipeline, usual)
         self.pipeline, self.edit_head = pipeline, pipeline.edit_head
         self.guide = Guide(pipeline.mllm, pipeline.processor, self.edit_head.tokens, pipeline.config.prompt)
 
@@ -35,17 +37,19 @@ class Mgie(LatentEditor):
     def load(cls, model: str | None, options: LoadOptions) -> Mgie:
         """Return the editor for a folder of MGIEPipeline, a finished training, or `tiny-mgie`.
 
-        Raises UserError where no model is named: none comes along.
+        None is the one that comes along. Raises UserError if that is not there.
         """
         from mmedit_cli.image_editors.mgie import parts
 
-        if model is None:
+        if model is None and OWN not in own_image_editors():
             raise UserError(
                 "mgie: no --model named, and none was trained",
                 "mmedit train-editor mgie --data ..., or mmedit convert mgie for the published weights",
             )
-        if (Path(model) / parts.CHECKPOINT).is_file() and not (Path(model) / INDEX).is_file():
-            return cls(*parts.load_trained(Path(model), options))
+        model = model or OWN
+        folder = own_image_editors().get(model, Path(model))
+        if (folder / CHECKPOINT).is_file() and not (folder / INDEX).is_file():
+            return cls(*parts.load_trained(folder, options), usual_settings(folder))
         return cls(*parts.load_whole(model, options))
 
     def conditions(self, jobs: Sequence[Job]) -> Condition:

@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import find_model
+from mmedit_cli.catalog import CHECKPOINT, find_model, own_image_editors
 from mmedit_cli.errors import ModelError, StateError
 from mmedit_cli.image_editors import _tiny
-from mmedit_cli.image_editors._loading import LoadOptions, digest, find_pipeline, load_pipeline, pipeline_class
+from mmedit_cli.image_editors._loading import (
+    LoadOptions,
+    content_of,
+    digest,
+    find_pipeline,
+    load_pipeline,
+    pipeline_class,
+)
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
 from mmedit_cli.image_editors.mgie.modules import MGIEEditHead, widened
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
 
-CHECKPOINT = "editor.safetensors"  # what a training left: nothing frozen is in it
 TINY = "tiny-mgie"
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
 _TRAINED = ("mllm", "edit_head", "unet")
@@ -152,6 +158,8 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
         raise StateError(
             f"{path}: {about['model']} is not the model it was trained for", "give it back, or train again"
         )
+    if about.get("diffusion", "") not in ("", content_of(hparams.diffusion)):
+        raise StateError(f"{path}: {hparams.diffusion} is not the pipeline it was trained from", "train again")
     pipeline = assemble(about["model"], hparams, options)
     restore(make_trainable(pipeline, hparams), tensors, str(path))
     device = runtime.resolve_device(options.device)
@@ -162,7 +170,8 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
         getattr(pipeline, part).requires_grad_(False).eval()
         if not isinstance(number, str):
             getattr(pipeline, part).to(number)
-    return pipeline, f"mgie on {about['model']}", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    own = f"mgie on {about['model']}" if folder not in own_image_editors().values() else folder.name
+    return pipeline, own, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def restore(trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: str) -> None:
