@@ -23,6 +23,10 @@ class Encoding(NamedTuple):
     hidden: Tensor
     pooled: Tensor | None = None
 
+    def rows(self, which: Sequence[int]) -> Encoding:
+        """Return those of some prompts."""
+        return Encoding(self.hidden[which], None if self.pooled is None else self.pooled[which])
+
 
 @dataclass(frozen=True, eq=False)
 class Passing:

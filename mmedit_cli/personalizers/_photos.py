@@ -45,9 +45,12 @@ class Photos:
 
     def sample(self, count: int, source: Generator) -> tuple[Tensor, Tensor | None]:
         """Return (latents, masks) of photos drawn at random: (count, C, h, w) and (count, 1, h, w) or None."""
-        which = torch.randint(0, len(self), (count,), generator=source)
-        side = (torch.rand(count, generator=source) < self.flip).long()
-        noise = torch.randn(count, *self.mean.shape[2:], generator=source).to(self.mean)
+        return self.at(torch.randint(0, len(self), (count,), generator=source), source)
+
+    def at(self, which: Tensor, source: Generator) -> tuple[Tensor, Tensor | None]:
+        """Return what `sample` does, of given photos (count,)."""
+        side = (torch.rand(len(which), generator=source) < self.flip).long()
+        noise = torch.randn(len(which), *self.mean.shape[2:], generator=source).to(self.mean)
         which, side = which.to(self.mean.device), side.to(self.mean.device)
         latents = self.mean[which, side] + self.deviation[which, side] * noise
         return latents, None if self.masks is None else self.masks[which, side]
@@ -72,6 +75,18 @@ def open_squares(images: Sequence[Path], side: int, *, crop: bool = True) -> lis
     if problems:
         raise DataError(problems, "replace the pictures, or take them out of the folder")
     return squares
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Return two squares in half their size beside each other; above and below each goes on in its edge's colour."""
+    width, height = left.size
+    scene = Image.new("RGB", left.size)
+    for i, picture in enumerate((left, right)):
+        edge = np.asarray(picture)[[0, -1]].reshape(-1, 3)
+        colour = tuple(int(value) for value in np.median(edge, 0))
+        half = ImageOps.pad(picture, (width // 2, height), Image.Resampling.BICUBIC, colour)
+        scene.paste(half, (i * (width // 2), 0))
+    return scene
 
 
 class MaskOptions(NamedTuple):

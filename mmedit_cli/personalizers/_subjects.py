@@ -16,7 +16,7 @@ from mmedit_cli.backbones._prompts import Word
 from mmedit_cli.backbones.stable_diffusion import Encoding, Sampling, StableDiffusion, Tokens
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.patch import trainable
-from mmedit_cli.personalizers._photos import Photos, open_squares
+from mmedit_cli.personalizers._photos import Photos, open_squares, side_by_side
 from mmedit_cli.types import Concept
 
 _RARE_FROM = 40_000  # ids of CLIP's vocabulary from which its tokens are rare
@@ -34,6 +34,9 @@ class SubjectHparams:
     train_text_encoder: bool = True
     prior_weight: float = 0.0
     prior_images: int = 40
+    prior_guidance: float = 7.5
+    beside: float = 0.0
+    beside_words: tuple[str, ...] = ()
     identifier: str = ""
     template: str = "a photo of {}"
     side: int | None = None
@@ -46,6 +49,10 @@ class SubjectHparams:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight must not be below 0, not {self.prior_weight}")
+        if not 0 <= self.beside < 1:
+            raise ValueError(f"beside must be from 0 to below 1, not {self.beside}")
+        if self.beside and not self.beside_words:
+            raise ValueError("beside needs beside_words: what the model can draw beside the subject, e.g. [a cat]")
         if self.template.count("{}") != 1:
             raise ValueError("template must have one {} where the subject stands")
 
@@ -68,17 +75,24 @@ def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:
 
 
 class SubjectLesson:
-    """The learning of one subject: photos, prompts, and the loss of a step with or without prior preservation."""
+    """The learning of one subject: photos, prompts, and the loss of a step with or without prior preservation.
+
+    With `beside`, some photos stand in half their size beside something the model draws, and the prompt names both:
+    so the subject learns to share a picture (Cut-Mix of SVDiff, Han et al. 2023).
+    """
 
     def __init__(self, model: StableDiffusion, concept: Concept, hparams: Any, source: Generator, name: str) -> None:
         self.model, self.hp, self.source = model, hparams, source
-        side = hparams.side or model.side
-        self.photos = Photos(model, open_squares(concept.images, side, crop=hparams.center_crop), flip=hparams.flip)
-        self.prompts = [hparams.template.format(f"{name} {concept.superclass}")]
-        self.prior = None
+        squares = open_squares(concept.images, hparams.side or model.side, crop=hparams.center_crop)
+        self.photos = Photos(model, squares, flip=hparams.flip)
+        subject, superclass = f"{name} {concept.superclass}", hparams.template.format(concept.superclass)
+        self.prompts = [hparams.template.format(subject)]
+        self.prior = self.scenes = None
         if hparams.prior_weight:
-            self.prompts.append(hparams.template.format(concept.superclass))
-            self.prior = Photos(model, self._class_images(), flip=hparams.flip)
+            self.prompts.append(superclass)
+            self.prior = Photos(model, self._drawn([superclass] * hparams.prior_images), flip=hparams.flip)
+        if hparams.beside:
+            self.scenes = Photos(model, self._scenes(squares, subject), flip=0.0)
 
     def run(
         self,
@@ -95,15 +109,16 @@ class SubjectLesson:
         hp = self.hp
         copies = [p.detach().float().clone() for p in parameters] if float_copies else list(parameters)
         optimizer = torch.optim.AdamW(copies, lr=hp.learning_rate, weight_decay=hp.weight_decay)
-        encode = self._encoded(cached=not text)
+        encode = self._encoder(cached=not text)
         losses = []
         with trainable(parameters):
             for _ in range(hp.steps):
                 for parameter in parameters:
                     parameter.grad = None
-                tokens, encoding = encode()
+                latents, shown = self._batch()
+                tokens, encoding = encode(shown)
                 with self.model.running(tokens, encoding):
-                    loss = self._loss(encoding)
+                    loss = self._loss(latents, encoding)
                     if not loss.isfinite():
                         raise MmeditError(f"the loss became {loss.item()}", "lower learning_rate")
                     loss.backward()
@@ -114,30 +129,57 @@ class SubjectLesson:
                 tick(1)
         return losses
 
-    def _loss(self, encoding: Encoding) -> Tensor:
-        latents = self.photos.sample(self.hp.batch_size, self.source)[0]
+    def _batch(self) -> tuple[Tensor, list[int]]:
+        """Return the latents of a step, those of the superclass behind the others, and the prompt of each."""
+        count = self.hp.batch_size
+        latents, shown = self.photos.sample(count, self.source)[0], [0] * count
+        if self.scenes is not None:
+            beside = (torch.rand(count, generator=self.source) < self.hp.beside).nonzero()[:, 0]
+            which = torch.randint(0, len(self.scenes), beside.shape, generator=self.source)
+            latents[beside.to(latents.device)] = self.scenes.at(which, self.source)[0]
+            for row, scene in zip(beside.tolist(), which.tolist(), strict=True):
+                shown[row] = len(self.prompts) - self._n_scene_prompts + scene % self._n_scene_prompts
         if self.prior is None:
-            return self.model.errors(latents, encoding, self.source).mean()
-        both = torch.cat([latents, self.prior.sample(self.hp.batch_size, self.source)[0]])
-        errors = self.model.errors(both, encoding, self.source)
+            return latents, shown
+        return torch.cat([latents, self.prior.sample(count, self.source)[0]]), [*shown, *[1] * count]
+
+    def _loss(self, latents: Tensor, encoding: Encoding) -> Tensor:
+        errors = self.model.errors(latents, encoding, self.source)
+        if self.prior is None:
+            return errors.mean()
         own, kind = errors.chunk(2)
         return own.mean() + self.hp.prior_weight * kind.mean()
 
-    def _encoded(self, *, cached: bool) -> Callable[[], tuple[Tokens, Encoding]]:
-        """Return a function for the prompts of a step and their encodings."""
-        tokens = self.model.tokenize([prompt for prompt in self.prompts for _ in range(self.hp.batch_size)])
-        if not cached:
-            return lambda: (tokens, self.model.encode(tokens))
-        with torch.no_grad():
-            encoding = self.model.encode(tokens)
-        return lambda: (tokens, encoding)
+    def _encoder(self, *, cached: bool) -> Callable[[list[int]], tuple[Tokens, Encoding]]:
+        """Return a function from the prompts of a step to their tokens and encodings."""
 
-    def _class_images(self) -> list[Any]:
-        """Draw what the model takes the superclass to look like."""
-        count = self.hp.prior_images
-        return self.model.generate(
-            [self.prompts[1]] * count, range(count), Sampling(side=self.hp.side or self.model.side)
-        )
+        def tokens_of(shown: list[int]) -> Tokens:
+            return self.model.tokenize([self.prompts[i] for i in shown])
+
+        if not cached:
+            return lambda shown: ((tokens := tokens_of(shown)), self.model.encode(tokens))
+        with torch.no_grad():
+            every = self.model.encode(tokens_of(list(range(len(self.prompts)))))
+        return lambda shown: (tokens_of(shown), every.rows(shown))
+
+    def _scenes(self, squares: Sequence[Any], subject: str) -> list[Any]:
+        """Return each photo beside each of the words, on either side; their prompts are added to `prompts`."""
+        words = self.hp.beside_words
+        others = self._drawn([self.hp.template.format(word) for word in words])
+        texts = [(f"{subject} and {word}", f"{word} and {subject}") for word in words]
+        self.prompts += [self.hp.template.format(text) for both in texts for text in both]
+        self._n_scene_prompts = 2 * len(words)
+        return [
+            side_by_side(*pair)
+            for square in squares
+            for other in others
+            for pair in ((square, other), (other, square))
+        ]
+
+    def _drawn(self, prompts: Sequence[str]) -> list[Any]:
+        """Return what the model draws to prompts as it is."""
+        sampling = Sampling(guidance=self.hp.prior_guidance, side=self.hp.side or self.model.side)
+        return self.model.generate(prompts, range(len(prompts)), sampling)
 
 
 def word_for(name: str, superclass: str) -> Word:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.errors import StateError
+from mmedit_cli.personalizers._photos import side_by_side
 from mmedit_cli.personalizers._routing import TokenTrie, nearest
 from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier
 from mmedit_cli.runtime import generator
@@ -112,12 +114,46 @@ def test_prior_preservation_leaves_the_superclass_to_the_base(melo, concept):
     lesson = SubjectLesson(melo.model, concept, hp, generator(0), "sksabcd")
     assert lesson.prompts == ["a photo of sksabcd dog", "a photo of dog"]
     assert len(lesson.prior) == 2
-    tokens, encoding = lesson._encoded(cached=True)()
+    latents, shown = lesson._batch()
+    tokens, encoding = lesson._encoder(cached=True)(shown)
     with melo.model.running(tokens, encoding):
-        plain = lesson._loss(encoding)
+        plain = lesson._loss(latents, encoding)
     assert plain.isfinite()
     with make("multi-melo-diffusion", melo.model, *QUICK, "prior_weight=1.0", "prior_images=2") as editor:
         assert editor.learn(concept).info["steps"] == 4
+
+
+def test_photos_are_shown_beside_other_things(melo, concept):
+    hp = replace(melo.hparams, batch_size=64, beside=0.5, beside_words=("a cat", "a tree"), prior_weight=1.0)
+    lesson = SubjectLesson(melo.model, concept, replace(hp, prior_images=2), generator(0), "sksabcd")
+    it = "a photo of sksabcd dog"
+    assert lesson.prompts == [
+        it, "a photo of dog", f"{it} and a cat", "a photo of a cat and sksabcd dog", f"{it} and a tree",
+        "a photo of a tree and sksabcd dog",
+    ]  # fmt: skip
+    assert len(lesson.scenes) == 3 * 2 * 2
+    latents, shown = lesson._batch()
+    assert shown[64:] == [1] * 64
+    assert 20 < sum(i > 1 for i in shown[:64]) < 44
+    assert {*shown[:64]} == {0, 2, 3, 4, 5}
+    lesson.scenes.deviation.zero_()
+    latents, shown = lesson._batch()
+    for latent, prompt in zip(latents[:64], shown, strict=False):
+        (scene,) = (lesson.scenes.mean[:, 0] == latent).flatten(1).all(1).nonzero()[:, 0].tolist() or [None]
+        assert scene is None if prompt == 0 else scene % 4 == prompt - 2
+    with make("multi-melo-diffusion", melo.model, *QUICK, "beside=0.5", "beside_words=[a cat]") as editor:
+        assert editor.learn(concept).info["steps"] == 4
+    with pytest.raises(ValueError, match="beside needs beside_words"):
+        replace(melo.hparams, beside=0.5)
+
+
+def test_two_squares_beside_each_other():
+    left, right = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "white")
+    right.paste("blue", (8, 8, 24, 24))
+    scene = side_by_side(left, right)
+    assert scene.size == (32, 32)
+    assert [scene.getpixel(at) for at in ((0, 0), (15, 31), (16, 0))] == [(255, 0, 0)] * 2 + [(255, 255, 255)]
+    assert scene.getpixel((24, 16)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("name", ["multi-melo-diffusion", "dreambooth-lora"])
