@@ -199,6 +199,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return how a model is best used, as the `settings.json` of its folder says; raise ModelError if it is none."""
+    path = folder / "settings.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})", "copy it again") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path}: not a JSON object", "copy it again")
+    return settings
+
+
 def _config_file(folder: Path) -> Path | None:
     return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
 

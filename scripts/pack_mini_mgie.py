@@ -14,7 +14,6 @@ from mini_training import replacing_folder
 
 from mmedit_cli.catalog import CHECKPOINT
 from mmedit_cli.errors import UserError
-from mmedit_cli.image_editors._loading import SETTINGS
 from mmedit_cli.records import Run, read_tensors, write_tensors
 
 
@@ -39,7 +38,7 @@ def pack(run: Path, folder: Path, settings: dict[str, float]) -> None:
         "machine": {key: about[key] for key in ("platform", "device", "device_name", "threads", "commit")},
         "versions": report["versions"],
     }
-    with replacing_folder(folder, {"training.json": training, SETTINGS: settings}) as fresh:
+    with replacing_folder(folder, {"training.json": training, "settings.json": settings}) as fresh:
         write_tensors(fresh / CHECKPOINT, {name: tensor.half() for name, tensor in tensors.items()}, metadata)
 
 

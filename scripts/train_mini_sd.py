@@ -21,6 +21,8 @@ from mini_sd_data import load_drawn
 from mini_sd_model import Recipe, export
 from mini_sd_training import Trainee
 
+GUIDANCE = 2.0  # names are drawn best with it: score_mini_sd.py
+
 
 def train(recipe: Recipe, out: Path, *, device: torch.device, stages: tuple[str, ...], stop: Stop) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end."""
@@ -35,6 +37,7 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
     """Return what the model folder tells about its training: what it was taught, what held out, and how it went."""
     drawn, parts = trainee.drawn, (trainee.vae, trainee.text_encoder, trainee.unet)
     return {
+        "settings.json": {"guidance": GUIDANCE},
         "concepts.json": {
             "taught": [c["id"] for c in drawn.concepts],
             "held_out": {c["id"]: c["name"] for c in drawn.held_out},

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmedit_cli import runtime
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
-from mmedit_cli.catalog import ModelRef, find_model, fingerprint, pipeline_parts, read_config
+from mmedit_cli.catalog import ModelRef, find_model, fingerprint, pipeline_parts, read_config, read_settings
 from mmedit_cli.errors import ModelError
 
 
@@ -39,6 +39,8 @@ def load_stable_diffusion(
         parts = [part for part in pipeline_parts(ref.folder) if part.startswith("text_encoder")]
         text = hashlib.sha256("".join(fingerprint(ref.folder / part) for part in parts).encode()).hexdigest()[:16]
     made = StableDiffusion(ref.name, pipe, ref.fingerprint, text)
+    if ref.folder is not None:
+        made.guidance = float(read_settings(ref.folder).get("guidance", made.guidance))
     if low_memory:
         made.save_memory()
     return made

@@ -47,13 +47,14 @@ class Projection:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made: `steps` of the model's scheduler, guidance scale, `side` in pixels (None: native).
+    """How pictures are made: `steps` of the model's scheduler, `guidance` scale, `side` in pixels.
 
-    `batch_size` pictures are made at once; same seeds in the same batches give the same pictures.
+    None is what is usual for the model. `batch_size` pictures are made at once; same seeds in the same batches give
+    the same pictures.
     """
 
     steps: int = 50
-    guidance: float = 7.5
+    guidance: float | None = None
     side: int | None = None
     negative: str = ""
     batch_size: int = 4
@@ -63,7 +64,7 @@ class StableDiffusion:
     """A Stable Diffusion pipeline with frozen weights; `model` holds its parts `unet`, `vae` and `text_encoder(_2)`.
 
     `words` are the tokens of one's own that prompts may name. While rows are in a forward pass `passing` says what
-    they are; hooks of an editor read it.
+    they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
     """
 
     family: ClassVar[str] = "stable-diffusion"
@@ -82,6 +83,7 @@ class StableDiffusion:
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
         self.passing: Passing | None = None
+        self.guidance = 7.5
         pipe.set_progress_bar_config(disable=True)
 
     # -- what it is made of -------------------------------------------------------------------------------------
@@ -279,12 +281,17 @@ class StableDiffusion:
             images += self._generate(list(prompts[some]), list(seeds[some]), sampling, side, tick)
         return images
 
+    def scale_of(self, sampling: Sampling) -> float:
+        """Return the scale of guidance that pictures are made with."""
+        return self.guidance if sampling.guidance is None else sampling.guidance
+
     @torch.no_grad()
     def _generate(
         self, prompts: list[str], seeds: list[int], sampling: Sampling, side: int, tick: Tick | None
     ) -> list[Any]:
         count = len(prompts)
-        guided = sampling.guidance > 1 and self.unet.config.time_cond_proj_dim is None
+        scale = self.scale_of(sampling)
+        guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
         tokens = self.tokenize([sampling.negative] * count * guided + prompts, unconditional=count * guided)
         encoding = self.encode(tokens)
         if guided and self.is_xl and not sampling.negative and self.pipe.config.force_zeros_for_empty_prompt:
@@ -306,7 +313,7 @@ class StableDiffusion:
             return list(
                 self.pipe(
                     **parts, height=side, width=side, num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance, generator=[runtime.generator(seed) for seed in seeds],
+                    guidance_scale=scale, generator=[runtime.generator(seed) for seed in seeds],
                     callback_on_step_end=step_done,
                 ).images
             )  # fmt: skip

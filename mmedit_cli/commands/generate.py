@@ -32,7 +32,12 @@ def generate(
     seeds: Annotated[str, typer.Option(help="One picture of each prompt for each of these.")] = "0",
     compare: Annotated[bool, typer.Option("--compare", help="Draw with the base model too, beside it.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Scale of classifier-free guidance. [default: the model's, else 7.5]", show_default=False
+        ),
+    ] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: native]", show_default=False)] = None,
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
     overrides: options.Overrides = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import INDEX, bundled, fingerprint, hub_folder, own_image_editors
+from mmedit_cli.catalog import INDEX, bundled, fingerprint, hub_folder, own_image_editors, read_settings
 from mmedit_cli.errors import ModelError, near_miss
 from mmedit_cli.image_editors import _tiny
 from mmedit_cli.image_editors.base import Settings
@@ -20,7 +20,6 @@ REPOS = {  # short names of published pipelines
     "magicbrush": "vinesmsuic/magicbrush-jul7",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
 }
-SETTINGS = "settings.json"  # how a model is best used: steps, text_guidance, image_guidance
 # not the same weights a second time, in one file or in half precision, and nothing that is pickled
 _WANTED = (INDEX, "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 _UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -101,13 +100,10 @@ def pipeline_class(folder: Path) -> str:
 
 def usual_settings(folder: Path) -> Settings:
     """Return how the model of a folder is best used, as its `settings.json` says; raise ModelError if it cannot."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        return Settings()
     try:
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: not settings of an image editor ({error})", "copy it again") from error
+        return Settings(**read_settings(folder))
+    except TypeError as error:
+        raise ModelError(f"{folder / 'settings.json'}: not settings of an image editor ({error})") from error
 
 
 def digest(folder: Path) -> str:

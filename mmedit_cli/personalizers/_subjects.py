@@ -34,7 +34,7 @@ class SubjectHparams:
     train_text_encoder: bool = True
     prior_weight: float = 0.0
     prior_images: int = 40
-    prior_guidance: float = 7.5
+    prior_guidance: float | None = None
     beside: float = 0.0
     beside_words: tuple[str, ...] = ()
     identifier: str = ""

@@ -79,7 +79,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     with out.progress({"steps": pictures * sampling.steps}) as tick:
         rows = _rows(model, folder, options, sampling, lambda n: tick("steps", n))
     facts = {
-        "model": model.name, "steps": sampling.steps, "guidance": sampling.guidance,
+        "model": model.name, "steps": sampling.steps, "guidance": model.scale_of(sampling),
         "edits": None if folder is None else str(options.edits),
         "concepts": [] if folder is None else folder.tokens,
     }  # fmt: skip

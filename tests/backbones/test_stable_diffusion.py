@@ -39,7 +39,7 @@ def same(some, others):
 def test_pictures_are_those_of_the_pipeline_and_of_their_seeds(model):
     drawn = model.generate(PROMPTS, [3, 4], FEW)
     sources = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    settings = {"num_inference_steps": 2, "guidance_scale": FEW.guidance, "generator": sources}
+    settings = {"num_inference_steps": 2, "guidance_scale": model.guidance, "generator": sources}
     assert same(drawn, model.pipe(PROMPTS, **settings).images)
     assert same(drawn, model.generate(PROMPTS, [3, 4], FEW))
     assert not same(drawn, model.generate(PROMPTS, [3, 5], FEW))
@@ -176,6 +176,19 @@ def test_the_text_encoder_has_a_fingerprint_of_its_own(model, tmp_path):
     one, other = (load_stable_diffusion(str(tmp_path / name), device="cpu") for name in "ab")
     assert one.fingerprint != other.fingerprint
     assert one.text_fingerprint == other.text_fingerprint
+
+
+def test_a_folder_says_how_it_is_best_used(model, tmp_path):
+    model.pipe.save_pretrained(tmp_path / "mine")
+    path = tmp_path / "mine" / "settings.json"
+    path.write_text('{"guidance": 1.5}')
+    mine = load_stable_diffusion(str(tmp_path / "mine"), device="cpu")
+    assert same(mine.generate(PROMPTS, [3, 4], FEW), model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.5)))
+    assert mine.fingerprint == load_stable_diffusion(str(tmp_path / "mine"), device="cpu").fingerprint
+    for text in ("[1]", "{"):
+        path.write_text(text)
+        with pytest.raises(ModelError, match=r"settings\.json: not"):
+            load_stable_diffusion(str(tmp_path / "mine"))
 
 
 def test_what_answers_does_not_draw_and_the_other_way_round():
