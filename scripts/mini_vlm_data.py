@@ -149,13 +149,14 @@ class Pictures:
 
     def draw(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return augmented pictures (B, 3, 64, 64) in 0..255 and the index of their named background (B,), or -1."""
-        grounds, colour = self._backgrounds(len(chosen), generator)
+        grounds, colour = self.backgrounds(len(chosen), generator)
         rgba = shifted(self.rgba[chosen], SHIFT, generator)
         light = 1 + BRIGHTNESS * (2 * torch.rand(len(chosen), 1, 1, 1, generator=generator, device=rgba.device) - 1)
         drawing = (rgba[:, :3] * light).clamp(max=255)
         return composed(drawing, rgba[:, 3:], grounds), colour
 
-    def _backgrounds(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def backgrounds(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return colours (n, 3) by chance, in 0..255, and which of the named ones each is (n,), or -1."""
         device = self.grounds.device
         which = torch.rand(n, generator=generator, device=device)
         colour = torch.randint(len(self.grounds), (n,), generator=generator, device=device)

@@ -131,6 +131,35 @@ def test_captions_say_what_is_there(scripts, drawn):
     assert captions.encode(texts).shape == (2000, scripts.model.LONGEST)
 
 
+def test_two_things_stand_beside_each_other_and_are_both_named(scripts, drawn):
+    recipe = scripts.model.Recipe.read(RECIPE)
+    assert recipe.stages["scenes"].pairs > 0 == recipe.stages["diffusion"].pairs
+    trainee = scripts.training.Trainee(recipe, drawn, CPU)
+    left, right, grounds = trainee.rows[:2], trainee.rows[2:4], trainee.drawn.grounds
+    scene = scripts.data.side_by_side(trainee.pictures, left, right, scripts.data.colours([grounds["blue"]] * 2, left))
+    assert scene.shape == (2, 3, 64, 64)
+    whole = scripts.data.on_colour(trainee.pictures, left, grounds["blue"])
+    half = torch.nn.functional.avg_pool2d(whole, 2)
+    assert (scene[:, :, 16:48, :32] - half).abs().max() < 0.01
+    assert torch.equal(scene[:, :, :16], scene[:, :, :1, :1].expand(-1, -1, 16, 64))
+    beside = torch.tensor([5, -1])
+    texts = trainee.captions.write(
+        torch.tensor([0, 1]), torch.tensor([0, 0]), torch.Generator().manual_seed(0), beside
+    )
+    assert [" and " in text for text in texts] == [True, False]
+    assert drawn.drawings[5][0]["it"] in texts[0]
+
+
+def test_a_second_drawing_is_of_the_same_artist(scripts, drawn):
+    trainee = scripts.training.Trainee(scripts.model.Recipe.read(RECIPE), drawn, CPU)
+    chosen = torch.arange(400)
+    beside = trainee._beside(chosen, 0.4, torch.Generator().manual_seed(0))
+    assert 0.3 < (beside >= 0).float().mean() < 0.5
+    for i, j in zip(chosen.tolist(), beside.tolist(), strict=True):
+        assert j < 0 or drawn.drawings[i][1] == drawn.drawings[j][1]
+    assert (trainee._beside(chosen, 0.0, torch.Generator()) < 0).all()
+
+
 def test_tokenizer_has_a_token_for_each_word_and_spells_the_rest(scripts, drawn):
     tokenizer = scripts.model.build_tokenizer(drawn.texts())
     for word in ("lion", "mammal", "fruit", "bird", "blue", "Twemoji", "drawing", "tomato"):
@@ -228,7 +257,7 @@ def test_the_folder_is_small_whole_and_needs_nothing_else(scripts, trained, pipe
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
-    exact = load_file(trained / "diffusion.safetensors")
+    exact = load_file(trained / "scenes.safetensors")
     for key, parameter in pipe.unet.named_parameters():
         assert torch.equal(parameter, exact[f"mean.unet.{key}"].half().float()), key
     for key, parameter in pipe.text_encoder.named_parameters():

@@ -99,11 +99,9 @@ def pipeline_class(folder: Path) -> str:
 
 
 def usual_settings(folder: Path) -> Settings:
-    """Return how the model of a folder is best used, as its `settings.json` says; raise ModelError if it cannot."""
-    try:
-        return Settings(**read_settings(folder))
-    except TypeError as error:
-        raise ModelError(f"{folder / 'settings.json'}: not settings of an image editor ({error})") from error
+    """Return how the model of a folder is best used, as far as its `settings.json` says; raise ModelError."""
+    found = read_settings(folder)
+    return Settings(**{name: found[name] for name in ("steps", "text_guidance", "image_guidance") if name in found})
 
 
 def digest(folder: Path) -> str:

@@ -25,9 +25,8 @@ class EditPair:
 
     `source` and `target` load them, upright and RGB, and raise DataError if they cannot be decoded; `expressive` is
     the instruction spelled out, `caption` and `target_caption` say what is on the pictures, all empty if not known.
-    `kind` is the sort of edit; `digest` stands for the content; `place` says where the record came from. If
-    anything tells whether an edit was made, it is an `answer` to a `question` about the result, or `rivals`: pictures
-    that the result should be less like than the goal.
+    `kind` is the sort of edit; `digest` stands for the content; `place` says where the record came from. What tells
+    whether an edit was made, if anything does, is the `answer` to a `question` about the result.
     """
 
     uid: str
@@ -42,7 +41,6 @@ class EditPair:
     place: str = ""
     question: str = ""
     answer: str = ""
-    rivals: tuple[Callable[[], Image.Image], ...] = ()
 
 
 def open_pairs(data: str | Path, *, limit: int | None = None) -> tuple[str, list[EditPair]]:

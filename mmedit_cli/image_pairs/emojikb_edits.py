@@ -25,11 +25,11 @@ SPLITS = ("train", "val", "eval")
 SIDE = 64  # pixels
 ARTISTS = {"noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji"}
 AMBIGUOUS = ("opposite-background", "opposite-colour", "another-kind", "another-artist", "neighbour", "capital")
-STYLES = ("style", "another-artist")  # told by which artist's drawing the result is nearest to
+WHO = "Who drew this?"  # a question for a classifier of artists
 WHITE = "white"  # no colour of EmojiKB's own backgrounds, so nobody is asked about it
-_COLOUR, _NAME = ("What colour is the background?", "ground"), ("What is this?", "name")
+_COLOUR, _NAME, _ARTIST = ("What colour is the background?", "ground"), ("What is this?", "name"), (WHO, "artist")
 ASKED = {"background": _COLOUR, "opposite-background": _COLOUR, "replace": _NAME, "another-kind": _NAME}
-ASKED |= {"neighbour": _NAME, "capital": _NAME}
+ASKED |= {"neighbour": _NAME, "capital": _NAME, "style": _ARTIST, "another-artist": _ARTIST}
 OPPOSITE = {
     "blue": "orange",
     "orange": "blue",
@@ -287,10 +287,9 @@ def _opposite(drawing: Image.Image) -> Image.Image:
 def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
     drawn = sorted({f"{s.artist}/{s.concept}.png" for scene in (edit.before, edit.after) for s in scene.sprites})
     question, key = ASKED.get(edit.kind, ("", ""))
-    known = {"": "", "ground": edit.after.ground, "name": kb.concepts[edit.after.sprites[0].concept]["name"]}
     sprite = edit.after.sprites[0]
-    by_others = [artist for artist in kb.concepts[sprite.concept]["artists"] if artist != sprite.artist]
-    rivals = [replace(edit.after, sprites=(replace(sprite, artist=artist),)) for artist in by_others]
+    known = {"": "", "ground": edit.after.ground, "artist": ARTISTS[sprite.artist]}
+    known["name"] = kb.concepts[sprite.concept]["name"]
     facts = [repr(edit), *(kb.digests.get(name, "") for name in drawn)]
     return EditPair(
         uid=uid,
@@ -305,5 +304,4 @@ def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
         place=f"emojikb-edits: {uid}",
         question=question if known[key] != WHITE else "",
         answer=known[key] if known[key] != WHITE else "",
-        rivals=tuple(partial(compose, kb, scene) for scene in rivals) if edit.kind in STYLES else (),
     )

@@ -97,7 +97,7 @@ def evaluate(
     name, pairs = open_pairs(DATA if options.data == "emojikb" else options.data, limit=options.limit)
     asked = EditOptions(options.editor, options.model, options.load, settings, records=options.records)
     editor = load_editor(asked, out)
-    looks["judge"] = looks["judge"] or (JUDGE if any(pair.question or pair.rivals for pair in pairs) else NOBODY)
+    looks["judge"] = looks["judge"] or (JUDGE if any(pair.question for pair in pairs) else NOBODY)
     encoders = load_encoders(looks, str(editor.device))
     config = {
         "command": "eval",
