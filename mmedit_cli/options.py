@@ -96,6 +96,7 @@ Revision = Annotated[
 Records = Annotated[Path, typer.Option("--records", envvar="MMEDIT_RECORDS", help="Where runs are kept.")]
 Force = Annotated[bool, typer.Option("--force", help="Throw an earlier run away and do it again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
+LowMemory = Annotated[bool, typer.Option("--low-memory", help="Draw and learn in less memory, in more time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -15,6 +15,7 @@ from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.image_editors._latent import encode_pictures, to_pixels
 from mmedit_cli.image_editors._loading import LoadOptions
+from mmedit_cli.image_editors._tiny import build
 from mmedit_cli.image_editors.base import Job, Settings
 from mmedit_cli.image_editors.mgie import Mgie
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
@@ -156,7 +157,7 @@ def test_a_damaged_checkpoint_is_named(train):
 def test_who_feels_which_loss(training):
     state = training(hp("reference"))
     samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:3])]
-    said, _, edit = state.losses(samples)
+    said, _, edit, _ = state.losses(samples)
     named, one = state.trained, torch.autograd.grad(said, state.trained.values(), allow_unused=True, retain_graph=True)
     by_said = dict(zip(named, one, strict=True))
     by_edit = dict(zip(named, torch.autograd.grad(edit, named.values(), allow_unused=True), strict=True))
@@ -179,7 +180,7 @@ def test_a_frozen_prefix_gives_the_same_losses_and_gradients(training, train_lm,
     found = []
     for frozen in (True, False):
         monkeypatch.setattr(_Training, "frozen_prefix", frozen)
-        said, _, edit = state.losses(samples)
+        said, _, edit, _ = state.losses(samples)
         gradients = torch.autograd.grad(said + 0.5 * edit, wanted.values())
         found.append((said.detach(), edit.detach(), *gradients))
     for one, other in zip(*found, strict=True):
@@ -190,7 +191,7 @@ def test_a_frozen_prefix_gives_the_same_losses_and_gradients(training, train_lm,
 def test_the_instruction_loss_by_hand(training):
     state = training(hp())
     samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:2])]
-    said, count, _ = state.losses(samples)
+    said, count, *_ = state.losses(samples)
     guide, total, n = state.guide, 0.0, 0
     for s in samples:
         (row,) = guide.rows(guide.features([s.source]), [s.instruction], [s.expressive])
@@ -221,6 +222,38 @@ def test_the_edit_loss_by_hand(training):
     predicted = editor.unet(torch.cat([noisy, source], 1), t, encoder_hidden_states=condition).sample
     assert got == pytest.approx(float((predicted - s.noise).square().mean()), rel=1e-4)
     assert torch.equal(encode_pictures(editor.vae, [s.source]), source)
+
+
+def test_the_head_is_drawn_to_the_text_encoder_and_the_denoiser_is_not_run(train):
+    hparams = replace(hp(steps=40, edit_weight=0.0, align_weight=1.0, learning_rate=1e-2), train_unet="none")
+    before = digests(fresh(hparams))
+    editor, folder = train(hparams)
+    log = [json.loads(line)["losses"] for line in (folder / "log.jsonl").read_text().splitlines() if "losses" in line]
+    assert log[-1]["align"] < 0.7 * log[0]["align"]
+    assert {line["edit"] for line in log} == {0.0}
+    after = digests(editor)
+    assert all(after[name] == digest for name, digest in before.items() if name.startswith("unet."))
+    assert not any(name.startswith("unet.") for name in load_file(folder / "editor.safetensors"))
+
+
+@torch.no_grad()
+def test_the_distance_to_the_text_encodings_by_hand(training):
+    state = training(hp(align_weight=0.5))
+    samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:2])]
+    got = float(state.losses(samples).align)
+    pipeline = build("tiny-ip2p")
+    head, texts = state.editor.edit_head, [PAIRS[0].instruction, PAIRS[1].instruction, ""]
+    ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"]
+    wanted = pipeline.text_encoder(ids)[0]
+    guide = state.guide
+    rows = guide.rows(guide.features([s.source for s in samples]), texts[:2], [s.expressive for s in samples])
+    found = torch.cat([head(guide.states(rows).visual), head.null(1)])
+    assert got == pytest.approx(float((found - wanted).square().mean() / wanted[2].var()), rel=1e-4)
+
+
+def test_both_weights_cannot_be_nothing():
+    with pytest.raises(ValueError, match="not both be 0"):
+        hp(edit_weight=0.0)
 
 
 def test_what_is_dropped_gets_the_null_condition_and_no_picture(training):

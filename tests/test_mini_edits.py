@@ -87,6 +87,20 @@ def test_the_background_becomes_blue_out_of_the_box(editor, cli, tmp_path, monke
     assert middle[0] > middle[2] + 60, "the apple is still red"
 
 
+def test_what_the_language_model_says_does_not_depend_on_company(shipped):
+    """Rows of one batch end at different places, with the first visual token."""
+    _, editor = shipped
+    if not editor.derives:
+        return
+    kinds = {pair.kind: pair for pair in reversed(emojikb_edits.pairs("eval")[:200])}
+    pairs = [kinds[kind] for kind in ("background", "style", "bigger", "opposite-background", "turn")]
+    jobs = [Job(pair.source(), pair.instruction) for pair in pairs]
+    together = editor.write(jobs)
+    assert len({len(written.text) for written in together}) > 2
+    assert together == [editor.write([job])[0] for job in jobs]
+    assert {written.source for written in together} == {"model"}
+
+
 def test_a_training_is_packed_in_half_precision(scripts, tmp_path):
     folder = own_image_editors()["mini-mgie"]
     weights = folder / "editor.safetensors"

@@ -45,11 +45,7 @@ def edit(
     ] = None,
     edit_batch: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Edits made in one operation. [default: 1, or 32 where they are independent]",
-            show_default=False,
-        ),
+        typer.Option(min=1, help="Edits an operation. [default: 1, or 32 where independent]", show_default=False),
     ] = None,
     model: options.Model = None,
     hparams: options.HparamsFile = None,
@@ -64,9 +60,7 @@ def edit(
     revision: options.Revision = None,
     records: options.Records = Path("records"),
     force: Annotated[bool, typer.Option("--force", help="What to draw: replace a concept of the same name.")] = False,
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="What to draw: learn in less memory, in more time.")
-    ] = False,
+    low_memory: options.LowMemory = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:

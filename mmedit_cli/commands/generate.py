@@ -42,7 +42,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
     overrides: options.Overrides = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 4,
-    low_memory: Annotated[bool, typer.Option("--low-memory", help="Decode pictures one by one.")] = False,
+    low_memory: options.LowMemory = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -23,10 +23,11 @@ _HELP = (
 class EditPair:
     """A picture, an instruction, and the picture it leads to.
 
-    `source` and `target` load them, upright and RGB, and raise DataError if they cannot be decoded; `expressive` is
-    the instruction spelled out, `caption` and `target_caption` say what is on the pictures, all empty if not known.
-    `kind` is the sort of edit; `digest` stands for the content; `place` says where the record came from. What tells
-    whether an edit was made, if anything does, is the `answer` to a `question` about the result.
+    `source` and `target` load them, upright and RGB, and raise DataError if they cannot be decoded. `expressive` is
+    the instruction spelled out, `plain` one for who does not see the picture; `caption` and `target_caption` say what
+    is on the pictures: all empty if not known. `kind` is the sort of edit; `digest` stands for the content; `place`
+    says where the record came from. What tells whether an edit was made, if anything does, is the `answer` to a
+    `question` about the result.
     """
 
     uid: str
@@ -41,6 +42,7 @@ class EditPair:
     place: str = ""
     question: str = ""
     answer: str = ""
+    plain: str = ""
 
 
 def open_pairs(data: str | Path, *, limit: int | None = None) -> tuple[str, list[EditPair]]:
@@ -72,7 +74,15 @@ def fingerprint(pairs: Iterable[EditPair]) -> str:
     """Return a digest of all texts and of the content of all pictures."""
     digest = hashlib.sha256()
     for pair in pairs:
-        facts = [pair.uid, pair.instruction, pair.expressive, pair.caption, pair.target_caption, pair.digest]
+        facts = [
+            pair.uid,
+            pair.instruction,
+            pair.expressive,
+            pair.plain,
+            pair.caption,
+            pair.target_caption,
+            pair.digest,
+        ]
         digest.update(json.dumps(facts, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
 

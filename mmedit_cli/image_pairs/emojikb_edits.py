@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Edit:
     expressive: str
     before: Scene
     after: Scene
+    plain: str = field(default="", repr=False)  # for who does not see the picture, if that is another instruction
 
 
 def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
@@ -164,7 +165,7 @@ def edits(kb: EmojiKB, concept: Json, artist: str, variation: int = 0) -> Iterat
     other = _other(kb, concept, artist, key)
     if other is not None:
         swapped = replace(scene, sprites=(Sprite(other["id"], artist),))
-        yield Edit("replace", f"replace {thing} with {other['it']}", says(kb, swapped), scene, swapped)
+        yield Edit("replace", _replacing(concept, other), says(kb, swapped), scene, swapped)
         left, right = replace(sprite, size=0.5, x=0.25), Sprite(other["id"], artist, 0.5, 0.75)
         one, two = replace(scene, sprites=(left,)), replace(scene, sprites=(left, right))
         yield Edit("add", f"put {other['it']} beside it", says(kb, two), one, two)
@@ -181,8 +182,9 @@ def _of_the_ground(kb: EmojiKB, concept: Json, scene: Scene, key: tuple[str, ...
     names = list(OPPOSITE)
     before = replace(scene, ground=names[number("opposite ground", *key) % len(names)])
     after = replace(scene, ground=OPPOSITE[before.ground])
-    text = f"make the background {after.ground}: {says(kb, after)}"
-    yield Edit("opposite-background", "give the background its opposite colour", text, before, after)
+    plain = f"make the background {after.ground}"
+    text = f"{plain}: {says(kb, after)}"
+    yield Edit("opposite-background", "give the background its opposite colour", text, before, after, plain)
 
 
 def _of_the_drawing(concept: Json, scene: Scene, thing: str, key: tuple[str, ...]) -> Iterator[Edit]:
@@ -207,7 +209,8 @@ def _of_the_drawing(concept: Json, scene: Scene, thing: str, key: tuple[str, ...
         following = artists[(artists.index(sprite.artist) + 1) % len(artists)]
         told = f"{thing} drawn in the style of {ARTISTS[following]}"
         after = replace(scene, sprites=(replace(sprite, artist=following),))
-        yield Edit("another-artist", "draw it as the next artist would", told, scene, after)
+        plain = f"draw it in the style of {ARTISTS[following]}"
+        yield Edit("another-artist", "draw it as the next artist would", told, scene, after, plain)
 
 
 def _by_knowledge(kb: EmojiKB, concept: Json, scene: Scene) -> Iterator[Edit]:
@@ -219,18 +222,23 @@ def _by_knowledge(kb: EmojiKB, concept: Json, scene: Scene) -> Iterator[Edit]:
         after = replace(scene, sprites=(Sprite(following["id"], artist),))
         known = "country flag" in concept["kind"]
         text = "turn it into another flag" if known else "turn it into another of its kind"
-        yield Edit("another-kind", text, says(kb, after), scene, after)
+        yield Edit("another-kind", text, says(kb, after), scene, after, _replacing(concept, following))
     neighbour = NEIGHBOUR.get(concept.get("country", ""))
     beside = kb.kin.get(("country", neighbour, artist)) if neighbour else None
     if beside:
         after = replace(scene, sprites=(Sprite(beside[0]["id"], artist),))
-        yield Edit("neighbour", "give it the flag of the neighbouring country", says(kb, after), scene, after)
+        text, plain = "give it the flag of the neighbouring country", _replacing(concept, beside[0])
+        yield Edit("neighbour", text, says(kb, after), scene, after, plain)
     if "country" in concept:
         others = [c for c in kin if "capital" in c and c is not concept]
         chosen = others[number("capital", concept["id"], artist) % len(others)]
         after = replace(scene, sprites=(Sprite(chosen["id"], artist),))
         text = f"make it the flag of the country whose capital is {chosen['capital']}"
-        yield Edit("capital", text, says(kb, after), scene, after)
+        yield Edit("capital", text, says(kb, after), scene, after, _replacing(concept, chosen))
+
+
+def _replacing(concept: Json, other: Json) -> str:
+    return f"replace the {concept['name'].removeprefix('the ')} with {other['it']}"
 
 
 def _other(kb: EmojiKB, concept: Json, artist: str, key: tuple[str, ...]) -> Json | None:
@@ -304,4 +312,5 @@ def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
         place=f"emojikb-edits: {uid}",
         question=question if known[key] != WHITE else "",
         answer=known[key] if known[key] != WHITE else "",
+        plain=edit.plain,
     )

@@ -12,7 +12,9 @@ from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.image_pairs.base import EditPair, file_digest
 from mmedit_cli.pictures import Picture, load_picture
 
-_NEEDED, _KNOWN = ("source", "target", "instruction"), ("expressive", "caption", "target_caption", "kind", "id")
+_NEEDED = ("source", "target", "instruction")
+_TEXTS = ("expressive", "plain", "caption", "target_caption", "kind")
+_KNOWN = (*_TEXTS, "id")
 
 
 def pairs(file: Path) -> list[EditPair]:
@@ -65,5 +67,5 @@ def _pair(record: dict[str, str], folder: Path, place: str, number: int) -> Edit
         target=partial(load_picture, Picture(target)),
         digest=file_digest(source, target),
         place=place,
-        **{key: record.get(key, "").strip() for key in ("expressive", "caption", "target_caption", "kind")},
+        **{key: record.get(key, "").strip() for key in _TEXTS},
     )

@@ -6,10 +6,10 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
@@ -24,6 +24,7 @@ from mmedit_cli.image_editors.mgie.guide import IGNORE
 from mmedit_cli.image_editors.mgie.parts import make_trainable, restore
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.records import Run
+from mmedit_cli.training.alignment import TextEncodings
 from mmedit_cli.training.editors import LOG_EVERY, SAVE_SECONDS, Conditions, below, rate_at
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)  # an instruction with one of these is not mirrored
@@ -42,10 +43,20 @@ class Sample:
     target: Image.Image
     instruction: str
     expressive: str
+    plain: str
     u: float
     t: float
     noise: Tensor
     spread: Tensor
+
+
+class Losses(NamedTuple):
+    """Of some samples: of the instruction, summed over `count` tokens; of the denoiser; of `TextEncodings`."""
+
+    said: Tensor
+    count: int
+    edit: Tensor
+    align: Tensor
 
 
 def dropped(u: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -109,6 +120,7 @@ class _Training:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.hp.learning_rate, weight_decay=self.hp.weight_decay)
         self.mean = {n: p.detach().clone() for n, p in self.trained.items() if n.startswith("unet.") and self.hp.ema}
+        self.texts = TextEncodings(hparams.diffusion, editor.device) if self.hp.align_weight else None
         self.step, self.seconds, self._sums = 0, 0.0, {}
         self._restore()
 
@@ -174,8 +186,8 @@ class _Training:
         side = self.hp.resolution // self.editor.multiple
         shape = (self.editor.vae.config.latent_channels, side, side)
         noise, spread = (torch.randn(shape, generator=generator) for _ in range(2))
-        expressive = self.expressive[_key(pair)]
-        return Sample(source, target, pair.instruction, expressive, u if by_chance else 1.0, t, noise, spread)
+        texts = (pair.instruction, self.expressive[_key(pair)], pair.plain or pair.instruction)
+        return Sample(source, target, *texts, u if by_chance else 1.0, t, noise, spread)
 
     def _batch(self) -> list[tuple[EditPair, int]]:
         """Return the (pair, number) of a step: every epoch in its own order, no pair left out."""
@@ -192,11 +204,8 @@ class _Training:
 
     # -- losses -------------------------------------------------------------------------------------------------
 
-    def losses(self, samples: Sequence[Sample]) -> tuple[Tensor, int, Tensor]:
-        """Return (sum of the instruction loss over its tokens, how many these are, mean of the edit loss).
-
-        The edit loss is 0 while only the language model is trained.
-        """
+    def losses(self, samples: Sequence[Sample]) -> Losses:
+        """Return the losses of some samples; only that of the instruction while just the language model is trained."""
         bfloat16 = self.editor.vae.dtype == torch.bfloat16
         with torch.autocast(self.editor.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.guide.features([s.source for s in samples])
@@ -207,10 +216,15 @@ class _Training:
             counted = labels != IGNORE
             logits = self.guide.logits(states.hidden[counted]).float()
             said = nn.functional.cross_entropy(logits, labels[counted], reduction="sum")
-            edit = said.new_zeros(()) if self.first_phase else self._edit_loss(samples, states.visual)
-        return said, int(counted.sum()), edit
+            edit = align = said.new_zeros(())
+            if not self.first_phase:
+                condition = self.editor.edit_head(states.visual.float())
+                edit = self._edit_loss(samples, condition) if self.hp.edit_weight else edit
+                if self.texts is not None:
+                    align = self.texts.distance(condition, self.editor.edit_head, [s.plain for s in samples])
+        return Losses(said, int(counted.sum()), edit, align)
 
-    def _edit_loss(self, samples: Sequence[Sample], visual: Tensor) -> Tensor:
+    def _edit_loss(self, samples: Sequence[Sample], condition: Tensor) -> Tensor:
         """Return the mean squared error of the denoiser's prediction (B, 4, h, w)."""
         editor, vae, device = self.editor, self.editor.vae, self.editor.device
         with torch.no_grad():
@@ -223,7 +237,6 @@ class _Training:
         most = self.noising.config.num_train_timesteps
         t = torch.tensor([min(most - 1, int(s.t * most)) for s in samples], device=device)
         no_text, no_picture = dropped(torch.tensor([s.u for s in samples], device=device), self.hp.drop)
-        condition = editor.edit_head(visual.float())
         condition = torch.where(no_text[:, None, None], editor.edit_head.null(len(samples)), condition)
         source = source * (~no_picture)[:, None, None, None]
         inputs = torch.cat([self.noising.add_noise(latents, noise, t), source], 1)
@@ -281,23 +294,26 @@ class _Training:
         batch = self._batch()
         total, (rank, world) = self._n_labels([p for p, _ in batch]), (self.processes.rank, self.processes.world)
         own = batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
-        sums = {"instruction": torch.zeros(()), "edit": torch.zeros(())}
+        sums = {name: torch.zeros(()) for name in ("instruction", "edit", "align")}
         for start in range(0, len(own), self.hp.micro_batch):
             part = [self.sample(pair, number) for pair, number in own[start : start + self.hp.micro_batch]]
-            said, _, edit = self.losses(part)
-            said, edit = said / total, edit * len(part) / len(batch)
-            (said + self.hp.edit_weight * edit).backward()
-            sums["instruction"] += said.detach().cpu()
-            sums["edit"] += edit.detach().cpu()
+            found, share = self.losses(part), len(part) / len(batch)
+            losses = {"instruction": found.said / total, "edit": found.edit * share, "align": found.align * share}
+            self._total(losses).backward()
+            for name, loss in losses.items():
+                sums[name] += loss.detach().cpu()
         self._add_gradients()
         if self.hp.clip is not None:
             nn.utils.clip_grad_norm_([p for p in self.trained.values() if p.grad is not None], self.hp.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._follow()
-        sums["total"] = sums["instruction"] + self.hp.edit_weight * sums["edit"]
+        sums["total"] = self._total(sums)
         for name, value in {**sums, "steps": torch.ones(())}.items():
             self._sums[name] = self._sums.get(name, torch.zeros(())) + value
+
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return losses["instruction"] + self.hp.edit_weight * losses["edit"] + self.hp.align_weight * losses["align"]
 
     def _add_gradients(self) -> None:
         if self.processes.world == 1:
@@ -325,12 +341,14 @@ class _Training:
     @torch.no_grad()
     def _validate(self) -> None:
         """Write the losses on the held-out pairs: the same noise each time, nothing dropped."""
-        said, count, edit = 0.0, 0, 0.0
+        said, count, edit, align = 0.0, 0, 0.0, 0.0
         for start in range(0, len(self.held_out), self.hp.micro_batch):
             part = self.held_out[start : start + self.hp.micro_batch]
-            one, n, other = self.losses([self.sample(p, -1 - start - i, by_chance=False) for i, p in enumerate(part)])
-            said, count, edit = said + float(one), count + n, edit + float(other) * len(part)
-        found = {"instruction": said / max(1, count), "edit": edit / max(1, len(self.held_out))}
+            some = self.losses([self.sample(p, -1 - start - i, by_chance=False) for i, p in enumerate(part)])
+            said, count = said + float(some.said), count + some.count
+            edit, align = edit + float(some.edit) * len(part), align + float(some.align) * len(part)
+        n = max(1, len(self.held_out))
+        found = {"instruction": said / max(1, count), "edit": edit / n, "align": align / n}
         self.run.append("log", [{"step": self.step, "held_out": {k: round(v, 5) for k, v in found.items()}}])
         told = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.how.say(f"step {self.step}/{self.hp.steps}  held out: {told}")

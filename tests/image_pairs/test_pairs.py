@@ -151,6 +151,16 @@ def test_each_says_what_it_does(sides):
                 assert pair.expressive not in pair.instruction
 
 
+def test_who_does_not_see_the_picture_is_told_more(sides):
+    plain = {pair.kind: pair.plain for pair in sides["train"]}
+    assert {kind for kind, text in plain.items() if text} == {*emojikb_edits.AMBIGUOUS} - {"opposite-colour"}
+    for pair in sides["train"]:
+        if pair.kind == "opposite-background" and pair.answer:
+            assert pair.plain == f"make the background {pair.answer}"
+        if pair.kind == "another-artist":
+            assert pair.plain == f"draw it in the style of {pair.answer}"
+
+
 def test_pictures_are_made_as_told(sides):
     seen = {}
     for pair in sides["eval"]:

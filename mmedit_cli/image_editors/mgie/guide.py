@@ -157,11 +157,18 @@ class Guide:
         def widen(_module: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
             return torch.cat([logits, self._visual_logits(inputs[0])], -1)
 
-        handle = self.mllm.get_output_embeddings().register_forward_hook(widen)
+        def narrow(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0].clamp(max=self.n_vocabulary - 1),)  # IMG0 of a row that ended while others go on
+
+        handles = [
+            self.mllm.get_output_embeddings().register_forward_hook(widen),
+            self._embedding.register_forward_pre_hook(narrow),
+        ]
         try:
             out = self.mllm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         said = [ids[:limit] for ids, limit in zip(out.tolist(), limits, strict=True)]
         return [self._written(ids, text, ends) for ids, text in zip(said, instructions, strict=True)]
 

@@ -19,6 +19,7 @@ class TrainingHparams:
     warmup: int = 600
     clip: float | None = 1.0
     edit_weight: float = 0.5
+    align_weight: float = 0.0
     drop: float = 0.05
     flip: float = 0.5
     resolution: int = 256
@@ -32,6 +33,8 @@ class TrainingHparams:
         for name in ("steps", "batch_size", "micro_batch", "learning_rate", "unet_learning_rate", "resolution"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.edit_weight < 0 or self.align_weight < 0 or not self.edit_weight + self.align_weight:
+            raise ValueError("edit_weight and align_weight must not be below 0, and not both be 0")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
         if not 0 <= self.drop <= 1 / 3:
@@ -50,7 +53,7 @@ class MgieHparams:
     diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     train_lm: Literal["reference", "lora", "two_phase", "none"] = "lora"
     lora_rank: int = 16
-    train_unet: Literal["full", "lora"] = "full"
+    train_unet: Literal["full", "lora", "none"] = "full"
     unet_lora_rank: int = 64
     prompt: str = ""
     longest: int = 64

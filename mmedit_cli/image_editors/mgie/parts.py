@@ -103,7 +103,7 @@ def make_trainable(pipeline: MGIEPipeline, hparams: MgieHparams, *, seed: int = 
     if hparams.train_unet == "lora":
         chosen += _with_lora(unet, hparams.unet_lora_rank, r".*\.(to_q|to_k|to_v|to_out\.0)", seed)
         chosen += unet.conv_in.parameters()
-    else:
+    elif hparams.train_unet == "full":
         chosen += unet.parameters()
     for parameter in chosen:
         parameter.requires_grad_(True)
