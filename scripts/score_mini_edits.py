@@ -2,7 +2,7 @@
 
     python scripts/score_mini_edits.py runs/mini-ip2p/mini-ip2p --editor instruct-pix2pix --limit 1500
 
-Writes scores.json, a contact sheet (samples.png) and the model card into the folder. The evaluation is that of `mmedit
+Writes scores.json, a contact sheet (samples.jpg) and the model card into the folder. The evaluation is that of `mmedit
 eval`: it lies in the records folder, and continues where it stopped.
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
+from PIL import Image
 from score_mini_vlm import stages_table
 
 from mmedit_cli import runtime
@@ -71,7 +73,11 @@ def sheet(report: dict[str, Any], path: Path) -> None:
             ("wanted", [gallery / f"{pair.uid}-wanted.png" for pair in some]),
         ]
         rows.append(("; ".join(pair.instruction for pair in some), groups))
-    contact_sheet(rows, path)
+    with tempfile.TemporaryDirectory() as temporary:
+        drawing = Path(temporary) / "sheet.png"
+        contact_sheet(rows, drawing)
+        with Image.open(drawing) as image:
+            image.convert("RGB").save(path, quality=85, optimize=True)  # a PNG would be five times as large
 
 
 def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -> str:
@@ -113,7 +119,7 @@ def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -
 
 
 def score(folder: Path, editor: str, *, limit: int | None, records: Path, batch_size: int = 16) -> dict[str, Any]:
-    """Measure a model folder, write scores.json, samples.png and README.md into it, and return the scores."""
+    """Measure a model folder, write scores.json, samples.jpg and README.md into it, and return the scores."""
     asked = ImageEvalOptions(editor, str(folder), data=DATA, limit=limit, records=records, batch_size=batch_size)
     report = evaluate(asked, Output())
     scores = {
@@ -128,7 +134,7 @@ def score(folder: Path, editor: str, *, limit: int | None, records: Path, batch_
         "versions": report["versions"],
     }
     write_atomic(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
-    sheet(report, folder / "samples.png")
+    sheet(report, folder / "samples.jpg")
     write_atomic(folder / "README.md", card(folder, editor, scores, limit))
     return scores
 
