@@ -170,8 +170,9 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
         getattr(pipeline, part).requires_grad_(False).eval()
         if not isinstance(number, str):
             getattr(pipeline, part).to(number)
-    own = f"mgie on {about['model']}" if folder not in own_image_editors().values() else folder.name
-    return pipeline, own, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    comes_along = folder.resolve() in [own.resolve() for own in own_image_editors().values()]
+    name = folder.name if comes_along else f"mgie on {about['model']}"
+    return pipeline, name, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def restore(trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: str) -> None:
