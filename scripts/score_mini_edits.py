@@ -36,8 +36,13 @@ ABOUT = {
     "instruct-pix2pix": "An InstructPix2Pix (AutoencoderKL, CLIP text encoder, UNet2DConditionModel of 8 channels) "
     "small enough to lie in a repository: $parameters parameters, float16, $megabytes MB.",
     "mgie": "What a training of MGIE (Fu et al. 2024) adds to `$model` and `$diffusion`, which lie beside it: visual "
-    "tokens, edit head, and LoRA of the language model and the denoiser; $parameters parameters, float16, "
-    "$megabytes MB. The language model sees the picture, spells the instruction out, and guides the denoiser.",
+    "tokens, edit head, and LoRA of the language model; $parameters parameters, float16, $megabytes MB. The language "
+    "model sees the picture, spells the instruction out, and guides the denoiser.",
+}
+NOTES = {
+    "instruct-pix2pix": "No pretrained weights, no distillation.",
+    "mgie": "The edit head was drawn to what the text encoder of `$diffusion` says of the plain instruction (`align`, "
+    "in units of its variance); the denoiser was not run and is as it was.",
 }
 COMMANDS = {
     "instruct-pix2pix": "python scripts/train_mini_ip2p.py scripts/mini_ip2p.yaml --out FOLDER",
@@ -96,12 +101,7 @@ def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -
         told = f"{stages_table(training)}\n\n{pairs}, starting from `{training['start']}`."
     else:
         told = f"{training['steps']:,} steps of {training['batch_size']} in {training['seconds'] / 60:.0f} minutes; "
-        told += f"{pairs}. On held-out pairs, instruction and edit loss: "
-        told += ", ".join(
-            f"step {line['step']:,}: {line['held_out']['instruction']:.3f}, {line['held_out']['edit']:.3f}"
-            for line in training["curve"][:: max(1, len(training["curve"]) // 4)]
-        )
-        told += "."
+        told += f"{pairs}.\n\n{_curve(training['curve'])}"
     return Template(Path(__file__).with_name("mini_edits_card.md").read_text(encoding="utf-8")).substitute(
         name=scores["model"],
         editor=editor,
@@ -114,8 +114,19 @@ def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -
         figures=table(scores),
         command=Template(COMMANDS[editor]).substitute(facts),
         training=told,
+        note=Template(NOTES[editor]).substitute(facts),
         machine=where,
     )
+
+
+def _curve(lines: list[dict[str, Any]]) -> str:
+    """Return the losses on held-out pairs as a Markdown table, a few steps of them."""
+    names = [name for name, value in lines[-1]["held_out"].items() if value]
+    rows = [f"| step | {' | '.join(names)} |", "|---:|" + "---:|" * len(names)]
+    for line in [*lines[:: max(1, len(lines) // 5)], lines[-1]]:
+        values = " | ".join(f"{line['held_out'][name]:.3f}" for name in names)
+        rows.append(f"| {line['step']:,} | {values} |")
+    return "\n".join(["Losses on held-out pairs:", "", *rows, ""])
 
 
 def score(folder: Path, editor: str, *, limit: int | None, records: Path, batch_size: int = 16) -> dict[str, Any]:
