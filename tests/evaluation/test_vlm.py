@@ -311,3 +311,32 @@ def test_a_hop_counts_as_known_where_the_untouched_model_knows_its_facts():
         columns = ["reliability", "portability.1-hop", *(["portability.1-hop known"] if knows else [])]
         assert list(scored["scores"]["tf_em"]) == list(scored["base"]["tf_em"]) == columns
         assert {scored["scores"]["tf_em"][c] for c in columns[1:]} == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come within a destructor
+def test_an_interrupt_is_never_taken_for_a_damaged_file(tmp_path):
+    """Whenever Ctrl-C comes while stored answers are read, it arrives as what it is."""
+    cases = [EditCase("a", Query("q", "t"), {"text": (Query("p", "t"),)}, {}, {})]
+    answers = {query: Answer("t", (1, 2), (1, 2), torch.zeros(4, 10)) for query in vlm._distinct(cases)}
+    path = tmp_path / "base.safetensors"
+    vlm._write_answers(path, cases, answers)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before, came = signal.signal(signal.SIGALRM, stop), 0
+    try:
+        for turn in range(600):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + turn * 3e-7)
+                found = vlm._read_answers(path, cases)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                came += 1
+            else:
+                assert found is not None
+                assert found.keys() == answers.keys()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came > 20
