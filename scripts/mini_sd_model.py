@@ -124,6 +124,10 @@ def export(pipe: Any, folder: Path, records: dict[str, Any]) -> None:
     with replacing_folder(folder, records) as fresh:
         halves = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("vae", "text_encoder", "unet")}
         type(pipe)(**{**pipe.components, **halves}, requires_safety_checker=False).save_pretrained(fresh)
+        for config in fresh.glob("*/config.json"):  # diffusers writes where a part was loaded from
+            values = json.loads(config.read_text(encoding="utf-8"))
+            if values.pop("_name_or_path", None) is not None:
+                config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         # transformers loads in the format that the config names, diffusers in float32: they must be the same
         config = fresh / "text_encoder" / "config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}

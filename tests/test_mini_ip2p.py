@@ -118,6 +118,12 @@ def test_it_learns_and_the_autoencoder_stays(start, trained):
     assert told["start"] == "mini-sd"
 
 
+def test_the_folder_does_not_say_where_it_came_from(start, trained):
+    configs = [path.read_text() for path in (trained / "mini-ip2p").rglob("*.json")]
+    assert len(configs) > 4
+    assert not any(str(start.parent) in text for text in configs)
+
+
 def test_the_folder_edits_pictures(trained, tmp_path, cli):
     picture = ROOT / "data" / "emojikb" / "noto" / "1f34e.png"
     out = tmp_path / "out.png"

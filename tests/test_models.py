@@ -33,6 +33,13 @@ def test_the_folder_is_small_and_holds_no_pickle(folder):
         assert {str(file.get_slice(key).get_dtype()) for key in file.keys()} == {"F16"}  # noqa: SIM118
 
 
+def test_nothing_that_comes_along_names_a_place_on_a_machine():
+    files = [path for kind in ("*.json", "*.md") for path in (share_dir("data") / "models").rglob(kind)]
+    assert len(files) > 30
+    named = re.compile(r'"(/|[A-Z]:\\\\)[\w.-]+/')
+    assert not [str(path) for path in files if path.name != "tokenizer.json" and named.search(path.read_text())]
+
+
 def test_the_card_shows_the_figures_that_were_measured(folder):
     card = (folder / "README.md").read_text()
     for name, figure in json.loads((folder / "scores.json").read_text())["figures"].items():
