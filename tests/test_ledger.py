@@ -138,6 +138,19 @@ def test_edits_made_one_by_one_lie_in_few_files(tmp_path, monkeypatch):
     assert values(reopened(ledger)) == [*wanted[:2], 3.0, *wanted[2:], 2000.0]
 
 
+def test_what_cannot_be_packed_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    ledger = filled(tmp_path, 3)
+    path = tmp_path / "shards" / f"{ledger.edits[2].shard}.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"x")
+    assert add(ledger, 4) == 4, "adding is safe from what is damaged elsewhere"
+    with pytest.raises(StateError, match="damaged"):
+        ledger.tensors()
+    path.write_bytes(data)
+    assert values(ledger) == [1, 2, 3, 4]
+
+
 def test_packing_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
     """No row is written more than three times: alone, and in two sizes of shards."""
     monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -233,7 +233,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         ]
         self._append(self._record(edits, shard, 0))
         if self.rows:
-            self._pack()
+            with suppress(StateError, RunError):  # the edit is in; a damaged shard is told of where it is read
+                self._pack()
         return [edit.id for edit in edits]
 
     def mark(self, do: str, ids: Sequence[int], tensors: Mapping[str, Any] | None = None) -> None:
