@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -16,6 +17,7 @@ from mmedit_cli import registry
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import own_image_editors
 from mmedit_cli.errors import ModelError
+from mmedit_cli.evaluation.artists import ArtistClassifier
 from mmedit_cli.evaluation.judge import Judge
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Job
@@ -32,8 +34,9 @@ def scripts():
         patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
         import pack_mini_mgie
         import score_mini_edits
+        import train_artist_classifier
 
-        yield SimpleNamespace(pack=pack_mini_mgie, score=score_mini_edits)
+        yield SimpleNamespace(pack=pack_mini_mgie, score=score_mini_edits, artists=train_artist_classifier)
 
 
 @pytest.fixture(scope="module", params=EDITORS)
@@ -99,6 +102,13 @@ def test_what_the_language_model_says_does_not_depend_on_company(shipped):
     assert len({len(written.text) for written in together}) > 2
     assert together == [editor.write([job])[0] for job in jobs]
     assert {written.source for written in together} == {"model"}
+
+
+def test_the_artists_of_things_never_seen_are_told_apart(scripts):
+    drawings = scripts.artists.Drawings()
+    assert scripts.artists.accuracy(ArtistClassifier.load(), drawings, "eval") > 0.9
+    once, again = (scripts.artists.train(drawings, 3).state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
 
 
 def test_a_training_is_packed_in_half_precision(scripts, tmp_path):
