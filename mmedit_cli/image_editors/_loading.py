@@ -113,6 +113,30 @@ def digest(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def load_text_encoder(name: str) -> tuple[Any, Any]:
+    """Return (tokenizer, text encoder in float32) of a Stable Diffusion pipeline, without its other parts.
+
+    Raises ModelError if it cannot be used.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    if name in _tiny.NAMES:
+        pipeline = _tiny.build(name)
+        return pipeline.tokenizer, pipeline.text_encoder
+    _, folder = find_pipeline(name)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype="float32"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ModelError(
+            f"{folder}: the text encoder cannot be loaded: {reason}", "is the folder complete?"
+        ) from error
+    return tokenizer, encoder.eval()
+
+
 def content_of(name: str) -> str:
     """Return the digest of a pipeline by name, without loading it; raise ModelError if there is none."""
     return f"{name}/{_tiny.VERSION}" if name in _tiny.NAMES else digest(find_pipeline(name)[1])

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
-
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
+from mmedit_cli.image_editors._loading import load_text_encoder
 
 
 class TextEncodings:
@@ -20,8 +18,8 @@ class TextEncodings:
     """
 
     def __init__(self, diffusion: str, device: str | torch.device) -> None:
-        pipeline = load_pipeline(diffusion, _PIPELINES, LoadOptions(str(device), "float32")).pipeline
-        self._tokenizer, self._encoder = pipeline.tokenizer, pipeline.text_encoder.requires_grad_(False)
+        self._tokenizer, encoder = load_text_encoder(diffusion)
+        self._encoder = encoder.to(device).requires_grad_(False)
         self._known: dict[str, Tensor] = {}
         self._spread = float(self.of([""])[0].var())
 
