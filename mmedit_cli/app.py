@@ -25,6 +25,7 @@ from mmedit_cli.commands import (
 )
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.output import Output, report_error, report_failure
+from mmedit_cli.registry import data_dir
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
 
@@ -76,7 +77,8 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-) -> None: ...
+) -> None:
+    data_dir()  # pictures that are named on the command line may lie there
 
 
 def main(argv: list[str] | None = None) -> int:

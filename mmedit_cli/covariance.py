@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.records import read_tensors, write_tensors
-from mmedit_cli.registry import cache_dir, share_dir
+from mmedit_cli.registry import cache_dir, data_dir
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion
@@ -238,8 +238,9 @@ def survey(captions: Path | None) -> tuple[str, int]:
 def read_captions(path: Path | None) -> Iterator[str]:
     """Yield the captions of a file, one a line, without empty lines; None: those about the things of EmojiKB."""
     if path is None:
-        things = (share_dir("data") / "emojikb" / "concepts.jsonl").read_text(encoding="utf-8").splitlines()
-        named = [json.loads(line)["it"] for line in things]
+        from mmedit_cli.datasets.emojikb import concepts_in
+
+        named = [concept["it"] for concept in concepts_in(data_dir() / "emojikb")]
         for i, thing in enumerate(named):
             yield from (template.format(thing, named[i - 1]) for template in _CAPTIONS)
         return

@@ -9,6 +9,7 @@ import ast
 import importlib
 import os
 import pkgutil
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,6 +79,19 @@ def share_dir(name: str) -> Path:
     checkout = _PACKAGE.parent  # site-packages when installed, where a folder of that name is somebody else's
     found = (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir()
     return checkout / name if found else _PACKAGE / "share" / name
+
+
+@cache
+def data_dir() -> Path:
+    """Return the folder of the data that come along, with the pictures of EmojiKB unpacked.
+
+    Raises DataError, ArchiveError where that cannot be done.
+    """
+    from mmedit_cli.packed import unpack_beside
+
+    folder = share_dir("data")
+    unpack_beside(folder / "emojikb")
+    return folder
 
 
 def hparams_file(editor: str) -> Path:

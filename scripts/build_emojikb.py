@@ -34,6 +34,11 @@ import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mmedit_cli.datasets.emojikb import concepts_in  # noqa: E402
+from mmedit_cli.packed import loose, pack, unpack_beside  # noqa: E402
+
 DATA = ROOT / "data" / "emojikb"
 SIDE = 64  # pixels
 COLOURS = 64  # palette entries of a picture, alpha included
@@ -316,8 +321,8 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     for concept in concepts:
         concept["artists"] = list(FLAG_ARTISTS if "country" in concept else ARTISTS)
     draw_all(sources, concepts, out)
-    dump(out / "concepts.jsonl", concepts)
-    dump(out / "facts.jsonl", emojikb_cases.facts(concepts))
+    dump(out / "concepts.jsonl.gz", concepts)
+    dump(out / "facts.jsonl.gz", emojikb_cases.facts(concepts))
     write_json(out / "templates.json", choices.TEMPLATES)
     write_json(out / "backgrounds.json", choices.BACKGROUNDS)
     splits = {split: emojikb_cases.Maker(concepts, split).cases() for split in emojikb_cases.SPLITS}
@@ -335,6 +340,9 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     }
     counts |= {split: dict(Counter(case["type"] for case in cases)) for split, cases in splits.items()}
     (out / "README.md").write_text(readme(concepts, splits), encoding="utf-8")
+    for artist in ARTISTS:
+        pack(out / artist)
+        shutil.rmtree(out / artist)
     manifest(out, counts)
 
 
@@ -380,8 +388,10 @@ def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    """Return the SHA-256 of every file but the manifest and what is unpacked from a zip."""
+    found = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in loose(folder)}
+    found.pop("manifest.json", None)
+    return found
 
 
 def manifest(out: Path, counts: dict) -> None:
@@ -409,8 +419,8 @@ SHEET = """red apple; croissant; carrot; fox; owl; octopus; butterfly; sunflower
 
 def sheet(path: Path) -> None:
     """Draw 24 concepts by the four artists, each on a background colour, with its name."""
-    records = [json.loads(line) for line in (DATA / "concepts.jsonl").read_text(encoding="utf-8").splitlines()]
-    by_name = {record["name"]: record for record in records}
+    unpack_beside(DATA)
+    by_name = {record["name"]: record for record in concepts_in(DATA)}
     tints = list(choices.BACKGROUNDS.values())
     columns, gap, head, foot = 3, 14, 26, 20
     block = (len(ARTISTS) * SIDE, SIDE + foot)

@@ -343,7 +343,7 @@ BACKGROUNDS = {
 
 # Question templates, shared by the case files, by the training of the small models and by anybody who asks them.
 # `image` questions go with a picture, `text` ones without. `template.format(**fact)` fills a text question from a line
-# of facts.jsonl: {it} is a concept in a sentence ("a red apple", "the Netherlands"), {is} and {does} agree with it,
+# of facts.jsonl.gz: {it} is a concept in a sentence ("a red apple", "the Netherlands"), {is} and {does} agree with it,
 # {city} is a capital. The first of each list is the plain form.
 TEMPLATES: dict[str, dict[str, list[str]]] = {
     "name": {

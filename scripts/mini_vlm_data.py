@@ -19,10 +19,12 @@ from torch import Generator, Tensor
 
 from mmedit_cli.backbones._batch import Encoded
 from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.datasets.files import read_text
+from mmedit_cli.registry import data_dir
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "data" / "emojikb"
+DATA = data_dir() / "emojikb"
 TYPES = ("name", "kind", "category", "background", "country", "capital", "continent", "currency", "language")
 BACKGROUND = TYPES.index("background")
 HEADS = ("name", "kind", "category", "background")  # what the vision tower is trained to tell first
@@ -36,8 +38,8 @@ NONE = -1
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the records of a JSONL file, gzipped or not."""
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 def number(*key: object) -> int:
@@ -100,7 +102,7 @@ class EmojiKB:
 
 def load_emojikb(n: int | None, held_out_concepts: int, held_out_artists: int, folder: Path = DATA) -> EmojiKB:
     """Read the data set; with `n`, only that many concepts, a third of them flags of countries."""
-    concepts = lines(folder / "concepts.jsonl")
+    concepts = lines(folder / "concepts.jsonl.gz")
     if n is not None:
         ranked = sorted(concepts, key=lambda c: number("small", c["id"]))
         flags = [c for c in ranked if c.get("capital")][: n // 3]
@@ -108,7 +110,7 @@ def load_emojikb(n: int | None, held_out_concepts: int, held_out_artists: int, f
     known = {c["id"] for c in concepts}
     return EmojiKB(
         concepts,
-        [fact for fact in lines(folder / "facts.jsonl") if fact["concept"] in known],
+        [fact for fact in lines(folder / "facts.jsonl.gz") if fact["concept"] in known],
         json.loads((folder / "templates.json").read_text(encoding="utf-8")),
         json.loads((folder / "backgrounds.json").read_text(encoding="utf-8")),
         choose_holdout(concepts, held_out_concepts, held_out_artists),

@@ -13,7 +13,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # rows from the ground up; a module imports from rows below its own, or from its own row
 ROWS = (
     {"errors", "types"},
-    {"output", "hparams", "registry", "records", "runtime", "catalog", "patch", "prefix", "pictures", "download"},
+    {
+        "output",
+        "hparams",
+        "registry",
+        "records",
+        "runtime",
+        "catalog",
+        "patch",
+        "prefix",
+        "pictures",
+        "packed",
+        "download",
+    },
     {"backbones", "datasets", "image_pairs", "subjects", "covariance"},
     {"editors", "personalizers", "image_editors"},
     {"evaluation", "training"},

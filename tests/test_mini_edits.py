@@ -58,7 +58,7 @@ def test_the_card_says_what_was_measured(shipped, scripts):
     settings = json.loads((folder / "settings.json").read_text())
     assert settings.items() <= measured["settings"].items()
     assert settings.items() <= vars(editor.defaults).items()
-    assert (folder / "samples.jpg").is_file()
+    assert (folder / "samples.webp").is_file()
 
 
 def test_held_out_edits_are_made(shipped):

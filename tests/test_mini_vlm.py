@@ -78,7 +78,7 @@ def folder_of(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def concepts(scripts) -> list[dict]:
-    return scripts.data.lines(DATA / "concepts.jsonl")
+    return scripts.data.lines(DATA / "concepts.jsonl.gz")
 
 
 def test_holdout_depends_on_the_concepts_alone(scripts, concepts):

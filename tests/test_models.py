@@ -12,9 +12,10 @@ from safetensors import safe_open
 from mmedit_cli import load_backbone, load_editor
 from mmedit_cli.catalog import bundled
 from mmedit_cli.datasets.base import load_cases
+from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.metrics import answer_match
-from mmedit_cli.registry import share_dir
+from mmedit_cli.registry import data_dir
 from mmedit_cli.types import Query
 
 KB = ROOT / "data" / "emojikb"
@@ -34,7 +35,7 @@ def test_the_folder_is_small_and_holds_no_pickle(folder):
 
 
 def test_nothing_that_comes_along_names_a_place_on_a_machine():
-    files = [path for kind in ("*.json", "*.md") for path in (share_dir("data") / "models").rglob(kind)]
+    files = [path for kind in ("*.json", "*.md") for path in (data_dir() / "models").rglob(kind)]
     assert len(files) > 30
     named = re.compile(r'"(/|[A-Z]:\\\\)[\w.-]+/')
     assert not [str(path) for path in files if path.name != "tokenizer.json" and named.search(path.read_text())]
@@ -51,7 +52,7 @@ def test_it_knows_what_its_card_says(folder):
     figures = json.loads((folder / "scores.json").read_text())["figures"]
     held_out = json.loads((folder / "holdout.json").read_text())
     colours = list(json.loads((KB / "backgrounds.json").read_text()).values())
-    concepts = [json.loads(line) for line in (KB / "concepts.jsonl").read_text().splitlines()]
+    concepts = concepts_in(KB)
     known = [c for c in concepts if c["id"] not in held_out["concepts"] and c["id"] not in held_out["artists"]]
     queries = [
         Query("What is this?", concept["name"], KB / artist / f"{concept['id']}.png", colours[i % len(colours)])
@@ -68,7 +69,7 @@ def test_ask_by_name(cli, folder):
     assert (code, out.strip()) == (0, "red apple")
 
 
-EDITORS = sorted((share_dir("data") / "editors").glob("*/*.safetensors"))
+EDITORS = sorted((data_dir() / "editors").glob("*/*.safetensors"))
 
 
 def test_a_trained_editor_comes_along():

@@ -21,7 +21,8 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
 from mmedit_cli.datasets.files import PACKED, read_text
 from mmedit_cli.errors import DataError
-from mmedit_cli.registry import share_dir
+from mmedit_cli.packed import differences, loose
+from mmedit_cli.registry import data_dir
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
@@ -29,7 +30,8 @@ SAME_SIDE = {
     "eval",
     "corrections",
 }  # what the model that comes along gets wrong, of the evaluation side: never trained on
-SUFFIX = f".jsonl{PACKED}"  # of the case files
+SUFFIX = f".jsonl{PACKED}"  # of the files of records
+ANEW = "delete its folder, which is unpacked anew"
 FAMILIES = ("generality", "locality", "portability", "needs")
 ON_BACKGROUND = "background"  # the one type whose answer depends on the colour behind the picture
 
@@ -57,6 +59,14 @@ def normal(text: str) -> str:
 def concept_of(image: str) -> str:
     """`noto/1f34e.png` -> `1f34e`: the artists' folders hold the same concepts."""
     return PurePosixPath(image).stem
+
+
+def concepts_in(folder: Path) -> list[Json]:
+    """Return the records of all concepts; raise DataError where EmojiKB is not there."""
+    path = folder / f"concepts{SUFFIX}"
+    if not path.is_file():
+        raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 def queries(case: Json) -> Iterator[tuple[str, Json]]:
@@ -169,13 +179,14 @@ def clashes(split: Split, types: dict[str, str]) -> tuple[list[str], list[str], 
 
 
 def check_files(folder: Path) -> list[str]:
-    """Compare every file with the manifest, both ways."""
+    """Compare every file with the manifest, both ways, and what is unpacked with the zip that it comes from."""
     path = folder / "manifest.json"
     if not path.is_file():
         return ["manifest.json is missing"]
     wanted = json.loads(path.read_text(encoding="utf-8"))["files"]
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
-    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found)]
+    found = {path.relative_to(folder).as_posix() for path in loose(folder)} - {"manifest.json"}
+    wrong = [f"{line}: {ANEW}" for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
+    wrong += [f"{name} is missing" for name in sorted(wanted.keys() - found)]
     wrong += [f"{name} is not in the manifest" for name in sorted(found - wanted.keys())]
     both = sorted(found & wanted.keys())
     return wrong + [f"{name} has changed" for name in both if digest(folder / name) != wanted[name]]
@@ -224,7 +235,7 @@ def audit(folder: Path) -> Json:
     for pair, shared in found.items():
         problems += [f"leak {pair}: {sort}: {item}" for sort, items in shared.items() for item in items]
     same = {f"{a}-{b}": len(splits[a].answers & splits[b].answers) for a, b in pairs}
-    concepts = [json.loads(line) for line in (folder / "concepts.jsonl").read_text(encoding="utf-8").splitlines()]
+    concepts = concepts_in(folder)
     return {
         "concepts": len(concepts),
         "flags": sum("country" in concept for concept in concepts),
@@ -278,4 +289,4 @@ class EmojiKB(Dataset):
         yield from (("problem", False, problem) for problem in found["problems"])
 
 
-DATASET = EmojiKB(share_dir("data") / "emojikb")
+DATASET = EmojiKB(data_dir() / "emojikb")

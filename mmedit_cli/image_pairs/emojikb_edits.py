@@ -17,9 +17,10 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.image_pairs.base import EditPair
-from mmedit_cli.registry import share_dir
+from mmedit_cli.registry import data_dir
 
 SPLITS = ("train", "val", "eval")
 SIDE = 64  # pixels
@@ -107,7 +108,7 @@ def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
         raise DataError(
             f"--data emojikb-edits:{split}: no such split{near_miss(split, SPLITS)}", f"it has {', '.join(SPLITS)}"
         )
-    manifest = share_dir("data") / "emojikb-edits" / "manifest.json"
+    manifest = data_dir() / "emojikb-edits" / "manifest.json"
     if not manifest.is_file():
         raise DataError(f"{manifest}: not there", "the data come with a checkout of the repository")
     left_out = frozenset(json.loads(manifest.read_text(encoding="utf-8"))["without_effect"])
@@ -129,19 +130,17 @@ def every_pair(split: str, variation: int = 0) -> list[EditPair]:
 @cache
 def load(split: str) -> EmojiKB:
     """Read the concepts of one side; raise DataError where EmojiKB is not there."""
-    folder = share_dir("data") / "emojikb"
-    if not (folder / "concepts.jsonl").is_file():
-        raise DataError(f"{folder}: not there", "the data come with a checkout of the repository")
-    lines = (folder / "concepts.jsonl").read_text(encoding="utf-8").splitlines()
-    concepts = {c["id"]: c for c in map(json.loads, lines) if c["split"] == split}
+    folder = data_dir() / "emojikb"
+    concepts = {concept["id"]: concept for concept in concepts_in(folder) if concept["split"] == split}
     colours = json.loads((folder / "backgrounds.json").read_text(encoding="utf-8"))
-    files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    drawn = [f"{artist}/{concept['id']}.png" for concept in concepts.values() for artist in concept["artists"]]
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in drawn}
     kin: dict[tuple[str, str, str], list[Json]] = {}
     for concept in concepts.values():
         for artist in concept["artists"]:
             for key in ("kind", "category", "country"):
                 kin.setdefault((key, concept.get(key, ""), artist), []).append(concept)
-    return EmojiKB(folder, concepts, kin, {**colours, WHITE: "#ffffff"}, files)
+    return EmojiKB(folder, concepts, kin, {**colours, WHITE: "#ffffff"}, digests)
 
 
 def number(*key: str) -> int:
@@ -298,7 +297,7 @@ def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
     sprite = edit.after.sprites[0]
     known = {"": "", "ground": edit.after.ground, "artist": ARTISTS[sprite.artist]}
     known["name"] = kb.concepts[sprite.concept]["name"]
-    facts = [repr(edit), *(kb.digests.get(name, "") for name in drawn)]
+    facts = [repr(edit), *(kb.digests[name] for name in drawn)]
     return EditPair(
         uid=uid,
         instruction=edit.instruction,

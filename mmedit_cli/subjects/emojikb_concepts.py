@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.catalog import bundled
+from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError
-from mmedit_cli.registry import share_dir
+from mmedit_cli.registry import data_dir
 from mmedit_cli.subjects.base import Subject, SubjectSet
 from mmedit_cli.types import Concept
 
@@ -28,11 +29,8 @@ def read(model: Path | None) -> SubjectSet:
 
     The superclass of a concept is its kind. Raises DataError if there is no list.
     """
-    home = share_dir("data") / "emojikb"
-    if not (home / "concepts.jsonl").is_file():
-        raise DataError(f"{home / 'concepts.jsonl'}: not there", "the data come with a checkout of the repository")
-    lines = (home / "concepts.jsonl").read_text(encoding="utf-8").splitlines()
-    known = {concept["id"]: concept for concept in map(json.loads, lines)}
+    home = data_dir() / "emojikb"
+    known = {concept["id"]: concept for concept in concepts_in(home)}
     held_out, taught = _held_out(model, known)
     subjects = tuple(_subject(known[key], home) for key in held_out)
     gallery = [(slug(c["name"]), home / artist / f"{key}.png") for key, c in known.items() for artist in c["artists"]]

@@ -27,7 +27,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def concepts() -> dict[str, dict]:
-    return {concept["id"]: concept for concept in lines(DATA / "concepts.jsonl")}
+    return {concept["id"]: concept for concept in lines(DATA / "concepts.jsonl.gz")}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
     types = {text: name for name, forms in templates.items() for text in forms["image"]}
     said = {
         template.format(**fact): fact
-        for fact in lines(DATA / "facts.jsonl")
+        for fact in lines(DATA / "facts.jsonl.gz")
         for template in templates[fact["type"]].get("text", ())
         if "it" in fact or "city" in fact
     }
@@ -161,7 +161,7 @@ def test_the_case_files_are_what_the_script_makes_of_the_concepts(concepts, case
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     from emojikb_cases import Maker, facts
 
-    assert facts(list(concepts.values())) == lines(DATA / "facts.jsonl")
+    assert facts(list(concepts.values())) == lines(DATA / "facts.jsonl.gz")
     assert Maker(list(concepts.values()), "eval").cases() == cases["eval"]
 
 
@@ -194,7 +194,7 @@ def small(tmp_path, cases):
     folder = tmp_path / "kb"
     folder.mkdir()
     records = {split: json.loads(json.dumps(cases[split][:6])) for split in SPLITS}
-    for name in ("concepts.jsonl", "templates.json"):
+    for name in ("concepts.jsonl.gz", "templates.json"):
         shutil.copy(DATA / name, folder / name)
     for image in {
         query["image"] for side in records.values() for case in side for _, query in queries(case) if "image" in query
@@ -261,7 +261,7 @@ def test_missing_and_altered_pictures_are_found(small):
     found = check()
     assert f"files: {gone} is missing" in found
     assert "files: templates.json has changed" in found
-    assert "files: concepts.jsonl is not in the manifest" in found
+    assert "files: concepts.jsonl.gz is not in the manifest" in found
 
 
 @pytest.mark.parametrize(

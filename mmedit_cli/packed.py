@@ -1,0 +1,82 @@
+"""Folders of many small files that the repository keeps as a zip each: unpacked beside it when first needed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from mmedit_cli.errors import DataError
+
+MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and time
+
+
+def unpack_beside(home: Path) -> None:
+    """Give every `NAME.zip` of a folder its folder NAME, unless it has it already; what else lies there stays.
+
+    Several processes may do so at once: a file is there as a whole or not at all, and the mark comes last. Raises
+    DataError for a damaged zip, or where nothing can be written and nothing is there.
+    """
+    for archive in sorted(home.glob("*.zip")):
+        folder, state = archive.with_suffix(""), archive.stat()
+        mark = f"{state.st_size} {state.st_mtime_ns}\n"
+        with suppress(OSError):
+            if (folder / MARK).read_text(encoding="utf-8") == mark:
+                continue
+        try:
+            _unpack(archive, folder, mark)
+        except OSError as error:
+            if not folder.is_dir():
+                raise DataError(f"{archive}: cannot be unpacked: {error}", f"unpack it by hand as {folder}") from error
+
+
+def loose(home: Path) -> list[Path]:
+    """Return all files below a folder, in order, but those that lie in a zip of it as well."""
+    packed = {archive.with_suffix("") for archive in home.glob("*.zip")}
+    return sorted(path for path in home.rglob("*") if path.is_file() and not packed & {*path.parents})
+
+
+def differences(archive: Path) -> list[str]:
+    """Return in a line each which files of the folder beside a zip are missing, changed or not of the zip."""
+    folder = archive.with_suffix("")
+    with zipfile.ZipFile(archive) as file:
+        wanted = {info.filename: info.CRC for info in file.infolist()}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MARK}
+    lines = [f"{folder.name}/{name} is missing" for name in sorted(wanted.keys() - found)]
+    lines += [f"{folder.name}/{name} is not in {archive.name}" for name in sorted(found - wanted.keys())]
+    same = sorted(found & wanted.keys())
+    changed = [name for name in same if zlib.crc32((folder / name).read_bytes()) != wanted[name]]
+    return lines + [f"{folder.name}/{name} has changed" for name in changed]
+
+
+def pack(folder: Path) -> Path:
+    """Put a folder into the zip beside it, the same bytes for the same files; PNGs would not get any smaller."""
+    archive = folder.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # of 1980
+            info.compress_type = zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
+            file.writestr(info, path.read_bytes())
+    return archive
+
+
+def _unpack(archive: Path, folder: Path, mark: str) -> None:
+    from mmedit_cli.download.unpack import unpack
+
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        fresh = Path(temporary) / folder.name
+        unpack(archive, fresh)
+        (fresh / MARK).write_text(mark, encoding="utf-8")
+        if not folder.is_dir():
+            with suppress(OSError):  # another process may come first
+                fresh.rename(folder)
+                return
+        for path in sorted(fresh.rglob("*"), key=lambda path: path.name == MARK):
+            if path.is_file():
+                goal = folder / path.relative_to(fresh)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, goal)
