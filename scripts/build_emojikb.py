@@ -37,10 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mmedit_cli.datasets.emojikb import concepts_in  # noqa: E402
+from mmedit_cli.datasets.files import read_text  # noqa: E402
 from mmedit_cli.packed import loose, pack, unpack_beside  # noqa: E402
 
 DATA = ROOT / "data" / "emojikb"
 SIDE = 64  # pixels
+ERRORS = "model_errors.jsonl.gz"
 COLOURS = 64  # palette entries of a picture, alpha included
 STATIC = ("LICENSES/Apache-2.0.txt", "LICENSES/CC-BY-4.0.txt", "LICENSES/MIT-fluent-emoji.txt")
 
@@ -327,9 +329,9 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     write_json(out / "backgrounds.json", choices.BACKGROUNDS)
     splits = {split: emojikb_cases.Maker(concepts, split).cases() for split in emojikb_cases.SPLITS}
     if errors is not None:
-        wrong = [json.loads(line) for line in errors.read_text(encoding="utf-8").splitlines()]
+        wrong = [json.loads(line) for line in read_text(errors).splitlines()]
         splits["corrections"] = emojikb_cases.Maker(concepts, "eval").corrections(wrong)
-        shutil.copyfile(errors, out / "model_errors.jsonl")
+        dump(out / ERRORS, wrong)
     for split, cases in splits.items():
         dump(out / f"{split}.jsonl.gz", cases)
     licences(sources, out)
@@ -442,7 +444,7 @@ def sheet(path: Path) -> None:
             page.paste(Image.alpha_composite(tile, picture).convert("RGB"), (left + place * SIDE, top))
         pen.text((left, top + SIDE + 2), name, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, optimize=True)
+    page.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
 
@@ -458,7 +460,7 @@ def main() -> int:
         return 0
     if args.cache is None:
         parser.error("--cache is needed to build")
-    errors = args.errors or (DATA / "model_errors.jsonl" if (DATA / "model_errors.jsonl").exists() else None)
+    errors = args.errors or (DATA / ERRORS if (DATA / ERRORS).exists() else None)
     sources = fetch(args.cache)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "emojikb"
