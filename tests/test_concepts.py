@@ -236,6 +236,20 @@ def test_a_sheet_has_a_row_a_prompt_and_side(learn, cli, tmp_path):
     assert (code, text.strip()) == (0, str(path))
 
 
+def test_a_prompt_that_names_two_makes_a_wide_picture(learn, cli, tmp_path):
+    learn(editor="multi-melo-diffusion")
+    learn("<toy>", "multi-melo-diffusion")
+    words = ("generate", "a <my-dog> and a <toy>", "a cat", "--edits", tmp_path / "mine", *FEW, "--compare")
+    assert cli(*words, "-o", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width == 8 + 24 + 8
+    assert cli(*words, "-o", tmp_path / "files")[0] == 0
+    sizes = {path.stem: picture(path).shape for path in (tmp_path / "files").iterdir()}
+    assert sizes == {
+        "000-0-base": (16, 16, 3), "000-0-edited": (16, 24, 3), "001-0-base": (16, 16, 3), "001-0-edited": (16, 16, 3)
+    }  # fmt: skip
+
+
 def test_a_single_picture_is_the_picture_itself(cli, tmp_path):
     for name in ("one.png", "one.jpg", "one.webp"):
         assert cli("generate", "a dog", "--model", "tiny-sd", *FEW, "-o", tmp_path / name)[0] == 0

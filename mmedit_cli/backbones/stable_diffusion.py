@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mmedit_cli import runtime
+from mmedit_cli.backbones._canvas import Canvas, in_windows
 from mmedit_cli.backbones._prompts import Tokens, Word, tokenize
 from mmedit_cli.errors import DataError, MmeditError
 
@@ -63,8 +65,9 @@ class Sampling:
 class StableDiffusion:
     """A Stable Diffusion pipeline with frozen weights; `model` holds its parts `unet`, `vae` and `text_encoder(_2)`.
 
-    `words` are the tokens of one's own that prompts may name. While rows are in a forward pass `passing` says what
-    they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
+    `words` are the tokens of one's own that prompts may name. `windows` may say that the picture of a prompt has
+    several windows beside each other, and what each is told; it is wider then. While rows are in a forward pass
+    `passing` says what they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
     """
 
     family: ClassVar[str] = "stable-diffusion"
@@ -82,6 +85,7 @@ class StableDiffusion:
             tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
+        self.windows: Callable[[str], Sequence[str]] | None = None
         self.passing: Passing | None = None
         self.guidance = 7.5
         pipe.set_progress_bar_config(disable=True)
@@ -254,13 +258,16 @@ class StableDiffusion:
         noisy = self.noise.add_noise(latents, noise, steps)
         kind = self.noise.config.prediction_type
         wanted = noise if kind == "epsilon" else self.noise.get_velocity(latents, noise, steps)
-        added = self._xl_conditions(encoding, latents) if self.is_xl else None
+        added = self._xl_conditions(encoding, latents)
         out = self.unet(
             noisy.to(self.dtype), steps, encoder_hidden_states=encoding.hidden, added_cond_kwargs=added
         ).sample
         return (out.float() - wanted.float()).square()
 
-    def _xl_conditions(self, encoding: Encoding, latents: Tensor) -> dict[str, Tensor | None]:
+    def _xl_conditions(self, encoding: Encoding, latents: Tensor) -> dict[str, Tensor | None] | None:
+        """Return what XL is told besides the prompt: the sizes of the picture; None for the others."""
+        if not self.is_xl:
+            return None
         height, width = (int(n) * self.scale for n in latents.shape[-2:])
         ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
         return {"text_embeds": encoding.pooled, "time_ids": ids.repeat(len(latents), 1)}
@@ -278,7 +285,24 @@ class StableDiffusion:
         images: list[Any] = []
         for i in range(0, len(prompts), sampling.batch_size):
             some = slice(i, i + sampling.batch_size)
-            images += self._generate(list(prompts[some]), list(seeds[some]), sampling, side, tick)
+            images += self._batch(list(prompts[some]), list(seeds[some]), sampling, side, tick)
+        return images
+
+    def _batch(
+        self, prompts: list[str], seeds: list[int], sampling: Sampling, side: int, tick: Tick | None
+    ) -> list[Any]:
+        told = [[prompt] if self.windows is None else list(self.windows(prompt)) for prompt in prompts]
+        wide = {i: len(texts) for i, texts in enumerate(told) if len(texts) > 1}
+        images: list[Any] = [None] * len(prompts)
+        if len(wide) < len(prompts):
+            # the wide ones too, and in vain: the others are the same bit for bit only in a batch of the same size
+            images, tick = self._generate(prompts, seeds, sampling, side, tick), None
+        for count in sorted({*wide.values()}):
+            rows = [i for i in wide if wide[i] == count]
+            texts = [text for i in rows for text in told[i]]
+            drawn = self._generate(texts, [seeds[i] for i in rows], sampling, side, tick, windows=count)
+            for i, image in zip(rows, drawn, strict=True):
+                images[i] = image
         return images
 
     def scale_of(self, sampling: Sampling) -> float:
@@ -287,8 +311,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def _generate(
-        self, prompts: list[str], seeds: list[int], sampling: Sampling, side: int, tick: Tick | None
+        self, prompts: list[str], seeds: list[int], sampling: Sampling, side: int, tick: Tick | None, windows: int = 1
     ) -> list[Any]:
+        """Return a picture for each seed, of as many `prompts` as it has windows."""
         count = len(prompts)
         scale = self.scale_of(sampling)
         guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
@@ -296,23 +321,30 @@ class StableDiffusion:
         encoding = self.encode(tokens)
         if guided and self.is_xl and not sampling.negative and self.pipe.config.force_zeros_for_empty_prompt:
             encoding.hidden[:count], encoding.pooled[:count] = 0, 0  # type: ignore[index]
-        parts: dict[str, Any] = {"prompt_embeds": encoding.hidden[-count:]}
+        # of several windows the pipeline is told what the first is; the UNet sees the others in its place
+        parts: dict[str, Any] = {"prompt_embeds": encoding.hidden[-count::windows]}
         if guided:
-            parts["negative_prompt_embeds"] = encoding.hidden[:count]
+            parts["negative_prompt_embeds"] = encoding.hidden[:count:windows]
         if self.is_xl:
-            parts["pooled_prompt_embeds"] = encoding.pooled[-count:]  # type: ignore[index]
+            parts["pooled_prompt_embeds"] = encoding.pooled[-count::windows]  # type: ignore[index]
             if guided:
-                parts["negative_pooled_prompt_embeds"] = encoding.pooled[:count]  # type: ignore[index]
+                parts["negative_pooled_prompt_embeds"] = encoding.pooled[:count:windows]  # type: ignore[index]
+        canvas = Canvas.of(windows, side, self.scale)
 
         def step_done(_pipe: Any, _index: int, _time: Any, _values: Any) -> dict[str, Any]:
             if tick is not None:
-                tick(count)
+                tick(len(seeds))
             return {}
 
-        with self.running(tokens, encoding):
+        with ExitStack() as stack:
+            stack.enter_context(self.running(tokens, encoding))
+            if windows > 1:
+                stack.enter_context(
+                    in_windows(self.unet, canvas, encoding.hidden, partial(self._xl_conditions, encoding))
+                )
             return list(
                 self.pipe(
-                    **parts, height=side, width=side, num_inference_steps=sampling.steps,
+                    **parts, height=side, width=canvas.width * self.scale, num_inference_steps=sampling.steps,
                     guidance_scale=scale, generator=[runtime.generator(seed) for seed in seeds],
                     callback_on_step_end=step_done,
                 ).images

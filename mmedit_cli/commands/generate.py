@@ -59,6 +59,8 @@ def generate(
       mmedit generate --edits my-concepts "a <my-teddy> in the snow" --compare -o teddy.png
 
       mmedit generate --edits my-concepts "a <my-teddy> in the snow" --set beta=0.6 -o pictures
+
+      mmedit generate --edits my-concepts "a <my-teddy> and a <my-dog> on a beach" -o both.png
     """  # fmt: skip
     from mmedit_cli.backbones.stable_diffusion import Sampling
     from mmedit_cli.workflows import drawing

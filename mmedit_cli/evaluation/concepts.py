@@ -160,11 +160,11 @@ def togetherness(drawn: Drawn, eyes: Eyes) -> Scores:
 
 
 def windows(picture: Image.Image) -> list[Image.Image]:
-    """Return a picture and the nine squares of half its side that overlap by half."""
-    side = min(picture.size)
-    half, step = max(1, side // 2), max(1, side // 4)
-    corners = [(x * step, y * step) for y in range(3) for x in range(3)]
-    return [picture, *(picture.crop((x, y, x + half, y + half)) for x, y in corners)]
+    """Return a picture and squares of it that overlap by half: of half its longer side, if it is as high as that."""
+    side = max(1, min(max(picture.size) // 2, *picture.size))
+    step = max(1, side // 2)
+    left, top = (range(0, length - side + 1, step) for length in picture.size)
+    return [picture, *(picture.crop((x, y, x + side, y + side)) for y in top for x in left)]
 
 
 def _names(namer: VisionLanguageModel, files: Sequence[Path]) -> list[str]:

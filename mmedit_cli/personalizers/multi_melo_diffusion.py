@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ class MultiMeloDiffusionHparams(SubjectHparams):
     router: Literal["token", "embedding", "always"] = "token"
     named_by: Literal["identifier", "subject"] = "identifier"
     threshold: float = 0.95
+    several: Literal["beside", "sum"] = "beside"
     cfg_route: Literal["both", "cond_only"] = "both"
 
     def __post_init__(self) -> None:
@@ -46,9 +48,9 @@ class MultiMeloDiffusionHparams(SubjectHparams):
 class MultiMeloDiffusion(Personalizer):
     """A LoRA block a subject in the UNet and the text encoders (Multi-MELO), chosen by the prompt.
 
-    A prompt that names no subject is drawn as by the base model, bit for bit; one that names several gets the sum of
-    their blocks. For ablations `router: always` puts all blocks on every prompt, and `oracle`, the tokens for each
-    conditional prompt, decides in the place of the router.
+    A prompt that names no subject is drawn as by the base model, bit for bit. One that names several is drawn in as
+    many windows beside each other, each with a block, or gets the sum of their blocks. For ablations `router: always`
+    puts all blocks on every prompt, and `oracle` decides for the prompts that it has, in the place of the router.
     """
 
     name = "multi-melo-diffusion"
@@ -57,7 +59,7 @@ class MultiMeloDiffusion(Personalizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.oracle: Sequence[Sequence[str]] | None = None
+        self.oracle: Mapping[str, Sequence[str]] = {}
         self._patch = Patch(self.model.model)
         self._blocks: dict[str, Block] = {}
         self._keys: dict[str, Tensor] = {}
@@ -88,16 +90,15 @@ class MultiMeloDiffusion(Personalizer):
         count = int(tokens.unconditional.sum())
         if self._router == "none":
             wanted: list[list[str]] = [[] for _ in tokens.prompts[count:]]
-        elif self.oracle is not None:
-            wanted = [list(named) for named in self.oracle]
-            if len(wanted) != len(tokens.prompts) - count:
-                raise StateError(f"oracle: {len(wanted)} routes for {len(tokens.prompts) - count} prompts")
         elif self._router == "always":
             wanted = [list(self._blocks)] * (len(tokens.prompts) - count)
         elif self._router == "embedding":
             wanted = self._by_embedding(tokens, count)
         else:
             wanted = [self._trie.find(ids) for ids in tokens.ids[0][count:].tolist()]
+        if self._router != "none":
+            told = zip(tokens.prompts[count:], wanted, strict=True)
+            wanted = [list(self.oracle.get(prompt, found)) for prompt, found in told]
         if not count:
             return wanted
         return [*(wanted if self.hparams.cfg_route == "both" else [[]] * count), *wanted]
@@ -130,6 +131,17 @@ class MultiMeloDiffusion(Personalizer):
             self._seen = tokens
         return self._routed
 
+    def windows(self, prompt: str) -> list[str]:
+        """Return what each window of a prompt's picture is told: the subject alone, in the words around them all.
+
+        "a <dog> and a <cat> on a beach" is "a <dog> on a beach" beside "a <cat> on a beach".
+        """
+        found = [match for match in re.finditer(r"<[^<>\s]+>", prompt) if match[0] in self._blocks]
+        subjects = dict.fromkeys(match[0] for match in found)
+        if len(subjects) < 2:
+            return [prompt]
+        return [prompt[: found[0].start()] + subject + prompt[found[-1].end() :] for subject in subjects]
+
     # -- drawing ------------------------------------------------------------------------------------------------
 
     def _attach(self, learned: Learned) -> None:
@@ -154,6 +166,7 @@ class MultiMeloDiffusion(Personalizer):
     def _hook(self) -> None:
         """Hook the projections anew, if there is a block at all, and learn the names of those that are there."""
         self._patch.undo()
+        self.model.windows = self.windows if self._blocks and self.hparams.several == "beside" else None
         self._seen, self._trie = None, TokenTrie()
         for token, ids in self._names.items():
             self._trie.insert(ids, token)

@@ -82,8 +82,11 @@ def contact_sheet(rows: Sequence[Row], path: Path) -> None:
 
     from mmedit_cli.records import write_atomic
 
-    step, height = SIDE + GAP // 4, 2 * LINE + SIDE + GAP // 2
-    across = max(sum(len(files) * step + GAP for _, files in groups) for _, groups in rows)
+    gap, height = GAP // 4, 2 * LINE + SIDE + GAP // 2
+    shown = {file: _thumbnail(file) for _, groups in rows for _, files in groups for file in files}
+    across = max(
+        sum(GAP + sum(shown[file].width + gap for file in files) for _, files in groups) for _, groups in rows
+    )
     sheet = Image.new("RGB", (GAP + across, GAP + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (words, groups) in enumerate(rows):
@@ -92,10 +95,16 @@ def contact_sheet(rows: Sequence[Row], path: Path) -> None:
         for name, files in groups:
             pen.text((left, top + LINE), name, GREY, _font(13))
             for file in files:
-                sheet.paste(load_picture(Picture(file)).resize((SIDE, SIDE)), (left, top + 2 * LINE))
-                left += step
+                sheet.paste(shown[file], (left, top + 2 * LINE))
+                left += shown[file].width + gap
             left += GAP
     write_atomic(path, png(sheet, small=True))
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    """Return a picture as high as a row."""
+    picture = load_picture(Picture(file))
+    return picture.resize((max(1, round(SIDE * picture.width / picture.height)), SIDE))
 
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:

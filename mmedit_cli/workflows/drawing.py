@@ -168,8 +168,8 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
     """Return all pictures on one: a row of seeds for each prompt and side, with its words above it."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side = rows[0].images[0].width
-    width = GAP + len(rows[0].images) * (side + GAP)
+    cell, side = (max(getattr(image, edge) for row in rows for image in row.images) for edge in ("width", "height"))
+    width = GAP + len(rows[0].images) * (cell + GAP)
     font = ImageFont.load_default(12)
     several = len({row.side for row in rows}) > 1
     texts = []
@@ -184,7 +184,7 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
         for i, line in enumerate(lines):
             pen.text((GAP, top + i * LINE), line, INK, font)
         for j, (seed, image) in enumerate(zip(row.seeds, row.images, strict=True)):
-            left = GAP + j * (side + GAP)
+            left = GAP + j * (cell + GAP)
             pen.text((left, top + len(lines) * LINE), f"seed {seed}", GREY, font)
             whole.paste(image, (left, top + (len(lines) + 1) * LINE))
         top += height

@@ -99,6 +99,9 @@ def test_two_in_one_picture(eyes, paint):
     found = concepts.togetherness(drawn, eyes)
     assert found == {"both by colours": [50], "one at least by colours": [100]}
     assert [part.size for part in concepts.windows(Image.new("RGB", (8, 8)))] == [(8, 8), *[(4, 4)] * 9]
+    wide = concepts.windows(Image.linear_gradient("L").resize((30, 16)))
+    assert [part.size for part in wide] == [(30, 16), *[(15, 15)] * 3]
+    assert concepts.windows(Image.new("RGB", (1, 1)))[1].size == (1, 1)
 
 
 def test_means_count_subjects_once():

@@ -71,6 +71,7 @@ def snapshot(model):
         "training": {n: m.training for n, m in model.model.named_modules()},
         "words": dict(model.words),
         "passing": model.passing,
+        "windows": model.windows,
     }
 
 

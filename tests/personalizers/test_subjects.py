@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,14 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmedit_cli.backbones._canvas import Canvas
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.errors import StateError
+from mmedit_cli.backbones.stable_diffusion import Sampling
 from mmedit_cli.personalizers._photos import side_by_side
 from mmedit_cli.personalizers._routing import TokenTrie, nearest
 from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier
 from mmedit_cli.runtime import generator
-from personalizers.conftest import draw, make
+from personalizers.conftest import FEW, draw, make
 
 QUICK = ("steps=4",)
 NAMED, UNNAMED, KIND = "a <my-dog> on the beach", "a photo of a cat", "a photo of a dog"
@@ -63,14 +65,87 @@ def test_rows_of_one_batch_get_their_own_blocks(melo, concept):
     melo.learn(concept)
     mixed = draw(melo.model, [UNNAMED, NAMED, KIND])
     assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
-    melo.oracle = [(), ["<my-dog>"], ()]
+    melo.oracle = {NAMED: ["<my-dog>"]}
     assert np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND]), mixed), "the router is right"
-    melo.oracle = [(), (), ()]
+    melo.oracle = {NAMED: []}
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[1], mixed[1])
-    melo.oracle = [()]
-    with pytest.raises(StateError, match="1 routes for 2 prompts"):
-        draw(melo.model, [UNNAMED, NAMED])
-    melo.oracle = None
+    melo.oracle = {UNNAMED: ["<my-dog>"]}
+    assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[0], base[0])
+    melo.oracle = {}
+
+
+@pytest.fixture
+def two(melo, concept):
+    """A model with two subjects."""
+    melo.learn(concept)
+    melo.learn(replace(concept, token="<toy>", superclass="toy"))
+    return melo
+
+
+BOTH = "a <my-dog> and a <toy> on the beach"
+
+
+def test_subjects_of_one_prompt_get_a_window_each(two):
+    assert two.windows(BOTH) == [NAMED, "a <toy> on the beach"]
+    assert two.windows("<toy>, a <my-dog>, <toy>!") == ["<toy>!", "<my-dog>!"]
+    for prompt in (NAMED, UNNAMED, "a <my-dog> and a <my-dog>", "a <my-dog> and a <cat>"):
+        assert two.windows(prompt) == [prompt]
+    assert draw(two.model, [BOTH]).shape == (1, 16, 24, 3)
+
+
+def test_a_canvas_is_denoised_as_written_down(two):
+    """The same in small steps: every window by itself, then the weighted mean."""
+    model, steps, scale = two.model, 3, 2.0
+    (drawn,) = draw(model, [BOTH], seed=5, sampling=Sampling(steps=steps, guidance=scale))
+    canvas = Canvas.of(2, model.side, model.scale)
+    scheduler = deepcopy(model.pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    shape = (1, model.unet.config.in_channels, canvas.side, canvas.width)
+    latents = torch.randn(shape, generator=generator(5)) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            total, weight = torch.zeros(shape), torch.zeros(canvas.width)
+            for i, told in enumerate(two.windows(BOTH)):
+                here = slice(canvas.starts[i], canvas.starts[i] + canvas.side)
+                tokens = model.tokenize(["", told], unconditional=1)
+                encoding = model.encode(tokens)
+                if model.is_xl and model.pipe.config.force_zeros_for_empty_prompt:
+                    encoding.hidden[0], encoding.pooled[0] = 0, 0
+                window = scheduler.scale_model_input(latents[..., here], time).repeat(2, 1, 1, 1)
+                with model.running(tokens, encoding):
+                    added = model._xl_conditions(encoding, window)
+                    out = model.unet(
+                        window, time, encoder_hidden_states=encoding.hidden, added_cond_kwargs=added
+                    ).sample
+                total[..., here] += (out[:1] + scale * (out[1:] - out[:1])) * canvas.weights()[i]
+                weight[here] += canvas.weights()[i]
+            latents = scheduler.step(total / weight, time, latents).prev_sample
+        decoded = model.pipe.vae.decode(latents / model.pipe.vae.config.scaling_factor).sample
+    (wanted,) = model.pipe.image_processor.postprocess(decoded)
+    assert np.abs(drawn.astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    assert drawn.std() > 1
+
+
+def test_wide_pictures_leave_the_others_of_their_batch_alone(two):
+    alone = draw(two.model, [UNNAMED, UNNAMED, NAMED])
+    images = two.model.generate([UNNAMED, BOTH, NAMED], [0, 0, 0], FEW)
+    assert [image.size for image in images] == [(16, 16), (24, 16), (16, 16)]
+    assert np.array_equal(np.asarray(images[0]), alone[0])
+    assert np.array_equal(np.asarray(images[2]), alone[2])
+    two.add(replace(two.concepts["<toy>"], token="<third>"))
+    images = two.model.generate([BOTH, BOTH + " with a <third>"], [0, 1], FEW)
+    assert [image.size for image in images] == [(24, 16), (32, 16)]
+
+
+def test_blocks_can_be_added_up_instead(two, model, tmp_path):
+    for name in ("<my-dog>", "<toy>"):
+        two.save(name, tmp_path / f"{name[1:-1]}.safetensors")
+    two.close()
+    with make("multi-melo-diffusion", model, *QUICK, "several=sum") as summed:
+        for path in tmp_path.glob("*.safetensors"):
+            summed.load(path)
+        assert draw(model, [BOTH]).shape == (1, 16, 16, 3)
+        assert summed.route([BOTH]) == [["<my-dog>", "<toy>"]]
 
 
 def test_always_on_touches_everything(model, concept):
