@@ -16,12 +16,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from PIL import Image
-from score_mini_vlm import stages_table
+from score_mini_vlm import measure_and_print, stages_table
 
-from mmedit_cli import runtime
-from mmedit_cli.errors import UserError
 from mmedit_cli.image_pairs.base import open_pairs
 from mmedit_cli.image_pairs.emojikb_edits import AMBIGUOUS
 from mmedit_cli.output import Output
@@ -158,16 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, default=Path("records"))
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    runtime.quiet_libraries()
-    try:
-        found = score(args.model, args.editor, limit=args.limit, records=args.records)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(found))
-    return 0
+    return measure_and_print(
+        args.threads, lambda: score(args.model, args.editor, limit=args.limit, records=args.records), table
+    )
 
 
 if __name__ == "__main__":

@@ -24,12 +24,11 @@ import torch
 from mini_sd_data import FULL, MODELS, Drawn, article, caption, load_drawn, on_colour
 from mini_vlm_data import Pictures, number
 from PIL import Image, ImageDraw
-from score_mini_vlm import Item, answer, figures, sampled, stages_table, table
+from score_mini_vlm import Item, answer, figures, measure_and_print, sampled, stages_table, table
 from torch import Tensor
 
 from mmedit_cli import runtime
 from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.errors import UserError
 from mmedit_cli.records import write_atomic
 from mmedit_cli.types import Query
 
@@ -261,23 +260,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    runtime.quiet_libraries()
-    try:
-        scores = score(
-            args.model,
-            device=args.device,
-            sample=args.sample,
-            steps=args.steps,
-            guidance=args.guidance,
-            keep=args.keep,
-        )
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(scores["figures"]))
-    return 0
+    options = {name: vars(args)[name] for name in ("device", "sample", "steps", "guidance", "keep")}
+    return measure_and_print(
+        args.threads, lambda: score(args.model, **options), lambda scores: table(scores["figures"])
+    )
 
 
 if __name__ == "__main__":

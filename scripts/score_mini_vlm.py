@@ -209,6 +209,20 @@ def score(model: Path, *, device: str, sample: int | None, batch_size: int, erro
     return scores
 
 
+def measure_and_print(threads: int | None, measure: Callable[[], Any], show: Callable[[Any], str]) -> int:
+    """Measure with as many threads, print what was found, and return the program's exit code."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    runtime.quiet_libraries()
+    try:
+        found = measure()
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(show(found))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the model folder, as train_mini_vlm.py writes it")
@@ -218,17 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
-        scores = score(
-            args.model, device=args.device, sample=args.sample, batch_size=args.batch_size, errors=args.errors
-        )
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(scores["figures"]))
-    return 0
+    options = {name: vars(args)[name] for name in ("device", "sample", "batch_size", "errors")}
+    return measure_and_print(
+        args.threads, lambda: score(args.model, **options), lambda scores: table(scores["figures"])
+    )
 
 
 if __name__ == "__main__":
