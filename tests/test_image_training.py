@@ -251,6 +251,11 @@ def test_the_distance_to_the_text_encodings_by_hand(training):
     assert got == pytest.approx(float((found - wanted).square().mean() / wanted[2].var()), rel=1e-4)
 
 
+def test_edited_pictures_are_not_opened_where_the_denoiser_is_not_run(training):
+    state = training(hp(edit_weight=0.0, align_weight=1.0))
+    state.losses([state.sample(replace(PAIRS[0], target=lambda: pytest.fail("opened")), 0)])
+
+
 def test_both_weights_cannot_be_nothing():
     with pytest.raises(ValueError, match="not both be 0"):
         hp(edit_weight=0.0)

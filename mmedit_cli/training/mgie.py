@@ -35,8 +35,7 @@ _EMA_WARMUP = 10  # the running mean follows quickly at first (as in InstructPix
 class Sample:
     """A pair as it is shown once: pictures of one square size, texts, and what chance decides.
 
-    u: the draw of the condition dropout; t: the share of noise, 0 .. 1; noise, spread: the noise of the latents and of
-    the encoding (4, h, w).
+    u: the draw of the condition dropout; t: the share of noise, 0..1; noise, spread: of latents, of encoding (4, h, w).
     """
 
     source: Image.Image
@@ -180,7 +179,8 @@ class _Training:
         """Return a pair as it is shown the `number`-th time of all; without chance, nothing is dropped or mirrored."""
         generator = runtime.generator(self.seed * 1_000_003 + number)
         u, flip, t = torch.rand(3, generator=generator).tolist()
-        source, target = self._fitted(pair.source()), self._fitted(pair.target())
+        source = self._fitted(pair.source())
+        target = self._fitted(pair.target()) if self.hp.edit_weight else source  # not looked at
         if by_chance and flip < self.hp.flip and not _SIDES.search(pair.instruction):
             source, target = ImageOps.mirror(source), ImageOps.mirror(target)
         side = self.hp.resolution // self.editor.multiple
