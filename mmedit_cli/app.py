@@ -23,9 +23,8 @@ from mmedit_cli.commands import (
     report,
     train_editor,
 )
-from mmedit_cli.errors import MmeditError
+from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.output import Output, report_error, report_failure
-from mmedit_cli.registry import data_dir
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
 
@@ -77,8 +76,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-) -> None:
-    data_dir()  # pictures that are named on the command line may lie there
+) -> None: ...
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        if isinstance(error, OSError) and error.filename is not None:  # the system refuses: no fault of ours
+            hint = "is the folder there, and may you write to it?"
+            report_error(refused := UserError(f"{error.filename}: {error.strerror}", hint))
+            return refused.exit_code
         report_failure(error)
         return 1
     return 0

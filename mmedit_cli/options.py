@@ -122,10 +122,11 @@ def named_drawing(model: str | None, out: Output) -> str:
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read whole numbers separated by commas."""
+    """Read whole numbers separated by commas, each once and in their order; raise UserError for anything else."""
     try:
-        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100"
-        ) from error
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        if found and max(map(abs, found)) < 2**63:
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100")

@@ -9,7 +9,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from mmedit_cli.errors import DataError
+from mmedit_cli.errors import MmeditError
 
 MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and time
 
@@ -17,8 +17,8 @@ MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and t
 def unpack_beside(home: Path) -> None:
     """Give every `NAME.zip` of a folder its folder NAME, unless it has it already; what else lies there stays.
 
-    Several processes may do so at once: a file is there as a whole or not at all, and the mark comes last. Raises
-    DataError for a damaged zip, or where nothing can be written and nothing is there.
+    Several processes may do so at once: a file is there as a whole or not at all, and the mark comes last. Where a zip
+    is damaged or nothing can be written, nothing happens: `way_out` says so to who misses a file.
     """
     for archive in sorted(home.glob("*.zip")):
         folder, state = archive.with_suffix(""), archive.stat()
@@ -26,22 +26,36 @@ def unpack_beside(home: Path) -> None:
         with suppress(OSError):
             if (folder / MARK).read_text(encoding="utf-8") == mark:
                 continue
-        try:
+        with suppress(OSError, MmeditError):
             _unpack(archive, folder, mark)
-        except OSError as error:
-            if not folder.is_dir():
-                raise DataError(f"{archive}: cannot be unpacked: {error}", f"unpack it by hand as {folder}") from error
+
+
+def way_out(missing: Path) -> str:
+    """Return how a file comes back that is not there, if a zip beside its folder has it; else nothing."""
+    folder = missing.parent
+    archive = folder.with_suffix(".zip")
+    if not archive.is_file():
+        return ""
+    if not zipfile.is_zipfile(archive):
+        return f"{archive} is damaged: git checkout {archive}"
+    with zipfile.ZipFile(archive) as file:
+        if missing.name not in file.namelist():
+            return ""
+    return f"delete {folder}, which is unpacked anew" if folder.is_dir() else f"unpack {archive} as {folder}"
 
 
 def loose(home: Path) -> list[Path]:
-    """Return all files below a folder, in order, but those that lie in a zip of it as well."""
+    """Return all files below a folder, in order, but hidden ones and those that lie in a zip of it as well."""
     packed = {archive.with_suffix("") for archive in home.glob("*.zip")}
-    return sorted(path for path in home.rglob("*") if path.is_file() and not packed & {*path.parents})
+    found = [path for path in home.rglob("*") if path.is_file() and not packed & {*path.parents}]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(home).parts))
 
 
 def differences(archive: Path) -> list[str]:
-    """Return in a line each which files of the folder beside a zip are missing, changed or not of the zip."""
+    """Return in a line each which files beside a zip are missing, changed or not of the zip, or that it is damaged."""
     folder = archive.with_suffix("")
+    if not zipfile.is_zipfile(archive):
+        return [f"{archive.name} is damaged: git checkout {archive}"]
     with zipfile.ZipFile(archive) as file:
         wanted = {info.filename: info.CRC for info in file.infolist()}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MARK}

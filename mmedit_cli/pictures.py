@@ -12,6 +12,8 @@ from typing import BinaryIO, NamedTuple
 from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.packed import way_out
+from mmedit_cli.registry import data_dir
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -50,6 +52,8 @@ def load_picture(picture: Picture) -> Image.Image:
 def photos_in(folder: Path) -> tuple[Path, ...]:
     """Return the pictures of a folder, by name; raise DataError if there are none."""
     if not folder.is_dir():
+        data_dir()
+    if not folder.is_dir():
         raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
     found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS))
     if not found:
@@ -80,12 +84,14 @@ def load_alpha(path: Path) -> Image.Image | None:
 @contextmanager
 def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
+    if isinstance(path, Path) and not path.exists():
+        data_dir()  # it may be a picture of EmojiKB
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 yield image
     except FileNotFoundError as error:
-        raise DataError(f"{place or path}: no such image") from error
+        raise DataError(f"{place or path}: no such image", way_out(Path(error.filename))) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{place or path}: not a readable image ({error})") from error

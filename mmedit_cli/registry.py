@@ -83,10 +83,7 @@ def share_dir(name: str) -> Path:
 
 @cache
 def data_dir() -> Path:
-    """Return the folder of the data that come along, with the pictures of EmojiKB unpacked.
-
-    Raises DataError, ArchiveError where that cannot be done.
-    """
+    """Return the folder of the data that come along, with the pictures of EmojiKB unpacked."""
     from mmedit_cli.packed import unpack_beside
 
     folder = share_dir("data")

@@ -159,6 +159,7 @@ def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(
         emojikb_concepts, "read", lambda model: replace(read(model), gallery=read(model).gallery[:200])
     )
+    monkeypatch.setattr(emojikb_concepts, "_GENERALITY", ("a {}",))  # this model reads 24 letters
     model = tmp_path / "small-sd"
     _tiny_diffusion.build("tiny-sd").save_pretrained(model)
     told = {"taught": ["1f412", "1f98d"], "held_out": {"1f42b": "two-hump camel", "1f428": "koala"}}

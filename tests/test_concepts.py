@@ -266,8 +266,10 @@ def test_what_cannot_be_drawn(learn, cli, tmp_path):
         (("a dog", "--edits", tmp_path), "no concepts here"),
         (("a dog", *mine, "--model", "tiny-sdxl"), "made for tiny-sd, this is tiny-sdxl"),
         (("a dog", "--model", "tiny-blip2"), "draws nothing"),
-        (("a dog", "--model", "tiny-sd", "--size", 17), "not a multiple of 2"),
+        (("a dog", "--model", "tiny-sd", "--size", 36), "not a multiple of 8"),
         (("a dog", "--model", "tiny-sd", "--seeds", "x"), "not whole numbers"),
+        (("a dog", "--model", "tiny-sd", "--seeds", ""), "not whole numbers"),
+        (("a dog", "--model", "tiny-sd", "--seeds", "9" * 30), "not whole numbers"),
         (("dog " * 30 + "<my-dog>", *mine), "stands beyond the 24 tokens"),
         (("a dog", *mine, "--set", "bata=1"), "unknown key 'bata'"),
     ]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mmedit_cli.errors import DataError, MmeditError
-from mmedit_cli.packed import MARK, differences, loose, pack, unpack_beside
+from mmedit_cli.errors import DataError
+from mmedit_cli.packed import MARK, differences, loose, pack, unpack_beside, way_out
+from mmedit_cli.pictures import check_picture
 
 FILES = {"a.png": b"one", "b.png": b"two", "deep/LICENSE.txt": b"three" * 99}
 
@@ -80,11 +81,12 @@ def test_many_processes_at_once(archive):
     assert {p.name for p in archive.parent.iterdir()} == {"artist", "artist.zip"}
 
 
-def test_what_is_damaged_is_named_and_nothing_is_left(archive):
+def test_what_is_damaged_stops_nobody_and_is_named_to_who_misses_a_file(archive):
     archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(MmeditError, match=r"artist\.zip"):
-        unpack_beside(archive.parent)
+    unpack_beside(archive.parent)
     assert [p.name for p in archive.parent.iterdir()] == ["artist.zip"]
+    assert way_out(archive.with_suffix("") / "a.png") == f"{archive} is damaged: git checkout {archive}"
+    assert differences(archive) == [f"artist.zip is damaged: git checkout {archive}"]
 
 
 def test_where_nothing_can_be_written(archive, monkeypatch):
@@ -92,16 +94,29 @@ def test_where_nothing_can_be_written(archive, monkeypatch):
         raise PermissionError("read-only")
 
     monkeypatch.setattr("tempfile.TemporaryDirectory", refused)
-    with pytest.raises(DataError, match=r"cannot be unpacked: read-only") as caught:
-        unpack_beside(archive.parent)
-    assert "by hand" in str(caught.value.hint)
-    archive.with_suffix("").mkdir()  # by hand
     unpack_beside(archive.parent)
+    folder = archive.with_suffix("")
+    assert way_out(folder / "a.png") == f"unpack {archive} as {folder}"
+    assert not folder.exists()
+    folder.mkdir()  # by hand
+    unpack_beside(archive.parent)
+    assert way_out(folder / "a.png") == f"delete {folder}, which is unpacked anew"
+    assert way_out(folder / "c.png") == way_out(Path("nowhere/c.png")) == ""
+
+
+def test_a_picture_that_was_deleted_says_how_it_comes_back(archive):
+    unpack_beside(archive.parent)
+    (archive.with_suffix("") / "a.png").unlink()
+    with pytest.raises(DataError, match="no such image") as caught:
+        check_picture(archive.with_suffix("") / "a.png")
+    assert "unpacked anew" in caught.value.hint
 
 
 def test_what_a_folder_holds_besides_its_zips(archive):
     unpack_beside(archive.parent)
     (archive.parent / "README.md").write_text("read")
+    (archive.parent / ".artist-x").mkdir()
+    (archive.parent / ".artist-x" / "left").write_text("by a killed process")
     assert [path.name for path in loose(archive.parent)] == ["README.md", "artist.zip"]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 SHARE = 8  # neighbours have this part of a window in common
-_GRID = 8  # diffusers draws pictures of multiples of 8 pixels
+GRID = 8  # diffusers draws pictures of multiples of 8 pixels
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Canvas:
     @classmethod
     def of(cls, count: int, side: int, scale: int) -> Canvas:
         """Return the canvas for windows of `side` pixels, where a latent is `scale` pixels wide."""
-        step = math.lcm(_GRID, scale)
+        step = math.lcm(GRID, scale)
         common = max(step, side // SHARE // step * step)
         return cls(count, side // scale, common // scale if 2 * common <= side else 0)
 

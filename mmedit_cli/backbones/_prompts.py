@@ -54,6 +54,10 @@ def tokenize(
     texts = [_spell_out(prompt, words) for prompt in prompts]
     learned = {token: word for token, word in words.items() if word.vectors}
     rows = [[_row(tokenizer, learned, text) for text in texts] for tokenizer in tokenizers]
+    for tokenizer, some in zip(tokenizers, rows, strict=True):
+        for prompt, row in zip(prompts, some, strict=True):
+            if row.length == tokenizer.model_max_length:
+                _check_whole(tokenizer, words, prompt)
     first = rows[0]
     return Tokens(
         tuple(prompts),
@@ -88,6 +92,20 @@ def _spell_out(prompt: str, words: Mapping[str, Word]) -> str:
     return prompt
 
 
+def _check_whole(tokenizer: Any, words: Mapping[str, Word], prompt: str) -> None:
+    """Raise TooLong if a token of a long prompt is spelled out where the model no longer reads."""
+    for token, word in words.items():
+        if word.vectors or token not in prompt:
+            continue
+        until = _spell_out(prompt[: prompt.rindex(token) + len(token)], words)
+        if len(tokenizer(until, add_special_tokens=False)["input_ids"]) > tokenizer.model_max_length - 2:
+            raise TooLong(_cut_off(prompt, token, tokenizer.model_max_length), "shorten the prompt")
+
+
+def _cut_off(prompt: str, token: str, longest: int) -> str:
+    return f"{prompt!r}: {token} stands beyond the {longest} tokens the model reads"
+
+
 def _row(tokenizer: Any, learned: Mapping[str, Word], text: str) -> _Row:
     """Return one prompt as ids, cut and padded to the longest the tokenizer allows."""
     longest = tokenizer.model_max_length
@@ -109,8 +127,7 @@ def _row(tokenizer: Any, learned: Mapping[str, Word], text: str) -> _Row:
             owners += [piece] * count
     cut = [owner for owner in owners[longest - 1 :] if owner]
     if cut:
-        problem = f"{text!r}: {cut[0]} stands beyond the {longest} tokens the model reads"
-        raise TooLong(problem, "shorten the prompt")
+        raise TooLong(_cut_off(text, cut[0], longest), "shorten the prompt")
     length = min(len(ids) + 1, longest)
     plain_length = min(len(plain) + 1, longest)
     aligned = [min(i, longest - 1) for i in aligned[: length - 1]]

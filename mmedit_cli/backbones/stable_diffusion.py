@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from mmedit_cli import runtime
-from mmedit_cli.backbones._canvas import Canvas, in_windows
+from mmedit_cli.backbones._canvas import GRID, Canvas, in_windows
 from mmedit_cli.backbones._prompts import Tokens, Word, tokenize
 from mmedit_cli.errors import DataError, MmeditError
 
@@ -280,8 +281,9 @@ class StableDiffusion:
         Raises DataError for a size the model cannot draw, TooLong for a prompt whose own token would be cut off.
         """
         side = sampling.side or self.side
-        if side % self.scale or side < self.scale:
-            raise DataError(f"--size {side}: not a multiple of {self.scale} pixels", f"native is {self.side}")
+        if side % math.lcm(GRID, self.scale) or side < 1:
+            step = math.lcm(GRID, self.scale)
+            raise DataError(f"size {side}: not a multiple of {step} pixels", f"native is {self.side}")
         images: list[Any] = []
         for i in range(0, len(prompts), sampling.batch_size):
             some = slice(i, i + sampling.batch_size)

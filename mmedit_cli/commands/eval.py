@@ -99,7 +99,7 @@ def evaluate(
         )  # fmt: skip
         _personalizer(asked, {**strange, "--report-at": report_at is not None}, dry_run, out)
         return
-    at = milestones(sequential) if report_at is None else options.numbers(report_at, "--report-at")
+    at = milestones(sequential) if report_at is None else tuple(sorted(options.numbers(report_at, "--report-at")))
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
     room = int(cache_gib * (1 << 30))
     protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)

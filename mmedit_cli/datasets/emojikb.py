@@ -31,7 +31,6 @@ SAME_SIDE = {
     "corrections",
 }  # what the model that comes along gets wrong, of the evaluation side: never trained on
 SUFFIX = f".jsonl{PACKED}"  # of the files of records
-ANEW = "delete its folder, which is unpacked anew"
 FAMILIES = ("generality", "locality", "portability", "needs")
 ON_BACKGROUND = "background"  # the one type whose answer depends on the colour behind the picture
 
@@ -185,7 +184,7 @@ def check_files(folder: Path) -> list[str]:
         return ["manifest.json is missing"]
     wanted = json.loads(path.read_text(encoding="utf-8"))["files"]
     found = {path.relative_to(folder).as_posix() for path in loose(folder)} - {"manifest.json"}
-    wrong = [f"{line}: {ANEW}" for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
+    wrong = [line for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
     wrong += [f"{name} is missing" for name in sorted(wanted.keys() - found)]
     wrong += [f"{name} is not in the manifest" for name in sorted(found - wanted.keys())]
     both = sorted(found & wanted.keys())
@@ -272,6 +271,10 @@ class EmojiKB(Dataset):
         if not path.is_file():
             raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
         yield from own_cases(path, replace(options, images=None), problems)
+
+    def layout(self, options: DataOptions) -> str:
+        """Return in one line how pictures come back."""
+        return f"pictures are unpacked from the zips in {self.folder}: delete the folder of what is missing"
 
     def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
         """Audit the folder: counts, leaks between splits, licences, and every problem."""

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.image_pairs.base import EditPair
+from mmedit_cli.packed import way_out
 from mmedit_cli.registry import data_dir
 
 SPLITS = ("train", "val", "eval")
@@ -134,7 +135,10 @@ def load(split: str) -> EmojiKB:
     concepts = {concept["id"]: concept for concept in concepts_in(folder) if concept["split"] == split}
     colours = json.loads((folder / "backgrounds.json").read_text(encoding="utf-8"))
     drawn = [f"{artist}/{concept['id']}.png" for concept in concepts.values() for artist in concept["artists"]]
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in drawn}
+    try:
+        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in drawn}
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: no such image", way_out(Path(error.filename))) from error
     kin: dict[tuple[str, str, str], list[Json]] = {}
     for concept in concepts.values():
         for artist in concept["artists"]:
@@ -269,7 +273,7 @@ def compose(kb: EmojiKB, scene: Scene) -> Image.Image:
             with Image.open(path) as file:
                 drawing = file.convert("RGBA")
         except OSError as error:
-            raise DataError(f"{path}: not a readable image ({error})") from error
+            raise DataError(f"{path}: not a readable image ({error})", way_out(path)) from error
         if sprite.opposite:
             drawing = _opposite(drawing)
         if sprite.mirrored:

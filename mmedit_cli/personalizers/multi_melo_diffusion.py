@@ -50,7 +50,7 @@ class MultiMeloDiffusion(Personalizer):
 
     A prompt that names no subject is drawn as by the base model, bit for bit. One that names several is drawn in as
     many windows beside each other, each with a block, or gets the sum of their blocks. For ablations `router: always`
-    puts all blocks on every prompt, and `oracle` decides for the prompts that it has, in the place of the router.
+    puts all blocks on every prompt, and `give` decides in the place of the router.
     """
 
     name = "multi-melo-diffusion"
@@ -59,7 +59,7 @@ class MultiMeloDiffusion(Personalizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.oracle: Mapping[str, Sequence[str]] = {}
+        self._given: dict[str, list[str]] = {}
         self._patch = Patch(self.model.model)
         self._blocks: dict[str, Block] = {}
         self._keys: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class MultiMeloDiffusion(Personalizer):
             wanted = [self._trie.find(ids) for ids in tokens.ids[0][count:].tolist()]
         if self._router != "none":
             told = zip(tokens.prompts[count:], wanted, strict=True)
-            wanted = [list(self.oracle.get(prompt, found)) for prompt, found in told]
+            wanted = [self._given.get(prompt, found) for prompt, found in told]
         if not count:
             return wanted
         return [*(wanted if self.hparams.cfg_route == "both" else [[]] * count), *wanted]
@@ -130,6 +130,17 @@ class MultiMeloDiffusion(Personalizer):
             self._routed = {key: torch.tensor(which, device=self.model.device) for key, which in where.items()}
             self._seen = tokens
         return self._routed
+
+    def give(self, blocks: Mapping[str, Sequence[str]]) -> None:
+        """Say for some prompts which tokens' blocks they get, whatever the router says; nothing for nothing.
+
+        A window of such a prompt's picture gets the block of its own subject, if that is among them.
+        """
+        self._given = {}
+        for prompt, tokens in blocks.items():
+            for told in self.windows(prompt):
+                self._given[told] = [token for token in tokens if token in told]
+            self._given[prompt] = list(tokens)
 
     def windows(self, prompt: str) -> list[str]:
         """Return what each window of a prompt's picture is told: the subject alone, in the words around them all.

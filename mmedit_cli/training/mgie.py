@@ -35,7 +35,7 @@ _EMA_WARMUP = 10  # the running mean follows quickly at first (as in InstructPix
 class Sample:
     """A pair as it is shown once: pictures of one square size, texts, and what chance decides.
 
-    u: the draw of the condition dropout; t: the share of noise, 0..1; noise, spread: of latents, of encoding (4, h, w).
+    u: the draw of the condition dropout; t: share of noise, 0..1; noise, spread: of latents, of encoding (4, h, w).
     """
 
     source: Image.Image

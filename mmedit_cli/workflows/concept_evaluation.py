@@ -212,7 +212,7 @@ class _Evaluation:
             if not all(path.is_file() for path in paths):
                 if side == "oracle":
                     named = [s.concept.token for s in sheet.subjects] if self.names(sheet) else []
-                    personalizer.oracle = dict.fromkeys(prompts, named)  # type: ignore[union-attr]
+                    personalizer.give(dict.fromkeys(prompts, named))  # type: ignore[union-attr]
                 paths[0].parent.mkdir(parents=True, exist_ok=True)
                 for path, picture in zip(paths, self.model.generate(prompts, seeds, sampling), strict=True):
                     write_atomic(path, png(picture))

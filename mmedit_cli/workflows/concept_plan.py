@@ -72,6 +72,8 @@ class Settings:
         for name in ("steps", "seeds", "batch_size", "size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--set eval.{name}={value}: must be above 0")
+        if self.size is not None and self.size % 8:
+            raise UserError(f"--set eval.size={self.size}: not a multiple of 8 pixels")
 
     def found(self, *, emoji: bool) -> Settings:
         """Return the settings with the encoders that `auto` comes to."""

@@ -308,6 +308,7 @@ def check_pictures(cases: Sequence[EditCase]) -> None:
 
     seen: set[Path] = set()
     problems: list[str] = []
+    hint = ""
     for case in cases:
         for column, queries in case.columns():
             for query in queries:
@@ -318,8 +319,9 @@ def check_pictures(cases: Sequence[EditCase]) -> None:
                     check_picture(query.image)
                 except MmeditError as error:
                     problems += [f"{case.place}: {column}: {problem}" for problem in error.problems]
+                    hint = hint or error.hint
     if problems:
-        raise DataError(problems[:20], "replace the file, or take the record out")
+        raise DataError(problems[:20], hint or "replace the file, or take the record out")
 
 
 def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) -> str:

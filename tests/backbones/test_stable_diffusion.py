@@ -55,8 +55,9 @@ def test_every_step_of_every_picture_is_told(model):
 
 def test_a_size_that_cannot_be_drawn_is_refused(model):
     assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, side=32))[0].size == (32, 32)
-    with pytest.raises(DataError, match="not a multiple of 2 pixels"):
-        model.generate(PROMPTS, [0, 1], Sampling(steps=1, side=33))
+    for side in (33, 36):
+        with pytest.raises(DataError, match="not a multiple of 8 pixels"):
+            model.generate(PROMPTS, [0, 1], Sampling(steps=1, side=side))
 
 
 def test_key_and_value_projections_read_the_prompt(model):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mmedit_cli.backbones._canvas import Canvas
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.backbones.stable_diffusion import Sampling
+from mmedit_cli.errors import TooLong
 from mmedit_cli.personalizers._photos import side_by_side
 from mmedit_cli.personalizers._routing import TokenTrie, nearest
 from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier
@@ -65,13 +66,22 @@ def test_rows_of_one_batch_get_their_own_blocks(melo, concept):
     melo.learn(concept)
     mixed = draw(melo.model, [UNNAMED, NAMED, KIND])
     assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
-    melo.oracle = {NAMED: ["<my-dog>"]}
+    melo.give({NAMED: ["<my-dog>"]})
     assert np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND]), mixed), "the router is right"
-    melo.oracle = {NAMED: []}
+    melo.give({NAMED: []})
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[1], mixed[1])
-    melo.oracle = {UNNAMED: ["<my-dog>"]}
+    melo.give({UNNAMED: ["<my-dog>"]})
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[0], base[0])
-    melo.oracle = {}
+    melo.give({})
+
+
+@pytest.mark.parametrize("name", ["multi-melo-diffusion", "dreambooth", "dreambooth-lora"])
+def test_a_subject_that_would_be_cut_off_is_refused(name, model, concept):
+    with make(name, model, *QUICK) as editor:
+        editor.learn(concept)
+        draw(model, ["<my-dog> " + "very " * 30])
+        with pytest.raises(TooLong, match="<my-dog> stands beyond the 24 tokens"):
+            draw(model, ["very " * 30 + "<my-dog>"])
 
 
 @pytest.fixture
@@ -91,6 +101,18 @@ def test_subjects_of_one_prompt_get_a_window_each(two):
     for prompt in (NAMED, UNNAMED, "a <my-dog> and a <my-dog>", "a <my-dog> and a <cat>"):
         assert two.windows(prompt) == [prompt]
     assert draw(two.model, [BOTH]).shape == (1, 16, 24, 3)
+
+
+def test_windows_can_be_given_their_blocks_too(two):
+    routed, plain = draw(two.model, [BOTH]), two.model.words.copy()
+    two.give({BOTH: ["<toy>", "<my-dog>"]})
+    assert np.array_equal(draw(two.model, [BOTH]), routed)
+    drawn = []
+    for blocks in (["<my-dog>"], ["<toy>"], []):
+        two.give({BOTH: blocks})
+        drawn.append(draw(two.model, [BOTH]))
+    assert len({picture.tobytes() for picture in (routed, *drawn)}) == 4
+    assert two.model.words == plain
 
 
 def test_a_canvas_is_denoised_as_written_down(two):
