@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, U
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import photos_in
 from mmedit_cli.types import Concept
+from mmedit_cli.workflows import drawing
 from mmedit_cli.workflows.concepts import ConceptFolder, LearnOptions, learn_concept
 
 QUIET = Output(quiet=True)
@@ -243,11 +245,33 @@ def test_a_prompt_that_names_two_makes_a_wide_picture(learn, cli, tmp_path):
     assert cli(*words, "-o", tmp_path / "sheet.png")[0] == 0
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.width == 8 + 24 + 8
-    assert cli(*words, "-o", tmp_path / "files")[0] == 0
+    code, text, talk = cli(*words, "-o", tmp_path / "files", "--json")
+    assert (code, "a window for each subject: 'a <my-dog>', 'a <toy>'" in talk) == (0, True)
+    assert json.loads(text)["windows"] == {"a <my-dog> and a <toy>": ["a <my-dog>", "a <toy>"]}
+    with Image.open(tmp_path / "files" / "000-0-edited.png") as image:
+        assert image.info["mmedit:prompt"] == "a <my-dog> | a <toy>"
     sizes = {path.stem: picture(path).shape for path in (tmp_path / "files").iterdir()}
     assert sizes == {
         "000-0-base": (16, 16, 3), "000-0-edited": (16, 24, 3), "001-0-base": (16, 16, 3), "001-0-edited": (16, 16, 3)
     }  # fmt: skip
+
+
+def test_places_for_pictures(cli, tmp_path, monkeypatch):
+    words = ("generate", "a dog", "a dog", "--model", "tiny-sd", *FEW, "--seeds", "3,1")
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    code, text, _ = cli(*words, "-o", folder)
+    assert (code, [Path(file).name for file in json.loads(text)["files"]]) == (0, ["000-3-base.png", "000-1-base.png"])
+    monkeypatch.setitem(drawing.LONGEST, ".webp", 30)
+    code, text, _ = cli(*words, "-o", tmp_path / "long.webp")
+    assert (code, json.loads(text)["files"]) == (0, [str(tmp_path / "long.webp.png")])
+    assert picture(tmp_path / "long.webp.png").shape[1] > 30
+    (tmp_path / "file").write_text("x")
+    code, _, talk = cli(*words, "-o", tmp_path / "file" / "x")
+    assert (code, "hint:" in talk, "report it" in talk) == (2, True, False)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, _, talk = cli(*words, "-o", tmp_path / "x.png")
+    assert (code, "loading" in talk, f"{tmp_path}: cannot be written to" in talk) == (2, False, True)
 
 
 def test_a_single_picture_is_the_picture_itself(cli, tmp_path):
@@ -262,7 +286,8 @@ def test_what_cannot_be_drawn(learn, cli, tmp_path):
     for words, said in [
         (("a <my-dig>", *mine), "no concept <my-dig> (did you mean <my-dog>?)"),
         (("a <my-dog>", "--model", "tiny-sd"), "no concept <my-dog>"),
-        (("a dog", "--model", "tiny-sd", "--compare"), "nothing to compare"),
+        (("a dog", "--model", "tiny-sd", "--compare"), "--compare: there are no concepts"),
+        (("a dog", "--model", "tiny-sd", "--set", "beta=1"), "--set: there are no concepts"),
         (("a dog", "--edits", tmp_path), "no concepts here"),
         (("a dog", *mine, "--model", "tiny-sdxl"), "made for tiny-sd, this is tiny-sdxl"),
         (("a dog", "--model", "tiny-blip2"), "draws nothing"),

@@ -293,7 +293,7 @@ class StableDiffusion:
     def _batch(
         self, prompts: list[str], seeds: list[int], sampling: Sampling, side: int, tick: Tick | None
     ) -> list[Any]:
-        told = [[prompt] if self.windows is None else list(self.windows(prompt)) for prompt in prompts]
+        told = [self.told(prompt) for prompt in prompts]
         wide = {i: len(texts) for i, texts in enumerate(told) if len(texts) > 1}
         images: list[Any] = [None] * len(prompts)
         if len(wide) < len(prompts):
@@ -306,6 +306,10 @@ class StableDiffusion:
             for i, image in zip(rows, drawn, strict=True):
                 images[i] = image
         return images
+
+    def told(self, prompt: str) -> list[str]:
+        """Return what each window of a prompt's picture is told: mostly one, the prompt itself."""
+        return [prompt] if self.windows is None else list(self.windows(prompt))
 
     def scale_of(self, sampling: Sampling) -> float:
         """Return the scale of guidance that pictures are made with."""

@@ -68,8 +68,9 @@ def generate(
     out = Output(as_json=as_json)
     if model is None and edits is None:
         model = options.named_drawing(None, out)
+    wanted, numbers = tuple(dict.fromkeys(prompts)), options.numbers(seeds, "--seeds")
     asked = drawing.DrawOptions(
-        tuple(prompts), options.numbers(seeds, "--seeds"), output, model, edits, compare, tuple(overrides or ()),
+        wanted, numbers, output, model, edits, compare, tuple(overrides or ()),
         force, device, dtype, revision, low_memory,
     )  # fmt: skip
     sampling = Sampling(steps, guidance, size, negative, batch_size)

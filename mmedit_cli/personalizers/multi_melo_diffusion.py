@@ -83,8 +83,12 @@ class MultiMeloDiffusion(Personalizer):
     # -- routing ------------------------------------------------------------------------------------------------
 
     def route(self, prompts: Sequence[str]) -> list[list[str]]:
-        """Return the tokens of the concepts whose blocks each prompt gets."""
-        return self._route(self.model.tokenize(prompts))
+        """Return the tokens of the concepts whose blocks each prompt gets, all windows of its picture together."""
+        told = [(i, text) for i, prompt in enumerate(prompts) for text in self.model.told(prompt)]
+        found: list[list[str]] = [[] for _ in prompts]
+        for (i, _), tokens in zip(told, self._route(self.model.tokenize([text for _, text in told])), strict=True):
+            found[i] += [token for token in tokens if token not in found[i]]
+        return found
 
     def _route(self, tokens: Tokens) -> list[list[str]]:
         count = int(tokens.unconditional.sum())

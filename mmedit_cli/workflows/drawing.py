@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import Sampling, StableDiffusion
 
 SHEETS = (".png", ".jpg", ".jpeg", ".webp")
+LONGEST = {".webp": 16383, ".jpg": 65535, ".jpeg": 65535}  # pixels of a side that a format holds
 GAP, LINE, INK, GREY = 8, 16, "#202020", "#707070"  # pixels between things, height of a line of text; colours
 
 
@@ -48,13 +51,18 @@ class DrawOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """The pictures of one prompt, by one side: `base` or `edited`; `said` is what the model was told."""
+    """The pictures of one prompt, by one side: `base` or `edited`; `told` is what each of their windows was told."""
 
     prompt: str
-    said: str
+    told: tuple[str, ...]
     side: str
     seeds: tuple[int, ...]
     images: tuple[Any, ...]
+
+    @property
+    def said(self) -> str:
+        """What the model was told, in a line."""
+        return " | ".join(self.told)
 
 
 def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any]:
@@ -64,8 +72,9 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     """
     from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 
-    if options.compare and options.edits is None:
-        raise UserError("--compare: nothing to compare with", "give the concepts with --edits DIR")
+    for option, given in (("--compare", options.compare), ("--set", options.overrides)):
+        if given and options.edits is None:
+            raise UserError(f"{option}: there are no concepts to use", "give them with --edits DIR")
     check_output(options)
     folder = None if options.edits is None else ConceptFolder.existing(options.edits)
     check_tokens(options.prompts, folder)
@@ -78,27 +87,34 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     pictures = len(options.prompts) * len(options.seeds) * (1 + options.compare)
     with out.progress({"steps": pictures * sampling.steps}) as tick:
         rows = _rows(model, folder, options, sampling, lambda n: tick("steps", n))
+    windows = {row.prompt: list(row.told) for row in rows if len(row.told) > 1}
+    for prompt, told in windows.items():
+        out.note(f"{prompt!r} has a window for each subject: {', '.join(map(repr, told))}")
     facts = {
         "model": model.name, "steps": sampling.steps, "guidance": model.scale_of(sampling),
         "edits": None if folder is None else str(options.edits),
         "concepts": [] if folder is None else folder.tokens,
     }  # fmt: skip
-    return {**facts, "prompts": list(options.prompts), "seeds": list(options.seeds),
+    return {**facts, "prompts": list(options.prompts), "windows": windows, "seeds": list(options.seeds),
             "files": [str(path) for path in write(rows, options.output, facts)]}  # fmt: skip
 
 
 def check_output(options: DrawOptions) -> None:
     """Raise UserError for an output that would overwrite something, or that has no folder to lie in."""
     path = options.output
-    if path.suffix.lower() in SHEETS:
+    is_sheet = path.suffix.lower() in SHEETS and not path.is_dir()
+    if is_sheet:
         if path.exists() and not options.force:
             raise UserError(f"{path}: there already", "--force replaces it, -o FILE writes another")
         if not path.absolute().parent.is_dir():
             raise UserError(f"{path.parent}: no such folder", "make it first")
-    elif path.suffix:
+    elif path.suffix and not path.is_dir():
         raise UserError(f"{path}: not a kind of picture", f"use one of {', '.join(SHEETS)}, or a folder")
     elif path.is_file() or (path.is_dir() and any(path.glob("*.png")) and not options.force):
         raise UserError(f"{path}: there already", "--force adds to it, -o FOLDER takes another")
+    above = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above}: cannot be written to", "-o FILE in another folder")
 
 
 def check_tokens(prompts: Sequence[str], folder: ConceptFolder | None) -> None:
@@ -121,17 +137,19 @@ def _rows(
     prompts = [prompt for prompt in options.prompts for _ in options.seeds]
     seeds = list(options.seeds) * len(options.prompts)
     sides: dict[str, list[Any]] = {}
+    told = {"base": {prompt: (_plain(prompt, folder),) for prompt in options.prompts}}
     if options.compare or folder is None:
-        plain = [_plain(prompt, folder) for prompt in prompts]
+        plain = [told["base"][prompt][0] for prompt in prompts]
         sides["base"] = model.generate(plain, seeds, sampling, tick=tick)
     if folder is not None:
         with folder.load(model, overrides=options.overrides):
+            told["edited"] = {prompt: tuple(model.told(prompt)) for prompt in options.prompts}
             sides["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
     count = len(options.seeds)
     return [
         Row(
             prompt,
-            _plain(prompt, folder) if side == "base" else prompt,
+            told[side][prompt],
             side,
             options.seeds,
             tuple(images[i * count : (i + 1) * count]),
@@ -150,9 +168,12 @@ def _plain(prompt: str, folder: ConceptFolder | None) -> str:
 
 def write(rows: Sequence[Row], output: Path, facts: dict[str, Any]) -> list[Path]:
     """Write all pictures on one sheet, or each into a folder; return the files."""
-    if output.suffix.lower() in SHEETS:
+    if output.suffix.lower() in SHEETS and not output.is_dir():
         single = len(rows) == 1 and len(rows[0].images) == 1
-        write_atomic(output, _encoded(rows[0].images[0] if single else sheet(rows), output.suffix, _said(rows, facts)))
+        whole = rows[0].images[0] if single else sheet(rows)
+        if max(whole.size) > LONGEST.get(output.suffix.lower(), math.inf):  # then it would be lost
+            output = output.with_name(f"{output.name}.png")
+        write_atomic(output, _encoded(whole, output.suffix, _said(rows, facts)))
         return [output]
     output.mkdir(parents=True, exist_ok=True)
     files = []
