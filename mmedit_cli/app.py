@@ -87,7 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         if code == _INTERRUPTED:
-            report_error(MmeditError("interrupted", "the same command continues where it stopped"))
+            report_error(
+                MmeditError(
+                    "interrupted", "the same command continues where it stopped, or begins again where it cannot"
+                )
+            )
         return code
     except MmeditError as error:
         if "--debug" in arguments:

@@ -32,9 +32,10 @@ def unpack_beside(home: Path) -> None:
 
 def way_out(missing: Path) -> str:
     """Return how a file comes back that is not there, if a zip beside its folder has it; else nothing."""
-    folder = missing.parent
-    archive = folder.with_suffix(".zip")
-    if not archive.is_file():
+    folder = missing.absolute().parent
+    archive = folder.parent / f"{folder.name}.zip"
+    theirs = folder.is_dir() and not (folder / MARK).is_file()  # never ask anyone to delete a folder of their own
+    if theirs or not archive.is_file():
         return ""
     if not zipfile.is_zipfile(archive):
         return f"{archive} is damaged: git checkout {archive}"

@@ -71,6 +71,16 @@ image_editors: Registry[Any] = Registry("mmedit_cli.image_editors", "IMAGE_EDITO
 backbones: Registry[Any] = Registry("mmedit_cli.backbones", "BACKBONE")
 datasets: Registry[Any] = Registry("mmedit_cli.datasets", "DATASET")
 
+
+def kind_of(name: str, *kinds: Registry[Any]) -> Registry[Any]:
+    """Return which of several registries has a name; raise UnknownName with the names of all of them."""
+    public = name.replace("_", "-")
+    known = {known: kind for kind in kinds for known in kind.names()}
+    if public not in known:
+        raise UnknownName(f"unknown editor '{name}'{near_miss(public, known)}", f"editors: {', '.join(known)}")
+    return known[public]
+
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

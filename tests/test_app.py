@@ -97,6 +97,19 @@ def test_ask(cli):
     assert answer == expected.generate([Query("What is this?", image=SHAPES / "solid/red-star.png")])[0]
 
 
+def test_doctor_of_what_no_editor_answers(cli, tmp_path):
+    code, text, _ = cli("doctor", "emojikb-concepts", "--json")
+    checks = {row["check"]: row["found"] for row in json.loads(text)}
+    assert (code, checks["photos"]) == (0, "80")
+    code, text, _ = cli("doctor", "emojikb-edits:val", "--json")
+    assert (code, sum(row["check"].startswith("pairs ") for row in json.loads(text))) == (0, 14)
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "subjects.yaml").write_text("subjects: {rex: dog}")
+    code, text, _ = cli("doctor", tmp_path, "--json")
+    assert (code, "1.png: not a readable image" in json.loads(text)[-1]["found"]) == (1, True)
+
+
 def test_doctor(cli, tmp_path):
     code, text, _ = cli("doctor", SHAPES, "--json")
     checks = {row["check"]: row for row in json.loads(text)}

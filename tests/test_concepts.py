@@ -256,6 +256,17 @@ def test_a_prompt_that_names_two_makes_a_wide_picture(learn, cli, tmp_path):
     }  # fmt: skip
 
 
+def test_a_place_the_system_refuses_is_named(cli, photos, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, _, talk = cli(
+        "edit", "multi-melo-diffusion", "--model", "tiny-sd", "--images", photos, "--superclass", "dog",
+        "--token", "<my-dog>", "--into", tmp_path / "file" / "mine", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, "report it" in talk) == (2, False)
+    assert f"error: {tmp_path / 'file'}" in talk
+    assert "may you write to it?" in talk
+
+
 def test_places_for_pictures(cli, tmp_path, monkeypatch):
     words = ("generate", "a dog", "a dog", "--model", "tiny-sd", *FEW, "--seeds", "3,1")
     folder = tmp_path / "v1.5"
@@ -268,7 +279,7 @@ def test_places_for_pictures(cli, tmp_path, monkeypatch):
     assert picture(tmp_path / "long.webp.png").shape[1] > 30
     (tmp_path / "file").write_text("x")
     code, _, talk = cli(*words, "-o", tmp_path / "file" / "x")
-    assert (code, "hint:" in talk, "report it" in talk) == (2, True, False)
+    assert (code, "loading" in talk, f"{tmp_path / 'file'}: not a folder" in talk) == (2, False, True)
     monkeypatch.setattr("os.access", lambda *_: False)
     code, _, talk = cli(*words, "-o", tmp_path / "x.png")
     assert (code, "loading" in talk, f"{tmp_path}: cannot be written to" in talk) == (2, False, True)

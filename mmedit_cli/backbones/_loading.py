@@ -28,9 +28,8 @@ def load_backbone(
     runtime.quiet_libraries()
     target = runtime.resolve_device(device)
     number = runtime.resolve_dtype(dtype, target)
+    check_answers(ref)
     family = registry.backbones.get(ref.family)
-    if not issubclass(family, VisionLanguageModel):
-        raise ModelError(f"{ref.name}: draws pictures ({ref.family}), it answers nothing", "draw: mmedit generate")
     if ref.folder is None:
         module, tokenizer, processor = _tiny.build(ref.name)
         module.to(target, None if isinstance(number, str) else number)
@@ -40,6 +39,12 @@ def load_backbone(
             module.to(target)
         tokenizer, processor = _processors(ref)
     return family(ref.name, module, tokenizer, processor, ref.fingerprint)  # type: ignore[no-any-return]
+
+
+def check_answers(ref: ModelRef) -> None:
+    """Raise ModelError for a model that answers nothing."""
+    if not issubclass(registry.backbones.get(ref.family), VisionLanguageModel):
+        raise ModelError(f"{ref.name}: draws pictures ({ref.family}), it answers nothing", "draw: mmedit generate")
 
 
 def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:

@@ -89,7 +89,7 @@ def edit(
     from mmedit_cli.workflows.concepts import LearnOptions, learn_concept
 
     out = Output(as_json=as_json)
-    draws = editor.replace("_", "-") in registry.personalizers.names()
+    draws = registry.kind_of(editor, registry.editors, registry.personalizers) is registry.personalizers
     _check_kind(
         editor, draws,
         answers={"--image": image, "--prompt": prompt, "--target": target, "--requests": requests,

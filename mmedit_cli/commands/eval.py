@@ -83,7 +83,8 @@ def evaluate(
     out = Output(as_json=as_json)
     name, changes = (editor or "").replace("_", "-"), tuple(overrides or ())
     strange = {"--sequential": sequential != 1, "--template": bool(template), "--checkpoint": checkpoint is not None}
-    if name in registry.image_editors.names():
+    kind = editor and registry.kind_of(editor, registry.editors, registry.image_editors, registry.personalizers)
+    if kind is registry.image_editors:
         strange |= {"--root": root is not None, "--dry-run": dry_run, "--hparams": hparams is not None}
         request = image_evaluation.ImageEvalOptions(
             name, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size, seed,
@@ -91,7 +92,7 @@ def evaluate(
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
-    if name in registry.personalizers.names():
+    if kind is registry.personalizers:
         strange |= {"--subset": bool(subset), "--images": images is not None, "--device-map": device_map is not None}
         asked = ConceptEvalOptions(
             name, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
@@ -101,8 +102,9 @@ def evaluate(
         return
     at = milestones(sequential) if report_at is None else tuple(sorted(options.numbers(report_at, "--report-at")))
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
-    room = int(cache_gib * (1 << 30))
-    protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)
+    protocol = Protocol(
+        sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=int(cache_gib * 2**30)
+    )
     if editor is None:
         editor, model = evaluation.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")

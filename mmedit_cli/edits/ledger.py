@@ -27,6 +27,7 @@ from mmedit_cli.edits.shards import Shards, grouped, sweep
 from mmedit_cli.errors import RunError, StateError, UserError
 from mmedit_cli.records import Run, sha256_json, write_atomic
 from mmedit_cli.types import Query
+from mmedit_cli.workflows.concepts import INDEX
 
 FORMAT = 1  # of the folder; a newer one is refused
 NETWORKS = "networks.safetensors"
@@ -362,6 +363,9 @@ class Ledger(AbstractContextManager["Ledger"]):
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration in `run.yaml`; raise UserError or StateError if it is not that of a ledger."""
     path = folder / "run.yaml"
+    if (folder / INDEX).is_file():
+        hint = f"mmedit generate --edits {folder} draws with them; mmedit edits list, undo and export work on them"
+        raise UserError(f"{folder}: concepts of a text-to-image model, no edits of answers", hint)
     if not path.is_file():
         raise UserError(f"{folder}: no edits here", f"mmedit edit EDITOR ... --into {folder} begins a ledger")
     try:

@@ -73,6 +73,8 @@ class ConceptFolder:
     def existing(cls, folder: Path) -> ConceptFolder:
         """Return the concepts of a folder; raise StateError if there are none."""
         found = cls(folder)
+        if not found.head and (folder / "run.yaml").is_file():
+            raise StateError(f"{folder}: edits of answers, no concepts", f"mmedit ask --edits {folder} asks with them")
         if not found.head:
             raise StateError(f"{folder}: no concepts here (no {INDEX})", "learn one into it first")
         return found
@@ -172,7 +174,9 @@ class ConceptFolder:
         for entry in entries:
             data = self._file(entry).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise StateError(f"{self._file(entry)}: not the file that was saved", "learn the concept again")
+                raise StateError(
+                    f"{self._file(entry)}: not the file that was saved", f"learn {entry['token']} again, with --force"
+                )
             learned_with |= json.loads(read_tensors(self._file(entry))[1].get("hparams", "{}"))
         words = [f"{key}={json.dumps(value)}" for key, value in learned_with.items()]
         hparams = load_hparams(registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides])
@@ -189,7 +193,7 @@ class ConceptFolder:
         path = self.folder / entry["file"]
         if Path(entry["file"]).name != entry["file"] or not path.is_file():
             raise StateError(f"{self.folder / INDEX}: {entry['token']}: no file {entry['file']!r} in the folder",
-                             "learn the concept again")  # fmt: skip
+                             f"learn {entry['token']} again, with --force")  # fmt: skip
         return path
 
     def _read(self) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmedit_cli import runtime
+from mmedit_cli.errors import DataError
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
     from mmedit_cli.datasets.base import DataOptions, Finding
+    from mmedit_cli.image_pairs.base import EditPair
+    from mmedit_cli.subjects.base import SubjectSet
 
 
 def run(out: Output, data: str | None, options: DataOptions) -> bool:
@@ -53,10 +58,42 @@ def _torchvision() -> tuple[bool, str]:
     return True, importlib.metadata.version("torchvision")
 
 
+def _subjects(found: SubjectSet) -> Iterator[Finding]:
+    """Open the photos of every subject."""
+    from mmedit_cli.personalizers.base import check_concept
+
+    yield "subjects", True, f"{len(found.subjects)}: {', '.join(subject.name for subject in found.subjects)}"
+    yield "photos", True, str(sum(len(subject.concept.images) for subject in found.subjects))
+    for subject in found.subjects:
+        try:
+            check_concept(subject.concept)
+        except DataError as error:
+            yield from (("problem", False, problem) for problem in error.problems)
+
+
+def _pairs(pairs: Sequence[EditPair]) -> Iterator[Finding]:
+    """Count edit pairs by kind, and compose the first of each."""
+    for kind, count in sorted(Counter(pair.kind for pair in pairs).items()):
+        yield f"pairs {kind}", True, f"{count:,}"
+    for pair in {pair.kind: pair for pair in reversed(pairs)}.values():
+        try:
+            pair.source(), pair.target()
+        except DataError as error:
+            yield from (("problem", False, f"{pair.place}: {problem}") for problem in error.problems)
+
+
 def _data(data: str, options: DataOptions) -> Iterator[Finding]:
     from mmedit_cli.datasets import _audit
     from mmedit_cli.datasets.base import find_dataset, own_cases, own_file
+    from mmedit_cli.image_pairs import base as image_pairs
+    from mmedit_cli.subjects import base as subjects
 
+    if data in subjects.NAMED or (Path(data) / "subjects.yaml").is_file():
+        yield from _subjects(subjects.open_subjects(data, root=options.root))
+        return
+    if data.partition(":")[0] in image_pairs.NAMED:
+        yield from _pairs(image_pairs.open_pairs(data)[1])
+        return
     named = find_dataset(data)
     if named is not None:
         dataset, split = named

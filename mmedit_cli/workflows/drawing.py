@@ -112,9 +112,11 @@ def check_output(options: DrawOptions) -> None:
         raise UserError(f"{path}: not a kind of picture", f"use one of {', '.join(SHEETS)}, or a folder")
     elif path.is_file() or (path.is_dir() and any(path.glob("*.png")) and not options.force):
         raise UserError(f"{path}: there already", "--force adds to it, -o FOLDER takes another")
-    above = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
-    if not os.access(above, os.W_OK):
-        raise UserError(f"{above}: cannot be written to", "-o FILE in another folder")
+    folder = path.absolute().parent if is_sheet else path.absolute()
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written to" if above.is_dir() else "not a folder"
+        raise UserError(f"{above}: {what}", "name another place with -o")
 
 
 def check_tokens(prompts: Sequence[str], folder: ConceptFolder | None) -> None:

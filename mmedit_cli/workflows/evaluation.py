@@ -73,9 +73,11 @@ class EvalPlan:
 
 def plan_evaluation(options: EvalOptions) -> EvalPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    from mmedit_cli.backbones._loading import check_answers
     from mmedit_cli.datasets.base import DataOptions, fingerprint, read_data
 
     ref = find_model(options.model.model, revision=options.model.revision)
+    check_answers(ref)
     checkpoint = options.checkpoint
     if checkpoint is None and registry.editors.get(options.editor).trains:
         checkpoint = find_networks(options.editor, ref.name, options.records)
