@@ -73,7 +73,8 @@ datasets: Registry[Any] = Registry("mmedit_cli.datasets", "DATASET")
 
 
 def kind_of(name: str, *kinds: Registry[Any]) -> Registry[Any]:
-    """Return which of several registries has a name; raise UnknownName with the names of all of them."""
+    """Return which registry of editors, or of `kinds`, has a name; raise UnknownName with the names of all of them."""
+    kinds = kinds or (editors, image_editors, personalizers)
     public = name.replace("_", "-")
     known = {known: kind for kind in kinds for known in kind.names()}
     if public not in known:

@@ -81,30 +81,28 @@ def evaluate(
     from mmedit_cli.workflows.concept_plan import ConceptEvalOptions
 
     out = Output(as_json=as_json)
-    name, changes = (editor or "").replace("_", "-"), tuple(overrides or ())
+    kind, changes = editor and registry.kind_of(editor), tuple(overrides or ())
     strange = {"--sequential": sequential != 1, "--template": bool(template), "--checkpoint": checkpoint is not None}
-    kind = editor and registry.kind_of(editor, registry.editors, registry.image_editors, registry.personalizers)
     if kind is registry.image_editors:
         strange |= {"--root": root is not None, "--dry-run": dry_run, "--hparams": hparams is not None}
         request = image_evaluation.ImageEvalOptions(
-            name, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size, seed,
-            records, force,
+            editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size,
+            seed, records, force,
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
     if kind is registry.personalizers:
         strange |= {"--subset": bool(subset), "--images": images is not None, "--device-map": device_map is not None}
         asked = ConceptEvalOptions(
-            name, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
+            editor, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
             revision, records, force,
         )  # fmt: skip
         _personalizer(asked, {**strange, "--report-at": report_at is not None}, dry_run, out)
         return
     at = milestones(sequential) if report_at is None else tuple(sorted(options.numbers(report_at, "--report-at")))
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
-    protocol = Protocol(
-        sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=int(cache_gib * 2**30)
-    )
+    room = int(cache_gib * (1 << 30))
+    protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)
     if editor is None:
         editor, model = evaluation.newest_editor(records, model)
         out.note(f"no EDITOR: {editor} on {model}")
