@@ -6,6 +6,7 @@ carries its name, so two encoders are never in one column.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
 NAMING = "What is this?"  # asked of a vision-language model about a drawn picture
+GROUND_ASKED = "What colour is the background?"
+GROUND = re.compile(r"\bon an? (\w+) background\b")  # in a prompt
 _LONGEST = 16  # tokens of a name
 _CHUNK = 32  # pictures in one pass of an encoder
 Scores = dict[str, list[float]]
@@ -107,8 +110,10 @@ def resemblance(drawn: Drawn, eyes: Eyes) -> Scores:
             texts = eyes.clip.texts(drawn.plain)
             pieces = zip(drawn.by_prompt(encodings), texts, strict=True)
             found["CLIP-T"] = [images.all_pairs(some, text[None]) for some, text in pieces]
+        if eyes.namer is not None and column == eyes.namer.name:
+            found |= _grounds(drawn, eyes.namer)
         if eyes.namer is not None and column == eyes.namer.name and drawn.answer:
-            said = _names(eyes.namer, [path for row in drawn.files for path in row])
+            said = _said(eyes.namer, NAMING, [path for row in drawn.files for path in row])
             named = [answer_match(text, drawn.answer) == 1 for text in said]
             if not eyes.unknown & {*drawn.subjects}:
                 found[f"named by {column}"] = [100 * fmean(some) for some in drawn.by_prompt(named)]
@@ -167,8 +172,18 @@ def windows(picture: Image.Image) -> list[Image.Image]:
     return [picture, *(picture.crop((x, y, x + side, y + side)) for y in top for x in left)]
 
 
-def _names(namer: VisionLanguageModel, files: Sequence[Path]) -> list[str]:
-    queries = [Query(NAMING, image=path) for path in files]
+def _grounds(drawn: Drawn, namer: VisionLanguageModel) -> Scores:
+    """Score how often the background has the colour that a prompt names; nothing where none does."""
+    named = [
+        (row, found[1]) for row, text in zip(drawn.files, drawn.plain, strict=True) if (found := GROUND.search(text))
+    ]
+    said = iter(_said(namer, GROUND_ASKED, [path for row, _ in named for path in row]))
+    right = [100 * fmean(answer_match(next(said), colour) == 1 for _ in row) for row, colour in named]
+    return {f"background by {namer.name}": right} if right else {}
+
+
+def _said(namer: VisionLanguageModel, question: str, files: Sequence[Path]) -> list[str]:
+    queries = [Query(question, image=path) for path in files]
     parts = [queries[i : i + _CHUNK] for i in range(0, len(queries), _CHUNK)]
     return [text for part in parts for text in namer.generate(part, max_new_tokens=_LONGEST)]
 

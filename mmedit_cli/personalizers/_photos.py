@@ -61,12 +61,17 @@ def masked_loss(errors: Tensor, masks: Tensor | None, power: int = 1) -> Tensor:
     return errors.mean() if masks is None else (errors * masks.pow(power)).mean()
 
 
-def open_squares(images: Sequence[Path], side: int, *, crop: bool = True) -> list[Image.Image]:
-    """Return the pictures as squares, cut around the middle or squeezed; raise DataError naming every bad one."""
+def open_squares(
+    images: Sequence[Path], side: int, *, crop: bool = True, background: str = "#ffffff"
+) -> list[Image.Image]:
+    """Return the pictures as squares, cut around the middle or squeezed, on a background where they are transparent.
+
+    Raises DataError naming every bad one.
+    """
     squares, problems = [], []
     for path in images:
         try:
-            picture = load_picture(Picture(path))
+            picture = load_picture(Picture(path, background))
         except MmeditError as error:
             problems += error.problems
             continue

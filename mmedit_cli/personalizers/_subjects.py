@@ -7,16 +7,18 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones._prompts import Word
 from mmedit_cli.backbones.stable_diffusion import Encoding, Sampling, StableDiffusion, Tokens
-from mmedit_cli.errors import MmeditError
+from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.patch import trainable
 from mmedit_cli.personalizers._photos import Photos, open_squares, side_by_side
+from mmedit_cli.pictures import load_alpha
 from mmedit_cli.types import Concept
 
 _RARE_FROM = 40_000  # ids of CLIP's vocabulary from which its tokens are rare
@@ -37,6 +39,8 @@ class SubjectHparams:
     prior_guidance: float | None = None
     beside: float = 0.0
     beside_words: tuple[str, ...] = ()
+    coloured: float = 0.0
+    colours: tuple[str, ...] = ()
     identifier: str = ""
     template: str = "a photo of {}"
     side: int | None = None
@@ -49,10 +53,15 @@ class SubjectHparams:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight must not be below 0, not {self.prior_weight}")
-        if not 0 <= self.beside < 1:
-            raise ValueError(f"beside must be from 0 to below 1, not {self.beside}")
+        for name in ("beside", "coloured"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if self.beside and not self.beside_words:
             raise ValueError("beside needs beside_words: what the model can draw beside the subject, e.g. [a cat]")
+        if self.coloured and not self.colours:
+            raise ValueError('coloured needs colours behind the subject, by name, e.g. ["blue #b3d1ff"]')
+        if wrong := [colour for colour in self.colours if not re.fullmatch(r"\S.* #[0-9a-fA-F]{6}", colour)]:
+            raise ValueError(f"colours: {wrong[0]!r} is not a name and a colour, as 'blue #b3d1ff'")
         if self.template.count("{}") != 1:
             raise ValueError("template must have one {} where the subject stands")
 
@@ -74,11 +83,20 @@ def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:
     return "sks" + "".join(chr(ord("a") + byte % 26) for byte in digest[:4])
 
 
+class Variants(NamedTuple):
+    """Photos in another form: the share of a batch that they take, and which prompt goes with each."""
+
+    share: float
+    photos: Photos
+    prompts: list[int]
+
+
 class SubjectLesson:
     """The learning of one subject: photos, prompts, and the loss of a step with or without prior preservation.
 
     With `beside`, some photos stand in half their size beside something the model draws, and the prompt names both:
-    so the subject learns to share a picture (Cut-Mix of SVDiff, Han et al. 2023).
+    so the subject learns to share a picture (Cut-Mix of SVDiff, Han et al. 2023). With `coloured`, some that have a
+    transparent background stand on a colour that the prompt names: so what is behind them is not learned with them.
     """
 
     def __init__(self, model: StableDiffusion, concept: Concept, hparams: Any, source: Generator, name: str) -> None:
@@ -87,12 +105,14 @@ class SubjectLesson:
         self.photos = Photos(model, squares, flip=hparams.flip)
         subject, superclass = f"{name} {concept.superclass}", hparams.template.format(concept.superclass)
         self.prompts = [hparams.template.format(subject)]
-        self.prior = self.scenes = None
+        self.prior, self.variants = None, []
         if hparams.prior_weight:
             self.prompts.append(superclass)
             self.prior = Photos(model, self._drawn([superclass] * hparams.prior_images), flip=hparams.flip)
         if hparams.beside:
-            self.scenes = Photos(model, self._scenes(squares, subject), flip=0.0)
+            self._add(hparams.beside, self._scenes(squares, subject), flip=0.0)
+        if hparams.coloured:
+            self._add(hparams.coloured, self._coloured(concept.images), flip=hparams.flip)
 
     def run(
         self,
@@ -133,12 +153,12 @@ class SubjectLesson:
         """Return the latents of a step, those of the superclass behind the others, and the prompt of each."""
         count = self.hp.batch_size
         latents, shown = self.photos.sample(count, self.source)[0], [0] * count
-        if self.scenes is not None:
-            beside = (torch.rand(count, generator=self.source) < self.hp.beside).nonzero()[:, 0]
-            which = torch.randint(0, len(self.scenes), beside.shape, generator=self.source)
-            latents[beside.to(latents.device)] = self.scenes.at(which, self.source)[0]
-            for row, scene in zip(beside.tolist(), which.tolist(), strict=True):
-                shown[row] = len(self.prompts) - self._n_scene_prompts + scene % self._n_scene_prompts
+        for variants in self.variants:
+            rows = (torch.rand(count, generator=self.source) < variants.share).nonzero()[:, 0]
+            which = torch.randint(0, len(variants.photos), rows.shape, generator=self.source)
+            latents[rows.to(latents.device)] = variants.photos.at(which, self.source)[0]
+            for row, i in zip(rows.tolist(), which.tolist(), strict=True):
+                shown[row] = variants.prompts[i]
         if self.prior is None:
             return latents, shown
         return torch.cat([latents, self.prior.sample(count, self.source)[0]]), [*shown, *[1] * count]
@@ -162,24 +182,47 @@ class SubjectLesson:
             every = self.model.encode(tokens_of(list(range(len(self.prompts)))))
         return lambda shown: (tokens_of(shown), every.rows(shown))
 
-    def _scenes(self, squares: Sequence[Any], subject: str) -> list[Any]:
-        """Return each photo beside each of the words, on either side; their prompts are added to `prompts`."""
-        words = self.hp.beside_words
-        others = self._drawn([self.hp.template.format(word) for word in words])
-        texts = [(f"{subject} and {word}", f"{word} and {subject}") for word in words]
-        self.prompts += [self.hp.template.format(text) for both in texts for text in both]
-        self._n_scene_prompts = 2 * len(words)
+    def _add(self, share: float, pictures: Sequence[tuple[Any, str]], *, flip: float) -> None:
+        """Let pictures with prompts of their own take a share of every batch."""
+        self.prompts += dict.fromkeys(text for _, text in pictures)
+        photos = Photos(self.model, [picture for picture, _ in pictures], flip=flip)
+        self.variants.append(Variants(share, photos, [self.prompts.index(text) for _, text in pictures]))
+
+    def _scenes(self, squares: Sequence[Any], subject: str) -> list[tuple[Any, str]]:
+        """Return each photo beside each of the words, on either side, and what there is to say of it."""
+        words, say = self.hp.beside_words, self.hp.template.format
+        others = self._drawn([say(word) for word in words])
         return [
-            side_by_side(*pair)
+            scene
             for square in squares
-            for other in others
-            for pair in ((square, other), (other, square))
+            for other, word in zip(others, words, strict=True)
+            for scene in (
+                (side_by_side(square, other), say(f"{subject} and {word}")),
+                (side_by_side(other, square), say(f"{word} and {subject}")),
+            )
         ]
+
+    def _coloured(self, images: Sequence[Path]) -> list[tuple[Any, str]]:
+        """Return each photo that has a transparent background on each colour, and what there is to say of it."""
+        clear = [path for path in images if load_alpha(path) is not None]
+        if not clear:
+            raise DataError(
+                "coloured: no photo has a transparent background", "--set coloured=0, or cut the subject out"
+            )
+        found = []
+        for name, colour in (text.rsplit(" ", 1) for text in self.hp.colours):
+            squares = open_squares(clear, self.hp.side or self.model.side, crop=self.hp.center_crop, background=colour)
+            found += [(square, f"{self.prompts[0]} on {_article(name)} {name} background") for square in squares]
+        return found
 
     def _drawn(self, prompts: Sequence[str]) -> list[Any]:
         """Return what the model draws to prompts as it is."""
         sampling = Sampling(guidance=self.hp.prior_guidance, side=self.hp.side or self.model.side)
         return self.model.generate(prompts, range(len(prompts)), sampling)
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in set("aeiou") else "a"
 
 
 def word_for(name: str, superclass: str) -> Word:

@@ -32,7 +32,8 @@ class Namer:
     def generate(queries, *, max_new_tokens):
         assert max_new_tokens
         pixels = [load_picture(Picture(query.image)).getpixel((0, 0)) for query in queries]
-        return ["a red thing" if pixel == (255, 0, 0) else "a blue thing" for pixel in pixels]
+        thing = "" if "background" in queries[0].prompt else " thing"
+        return [("a red" if pixel == (255, 0, 0) else "a blue") + thing for pixel in pixels]
 
 
 @pytest.fixture
@@ -81,6 +82,16 @@ def test_names_are_asked_for_where_there_are_any(paint):
     assert found["recognised by namer"] == [50], "by its name or by its neighbour"
     eyes.unknown = frozenset({"red"})
     assert "named by namer" not in concepts.resemblance(drawn, eyes)
+
+
+def test_backgrounds_are_asked_for_where_a_prompt_names_one(paint):
+    rows = [[paint(RED), paint(RED)], [paint(RED), paint(BLUE)], [paint(BLUE), paint(BLUE)]]
+    texts = ["a thing on a red ball", "a thing on a red background", "it, on a red background, twice"]
+    eyes = Eyes({"namer": Colours()}, [("red", paint(RED))], namer=Namer())
+    found = concepts.resemblance(Drawn(rows, [], texts, ["red"], [paint(RED)]), eyes)
+    assert found["background by namer"] == [50, 0], "one value for each prompt that names one"
+    plain = concepts.resemblance(Drawn(rows[:1], [], texts[:1], ["red"], [paint(RED)]), eyes)
+    assert "background by namer" not in plain
 
 
 def test_what_stayed(eyes, paint):

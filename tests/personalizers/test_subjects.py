@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from mmedit_cli.backbones._canvas import Canvas
 from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.backbones.stable_diffusion import Sampling
-from mmedit_cli.errors import TooLong
-from mmedit_cli.personalizers._photos import side_by_side
+from mmedit_cli.errors import DataError, TooLong
+from mmedit_cli.personalizers._photos import Photos, side_by_side
 from mmedit_cli.personalizers._routing import TokenTrie, nearest
 from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier
 from mmedit_cli.runtime import generator
@@ -228,20 +228,52 @@ def test_photos_are_shown_beside_other_things(melo, concept):
         it, "a photo of dog", f"{it} and a cat", "a photo of a cat and sksabcd dog", f"{it} and a tree",
         "a photo of a tree and sksabcd dog",
     ]  # fmt: skip
-    assert len(lesson.scenes) == 3 * 2 * 2
+    (scenes,) = lesson.variants
+    assert len(scenes.photos) == 3 * 2 * 2
     latents, shown = lesson._batch()
     assert shown[64:] == [1] * 64
     assert 20 < sum(i > 1 for i in shown[:64]) < 44
     assert {*shown[:64]} == {0, 2, 3, 4, 5}
-    lesson.scenes.deviation.zero_()
+    scenes.photos.deviation.zero_()
     latents, shown = lesson._batch()
     for latent, prompt in zip(latents[:64], shown, strict=False):
-        (scene,) = (lesson.scenes.mean[:, 0] == latent).flatten(1).all(1).nonzero()[:, 0].tolist() or [None]
+        (scene,) = (scenes.photos.mean[:, 0] == latent).flatten(1).all(1).nonzero()[:, 0].tolist() or [None]
         assert scene is None if prompt == 0 else scene % 4 == prompt - 2
     with make("multi-melo-diffusion", melo.model, *QUICK, "beside=0.5", "beside_words=[a cat]") as editor:
         assert editor.learn(concept).info["steps"] == 4
     with pytest.raises(ValueError, match="beside needs beside_words"):
         replace(melo.hparams, beside=0.5)
+
+
+def test_cut_outs_are_shown_on_colours_that_are_named(melo, concept, tmp_path):
+    cut = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    cut.paste((200, 0, 0, 255), (4, 4, 12, 12))
+    cut.save(tmp_path / "cut.png")
+    some = replace(concept, images=(*concept.images, tmp_path / "cut.png"))
+    hp = replace(melo.hparams, batch_size=64, coloured=0.5, colours=("blue #b3d1ff", "orange #ffc890"))
+    lesson = SubjectLesson(melo.model, some, hp, generator(0), "sksabcd")
+    it = "a photo of sksabcd dog"
+    assert lesson.prompts == [it, f"{it} on a blue background", f"{it} on an orange background"]
+    (coloured,) = lesson.variants
+    assert (len(coloured.photos), coloured.prompts) == (2, [1, 2]), "only what is cut out"
+    blue = Image.new("RGB", (16, 16), "#b3d1ff")
+    blue.paste((200, 0, 0), (4, 4, 12, 12))
+    wanted = Photos(melo.model, [blue], flip=0.0)
+    torch.testing.assert_close(coloured.photos.mean[0], wanted.mean[0])
+    shown = lesson._batch()[1]
+    assert 20 < sum(i > 0 for i in shown) < 44
+    assert {*shown} == {0, 1, 2}
+    both = replace(hp, beside=0.3, beside_words=("a cat",))
+    lesson = SubjectLesson(melo.model, some, both, generator(0), "sksabcd")
+    assert [variants.prompts for variants in lesson.variants] == [[1, 2] * 4, [3, 4]]
+    with pytest.raises(DataError, match="no photo has a transparent background"):
+        SubjectLesson(melo.model, concept, hp, generator(0), "sksabcd")
+    for wrong, said in (
+        ({"colours": ()}, "coloured needs colours"),
+        ({"colours": ("blue",)}, "not a name and a colour"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(hp, **wrong)
 
 
 def test_two_squares_beside_each_other():
