@@ -164,10 +164,10 @@ def own_file(data: str | Path) -> Path:
         packed = plain.with_name(plain.name + PACKED)
         path = packed if packed.is_file() and not plain.is_file() else plain
     if not path.is_file():
-        problem = f"--data {data}: no such file, folder or data set{near_miss(str(data), datasets.names())}"
+        problem = f"{data}: no such file, folder or data set{near_miss(str(data), datasets.names())}"
         raise DataError(problem, _HELP)
     if form(path) not in FORMATS:
-        raise DataError(f"--data {data}: not one of {', '.join(FORMATS)}", _HELP)
+        raise DataError(f"{data}: not one of {', '.join(FORMATS)}", _HELP)
     return path
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -288,13 +289,15 @@ def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: 
     out.note(f"loading {model or folder.head['model']}")
     loaded = load_stable_diffusion(model or folder.head["model"], device=device)
     written = []
-    with folder.load(loaded) as personalizer:
-        to.mkdir(parents=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary, folder.load(loaded) as personalizer:
+        staged = Path(temporary) / to.name
+        staged.mkdir()
         for entry in folder.entries:
-            path = to / entry["file"]
-            personalizer.export(entry["token"], path)  # type: ignore[attr-defined]
+            personalizer.export(entry["token"], staged / entry["file"])  # type: ignore[attr-defined]
             called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
-            written.append({"token": entry["token"], "file": str(path), "called": called})
+            written.append({"token": entry["token"], "file": str(to / entry["file"]), "called": called})
+        staged.rename(to)
     return {"editor": name, "model": loaded.name, "written": written}
 
 
