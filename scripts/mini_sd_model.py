@@ -121,9 +121,13 @@ def pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.M
 
 def export(pipe: Any, folder: Path, records: dict[str, Any]) -> None:
     """Write a pipeline in float16, and further JSON files by name; the folder is replaced as a whole."""
+    from tokenizers import Tokenizer
+
     with replacing_folder(folder, records) as fresh:
         halves = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("vae", "text_encoder", "unet")}
         type(pipe)(**{**pipe.components, **halves}, requires_safety_checker=False).save_pretrained(fresh)
+        for file in fresh.glob("*/tokenizer.json"):  # without indents, half the size
+            Tokenizer.from_file(str(file)).save(str(file), pretty=False)
         for config in fresh.glob("*/config.json"):  # diffusers writes where a part was loaded from
             values = json.loads(config.read_text(encoding="utf-8"))
             if values.pop("_name_or_path", None) is not None:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.backbones._prompts import Word
 from mmedit_cli.backbones.stable_diffusion import Encoding, Sampling, StableDiffusion, Tokens
-from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.errors import MmeditError
 from mmedit_cli.patch import trainable
 from mmedit_cli.personalizers._photos import Photos, open_squares, side_by_side
 from mmedit_cli.pictures import load_alpha
@@ -111,8 +111,8 @@ class SubjectLesson:
             self.prior = Photos(model, self._drawn([superclass] * hparams.prior_images), flip=hparams.flip)
         if hparams.beside:
             self._add(hparams.beside, self._scenes(squares, subject), flip=0.0)
-        if hparams.coloured:
-            self._add(hparams.coloured, self._coloured(concept.images), flip=hparams.flip)
+        if hparams.coloured and (pictures := self._coloured(concept.images)):
+            self._add(hparams.coloured, pictures, flip=hparams.flip)
 
     def run(
         self,
@@ -205,11 +205,7 @@ class SubjectLesson:
     def _coloured(self, images: Sequence[Path]) -> list[tuple[Any, str]]:
         """Return each photo that has a transparent background on each colour, and what there is to say of it."""
         clear = [path for path in images if load_alpha(path) is not None]
-        if not clear:
-            raise DataError(
-                "coloured: no photo has a transparent background", "--set coloured=0, or cut the subject out"
-            )
-        found = []
+        found: list[tuple[Any, str]] = []
         for name, colour in (text.rsplit(" ", 1) for text in self.hp.colours):
             squares = open_squares(clear, self.hp.side or self.model.side, crop=self.hp.center_crop, background=colour)
             found += [(square, f"{self.prompts[0]} on {_article(name)} {name} background") for square in squares]
