@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import ModelError, near_miss
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import share_dir
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def own_image_editors() -> dict[str, Path]:
 
 
 def _shipped() -> dict[str, Path]:
-    return {path.name: path for path in sorted((data_dir() / "models").glob("*")) if path.is_dir()}
+    return {path.name: path for path in sorted((share_dir("data") / "models").glob("*")) if path.is_dir()}
 
 
 def default_model(names: Sequence[str] = DEFAULTS) -> str:

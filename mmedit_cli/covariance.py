@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.records import read_tensors, write_tensors
-from mmedit_cli.registry import cache_dir, data_dir
+from mmedit_cli.registry import cache_dir, share_dir
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion
@@ -240,7 +240,7 @@ def read_captions(path: Path | None) -> Iterator[str]:
     if path is None:
         from mmedit_cli.datasets.emojikb import concepts_in
 
-        named = [concept["it"] for concept in concepts_in(data_dir() / "emojikb")]
+        named = [concept["it"] for concept in concepts_in(share_dir("data") / "emojikb")]
         for i, thing in enumerate(named):
             yield from (template.format(thing, named[i - 1]) for template in _CAPTIONS)
         return

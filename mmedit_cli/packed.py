@@ -6,11 +6,14 @@ import os
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from mmedit_cli.errors import MmeditError
 
+T = TypeVar("T")
 MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and time
 
 
@@ -58,13 +61,20 @@ def differences(archive: Path) -> list[str]:
     if not zipfile.is_zipfile(archive):
         return [f"{archive.name} is damaged: git checkout {archive}"]
     with zipfile.ZipFile(archive) as file:
-        wanted = {info.filename: info.CRC for info in file.infolist()}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MARK}
-    lines = [f"{folder.name}/{name} is missing" for name in sorted(wanted.keys() - found)]
-    lines += [f"{folder.name}/{name} is not in {archive.name}" for name in sorted(found - wanted.keys())]
-    same = sorted(found & wanted.keys())
-    changed = [name for name in same if zlib.crc32((folder / name).read_bytes()) != wanted[name]]
-    return lines + [f"{folder.name}/{name} has changed" for name in changed]
+        wanted = {f"{folder.name}/{info.filename}": info.CRC for info in file.infolist()}
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    return compare(folder.parent, found, wanted, lambda path: zlib.crc32(path.read_bytes()), archive.name)
+
+
+def compare(
+    home: Path, found: Iterable[Path], wanted: Mapping[str, T], digest: Callable[[Path], T], origin: str
+) -> list[str]:
+    """Return in a line each which files below `home` are missing, not in `origin`, or not of the digest wanted."""
+    files = {path.relative_to(home).as_posix(): path for path in found}
+    lines = [f"{name} is missing" for name in sorted(wanted.keys() - files.keys())]
+    lines += [f"{name} is not in {origin}" for name in sorted(files.keys() - wanted.keys())]
+    both = sorted(files.keys() & wanted.keys())
+    return lines + [f"{name} has changed" for name in both if digest(files[name]) != wanted[name]]
 
 
 def pack(folder: Path) -> Path:

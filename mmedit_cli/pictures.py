@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
 from mmedit_cli.packed import way_out
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import emojikb_dir
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -52,7 +52,7 @@ def load_picture(picture: Picture) -> Image.Image:
 def photos_in(folder: Path) -> tuple[Path, ...]:
     """Return the pictures of a folder, by name; raise DataError if there are none."""
     if not folder.is_dir():
-        data_dir()
+        emojikb_dir()  # it may be one of its folders
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
     found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS))
@@ -85,7 +85,7 @@ def load_alpha(path: Path) -> Image.Image | None:
 def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
     if isinstance(path, Path) and not path.exists():
-        data_dir()  # it may be a picture of EmojiKB
+        emojikb_dir()  # it may be a picture of EmojiKB
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -9,6 +9,7 @@ import ast
 import importlib
 import os
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -60,9 +61,13 @@ class Registry(Generic[T]):
     def _module(self, name: str) -> str:
         public, names = name.replace("_", "-"), self.names()
         if public not in names:
-            kind = self.attribute.lower().replace("_", " ")
-            raise UnknownName(f"unknown {kind} '{name}'{near_miss(public, names)}", f"{kind}s: {', '.join(names)}")
+            raise _unknown(self.attribute.lower().replace("_", " "), name, names)
         return public.replace("-", "_")
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+    meant = near_miss(name.replace("_", "-"), known)
+    return UnknownName(f"unknown {kind} '{name}'{meant}", f"{kind}s: {', '.join(known)}")
 
 
 editors: Registry[Any] = Registry("mmedit_cli.editors", "EDITOR")
@@ -78,7 +83,7 @@ def kind_of(name: str, *kinds: Registry[Any]) -> Registry[Any]:
     public = name.replace("_", "-")
     known = {known: kind for kind in kinds for known in kind.names()}
     if public not in known:
-        raise UnknownName(f"unknown editor '{name}'{near_miss(public, known)}", f"editors: {', '.join(known)}")
+        raise _unknown("editor", name, known)
     return known[public]
 
 
@@ -93,12 +98,12 @@ def share_dir(name: str) -> Path:
 
 
 @cache
-def data_dir() -> Path:
-    """Return the folder of the data that come along, with the pictures of EmojiKB unpacked."""
+def emojikb_dir() -> Path:
+    """Return the folder of EmojiKB with its pictures unpacked: for who opens them, not for who lists what is there."""
     from mmedit_cli.packed import unpack_beside
 
-    folder = share_dir("data")
-    unpack_beside(folder / "emojikb")
+    folder = share_dir("data") / "emojikb"
+    unpack_beside(folder)
     return folder
 
 

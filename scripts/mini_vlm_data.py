@@ -20,11 +20,11 @@ from torch import Generator, Tensor
 from mmedit_cli.backbones._batch import Encoded
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.datasets.files import read_text
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = data_dir() / "emojikb"
+DATA = emojikb_dir()
 TYPES = ("name", "kind", "category", "background", "country", "capital", "continent", "currency", "language")
 BACKGROUND = TYPES.index("background")
 HEADS = ("name", "kind", "category", "background")  # what the vision tower is trained to tell first

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"
 FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 torch.set_num_threads(1)
-data_dir()  # unpacks the pictures that tests open by their paths
+emojikb_dir()  # unpacks the pictures that tests open by their paths
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def test_every_model_is_of_a_family_that_is_there():
 
 
 def test_models_that_come_along_are_found_by_their_folder(tmp_path, monkeypatch, cli):
-    monkeypatch.setattr(catalog, "data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr(catalog, "share_dir", lambda name: tmp_path / name)
     model_folder(tmp_path / "data" / "models" / "mini-blip2", "blip-2")
     assert catalog.find_model("mini-blip2").family == "blip2"
     listed = json.loads(cli("list", "--json")[1])["models"]

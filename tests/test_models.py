@@ -15,7 +15,7 @@ from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.evaluation.answers import ask
 from mmedit_cli.evaluation.metrics import answer_match
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import share_dir
 from mmedit_cli.types import Query
 
 KB = ROOT / "data" / "emojikb"
@@ -35,7 +35,7 @@ def test_the_folder_is_small_and_holds_no_pickle(folder):
 
 
 def test_nothing_that_comes_along_names_a_place_on_a_machine():
-    files = [path for kind in ("*.json", "*.md") for path in (data_dir() / "models").rglob(kind)]
+    files = [path for kind in ("*.json", "*.md") for path in (share_dir("data") / "models").rglob(kind)]
     assert len(files) > 30
     named = re.compile(r'"(/|[A-Z]:\\\\)[\w.-]+/')
     assert not [str(path) for path in files if path.name != "tokenizer.json" and named.search(path.read_text())]
@@ -69,7 +69,7 @@ def test_ask_by_name(cli, folder):
     assert (code, out.strip()) == (0, "red apple")
 
 
-EDITORS = sorted((data_dir() / "editors").glob("*/*.safetensors"))
+EDITORS = sorted((share_dir("data") / "editors").glob("*/*.safetensors"))
 
 
 def test_a_trained_editor_comes_along():

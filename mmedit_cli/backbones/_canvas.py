@@ -45,7 +45,7 @@ class Canvas:
         return [i * (self.side - self.common) for i in range(self.count)]
 
     def weights(self) -> Tensor:
-        """Return (count, side) weights that fall off linearly towards a neighbour, and are nowhere 0."""
+        """Return (count, side) weights that fall off linearly towards a neighbour; those of a column sum to 1."""
         fall = torch.arange(1, self.common + 1) / (self.common + 1)
         found = torch.ones(self.count, self.side)
         found[1:, : self.common] = fall
@@ -61,12 +61,9 @@ class Canvas:
         parts = windows.unflatten(0, (-1, self.count))
         weights = self.weights().to(windows)
         total = windows.new_zeros(*parts.shape[:1], *parts.shape[2:4], self.width)
-        weight = windows.new_zeros(self.width)
         for i, start in enumerate(self.starts):
-            here = slice(start, start + self.side)
-            total[..., here] += parts[:, i] * weights[i]
-            weight[here] += weights[i]
-        return total / weight
+            total[..., start : start + self.side] += parts[:, i] * weights[i]
+        return total
 
 
 @contextmanager

@@ -281,8 +281,8 @@ class StableDiffusion:
         Raises DataError for a size the model cannot draw, TooLong for a prompt whose own token would be cut off.
         """
         side = sampling.side or self.side
-        if side % math.lcm(GRID, self.scale) or side < 1:
-            step = math.lcm(GRID, self.scale)
+        step = math.lcm(GRID, self.scale)
+        if side % step or side < step:
             raise DataError(f"size {side}: not a multiple of {step} pixels", f"native is {self.side}")
         images: list[Any] = []
         for i in range(0, len(prompts), sampling.batch_size):

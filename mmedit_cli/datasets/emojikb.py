@@ -21,8 +21,8 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
 from mmedit_cli.datasets.files import PACKED, read_text
 from mmedit_cli.errors import DataError
-from mmedit_cli.packed import differences, loose
-from mmedit_cli.registry import data_dir
+from mmedit_cli.packed import compare, differences, loose, unpack_beside
+from mmedit_cli.registry import share_dir
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
@@ -183,12 +183,9 @@ def check_files(folder: Path) -> list[str]:
     if not path.is_file():
         return ["manifest.json is missing"]
     wanted = json.loads(path.read_text(encoding="utf-8"))["files"]
-    found = {path.relative_to(folder).as_posix() for path in loose(folder)} - {"manifest.json"}
-    wrong = [line for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
-    wrong += [f"{name} is missing" for name in sorted(wanted.keys() - found)]
-    wrong += [f"{name} is not in the manifest" for name in sorted(found - wanted.keys())]
-    both = sorted(found & wanted.keys())
-    return wrong + [f"{name} has changed" for name in both if digest(folder / name) != wanted[name]]
+    unpacked = [line for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
+    found = [file for file in loose(folder) if file != path]
+    return unpacked + compare(folder, found, wanted, digest, "the manifest")
 
 
 def leaks(one: Split, other: Split) -> dict[str, list[str]]:
@@ -267,6 +264,7 @@ class EmojiKB(Dataset):
 
     def cases(self, split: str, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
         """Yield the cases of a split; raise DataError if the file is not there."""
+        unpack_beside(self.folder)  # whoever reads them looks for their pictures
         path = self.folder / f"{split}{SUFFIX}"
         if not path.is_file():
             raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
@@ -278,6 +276,7 @@ class EmojiKB(Dataset):
 
     def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
         """Audit the folder: counts, leaks between splits, licences, and every problem."""
+        unpack_beside(self.folder)
         found = audit(self.folder)
         for key in ("concepts", "flags", "pictures"):
             yield key, True, f"{found[key]:,}"
@@ -292,4 +291,4 @@ class EmojiKB(Dataset):
         yield from (("problem", False, problem) for problem in found["problems"])
 
 
-DATASET = EmojiKB(data_dir() / "emojikb")
+DATASET = EmojiKB(share_dir("data") / "emojikb")

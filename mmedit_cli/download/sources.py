@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 from mmedit_cli.download import transfer
 from mmedit_cli.download.catalogue import File, Item, Source, is_inside
 from mmedit_cli.output import TransferTick
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import share_dir
 
 DRIVE = "https://drive.usercontent.google.com/download"
 _HUB_TIMEOUT = 20.0
@@ -196,7 +196,7 @@ class _Form(HTMLParser):
 
 
 def _from_checkout(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
-    origin = data_dir() / source.where
+    origin = share_dir("data") / source.where
     if not origin.is_dir():
         raise SourceError(source.note or f"{origin} is not there")
     shutil.copytree(origin, folder, dirs_exist_ok=True)

@@ -14,7 +14,7 @@ from mmedit_cli.editors._sentences import sentence_encoder
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import DataError
 from mmedit_cli.pictures import Picture, check_picture
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import share_dir
 from mmedit_cli.types import Query
 
 _ROOM = 24  # tokens left for the answer and for what the model puts around a prompt
@@ -63,7 +63,7 @@ class Ike(Editor):
         super().__init__(*args, **kwargs)
         self._encode = sentence_encoder(self.hparams.encoder, self.backbone)
         count, path = self.hparams.demonstrations, Path(self.hparams.facts)
-        self._known = read_demonstrations(path if path.exists() else data_dir() / path) if count else []
+        self._known = read_demonstrations(path if path.exists() else share_dir("data") / path) if count else []
         self._vectors = self._encode([demo.fact for demo in self._known]) if self._known else None
         self._facts: list[Query] = []
         self._demos: list[list[Demonstration]] = []  # of each fact, the most like it last

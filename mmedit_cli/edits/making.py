@@ -82,7 +82,7 @@ def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Que
 
 def locality_probes(requests: Sequence[Query]) -> list[Query]:
     """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
-    folder = registry.data_dir() / "emojikb" / "noto"
+    folder = registry.emojikb_dir() / "noto"
     edited = {_content(request.image) for request in requests if request.image is not None}
     pictures = [
         path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and _content(path) not in edited

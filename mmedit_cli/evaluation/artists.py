@@ -14,7 +14,7 @@ from mmedit_cli.errors import StateError
 from mmedit_cli.image_editors._latent import to_pixels
 from mmedit_cli.image_pairs.emojikb_edits import ARTISTS
 from mmedit_cli.records import read_tensors
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import share_dir
 
 WIDTH = 24  # channels of the first layer
 _GROUPS, _CHUNK = 4, 64
@@ -22,7 +22,7 @@ _GROUPS, _CHUNK = 4, 64
 
 def weights_file() -> Path:
     """Return where the weights are that scripts/train_artist_classifier.py writes."""
-    return data_dir() / "emojikb-edits" / "artists.safetensors"
+    return share_dir("data") / "emojikb-edits" / "artists.safetensors"
 
 
 class ArtistClassifier(nn.Module):

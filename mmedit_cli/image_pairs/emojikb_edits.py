@@ -21,7 +21,8 @@ from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.packed import way_out
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import emojikb_dir, share_dir
+from mmedit_cli.subjects.base import with_article
 
 SPLITS = ("train", "val", "eval")
 SIDE = 64  # pixels
@@ -109,7 +110,7 @@ def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
         raise DataError(
             f"--data emojikb-edits:{split}: no such split{near_miss(split, SPLITS)}", f"it has {', '.join(SPLITS)}"
         )
-    manifest = data_dir() / "emojikb-edits" / "manifest.json"
+    manifest = share_dir("data") / "emojikb-edits" / "manifest.json"
     if not manifest.is_file():
         raise DataError(f"{manifest}: not there", "the data come with a checkout of the repository")
     left_out = frozenset(json.loads(manifest.read_text(encoding="utf-8"))["without_effect"])
@@ -131,7 +132,7 @@ def every_pair(split: str, variation: int = 0) -> list[EditPair]:
 @cache
 def load(split: str) -> EmojiKB:
     """Read the concepts of one side; raise DataError where EmojiKB is not there."""
-    folder = data_dir() / "emojikb"
+    folder = emojikb_dir()
     concepts = {concept["id"]: concept for concept in concepts_in(folder) if concept["split"] == split}
     colours = json.loads((folder / "backgrounds.json").read_text(encoding="utf-8"))
     drawn = [f"{artist}/{concept['id']}.png" for concept in concepts.values() for artist in concept["artists"]]
@@ -257,11 +258,7 @@ def says(kb: EmojiKB, scene: Scene) -> str:
     """Return a scene in words, as the captions of mini-sd are written."""
     things = " and ".join(kb.concepts[sprite.concept]["it"] for sprite in scene.sprites)
     artist = scene.sprites[0].artist
-    return f"{_article(artist)} drawing of {things} on {_article(scene.ground)} background"
-
-
-def _article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{with_article(artist)} drawing of {things} on {with_article(scene.ground)} background"
 
 
 def compose(kb: EmojiKB, scene: Scene) -> Image.Image:

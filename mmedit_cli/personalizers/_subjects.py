@@ -19,6 +19,7 @@ from mmedit_cli.errors import MmeditError
 from mmedit_cli.patch import trainable
 from mmedit_cli.personalizers._photos import Photos, open_squares, side_by_side
 from mmedit_cli.pictures import load_alpha
+from mmedit_cli.subjects.base import with_article
 from mmedit_cli.types import Concept
 
 _RARE_FROM = 40_000  # ids of CLIP's vocabulary from which its tokens are rare
@@ -208,17 +209,13 @@ class SubjectLesson:
         found: list[tuple[Any, str]] = []
         for name, colour in (text.rsplit(" ", 1) for text in self.hp.colours):
             squares = open_squares(clear, self.hp.side or self.model.side, crop=self.hp.center_crop, background=colour)
-            found += [(square, f"{self.prompts[0]} on {_article(name)} {name} background") for square in squares]
+            found += [(square, f"{self.prompts[0]} on {with_article(name)} background") for square in squares]
         return found
 
     def _drawn(self, prompts: Sequence[str]) -> list[Any]:
         """Return what the model draws to prompts as it is."""
         sampling = Sampling(guidance=self.hp.prior_guidance, side=self.hp.side or self.model.side)
         return self.model.generate(prompts, range(len(prompts)), sampling)
-
-
-def _article(word: str) -> str:
-    return "an" if word[:1].lower() in set("aeiou") else "a"
 
 
 def word_for(name: str, superclass: str) -> Word:

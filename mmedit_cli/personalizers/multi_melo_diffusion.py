@@ -142,7 +142,7 @@ class MultiMeloDiffusion(Personalizer):
         """
         self._given = {}
         for prompt, tokens in blocks.items():
-            for told in self.windows(prompt):
+            for told in self.model.told(prompt):
                 self._given[told] = [token for token in tokens if token in told]
             self._given[prompt] = list(tokens)
 

@@ -113,6 +113,11 @@ def in_plain_words(prompt: str, concepts: Sequence[Concept]) -> str:
     return prompt
 
 
+def with_article(words: str) -> str:
+    """Return `a cat`, `an owl`."""
+    return f"{'an' if words[:1].lower() in set('aeiou') else 'a'} {words}"
+
+
 def photos_of(root: Path, names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     """Return the photos in the folder of each name below `root`; raise DataError naming every one without."""
     found, problems = {}, []

@@ -10,7 +10,7 @@ from typing import Any
 from mmedit_cli.catalog import bundled
 from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError
-from mmedit_cli.registry import data_dir
+from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.subjects.base import Subject, SubjectSet
 from mmedit_cli.types import Concept
 
@@ -29,7 +29,7 @@ def read(model: Path | None) -> SubjectSet:
 
     The superclass of a concept is its kind. Raises DataError if there is no list.
     """
-    home = data_dir() / "emojikb"
+    home = emojikb_dir()
     known = {concept["id"]: concept for concept in concepts_in(home)}
     held_out, taught = _held_out(model, known)
     subjects = tuple(_subject(known[key], home) for key in held_out)

@@ -99,11 +99,15 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
             "files": [str(path) for path in write(rows, options.output, facts)]}  # fmt: skip
 
 
+def is_sheet(output: Path) -> bool:
+    """Whether all pictures go into one file; else it is a folder for a file each."""
+    return output.suffix.lower() in SHEETS and not output.is_dir()
+
+
 def check_output(options: DrawOptions) -> None:
     """Raise UserError for an output that would overwrite something, or that has no folder to lie in."""
     path = options.output
-    is_sheet = path.suffix.lower() in SHEETS and not path.is_dir()
-    if is_sheet:
+    if is_sheet(path):
         if path.exists() and not options.force:
             raise UserError(f"{path}: there already", "--force replaces it, -o FILE writes another")
         if not path.absolute().parent.is_dir():
@@ -112,7 +116,7 @@ def check_output(options: DrawOptions) -> None:
         raise UserError(f"{path}: not a kind of picture", f"use one of {', '.join(SHEETS)}, or a folder")
     elif path.is_file() or (path.is_dir() and any(path.glob("*.png")) and not options.force):
         raise UserError(f"{path}: there already", "--force adds to it, -o FOLDER takes another")
-    folder = path.absolute().parent if is_sheet else path.absolute()
+    folder = path.absolute().parent if is_sheet(path) else path.absolute()
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         what = "cannot be written to" if above.is_dir() else "not a folder"
@@ -170,7 +174,7 @@ def _plain(prompt: str, folder: ConceptFolder | None) -> str:
 
 def write(rows: Sequence[Row], output: Path, facts: dict[str, Any]) -> list[Path]:
     """Write all pictures on one sheet, or each into a folder; return the files."""
-    if output.suffix.lower() in SHEETS and not output.is_dir():
+    if is_sheet(output):
         single = len(rows) == 1 and len(rows[0].images) == 1
         whole = rows[0].images[0] if single else sheet(rows)
         if max(whole.size) > LONGEST.get(output.suffix.lower(), math.inf):  # then it would be lost

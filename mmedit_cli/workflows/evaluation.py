@@ -203,7 +203,7 @@ def find_networks(editor: str, model: str, records: Path) -> Path:
     own = trained_networks(records, editor, model)
     if own:
         return own[0]
-    path = registry.data_dir() / "editors" / editor / f"{model}.safetensors"
+    path = registry.share_dir("data") / "editors" / editor / f"{model}.safetensors"
     if path.is_file():
         return path
     raise UserError(
@@ -217,7 +217,7 @@ def newest_editor(records: Path, model: str | None = None) -> tuple[str, str]:
 
     Raises UserError if a model is named that none was trained for.
     """
-    share = registry.data_dir() / "editors"
+    share = registry.share_dir("data") / "editors"
     wanted = "*" if model is None else find_model(model).name.replace("/", "*")
     for path in trained_networks(records, model=wanted):
         report = Run.finished(path.parent) or {}

@@ -326,7 +326,7 @@ def test_offline_is_respected(cli, here):
 
 
 def test_the_mini_models_are_copied_or_their_place_is_named(cli, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "data_dir", lambda: tmp_path / "share" / "data")
+    monkeypatch.setattr(sources, "share_dir", lambda name: tmp_path / "share" / name)
     code, _, err = cli("download", "mini")
     assert (code, "not published anywhere yet; a checkout" in err) == (1, True)
     folder = tmp_path / "share" / "data" / "models" / "mini-blip2"
