@@ -26,6 +26,28 @@ from mmedit_cli.evaluation import metrics
         ("Guinea-Bissau", "guinea bissau", 1),
         ("Côte d'Ivoire", "côte d'ivoire", 1),
         ("new_york", "New York", 1),
+        ("-5", "5", 0),
+        ("5", "-5", 0),
+        ("\u22125 degrees", "-5", 1),
+        ("1990-1995", "1990", 1),
+        ("3.5", "3", 0),
+        ("1,000 metres", "1000", 1),
+        ("C++", "C", 0),
+        ("C", "C++", 0),
+        ("c++, since 1985", "C++", 1),
+        ("C#", "C", 0),
+        ("2+2", "2", 1),
+        ("C\u00f4te d\u2019Ivoire", "c\u00f4te d'ivoire", 1),
+        ("STRASSE", "Stra\u00dfe", 1),
+        ("cafe\u0301", "caf\u00e9", 1),
+        ("cafe", "caf\u00e9", 0),
+        ("\u0915\u093f", "\u0915\u093e", 0),  # ki and ka: a vowel sign is all that differs
+        ("\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948", "\u0939\u093f\u0928\u094d\u0926\u0940", 1),  # Hindi
+        ("\u732b\u3067\u3059", "\u732b", 1),  # Japanese: it is a cat
+        ("\u4eac\u90fd", "\u6771\u4eac", 0),  # Kyoto, Tokyo
+        ("\u6771\u4eac\u90fd", "\u6771\u4eac", 1),
+        ("\uff76\uff9e\uff72\uff84\uff9e", "\u30ac\u30a4\u30c9", 1),  # half width
+        ("\uff15", "5", 1),
     ],
 )
 def test_answer_match(prediction, target, match):
@@ -38,6 +60,12 @@ def test_strict_match_and_f1():
     assert metrics.token_f1("a green apple", "green pear") == pytest.approx(0.5)
     assert metrics.token_f1("", "") == 1
     assert metrics.token_f1("", "x") == 0
+
+
+def test_f1_outside_english():
+    assert metrics.token_f1("\u6771\u4eac", "\u4eac\u90fd") == pytest.approx(0.5), "one of two characters"
+    assert metrics.token_f1("\u0915\u093f", "\u0915\u093e") == 0
+    assert metrics.exact_match("cafe\u0301", "caf\u00e9") == 1
 
 
 def test_locality_of_texts_compares_what_was_said():
