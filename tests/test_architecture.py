@@ -15,6 +15,8 @@ ROWS = (
     {"errors", "types"},
     {
         "output",
+        "reading",
+        "reading_yaml",
         "hparams",
         "registry",
         "records",
