@@ -173,6 +173,46 @@ def test_a_list_goes_on_where_it_stopped(cli, tmp_path, listed):
     assert json.loads(cli(*whole)[1])["made"] == 1
 
 
+@pytest.mark.parametrize("survivors", [0, 1, 2])
+def test_a_list_is_repeated_after_a_kill_between_a_picture_and_its_line(cli, tmp_path, listed, monkeypatch, survivors):
+    from mmedit_cli.workflows import image_edits
+
+    def pictures(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+
+    def killed(made):
+        if len(pictures(tmp_path / "edited")) == survivors:
+            raise KeyboardInterrupt
+        write(made)
+
+    write = image_edits._write
+    words = ("image-edit", *FAST, "--batch", listed, "--batch-size", 2, "-o")
+    assert cli(*words, tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(image_edits, "_write", killed)
+        assert cli(*words, tmp_path / "edited")[0] == 130
+    assert len(pictures(tmp_path / "edited")) == survivors
+    code, _, err = cli(*words, tmp_path / "edited")
+    assert code == 0, err
+    assert pictures(tmp_path / "edited") == pictures(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "edited" / "edits.jsonl").read_text().splitlines()]
+    assert [line["output"] for line in lines] == ["00001-photo.png", "blue/circle.png", "00003-red-circle.png"]
+
+
+def test_a_replaced_picture_is_never_taken_for_the_new_one(cli, tmp_path, listed, monkeypatch):
+    from mmedit_cli.workflows import image_edits
+
+    words = ("image-edit", *FAST, "--batch", listed, "-o", tmp_path / "edited")
+    assert cli(*words)[0] == 0
+    old = (tmp_path / "edited" / "00001-photo.png").read_bytes()
+    listed.write_text(listed.read_text().replace("winter", "summer"))
+    with monkeypatch.context() as patch:
+        patch.setattr(image_edits, "_write", lambda made: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*words, "--force")[0] == 130
+    assert cli(*words, "--force")[0] == 0
+    assert (tmp_path / "edited" / "00001-photo.png").read_bytes() != old
+
+
 def test_a_folder_is_made_one_way(cli, tmp_path, listed):
     folder = tmp_path / "edited"
     assert cli("image-edit", *FAST, "--batch", listed, "-o", folder)[0] == 0

@@ -175,7 +175,11 @@ def edit_pictures(
     check([*wishes, *drawn], options)
     editor = load_editor(options, out)
     with out.progress({"steps": len(wishes) * _steps(editor, options)}) as tick:
-        edits = [record for part in _edited(editor, wishes, options, tick) for _, record in part]
+        edits = []
+        for part in _edited(editor, wishes, options, tick):
+            for made in part:
+                _write(made)
+                edits.append(made.record)
     if sheet is not None:
         edit_sheet(wishes[0].image, options.background, edits, sheet)
     return {**_head(editor, options), "edits": edits, "peak_memory": runtime.peak_memory(editor.device)}
@@ -184,7 +188,9 @@ def edit_pictures(
 def edit_batch(wishes: Sequence[Wish], folder: Path, options: EditOptions, out: Output) -> dict[str, Any]:
     """Make the pictures of a list in a folder and return the report; what is there already is not made again.
 
-    `edits.jsonl` in the folder tells how each came about. Raises a UserError for bad input.
+    `edits.jsonl` in the folder tells how each came about. The line of a picture is written before the picture, so
+    that a picture without a line is never the program's own and the same command continues after a kill at any moment.
+    Raises a UserError for bad input.
     """
     registry.image_editors.get(options.editor)
     recorded = Run.view(folder).read("edits") if folder.is_dir() and not options.force else []
@@ -194,7 +200,7 @@ def edit_batch(wishes: Sequence[Wish], folder: Path, options: EditOptions, out: 
     head = _head(editor, options)
     environment = runtime.environment(editor.device)
     with Run.open(folder, {"command": "image-edit", **head}, environment, force=options.force) as run:
-        known = {r["key"]: r for r in run.read("edits") if (folder / r["output"]).is_file()}
+        known = _known(run, {_key(wish, folder) for wish in wishes})
         left = [wish for wish in wishes if _key(wish, folder) not in known]
         other = {r["output"] for r in known.values()} & {str(wish.output.relative_to(folder)) for wish in left}
         if other:
@@ -206,19 +212,45 @@ def edit_batch(wishes: Sequence[Wish], folder: Path, options: EditOptions, out: 
             out.note(f"{len(wishes) - len(left)} of {len(wishes)} are there already")
         with out.progress({"steps": len(left) * _steps(editor, options)}) as tick:
             for part in _edited(editor, left, options, tick):
+                if options.force:  # a line must not speak of the picture that it replaces
+                    for made in part:
+                        made.wish.output.unlink(missing_ok=True)
                 lines = [
-                    {**record, "output": str(wish.output.relative_to(folder)), "key": _key(wish, folder)}
-                    for wish, record in part
+                    {
+                        **made.record,
+                        "output": str(made.wish.output.relative_to(folder)),
+                        "key": _key(made.wish, folder),
+                    }
+                    for made in part
                 ]
                 run.append("edits", lines)
+                for made in part:
+                    _write(made)
                 known |= {line["key"]: line for line in lines}
     return {**head, "made": len(left), "edits": [known[_key(wish, folder)] for wish in wishes]}
 
 
-def _edited(
-    editor: ImageEditor, wishes: Sequence[Wish], options: EditOptions, tick: Tick
-) -> Iterator[list[tuple[Wish, dict[str, Any]]]]:
-    """Edit, write and yield (wish, record), as many at a time as go through the model together."""
+def _known(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Return the lines of the pictures that are there, by key; those of wanted pictures that are not are removed."""
+    lines = run.read("edits")
+    known = {line["key"]: line for line in lines if (run.folder / line["output"]).is_file()}
+    kept = [line for line in lines if line["key"] in known or line["key"] not in wanted]
+    if len(kept) < len(lines):
+        run.rewrite("edits", kept)
+    return known
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An edited picture as the bytes of its file, and how it came about."""
+
+    wish: Wish
+    data: bytes
+    record: dict[str, Any]
+
+
+def _edited(editor: ImageEditor, wishes: Sequence[Wish], options: EditOptions, tick: Tick) -> Iterator[list[_Made]]:
+    """Edit and yield the pictures, as many at a time as go through the model together; nothing is written."""
     import torch
 
     settings = options.settings.over(editor.defaults)
@@ -236,9 +268,9 @@ def _edited(
                 "lower --batch-size or --resolution, or try --dtype bfloat16",
             ) from error
         seconds = (time.monotonic() - began) / len(part)
-        records = []
+        made = []
         for wish, result in zip(part, results, strict=True):
-            written = _write(wish, result, options)
+            data = _encoded(wish, result, options)
             record = {
                 "image": str(wish.image),
                 "output": str(wish.output),
@@ -250,14 +282,15 @@ def _edited(
                 "size": list(result.picture.size),
                 "seconds": round(seconds, 3),
                 "input_sha256": _sha256(wish.image.read_bytes()),
-                "output_sha256": _sha256(written),
+                "output_sha256": _sha256(data),
                 "warnings": list(result.warnings),
             }
-            records.append((wish, record))
-        yield records
+            made.append(_Made(wish, data, record))
+        yield made
 
 
-def _write(wish: Wish, result: Edited, options: EditOptions) -> bytes:
+def _encoded(wish: Wish, result: Edited, options: EditOptions) -> bytes:
+    """Return the bytes of the file of an edited picture."""
     picture = result.picture
     alpha = load_alpha(wish.image) if options.keep_alpha else None
     if alpha is not None:
@@ -265,12 +298,16 @@ def _write(wish: Wish, result: Edited, options: EditOptions) -> bytes:
         picture.putalpha(alpha.resize(picture.size))
     file = io.BytesIO()
     picture.save(file, Image.registered_extensions()[wish.output.suffix.lower()])
-    try:
-        wish.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{wish.output.parent}: cannot create the folder: {error.strerror}") from error
-    write_atomic(wish.output, file.getvalue())
     return file.getvalue()
+
+
+def _write(made: _Made) -> None:
+    output = made.wish.output
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{output.parent}: cannot create the folder: {error.strerror}") from error
+    write_atomic(output, made.data)
 
 
 def _head(editor: ImageEditor, options: EditOptions) -> dict[str, Any]:
