@@ -1,0 +1,233 @@
+"""The commands that `kill.py` kills, and what must lie there before each of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kills import Scenario, Words
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ROOT / "tests" / "data" / "shapes"
+STAR, CIRCLE = SHAPES / "solid" / "red-star.png", SHAPES / "solid" / "red-circle.png"
+
+DRAWN = ("--model", "tiny-sd", "--steps", "1", "--device", "cpu")
+PAINTED = ("instruct-pix2pix", "--model", "tiny-ip2p", "--steps", "1", "--device", "cpu")
+BATCH = ("image-edit", *PAINTED, "--batch", "wishes.jsonl", "-o", "out", "--batch-size", "2")
+TRAINED = ("liveedit", "--model", "tiny-blip2", "--data", str(SHAPES), "--set", "training.batch_size=2",
+           "--set", "training.validate_every=2", "--set", "training.alternatives=1", "--limit", "20")  # fmt: skip
+LEARNED = ("--model", "tiny-sd", "--images", "photos", "--superclass", "dog", "--device", "cpu", "--into", "mine",
+           "--set", "steps=2")  # fmt: skip
+TOKEN = ("--token", "<my-dog>")
+FACTS = ("--requests", "facts.jsonl", "--into", "ledger")
+UNNAMED = r"ledger/(shards/[0-9a-f]{64}\.safetensors|pictures/[0-9a-f]{64}\.png)"  # kept until `edits compact`
+COMPACT = ("edits", "compact", "ledger")
+
+
+def import_all() -> Callable[[list[str]], int]:
+    """Import what is heavy, by running each kind of model once, and return the program."""
+    import torch
+
+    torch.set_num_threads(1)
+    from mmedit_cli import app, registry
+    from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.backbones.stable_diffusion import Sampling
+    from mmedit_cli.image_editors._loading import LoadOptions
+    from mmedit_cli.types import Query
+
+    registry.emojikb_dir()
+    load_backbone("tiny-blip2", device="cpu").generate([Query("What is this?", image=STAR)], max_new_tokens=1)
+    load_stable_diffusion("tiny-sd", device="cpu").generate(["a dog"], [0], Sampling(1))
+    registry.image_editors.get("instruct-pix2pix").load("tiny-ip2p", LoadOptions("cpu"))
+    for kind in (registry.editors, registry.personalizers):
+        for name in kind.names():
+            kind.get(name)
+    return app.main
+
+
+# -- what lies there before ---------------------------------------------------------------------------------------
+
+
+def photos() -> int:
+    """Three photos of a subject, in `photos/`."""
+    from PIL import Image
+
+    Path("photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (24, 24), (200, 40 * i, 30)).save(f"photos/{i}.png")
+    return 0
+
+
+def wishes() -> int:
+    """A list of five pictures to edit, one of them into a folder of its own."""
+    lines = [{"image": str(path), "instruction": f"make it {i}"} for i, path in enumerate([STAR, CIRCLE] * 2)]
+    lines.append({"image": str(STAR), "instruction": "turn it", "output": "deep/turned.png"})
+    Path("wishes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return 0
+
+
+def captions() -> int:
+    """A few captions."""
+    Path("captions.txt").write_text("a dog\na cat on a table\na red boat\n", encoding="utf-8")
+    return 0
+
+
+def facts() -> int:
+    """Three facts: about two pictures, and one of text."""
+    lines = [
+        {"request": {"prompt": "What is this?", "target": "a boat", "image": str(STAR)}},
+        {"request": {"prompt": "What is this?", "target": "a lion", "image": str(CIRCLE)}},
+        {"request": {"prompt": "What is the capital of Peru?", "target": "Paris"}},
+    ]
+    text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines))
+    Path("facts.jsonl").write_text(text, encoding="utf-8")
+    return 0
+
+
+def archive() -> int:
+    """A zip of three files in `home/`, one of them in a folder of the zip."""
+    from mmedit_cli.packed import pack
+
+    for name in ("a.png", "b.png", "deep/LICENSE.txt"):
+        (path := Path("home/artist") / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name * 99, encoding="utf-8")
+    pack(Path("home/artist").absolute())
+    shutil.rmtree("home/artist")
+    return 0
+
+
+def half_unpacked() -> int:
+    """The folder of the zip is there, with a file of the user's and one that the zip has otherwise."""
+    archive()
+    Path("home/artist").mkdir()
+    for name in ("own.png", "a.png"):
+        (Path("home/artist") / name).write_text("before", encoding="utf-8")
+    return 0
+
+
+def unpacking() -> int:
+    """Unpack the zips in `home/`, as a command does that opens EmojiKB's pictures."""
+    from mmedit_cli.packed import unpack_beside
+
+    unpack_beside(Path("home").absolute())
+    return 0
+
+
+def subjects() -> int:
+    """A set of two subjects with two photos each, and the covariance of the model."""
+    from PIL import Image
+
+    for name, colour in (("mug", (200, 30, 30)), ("rex", (30, 30, 200))):
+        (folder := Path("subjects") / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(folder / f"{i}.png")
+    text = 'subjects: {mug: teapot, rex: dog}\ngenerality: ["a {} in the snow"]\nlocality: ["a green boot"]\n'
+    Path("subjects/subjects.yaml").write_text(text, encoding="utf-8")
+    return 0
+
+
+def published_minigpt4() -> int:
+    """Four files in the published layout, with random numbers."""
+    import torch
+
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "backbones")]
+    import test_minigpt4 as layout
+
+    from mmedit_cli.backbones._loading import load_backbone
+
+    Path("published").mkdir()
+    torch.save(layout.tensors(layout.vision_shapes()), "published/eva.pth")
+    torch.save({"model": layout.tensors(layout.qformer_shapes())}, "published/qformer.pth")
+    projection = layout.tensors(layout.linear("llama_proj", layout.D, layout.Q))
+    torch.save({"model": projection}, "published/projection.pth")
+    tiny = load_backbone("tiny-minigpt4", device="cpu")
+    tiny.model.language_model.save_pretrained("published/vicuna")
+    tiny.tokenizer.save_pretrained("published/vicuna")
+    return 0
+
+
+# -- the commands -------------------------------------------------------------------------------------------------
+
+
+def scenarios() -> list[Scenario]:
+    """Return all commands that are killed."""
+    return [*_pictures(), *_files(), *_runs(), *_ledgers(), *_concepts()]
+
+
+def _pictures() -> list[Scenario]:
+    single = ("image-edit", *PAINTED, "-i", str(STAR), "make it winter", "-o", "out.png")
+    several = (*single, "--samples", "2", "--sheet", "sheet.png")
+    draw = ("generate", "a dog", *DRAWN, "-o")
+    return [
+        Scenario("image-edit", single, done=(2,), short=True),
+        Scenario("image-edit-samples", several, again=[(*several, "--force")]),
+        Scenario("image-edit-batch", BATCH, before=[wishes], short=True),
+        Scenario("image-edit-batch-force", (*BATCH, "--force"), before=[wishes, BATCH]),
+        Scenario("generate-sheet", (*draw, "sheet.png"), done=(2,), short=True),
+        Scenario(
+            "generate-folder", (*draw, "out", "--samples", "2"), again=[(*draw, "out", "--samples", "2", "--force")]
+        ),
+    ]
+
+
+def _files() -> list[Scenario]:
+    covariance = ("covariance", "--model", "tiny-sd", "--captions", "captions.txt", "--device", "cpu")
+    convert = ("convert", "minigpt4", "model", "--vision", "published/eva.pth", "--qformer", "published/qformer.pth",
+               "--projection", "published/projection.pth", "--llm", "published/vicuna")  # fmt: skip
+    return [
+        Scenario("covariance", covariance, before=[captions], done=(2,), short=True),
+        Scenario("unpack", unpacking, before=[archive], short=True),
+        Scenario("unpack-into-a-folder", unpacking, before=[half_unpacked], short=True),
+        Scenario("convert", convert, before=[published_minigpt4], done=(2,)),
+    ]
+
+
+def _runs() -> list[Scenario]:
+    evaluated = ("eval", "ft", "--model", "tiny-blip2", "--data", str(SHAPES), "--sequential", "3", "--limit", "3",
+                 "--report-at", "1,3", "--device", "cpu")  # fmt: skip
+    painted = ("eval", "instruct-pix2pix", "--model", "tiny-ip2p", "--data", "emojikb-edits", "--limit", "2", "--set",
+               "steps=1", "--set", "judge=none", "--device", "cpu")  # fmt: skip
+    drawn = ("eval", "multi-melo-diffusion", "--model", "tiny-sd", "--data", "subjects", "--device", "cpu", "--set",
+             "steps=1", "--set", "eval.steps=1", "--set", "eval.seeds=1", "--set", "eval.batch_size=3", "--set",
+             "eval.encoder=tiny-blip2")  # fmt: skip
+    return [
+        Scenario("eval", evaluated),
+        Scenario("train-editor", ("train-editor", *TRAINED, "--set", "training.steps=2", "--device", "cpu")),
+        Scenario("eval-image-editor", painted),
+        Scenario("eval-personalizer", drawn, before=[subjects]),
+    ]
+
+
+def _ledgers() -> list[Scenario]:
+    found: list[Scenario] = []
+    for editor in ("ft", "multi-melo"):
+        edit: Words = ("edit", editor, "--model", "tiny-blip2", "--device", "cpu", *FACTS)
+        begun: list[Words] = [facts, edit]
+        undo = ("edits", "undo", "ledger", "2", "--device", "cpu")
+        kept = {"allowed": UNNAMED, "tidy": COMPACT}
+        found += [
+            Scenario(f"edit-{editor}", edit, before=[facts], **kept),
+            Scenario(f"undo-{editor}", undo, before=begun, done=(2,), **kept),
+            Scenario(f"redo-{editor}", ("edits", "redo", *undo[2:]), before=[*begun, undo], done=(2,), **kept),
+            Scenario(f"compact-{editor}", COMPACT, before=[*begun, undo]),
+            Scenario(f"export-{editor}", ("edits", "export", "ledger", "--to", "model", "--device", "cpu"),
+                     before=begun, done=(2,)),
+        ]  # fmt: skip
+    return found
+
+
+def _concepts() -> list[Scenario]:
+    learn = ("edit", "multi-melo-diffusion", *LEARNED, *TOKEN)
+    other = ("edit", "multi-melo-diffusion", *LEARNED, "--token", "<other>")
+    return [
+        Scenario("learn", learn, before=[photos], done=(2,)),
+        Scenario("learn-second", learn, before=[photos, other], done=(2,)),
+        Scenario("learn-force", (*learn, "--seed", "1", "--force"), before=[photos, other, learn]),
+        Scenario("forget", ("edits", "undo", "mine", "<my-dog>"), before=[photos, other, learn], done=(2,)),
+        Scenario("export-concepts", ("edits", "export", "mine", "--to", "lora", "--device", "cpu"),
+                 before=[photos, learn], done=(2,)),
+    ]  # fmt: skip

@@ -1,0 +1,242 @@
+"""A command that is killed at each change it makes, repeated, and compared with its undisturbed end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from changes import Watch
+
+Words = Sequence[str] | Callable[[], int]  # of the command line, or a function that returns an exit code
+Tree = dict[str, tuple[int, bytes | None]]  # path: (mode, content; None for a folder)
+
+COSTS = {"time", "seconds", "peak_memory", "cost", "seconds_per_subject", "seconds_per_edit", "loss_seconds"}
+TEMPORARY = re.compile(r"[0-9a-f]{8}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # the part of a name that is random
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command and what continues it after a kill.
+
+    `before` is run once to make the start. After a kill the same words are given again, then those of `again`, until
+    one ends with 0, or with one of `done`: the command refuses because nothing is left to do. Files whose path
+    matches `allowed` may stay until `tidy`, after which the ends are equal without exception.
+    """
+
+    name: str
+    words: Words
+    before: Sequence[Words] = ()
+    again: Sequence[Words] = ()
+    done: tuple[int, ...] = (0,)
+    allowed: str = ""
+    tidy: Words | None = None
+    short: bool = False
+
+
+@dataclass
+class Result:
+    """What a campaign found; `states` are the different contents of the folder that the kills left."""
+
+    changes: int = 0
+    kills: int = 0
+    states: int = 0
+    differences: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code (None: killed), its changes, and what it said.
+
+    `outside` are changes elsewhere than in the folder; `place` is the change it was killed at.
+    """
+
+    code: int | None
+    changes: int
+    outside: tuple[str, ...]
+    place: str
+    said: str
+
+
+class Campaign:
+    """Runs scenarios in one folder, always at the same path."""
+
+    def __init__(self, root: Path, watch: Watch, main: Callable[[list[str]], int]) -> None:
+        self.root, self.home, self.start = root, root / "home", root / "start"
+        self._watch, self._main = watch, main
+
+    def run(self, scenario: Scenario, say: Callable[[str], None]) -> Result:
+        """Kill a command at each of its changes and return what was found."""
+        began, result = time.monotonic(), Result()
+        self._prepare(scenario)
+        whole = self._must_run(scenario.words)
+        result.changes = whole.changes
+        result.differences += [f"undisturbed: {line}" for line in whole.outside]
+        wanted = [tree(self.home)]
+        if scenario.tidy is not None:
+            self._must_run(scenario.tidy)
+            wanted.append(tree(self.home))
+        seen: set[str] = set()
+        kill_at = 0
+        while True:
+            kill_at += 1
+            self._reset()
+            killed = self._process(scenario.words, kill_at)
+            if killed.code is not None:  # it has no more changes, and ran undisturbed
+                found = self._compare(scenario, wanted)
+                result.differences += [f"undisturbed: {line}" for line in found]
+                break
+            result.kills += 1
+            place = f"killed at change {kill_at} ({killed.place})"
+            left = digest(tree(self.home))
+            if left in seen and not killed.outside:
+                continue
+            seen.add(left)
+            found = [*killed.outside, *self._continue(scenario), *self._compare(scenario, wanted)]
+            if found:
+                result.differences.append(f"{place}: {'; '.join(found)}")
+            say(f"  {scenario.name}: {place}: {'differs' if found else 'ends equal'}")
+        result.states = len(seen)
+        result.seconds = time.monotonic() - began
+        return result
+
+    def _prepare(self, scenario: Scenario) -> None:
+        """Make the start of a scenario, and begin there."""
+        for folder in (self.home, self.start):
+            shutil.rmtree(folder, ignore_errors=True)
+        (self.home / "tmp").mkdir(parents=True)
+        for words in scenario.before:
+            self._must_run(words)
+        shutil.copytree(self.home, self.start, symlinks=True)
+
+    def _reset(self) -> None:
+        shutil.rmtree(self.home)
+        shutil.copytree(self.start, self.home, symlinks=True)
+
+    def _continue(self, scenario: Scenario) -> list[str]:
+        """Give the command again; return what went wrong."""
+        for words in (scenario.words, *scenario.again):
+            ended = self._process(words)
+            if ended.outside or ended.code in (0, *scenario.done):
+                return list(ended.outside)
+        return [f"the repeated command ended with {ended.code}: {' '.join(ended.said.split())[-300:]}"]
+
+    def _compare(self, scenario: Scenario, wanted: Sequence[Tree]) -> list[str]:
+        """Return how the folder differs from the wanted end, then from that after `tidy`."""
+        found = differences(tree(self.home), wanted[0], scenario.allowed)
+        if scenario.tidy is None:
+            return found
+        ended = self._process(scenario.tidy)
+        if ended.code != 0:
+            return [*found, f"tidying ended with {ended.code}: {ended.said[-300:]}"]
+        return found + [f"after tidying: {line}" for line in differences(tree(self.home), wanted[1])]
+
+    def _must_run(self, words: Words) -> Ended:
+        ended = self._process(words)
+        if ended.code != 0:
+            raise SystemExit(f"{words}: ended with {ended.code}, undisturbed:\n{ended.said}")
+        return ended
+
+    def _process(self, words: Words, kill_at: int | None = None) -> Ended:
+        """Run a command in a process of its own."""
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._become(words, kill_at, writer)
+        os.close(writer)
+        with os.fdopen(reader, encoding="utf-8") as pipe:
+            told = [line.rstrip("\n").partition(" ") for line in pipe]
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        places = [what for kind, _, what in told if kind == "killed"]
+        counts = [int(what) for kind, _, what in told if kind == "count"]
+        outside = dict.fromkeys(f"outside: {what}" for kind, _, what in told if kind == "outside")
+        said = (self.root / "said.txt").read_text(encoding="utf-8", errors="replace")
+        code = None if status == -signal.SIGKILL else status
+        return Ended(code, sum(counts), tuple(outside), "".join(places), said)
+
+    def _become(self, words: Words, kill_at: int | None, writer: int) -> None:
+        """Be the process that runs the command; never returns."""
+        code = 70
+        write = os.write
+        try:
+            said = os.open(self.root / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor in (1, 2):
+                os.dup2(said, descriptor)
+            os.chdir(self.home)
+            for name, folder in (("CACHE", "cache"), ("DATA", "data"), ("RECORDS", "records")):
+                os.environ[f"MMEDIT_{name}"] = str(self.home / folder)
+            os.environ["TMPDIR"] = tempfile.tempdir = str(self.home / "tmp")
+            self._watch.begin(self.home, kill_at, lambda line: write(writer, f"{line}\n".encode()))
+            code = words() if callable(words) else self._main(list(words))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            write(writer, f"count {self._watch.count}\n".encode())
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def tree(folder: Path) -> Tree:
+    """Return everything below a folder, without costs and times."""
+    found: Tree = {}
+    for path in sorted(folder.rglob("*")):
+        name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+        plain = path.is_file() and not path.is_symlink()
+        found[name] = mode, _timeless(path) if plain else None
+    return found
+
+
+def differences(found: Tree, wanted: Tree, allowed: str = "") -> list[str]:
+    """Return in a line each how a folder differs from another; more files that match `allowed` do not count."""
+    lines = [f"{name} is missing" for name in wanted if name not in found]
+    more = [name for name in found if name not in wanted]
+    more = [name for name in more if os.path.dirname(name) not in more]  # a folder stands for what is in it
+    lines += [f"{name} is left over" for name in more if not (allowed and re.fullmatch(allowed, name))]
+    both = [name for name in found if name in wanted]
+    lines += [f"{name} has another content" for name in both if found[name][1] != wanted[name][1]]
+    return lines + [f"{name} has another mode" for name in both if found[name][0] != wanted[name][0]]
+
+
+def digest(found: Tree) -> str:
+    """Return a digest of what a folder holds; the random part of temporary names does not count."""
+    hashed = hashlib.sha256()
+    for name, (mode, content) in sorted((TEMPORARY.sub("", name), value) for name, value in found.items()):
+        hashed.update(f"{name}\0{mode}\0{'' if content is None else len(content)}\0".encode())
+        hashed.update(content or b"")
+    return hashed.hexdigest()
+
+
+def _timeless(path: Path) -> bytes:
+    """Return the content of a file; in JSON without the keys of costs and times."""
+    data = path.read_bytes()
+    if path.suffix not in (".json", ".jsonl"):
+        return data
+    lines = data.split(b"\n") if path.suffix == ".jsonl" else [data]
+    try:
+        return b"\n".join(json.dumps(_without_costs(json.loads(line))).encode() if line else b"" for line in lines)
+    except ValueError:
+        return data
+
+
+def _without_costs(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_costs(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _without_costs(item) for key, item in value.items() if key not in COSTS}
+    return value
