@@ -23,6 +23,7 @@ ROWS = (
         "runtime",
         "catalog",
         "patch",
+        "adapters",
         "prefix",
         "pictures",
         "packed",

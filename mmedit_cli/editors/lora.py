@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from mmedit_cli.adapters import LoraLayers
 from mmedit_cli.editors import _lora_adapters
 from mmedit_cli.editors._lora_blocks import Blocks
 from mmedit_cli.editors._losses import answer_loss
@@ -61,7 +62,7 @@ class Lora(Editor):
         self._paths = [anchors.path(role, layer) for layer in hp.layers for role in hp.roles]
         self._layer = min(layer % n for layer in hp.layers)
         self._patch = Patch(self.backbone.model)
-        self._adapters: nn.ModuleDict | None = None  # peft's layers, each around the linear layer in whose place it is
+        self._adapter: LoraLayers | None = None
 
     @property
     def first_layer(self) -> int:
@@ -73,7 +74,7 @@ class Lora(Editor):
         batch = backbone.batch(requests)
         with torch.no_grad():
             prefix = backbone.prefix(batch, self._layer)  # lies below every adapter
-        if self._adapters is None:
+        if self._adapter is None:
             self._adapt()
         at, right = batch.telling(backbone.end_id)
         if not hp.teach_end:
@@ -110,29 +111,14 @@ class Lora(Editor):
         return {"losses": losses}
 
     def _adapt(self) -> None:
-        """Put a new adapter, which changes nothing yet, on the linear layers.
-
-        peft wraps them outside the model, so it leaves no mark on anything but the dictionary they are in.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
-
-        hp, model = self.hparams, self.backbone.model
-        linears = nn.ModuleDict({path.replace(".", "/"): model.get_submodule(path) for path in self._paths})
-        config = LoraConfig(
-            r=hp.rank, lora_alpha=hp.alpha, lora_dropout=0.0, bias="none", target_modules=list(linears)
-        )
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global source
-            torch.manual_seed(self.seed)  # the same start whichever edit comes first
-            inject_adapter_in_model(config, linears)
-        self._adapters = linears.eval()
-        for parameter in self._parameters():
-            parameter.requires_grad_(False)
-        for path in self._paths:
-            self._patch.replace(path, linears[path.replace(".", "/")])
+        """Put a new adapter, which changes nothing yet, on the linear layers: the same whichever edit comes first."""
+        ranks = dict.fromkeys(self._paths, self.hparams.rank)
+        alphas = dict.fromkeys(self._paths, self.hparams.alpha)
+        self._adapter = LoraLayers(self._patch, ranks, alphas, self.seed)
 
     def _parameters(self) -> list[nn.Parameter]:
-        assert self._adapters is not None
-        return [p for name, p in self._adapters.named_parameters() if "lora_" in name]
+        assert self._adapter is not None
+        return self._adapter.parameters()
 
     def _keep(self, positions: Sequence[int]) -> bool:
         """Return True where nothing goes: a failed edit has put the adapter back itself. No edit can go alone."""
@@ -142,39 +128,32 @@ class Lora(Editor):
 
     def _reset(self) -> None:
         self._patch.undo()
-        self._adapters = None
+        self._adapter = None
 
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
         """Write the adapter that all edits share."""
-        if self._adapters is None:
+        if self._adapter is None:
             return {}
-        layers = {path: self._adapters[path.replace(".", "/")] for path in self._paths}
-        sides = (
-            {path: getattr(layer, side)["default"].weight.T[None] for path, layer in layers.items()}
-            for side in ("lora_A", "lora_B")
-        )
+        pairs = self._adapter.pairs()
+        downs = {path: down.T[None] for path, (down, _) in pairs.items()}
+        ups = {path: up.T[None] for path, (_, up) in pairs.items()}
         scale = self.hparams.alpha / self.hparams.rank
-        _lora_adapters.write(folder / "lora", Blocks(*sides), scale, self.backbone.name)
+        _lora_adapters.write(folder / "lora", Blocks(downs, ups), scale, self.backbone.name)
         return {folder / "lora": tuple(self.requests)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        from peft import get_peft_model_state_dict
-
-        if self._adapters is None:
-            return {}
-        return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(self._adapters).items()}
+        return {} if self._adapter is None else self._adapter.tensors()
 
     def _load_tensors(self, tensors: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
-        from peft import set_peft_model_state_dict
-
         if not requests:
             return
         self._adapt()
-        expected = {name: tensor.shape for name, tensor in self._tensors().items()}
+        assert self._adapter is not None
+        expected = {name: tensor.shape for name, tensor in self._adapter.tensors().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             self._reset()
             raise StateError(f"the state does not hold an adapter of rank {self.hparams.rank} for these layers")
-        set_peft_model_state_dict(self._adapters, dict(tensors))
+        self._adapter.load(tensors)
 
 
 EDITOR = Lora

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,14 +220,6 @@ class SubjectLesson:
 def word_for(name: str, superclass: str) -> Word:
     """Return what the token of a subject stands for in a prompt."""
     return Word(f"{name} {superclass}")
-
-
-def forked(seed: int) -> ExitStack:
-    """Return a block in which libraries that draw from the global source of randomness start from `seed`."""
-    stack = ExitStack()
-    stack.enter_context(torch.random.fork_rng(devices=[]))
-    torch.manual_seed(seed)
-    return stack
 
 
 def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> None:

@@ -1,19 +1,20 @@
-"""DreamBooth with LoRA: a low-rank adapter of the attention learns a subject, through peft and diffusers."""
+"""DreamBooth with LoRA: a low-rank adapter of the attention learns a subject, through peft."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Generator, Tensor
+from torch import Generator, nn
 
+from mmedit_cli.adapters import LoraLayers, joined
+from mmedit_cli.patch import Patch
 from mmedit_cli.personalizers import _lora
-from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, forked, identifier, word_for
+from mmedit_cli.personalizers._subjects import SubjectHparams, SubjectLesson, identifier, word_for
 from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
 from mmedit_cli.types import Concept
-
-_LEARNING = "learning"
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class DreamboothLora(Personalizer):
     name = "dreambooth-lora"
     Hparams = DreamboothLoraHparams
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patch = Patch(self.model.model)
+
     @property
     def steps(self) -> int:
         """The optimiser's steps."""
         return int(self.hparams.steps)
 
     def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
-        from peft import LoraConfig
-
         hp, model = self.hparams, self.model
         name = hp.identifier or identifier(model.tokenizers[0], concept.token, self.identifiers)
         lesson = SubjectLesson(model, concept, hp, source, name)
@@ -56,26 +59,16 @@ class DreamboothLora(Personalizer):
         if hp.train_text_encoder and hp.text_targets:
             texts = [part for part in model.model if part.startswith("text_encoder")]
             targets |= {part: [f"{role}_proj" for role in hp.text_targets] for part in texts}
-        try:
-            with forked(self.seed):
-                for part, modules in targets.items():
-                    config = LoraConfig(r=hp.rank, lora_alpha=hp.alpha, target_modules=modules)
-                    model.model[part].add_adapter(config, adapter_name=_LEARNING)
-            parameters = [p for n, p in model.model.named_parameters() if f".{_LEARNING}." in n]
+        paths = [path for part, ends in targets.items() for path in _paths(model.model, part, ends)]
+        ranks, alphas = dict.fromkeys(paths, hp.rank), dict.fromkeys(paths, hp.alpha)
+        with Patch(model.model) as patch:
+            layers = LoraLayers(patch, ranks, alphas, self.seed)
+            parameters = layers.parameters()
             for parameter in parameters:
                 parameter.data = parameter.data.float()
             losses = lesson.run(parameters, tick, text=len(targets) > 1)
-            tensors = self._collected(hp.alpha / hp.rank)
-        finally:
-            model.pipe.unload_lora_weights()
+            tensors = _lora.tensors_of(layers.pairs(), hp.alpha / hp.rank)
         return Learned(concept.token, concept.superclass, tensors, {"identifier": name}, summary(losses))
-
-    def _collected(self, scale: float) -> dict[str, Tensor]:
-        """Return the adapter that was trained, under the names of a LoRA file."""
-        named = dict(self.model.model.named_parameters())
-        down = f".lora_A.{_LEARNING}.weight"
-        paths = [name.removesuffix(down) for name in named if name.endswith(down)]
-        return _lora.tensors_of({p: (named[p + down], named[f"{p}.lora_B.{_LEARNING}.weight"]) for p in paths}, scale)
 
     def _attach(self, learned: Learned) -> None:
         blocks = _lora.pairs(learned.tensors)
@@ -90,20 +83,20 @@ class DreamboothLora(Personalizer):
 
     def _load(self, concepts: list[Learned]) -> None:
         """Put just these adapters into the model, all of them on."""
-        pipe = self.model.pipe
-        pipe.unload_lora_weights()
-        names = []
-        for i, learned in enumerate(concepts):
-            names.append(f"concept{i}")
-            with warnings.catch_warnings():  # several at once are what is wanted
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                pipe.load_lora_weights(dict(learned.tensors), adapter_name=names[-1])
-        if names:
-            pipe.set_adapters(names)
+        self._patch.undo()
+        if concepts:
+            LoraLayers.of(self._patch, joined([_lora.pairs(learned.tensors) for learned in concepts]))
 
     def export(self, token: str, path: Path) -> None:
         """Write a concept as a LoRA file of diffusers; the subject is called by `facts["identifier"]` there."""
         _lora.export(path, self.concepts[token].tensors)
+
+
+def _paths(model: nn.Module, part: str, ends: Sequence[str]) -> list[str]:
+    """Return the paths of the modules of a part whose last name is one of `ends`."""
+    return [
+        f"{part}.{path}" for path, _ in model.get_submodule(part).named_modules() if path.rpartition(".")[2] in ends
+    ]
 
 
 PERSONALIZER = DreamboothLora

@@ -1,0 +1,98 @@
+"""LoRA layers of peft on a model, put there by peft alone.
+
+transformers and diffusers have adapter methods of their own, but those check versions of their own: a transformers
+that asks for a peft which is not released yet would break every LoRA. peft's public functions need neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmedit_cli.patch import Patch
+
+Pair = tuple[Tensor, Tensor]  # A (r, in) and B (out, r) of one linear layer
+_NAME = "default"  # of the adapter, for peft
+
+
+class LoraLayers:
+    """One LoRA adapter around linear layers of a model: x -> W x + alpha / rank * B A x.
+
+    peft wraps the layers inside a dictionary of their own and the patch puts them into the model, so undoing the patch
+    leaves no mark. `modules` has them by path, with / in the place of every dot.
+    """
+
+    def __init__(self, patch: Patch, ranks: Mapping[str, int], alphas: Mapping[str, float], seed: int = 0) -> None:
+        """Put a new adapter, which changes nothing yet, around the layers at the paths of `ranks` and `alphas`."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.paths = tuple(ranks)
+        self.modules = nn.ModuleDict({_key(path): patch.model.get_submodule(path) for path in self.paths})
+        config = LoraConfig(
+            target_modules=list(self.modules),
+            rank_pattern={_key(path): rank for path, rank in ranks.items()},
+            alpha_pattern={_key(path): alpha for path, alpha in alphas.items()},
+            lora_dropout=0.0,
+            bias="none",
+        )
+        with torch.random.fork_rng(devices=[]):  # peft draws A from the global source of randomness
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, self.modules, _NAME)
+        self.modules.eval()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for path in self.paths:
+            patch.replace(path, self.modules[_key(path)])
+
+    @classmethod
+    def of(cls, patch: Patch, pairs: Mapping[str, Pair]) -> LoraLayers:
+        """Put a finished adapter around layers: the product B A is added as it is."""
+        ranks = {path: len(down) for path, (down, _) in pairs.items()}
+        layers = cls(patch, ranks, ranks)
+        named = {}
+        for path, (down, up) in pairs.items():
+            named[f"{_key(path)}.lora_A.weight"] = down
+            named[f"{_key(path)}.lora_B.weight"] = up
+        layers.load(named)
+        return layers
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return A and B of every layer."""
+        return [parameter for name, parameter in self.modules.named_parameters() if "lora_" in name]
+
+    def pairs(self) -> dict[str, Pair]:
+        """Return A and B by the path of their layer."""
+        found = {}
+        for path in self.paths:
+            layer = self.modules[_key(path)]
+            found[path] = (layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of A and B under the names that `load` takes."""
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(self.modules, adapter_name=_NAME)
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite A and B with what `tensors` gave."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.modules, dict(tensors), adapter_name=_NAME)
+
+
+def joined(many: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
+    """Return several adapters as one that adds what all of them add: their ranks stand one after another."""
+    paths = dict.fromkeys(path for pairs in many for path in pairs)
+    found = {}
+    for path in paths:
+        here = [pairs[path] for pairs in many if path in pairs]
+        found[path] = (torch.cat([down for down, _ in here]), torch.cat([up for _, up in here], dim=1))
+    return found
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")
