@@ -27,8 +27,6 @@ SHAPE = {"module_dim": 32, "heads": 4, "rank": 4, "feature_vectors": 4, "lora_sc
 
 def fixture(name):
     path = GOLDEN / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip("the golden fixtures are not part of the repository")
     return json.loads(path.with_suffix(".json").read_text()), load_file(path)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +24,6 @@ from personalizers.conftest import FEW, draw, make
 
 QUICK = ("steps=4",)
 NAMED, UNNAMED, KIND = "a <my-dog> on the beach", "a photo of a cat", "a photo of a dog"
-GOLDEN = ROOT.parent / "shared" / "golden"
 
 
 @pytest.fixture
@@ -358,7 +357,6 @@ def test_values_that_make_no_sense():
             SubjectHparams(**changes)
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden fixtures are not part of the repository")
 @pytest.mark.parametrize(("case", "factor"), [(0, 4.0), (1, 0.6)])
 def test_published_blocks(melo, case, factor, monkeypatch):
     tensors = {
