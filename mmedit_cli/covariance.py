@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
-from mmedit_cli.records import read_tensors, write_tensors
 from mmedit_cli.registry import cache_dir, share_dir
+from mmedit_cli.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion

@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,15 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mmedit_cli.errors import RunError, StateError
+from mmedit_cli.storage import (
+    dump_json,
+    file_errors,
+    read_tensors,
+    sha256_json,
+    sync_folder,
+    write_atomic,
+    write_tensors,
+)
 
 _START_ANEW = "start it anew with --force"
 _OURS = ("*.jsonl", "*.safetensors", "*.tmp", "report.json", "run.yaml")
@@ -45,7 +52,7 @@ class Run:
         """
         path = folder / "report.json"
         try:
-            with _naming(path, "read"):
+            with file_errors(path, "read"):
                 return _decode(path.read_bytes()) if path.exists() else None
         except ValueError as error:
             raise RunError(f"{path}: not a report: {error}", _START_ANEW) from error
@@ -68,10 +75,10 @@ class Run:
 
         Raises RunError if another process writes the folder, or if it holds a run with another config.
         """
-        with _naming(folder, "create the folder"):
+        with file_errors(folder, "create the folder"):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
-        with _naming(folder, "lock the folder"):
+        with file_errors(folder, "lock the folder"):
             try:
                 lock.acquire()
             except Timeout as error:
@@ -108,7 +115,7 @@ class Run:
         """Add the records to `<name>.jsonl` in one write: after a failure none of them is there."""
         path = self._path(name, ".jsonl")
         data = _encode_lines(path, records)
-        with _naming(path, "write"), path.open("ab", buffering=0) as file:
+        with file_errors(path, "write"), path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
                 if file.write(data) != len(data):
@@ -118,7 +125,7 @@ class Run:
                 file.truncate(size)
                 raise
             if size == 0:
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Return all records of `<name>.jsonl`; a last line that a kill left torn is cut off the file.
@@ -126,7 +133,7 @@ class Run:
         Raises RunError for a line in the middle that is no JSON object.
         """
         path = self._path(name, ".jsonl")
-        with _naming(path, "read"):
+        with file_errors(path, "read"):
             data = path.read_bytes() if path.exists() else b""
         *lines, torn = data.split(b"\n")
         records = []
@@ -138,7 +145,7 @@ class Run:
                     raise RunError(f"{path}:{number}: not a record: {error}", _START_ANEW) from error
                 torn = line + b"\n"
         if torn and self._lock.is_locked:
-            with _naming(path, "mend"):
+            with file_errors(path, "mend"):
                 os.truncate(path, len(data) - len(torn))
         return records
 
@@ -149,15 +156,8 @@ class Run:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
         """Replace `<name>.safetensors` atomically and return its path; metadata is text only."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = self._path(name, ".safetensors")
-        try:
-            with _replacing(path) as temporary:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, dict(metadata))
-        except SafetensorError as error:  # this is also how a full disk arrives
-            raise RunError(f"{path}: cannot write: {error}") from error
+        write_tensors(path, tensors, metadata)
         return path
 
     def load_tensors(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
@@ -165,15 +165,12 @@ class Run:
 
         Raises RunError if the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(name, ".safetensors")
         if not path.exists():
             return None
         try:
-            with _naming(path, "read"), safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except SafetensorError as error:
+            return read_tensors(path)
+        except StateError as error:
             raise RunError(f"{path}: damaged: {error}", _START_ANEW) from error
 
     def finish(self, report: Mapping[str, Any]) -> Path:
@@ -186,7 +183,7 @@ class Run:
         return self.folder / f"{name}{suffix}"
 
     def _prepare(self, config: Mapping[str, Any], environment: Mapping[str, Any], force: bool) -> None:
-        with _naming(self.folder, "clear"):
+        with file_errors(self.folder, "clear"):
             for pattern in _OURS if force else ("*.tmp",):
                 for path in self.folder.glob(pattern):
                     path.unlink()
@@ -206,74 +203,6 @@ class Run:
             self.read(records.stem)  # cuts a torn line off before anything is appended to it
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that at any moment, even after a crash, it is either the old or the new one.
-
-    Raises RunError.
-    """
-    with _replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write tensors and text to one safetensors file, atomically; raise RunError if that fails."""
-    from safetensors.torch import save
-
-    write_atomic(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata)))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path}: not a readable state ({error})") from error
-
-
-def sha256_json(obj: Any) -> str:
-    """Return the SHA-256 of the canonical JSON (sorted keys, no blanks, no NaN): equal content, equal digest."""
-    return hashlib.sha256(_dump(obj, sort=True)).hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path` that takes its place at the end, or vanishes."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    with _naming(path, "write"):
-        try:
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
-            yield temporary
-            temporary.chmod(mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path, action: str) -> Iterator[None]:
-    """Turn the failures of the file system into a RunError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot {action}: {error.strerror or error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows and some network file systems cannot do this
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _safe_name(part: str) -> str:
     """Return a file name for any text; where the text had to be changed a short hash keeps it distinct."""
     name = re.sub(r"[^A-Za-z0-9._+=-]+", "-", part).strip(".-")[:60]
@@ -285,7 +214,7 @@ def _safe_name(part: str) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Return what `run.yaml` holds; raise RunError unless it describes a run."""
     try:
-        with _naming(path, "read"):
+        with file_errors(path, "read"):
             saved = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise RunError(f"{path}: not valid YAML", _START_ANEW) from error
@@ -294,15 +223,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _dump(obj: Any, *, indent: int | None = None, sort: bool = False) -> bytes:
-    separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(obj, ensure_ascii=False, allow_nan=False, sort_keys=sort, indent=indent, separators=separators)
-    return text.encode("utf-8", "backslashreplace")  # a lone surrogate (an odd path) becomes its own JSON escape
-
-
 def _encode(path: Path, obj: Any, indent: int | None = None) -> bytes:
     try:
-        return _dump(obj, indent=indent)
+        return dump_json(obj, indent=indent)
     except ValueError as error:
         raise RunError(f"{path}: cannot be written as JSON: {error}") from error
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from mmedit_cli.image_pairs import emojikb_edits  # noqa: E402
 from mmedit_cli.image_pairs.base import EditPair, fingerprint  # noqa: E402
 from mmedit_cli.pictures import png  # noqa: E402
-from mmedit_cli.records import write_atomic  # noqa: E402
+from mmedit_cli.storage import write_atomic  # noqa: E402
 
 MANIFEST = ROOT / "data" / "emojikb-edits" / "manifest.json"
 LEAST = 2.0  # mean difference of 255: below it nobody sees an edit

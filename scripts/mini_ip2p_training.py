@@ -22,7 +22,7 @@ from mmedit_cli.image_editors._latent import encode_pictures
 from mmedit_cli.image_editors.mgie.modules import widened
 from mmedit_cli.image_pairs import emojikb_edits
 from mmedit_cli.image_pairs.base import EditPair, fingerprint
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.training.mgie import dropped
 
 CHUNK = 64  # pictures encoded at once

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.errors import UserError
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 
 LOG_SECONDS, SAVE_SECONDS = 20, 180
 BETAS, CLIP = (0.9, 0.95), 1.0

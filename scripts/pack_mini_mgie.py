@@ -14,7 +14,8 @@ from mini_training import replacing_folder
 
 from mmedit_cli.catalog import CHECKPOINT
 from mmedit_cli.errors import UserError
-from mmedit_cli.records import Run, read_tensors, write_tensors
+from mmedit_cli.records import Run
+from mmedit_cli.storage import read_tensors, write_tensors
 
 
 def pack(run: Path, folder: Path, settings: dict[str, float]) -> None:

@@ -22,8 +22,8 @@ from score_mini_vlm import measure_and_print, stages_table
 from mmedit_cli.image_pairs.base import open_pairs
 from mmedit_cli.image_pairs.emojikb_edits import AMBIGUOUS
 from mmedit_cli.output import Output
-from mmedit_cli.records import write_atomic
 from mmedit_cli.reports.gallery import Row, contact_sheet
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.workflows.image_evaluation import ImageEvalOptions, evaluate
 
 DATA = "emojikb-edits:eval"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mmedit_cli import runtime
 from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Query
 
 TARGETS = {"name": 0.60, "background": 0.80}

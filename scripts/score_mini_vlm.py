@@ -30,7 +30,7 @@ from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import UserError
 from mmedit_cli.evaluation.metrics import answer_match
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Query
 
 TARGETS = {

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from mmedit_cli.evaluation.artists import ArtistClassifier, weights_file
 from mmedit_cli.image_pairs.emojikb_edits import ARTISTS
-from mmedit_cli.records import write_tensors
+from mmedit_cli.storage import write_tensors
 
 STEPS, BATCH, SMOOTHING = 1500, 32, 0.05
 RATE = Schedule(passes=1, pictures=BATCH, rate=3e-3, decay=0.02)

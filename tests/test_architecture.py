@@ -20,6 +20,7 @@ ROWS = (
         "hparams",
         "registry",
         "records",
+        "storage",
         "runtime",
         "catalog",
         "patch",

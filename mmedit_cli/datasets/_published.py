@@ -15,8 +15,8 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import CHAT, CLEAN, DataOptions, Dataset
 from mmedit_cli.datasets.files import read_records
 from mmedit_cli.errors import DataError, near_miss
-from mmedit_cli.records import sha256_json, write_atomic
 from mmedit_cli.registry import cache_dir, data_home
+from mmedit_cli.storage import sha256_json, write_atomic
 from mmedit_cli.types import EditCase, Query
 
 TRAIN = "train"

@@ -19,7 +19,7 @@ def write(folder: Path, block: Blocks, scale: float, model: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save
 
-    from mmedit_cli.records import write_atomic
+    from mmedit_cli.storage import write_atomic
 
     rank = next(iter(block.a.values())).shape[-1]
     config = LoraConfig(

@@ -239,7 +239,7 @@ class Editor(ABC):
         """Write the state to one safetensors file."""
         from safetensors.torch import save
 
-        from mmedit_cli.records import write_atomic
+        from mmedit_cli.storage import write_atomic
 
         tensors, metadata = self.state()
         write_atomic(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
@@ -336,7 +336,7 @@ class TrainedEditor(Editor):
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
-    from mmedit_cli.records import read_tensors
+    from mmedit_cli.storage import read_tensors
 
     return read_tensors(path)
 

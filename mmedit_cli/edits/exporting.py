@@ -18,7 +18,7 @@ from mmedit_cli.catalog import find_model
 from mmedit_cli.edits.model import EditedModel, described, open_edits
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.output import Output
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions
 

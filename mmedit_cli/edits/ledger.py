@@ -25,7 +25,8 @@ import yaml
 
 from mmedit_cli.edits.shards import Shards, grouped, sweep
 from mmedit_cli.errors import RunError, StateError, UserError
-from mmedit_cli.records import Run, sha256_json, write_atomic
+from mmedit_cli.records import Run
+from mmedit_cli.storage import sha256_json, write_atomic
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.concepts import INDEX
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmedit_cli.errors import StateError
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 
 T = TypeVar("T")
 

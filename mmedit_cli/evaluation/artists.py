@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mmedit_cli.errors import StateError
 from mmedit_cli.image_editors._latent import to_pixels
 from mmedit_cli.image_pairs.emojikb_edits import ARTISTS
-from mmedit_cli.records import read_tensors
 from mmedit_cli.registry import share_dir
+from mmedit_cli.storage import read_tensors
 
 WIDTH = 24  # channels of the first layer
 _GROUPS, _CHUNK = 4, 64

@@ -17,7 +17,8 @@ from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import RunError, UserError
 from mmedit_cli.evaluation import metrics
 from mmedit_cli.evaluation.answers import Answer, ask
-from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.records import Run
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import EditCase, Query
 
 PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mmedit_cli.errors import StateError
-from mmedit_cli.records import write_tensors
+from mmedit_cli.storage import write_tensors
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 

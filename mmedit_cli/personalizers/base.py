@@ -17,8 +17,8 @@ from mmedit_cli.backbones.stable_diffusion import StableDiffusion
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.pictures import check_picture
-from mmedit_cli.records import read_tensors, write_tensors
 from mmedit_cli.runtime import generator
+from mmedit_cli.storage import read_tensors, write_tensors
 from mmedit_cli.types import Concept
 
 FORMAT = "1"  # of concept files; another is refused

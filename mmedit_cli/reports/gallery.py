@@ -45,7 +45,7 @@ def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
         for j, row in enumerate(rows):
             if kind in row["panels"]:
                 _panel(sheet, pen, (left, 40 + j * height), row["panels"][kind], kind)
-    from mmedit_cli.records import write_atomic
+    from mmedit_cli.storage import write_atomic
 
     write_atomic(path, png(sheet, small=True))
 
@@ -57,7 +57,7 @@ def edit_sheet(source: Path, background: str, edits: Sequence[Mapping[str, Any]]
     """
     from PIL import Image, ImageDraw
 
-    from mmedit_cli.records import write_atomic
+    from mmedit_cli.storage import write_atomic
 
     shown = [(load_picture(Picture(source, background)), "before")]
     shown += [(load_picture(Picture(Path(edit["output"]), background)), f"seed {edit['seed']}") for edit in edits]
@@ -80,7 +80,7 @@ def contact_sheet(rows: Sequence[Row], path: Path) -> None:
     """Draw groups of pictures beside each other, a row of them below its words, and write all as a PNG."""
     from PIL import Image, ImageDraw
 
-    from mmedit_cli.records import write_atomic
+    from mmedit_cli.storage import write_atomic
 
     gap, height = GAP // 4, 2 * LINE + SIDE + GAP // 2
     shown = {file: _thumbnail(file) for _, groups in rows for _, files in groups for file in files}
@@ -109,7 +109,7 @@ def _thumbnail(file: Path) -> Image.Image:
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
     """Write a page in HTML: under each heading rows as on a contact sheet, of pictures that stay where they are."""
-    from mmedit_cli.records import write_atomic
+    from mmedit_cli.storage import write_atomic
 
     name = escape(title)
     lines = [f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>', f"<h1>{name}</h1>"]

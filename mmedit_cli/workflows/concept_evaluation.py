@@ -21,8 +21,9 @@ from mmedit_cli.catalog import bundled
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
-from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.subjects.base import Subject
 from mmedit_cli.workflows.concept_plan import ConceptEvalOptions, ConceptPlan, Sheet, plan_evaluation, sheets_of
 from mmedit_cli.workflows.concepts import ConceptFolder, learn_into, personalizer_for, training_dtype

@@ -13,7 +13,8 @@ from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model, in_cache
 from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import load_hparams, read_values, to_dict
-from mmedit_cli.records import Run, sha256_json
+from mmedit_cli.records import Run
+from mmedit_cli.storage import sha256_json
 from mmedit_cli.subjects.base import Subject, SubjectSet, in_plain_words, open_subjects
 from mmedit_cli.types import Concept
 from mmedit_cli.workflows.concepts import training_dtype

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.output import Output
-from mmedit_cli.records import write_atomic
 from mmedit_cli.runtime import resolve_device
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Concept
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class ConceptFolder:
         The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts.
         """
         from mmedit_cli.hparams import load_hparams
-        from mmedit_cli.records import read_tensors
+        from mmedit_cli.storage import read_tensors
 
         name = self.head["editor"]
         cls = registry.personalizers.get(name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
-from mmedit_cli.records import write_atomic
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.workflows.concepts import ConceptFolder
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from mmedit_cli.catalog import DEFAULTS, ModelRef, find_model
 from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
-from mmedit_cli.records import Run, sha256_json
+from mmedit_cli.records import Run
+from mmedit_cli.storage import sha256_json
 from mmedit_cli.types import EditCase, Query
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
-from mmedit_cli.records import Run, sha256_json, write_atomic
+from mmedit_cli.records import Run
 from mmedit_cli.reports.gallery import edit_sheet
+from mmedit_cli.storage import sha256_json, write_atomic
 from mmedit_cli.workflows.image_training import newest
 
 if TYPE_CHECKING:

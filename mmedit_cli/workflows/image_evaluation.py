@@ -26,8 +26,9 @@ from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.image_pairs.base import EditPair, fingerprint, open_pairs
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import png
-from mmedit_cli.records import Run, write_atomic
+from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
+from mmedit_cli.storage import write_atomic
 from mmedit_cli.workflows.image_edits import EditOptions, load_editor
 from mmedit_cli.workflows.image_training import DATA
 
