@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ Words = Sequence[str] | Callable[[], int]  # of the command line, or a function 
 Tree = dict[str, tuple[int, bytes | None]]  # path: (mode, content; None for a folder)
 
 COSTS = {"time", "seconds", "peak_memory", "cost", "seconds_per_subject", "seconds_per_edit", "loss_seconds"}
-TEMPORARY = re.compile(r"[0-9a-f]{8}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # the part of a name that is random
+TEMPORARY = re.compile(r"\.[0-9a-f]{6}-\d+-[0-9a-f]{8}-[0-9a-f]{6}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # random
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ class Result:
 class Ended:
     """How a process ended: its exit code (None: killed), its changes, and what it said.
 
-    `outside` are changes elsewhere than in the folder; `place` is the change it was killed at.
+    `outside` are changes elsewhere than in the folder; `place` is the change it was killed at; `imported` are the
+    modules that it had to import.
     """
 
     code: int | None
     changes: int
     outside: tuple[str, ...]
     place: str
+    imported: tuple[str, ...]
     said: str
 
 
@@ -81,6 +85,9 @@ class Campaign:
         began, result = time.monotonic(), Result()
         self._prepare(scenario)
         whole = self._must_run(scenario.words)
+        for module in whole.imported:  # so that the processes to come need not
+            with suppress(ImportError):
+                importlib.import_module(module)
         result.changes = whole.changes
         result.differences += [f"undisturbed: {line}" for line in whole.outside]
         wanted = [tree(self.home)]
@@ -164,12 +171,13 @@ class Campaign:
         outside = dict.fromkeys(f"outside: {what}" for kind, _, what in told if kind == "outside")
         said = (self.root / "said.txt").read_text(encoding="utf-8", errors="replace")
         code = None if status == -signal.SIGKILL else status
-        return Ended(code, sum(counts), tuple(outside), "".join(places), said)
+        imported = tuple(what for kind, _, what in told if kind == "imported")
+        return Ended(code, sum(counts), tuple(outside), "".join(places), imported, said)
 
     def _become(self, words: Words, kill_at: int | None, writer: int) -> None:
         """Be the process that runs the command; never returns."""
         code = 70
-        write = os.write
+        write, known = os.write, set(sys.modules)
         try:
             said = os.open(self.root / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for descriptor in (1, 2):
@@ -182,7 +190,11 @@ class Campaign:
             code = words() if callable(words) else self._main(list(words))
             sys.stdout.flush()
             sys.stderr.flush()
-            write(writer, f"count {self._watch.count}\n".encode())
+            lines = [
+                f"count {self._watch.count}",
+                *(f"imported {name}" for name in [*sys.modules] if name not in known),
+            ]
+            write(writer, "".join(f"{line}\n" for line in lines).encode())
         except BaseException:
             import traceback
 
