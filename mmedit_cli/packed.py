@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmedit_cli.errors import MmeditError
+from mmedit_cli.storage import remove_temporaries, temporary_folder
 
 T = TypeVar("T")
 MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and time
@@ -23,6 +23,7 @@ def unpack_beside(home: Path) -> None:
     Several processes may do so at once: a file is there as a whole or not at all, and the mark comes last. Where a zip
     is damaged or nothing can be written, nothing happens: `way_out` says so to who misses a file.
     """
+    remove_temporaries(home)
     for archive in sorted(home.glob("*.zip")):
         folder, state = archive.with_suffix(""), archive.stat()
         mark = f"{state.st_size} {state.st_mtime_ns}\n"
@@ -92,8 +93,8 @@ def pack(folder: Path) -> Path:
 def _unpack(archive: Path, folder: Path, mark: str) -> None:
     from mmedit_cli.download.unpack import unpack
 
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        fresh = Path(temporary) / folder.name
+    with temporary_folder(folder.with_name(f".{folder.name}")) as temporary:
+        fresh = temporary / folder.name
         unpack(archive, fresh)
         (fresh / MARK).write_text(mark, encoding="utf-8")
         if not folder.is_dir():

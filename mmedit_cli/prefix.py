@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -15,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from mmedit_cli.storage import new_temporary_folder
 
 K = TypeVar("K", bound=Hashable)
 
@@ -147,7 +148,7 @@ class RowCache(Generic[K]):
         if not self._spill:
             return
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="mmedit-"))
+            self._folder = new_temporary_folder()
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         file = self._folder / f"{index}.safetensors"
         if not file.exists():

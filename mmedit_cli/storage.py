@@ -16,9 +16,11 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +109,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path` that takes its place at the end of the block, or vanishes.
 
-    Raises RunError for failures of the file system.
+    The first time that a process writes into a folder, what killed runs left there is removed. Raises RunError for
+    failures of the file system.
     """
     temporary = temporary_beside(path)
     with file_errors(path, "write"):
+        _remove_temporaries_once(path.parent.absolute(), os.getpid())
         try:
             temporary.touch(exist_ok=False)
             mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
@@ -131,12 +135,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     `target` must not be there yet, or be an empty folder. Leftovers of killed runs beside it are removed first.
     Raises RunError for failures of the file system.
     """
-    temporary = temporary_beside(target)
     with file_errors(target, "write"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(target.parent)
-        try:
-            temporary.mkdir()
+        with temporary_folder(target) as temporary:
             yield temporary
             for path in temporary.rglob("*"):
                 _sync_file(path) if path.is_file() else sync_folder(path)
@@ -144,8 +145,28 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 target.rmdir()  # fails where it is not empty
             temporary.rename(target)
             sync_folder(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(beside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder that vanishes at the end of the block: beside a path, or in the system's place for them.
+
+    Leftovers of killed runs there are removed first. Raises OSError.
+    """
+    temporary = new_temporary_folder(beside)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def new_temporary_folder(beside: Path | None = None) -> Path:
+    """Do as `temporary_folder`, for a caller that removes the folder itself."""
+    place = beside or Path(tempfile.gettempdir()) / "mmedit"
+    remove_temporaries(place.parent)
+    temporary = temporary_beside(place)
+    temporary.mkdir(mode=0o777 if beside else 0o700)
+    return temporary
 
 
 def temporary_beside(path: Path) -> Path:
@@ -231,16 +252,21 @@ def sweep_tree(folder: Path, shape: re.Pattern[str]) -> None:
         folder.rmdir()
 
 
-def remove_temporaries(folder: Path) -> list[Path]:
+def remove_temporaries(folder: Path, *, earlier: bool = False) -> list[Path]:
     """Remove the temporary files and folders that killed runs left in a folder; return what was removed.
 
-    Those of a process that may still run stay; after a day it counts as gone.
+    Those of a process that may still run stay; after a day it counts as gone. `earlier`: the files of mmedit 0.1 go
+    too, whose names others may use as well, so only in a folder that is the program's own.
     """
     if is_link(folder) or not folder.is_dir():
         return []
     removed = []
-    for path in list(folder.iterdir()):
-        if not _is_abandoned(path):
+    try:
+        found = list(folder.iterdir())
+    except OSError:  # a folder that may be written to but not listed
+        return []
+    for path in found:
+        if not _is_abandoned(path, earlier):
             continue
         with suppress(OSError):
             if path.is_dir():
@@ -251,19 +277,23 @@ def remove_temporaries(folder: Path) -> list[Path]:
     return removed
 
 
+@cache
+def _remove_temporaries_once(folder: Path, process: int) -> None:
+    """Do `remove_temporaries` once in a process: a folder may be large and written to often."""
+    remove_temporaries(folder)
+
+
 def is_temporary(name: str) -> bool:
     """Tell whether a name has the shape of a temporary file or folder of this program."""
     return bool(_TEMPORARY.fullmatch(name) or _EARLIER.fullmatch(name))
 
 
-def _is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path, earlier: bool) -> bool:
     if is_link(path):
         return False
-    if _EARLIER.fullmatch(path.name) and not _TEMPORARY.fullmatch(path.name):
-        return path.is_file()
     found = _TEMPORARY.fullmatch(path.name)
     if found is None:
-        return False
+        return earlier and _EARLIER.fullmatch(path.name) is not None and path.is_file()
     if found["host"] == _host() and found["process"] == _PROCESS and int(found["pid"]) == os.getpid():
         return False
     if found["host"] == _host() and not _may_run(int(found["pid"])):

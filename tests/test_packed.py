@@ -93,7 +93,7 @@ def test_where_nothing_can_be_written(archive, monkeypatch):
     def refused(*_args, **_options):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refused)
+    monkeypatch.setattr("mmedit_cli.packed.temporary_folder", refused)
     unpack_beside(archive.parent)
     folder = archive.with_suffix("")
     assert way_out(folder / "a.png") == f"unpack {archive} as {folder}"

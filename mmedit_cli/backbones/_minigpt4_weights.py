@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from mmedit_cli.catalog import read_config
 from mmedit_cli.errors import ModelError
+from mmedit_cli.storage import staged_folder
 
 _VISION_LAYERS = 39  # the published code leaves the last block of EVA ViT-g out
 _VISION_HEAD, _QFORMER_HEAD = 88, 64  # channels of an attention head
@@ -76,15 +75,8 @@ def convert(parts: Published, out: Path, note: Callable[[str], None] = lambda te
         _vision_config(vision, parts.vision), _qformer_config(qformer, parts.qformer), llm.config, tensors
     )
     note(f"writing {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with staged_folder(out) as fresh:
         _write(model, tokenizer, fresh, llm.dtype)
-        fresh.chmod(0o755)
-        fresh.rename(out)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     return out
 
 

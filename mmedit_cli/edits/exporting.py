@@ -18,7 +18,7 @@ from mmedit_cli.catalog import find_model
 from mmedit_cli.edits.model import EditedModel, described, open_edits
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.output import Output
-from mmedit_cli.storage import write_atomic
+from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions
 
@@ -45,21 +45,14 @@ def export(folder: Path, to: Path, options: ModelOptions, out: Output, *, adapte
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to}: not empty", "name a new folder with --to")
-    temporary = to.with_name(f"{to.name}.{secrets.token_hex(4)}.tmp")
     with open_edits(folder, model=options, out=out) as edited:
         if not edited.ledger.active:
             raise UserError(f"{folder}: no active edits, so there is nothing to export", "mmedit edits redo")
-        try:
-            temporary.mkdir(parents=True)
-            report = _write(edited, temporary, out, adapters)
-            write_atomic(temporary / "README.md", card(edited, report["kind"], to.name))
+        with staged_folder(to) as fresh:
+            report = _write(edited, fresh, out, adapters)
+            write_atomic(fresh / "README.md", card(edited, report["kind"], to.name))
             facts = [described(edit) for edit in edited.ledger.active]
-            write_atomic(temporary / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False))
-            if to.exists():
-                to.rmdir()
-            temporary.rename(to)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            write_atomic(fresh / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False))
     return {**report, "folder": str(to), "edits": len(facts)}
 
 

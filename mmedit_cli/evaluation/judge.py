@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 from PIL import Image
 
@@ -14,6 +12,7 @@ from mmedit_cli.evaluation.artists import ArtistClassifier
 from mmedit_cli.evaluation.metrics import answer_match
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.image_pairs.emojikb_edits import WHO
+from mmedit_cli.storage import temporary_folder
 from mmedit_cli.types import Query
 
 _LONGEST = 16  # tokens of an answer
@@ -56,8 +55,8 @@ class Judge:
 
     def _read(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         """Return what the model answers, generated freely."""
-        with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder) / f"{i}.png" for i in range(len(pictures))]
+        with temporary_folder() as folder:
+            files = [folder / f"{i}.png" for i in range(len(pictures))]
             for picture, file in zip(pictures, files, strict=True):
                 picture.save(file)
             queries = [Query(question, image=file) for question, file in zip(questions, files, strict=True)]

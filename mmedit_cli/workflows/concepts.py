@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -24,7 +23,7 @@ from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.runtime import resolve_device
-from mmedit_cli.storage import write_atomic
+from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Concept
 
 if TYPE_CHECKING:
@@ -289,15 +288,11 @@ def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: 
     out.note(f"loading {model or folder.head['model']}")
     loaded = load_stable_diffusion(model or folder.head["model"], device=device)
     written = []
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary, folder.load(loaded) as personalizer:
-        staged = Path(temporary) / to.name
-        staged.mkdir()
+    with staged_folder(to) as fresh, folder.load(loaded) as personalizer:
         for entry in folder.entries:
-            personalizer.export(entry["token"], staged / entry["file"])  # type: ignore[attr-defined]
+            personalizer.export(entry["token"], fresh / entry["file"])  # type: ignore[attr-defined]
             called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
             written.append({"token": entry["token"], "file": str(to / entry["file"]), "called": called})
-        staged.rename(to)
     return {"editor": name, "model": loaded.name, "written": written}
 
 

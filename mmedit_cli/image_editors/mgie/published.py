@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from mmedit_cli.errors import ModelError
 from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
 from mmedit_cli.image_editors.mgie.modules import N_TOKENS, MGIEEditHead
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
+from mmedit_cli.storage import staged_folder
 
 # the conversation that the published weights were trained with; <image> stands between its own two tokens
 PROMPT = (
@@ -75,15 +74,8 @@ def convert(parts: Published, out: Path, note: Callable[[str], None] = lambda te
     head = _edit_head(guidance, str(parts.mllm))
     pipeline = MGIEPipeline(mllm, processor, head, unet, diffusion.vae, diffusion.scheduler, PROMPT)
     note(f"writing {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with staged_folder(out) as fresh:
         pipeline.save_pretrained(fresh)
-        fresh.chmod(0o755)
-        fresh.rename(out)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     return out
 
 
