@@ -24,7 +24,7 @@ from mmedit_cli.commands import (
     train_editor,
 )
 from mmedit_cli.errors import MmeditError, UserError
-from mmedit_cli.output import Output, report_error, report_failure
+from mmedit_cli.output import Output, finish, report_error, report_failure
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
 
@@ -83,16 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        app(args=arguments, prog_name="mmedit")
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code == _INTERRUPTED:
-            report_error(
-                MmeditError(
-                    "interrupted", "the same command continues where it stopped, or begins again where it cannot"
-                )
-            )
-        return code
+        code = _run(arguments)
+        finish()
     except MmeditError as error:
         if "--debug" in arguments:
             raise
@@ -101,10 +93,30 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
-        if isinstance(error, OSError) and error.filename is not None:  # the system refuses: no fault of ours
-            hint = "is the folder there, and may you write to it?"
-            report_error(refused := UserError(f"{error.filename}: {error.strerror}", hint))
+        if isinstance(error, OSError):  # the system refuses: no fault of ours
+            refused = _refused(error)
+            report_error(refused)
             return refused.exit_code
         report_failure(error)
         return 1
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(args=arguments, prog_name="mmedit")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        if code == _INTERRUPTED:
+            hint = "the same command continues where it stopped, or begins again where it cannot"
+            report_error(MmeditError("interrupted", hint))
+        return code
     return 0
+
+
+def _refused(error: OSError) -> MmeditError:
+    """Say what the system refused: a file that was named, or something like a full disk."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return MmeditError(reason, "is the disk full?")
+    return UserError(f"{error.filename}: {reason}", "is the folder there, and may you write to it?")

@@ -1,12 +1,19 @@
-"""Everything the program says: results on stdout (a table, or JSON), talk and progress on stderr. The only print."""
+"""The one printer: results on stdout (a table, or JSON), talk and progress on stderr.
+
+What is shown may come from anybody's file: control characters are made visible, markup such as `[bold]` and `:apple:`
+stays as it is, and what is longer than a few lines is cut (JSON never is). A stdout that is closed, full or not UTF-8
+never becomes a traceback.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mmedit_cli.errors import MmeditError
@@ -16,8 +23,32 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _PIPE_WIDTH = 120
+_MOST_LINE = 4000  # characters of a line of a result
+_MOST_TALK = 1000  # of a note, a problem or a hint
+_MOST_CELL = 400
+_MOST_LINES = 8
+_MOST_PROBLEMS = 20
+# C0 but line break and tab, DEL, C1, halves of characters, other line breaks, marks that turn the direction
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_RAW_IN_JSON = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # JSON itself escapes only C0
 Tick = Callable[[str, int], None]
 TransferTick = Callable[[str, int, int | None], None]
+
+
+class OutputLost(MmeditError):
+    """What was to be printed on stdout did not get there."""
+
+
+def visible(text: str) -> str:
+    """Return a text in which nothing can act on a terminal: control characters are written as Python escapes them."""
+    return _INVISIBLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of about `most` characters and at most 8 lines that says how much was left out."""
+    kept = "\n".join(text[:most].split("\n", _MOST_LINES)[:_MOST_LINES])
+    left_out = len(text) - len(kept)
+    return f"{kept} ... ({left_out:,} more characters)" if left_out else text
 
 
 class Output:
@@ -29,23 +60,23 @@ class Output:
     def result(self, data: Any, show: Callable[[], None]) -> None:
         """Print the result of a command: `data` as JSON, or what `show` prints."""
         if self.as_json:
-            print(json.dumps(data, indent=2, ensure_ascii=False))
+            _put(_json(data) + "\n")
         else:
             show()
 
     def line(self, text: str = "") -> None:
         """Print one line of a result."""
-        print(text)
+        _put(visible(cut(text, _MOST_LINE)) + "\n")
 
     def write(self, text: str) -> None:
         """Print a part of a line at once."""
-        print(text, end="", flush=True)
+        _put(visible(text), flush=True)
 
     def yaml(self, data: Mapping[str, Any]) -> None:
         """Print nested values as YAML."""
         import yaml
 
-        print(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), end="")
+        _put(visible(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)))
 
     def table(
         self,
@@ -57,32 +88,50 @@ class Output:
     ) -> None:
         """Print a table; a rule is drawn after each row whose index is in `sections`."""
         from rich import box
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        def cell(text: str) -> Text:  # a Text is printed to the letter, a str would be read as markup
+            return Text(visible(cut(text, _MOST_CELL)))
+
+        table = Table(
+            title=Text(visible(title), "table.title") if title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for i, name in enumerate(header):
-            table.add_column(escape(name), overflow="fold", justify="left" if i == 0 else "default")
+            table.add_column(cell(name), overflow="fold", justify="left" if i == 0 else "default")
         for i, row in enumerate(rows):
-            table.add_row(*map(escape, row), end_section=i in sections)
-        _console(sys.stdout).print(table)
+            table.add_row(*map(cell, row), end_section=i in sections)
+        console = _console(_stdout())
+        with console.capture() as captured:
+            console.print(table)
+        _put(captured.get())
 
     def note(self, text: str) -> None:
         """Say something on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            _tell(text)
 
     @contextmanager
     def progress(self, totals: Mapping[str, int]) -> Iterator[Tick]:
         """Show bars on stderr while the block runs; yield `tick(what, n)`. Without a terminal nothing is drawn."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = _console(sys.stderr)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = _console(sys.stderr or io.StringIO())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(
             *columns, console=console, transient=True, disable=self.quiet or not console.is_terminal
         ) as bars:
-            tasks = {what: bars.add_task(what, total=total) for what, total in totals.items()}
+            tasks = {
+                what: bars.add_task(visible(cut(what, _MOST_CELL)), total=total) for what, total in totals.items()
+            }
             yield lambda what, n: bars.advance(tasks[what], n)
 
     @contextmanager
@@ -90,14 +139,19 @@ class Output:
         """Show a bar in bytes for each thing on its way; yield `tick(what, n, total)`, total None if not known."""
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-        console = _console(sys.stderr)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        console = _console(sys.stderr or io.StringIO())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+        )
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
 
             def tick(what: str, count: int, total: int | None) -> None:
                 if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
+                    tasks[what] = bars.add_task(visible(cut(what, _MOST_CELL)), total=total)
                 bars.update(tasks[what], advance=count, total=total)
 
             yield tick
@@ -105,17 +159,89 @@ class Output:
 
 def report_error(error: MmeditError) -> None:
     """Print an error for people: one `error:` line a problem, then one `hint:` line."""
-    for problem in error.problems:
-        print(f"error: {' '.join(problem.split())}", file=sys.stderr)
+    for problem in error.problems[:_MOST_PROBLEMS]:
+        _tell(f"error: {' '.join(problem.split())}")
+    more = len(error.problems) - _MOST_PROBLEMS
+    if more > 0:
+        _tell(f"error: and {more:,} more problems")
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        _tell(f"hint: {' '.join(error.hint.split())}")
 
 
 def report_failure(error: BaseException) -> None:
     """Print an unexpected failure as one line."""
     text = " ".join(str(error).split()) or "no message"
-    print(f"error: {type(error).__name__}: {text[:300]}", file=sys.stderr)
-    print("hint: run the same command with --debug to see where; please report it", file=sys.stderr)
+    _tell(f"error: {type(error).__name__}: {cut(text, 300)}")
+    _tell("hint: run the same command with --debug to see where; please report it")
+
+
+def finish() -> None:
+    """Send everything printed so far on its way; raise OutputLost if it does not arrive.
+
+    Python itself would do so at exit, with a traceback. Nothing was printed yet where stdout is closed.
+    """
+    if sys.stdout is not None:
+        _put("", flush=True)
+
+
+def _stdout() -> TextIO:
+    if sys.stdout is None:
+        raise OutputLost("standard output is closed: the result cannot be printed")
+    return sys.stdout
+
+
+def _put(text: str, *, flush: bool = False) -> None:
+    """Write to stdout; raise OutputLost if that fails."""
+    stream = _stdout()
+    try:
+        stream.write(_encodable(text, stream))
+        if flush:
+            stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: closed by somebody
+        _give_up_stdout()
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough: nothing to say
+            raise OutputLost(()) from error
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise OutputLost(f"standard output: {reason}: the result is not printed whole") from error
+
+
+def _give_up_stdout() -> None:
+    """Let what is still in the buffer of stdout go nowhere: Python would try it again at exit and complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _tell(text: str) -> None:
+    """Write a line to stderr, if there is one: talk that nobody can hear is no failure."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(_encodable(visible(cut(text, _MOST_TALK)) + "\n", sys.stderr))
+            sys.stderr.flush()
+
+
+def _json(data: Any) -> str:
+    """Return data as JSON that any terminal shows and any program reads."""
+    plain = _is_utf8(_stdout())
+    text = json.dumps(data, indent=2, ensure_ascii=not plain)
+    if not text.isascii():
+        with_escapes = _RAW_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = with_escapes.encode("utf-8", "backslashreplace").decode()  # half a character becomes its JSON escape
+    return text
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    return (stream.encoding or "utf-8").lower().replace("-", "").startswith("utf8")
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Return a text that the stream can encode; other characters become Python's escapes."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    except LookupError:
+        return text
 
 
 def _console(stream: TextIO) -> Console:

@@ -224,8 +224,7 @@ def json_item(text: str, start: int) -> tuple[Any, int]:
         ):
             check_values(value)
     except json.JSONDecodeError as fault:
-        line = text.count("\n", 0, fault.pos) + 1
-        raise ValueError(f"not valid JSON ({fault.msg} in line {line}, column {fault.colno})") from fault
+        raise ValueError(f"not valid JSON ({fault.msg} in line {fault.lineno}, column {fault.colno})") from fault
     except RecursionError as fault:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from fault
     except _Refused as fault:
@@ -291,13 +290,13 @@ def read_json_lines(path: Path, *, error: ErrorType = DataError, hint: str = "")
             yield parse_json_object(line, f"{path}:{number}", error=error, hint=hint)
 
 
-def read_csv(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+def read_csv(path: Path, problems: list[str], *, error: ErrorType = DataError) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) of a CSV file with a header; empty cells are left out.
 
-    The delimiter is a comma, a semicolon or a tab, whichever the header has most of. Raises `error` for a column that
-    stands twice, a row with more cells than the header, and what is not CSV.
+    The delimiter is a comma, a semicolon or a tab, whichever the header has most of. A column that stands twice, rows
+    with more cells than the header and what is not CSV go to `problems`. Raises `error` if the file cannot be read.
     """
-    lines = read_lines(path, error=error, hint=hint)
+    lines = read_lines(path, error=error)
     header = next((line for _, line in lines), "")
     delimiter = max(_DELIMITERS, key=header.count)
     rows = csv.reader(_with_ends(header, lines), delimiter=delimiter, strict=True)
@@ -307,14 +306,16 @@ def read_csv(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Ite
         for row in rows:
             place, done = f"{path}:{done + 1}", rows.line_num
             if not names:
-                names = _columns(row, place, error, hint)
+                names = [name.strip() for name in row]
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    problems.append(f"{place}: column {', '.join(twice)} stands twice")
+                    return
             elif len(row) > len(names):
-                advice = hint or "put quotes around a comma"
-                raise error(f"{place}: more cells than the header has columns (quotes around a comma?)", advice)
+                problems.append(f"{place}: more cells than the header has columns (put quotes around a comma)")
             elif row:
                 yield place, {name: cell for name, cell in zip(names, row, strict=False) if cell}
     except csv.Error as fault:
-        raise error(f"{path}:{done + 1}: not valid CSV ({fault})", hint) from fault
+        problems.append(f"{path}:{done + 1}: not valid CSV ({fault})")
 
 
 def _with_ends(header: str, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
@@ -322,14 +323,6 @@ def _with_ends(header: str, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
     yield header + "\n"
     for _, line in lines:
         yield line + "\n"
-
-
-def _columns(row: list[str], place: str, error: ErrorType, hint: str) -> list[str]:
-    names = [name.strip() for name in row]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise error(f"{place}: column {', '.join(twice)} stands twice", hint)
-    return names
 
 
 # -- YAML ---------------------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mmedit_cli.datasets.emojikb import concepts_in  # noqa: E402
-from mmedit_cli.datasets.files import read_text  # noqa: E402
 from mmedit_cli.packed import loose, pack, unpack_beside  # noqa: E402
+from mmedit_cli.reading import read_text  # noqa: E402
 
 DATA = ROOT / "data" / "emojikb"
 SIDE = 64  # pixels

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from mmedit_cli.backbones._batch import Encoded
 from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.datasets.files import read_text
+from mmedit_cli.reading import read_text
 from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import Query
 

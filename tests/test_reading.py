@@ -31,7 +31,7 @@ def test_only_regular_files_are_opened(tmp_path):
         path = tmp_path / name
         for read in (reading.read_text, reading.read_bytes, reading.read_json, reading.read_yaml):
             assert said in refusal(read, path)
-        for read in (reading.read_lines, reading.read_json_lines, reading.read_csv):
+        for read in (reading.read_lines, reading.read_json_lines, lambda path: reading.read_csv(path, [])):
             assert said in refusal(lambda path, read=read: list(read(path)), path)
     assert "cannot be read" in refusal(reading.read_text, tmp_path / "loop")
     assert "null" in refusal(reading.read_text, tmp_path / "a\0b")
@@ -132,15 +132,18 @@ def test_json_lines_name_the_line(tmp_path):
 
 def test_csv_names_the_line_a_record_begins_in(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text('a;b\n"x\ny";z\n;2\n1;2;3\n')
-    rows = reading.read_csv(path)
-    assert next(rows) == (f"{path}:2", {"a": "x\ny", "b": "z"})
-    assert next(rows) == (f"{path}:4", {"b": "2"})
-    assert f"{path}:5: more cells" in refusal(next, rows)
-    path.write_text("a,a\n1,2\n")
-    assert "column a stands twice" in refusal(next, reading.read_csv(path))
-    path.write_text('a,b\n"1,2\n')
-    assert ":2: not valid CSV" in refusal(next, reading.read_csv(path))
+    for text, rows, problem in (
+        ('a;b\n"x\ny";z\n;2\n1;2;3\n', [("2", {"a": "x\ny", "b": "z"}), ("4", {"b": "2"})], ":5: more cells"),
+        ("a,a\n1,2\n", [], ":1: column a stands twice"),
+        ('a,b\n1\n"1,2\n', [("2", {"a": "1"})], ":3: not valid CSV"),
+        ("a,b\n" + "x" * 200_000, [], ":2: not valid CSV (field larger than field limit"),
+        ("", [], ""),
+    ):
+        path.write_text(text)
+        problems: list[str] = []
+        assert list(reading.read_csv(path, problems)) == [(f"{path}:{line}", row) for line, row in rows]
+        assert problem in "".join(problems)
+        assert len(problems) == bool(problem)
 
 
 @pytest.mark.parametrize(

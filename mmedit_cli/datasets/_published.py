@@ -145,6 +145,7 @@ class Published(Dataset):
     templates: Mapping[str, Template]
     image_mark: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict)
+    more_keys: Mapping[str, str] = field(default_factory=dict)  # by split: what its reader reads beside the usual keys
     extras: Sequence[Source] = ()
 
     @property
@@ -206,6 +207,12 @@ class Published(Dataset):
             f"expected as {self.images(options) / self.image_example}; --images FOLDER names another place, "
             "--skip-missing goes on with what is there"
         )
+
+    def form(self, split: str) -> str:
+        """Return the keys of a record of a split."""
+        more = self.more_keys.get(split)
+        usual = ", ".join((*_TEXTS, *_IMAGES))
+        return f"a record of {self.name}:{split} is an object with {usual}{f', {more}' if more else ''}"
 
     def _files(self) -> str:
         return ", ".join(dict.fromkeys(source.file for source in self.sources.values()))

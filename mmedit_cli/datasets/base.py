@@ -71,6 +71,10 @@ class Dataset(ABC):
         """Return in one line where the pictures are expected."""
         return "the pictures come with the data"
 
+    def form(self, split: str) -> str:
+        """Return in one line what a record of a split looks like."""
+        return FORMAT
+
     def split(self, name: str) -> str:
         """Return the split of that name (empty: the default one); raise DataError if there is none."""
         if name and name not in self.splits:
@@ -114,11 +118,13 @@ def read_data(data: str | Path, *, limit: int | None = None, options: DataOption
         dataset, split = named[0], named[0].split(named[1])
         name = str(data)
         records, layout = dataset.cases(split, options, problems), dataset.layout(options)
+        record_form = dataset.form(split)
     else:
         path = own_file(data)
         name = path.parent.name if path.name.startswith("cases.jsonl") else Path(path.name.removesuffix(PACKED)).stem
         records = own_cases(path, options, problems)
         layout = f"images are named relative to {options.images or path.parent}"
+        record_form = FORMAT
     kept = read_subset(_subset_file(data, named, options)) if options.subset else None
     pictures = Pictures(options.skip_missing)
     cases: list[EditCase] = []
@@ -129,9 +135,9 @@ def read_data(data: str | Path, *, limit: int | None = None, options: DataOption
         if limit is not None and len(cases) + len(problems) >= limit:
             break
     if lines := _most(problems, data) + pictures.problems(str(data)):
-        raise DataError(lines, layout if pictures.missing and not problems else FORMAT)
+        raise DataError(lines, layout if pictures.missing and not problems else record_form)
     if not cases:
-        raise DataError(f"{data}: no cases in it", layout if pictures.missing else FORMAT)
+        raise DataError(f"{data}: no cases in it", layout if pictures.missing else record_form)
     template = options.template or (named[0].template if named else "")
     selection: dict[str, Any] = {"template": template} if template else {}
     selection |= {"subset": Path(options.subset).name} if options.subset else {}

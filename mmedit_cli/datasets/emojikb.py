@@ -19,9 +19,9 @@ from typing import Any, final
 
 from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
-from mmedit_cli.datasets.files import PACKED, read_text
 from mmedit_cli.errors import DataError
 from mmedit_cli.packed import compare, differences, loose, unpack_beside
+from mmedit_cli.reading import PACKED, read_text
 from mmedit_cli.registry import share_dir
 from mmedit_cli.types import EditCase
 

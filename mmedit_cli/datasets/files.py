@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.reading import (
+    MOST_VALUES,
+    PACKED,
+    count_of_values,
+    json_item,
+    parse_json,
+    read_csv,
+    read_lines,
+    read_text,
+)
 
-FORMATS = (".jsonl", ".json", ".csv")
+FORMATS = (".jsonl", ".json", ".csv")  # each of them may also be gzipped
 Record = tuple[str, Any]  # "file:line", what stands there
-PACKED = ".gz"  # each of them may also be gzipped
-_DELIMITERS = (",", ";", "\t")  # what spreadsheets write
-_LARGEST = 2**31  # bytes of an unpacked file
+_MOST_PROBLEMS = 1000  # a file with more of them is not what it was taken for
 
 
 def form(path: Path) -> str:
@@ -26,52 +29,42 @@ def form(path: Path) -> str:
     return Path(name).suffix
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file, unpacked if it is gzipped.
-
-    Raises DataError if it cannot be read, is not UTF-8, or is no gzip file though it is called one.
-    """
-    try:
-        if path.suffix.lower() != PACKED:
-            data = path.read_bytes()
-        else:
-            with gzip.open(path) as stream:
-                data = stream.read(_LARGEST)
-                if stream.read(1):
-                    raise DataError(f"{path}: more than {_LARGEST >> 30} GiB unpacked", "split it into smaller files")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})", "save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error})", "pack it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def read_records(path: Path, problems: list[str]) -> Iterator[Record]:
     """Yield the records of a file with their places; a record that cannot be read goes to `problems`.
 
-    JSON is one array of records, JSON lines one record a line, CSV a header and one record a row. Raises DataError for
-    a file that `read_text` cannot read.
+    JSON is one array of records, JSON lines one record a line, CSV a header and one record a row. Reading ends where
+    there are very many problems. Raises DataError for a file that cannot be read at all.
     """
-    reader = {".json": _json, ".csv": _csv}.get(form(path), _lines)
-    yield from reader(path, read_text(path), problems)
+    reader = {".json": _json, ".csv": read_csv}.get(form(path), _lines)
+    for record in reader(path, problems):
+        yield record
+        if len(problems) > _MOST_PROBLEMS:
+            return
 
 
-def _lines(path: Path, text: str, problems: list[str]) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _lines(path: Path, problems: list[str]) -> Iterator[Record]:
+    for number, line in read_lines(path):
         if line.strip():
+            place = f"{path}:{number}"
             try:
-                yield f"{path}:{number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                problems.append(f"{path}:{number}: not valid JSON ({error})")
+                record = parse_json(line, place)
+            except DataError as error:
+                problems += error.problems
+                if len(problems) > _MOST_PROBLEMS:
+                    return
+                continue
+            yield place, record
 
 
-def _json(path: Path, text: str, problems: list[str]) -> Iterator[Record]:
+def _json(path: Path, problems: list[str]) -> Iterator[Record]:
     """Decode the array item by item, so that each has its line and the good ones before a fault are not lost."""
-    decoder, at = json.JSONDecoder(), _skip(text, 0)
+    text = read_text(path)
+    at = _skip(text, 0)
     if text[at : at + 1] != "[":
         problems.append(f"{path}: must be an array of records")
+        return
+    if count_of_values(text) > MOST_VALUES:
+        problems.append(f"{path}: more than {MOST_VALUES:,} values (JSON lines have no such bound)")
         return
     line, counted, end = 1, 0, "["
     while True:
@@ -80,9 +73,9 @@ def _json(path: Path, text: str, problems: list[str]) -> Iterator[Record]:
         if text[start : start + 1] == "]" and end == "[":
             return
         try:
-            record, stop = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{path}:{getattr(error, 'lineno', line)}: not valid JSON ({error}); is the file cut off?")
+            record, stop = json_item(text, start)
+        except ValueError as error:
+            problems.append(f"{path}:{line}: {error}; is the file cut off?")
             return
         yield f"{path}:{line}", record
         at = _skip(text, stop)
@@ -98,23 +91,3 @@ def _skip(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def _csv(path: Path, text: str, problems: list[str]) -> Iterator[Record]:
-    header = text.partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(_DELIMITERS, key=header.count), strict=True)
-    done = 1  # a quoted cell may hold line breaks: a record begins where the one before it ended
-    try:
-        names = [name.strip() for name in rows.fieldnames or ()]
-        rows.fieldnames = names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            problems.append(f"{path}:1: column {', '.join(twice)} stands twice")
-            return
-        for row in rows:
-            place, done = f"{path}:{done + 1}", rows.line_num
-            if None in row:
-                problems.append(f"{place}: more cells than the header has columns (put quotes around a comma)")
-            else:
-                yield place, {name: cell for name, cell in row.items() if cell}
-    except csv.Error as error:
-        problems.append(f"{path}:{done + 1}: not valid CSV ({error})")

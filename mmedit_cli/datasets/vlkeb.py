@@ -79,6 +79,11 @@ DATASET = Published(
         "onehop-edits": ONEHOP,
         "multihop": Source("eval_multihop.json"),
     },
+    more_keys={
+        "onehop": "port_new: [{port_q, port_a}]",
+        "onehop-edits": "port_new: [{port_q, port_a, port_edit_q, port_edit_a}]",
+        "multihop": "port_new: [{port_type, Q&A: {Question, Answer}}]",
+    },
     readers={"onehop": one_hop, "onehop-edits": one_hop_edits, "multihop": multi_hop},
     templates={
         "liveedit": Template("{}", "{}?", "{} The answer is:"),  # LiveEdit (CVPR 2025), evaluation code

@@ -68,7 +68,7 @@ def test_blank_lines_are_skipped_and_separators_inside_texts_are_kept(tmp_path):
     ("record", "problem"),
     [
         ("{", "cases.jsonl:2: not valid JSON"),
-        ("[" * 10**5, "cases.jsonl:2: not valid JSON"),
+        ("[" * 10**5, "cases.jsonl:2: nested deeper than 64 levels"),
         ("[]", "cases.jsonl:2: must be an object"),
         ({"id": "2"}, "cases.jsonl:2: request is missing"),
         ({**GOOD, "id": 2}, "cases.jsonl:2: id: must be a text"),

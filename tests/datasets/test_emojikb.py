@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmedit_cli.datasets.base import load_cases
 from mmedit_cli.datasets.emojikb import SPLITS, audit, queries
-from mmedit_cli.datasets.files import read_text
+from mmedit_cli.reading import read_text
 
 DATA = ROOT / "data" / "emojikb"
 TYPES = {"name", "kind", "category", "background", "country", "capital", "continent", "currency", "language"}

@@ -326,6 +326,8 @@ def test_a_malformed_record_is_named_and_the_others_are_not_lost(small, cli, cha
     assert f"{place}:15: {problem}" in first
     assert second == f"{place}:28: alt is missing"
     assert third == f"{place}:31: must be an object with keys"
+    assert "a record of evqa:eval is an object with src, alt, rephrase" in caught.value.hint
+    assert "`request`" not in caught.value.hint
     assert len(read("evqa", small, problems=[])) == 1
     code, text, _ = cli("doctor", "evqa", "--root", small, "--json")
     rows = [(row["ok"], row["found"]) for row in json.loads(text) if row["check"] == "eval record"]
