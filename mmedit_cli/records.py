@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from mmedit_cli.errors import RunError, StateError
 from mmedit_cli.storage import (
     dump_json,
     file_errors,
+    is_link,
     read_tensors,
+    remove_file,
+    remove_temporaries,
     sha256_json,
     sync_folder,
     write_atomic,
@@ -25,7 +29,14 @@ from mmedit_cli.storage import (
 )
 
 _START_ANEW = "start it anew with --force"
-_OURS = ("*.jsonl", "*.safetensors", "*.tmp", "report.json", "run.yaml")
+_RECORDS = ("cases", "edits", "expressive", "learned", "log")
+_TENSORS = ("editor", "last")
+_WRITTEN = (  # everything that a run writes itself; nothing else in its folder is ever cut or removed
+    *(f"{name}.jsonl" for name in _RECORDS),
+    *(f"{name}.safetensors" for name in _TENSORS),
+    "report.json",
+    "run.yaml",
+)
 
 
 class Run:
@@ -75,21 +86,31 @@ class Run:
 
         Raises RunError if another process writes the folder, or if it holds a run with another config.
         """
+        run = cls.lock(folder)
+        try:
+            run.prepare(config, environment, force=force)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def lock(cls, folder: Path) -> Run:
+        """Take the lock of a folder, which is made if need be, and return its run, not prepared yet.
+
+        Raises RunError if another process writes the folder.
+        """
         with file_errors(folder, "create the folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0, thread_local=False)
+        path = folder / ".lock"
+        _refuse_link(path)
+        lock = FileLock(path, timeout=0, thread_local=False)
         with file_errors(folder, "lock the folder"):
             try:
                 lock.acquire()
             except Timeout as error:
                 raise RunError(f"another process is writing {folder}", "wait for it to end, or stop it") from error
-        run = cls(folder, lock)
-        try:
-            run._prepare(config, environment, force)
-        except BaseException:
-            run.close()
-            raise
-        return run
+        return cls(folder, lock)
 
     @classmethod
     def view(cls, folder: Path) -> Run:
@@ -99,11 +120,20 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """The environment the run began in."""
-        return dict(_read_yaml(self._path("run", ".yaml"))["environment"])
+        return dict(_read_yaml(self.folder / "run.yaml")["environment"])
 
     def close(self) -> None:
         """Let go of the folder; closing twice is fine."""
         self._lock.release()
+
+    def discard(self) -> None:
+        """Let go of a folder in which nothing came about, and remove it if it is empty."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                remove_file(self.folder / ".lock")
+        self.close()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def __enter__(self) -> Run:
         return self
@@ -111,10 +141,10 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add the records to `<name>.jsonl` in one write: after a failure none of them is there."""
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> bytes:
+        """Add the records to `<name>.jsonl` in one write and return it: after a failure none of them is there."""
         path = self._path(name, ".jsonl")
-        data = _encode_lines(path, records)
+        data = encode_lines(path, records)
         with file_errors(path, "write"), path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
@@ -126,33 +156,41 @@ class Run:
                 raise
             if size == 0:
                 sync_folder(self.folder)
+        return data
 
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """Return all records of `<name>.jsonl`; a last line that a kill left torn is cut off the file.
+    def lines(self, name: str) -> bytes:
+        """Return the whole lines of `<name>.jsonl`; what follows the last newline was torn by a kill.
 
-        Raises RunError for a line in the middle that is no JSON object.
+        Who holds the lock also cuts it off the file.
         """
         path = self._path(name, ".jsonl")
         with file_errors(path, "read"):
             data = path.read_bytes() if path.exists() else b""
-        *lines, torn = data.split(b"\n")
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data) and self._lock.is_locked:
+            with file_errors(path, "mend"):
+                os.truncate(path, len(whole))
+        return whole
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """Return all records of `<name>.jsonl`; raise RunError for a line that is no JSON object."""
+        return self.decode(name, self.lines(name))
+
+    def decode(self, name: str, lines: bytes) -> list[dict[str, Any]]:
+        """Return the records in lines of `<name>.jsonl`; raise RunError for a line that is no JSON object."""
         records = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines.split(b"\n")[:-1], 1):
             try:
                 records.append(_decode(line))
-            except ValueError as error:
-                if torn or number < len(lines):
-                    raise RunError(f"{path}:{number}: not a record: {error}", _START_ANEW) from error
-                torn = line + b"\n"
-        if torn and self._lock.is_locked:
-            with file_errors(path, "mend"):
-                os.truncate(path, len(data) - len(torn))
+            except (ValueError, RecursionError) as error:
+                path = self._path(name, ".jsonl")
+                raise RunError(f"{path}:{number}: not a record: {error}", _START_ANEW) from error
         return records
 
     def rewrite(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Replace `<name>.jsonl` atomically."""
         path = self._path(name, ".jsonl")
-        write_atomic(path, _encode_lines(path, records))
+        write_atomic(path, encode_lines(path, records))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
         """Replace `<name>.safetensors` atomically and return its path; metadata is text only."""
@@ -180,13 +218,21 @@ class Run:
         return path
 
     def _path(self, name: str, suffix: str) -> Path:
+        if name not in (_RECORDS if suffix == ".jsonl" else _TENSORS):
+            raise ValueError(f"{name}{suffix}: name it in records.py, so that --force removes it")
         return self.folder / f"{name}{suffix}"
 
-    def _prepare(self, config: Mapping[str, Any], environment: Mapping[str, Any], force: bool) -> None:
+    def prepare(self, config: Mapping[str, Any], environment: Mapping[str, Any], *, force: bool = False) -> None:
+        """Begin or continue the run of a config; `force` removes what an earlier one left.
+
+        Raises RunError if the folder holds a run with another config.
+        """
+        for name in _WRITTEN:
+            _refuse_link(self.folder / name)
         with file_errors(self.folder, "clear"):
-            for pattern in _OURS if force else ("*.tmp",):
-                for path in self.folder.glob(pattern):
-                    path.unlink()
+            remove_temporaries(self.folder)
+            for name in _WRITTEN if force else ():
+                remove_file(self.folder / name)
         path = self.folder / "run.yaml"
         ours = json.loads(_encode(path, {"config": config, "environment": environment}))
         if not path.exists():
@@ -199,8 +245,14 @@ class Run:
                 f"{self.folder}: holds a run with another config (different: {', '.join(keys)})",
                 "choose another folder, or replace that run with --force",
             )
-        for records in self.folder.glob("*.jsonl"):
-            self.read(records.stem)  # cuts a torn line off before anything is appended to it
+        for name in _RECORDS:
+            self.lines(name)  # cuts a torn line off before anything is appended to it
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise RunError for a link in the place of a file that is written: what it points to is somebody else's."""
+    if is_link(path):
+        raise RunError(f"{path}: a link, where this program writes a file", "replace it by the file itself")
 
 
 def _safe_name(part: str) -> str:
@@ -230,7 +282,8 @@ def _encode(path: Path, obj: Any, indent: int | None = None) -> bytes:
         raise RunError(f"{path}: cannot be written as JSON: {error}") from error
 
 
-def _encode_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> bytes:
+def encode_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return records as JSON lines; raise RunError naming `path` for what JSON does not have."""
     return b"".join(_encode(path, record) + b"\n" for record in records)
 
 

@@ -43,12 +43,12 @@ def test_a_run_from_start_to_report(tmp_path: Path) -> None:
         run.append("cases", [{"b": 1, "a": "é\n"}, {"c": 0.1}])
         run.append("cases", [])
         run.append("cases", iter([{"odd path": "\udc80"}]))
-        run.rewrite("other", [{"x": 1}])
-        run.rewrite("other", [{"x": 2}])
+        run.rewrite("log", [{"x": 1}])
+        run.rewrite("log", [{"x": 2}])
         assert (folder / "cases.jsonl").read_bytes().splitlines()[0] == '{"b":1,"a":"é\\n"}'.encode()
         assert run.read("cases") == [{"a": "é\n", "b": 1}, {"c": 0.1}, {"odd path": "\udc80"}]
-        assert run.read("other") == [{"x": 2}]
-        assert run.read("nothing") == []
+        assert run.read("log") == [{"x": 2}]
+        assert run.read("edits") == []
         assert run.finish({"z": 1, "a": "é"}) == folder / "report.json"
     assert Run.finished(folder) == {"z": 1, "a": "é"}
     assert (folder / "report.json").read_text("utf-8") == '{\n  "z": 1,\n  "a": "é"\n}\n'
@@ -109,7 +109,7 @@ def test_a_killed_writer_leaves_whole_records(tmp_path: Path) -> None:
         assert [record["i"] for record in run.read("cases")] == list(range(done + 1))
 
 
-@pytest.mark.parametrize("torn", [b'{"i":', b'{"i":2}', b"\0\0\0\n", b"[1]\n", b'{"a":"\xff"}\n'])
+@pytest.mark.parametrize("torn", [b'{"i":', b'{"i":2}', b"\0\0\0", b'{"a":"\xff"}'])
 def test_a_torn_last_line_is_cut_off(run: Run, torn: bytes) -> None:
     run.append("cases", [{"i": 0}])
     path = run.folder / "cases.jsonl"
@@ -123,26 +123,48 @@ def test_a_torn_last_line_is_cut_off(run: Run, torn: bytes) -> None:
         assert path.read_bytes() == b'{"i":0}\n{"i":1}\n'
 
 
-def test_a_corrupt_line_in_the_middle_is_named(run: Run) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [b'{"i":0}\n{"i":\n{"i":2}\n', b'{"i":0}\n{"i:1}\n', b'{"i":0}\n[1]\n{"i"', b"{}\n\0\0\n", b'{}\n{"a":"\xff"}\n'],
+)
+def test_a_corrupt_line_is_named_and_kept_even_the_last(run: Run, data: bytes) -> None:
+    """Only a line without its newline was torn by a kill; anything else was damaged, and is not ours to cut off."""
     path = run.folder / "cases.jsonl"
-    path.write_bytes(b'{"i":0}\n{"i":\n{"i":2}\n')
+    path.write_bytes(data)
     with pytest.raises(RunError, match=r"cases\.jsonl:2: ") as caught:
         run.read("cases")
     assert "--force" in caught.value.hint
-    assert path.stat().st_size == 22
+    assert path.read_bytes() == data[: data.rfind(b"\n") + 1]
 
 
 def test_force_removes_only_files_of_a_run(run: Run) -> None:
     run.append("cases", [{"i": 0}])
     run.finish({})
-    for name in ("state.safetensors", "x.tmp", "notes.txt"):
-        (run.folder / name).write_text("?")
+    theirs = ("my-facts.jsonl", "my-lora.safetensors", "x.tmp", "notes.txt")
+    for name in theirs:
+        (run.folder / name).write_text("no newline")
     run.close()
     Run.open(run.folder, CONFIG, {}).close()
-    assert not (run.folder / "x.tmp").exists()
     assert Run.finished(run.folder) == {}
     Run.open(run.folder, {"other": 1}, {}, force=True).close()
-    assert {path.name for path in run.folder.iterdir()} - {".lock"} == {"run.yaml", "notes.txt"}
+    assert {path.name for path in run.folder.iterdir()} - {".lock"} == {"run.yaml", *theirs}
+    assert {(run.folder / name).read_text() for name in theirs} == {"no newline"}
+    with pytest.raises(ValueError, match=r"name it in records\.py"):
+        run.append("unheard", [])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("name", [".lock", "run.yaml", "cases.jsonl", "report.json", "editor.safetensors"])
+def test_nothing_is_written_or_cut_through_a_link(run: Run, tmp_path: Path, name: str) -> None:
+    run.close()
+    victim = tmp_path / "victim"
+    victim.write_text("config: {}")
+    (run.folder / name).unlink(missing_ok=True)
+    (run.folder / name).symlink_to(victim)
+    for force in (False, True):
+        with pytest.raises(RunError, match="a link, where this program writes a file"):
+            Run.open(run.folder, CONFIG, {}, force=force)
+    assert victim.read_text() == "config: {}"
 
 
 def test_finish_is_all_or_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,20 +249,20 @@ def test_sha256_json_is_canonical() -> None:
 
 def test_tensors(run: Run) -> None:
     torch = pytest.importorskip("torch")
-    assert run.load_tensors("state") is None
+    assert run.load_tensors("last") is None
     weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
-    path = run.save_tensors("state", {"w": weight}, {"step": "3"})
-    assert path == run.folder / "state.safetensors"
-    tensors, metadata = run.load_tensors("state")
+    path = run.save_tensors("last", {"w": weight}, {"step": "3"})
+    assert path == run.folder / "last.safetensors"
+    tensors, metadata = run.load_tensors("last")
     assert torch.equal(tensors["w"], weight)
     assert metadata == {"step": "3"}
-    run.save_tensors("state", {"w": weight + 1}, {})
+    run.save_tensors("last", {"w": weight + 1}, {})
     assert torch.equal(tensors["w"], weight)  # what was loaded before does not follow the file
-    assert run.load_tensors("state")[1] == {}
+    assert run.load_tensors("last")[1] == {}
     data = path.read_bytes()
     for damaged in (data[:-1], b"", b"\xff" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(RunError, match=r"state\.safetensors: damaged") as caught:
-            run.load_tensors("state")
+        with pytest.raises(RunError, match=r"last\.safetensors: damaged") as caught:
+            run.load_tensors("last")
         assert "--force" in caught.value.hint
     assert not list(run.folder.glob("*.tmp"))
