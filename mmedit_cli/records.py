@@ -49,6 +49,7 @@ class Run:
     def __init__(self, folder: Path, lock: BaseFileLock) -> None:
         self.folder = folder
         self._lock = lock
+        self._made = False  # the folder, by this process
 
     @staticmethod
     def locate(root: Path, parts: Sequence[str], config: Mapping[str, Any]) -> Path:
@@ -100,6 +101,7 @@ class Run:
 
         Raises RunError if another process writes the folder.
         """
+        made = not folder.exists()
         with file_errors(folder, "create the folder"):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / ".lock"
@@ -110,7 +112,9 @@ class Run:
                 lock.acquire()
             except Timeout as error:
                 raise RunError(f"another process is writing {folder}", "wait for it to end, or stop it") from error
-        return cls(folder, lock)
+        run = cls(folder, lock)
+        run._made = made
+        return run
 
     @classmethod
     def view(cls, folder: Path) -> Run:
@@ -127,13 +131,14 @@ class Run:
         self._lock.release()
 
     def discard(self) -> None:
-        """Let go of a folder in which nothing came about, and remove it if it is empty."""
+        """Let go of a folder in which nothing came about; remove it if `lock` made it and it is empty."""
         if self._lock.is_locked:
             with suppress(OSError):  # Windows removes no open file
                 remove_file(self.folder / ".lock")
         self.close()
-        with suppress(OSError):
-            self.folder.rmdir()
+        if self._made:
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def __enter__(self) -> Run:
         return self

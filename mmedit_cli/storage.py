@@ -120,7 +120,7 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
             yield temporary
             temporary.chmod(mode)
-            _sync_file(temporary)
+            sync_file(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
@@ -140,7 +140,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         with temporary_folder(target) as temporary:
             yield temporary
             for path in temporary.rglob("*"):
-                _sync_file(path) if path.is_file() else sync_folder(path)
+                sync_file(path) if path.is_file() else sync_folder(path)
             if target.is_dir() and not is_link(target):
                 target.rmdir()  # fails where it is not empty
             temporary.rename(target)
@@ -327,6 +327,7 @@ def _host() -> str:
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make what is in a file survive a crash of the machine. Raises OSError."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -132,7 +132,10 @@ def compact(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write the ledger anew in few files; edits and answers stay, the history of undo and redo goes."""
+    """Write the ledger anew in few files; edits and answers stay, the history of undo and redo goes.
+
+    Files of tensors and pictures that no line of the ledger names are removed, and named here.
+    """
     from mmedit_cli.edits import making
     from mmedit_cli.workflows.evaluation import ModelOptions
 
@@ -145,6 +148,8 @@ def compact(
             f"{before['shards']:,} files of tensors became {after['shards']:,}; "
             f"{before['bytes'] / (1 << 20):,.1f} MiB became {after['bytes'] / (1 << 20):,.1f} MiB"
         )
+        for file in done["removed"]["unnamed"]:
+            out.line(f"removed {file['file']} ({file['bytes']:,} bytes): no line of the ledger named it")
 
     out.result(done, show)
 

@@ -5,16 +5,19 @@
     shards/<sha256>.safetensors    tensors of edits; a line names the shard that it needs, and so its digest
     pictures/<sha256>.png          the pictures of the requests, so that an edit can be made again anywhere
     networks.safetensors  the trained networks of the editor, if it has any
+    seal.json             length and SHA-256 of the lines: lost or changed lines are noticed before anything is written
 
-A shard is on disk before the line that names it, and a line is whole or cut off: an edit is in, or it is not.
+A shard is on disk before the line that names it, and a line is whole or cut off: an edit is in, or it is not. Files
+that no line names stay until `compact`, because the lines may have been lost. What a line named and a later one
+replaced is removed by the command that replaced it; readers that meet the gap begin again with the new lines.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -23,16 +26,29 @@ from typing import Any
 
 import yaml
 
-from mmedit_cli.edits.shards import Shards, grouped, sweep
+from mmedit_cli.edits.seal import SEAL, Beginning, Seal
+from mmedit_cli.edits.shards import SHARD_FILE, Shards, grouped
 from mmedit_cli.errors import RunError, StateError, UserError
-from mmedit_cli.records import Run
-from mmedit_cli.storage import sha256_json, write_atomic
+from mmedit_cli.records import Run, encode_lines
+from mmedit_cli.storage import (
+    is_link,
+    is_temporary,
+    remove_file,
+    remove_temporaries,
+    sha256_json,
+    sweep,
+    unnamed,
+    write_atomic,
+)
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.concepts import INDEX
 
 FORMAT = 1  # of the folder; a newer one is refused
 NETWORKS = "networks.safetensors"
-_SHARD, _PICTURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{64}(\.[a-z0-9]{1,5})?")
+LINES = "edits.jsonl"
+_PARTS = ("shards", "pictures")
+_SHARD = re.compile(r"[0-9a-f]{64}")
+PICTURE_FILE = re.compile(r"[0-9a-f]{64}(\.[a-z0-9]{1,5})?")
 _SHARD_ROWS = 4096  # of a shard that compacting writes
 _PACKED = (32, 1024)  # edits: the newest shards below such a size are packed into one as soon as they hold as many
 
@@ -62,10 +78,15 @@ class Ledger(AbstractContextManager["Ledger"]):
     def __init__(self, folder: Path, run: Run, config: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         self.folder, self.config = folder, config
         self.edits: dict[int, Kept] = {}
+        self.began = False  # by this process
         self._run, self._writing = run, False
         self._files = Shards(folder)
+        self._seal = Seal(folder)
+        self._held: dict[str, Any] | None = None  # the tensors that a reader found together with the lines
+        self._kept_pictures: list[Path] = []  # written by this process
         self._state: str | None = None  # the shard that stands for all active edits
         self._shards: dict[str, list[int]] = {}  # the edits whose rows are in a shard, the newest shard last
+        self._replaced: set[str] = set()  # shards that a line named and a later one made superfluous
         for number, record in enumerate(records, 1):
             try:
                 self._take(record)
@@ -82,55 +103,123 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Whether there is a ledger in a folder; raise UserError if there is something else."""
         if (folder / "run.yaml").exists():
             return True
-        ours = {".lock", NETWORKS, "shards", "pictures"}
+        ours = {".lock", NETWORKS, SEAL, LINES, *_PARTS}
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: not a folder", "name a new folder for the edits")
-        if folder.exists() and any(p.name not in ours and p.suffix != ".tmp" for p in folder.iterdir()):
+        if folder.exists() and any(p.name not in ours and not is_temporary(p.name) for p in folder.iterdir()):
             raise UserError(f"{folder}: neither empty nor a ledger of edits", "name a new folder for the edits")
         return False
 
     @classmethod
     def create(
-        cls, folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any], networks: Path | None = None
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        networks: Path | None = None,
+        run: Run | None = None,
     ) -> Ledger:
-        """Begin a ledger and return it, open for writing; `networks` are copied. `run.yaml` is written last."""
-        if networks is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / NETWORKS, networks.read_bytes())
-        return cls._locked(folder, {"kind": "edits", "ledger": FORMAT, **config}, environment)
+        """Begin a ledger and return it, open for writing; `networks` are copied.
 
-    @classmethod
-    def open(cls, folder: Path, *, writing: bool = False) -> Ledger:
-        """Open a ledger; writing takes the lock, removes what a killed writer left, and mends a torn last line.
-
-        Raises UserError if there is none, StateError for a newer format, RunError if it is damaged or being written.
+        `run` holds the lock of the folder already. `run.yaml`, which makes the folder a ledger, is written last.
         """
-        config = _read_config(folder)
-        if writing:
-            return cls._locked(folder, config, {})
-        run = Run.view(folder)
-        return cls(folder, run, config, _hinted(lambda: run.read("edits")))
-
-    @classmethod
-    def _locked(cls, folder: Path, config: dict[str, Any], environment: Mapping[str, Any]) -> Ledger:
-        run = _hinted(lambda: Run.open(folder, config, environment))
+        run = run or Run.lock(folder)
         try:
-            ledger = cls(folder, run, config, _hinted(lambda: run.read("edits")))
-            for part in ("shards", "pictures"):
-                (folder / part).mkdir(exist_ok=True)
-            ledger._sweep()
-            ledger._writing = True
+            _refuse_links(folder)
+            if networks is not None:
+                write_atomic(folder / NETWORKS, networks.read_bytes())
+            began = not (folder / "run.yaml").exists()
+            if began and not (folder / SEAL).exists() and not run.lines("edits"):
+                Seal(folder).write()
+            ledger = cls._prepared(folder, {"kind": "edits", "ledger": FORMAT, **config}, environment, run)
         except BaseException:
             run.close()
             raise
+        ledger.began = began
         return ledger
+
+    @classmethod
+    def open(cls, folder: Path, *, writing: bool = False, tensors: bool = False, run: Run | None = None) -> Ledger:
+        """Open a ledger; writing takes the lock (unless `run` holds it) and mends what a killed writer left.
+
+        With `tensors` a reader also holds the tensors of the active edits, which a writer may replace at any moment.
+        Raises UserError if there is no ledger, StateError for a newer format or lost lines, RunError if it is damaged
+        or being written.
+        """
+        config = _read_config(folder)
+        if not writing:
+            return cls._viewed(folder, config, tensors)
+        run = run or _hinted(lambda: Run.lock(folder))
+        try:
+            return cls._prepared(folder, config, {}, run)
+        except BaseException:
+            run.close()
+            raise
+
+    @classmethod
+    def _prepared(cls, folder: Path, config: dict[str, Any], environment: Mapping[str, Any], run: Run) -> Ledger:
+        """Return the ledger of a folder whose lock is held; nothing is written before it is known to be whole."""
+        _refuse_links(folder)
+        accepted = Seal(folder).read()
+        lines = Run.view(folder).lines("edits")  # a torn line is not cut off yet
+        ledger = cls(folder, run, config, _hinted(lambda: run.decode("edits", lines)))
+        ledger._check_seal(lines, accepted)
+        _hinted(lambda: run.prepare(config, environment))
+        for part in _PARTS:
+            (folder / part).mkdir(exist_ok=True)
+            remove_temporaries(folder / part) if part == "pictures" else ledger._files.recover(ledger._current())
+        ledger._seal.start(lines)
+        if not ledger._seal.is_current(accepted):
+            ledger._seal.write()
+        ledger._writing = True
+        return ledger
+
+    @classmethod
+    def _viewed(cls, folder: Path, config: dict[str, Any], tensors: bool) -> Ledger:
+        """Return the ledger as it is between two changes of a writer, who may be at work; take no lock."""
+        run = Run.view(folder)
+        seen: tuple[Any, bytes] | None = None
+        while True:
+            accepted = Seal(folder).read()
+            lines = run.lines("edits")
+            again = seen == (accepted, lines)
+            seen = accepted, lines
+            try:
+                ledger = cls(folder, run, config, _hinted(lambda lines=lines: run.decode("edits", lines)))
+                ledger._check_seal(lines, accepted)
+                if tensors:
+                    ledger._held = ledger.tensors()
+            except StateError:
+                if again:  # nobody has changed anything meanwhile: it is damaged
+                    raise
+            else:
+                return ledger
+
+    def _check_seal(self, lines: bytes, accepted: list[Beginning] | None) -> None:
+        path = self.folder / LINES
+        torn = path.exists() and path.stat().st_size > len(lines)
+        self._seal.check(lines, accepted, torn=torn, shards=accepted is None and bool(self.shard_files()))
 
     def close(self) -> None:
         """Let go of the folder; closing twice is fine."""
         self._writing = False
         self._run.close()
 
-    def __exit__(self, *_: object) -> None:
+    def discard(self) -> None:
+        """Let go of the folder, and remove the ledger if this process began it and no edit got in."""
+        if self._writing and self.began and not self.edits:
+            written = [self.folder / name for name in (NETWORKS, LINES, SEAL, "run.yaml")]
+            for path in (*self._kept_pictures, *written):
+                remove_file(path)
+            for part in _PARTS:
+                with suppress(OSError):  # somebody else's files are in it
+                    (self.folder / part).rmdir()
+            self._run.discard()
+        self.close()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._writing and error is None:
+            self.remove_replaced()
         self.close()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -190,9 +279,22 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def tensors(self, *, undone: bool = False) -> dict[str, Any]:
         """Return the tensors of the active edits (or of all), on the CPU; raise StateError if a shard is damaged."""
+        if self._held is not None and not undone:
+            held, self._held = self._held, None  # they are wanted once, and may be large
+            return held
         if not self.rows:
             return {} if self._state is None else self._files.read(self._state)
         return self._rows(edit for edit in self.edits.values() if edit.active or undone)
+
+    def shard_files(self) -> list[Path]:
+        """Return the files of tensors, whether a line names them or not."""
+        return unnamed(self.folder / "shards", SHARD_FILE, ())
+
+    def _current(self) -> set[str]:
+        """Return the digests of the shards that are needed now."""
+        if not self.rows:
+            return set() if self._state is None else {self._state}
+        return set(self._shards)
 
     def _rows(self, edits: Iterable[Kept]) -> dict[str, Any]:
         """Return the tensors of some edits, a row each in their order."""
@@ -218,6 +320,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         path = self.folder / "pictures" / name
         if not path.exists():
             write_atomic(path, data)
+            self._kept_pictures.append(path)
         return replace(query, image=path)
 
     def add(
@@ -228,12 +331,14 @@ class Ledger(AbstractContextManager["Ledger"]):
         `requests` have their pictures in the ledger; `tensors` hold a row for each, or stand for all active edits.
         `before` are the answers so far, `names` what the user calls the pictures.
         """
-        shard, first = self._write_shard(tensors), self.next_id
+        first, now = self.next_id, _now()
         edits = [
-            Kept(first + row, request, _now(), said, name, True, first, shard, row)
+            Kept(first + row, request, now, said, name, True, first, None, row)
             for row, (request, said, name) in enumerate(zip(requests, before, names, strict=True))
         ]
-        self._append(self._record(edits, shard, 0))
+        with self._writing_shards():
+            shard = self._write_shard(tensors, edits)
+            self._append(self._record(edits, shard, 0))
         if self.rows:
             with suppress(StateError, RunError):  # the edit is in; a damaged shard is told of where it is read
                 self._pack()
@@ -241,42 +346,96 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def mark(self, do: str, ids: Sequence[int], tensors: Mapping[str, Any] | None = None) -> None:
         """Append an undo or a redo; `tensors` stand for all edits that are active then, where `rows` is false."""
-        shard = self._write_shard(tensors) if tensors else None
-        self._append({"do": do, "time": _now(), "ids": list(ids), "shard": shard})
+        self._check_writing()
+        record = {"do": do, "time": _now(), "ids": list(ids)}
+        changed = {i: replace(self.edits[i], active=do == "redo") for i in ids}
+        with self._writing_shards():
+            shard = self._write_shard(tensors or {}, (), changed)
+            self._append({**record, "shard": shard})
 
-    def rewrite(self, tensors: Mapping[str, Any]) -> None:
-        """Write everything anew, in few shards and without the history of undo and redo.
+    def rewrite(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Write everything anew, in few shards and without the history of undo and redo; return what was removed.
 
         `tensors` are those of all edits, undone ones included, or stand for all active edits. Old or new, nothing
-        between: the new shards are on disk before `edits.jsonl` is replaced, the old ones go afterwards.
+        between: the new shards are on disk before `edits.jsonl` is replaced, the old ones go afterwards, and with them
+        the files that no line named.
         """
+        self._check_writing()
+        with self._writing_shards():
+            self._replace_lines(self._anew(tensors))
+        return self._remove_unnamed()
+
+    def _anew(self, tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Write the shards of all edits and return the lines that name them."""
         operations = [[self.edits[i] for i in ids] for ids, _ in self.operations(undone=True)]
-        whole = None if self.rows else self._write_shard(tensors)
         records: list[dict[str, Any]] = []
-        start = 0
-        for group in grouped(operations, _SHARD_ROWS) if self.rows else [operations]:
-            rows = sum(map(len, group))
-            part = {name: tensor[start : start + rows] for name, tensor in tensors.items()} if self.rows else {}
-            shard, row = self._write_shard(part) if self.rows else whole, 0
-            for edits in group:
-                records.append(self._record(edits, shard, row))
-                row += len(edits)
-            start += rows
+        if self.rows:
+            start = 0
+            for group in grouped(operations, _SHARD_ROWS):
+                edits = [edit for operation in group for edit in operation]
+                part = {name: tensor[start : start + len(edits)] for name, tensor in tensors.items()}
+                records += self._records(group, self._write_shard(part, edits))
+                start += len(edits)
+            whole = None
+        else:
+            whole = self._write_shard(tensors, ())
+            records += self._records(operations, whole)
         undone = [i for i, edit in self.edits.items() if not edit.active]
         if undone:
             records.append({"do": "undo", "time": _now(), "ids": undone, "shard": whole})
+        return records
+
+    def _records(self, operations: Sequence[Sequence[Kept]], shard: str | None) -> list[dict[str, Any]]:
+        """Return the lines of operations whose tensors are in one shard."""
+        records, row = [], 0
+        for edits in operations:
+            records.append(self._record(edits, shard, row if self.rows else 0))
+            row += len(edits)
+        return records
+
+    def _replace_lines(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Replace all lines, and take over what they say."""
+        lines = encode_lines(self.folder / LINES, records)
+        old = self._current() | self._replaced
+        self._seal.write(lines)
         self._run.rewrite("edits", records)
+        self._seal.start(lines)
+        self._seal.write()
         self.edits.clear()
         self._shards.clear()
+        self._state = None
         for record in records:
             self._take(record)
-        self._sweep()
+        self._replaced = old - self._current()
+
+    def remove_replaced(self) -> None:
+        """Remove the shards that lines named and later ones replaced."""
+        for shard in self._replaced - self._current():
+            with suppress(OSError):
+                self._files.remove(shard)
+        self._replaced.clear()
+
+    def _remove_unnamed(self) -> dict[str, Any]:
+        """Remove the files that no line names; return their names and sizes, those that were replaced apart."""
+        current = {f"{shard}.safetensors" for shard in self._current()}
+        replaced = {f"{shard}.safetensors" for shard in self._replaced}
+        pictures = {edit.request.image.name for edit in self.edits.values() if edit.request.image is not None}
+        sizes = {path: path.stat().st_size for path in unnamed(self.folder / "shards", SHARD_FILE, current)}
+        sizes |= {path: path.stat().st_size for path in unnamed(self.folder / "pictures", PICTURE_FILE, pictures)}
+        gone = sweep(self.folder / "shards", SHARD_FILE, keep=current)
+        gone += sweep(self.folder / "pictures", PICTURE_FILE, keep=pictures)
+        self._replaced.clear()
+        lost = [path for path in gone if path.name not in replaced]
+        return {
+            "replaced": len(gone) - len(lost),
+            "unnamed": [{"file": f"{path.parent.name}/{path.name}", "bytes": sizes[path]} for path in lost],
+        }
 
     def _pack(self) -> None:
         """Put the newest shards into one where they hold enough edits together, as in a log-structured merge.
 
         So a row is written a few times at most, and many edits made one by one lie in few files. The files that are
-        named no more stay until the next writer comes: somebody may be reading them.
+        replaced stay until the ledger is closed.
         """
         for size in _PACKED:
             ids: list[int] = []
@@ -285,8 +444,10 @@ class Ledger(AbstractContextManager["Ledger"]):
                     break
                 ids = [*some, *ids]
             if len(ids) >= size:
-                shard = self._write_shard(self._rows(self.edits[i] for i in ids))
-                self._append({"do": "pack", "time": _now(), "ids": ids, "shard": shard})
+                edits = [self.edits[i] for i in ids]
+                with self._writing_shards():
+                    shard = self._write_shard(self._rows(edits), edits)
+                    self._append({"do": "pack", "time": _now(), "ids": ids, "shard": shard})
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -309,7 +470,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             first = record["edits"][0]["id"]
             for row, edit in enumerate(record["edits"], record["row"]):
                 name = edit["image"]
-                if name is not None and not _PICTURE.fullmatch(name):
+                if name is not None and not PICTURE_FILE.fullmatch(name):
                     raise ValueError(f"image {name!r}")
                 image = None if name is None else self.folder / "pictures" / name
                 query = Query(edit["prompt"], edit["target"], image, edit["background"], edit["chat"])
@@ -323,42 +484,75 @@ class Ledger(AbstractContextManager["Ledger"]):
         elif do == "pack" and self.rows:
             for old in {str(self.edits[i].shard) for i in record["ids"]}:
                 del self._shards[old]
+                self._replaced.add(old)
             for row, i in enumerate(record["ids"]):
                 self.edits[i] = replace(self.edits[i], shard=shard, row=row)
             self._shards[shard] = list(record["ids"])
         else:
             raise ValueError(f"do {do!r}")
         if not self.rows:
+            if self._state is not None:
+                self._replaced.add(self._state)
             self._state = shard
+        self._replaced.discard(shard)
 
     def _record(self, edits: Sequence[Kept], shard: str | None, row: int) -> dict[str, Any]:
         """Return the line of one operation."""
         made = {"editor": self.config["editor"], "hparams": sha256_json(self.config["hparams"])[:12]}
-        rows = [
-            {"id": edit.id, **vars(edit.request), "image": edit.request.image and edit.request.image.name,
-             "picture": edit.picture, "before": edit.before}
-            for edit in edits
-        ]  # fmt: skip
+        rows = [_as_row(edit) for edit in edits]
         return {"do": "add", "time": edits[0].time, **made, "edits": rows, "shard": shard, "row": row}
 
     def _append(self, record: dict[str, Any]) -> None:
+        """Put a line on disk, seal it, and give the shard that it names its name."""
         self._check_writing()
         before = self._state
-        self._run.append("edits", [record])
+        self._seal.extend(self._run.append("edits", [record]))
         self._take(record)
+        self._files.settle()
         if not self.rows and before is not None and before != self._state:
-            self._files.remove(before)  # it stood for edits as they no longer are
+            with suppress(OSError):  # it stood for edits as they no longer are, and may be as large as a model
+                self._files.remove(before)
 
-    def _write_shard(self, tensors: Mapping[str, Any]) -> str | None:
+    @contextmanager
+    def _writing_shards(self) -> Iterator[None]:
+        """Settle the shards that are written in the block, or remove them if it fails."""
         self._check_writing()
-        return self._files.write(tensors) if tensors else None
+        try:
+            yield
+            self._files.settle()
+        finally:
+            self._files.drop()
 
-    def _sweep(self) -> None:
-        """Remove what no line names: the tensors and pictures of an edit that a kill kept from getting in."""
-        shards = {edit.shard for edit in self.edits.values()} | {self._state}
-        pictures = {edit.request.image.name for edit in self.edits.values() if edit.request.image is not None}
-        sweep(self.folder / "shards", {f"{shard}.safetensors" for shard in shards})
-        sweep(self.folder / "pictures", pictures)
+    def _write_shard(
+        self, tensors: Mapping[str, Any], edits: Sequence[Kept], changed: Mapping[int, Kept] | None = None
+    ) -> str | None:
+        """Write the tensors of `edits`, or of all edits, with what is needed to take them up without their lines.
+
+        `changed` are edits as they will be with the line that follows.
+        """
+        if not tensors:
+            return None
+        if self.rows:
+            return self._files.write(tensors, {"edits": [_as_row(edit) for edit in edits]})
+        everything = {**self.edits, **{edit.id: edit for edit in edits}, **(changed or {})}
+        rows = [{**_as_row(edit), "first": edit.first} for edit in everything.values()]
+        undone = [edit.id for edit in everything.values() if not edit.active]
+        return self._files.write(tensors, {"edits": rows, "undone": undone})
+
+
+def _as_row(edit: Kept) -> dict[str, Any]:
+    """Return an edit as it stands in the line of its operation."""
+    image = edit.request.image and edit.request.image.name
+    return {"id": edit.id, **vars(edit.request), "image": image, "picture": edit.picture, "before": edit.before}
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise StateError if a part of a ledger is a link: what lies behind it is not the ledger's."""
+    for name in (*_PARTS, NETWORKS, SEAL, LINES, "run.yaml"):
+        if is_link(folder / name):
+            raise StateError(
+                f"{folder / name}: a link, where a ledger has its own files", "replace it by what it links to"
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from mmedit_cli import registry, runtime
 from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.edits.model import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.output import Output
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions
 
@@ -42,8 +41,7 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
             try:
                 ids = model.edit(requests, batch=batch, tick=tick)
             except BaseException:
-                if not model.ledger.edits:  # requests that cannot be used leave no ledger behind
-                    shutil.rmtree(folder, ignore_errors=True)
+                model.ledger.discard()  # requests that cannot be used leave no new ledger behind
                 raise
             after = model.generate(probes)
         made = [model.ledger.edits[i] for i in ids]
@@ -71,7 +69,7 @@ def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Que
     """Return the requests that are not what the newest active edit of their picture and question says."""
 
     def known(query: Query) -> tuple[Any, ...]:
-        return query.prompt, query.image and _content(query.image), query.background, query.chat
+        return query.prompt, query.image and sha256_of(query.image), query.background, query.chat
 
     held = {known(edit.request): edit.request.target for edit in ledger.active}
     missing = [request for request in requests if held.get(known(request)) != request.target]
@@ -83,9 +81,9 @@ def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Que
 def locality_probes(requests: Sequence[Query]) -> list[Query]:
     """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
     folder = registry.emojikb_dir() / "noto"
-    edited = {_content(request.image) for request in requests if request.image is not None}
+    edited = {sha256_of(request.image) for request in requests if request.image is not None}
     pictures = [
-        path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and _content(path) not in edited
+        path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and sha256_of(path) not in edited
     ]
     probes = [Query(text) for text in _TEXTS] + [Query("What is this?", image=path) for path in pictures]
     asked = {(request.prompt, request.image) for request in requests}
@@ -111,30 +109,36 @@ def change_edits(folder: Path, do: str, text: str, model: ModelOptions, out: Out
             ledger.mark(do, ids)
             return {do: ids, "active": len(ledger.active)}
     with open_edits(folder, model=model, writing=True, out=out) as edited:
+        ids = edited.ledger.select(text, active=do == "undo")  # again: another command may have come between
         out.note(f"{edited.editor.name} makes the remaining edits again: they depend on each other")
         getattr(edited, do)(ids)
         return {do: ids, "active": len(edited.ledger.active)}
 
 
 def compact(folder: Path, remake: bool, model: ModelOptions, out: Output) -> dict[str, Any]:
-    """Write a ledger anew in few files; `remake` makes every edit again, which mends damaged tensors."""
+    """Write a ledger anew in few files; `remake` makes every edit again, which mends damaged tensors.
 
-    def size() -> dict[str, int]:
-        files = list((folder / "shards").iterdir())
-        return {"shards": len(files), "bytes": sum(file.stat().st_size for file in files)}
-
+    Returns sizes before and after, and which files were removed: those that were replaced, and those that no line of
+    the ledger named.
+    """
     from mmedit_cli.editors.base import Operation
 
-    before = size() if (folder / "shards").is_dir() else {}
     if remake:
         with open_edits(folder, model=model, writing=True, bare=True, out=out) as edited:
             ledger = edited.ledger
+            before = _size(ledger)
             edited.editor.replay([Operation(*pair) for pair in ledger.operations(undone=ledger.rows)])
-            ledger.rewrite(edited.editor.tensors())
+            removed = ledger.rewrite(edited.editor.tensors())
     else:
         with Ledger.open(folder, writing=True) as ledger:
-            ledger.rewrite(ledger.tensors(undone=True))
-    return {"before": before, "after": size()}
+            before = _size(ledger)
+            removed = ledger.rewrite(ledger.tensors(undone=True))
+    return {"before": before, "after": _size(ledger), "removed": removed}
+
+
+def _size(ledger: Ledger) -> dict[str, int]:
+    files = ledger.shard_files()
+    return {"shards": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def diff(one: Path, two: Path) -> dict[str, Any]:
@@ -163,7 +167,3 @@ def diff(one: Path, two: Path) -> dict[str, Any]:
         "same": sum(a[key].request.target == b[key].request.target for key in both),
         "settings": settings,
     }
-
-
-def _content(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()

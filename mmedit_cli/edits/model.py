@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.errors import DataError, ModelError, StateError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions, find_networks, load_model, resolve_editor
 
@@ -147,8 +148,11 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         self.editor.undo()
         self.ledger.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.editor.undo()
+        finally:
+            self.ledger.__exit__(error, *_)
 
     def _mark(self, do: str, ids: Sequence[int]) -> None:
         self.ledger.mark(do, ids, None if self.ledger.rows else self.editor.tensors())
@@ -194,12 +198,16 @@ def open_edits(
     `model` says where the model lies now, and the device. Raises UserError if there is no ledger, StateError for
     another model or a damaged ledger, RunError if `writing` while another process writes.
     """
-    options = model or ModelOptions("")
-    ledger = Ledger.open(Path(folder), writing=writing)
+    ledger = Ledger.open(Path(folder), writing=writing, tensors=not bare)
+    return _opened(ledger, model or ModelOptions(""), bare, out or Output(quiet=True))
+
+
+def _opened(ledger: Ledger, options: ModelOptions, bare: bool, out: Output) -> EditedModel:
+    """Return the model of an open ledger, which is closed if that fails."""
     try:
         ref = _model_of(ledger, options)
         dtype = _dtype_of(ledger, options)
-        backbone = load_model(replace(options, dtype=dtype), ref, out or Output(quiet=True))
+        backbone = load_model(replace(options, dtype=dtype), ref, out)
         editor = _editor_of(ledger, backbone)
         if not bare:
             _put_on(editor, ledger)
@@ -215,9 +223,24 @@ def begin_edits(folder: Path | str, options: EditOptions, out: Output | None = N
     Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
     """
     folder, out = Path(folder), out or Output(quiet=True)
-    if Ledger.exists(folder):
+    Ledger.exists(folder)  # refuses a folder of something else before anything is made in it
+    run = Run.lock(folder)  # before the state is read: two commands may begin the same ledger
+    try:
+        if not Ledger.exists(folder):
+            return _begun(folder, options, run, out)
         _check_agreement(folder, options)
-        return open_edits(folder, model=options.model, writing=True, out=out)
+        ledger = Ledger.open(folder, writing=True, run=run)
+        return _opened(ledger, options.model, bare=False, out=out)
+    except BaseException:
+        if (folder / "run.yaml").exists():
+            run.close()
+        else:
+            run.discard()
+        raise
+
+
+def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedModel:
+    """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.model, revision=options.model.revision)
     cls, networks = registry.editors.get(options.editor), options.checkpoint
     if networks is None and cls.trains:
@@ -241,11 +264,11 @@ def begin_edits(folder: Path | str, options: EditOptions, out: Output | None = N
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "seed": editor.seed,
         "rows": editor.independent,
-        "checkpoint": None if networks is None else _digest(networks),
+        "checkpoint": None if networks is None else sha256_of(networks),
         "state": {key: value for key, value in state.items() if key not in ("operations", "next_id")},
     }
     environment = {**runtime.environment(backbone.device), "versions": runtime.versions()}
-    return EditedModel(Ledger.create(folder, config, environment, networks), backbone, editor)
+    return EditedModel(Ledger.create(folder, config, environment, networks, run), backbone, editor)
 
 
 def _put_on(editor: Editor, ledger: Ledger) -> None:
@@ -294,7 +317,7 @@ def _editor_of(ledger: Ledger, backbone: VisionLanguageModel) -> Editor:
     cls, hparams = resolve_editor(config["editor"], config["model"]["name"], None, list(_flat(config["hparams"])))
     editor: Editor = cls(backbone, hparams, seed=config["seed"])
     if ledger.networks is not None:
-        if not ledger.networks.is_file() or _digest(ledger.networks) != config["checkpoint"]:
+        if not ledger.networks.is_file() or sha256_of(ledger.networks) != config["checkpoint"]:
             raise StateError(f"{ledger.networks}: not the networks the edits were made with", "put them back")
         editor.load_networks(ledger.networks)  # type: ignore[attr-defined]
     return editor
@@ -311,7 +334,7 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
         _check_model(folder, config["model"], find_model(options.model.model, revision=options.model.revision))
     if options.seed not in (None, config["seed"]):
         raise StateError(f"--seed {options.seed}: {folder} was begun with {config['seed']}", other)
-    if options.checkpoint is not None and _digest(options.checkpoint) != config["checkpoint"]:
+    if options.checkpoint is not None and sha256_of(options.checkpoint) != config["checkpoint"]:
         raise StateError(f"--checkpoint {options.checkpoint}: {folder} was begun with other networks", other)
     if options.hparams is None and not options.overrides:
         return
@@ -336,10 +359,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _source(model: str) -> str:
     """Return how the model is found again from elsewhere: a folder by its whole path."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def question(query: Query) -> tuple[Any, ...]:
