@@ -219,7 +219,7 @@ def test_killed_at_any_moment_an_edit_is_in_or_it_is_not(tmp_path, rows):
         assert ids == list(range(1, len(ids) + 1))
         assert promised <= ids[-1] <= promised + 1
         assert values(ledger) == (ids if rows else [ids[-1]])
-        named = {edit.shard for edit in ledger.edits.values()} if rows else {ledger._state}
+        named = {edit.shard for edit in ledger.edits.values()} if rows else {ledger.state}
         with ledger:
             pass  # removes what a killed writer had no time to remove
         assert {path.name for path in (tmp_path / "shards").iterdir()} == {f"{shard}.safetensors" for shard in named}
@@ -425,7 +425,12 @@ def test_lost_lines_are_noticed_and_nothing_is_touched(tmp_path, rows, damage):
         pass
     path = tmp_path / "edits.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    damaged = {"emptied": b"", "gone": b"", "older": b"".join(lines[:5]), "broken quote": path.read_bytes()[:-2] + b"\n"}
+    damaged = {
+        "emptied": b"",
+        "gone": b"",
+        "older": b"".join(lines[:5]),
+        "broken quote": path.read_bytes()[:-2] + b"\n",
+    }
     path.write_bytes(damaged[damage])
     if damage == "gone":
         path.unlink()
@@ -512,3 +517,142 @@ def test_a_failing_edit_leaves_an_existing_ledger_alone_and_no_new_one(tmp_path)
     with pytest.raises(MmeditError):
         begin_edits(tmp_path / "never", EditOptions("ft", ModelOptions("no-such-model")))
     assert not (tmp_path / "never").exists()
+
+
+# -- repair -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("damage", ["emptied", "older", "broken quote"])
+def test_repair_takes_up_what_lost_its_lines(tmp_path, rows, damage, monkeypatch):
+    from mmedit_cli.edits.repairing import repair
+
+    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    with filled(tmp_path, 7, rows=rows) as ledger:
+        requests = {i: edit.request for i, edit in ledger.edits.items()}
+    path = tmp_path / "edits.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = {"emptied": b"", "older": b"".join(lines[:5]), "broken quote": path.read_bytes()[:-2] + b"\n"}[damage]
+    path.write_bytes(damaged)
+    done = repair(tmp_path)
+    assert done.taken_up == {"emptied": [1, 2, 3, 4, 5, 6, 7], "older": [5, 6, 7] if rows else [6, 7]}.get(damage, [7])
+    assert (tmp_path / done.copy).read_bytes() == damaged
+    assert done.without_tensors == []
+    with Ledger.open(tmp_path, writing=True) as ledger:
+        assert {i: edit.request for i, edit in ledger.edits.items()} == requests
+        assert values(ledger) == ([1, 2, 3, 4, 5, 6, 7] if rows else [7])
+        assert add(ledger, 8) == 8
+    assert vars(repair(tmp_path)) == {
+        "taken_up": [], "unreadable_lines": [], "without_tensors": [], "left": [], "copy": ""
+    }  # fmt: skip
+
+
+def test_repair_renumbers_what_would_take_the_place_of_another_edit(tmp_path):
+    from mmedit_cli.edits.repairing import repair
+
+    with filled(tmp_path, 2):
+        lines = (tmp_path / "edits.jsonl").read_bytes()
+    with Ledger.open(tmp_path, writing=True) as ledger:
+        add(ledger, 3)
+    (tmp_path / "edits.jsonl").write_bytes(lines)
+    (tmp_path / "seal.json").unlink()  # as if it were of an older version
+    with Ledger.open(tmp_path, writing=True) as ledger:
+        add(ledger, 30)
+    assert repair(tmp_path).taken_up == [4]
+    with Ledger.open(tmp_path) as ledger:
+        assert values(ledger) == [1, 2, 30, 3]
+
+
+def test_repair_on_the_command_line(cli, tmp_path):
+    with filled(tmp_path, 2):
+        pass
+    (tmp_path / "edits.jsonl").write_bytes(b"")
+    code, _, error = cli("edits", "undo", tmp_path, "1")
+    assert code == 2
+    assert f"mmedit edits repair {tmp_path}" in error
+    code, text, _ = cli("edits", "repair", tmp_path)
+    assert (code, text.splitlines()[0]) == (0, "taken up: 2 edits (1, 2), as active: undo what had been undone")
+    assert cli("edits", "undo", tmp_path, "1")[0] == 0
+    assert cli("edits", "repair", tmp_path, "--json")[0] == 0
+
+
+# -- readers beside a writer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_reader_meets_every_moment_of_a_writer(tmp_path, rows, monkeypatch):
+    """After each change that a writer makes to the file system, a reader gets the state before or the one after."""
+    with filled(tmp_path, 5, rows=rows):
+        pass
+    states, failures = [], []
+
+    def look(*_: object) -> None:
+        try:
+            with Ledger.open(tmp_path, tensors=True) as seen:
+                found = [edit.id for edit in seen.active], (seen.tensors()["row"][:, 0].tolist())
+            states.append(found)
+        except Exception as error:
+            failures.append(repr(error))
+
+    def watched(name):
+        real = getattr(os, name)
+
+        def call(*arguments, **keywords):
+            done = real(*arguments, **keywords)
+            with monkeypatch.context() as patch:  # the reader is not watched itself
+                patch.setattr(os, name, real)
+                look()
+            return done
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("replace", "fsync", "unlink"):
+        watched(name)
+    with Ledger.open(tmp_path, writing=True) as ledger:
+        add(ledger, 6)
+        ledger.mark("undo", [2], None if rows else tensors(70.0))
+        ledger.rewrite(ledger.tensors(undone=True))
+    monkeypatch.undo()
+    assert failures == []
+    before, added, undone = [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [1, 3, 4, 5, 6]
+    wanted = [(ids, [float(i) for i in ids]) for ids in (before, added, undone)]
+    if not rows:
+        wanted = [(before, [5.0]), (added, [6.0]), (undone, [70.0])]
+    assert len(states) > 20
+    assert list({repr(state): state for state in states}.values()) == wanted
+
+
+def test_a_reader_whose_shards_go_away_begins_again(tmp_path, monkeypatch):
+    with filled(tmp_path, 3):
+        pass
+    read, times = Shards.read, []
+
+    def slow(self, digest):
+        if not times:  # between its lines and its tensors the ledger is compacted
+            times.append(digest)
+            with Ledger.open(tmp_path, writing=True) as ledger:
+                ledger.rewrite(ledger.tensors(undone=True))
+        return read(self, digest)
+
+    monkeypatch.setattr(Shards, "read", slow)
+    with Ledger.open(tmp_path, tensors=True) as seen:
+        assert seen.tensors()["row"][:, 0].tolist() == [1, 2, 3]
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(StateError, match="cannot be read"):  # nobody is at work: it is damaged
+        Ledger.open(tmp_path, tensors=True)
+
+
+@pytest.mark.parametrize("editor", ["ft"])
+def test_of_two_first_writers_one_is_refused_and_the_other_is_whole(tmp_path, editor):
+    options = EditOptions(editor, ModelOptions("tiny-blip2"))
+    with begin_edits(tmp_path / "edits", options) as first:
+        with pytest.raises(RunError, match="another process is writing"):
+            begin_edits(tmp_path / "edits", options)
+        first.edit(REQUESTS[:1])
+    with begin_edits(tmp_path / "edits", options) as second:
+        assert [edit.id for edit in second.ledger.active] == [1]
+        assert second.edit(REQUESTS[1:2]) == [2]
+        both = logits(second.backbone)
+    with open_edits(tmp_path / "edits") as seen:
+        assert torch.equal(logits(seen.backbone), both)

@@ -154,6 +154,14 @@ def compact(
     out.result(done, show)
 
 
+def repair(folder: Folder, as_json: options.Json = False, debug: options.Debug = False) -> None:
+    """Take up edits whose tensors are there but whose lines were lost or cannot be read; no model is loaded."""
+    from mmedit_cli.edits import printing
+    from mmedit_cli.edits.repairing import repair as repair_ledger
+
+    printing.repaired(Output(as_json=as_json), folder, vars(repair_ledger(folder)))
+
+
 def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],

@@ -80,16 +80,16 @@ class Ledger(AbstractContextManager["Ledger"]):
         self.edits: dict[int, Kept] = {}
         self.began = False  # by this process
         self._run, self._writing = run, False
-        self._files = Shards(folder)
+        self.files = Shards(folder)
         self._seal = Seal(folder)
         self._held: dict[str, Any] | None = None  # the tensors that a reader found together with the lines
         self._kept_pictures: list[Path] = []  # written by this process
-        self._state: str | None = None  # the shard that stands for all active edits
+        self.state: str | None = None  # the shard that stands for all active edits
         self._shards: dict[str, list[int]] = {}  # the edits whose rows are in a shard, the newest shard last
         self._replaced: set[str] = set()  # shards that a line named and a later one made superfluous
         for number, record in enumerate(records, 1):
             try:
-                self._take(record)
+                self.take(record)
             except (KeyError, TypeError, ValueError) as error:
                 raise RunError(
                     f"{folder / 'edits.jsonl'}:{number}: not a record of an edit ({type(error).__name__}: {error})",
@@ -130,7 +130,9 @@ class Ledger(AbstractContextManager["Ledger"]):
                 write_atomic(folder / NETWORKS, networks.read_bytes())
             began = not (folder / "run.yaml").exists()
             if began and not (folder / SEAL).exists() and not run.lines("edits"):
-                Seal(folder).write()
+                seal = Seal(folder)
+                seal.start(b"")
+                seal.write()
             ledger = cls._prepared(folder, {"kind": "edits", "ledger": FORMAT, **config}, environment, run)
         except BaseException:
             run.close()
@@ -167,12 +169,32 @@ class Ledger(AbstractContextManager["Ledger"]):
         _hinted(lambda: run.prepare(config, environment))
         for part in _PARTS:
             (folder / part).mkdir(exist_ok=True)
-            remove_temporaries(folder / part) if part == "pictures" else ledger._files.recover(ledger._current())
+            remove_temporaries(folder / part) if part == "pictures" else ledger.files.recover(ledger.current())
         ledger._seal.start(lines)
         if not ledger._seal.is_current(accepted):
             ledger._seal.write()
         ledger._writing = True
         return ledger
+
+    @classmethod
+    @contextmanager
+    def open_damaged(cls, folder: Path) -> Iterator[tuple[Ledger, bytes]]:
+        """Yield a ledger for writing in which no line was read, and the lines; their damage does not matter."""
+        config = _read_config(folder)
+        run = _hinted(lambda: Run.lock(folder))
+        with run:
+            _refuse_links(folder)
+            ledger = cls(folder, run, config, [])
+            for part in _PARTS:
+                (folder / part).mkdir(exist_ok=True)
+            ledger._writing = True
+            yield ledger, run.lines("edits")
+
+    def seal_again(self, lines: bytes) -> None:
+        """Accept the lines as they are."""
+        self._check_writing()
+        self._seal.start(lines)
+        self._seal.write()
 
     @classmethod
     def _viewed(cls, folder: Path, config: dict[str, Any], tensors: bool) -> Ledger:
@@ -283,17 +305,17 @@ class Ledger(AbstractContextManager["Ledger"]):
             held, self._held = self._held, None  # they are wanted once, and may be large
             return held
         if not self.rows:
-            return {} if self._state is None else self._files.read(self._state)
+            return {} if self.state is None else self.files.read(self.state)
         return self._rows(edit for edit in self.edits.values() if edit.active or undone)
 
     def shard_files(self) -> list[Path]:
         """Return the files of tensors, whether a line names them or not."""
         return unnamed(self.folder / "shards", SHARD_FILE, ())
 
-    def _current(self) -> set[str]:
+    def current(self) -> set[str]:
         """Return the digests of the shards that are needed now."""
         if not self.rows:
-            return set() if self._state is None else {self._state}
+            return set() if self.state is None else {self.state}
         return set(self._shards)
 
     def _rows(self, edits: Iterable[Kept]) -> dict[str, Any]:
@@ -302,7 +324,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
         parts = []
         for shard, run in groupby(edits, key=lambda edit: str(edit.shard)):
-            whole, rows = self._files.read(shard), [edit.row for edit in run]
+            whole, rows = self.files.read(shard), [edit.row for edit in run]
             everything = rows == list(range(len(next(iter(whole.values())))))
             parts.append(whole if everything else {name: tensor[rows] for name, tensor in whole.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -338,7 +360,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         ]
         with self._writing_shards():
             shard = self._write_shard(tensors, edits)
-            self._append(self._record(edits, shard, 0))
+            self._append(self.record(edits, shard, 0))
         if self.rows:
             with suppress(StateError, RunError):  # the edit is in; a damaged shard is told of where it is read
                 self._pack()
@@ -362,7 +384,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         """
         self._check_writing()
         with self._writing_shards():
-            self._replace_lines(self._anew(tensors))
+            self.replace_lines(self._anew(tensors))
         return self._remove_unnamed()
 
     def _anew(self, tensors: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -389,35 +411,36 @@ class Ledger(AbstractContextManager["Ledger"]):
         """Return the lines of operations whose tensors are in one shard."""
         records, row = [], 0
         for edits in operations:
-            records.append(self._record(edits, shard, row if self.rows else 0))
+            records.append(self.record(edits, shard, row if self.rows else 0))
             row += len(edits)
         return records
 
-    def _replace_lines(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def replace_lines(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Replace all lines, and take over what they say."""
+        self._check_writing()
         lines = encode_lines(self.folder / LINES, records)
-        old = self._current() | self._replaced
+        old = self.current() | self._replaced
         self._seal.write(lines)
         self._run.rewrite("edits", records)
         self._seal.start(lines)
         self._seal.write()
         self.edits.clear()
         self._shards.clear()
-        self._state = None
+        self.state = None
         for record in records:
-            self._take(record)
-        self._replaced = old - self._current()
+            self.take(record)
+        self._replaced = old - self.current()
 
     def remove_replaced(self) -> None:
         """Remove the shards that lines named and later ones replaced."""
-        for shard in self._replaced - self._current():
+        for shard in self._replaced - self.current():
             with suppress(OSError):
-                self._files.remove(shard)
+                self.files.remove(shard)
         self._replaced.clear()
 
     def _remove_unnamed(self) -> dict[str, Any]:
         """Remove the files that no line names; return their names and sizes, those that were replaced apart."""
-        current = {f"{shard}.safetensors" for shard in self._current()}
+        current = {f"{shard}.safetensors" for shard in self.current()}
         replaced = {f"{shard}.safetensors" for shard in self._replaced}
         pictures = {edit.request.image.name for edit in self.edits.values() if edit.request.image is not None}
         sizes = {path: path.stat().st_size for path in unnamed(self.folder / "shards", SHARD_FILE, current)}
@@ -462,7 +485,8 @@ class Ledger(AbstractContextManager["Ledger"]):
             raise UserError(f"edit {i} is {'undone already' if active else 'not undone'}", "mmedit edits list --all")
         return i
 
-    def _take(self, record: Mapping[str, Any]) -> None:
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Take over what a line says; raise KeyError, TypeError or ValueError if it is not one of a ledger."""
         do, shard = record["do"], record["shard"]
         if shard is not None and not _SHARD.fullmatch(shard):
             raise ValueError(f"shard {shard!r}")
@@ -491,12 +515,12 @@ class Ledger(AbstractContextManager["Ledger"]):
         else:
             raise ValueError(f"do {do!r}")
         if not self.rows:
-            if self._state is not None:
-                self._replaced.add(self._state)
-            self._state = shard
+            if self.state is not None:
+                self._replaced.add(self.state)
+            self.state = shard
         self._replaced.discard(shard)
 
-    def _record(self, edits: Sequence[Kept], shard: str | None, row: int) -> dict[str, Any]:
+    def record(self, edits: Sequence[Kept], shard: str | None, row: int) -> dict[str, Any]:
         """Return the line of one operation."""
         made = {"editor": self.config["editor"], "hparams": sha256_json(self.config["hparams"])[:12]}
         rows = [_as_row(edit) for edit in edits]
@@ -505,13 +529,13 @@ class Ledger(AbstractContextManager["Ledger"]):
     def _append(self, record: dict[str, Any]) -> None:
         """Put a line on disk, seal it, and give the shard that it names its name."""
         self._check_writing()
-        before = self._state
+        before = self.state
         self._seal.extend(self._run.append("edits", [record]))
-        self._take(record)
-        self._files.settle()
-        if not self.rows and before is not None and before != self._state:
+        self.take(record)
+        self.files.settle()
+        if not self.rows and before is not None and before != self.state:
             with suppress(OSError):  # it stood for edits as they no longer are, and may be as large as a model
-                self._files.remove(before)
+                self.files.remove(before)
 
     @contextmanager
     def _writing_shards(self) -> Iterator[None]:
@@ -519,9 +543,9 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._check_writing()
         try:
             yield
-            self._files.settle()
+            self.files.settle()
         finally:
-            self._files.drop()
+            self.files.drop()
 
     def _write_shard(
         self, tensors: Mapping[str, Any], edits: Sequence[Kept], changed: Mapping[int, Kept] | None = None
@@ -533,11 +557,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         if not tensors:
             return None
         if self.rows:
-            return self._files.write(tensors, {"edits": [_as_row(edit) for edit in edits]})
+            return self.files.write(tensors, {"edits": [_as_row(edit) for edit in edits]})
         everything = {**self.edits, **{edit.id: edit for edit in edits}, **(changed or {})}
         rows = [{**_as_row(edit), "first": edit.first} for edit in everything.values()]
         undone = [edit.id for edit in everything.values() if not edit.active]
-        return self._files.write(tensors, {"edits": rows, "undone": undone})
+        return self.files.write(tensors, {"edits": rows, "undone": undone})
 
 
 def _as_row(edit: Kept) -> dict[str, Any]:

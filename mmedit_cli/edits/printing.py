@@ -155,3 +155,29 @@ def _yes(value: bool) -> str:
 def _brief(value: Any) -> str:
     text = str(value.get("name", value) if isinstance(value, dict) else value)
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+def repaired(out: Output, folder: Path, done: dict[str, Any]) -> None:
+    """Print what a repair did."""
+
+    def show() -> None:
+        taken, lines, lost = done["taken_up"], done["unreadable_lines"], done["without_tensors"]
+        if taken:
+            out.line(f"taken up: {len(taken):,} edits ({_ids(taken)}), as active: undo what had been undone")
+        if lines:
+            out.line(f"left out: {len(lines):,} lines that cannot be read ({_ids(lines)})")
+        if done["copy"]:
+            out.line(f"the old lines are in {folder / done['copy']}")
+        for name in done["left"]:
+            out.line(f"left: {name} does not say whose tensors it holds, or is older than what is there")
+        if lost:
+            out.line(f"without tensors: {_ids(lost)}; mmedit edits compact {folder} --remake makes them again")
+        if not (taken or lines or lost):
+            out.line("nothing to repair: every edit is in its line, and its tensors are there")
+
+    out.result({"repair": done}, show)
+
+
+def _ids(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:10]))
+    return shown if len(ids) <= 10 else f"{shown}, ... {ids[-1]}"

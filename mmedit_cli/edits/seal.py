@@ -26,6 +26,7 @@ class Seal:
         self._digest = hashlib.sha256()
         self._size = 0
         self._before: Beginning | None = None
+        self._started = False
 
     def read(self) -> list[Beginning] | None:
         """Return each accepted beginning; None for a ledger of mmedit 0.1, which has no seal.
@@ -57,6 +58,7 @@ class Seal:
     def start(self, lines: bytes) -> None:
         """Go on behind lines that are on disk."""
         self._digest, self._size, self._before = hashlib.sha256(lines), len(lines), None
+        self._started = True
 
     def is_current(self, accepted: list[Beginning] | None) -> bool:
         """Tell whether the seal on disk is about the lines so far."""
@@ -71,8 +73,8 @@ class Seal:
         self.write()
 
     def write(self, *more: bytes) -> None:
-        """Seal the lines so far; with `more`, accept those as well."""
-        accepted = [self._now()]
+        """Seal the lines that `start` and `extend` were told of, if any; with `more`, accept those as well."""
+        accepted = [self._now()] if self._started else []
         accepted += [Beginning(len(lines), hashlib.sha256(lines).hexdigest()) for lines in more]
         if self._before is not None:
             accepted.append(self._before)
