@@ -143,11 +143,11 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
-        return ModelRef(folder.resolve().name, _family(folder), folder, fingerprint(folder))
+        return ModelRef(folder.resolve().name, family_of(folder), folder, fingerprint(folder))
     repo = entry.repo if entry is not None and entry.repo else name
     folder = hub_folder(repo, revision)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
-    return ModelRef(short, _family(folder), folder, fingerprint(folder))
+    return ModelRef(short, family_of(folder), folder, fingerprint(folder))
 
 
 def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = None) -> Path:
@@ -223,7 +223,8 @@ def _kind(folder: Path) -> str:
     return str(config.get("model_type", config.get("_class_name")))
 
 
-def _family(folder: Path) -> str:
+def family_of(folder: Path) -> str:
+    """Return the family of a model folder by its config; raise ModelError for one that is not supported."""
     read_config(folder)
     kind = _kind(folder)
     if kind not in FAMILIES:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmedit_cli.errors import MmeditError
-from mmedit_cli.storage import remove_temporaries, temporary_folder
+from mmedit_cli.storage import remove_temporaries, temporary_folder, write_atomic
 
 T = TypeVar("T")
 MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and time
@@ -32,6 +32,18 @@ def unpack_beside(home: Path) -> None:
                 continue
         with suppress(OSError, MmeditError):
             _unpack(archive, folder, mark)
+
+
+def mirror(home: Path, copy: Path) -> None:
+    """Copy the files of a folder and its zips to where they can be unpacked; what is there already stays.
+
+    Several processes may do so at once. Raises OSError or RunError where nothing can be written.
+    """
+    for source in loose(home):
+        goal = copy / source.relative_to(home)
+        if not goal.is_file() or goal.stat().st_size != source.stat().st_size:
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(goal, source.read_bytes())
 
 
 def way_out(missing: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[str]:
         "base": BOOM,
         "_parts": BOOM,
         "multi_melo": '"""Melts edits together.\n\nAt length.\n"""\n\nEDITOR = "melo"\n',
-        "ft": f'"""Fine-tunes."""\n{BOOM}',
+        "ft": f'"""Fine-tunes."""\n{BOOM}\nEDITOR: str = "ft"\n',
+        "helpers": f'"""Shared by several, offers none."""\n{BOOM}',
         "bare": "EDITOR = 1\n",
         "folder/__init__": '"""Lives in a folder."""\n\nEDITOR = "folder"\n',
     }.items():
@@ -61,7 +63,7 @@ def test_summary_does_not_import(zoo: Registry[str]) -> None:
     assert "zoo_of_test.editors" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["multi-mleo", "base", "_parts", "", "../ft", "editors.ft", "notes"])
+@pytest.mark.parametrize("name", ["multi-mleo", "base", "_parts", "", "../ft", "editors.ft", "notes", "helpers"])
 def test_unknown_names(zoo: Registry[str], name: str) -> None:
     for ask in (zoo.get, zoo.summary):
         with pytest.raises(UnknownName) as caught:
@@ -100,3 +102,74 @@ def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert registry.cache_dir() == tmp_path / "mmedit"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert registry.cache_dir().parts[-2:] == (".cache", "mmedit")
+
+
+def test_no_list_shows_a_module_that_offers_nothing() -> None:
+    assert registry.datasets.names() == ["eic", "emojikb", "evqa", "vlkeb"]
+
+
+def test_facts_are_read_without_an_import() -> None:
+    code = (
+        "import sys\nfrom mmedit_cli.registry import editors, image_editors, personalizers\n"
+        "print([editors.fact(n, 'trains') for n in ('liveedit', 'ft')],"
+        " [editors.fact(n, 'batch_edits') for n in ('t-patcher', 'ft')],"
+        " [personalizers.fact(n, 'several') for n in ('dreambooth', 'perfusion')],"
+        " image_editors.fact('mgie', 'trains'), editors.fact('ft', 'nothing'))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    root = Path(registry.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "[True, False] [False, True] [False, True] True None\n"
+
+
+def test_facts_agree_with_the_classes() -> None:
+    for name in ("liveedit", "ft", "t-patcher"):
+        cls = registry.editors.get(name)
+        for attribute in ("trains", "batch_edits"):
+            assert registry.editors.fact(name, attribute) == getattr(cls, attribute)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Make the program believe that it is an installed package in `folder`; return where it carries EmojiKB."""
+    shipped = folder / "mmedit_cli" / "share" / "data" / "emojikb"
+    (shipped / "LICENSES").mkdir(parents=True)
+    (shipped / "LICENSES" / "MIT.txt").write_text("a licence")
+    (shipped / "manifest.json").write_text("{}")
+    with zipfile.ZipFile(shipped / "noto.zip", "w") as file:
+        file.writestr("1f34e.png", b"an apple")
+    monkeypatch.setattr(registry, "_PACKAGE", folder / "mmedit_cli")
+    for function in (registry.emojikb_home, registry.emojikb_dir):
+        function.cache_clear()
+    return shipped
+
+
+@pytest.fixture
+def _forget():
+    yield
+    for function in (registry.emojikb_home, registry.emojikb_dir):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("_forget")
+def test_an_installed_package_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = installed(monkeypatch, tmp_path)
+    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
+    before = sorted(tmp_path.rglob("*"))
+    folder = registry.emojikb_dir()
+    assert folder.parent == tmp_path / "cache"
+    assert (folder / "noto" / "1f34e.png").read_bytes() == b"an apple"
+    assert (folder / "LICENSES" / "MIT.txt").is_file()
+    assert [path for path in sorted(tmp_path.rglob("*")) if not path.is_relative_to(tmp_path / "cache")] == before
+    assert {path.name for path in folder.iterdir()} == {"LICENSES", "manifest.json", "noto", "noto.zip"}
+    assert registry.emojikb_home() == folder
+    assert shipped.is_dir()
+
+
+@pytest.mark.usefixtures("_forget")
+def test_where_nothing_can_be_unpacked_the_records_are_still_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = installed(monkeypatch, tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "file" / "cache"))
+    assert registry.emojikb_home() == shipped

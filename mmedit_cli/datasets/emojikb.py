@@ -22,7 +22,7 @@ from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
 from mmedit_cli.errors import DataError
 from mmedit_cli.packed import compare, differences, loose, unpack_beside
 from mmedit_cli.reading import PACKED, read_text
-from mmedit_cli.registry import share_dir
+from mmedit_cli.registry import emojikb_home
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
@@ -64,7 +64,7 @@ def concepts_in(folder: Path) -> list[Json]:
     """Return the records of all concepts; raise DataError where EmojiKB is not there."""
     path = folder / f"concepts{SUFFIX}"
     if not path.is_file():
-        raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
+        raise DataError(f"{path}: not there", "the data come along with mmedit: install it again")
     return [json.loads(line) for line in read_text(path).splitlines()]
 
 
@@ -259,15 +259,21 @@ class EmojiKB(Dataset):
     name = "emojikb"
     splits = SPLITS
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None) -> None:
+        """Read what lies in `folder`, else the data that come along."""
+        self._folder = folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the records and the pictures are."""
+        return self._folder or emojikb_home()
 
     def cases(self, split: str, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
         """Yield the cases of a split; raise DataError if the file is not there."""
         unpack_beside(self.folder)  # whoever reads them looks for their pictures
         path = self.folder / f"{split}{SUFFIX}"
         if not path.is_file():
-            raise DataError(f"{path}: not there", "the data come with a checkout of the repository")
+            raise DataError(f"{path}: not there", "the data come along with mmedit: install it again")
         yield from own_cases(path, replace(options, images=None), problems)
 
     def layout(self, options: DataOptions) -> str:
@@ -291,4 +297,4 @@ class EmojiKB(Dataset):
         yield from (("problem", False, problem) for problem in found["problems"])
 
 
-DATASET = EmojiKB(share_dir("data") / "emojikb")
+DATASET = EmojiKB()

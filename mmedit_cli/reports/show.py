@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
-from mmedit_cli.catalog import DRAWS, MODELS, bundled, find_model, own_image_editors
+from mmedit_cli.catalog import DRAWS, MODELS, bundled, family_of, own_image_editors
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
@@ -322,13 +323,13 @@ def catalogue(out: Output) -> None:
     """Print the editors and what each supports, the models, and where data come from."""
     editors = []
     for name in registry.editors.names():
-        editor = registry.editors.get(name)
+        fact = partial(registry.editors.fact, name)
         editors.append(
             {
                 "editor": name,
                 "summary": registry.editors.summary(name),
-                "trained first": "yes" if editor.trains else "no",
-                "batch edits": "yes" if editor.batch_edits else "no",
+                "trained first": "yes" if fact("trains") else "no",
+                "batch edits": "yes" if fact("batch_edits") else "no",
                 "models": ", ".join(name for name in registry.backbones.names() if name != DRAWS),
             }
         )
@@ -336,7 +337,7 @@ def catalogue(out: Output) -> None:
         {
             "personalizer": name,
             "summary": registry.personalizers.summary(name),
-            "concepts at a time": "several" if registry.personalizers.get(name).several else "one",
+            "concepts at a time": "several" if registry.personalizers.fact(name, "several") else "one",
             "models": DRAWS,
         }
         for name in registry.personalizers.names()
@@ -345,13 +346,13 @@ def catalogue(out: Output) -> None:
         {
             "image editor": name,
             "summary": registry.image_editors.summary(name),
-            "trained first": "yes" if registry.image_editors.get(name).trains else "no",
+            "trained first": "yes" if registry.image_editors.fact(name, "trains") else "no",
         }
         for name in registry.image_editors.names()
     ]
     models = [
-        {"model": name, "family": find_model(name).family, "source": "comes along", "summary": "trained on EmojiKB"}
-        for name in bundled()
+        {"model": name, "family": family_of(folder), "source": "comes along", "summary": "trained on EmojiKB"}
+        for name, folder in bundled().items()
     ]
     models += [
         {"model": name, "family": "changes pictures", "source": "comes along", "summary": "trained on EmojiKB"}
