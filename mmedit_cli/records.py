@@ -18,8 +18,8 @@ from mmedit_cli.errors import RunError, StateError
 from mmedit_cli.storage import (
     dump_json,
     file_errors,
-    is_link,
     read_tensors,
+    refuse_link,
     remove_file,
     remove_temporaries,
     sha256_json,
@@ -105,7 +105,7 @@ class Run:
         with file_errors(folder, "create the folder"):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / ".lock"
-        _refuse_link(path)
+        refuse_link(path)
         lock = FileLock(path, timeout=0, thread_local=False)
         with file_errors(folder, "lock the folder"):
             try:
@@ -233,7 +233,7 @@ class Run:
         Raises RunError if the folder holds a run with another config.
         """
         for name in _WRITTEN:
-            _refuse_link(self.folder / name)
+            refuse_link(self.folder / name)
         with file_errors(self.folder, "clear"):
             remove_temporaries(self.folder)
             for name in _WRITTEN if force else ():
@@ -252,12 +252,6 @@ class Run:
             )
         for name in _RECORDS:
             self.lines(name)  # cuts a torn line off before anything is appended to it
-
-
-def _refuse_link(path: Path) -> None:
-    """Raise RunError for a link in the place of a file that is written: what it points to is somebody else's."""
-    if is_link(path):
-        raise RunError(f"{path}: a link, where this program writes a file", "replace it by the file itself")
 
 
 def _safe_name(part: str) -> str:

@@ -204,6 +204,12 @@ def is_link(path: Path) -> bool:
     return path.is_symlink() or is_junction(path)
 
 
+def refuse_link(path: Path) -> None:
+    """Raise RunError for a link in the place of a file that is written: what it points to is somebody else's."""
+    if is_link(path):
+        raise RunError(f"{path}: a link, where this program writes a file", "replace it by the file itself")
+
+
 def remove_file(path: Path) -> bool:
     """Remove a regular file and tell whether one was there; a link, a folder or a device stays.
 

@@ -387,3 +387,63 @@ def test_no_two_concepts_of_a_folder_get_one_identifier(learn, monkeypatch, tmp_
     learn("<toy>", editor="multi-melo-diffusion")
     learn("<toy>", editor="multi-melo-diffusion", force=True)
     assert taken == [set(), {"sks1"}, {"sks1"}]
+
+
+# -- nothing outside, nothing lost, readers beside a writer --
+
+
+@pytest.mark.parametrize("file", ["../../outside/victim.txt", "/etc/hostname", "..", "a\\b.safetensors", "C:x"])
+def test_an_index_that_points_outside_is_refused(learn, cli, tmp_path, file):
+    learn()
+    victim = tmp_path.parent / f"{tmp_path.name}-victim.txt"
+    victim.write_text("mine")
+    index = tmp_path / "mine" / "index.json"
+    content = json.loads(index.read_text())
+    content["concepts"][0]["file"] = f"../../{victim.name}" if "victim" in file else file
+    index.write_text(json.dumps(content))
+    for words in (("undo", tmp_path / "mine", "<my-dog>"), ("list", tmp_path / "mine")):
+        code, _, err = cli("edits", *words)
+        assert (code, "in the folder can be meant" in err) == (2, True), err
+    assert victim.read_text() == "mine"
+    victim.unlink()
+
+
+def test_forgetting_removes_only_what_learning_wrote(learn, tmp_path):
+    learn()
+    folder, victim = tmp_path / "mine", tmp_path / "victim"
+    victim.write_text("mine")
+    file = folder / "my-dog.safetensors"
+    file.unlink()
+    file.symlink_to(victim)
+    with pytest.raises(StateError, match="no file 'my-dog"):
+        ConceptFolder(folder).load(load_stable_diffusion("tiny-sd", device="cpu"))
+    ConceptFolder(folder).forget("<my-dog>")
+    assert (victim.read_text(), file.is_symlink()) == ("mine", True)
+    learn()
+    index = folder / "index.json"
+    content = json.loads(index.read_text())
+    (folder / "thesis.tex").write_text("mine")
+    content["concepts"][0]["file"] = "thesis.tex"
+    index.write_text(json.dumps(content))
+    ConceptFolder(folder).forget("<my-dog>")
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
+def test_a_reader_beside_a_writer_gets_what_was_or_what_is(learn, tmp_path):
+    learn(editor="multi-melo-diffusion")
+    learn("<toy>", editor="multi-melo-diffusion")
+    model = load_stable_diffusion("tiny-sd", device="cpu")
+    seen = ConceptFolder(tmp_path / "mine")
+    first = {entry["token"]: entry["file"] for entry in seen.entries}
+    learn("<my-dog>", editor="multi-melo-diffusion", force=True, seed=5)
+    with seen.load(model) as personalizer:  # its file of <my-dog> is gone
+        assert set(personalizer.concepts) == {"<my-dog>", "<toy>"}
+    again = {entry["token"]: entry["file"] for entry in seen.entries}
+    assert again["<my-dog>"] != first["<my-dog>"]
+    assert sorted(path.name for path in (tmp_path / "mine").glob("*.safetensors")) == sorted(again.values())
+    ConceptFolder(tmp_path / "mine").forget("<my-dog>")
+    with seen.load(model) as personalizer:
+        assert set(personalizer.concepts) == {"<toy>"}
+    (tmp_path / "mine" / again["<toy>"]).write_bytes(b"?")
+    with pytest.raises(StateError, match="not the file that was saved"):
+        seen.load(model)

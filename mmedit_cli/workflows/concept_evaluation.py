@@ -8,7 +8,7 @@ the same bit for bit. What lies there is not done again.
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
 from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
-from mmedit_cli.storage import write_atomic
+from mmedit_cli.storage import sweep_tree, write_atomic
 from mmedit_cli.subjects.base import Subject
 from mmedit_cli.workflows.concept_plan import ConceptEvalOptions, ConceptPlan, Sheet, plan_evaluation, sheets_of
 from mmedit_cli.workflows.concepts import ConceptFolder, learn_into, personalizer_for, training_dtype
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mmedit_cli.personalizers.base import Personalizer
 
 BASE, PHOTOS = "base", "photos"
+_WRITTEN = re.compile(r".+\.(png|safetensors|html)|index\.json|\.lock")  # names of files in its folders
 _SHOWN = 10  # rows of a subject's sheet; the page has all
 _KEPT = ("token", "superclass", "bytes", "steps", "loss_first", "loss_last", "covariance", "seconds")
 
@@ -55,7 +56,7 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
     with Run.open(plan.folder, plan.config, runtime.environment(model.device), force=options.force) as run:
         if options.force:
             for name in ("pictures", "concepts", "gallery"):
-                shutil.rmtree(run.folder / name, ignore_errors=True)
+                sweep_tree(run.folder / name, _WRITTEN)
         return _Evaluation(plan, run, model, out).run(eyes)
 
 
@@ -145,7 +146,7 @@ class _Evaluation:
                 for sheet in group:
                     self.draw(side, sheet, personalizer)
         if not self.plan.several:  # a copy of all weights a subject is no thing to keep
-            shutil.rmtree(self.concepts(subjects[0]), ignore_errors=True)
+            sweep_tree(self.concepts(subjects[0]), _WRITTEN)
 
     def concepts(self, subject: Subject) -> Path:
         """Return the folder a subject is learned into."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,17 @@ from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.runtime import resolve_device
-from mmedit_cli.storage import staged_folder, write_atomic
+from mmedit_cli.storage import (
+    is_link,
+    read_tensors,
+    refuse_link,
+    remove_file,
+    remove_temporaries,
+    sha256_of,
+    staged_folder,
+    temporary_beside,
+    write_atomic,
+)
 from mmedit_cli.types import Concept
 
 if TYPE_CHECKING:
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 INDEX = "index.json"
+_CONCEPT_FILE = re.compile(r"[A-Za-z0-9_-]+\.safetensors")  # what `_file_name` makes
 _USUAL = range(3, 7)  # photos a concept
 
 
@@ -122,8 +134,11 @@ class ConceptFolder:
     def writing(self) -> Iterator[None]:
         """Hold the lock of the folder inside the block, with the index as it is now."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (".lock", INDEX):
+            refuse_link(self.folder / name)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
+                remove_temporaries(self.folder)
                 if (self.folder / INDEX).exists():
                     self._read()
                 yield
@@ -132,29 +147,61 @@ class ConceptFolder:
 
     def put(self, personalizer: Personalizer, concept: Concept, model: str, info: dict[str, Any]) -> dict[str, Any]:
         """Save a concept that is in a personalizer, with the name its model is found by; return its entry."""
-        name = _file_name(concept.token)
-        personalizer.save(concept.token, self.folder / name)
-        data = (self.folder / name).read_bytes()
+        name, saved = self._save(personalizer, concept.token)
+        before = [entry["file"] for entry in self.entries if entry["token"] == concept.token]
         entry = {
-            "token": concept.token, "superclass": concept.superclass, "file": name, "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(), "seed": personalizer.seed,
+            "token": concept.token,
+            "superclass": concept.superclass,
+            "file": name,
+            **saved,
+            "seed": personalizer.seed,
             "identifier": personalizer.concepts[concept.token].facts.get("identifier", concept.token),
-            "images": [{"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in concept.images],
-            "time": datetime.now(UTC).isoformat(timespec="seconds"), **info,
-        }  # fmt: skip
-        self.head = {"format": FORMAT, "editor": personalizer.name, "model": model,
-                     "fingerprint": personalizer.model.fingerprint}  # fmt: skip
+            "images": [{"name": path.name, "sha256": sha256_of(path)} for path in concept.images],
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **info,
+        }
+        self.head = {
+            "format": FORMAT,
+            "editor": personalizer.name,
+            "model": model,
+            "fingerprint": personalizer.model.fingerprint,
+        }
         self.entries = [*(other for other in self.entries if other["token"] != concept.token), entry]
         self._write()
+        self._remove(before)
         return entry
+
+    def _save(self, personalizer: Personalizer, token: str) -> tuple[str, dict[str, Any]]:
+        """Save a concept and return the name of its file, and its size and digest.
+
+        A file that the index names is never written over: somebody may be reading it, and a kill must lose nothing.
+        """
+        name = _file_name(token)
+        temporary = temporary_beside(self.folder / name)
+        try:
+            personalizer.save(token, temporary)
+            digest, size = sha256_of(temporary), temporary.stat().st_size
+            if any(entry["file"] == name for entry in self.entries):
+                name = f"{Path(name).stem}-{digest[:8]}.safetensors"
+            os.replace(temporary, self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return name, {"bytes": size, "sha256": digest}
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Remove files that the index no longer names, if their names are of this program."""
+        named = {entry["file"] for entry in self.entries}
+        for name in names:
+            if name not in named and _CONCEPT_FILE.fullmatch(name):
+                remove_file(self.folder / name)
 
     def forget(self, token: str) -> dict[str, Any]:
         """Take a concept out of the folder and return its entry; raise StateError if it is not there."""
         with self.writing():
             entry = self.entry(token)
-            self.entries.remove(entry)
+            self.entries = [other for other in self.entries if other is not entry]
             self._write()
-            (self.folder / entry["file"]).unlink(missing_ok=True)
+            self._remove([entry["file"]])
         return entry
 
     def load(
@@ -162,22 +209,27 @@ class ConceptFolder:
     ) -> Personalizer:
         """Put concepts into a model, all or those of `tokens`; raise StateError if a file was changed or does not fit.
 
-        The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts.
+        The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts. Where another
+        process learns or forgets at the same time, they are the concepts as they were before or as they are then.
         """
+        while True:
+            try:
+                return self._load(model, tokens, overrides)
+            except StateError:
+                before = self.entries
+                self._read()
+                if self.entries == before:  # nobody has changed anything meanwhile: it is damaged
+                    raise
+
+    def _load(self, model: StableDiffusion, tokens: Sequence[str] | None, overrides: Sequence[str]) -> Personalizer:
         from mmedit_cli.hparams import load_hparams
-        from mmedit_cli.storage import read_tensors
 
         name = self.head["editor"]
         cls = registry.personalizers.get(name)
         learned_with: dict[str, Any] = {}
         entries = self.entries if tokens is None else [self.entry(token) for token in tokens]
         for entry in entries:
-            data = self._file(entry).read_bytes()
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise StateError(
-                    f"{self._file(entry)}: not the file that was saved", f"learn {entry['token']} again, with --force"
-                )
-            learned_with |= json.loads(read_tensors(self._file(entry))[1].get("hparams", "{}"))
+            learned_with |= json.loads(self._metadata(entry).get("hparams", "{}"))
         words = [f"{key}={json.dumps(value)}" for key, value in learned_with.items()]
         hparams = load_hparams(registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides])
         personalizer: Personalizer = cls(model, hparams)
@@ -189,11 +241,22 @@ class ConceptFolder:
             raise
         return personalizer
 
+    def _metadata(self, entry: dict[str, Any]) -> dict[str, str]:
+        """Return what the file of a concept says of itself; raise StateError unless it is the one that was saved."""
+        path = self._file(entry)
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            raise StateError(f"{path}: cannot be read: {error.strerror}") from error
+        if digest != entry["sha256"]:
+            raise StateError(f"{path}: not the file that was saved", f"learn {entry['token']} again, with --force")
+        return read_tensors(path)[1]
+
     def _file(self, entry: dict[str, Any]) -> Path:
         path = self.folder / entry["file"]
-        if Path(entry["file"]).name != entry["file"] or not path.is_file():
-            raise StateError(f"{self.folder / INDEX}: {entry['token']}: no file {entry['file']!r} in the folder",
-                             f"learn {entry['token']} again, with --force")  # fmt: skip
+        if not path.is_file() or is_link(path):
+            problem = f"{self.folder / INDEX}: {entry['token']}: no file {entry['file']!r} in the folder"
+            raise StateError(problem, f"learn {entry['token']} again, with --force")
         return path
 
     def _read(self) -> None:
@@ -207,6 +270,10 @@ class ConceptFolder:
             raise StateError(f"{path}: not an index of concepts ({error})", "choose another folder") from error
         if head["format"] != FORMAT:
             raise StateError(f"{path}: format {head['format']}, this program reads {FORMAT}", "upgrade mmedit")
+        for entry in entries:
+            if not _is_name(entry["file"]):
+                problem = f"{path}: {entry['token']}: no file {entry['file']!r} in the folder can be meant"
+                raise StateError(problem, "concepts lie beside their index; put it back from a copy")
         self.head, self.entries = head, entries
 
     def _write(self) -> None:
@@ -290,9 +357,10 @@ def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: 
     written = []
     with staged_folder(to) as fresh, folder.load(loaded) as personalizer:
         for entry in folder.entries:
-            personalizer.export(entry["token"], fresh / entry["file"])  # type: ignore[attr-defined]
+            file = _file_name(entry["token"])
+            personalizer.export(entry["token"], fresh / file)  # type: ignore[attr-defined]
             called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
-            written.append({"token": entry["token"], "file": str(to / entry["file"]), "called": called})
+            written.append({"token": entry["token"], "file": str(to / file), "called": called})
     return {"editor": name, "model": loaded.name, "written": written}
 
 
@@ -326,6 +394,11 @@ def _findable(model: str) -> str:
 
     own = model not in MODELS and model not in bundled() and Path(model).is_dir()
     return str(Path(model).resolve()) if own else model
+
+
+def _is_name(name: str) -> bool:
+    """Tell whether a text names a file of the folder itself, on every system."""
+    return name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
 
 
 def _file_name(token: str) -> str:
