@@ -8,21 +8,31 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 from mmedit_cli.download.transfer import Manners
+from mmedit_cli.web import Pace
 
 COMMIT = "c" * 40
-QUICK = Manners(parts=4, part_bytes=20_000, tries=3, backoff=0.01, longest_wait=5, timeout=5)
+QUICK = Manners(tries=3, backoff=0.01, longest_wait=5, timeout=5)
+HASTY = Manners(tries=3, backoff=0.01, timeout=0.3, pace=Pace(seconds=0.3, answer=0.6))
 
 
 class Site:
     """Files by path, and what goes wrong next at a path: a queue of faults, one used up by each request.
 
-    A fault is `("cut", n)`: the connection ends after n bytes of the body; `("status", code, headers)`; or
-    `("garbage",)`: as many bytes as asked for, but other ones.
+    A fault is one of
+
+    - `("cut", n)`: the connection ends after n bytes of the body;
+    - `("status", code, headers)`;
+    - `("garbage",)`: as many bytes as asked for, but other ones;
+    - `("headers", headers)`: these instead of the right ones;
+    - `("raw", bytes)`: these bytes instead of an answer, then the connection ends;
+    - `("hang",)`: the connection is open, and nothing comes;
+    - `("drip", bytes)`: these bytes, then one byte every 50 ms for ever;
+    - `("endless", bytes)`: these bytes, then a chunk of 64 KiB again and again.
     """
 
     def __init__(self) -> None:
@@ -35,6 +45,7 @@ class Site:
         self.tokens: set[str] = set()
         self.hook: Callable[[str], None] = lambda path: None
         self.url = ""
+        self.closing = threading.Event()
 
     def ranges_of(self, path: str) -> list[str]:
         """The Range headers of the requests for a path."""
@@ -87,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         site.tokens.add(self.headers.get("Authorization", ""))
         site.hook(path)
         fault = site.always.get(path) or (site.faults[path].pop(0) if site.faults[path] else ("none",))
+        if fault[0] in _ODD:
+            self.close_connection = True
+            return _ODD[fault[0]](self, *fault[1:])
         if fault[0] == "status":
             return self._head(fault[1], {**(fault[2] if len(fault) > 2 else {}), "Content-Length": "0"})
         if path not in site.files:
@@ -103,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         payload = content[start:end] if fault[0] != "garbage" else bytes(end - start)
-        self._head(status, {**headers, "Content-Length": str(len(payload)), "Accept-Ranges": "bytes"})
+        headers |= {"Content-Length": str(len(payload)), "Accept-Ranges": "bytes"}
+        self._head(status, headers | fault[1] if fault[0] == "headers" else headers)
         if body and fault[0] == "cut":
             self.wfile.write(payload[: fault[1]])
             self.wfile.flush()
@@ -112,11 +127,33 @@ class _Handler(BaseHTTPRequestHandler):
         elif body:
             self.wfile.write(payload)
 
+    def _raw(self, sent: bytes) -> None:
+        self.wfile.write(sent)
+
+    def _hang(self) -> None:
+        self.site.closing.wait()
+
+    def _drip(self, sent: bytes) -> None:
+        self.wfile.write(sent)
+        with suppress(OSError):  # the client has gone
+            while not self.site.closing.wait(0.05):
+                self.wfile.write(b"x")
+
+    def _endless(self, sent: bytes) -> None:
+        self.wfile.write(sent)
+        with suppress(OSError):
+            while not self.site.closing.is_set():
+                self.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+
     def _head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+_ODD = {"raw": _Handler._raw, "hang": _Handler._hang, "drip": _Handler._drip, "endless": _Handler._endless}
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @contextmanager
@@ -131,6 +168,7 @@ def serve() -> Iterator[Site]:
     try:
         yield found
     finally:
+        found.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()
