@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli.errors import ModelError, near_miss
+from mmedit_cli import hub
+from mmedit_cli.errors import ModelError, UserError, near_miss
 from mmedit_cli.registry import share_dir
 
 
@@ -156,9 +156,10 @@ def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = No
     `files`: patterns of what is taken, if not what a model of its kind needs. Raises ModelError.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     wanted = list(files or patterns(repo))
+    repository = hub.Repository(repo, revision=revision)
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=wanted))
         if any(folder.rglob("*.safetensors")):
@@ -166,13 +167,15 @@ def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = No
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     cache = f"looked in {constants.HF_HUB_CACHE}"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if hub.is_offline():
         raise ModelError(f"{repo}: not in the cache, and HF_HUB_OFFLINE is set", f"{cache}; unset it to download")
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{repo}: cannot be fetched from the hub: {reason}", f"{cache}; check the name") from error
+        return hub.snapshot(repository, patterns=wanted)
+    except UserError:  # of a proxy
+        raise
+    except Exception as error:  # the errors of the transport below differ between releases of the hub client
+        found = hub.trouble(error, repository)
+        raise ModelError(f"{repo}: cannot be fetched from the hub: {found.problem}", found.hint) from error
 
 
 def in_cache(repo: str) -> bool:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
-from mmedit_cli.errors import UserError
-
-T = TypeVar("T")
 TIMEOUT = 10.0  # seconds for a connection to the hub, and between two pieces of an answer
-ANSWER = 18.0  # seconds for the answer to one question
 _UNFINISHED = re.compile(r"(.+)\.[0-9a-f]{8}\.incomplete")  # the name of a file on its way into the hub's cache
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
@@ -63,41 +57,28 @@ def prepare() -> None:
 
     from mmedit_cli import web
 
-    web.client(TIMEOUT).close()  # says what is wrong with a proxy
+    web.client(TIMEOUT).close()  # to hear what is wrong with a proxy
     hooks = get_session().event_hooks["request"]  # they keep HF_HUB_OFFLINE and count downloads
-    set_client_factory(lambda: web.client(TIMEOUT, request_hooks=hooks))
+    set_client_factory(lambda: web.client(TIMEOUT, web.Pace(), hooks))
 
 
-def ask(job: Callable[[], T]) -> T:
-    """Return the answer to one question to the hub; raise what huggingface_hub raises, or if it takes too long."""
-    from mmedit_cli import web
+def snapshot(repository: Repository, *, patterns: list[str]) -> Path:
+    """Download the files of a repository that match into the hub's cache, and return the folder with them.
+
+    Raises what huggingface_hub raises; `trouble` explains it.
+    """
+    from huggingface_hub import snapshot_download
 
     prepare()
-    return web.within(ANSWER, job)
-
-
-def snapshot(repository: Repository, *, patterns: list[str], **options: object) -> Path:
-    """Download the files of a repository that match, and return the folder with them.
-
-    The revision is asked for first: huggingface_hub alone would wait for ever, and would take a damaged answer for a
-    missing network. `options` are those of `snapshot_download`. Raises what huggingface_hub raises.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    def find() -> str | None:
-        found = HfApi().repo_info(repository.name, repo_type=repository.kind, revision=repository.revision)
-        return found.sha
-
-    ask(find)
     sweep(repository)
-    folder = snapshot_download(
-        repository.name,
-        repo_type=repository.kind,
-        revision=repository.revision,
-        allow_patterns=patterns,
-        **options,  # type: ignore[arg-type]
+    return Path(
+        snapshot_download(
+            repository.name,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            allow_patterns=patterns,
+        )
     )
-    return Path(str(folder))
 
 
 def sweep(repository: Repository) -> None:
@@ -117,13 +98,6 @@ def sweep(repository: Repository) -> None:
                 path.unlink(missing_ok=True)
         except (Timeout, OSError):
             continue
-
-
-def check_room(folder: Path, count: int) -> None:
-    """Raise UserError unless the disk has room for so many bytes below `folder`, which exists."""
-    free = shutil.disk_usage(folder).free
-    if count > free:
-        raise UserError(f"needs {count:,} bytes, and the disk of {folder} has {free:,} free")
 
 
 def trouble(error: Exception, repository: Repository) -> Trouble:
@@ -160,9 +134,7 @@ def _refusal(error: BaseException, repository: Repository) -> Trouble | None:
             f"no revision {repository.revision!r}", f"{page}/tree/main lists them; without --revision it is the newest"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return Trouble(
-            f"no such repository, or a private one: {page}", f"check the name; if it is private, {login}"
-        )
+        return Trouble(f"no such repository, or a private one: {page}", f"check the name; if it is private, {login}")
     if isinstance(error, errors.DisabledRepoError):
         return Trouble(f"the hub has disabled {page}", "the page says why")
     if isinstance(error, errors.HFValidationError):

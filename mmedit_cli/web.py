@@ -1,13 +1,14 @@
-"""The HTTP client of this program: proxies of the environment, no step from https to http, no endless or idle answers."""
+"""The HTTP client of this program: uses proxies, never steps from https to http, gives up endless and idle answers."""
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
@@ -17,7 +18,9 @@ from mmedit_cli.errors import UserError
 T = TypeVar("T")
 _SMALL_BODY = 1 << 20  # of a redirect or of an error: nobody reads more of it
 _API_BODY = 64 << 20  # of a question to the hub: a list of files at most
-_PACKED_BODY = 256 << 10  # the same, if it is compressed though nobody asked for that: it unpacks to a thousand times more
+_PACKED_BODY = (
+    256 << 10
+)  # the same, if it is compressed though nobody asked for that: it unpacks to a thousand times more
 _UNSTATED_BODY = 4 << 30  # of a file whose length the server does not state
 
 
@@ -27,7 +30,7 @@ class Refused(httpx2.TransportError):
 
 @dataclass(frozen=True)
 class Pace:
-    """How slow an answer may be: at least `least` bytes in every `seconds`; its headers come within `answer` seconds."""
+    """How slow an answer may be: `least` bytes in each `seconds`; its headers come within `answer` seconds."""
 
     least: int = 1_000
     seconds: float = 10.0
@@ -55,7 +58,8 @@ def client(
         response.stream = _Watched(response.stream, _limit_of(response), pace)  # type: ignore[arg-type]
 
     try:
-        return httpx2.Client(
+        return _Client(
+            pace.answer,
             follow_redirects=True,
             timeout=timeout,
             event_hooks={"request": [*request_hooks, prepare], "response": [watch]},
@@ -65,29 +69,6 @@ def client(
         raise UserError(
             f"{names}: cannot be used: {error}", "the proxies come from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
         ) from error
-
-
-def within(seconds: float, job: Callable[[], T]) -> T:
-    """Return what `job` returns; raise Refused if it takes longer.
-
-    The timeouts of a client count from one byte to the next, so headers that trickle in never exceed them.
-    """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-
-    def work() -> None:
-        try:
-            results.put((job(), None))
-        except BaseException as error:
-            results.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        value, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise Refused(f"no answer within {seconds:g} seconds") from None
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
 
 
 def proxy_for(url: str) -> str:
@@ -104,6 +85,45 @@ def plain_address(url: str) -> str:
     """Return an address without the user name and password in it."""
     scheme, mark, rest = url.rpartition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}"
+
+
+class _Client(httpx2.Client):
+    """A client that waits so many seconds for an answer, and no longer.
+
+    Timeouts count from one byte to the next: headers that trickle in never exceed them.
+    """
+
+    def __init__(self, seconds: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._seconds = seconds
+
+    def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
+        """Send a request; raise Refused if its answer takes too long. What is uploaded may take any time."""
+        send = super().send
+        if request.method not in ("GET", "HEAD"):
+            return send(request, **settings)
+        return _within(self._seconds, lambda: send(request, **settings))
+
+
+def _within(seconds: float, job: Callable[[], T]) -> T:
+    """Return what `job` returns, which runs in a thread; raise Refused if it takes longer, and leave it alone then."""
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+
+    def work() -> None:
+        try:
+            results.put((job(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    context = contextvars.copy_context()
+    threading.Thread(target=lambda: context.run(work), daemon=True).start()
+    try:
+        value, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise Refused(f"no answer within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 class _Watched(httpx2.SyncByteStream):

@@ -28,6 +28,8 @@ ROWS = (
         "prefix",
         "pictures",
         "packed",
+        "web",
+        "hub",
         "download",
     },
     {"backbones", "datasets", "image_pairs", "subjects", "covariance"},

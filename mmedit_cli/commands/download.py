@@ -27,7 +27,6 @@ def download(
     catalogue: Annotated[
         Path | None, typer.Option(help="A YAML file with more groups, or mirrors.", show_default=False)
     ] = None,
-    parts: Annotated[int, typer.Option(min=1, max=16, help="Connections for one large file.")] = 4,
     force: Annotated[bool, typer.Option("--force", help="Fetch again, and write over files that differ.")] = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,
@@ -50,7 +49,7 @@ def download(
     from mmedit_cli.download import commands
 
     out = Output(as_json=as_json)
-    request = commands.Request(name, to, revision, catalogue, parts, force)
+    request = commands.Request(name, to, revision, catalogue, force)
     if list_groups or name is None:
         commands.show_list(request, out)
     else:

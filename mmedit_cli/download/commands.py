@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmedit_cli import hub
 from mmedit_cli.download import models
 from mmedit_cli.download.catalogue import Group, Item, find_group, load_catalogue
 from mmedit_cli.download.install import DownloadError, Installer
-from mmedit_cli.download.sources import Courier, is_offline
+from mmedit_cli.download.sources import Courier
 from mmedit_cli.download.transfer import Manners
 from mmedit_cli.errors import UserError, near_miss
 from mmedit_cli.output import Output
@@ -25,7 +26,6 @@ class Request:
     to: Path | None = None
     revision: str | None = None
     catalogue: Path | None = None
-    parts: int = 4
     force: bool = False
 
 
@@ -78,7 +78,7 @@ def run(request: Request, out: Output, *, dry_run: bool = False, verify: bool = 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to {folder}: not a folder")
     with out.transfers() as tick:
-        installer = Installer(group, folder, Courier(Manners(parts=request.parts), tick), force=request.force)
+        installer = Installer(group, folder, Courier(Manners(), tick), force=request.force)
         if verify:
             return _verify(installer, items, name, out)
         _say_licence(f"{group.name}: {group.summary}", group.licence, group.terms, group.homepage, out)
@@ -173,7 +173,7 @@ def _model(
     if request.to is not None:
         raise UserError("--to is for data sets", "models go into the cache of huggingface_hub: set HF_HOME to move it")
     here = models.cached(repo, request.revision)
-    if is_offline() and here is not None and not verify:
+    if hub.is_offline() and here is not None and not verify:
         out.note("HF_HUB_OFFLINE is set: what is in the cache is not compared with the hub")
         out.result({"model": repo, "state": "present", "folder": str(here)}, lambda: out.line(f"{repo}: in {here}"))
         return True
@@ -181,7 +181,7 @@ def _model(
     _say_licence(repo, planned["licence"], "", "", out)
     problems = models.verify(planned) if verify else []
     if not verify and not dry_run:
-        planned = models.get(repo, request.revision, planned, request.parts)
+        planned = models.get(repo, request.revision, planned)
     data = {
         **planned,
         "folder": str(planned["folder"]) if planned["folder"] else None,

@@ -12,9 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mmedit_cli import hub
 from mmedit_cli.download import receipt
 from mmedit_cli.download.catalogue import File, Group, Item, Source, is_inside
-from mmedit_cli.download.sources import Courier, Fetched, SourceError, hub_files, is_offline
+from mmedit_cli.download.sources import Courier, Fetched, SourceError, hub_files
 from mmedit_cli.download.unpack import SUFFIXES, ArchiveError, is_archive, unpack
 from mmedit_cli.errors import MmeditError, UserError
 
@@ -38,7 +39,7 @@ class Installer:
         """Return what `get` would do; of a hub source the size is asked for, if there is a network."""
         size, note = item.bytes, ""
         first = item.sources[0]
-        if size is None and first.kind == "hub" and not is_offline():
+        if size is None and first.kind == "hub" and not hub.is_offline():
             try:
                 size = sum(file.bytes or 0 for file in hub_files(first)[1])
             except SourceError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import catalog
+from mmedit_cli import catalog, hub
 from mmedit_cli.download import receipt
 from mmedit_cli.download.catalogue import Source
 from mmedit_cli.download.install import DownloadError
-from mmedit_cli.download.sources import SourceError, check_room, hub_files, hub_reason
+from mmedit_cli.download.sources import SourceError, check_room, hub_files
 from mmedit_cli.errors import UserError
 
 
@@ -44,24 +44,25 @@ def plan(repo: str, revision: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def get(repo: str, revision: str | None, planned: dict[str, Any], parts: int) -> dict[str, Any]:
+def get(repo: str, revision: str | None, planned: dict[str, Any]) -> dict[str, Any]:
     """Fetch what was planned and compare each file with the digest that the hub states.
 
     Raises DownloadError.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     state = planned["state"]
+    repository = hub.Repository(repo, revision=revision)
     try:
         cache = Path(constants.HF_HUB_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
         check_room(cache, planned["bytes"] if state == "missing" else 0)
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(catalog.patterns(repo)), max_workers=parts
-        )
+        folder = hub.snapshot(repository, patterns=list(catalog.patterns(repo)))
+    except SourceError as error:
+        raise _failure(repo, str(error)) from error
     except Exception as error:  # the errors of the transport below differ between releases of the hub client
-        raise _failure(repo, hub_reason(error, Source("hub", repo, "model"))) from error
-    planned = {**planned, "folder": Path(folder), "state": "present" if state == "present" else "downloaded"}
+        raise _failure(repo, str(hub.trouble(error, repository))) from error
+    planned = {**planned, "folder": folder, "state": "present" if state == "present" else "downloaded"}
     problems = verify(planned)
     if problems:
         hint = "remove the model from the cache (`hf cache rm`) and download it again"

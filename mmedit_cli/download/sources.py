@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
+from mmedit_cli import hub
 from mmedit_cli.download import transfer
 from mmedit_cli.download.catalogue import File, Item, Source, is_inside
 from mmedit_cli.output import TransferTick
 from mmedit_cli.registry import share_dir
 
 DRIVE = "https://drive.usercontent.google.com/download"
-_HUB_TIMEOUT = 20.0
 
 
 class SourceError(Exception):
@@ -49,11 +48,14 @@ class Courier:
 
         Raises SourceError.
         """
-        if source.kind in ("hub", "url", "drive") and is_offline():
+        if source.kind in ("hub", "url", "drive") and hub.is_offline():
             raise SourceError("HF_HUB_OFFLINE is set, so the network is not used")
         kinds: dict[str, Callable[[Courier, Source, Item, Path], Fetched]] = {
-            "hub": _from_hub, "url": _from_url, "drive": _from_drive, "bundled": _from_checkout,
-        }  # fmt: skip
+            "hub": _from_hub,
+            "url": _from_url,
+            "drive": _from_drive,
+            "bundled": _from_data,
+        }
         try:
             return kinds[source.kind](self, source, item, folder)
         except transfer.TransferError as error:
@@ -67,16 +69,16 @@ class Courier:
             transfer.Transfer(session, url, target, size, self.manners, self.tick).run()
 
 
-def is_offline() -> bool:
-    """Tell whether HF_HUB_OFFLINE asks for no network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
 def check_room(folder: Path, count: int) -> None:
     """Raise SourceError unless the disk has room for so many bytes below `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     if count > free:
         raise SourceError(f"needs {count:,} bytes, and the disk of {folder} has {free:,} free")
+
+
+def repository_of(source: Source, revision: str | None = None) -> hub.Repository:
+    """Return the repository behind a source of the hub."""
+    return hub.Repository(source.where, source.type, revision or source.revision)
 
 
 def hub_files(source: Source, revision: str | None = None) -> tuple[str, tuple[File, ...], str]:
@@ -86,44 +88,27 @@ def hub_files(source: Source, revision: str | None = None) -> tuple[str, tuple[F
     """
     from huggingface_hub import HfApi
 
+    repository = repository_of(source, revision)
+    info: Any
+    hub.prepare()
     try:
-        info: Any = HfApi().repo_info(
-            source.where,
-            repo_type=source.type,
-            revision=revision or source.revision,
-            files_metadata=True,
-            timeout=_HUB_TIMEOUT,
+        info = HfApi().repo_info(
+            repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True
         )
+        siblings = [(str(entry.rfilename), entry) for entry in info.siblings or ()]
     except Exception as error:  # the transport below differs between releases of the hub client, and so do its errors
-        raise SourceError(hub_reason(error, source)) from error
+        raise SourceError(str(hub.trouble(error, repository))) from error
     files = []
-    for entry in info.siblings or ():
-        if not is_inside(entry.rfilename):
-            raise SourceError(f"{entry.rfilename}: a file that does not stay in its folder")
-        if not source.include or any(fnmatch.fnmatch(entry.rfilename, pattern) for pattern in source.include):
+    for path, entry in siblings:
+        if not is_inside(path):
+            raise SourceError(f"{path}: a file that does not stay in its folder")
+        if not source.include or any(fnmatch.fnmatch(path, pattern) for pattern in source.include):
             sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-            files.append(File(entry.rfilename, entry.size, sha256, None if sha256 else entry.blob_id))
+            files.append(File(path, entry.size, sha256, None if sha256 else entry.blob_id))
     if not files:
         raise SourceError(f"no file there matches {', '.join(source.include)}")
     licence = getattr(info.card_data, "license", None) if info.card_data is not None else None
     return str(info.sha), tuple(files), str(licence or "not stated on its card")
-
-
-def hub_reason(error: Exception, source: Source) -> str:
-    """Say in one line what a failure of the hub client means for the user."""
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{'datasets/' if source.type == 'dataset' else ''}{source.where}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"gated: open {page}, accept the terms, then log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "no such revision"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such repository, or a private one that asks for a login (`hf auth login`, HF_TOKEN): {page}"
-    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-        return f"HTTP {error.response.status_code} from {constants.ENDPOINT}"
-    text = str(error).strip().splitlines()
-    return (text[0][:200] if text else "") or type(error).__name__
 
 
 def _from_hub(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
@@ -132,6 +117,8 @@ def _from_hub(courier: Courier, source: Source, item: Item, folder: Path) -> Fet
     wanted = Source(**{**vars(source), "include": source.include or tuple(file.path for file in item.files)})
     commit, files, _ = hub_files(wanted)
     check_room(folder, sum(file.bytes or 0 for file in files))
+    for unfinished in (folder / ".cache").rglob("*.incomplete"):  # of a download that was killed: never continued
+        unfinished.unlink()
     try:
         snapshot_download(
             source.where,
@@ -139,10 +126,9 @@ def _from_hub(courier: Courier, source: Source, item: Item, folder: Path) -> Fet
             revision=commit,
             local_dir=folder,
             allow_patterns=[file.path for file in files],
-            max_workers=courier.manners.parts,
         )
     except Exception as error:  # as above
-        raise SourceError(hub_reason(error, source)) from error
+        raise SourceError(str(hub.trouble(error, repository_of(source)))) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return Fetched(commit, files)
 
@@ -195,8 +181,11 @@ class _Form(HTMLParser):
             self.fields[str(found["name"])] = found.get("value") or ""
 
 
-def _from_checkout(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
-    origin = share_dir("data") / source.where
+def _from_data(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
+    home = share_dir("data")
+    origin = home / source.where
+    if not is_inside(source.where) or not origin.resolve().is_relative_to(home.resolve()):
+        raise SourceError(f"{source.where} leads out of the data that come along")
     if not origin.is_dir():
         raise SourceError(source.note or f"{origin} is not there")
     shutil.copytree(origin, folder, dirs_exist_ok=True)

@@ -73,8 +73,8 @@ def client(manners: Manners) -> httpx2.Client:
 class Transfer:
     """Brings `url` to `target`; an earlier attempt that was interrupted is continued.
 
-    What is on its way lies in `target`.part, always from the first byte on, and `target`.part.json says of which version
-    of the file; the file gets its name when all of it is there. `size` is what is expected, None if that is not known.
+    What is on its way lies in `target`.part, always from the first byte on, and `target`.part.json says of which
+    version of the file. The file gets its name when all of it is there. `size` is what is expected, None if not known.
     """
 
     def __init__(
@@ -174,8 +174,7 @@ class Transfer:
     def _answer(self, headers: dict[str, str]) -> Iterator[httpx2.Response]:
         """Send the request and give the answer, to be read as it comes; raise what is no file and no part of one."""
         request = self.session.build_request("GET", self.url, headers=headers)
-        wait = self.manners.pace.answer
-        response = web.within(wait, lambda: self.session.send(request, stream=True))
+        response = self.session.send(request, stream=True)
         try:
             self._check_status(response, asked_for_rest=bool(headers))
             yield response

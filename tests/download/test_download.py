@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     """Downloads go here; nobody is patient."""
     monkeypatch.setenv("MMEDIT_DATA", str(tmp_path / "data"))
     impatient = transfer.Manners(tries=2, backoff=0.01, longest_wait=5, timeout=5)
-    monkeypatch.setattr("mmedit_cli.download.commands.Manners", lambda parts: impatient)
+    monkeypatch.setattr("mmedit_cli.download.commands.Manners", lambda: impatient)
     return tmp_path / "data" / "things"
 
 
@@ -109,7 +109,7 @@ def test_wrong_bytes_are_named_and_nothing_is_left(cli, site, things, here):
     site.files["/raw/a b.json"] = b"alpha"
     site.seen.clear()
     assert cli(*things(**two_files(site)))[0] == 0
-    assert ("/raw/sub/b.json", "bytes=0-0") not in site.seen  # it came the first time
+    assert "/raw/sub/b.json" not in dict(site.seen)  # it came the first time
 
 
 def evil_tar():

@@ -111,7 +111,7 @@ def test_a_gated_repository_says_what_to_do(site, program):
         site.always[f"/api/models/someone/model{path}"] = ("status", 403, {"X-Error-Code": "GatedRepo"})
     done = program("someone/model")
     assert done.code == 1
-    assert f"gated: open {site.url}/someone/model, accept the terms" in done.err
+    assert f"someone/model is gated; accept the licence at {site.url}/someone/model, then log in" in done.err
     assert "HF_TOKEN" in done.err
 
 

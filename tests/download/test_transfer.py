@@ -203,12 +203,12 @@ def test_an_interruption_keeps_what_came(site, content, tmp_path):
     assert site.ranges_of("/file") in ([f"bytes={len(part)}-"], [])
 
 
-def refused(site, tmp_path, match, **more):
+def refused(site, tmp_path, match, *, manners=QUICK, **more):
     """A transfer fails in one line within seconds, and leaves no finished file."""
     start = time.monotonic()
     with pytest.raises(TransferError, match=match) as caught:
-        bring(site, tmp_path / "file", manners=HASTY, **more)
-    assert time.monotonic() - start < 10
+        bring(site, tmp_path / "file", manners=manners, **more)
+    assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "file").exists()
 
@@ -246,24 +246,24 @@ def test_an_endless_redirect_and_an_endless_page_are_not_read(site, tmp_path, mo
 )
 def test_a_body_that_drips_is_given_up(site, tmp_path, sent):
     site.always["/file"] = ("drip", sent)
-    refused(site, tmp_path, "too slow: |no answer within")
+    refused(site, tmp_path, "too slow: |no answer within", manners=HASTY)
     assert len(site.seen) == 1
 
 
 def test_headers_that_drip_are_given_up(site, tmp_path):
     site.always["/file"] = ("drip", b"HTTP/1.1 200 OK\r\nX-Long: ")
-    refused(site, tmp_path, "no answer within 0.6 seconds")
+    refused(site, tmp_path, "no answer within 0.6 seconds", manners=HASTY)
     assert len(site.seen) == 1
 
 
 def test_a_server_that_says_nothing_is_given_up(site, tmp_path):
     site.always["/file"] = ("hang",)
-    refused(site, tmp_path, r"tried 2 times")
+    refused(site, tmp_path, r"tried 2 times", manners=HASTY)
 
 
 def test_a_stall_is_continued(site, content, tmp_path):
     site.files["/file"] = content
-    head = f'HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\nLast-Modified: now\r\n\r\n'.encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\nLast-Modified: now\r\n\r\n".encode()
     site.faults["/file"] = [("raw", head + content[:5_000])]
     bring(site, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == content
@@ -317,7 +317,7 @@ def test_a_redirect_from_https_to_http_is_not_followed():
     with web.client(5) as session:
         session._transport = httpx2.MockTransport(answer)
         session._mounts = {}
-        with pytest.raises(web.Refused, match="safe.org redirects from https to http, to example.org: not followed"):
+        with pytest.raises(web.Refused, match=r"safe.org redirects from https to http, to example.org: not followed"):
             session.get("https://safe.org/down")
         assert asked == ["https://safe.org/down"]
         assert session.get("https://safe.org/over").text == "x"
@@ -339,7 +339,7 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     if proxy.startswith("socks5"):
         monkeypatch.setitem(__import__("sys").modules, "socksio", None)
-    with pytest.raises(UserError, match="proxy .*cannot be used"):
+    with pytest.raises(UserError, match=r"proxy .*cannot be used"):
         transfer.client(QUICK)
 
 
