@@ -77,9 +77,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one hyper-parameter; repeatable.", show_default=False),
 ]
 Checkpoint = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Trained networks of the editor. [default: the newest of --records, else those that come along]",
+        "--checkpoint",
+        metavar="latest|FILE|RUN",
+        help="Networks of your own: the newest training, a file, or the folder or id of a run. [default: those that "
+        "come along]",
         show_default=False,
     ),
 ]

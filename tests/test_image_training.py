@@ -412,12 +412,21 @@ def test_the_command(cli, tmp_path):
         "--show-instruction",
         "--device",
         "cpu",
+        "--checkpoint",
+        "latest",
     )
     assert code == 0, err
     assert report["run"] in err
+    assert f"networks: run {report['run'].rpartition('/')[2]}, trained 2 steps" in err
     assert made.is_file()
     assert "(model)" in out or "(fallback)" in out
     assert "mgie" in cli("report")[1]
+    other = tmp_path / "other.png"
+    code, _, err = cli("image-edit", "mgie", "-i", picture, "x", "-o", other, "--checkpoint", "abcd1234")
+    assert (code, report["run"].rpartition("/")[2] in err) == (2, True)
+    both = ("--checkpoint", "latest", "--model", "tiny-mgie")
+    assert cli("image-edit", "mgie", "-i", picture, "x", "-o", other, *both)[0] == 2
+    assert cli("image-edit", "instruct-pix2pix", "-i", picture, "x", "-o", other, *both[:2])[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from mmedit_cli.hparams import load_hparams
 from mmedit_cli.records import Run
 from mmedit_cli.training import editors
 from mmedit_cli.training.editors import Conditions, alternatives, distinct, rate_at, train_networks
-from mmedit_cli.workflows import evaluation, training
+from mmedit_cli.workflows import evaluation, networks, training
 
 SHORT = ("training.steps=8", "training.batch_size=4", "training.validate_every=3", "training.alternatives=1")
 CASES = read_data(SHAPES).cases
@@ -145,7 +146,7 @@ def words(records, *more):
     return ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--records", records, *flags, *more)
 
 
-def test_train_then_eval_without_naming_the_editor(cli, tmp_path):
+def test_own_networks_answer_where_they_are_asked_for(cli, tmp_path):
     code, text, err = cli(*words(tmp_path, "--json"))
     assert code == 0, err
     report = json.loads(text)
@@ -153,12 +154,49 @@ def test_train_then_eval_without_naming_the_editor(cli, tmp_path):
     assert report["validation"]["cases"] == 2, "every twentieth of 24 is held out"
     assert "step 8/8" in err
     assert "already done" in cli(*words(tmp_path))[2]
-    code, text, err = cli("eval", "--data", SHAPES, "--sequential", 2, "--limit", 2, "--records", tmp_path, "--json")
+    run = report["run"].rpartition("/")[2]
+    of_model = ("--model", "tiny-blip2", "--data", SHAPES, "--limit", 2, "-n", 2, "--records", tmp_path)
+    code, _, err = cli("eval", "liveedit", *of_model)
+    assert (code, "no networks come along" in err) == (2, True)
+    assert f"--checkpoint latest takes the newest of your own trainings ({run})" in err
+    code, _, err = cli("eval", *of_model)
+    assert (code, f"--checkpoint latest takes your newest training, {run}" in err) == (2, True)
+    code, text, err = cli("eval", *of_model[2:], "--checkpoint", "latest", "--json")
     assert code == 0, err
     assert "no EDITOR: liveedit on tiny-blip2" in err
-    assert json.loads(text)["hparams"]["edit_layer"] == 3
+    found = json.loads(text)
+    assert found["hparams"]["edit_layer"] == 3
+    assert "training" not in found["hparams"], "how the networks were trained is told by their own run"
+    answered = found["networks"]
+    assert (answered["source"], answered["run"], answered["steps"]) == ("run", run, 8)
+    assert answered["trained_on"] == report["data"]["name"]
+    for named in (run, run[:6], report["run"], f"{report['run']}/editor.safetensors"):
+        code, text, err = cli("eval", "liveedit", *of_model, "--checkpoint", named, "--json")
+        assert code == 0, err
+        assert json.loads(text)["checkpoint"] == found["checkpoint"]
+    assert f"networks: run {run}, trained 8 steps on" in cli("eval", *of_model[2:], "--checkpoint", "latest")[1]
+    code, _, err = cli("eval", "liveedit", *of_model, "--checkpoint", "nowhere")
+    assert (code, "neither a file, nor the folder or the id of a finished training" in err) == (2, True)
+    assert run in err
+    code, _, err = cli("eval", "ft", *of_model, "--checkpoint", "latest")
+    assert (code, "ft has no networks" in err) == (2, True)
     code, text, _ = cli("report", "--records", tmp_path)
     assert "trained" in text
+
+
+def test_what_comes_along_stays_the_default(tmp_path):
+    """Whatever was trained here: own networks are never taken unasked."""
+    run = tmp_path / "train-editor" / "liveedit" / "mini-blip2" / "shapes" / "0123456789ab"
+    run.mkdir(parents=True)
+    shipped = networks.find_networks("liveedit", "mini-blip2", tmp_path)
+    shutil.copyfile(shipped.path, run / "editor.safetensors")
+    (run / "report.json").write_text('{"editor": "liveedit", "model": {"name": "mini-blip2"}, "steps": 20}')
+    assert networks.find_networks("liveedit", "mini-blip2", tmp_path) == shipped
+    assert networks.default_editor(tmp_path) == ("liveedit", "mini-blip2")
+    assert networks.networks_line(shipped.facts()) == "networks: come along with mmedit, kept at step 600"
+    own = networks.find_networks("liveedit", "mini-blip2", tmp_path, "latest")
+    assert networks.networks_line(own.facts()) == "networks: run 0123456789ab, trained 20 steps, kept at step 600"
+    assert networks.default_editor(tmp_path, checkpoint="0123") == ("liveedit", "mini-blip2")
 
 
 def test_an_untrained_editor_is_no_surprise(cli, tmp_path):

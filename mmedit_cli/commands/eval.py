@@ -19,7 +19,7 @@ def evaluate(
     editor: Annotated[
         str | None,
         typer.Argument(
-            metavar="[EDITOR]", help="An editor of `mmedit list`; without one, the newest that was trained."
+            metavar="[EDITOR]", help="An editor of `mmedit list`; without one, the one that comes trained."
         ),
     ] = None,
     model: options.Model = None,
@@ -79,19 +79,21 @@ def evaluate(
     from mmedit_cli.reports import show
     from mmedit_cli.workflows import evaluation, image_evaluation
     from mmedit_cli.workflows.concept_plan import ConceptEvalOptions
+    from mmedit_cli.workflows.networks import default_editor
 
     out = Output(as_json=as_json)
     kind, changes = editor and registry.kind_of(editor), tuple(overrides or ())
-    strange = {"--sequential": sequential != 1, "--template": bool(template), "--checkpoint": checkpoint is not None}
+    strange = {"--sequential": sequential != 1, "--template": bool(template)}
     if kind is registry.image_editors:
         strange |= {"--root": root is not None, "--dry-run": dry_run, "--hparams": hparams is not None}
         request = image_evaluation.ImageEvalOptions(
             editor, model, image_evaluation.LoadOptions(device, dtype, revision), data, changes, limit, batch_size,
-            seed, records, force,
+            seed, records, force, checkpoint,
         )  # fmt: skip
         show.image_scores(out, image_evaluation.evaluate(request, out, strange))
         return
     if kind is registry.personalizers:
+        strange |= {"--checkpoint": checkpoint is not None}
         strange |= {"--subset": bool(subset), "--images": images is not None, "--device-map": device_map is not None}
         asked = ConceptEvalOptions(
             editor, options.named_drawing(model, out), data, root, hparams, changes, limit, seed, device, dtype,
@@ -104,7 +106,7 @@ def evaluate(
     room = int(cache_gib * (1 << 30))
     protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)
     if editor is None:
-        editor, model = evaluation.newest_editor(records, model)
+        editor, model = default_editor(records, model, checkpoint)
         out.note(f"no EDITOR: {editor} on {model}")
     how = evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision)
     request = evaluation.EvalOptions(

@@ -32,7 +32,7 @@ def image_edit(
         typer.Option(
             "--model",
             "-m",
-            help="A name, a folder or a hub id. [default: what was trained last, or the editor's own]",
+            help="A name, a folder or a hub id. [default: the editor's own]",
             show_default=False,
         ),
     ] = None,
@@ -72,6 +72,7 @@ def image_edit(
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
     records: options.Records = Path("records"),
+    checkpoint: options.Checkpoint = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -101,7 +102,7 @@ def image_edit(
     request = image_edits.EditOptions(
         editor, model, LoadOptions(device, dtype, revision),
         Settings(steps, text_guidance, image_guidance, resolution, restore),
-        image_edits.colour(background), keep_alpha, batch_size, force, records,
+        image_edits.colour(background), keep_alpha, batch_size, force, records, checkpoint,
     )  # fmt: skip
     if batch is not None:
         wishes = image_edits.read_wishes(batch, output, seed)

@@ -47,8 +47,9 @@ def train_editor(
 ) -> None:
     """Train the networks of an editor for a model. The same command again continues where it stopped.
 
-    A named data set is trained on its train split; its val split chooses the checkpoint. What is trained is found by
-    `mmedit eval` without further words. Under `accelerate launch` or `torchrun` several processes train together.
+    A named data set is trained on its train split; its val split chooses the checkpoint. `--checkpoint latest`, or the
+    id of the run, lets `mmedit eval`, `edit` and `image-edit` answer with what was trained. Under `accelerate launch`
+    or `torchrun` several processes train together.
 
     Examples:
 

@@ -19,7 +19,8 @@ from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions, find_networks, load_model, resolve_editor
+from mmedit_cli.workflows.evaluation import ModelOptions, load_model, networks_of, resolve_editor
+from mmedit_cli.workflows.networks import networks_line
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.base import VisionLanguageModel
@@ -39,7 +40,7 @@ class EditOptions:
     model: ModelOptions
     hparams: Path | None = None
     overrides: Sequence[str] = ()
-    checkpoint: Path | None = None
+    checkpoint: Path | str | None = None
     seed: int | None = None
     records: Path = Path("records")
 
@@ -242,14 +243,14 @@ def begin_edits(folder: Path | str, options: EditOptions, out: Output | None = N
 def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedModel:
     """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.model, revision=options.model.revision)
-    cls, networks = registry.editors.get(options.editor), options.checkpoint
-    if networks is None and cls.trains:
-        networks = find_networks(options.editor, ref.name, options.records)
+    found = networks_of(options.editor, ref.name, options.records, options.checkpoint)
+    networks = None if found is None else found.path
     cls, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, networks)
     backbone = load_model(options.model, ref, out)
     editor: Editor = cls(backbone, hparams, seed=options.seed or 0)
-    if networks is not None:
-        editor.load_networks(networks)  # type: ignore[attr-defined]
+    if found is not None:
+        out.note(networks_line(found.facts()))
+        editor.load_networks(found.path)  # type: ignore[attr-defined]
     _, state = editor.state()
     config = {
         "editor": editor.name,
@@ -265,6 +266,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedM
         "seed": editor.seed,
         "rows": editor.independent,
         "checkpoint": None if networks is None else sha256_of(networks),
+        "networks": None if found is None else found.facts(),
         "state": {key: value for key, value in state.items() if key not in ("operations", "next_id")},
     }
     environment = {**runtime.environment(backbone.device), "versions": runtime.versions()}
@@ -334,7 +336,10 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
         _check_model(folder, config["model"], find_model(options.model.model, revision=options.model.revision))
     if options.seed not in (None, config["seed"]):
         raise StateError(f"--seed {options.seed}: {folder} was begun with {config['seed']}", other)
-    if options.checkpoint is not None and sha256_of(options.checkpoint) != config["checkpoint"]:
+    found = None
+    if options.checkpoint is not None:
+        found = networks_of(config["editor"], config["model"]["name"], options.records, options.checkpoint)
+    if found is not None and sha256_of(found.path) != config["checkpoint"]:
         raise StateError(f"--checkpoint {options.checkpoint}: {folder} was begun with other networks", other)
     if options.hparams is None and not options.overrides:
         return

@@ -62,6 +62,7 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         )
         for line in _selection(report["data"]):
             out.line(line)
+        _networks(out, report)
         out.table(["protocol", "score", "before", *heads], rows, sections=sections)
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
@@ -96,6 +97,7 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
             "all answer tokens right"
         )
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
+        out.line(f"mmedit eval {report['editor']} --model {report['model']['name']} --checkpoint {_run_of(report)}")
 
     out.result(report, show)
 
@@ -110,7 +112,7 @@ def image_training(out: Output, report: Mapping[str, Any]) -> None:
         out.table(["step", *(f"held-out loss, {name}" for name in names)], rows)
         minutes = report["cost"]["seconds"] / 60
         out.line(f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {minutes:.1f} min")
-        out.line(f"mmedit image-edit {report['editor']} --model {report['run']} --image ...")
+        out.line(f"mmedit image-edit {report['editor']} --checkpoint {_run_of(report)} --image ...")
 
     out.result(report, show)
 
@@ -120,6 +122,7 @@ def image_scores(out: Output, report: Mapping[str, Any]) -> None:
 
     def show() -> None:
         out.line(f"{report['editor']} ({report['model']['name']}) on {report['data']['name']}: mean ± 95 % interval")
+        _networks(out, report)
         rows = [_score_row("all", name, score) for name, score in report["scores"].items()]
         rows += [
             _score_row(kind, name, scores[name])
@@ -175,6 +178,19 @@ def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"{data['cases']} subjects, {seconds:.3g} s to learn one; gallery: {report['gallery']}")
 
     out.result(report, show)
+
+
+def _networks(out: Output, report: Mapping[str, Any]) -> None:
+    """Say which trained networks answered, where there are any; reports of 0.1.0 do not know."""
+    from mmedit_cli.workflows.networks import networks_line
+
+    if report.get("networks"):
+        out.line(networks_line(report["networks"]))
+
+
+def _run_of(report: Mapping[str, Any]) -> str:
+    """Return the id of a run."""
+    return Path(report["run"]).name
 
 
 def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:

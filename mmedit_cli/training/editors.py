@@ -235,6 +235,7 @@ class _Training:
         tensors, metadata = self.editor.networks_state()
         progress = self.progress
         metadata |= {"step": str(progress.best_step), "score": f"{progress.best:.4f}"}
+        metadata |= {"steps": str(self.hp.steps), "run": self.run.folder.name}
         self.run.save_tensors("editor", tensors, metadata)
 
     def _validate(self) -> dict[str, float]:

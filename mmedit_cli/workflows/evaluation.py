@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import DEFAULTS, ModelRef, find_model
+from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.storage import sha256_json
 from mmedit_cli.types import EditCase, Query
+from mmedit_cli.workflows.networks import Networks, find_networks, networks_line
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.base import VisionLanguageModel
@@ -47,7 +48,7 @@ class EvalOptions:
     data_options: DataOptions | None = None
     hparams: Path | None = None
     overrides: Sequence[str] = ()
-    checkpoint: Path | None = None
+    checkpoint: Path | str | None = None
     limit: int | None = None
     seed: int = 0
     records: Path = Path("records")
@@ -61,7 +62,7 @@ class EvalPlan:
     options: EvalOptions
     ref: ModelRef
     hparams: Any
-    checkpoint: Path | None
+    networks: Networks | None
     cases: list[EditCase]
     config: dict[str, Any]
     folder: Path
@@ -79,10 +80,9 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
 
     ref = find_model(options.model.model, revision=options.model.revision)
     check_answers(ref)
-    checkpoint = options.checkpoint
-    if checkpoint is None and registry.editors.get(options.editor).trains:
-        checkpoint = find_networks(options.editor, ref.name, options.records)
-    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, checkpoint)
+    networks = networks_of(options.editor, ref.name, options.records, options.checkpoint)
+    path = None if networks is None else networks.path
+    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, path)
     data = read_data(options.data, limit=options.limit, options=options.data_options or DataOptions())
     cases = data.cases
     check_pictures(cases)
@@ -96,7 +96,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     config = {
         "command": "eval",
         "editor": editor.name,
-        "hparams": to_dict(hparams),
+        "hparams": used_hparams(hparams),
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
@@ -105,10 +105,10 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "seed": options.seed,
         "versions": runtime.versions(),
     }
-    if checkpoint is not None:
-        config["checkpoint"] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    if networks is not None:
+        config["checkpoint"] = hashlib.sha256(networks.path.read_bytes()).hexdigest()
     folder = Run.locate(options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config)
-    return EvalPlan(options, ref, hparams, checkpoint, cases, config, folder)
+    return EvalPlan(options, ref, hparams, networks, cases, config, folder)
 
 
 def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases)
     editor: Editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
-    if plan.checkpoint is not None:
-        out.note(f"networks of {plan.checkpoint}")
-        editor.load_networks(plan.checkpoint)  # type: ignore[attr-defined]
+    if plan.networks is not None:
+        out.note(networks_line(plan.networks.facts()))
+        editor.load_networks(plan.networks.path)  # type: ignore[attr-defined]
     environment = runtime.environment(backbone.device)
     base = (
         plan.options.records
@@ -149,6 +149,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
             asked = evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
         head |= {"checkpoint": plan.config.get("checkpoint")}
+        head |= {"networks": None if plan.networks is None else plan.networks.facts()}
         cases = run.read("cases")
         head["data"] = {**plan.config["data"], **too_long}
         head |= {"environment": run.environment, "examples": examples(cases, plan.cases)}
@@ -181,14 +182,15 @@ def load_editor(
 ) -> Editor:
     """Return an editor for a backbone, with the hyper-parameters of hparams/NAME.yaml and its variant for the model.
 
-    `overrides` are KEY=VALUE texts. An editor that is trained first reads the networks of `checkpoint`, else the
-    newest in `records`, else those that come along; with "untrained" they are random. Raises UnknownName,
-    HparamsError, UserError if there are no trained networks, or StateError if they do not fit.
+    `overrides` are KEY=VALUE texts. An editor that is trained first reads the networks that come along, or those that
+    `checkpoint` names: "latest" (the newest training in `records`), a file, the folder or the id of a run; with
+    "untrained" they are random. Raises UnknownName, HparamsError, UserError if there are no trained networks, or
+    StateError if they do not fit.
     """
     cls = registry.editors.get(name)
     found = None
     if cls.trains and checkpoint != "untrained":
-        found = Path(checkpoint) if checkpoint else find_networks(name, backbone.name, records)
+        found = find_networks(name, backbone.name, records, checkpoint).path
     cls, values = resolve_editor(name, backbone.name, hparams, overrides, found)
     editor: Editor = cls(backbone, values, seed=seed)
     if found is not None:
@@ -196,46 +198,21 @@ def load_editor(
     return editor
 
 
-def find_networks(editor: str, model: str, records: Path) -> Path:
-    """Return the file of an editor's networks trained for a model: the newest of one's own, else one that comes along.
+def networks_of(editor: str, model: str, records: Path, checkpoint: Path | str | None) -> Networks | None:
+    """Return the networks of an editor that is trained first; None for another, which takes no `checkpoint`.
 
-    Raises UserError if there is none.
+    Raises UserError.
     """
-    own = trained_networks(records, editor, model)
-    if own:
-        return own[0]
-    path = registry.share_dir("data") / "editors" / editor / f"{model}.safetensors"
-    if path.is_file():
-        return path
-    raise UserError(
-        f"{editor} has not been trained for {model}",
-        f"mmedit train-editor {editor} --model {model} --data ..., or --checkpoint FILE",
-    )
+    if registry.editors.get(editor).trains:
+        return find_networks(editor, model, records, checkpoint)
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint}: {editor} has no networks", "leave the option out")
+    return None
 
 
-def newest_editor(records: Path, model: str | None = None) -> tuple[str, str]:
-    """Return (editor, model) to use where no editor is named: the newest that was trained, else one that comes along.
-
-    Raises UserError if a model is named that none was trained for.
-    """
-    share = registry.share_dir("data") / "editors"
-    wanted = "*" if model is None else find_model(model).name.replace("/", "*")
-    for path in trained_networks(records, model=wanted):
-        report = Run.finished(path.parent) or {}
-        return report["editor"], model or report["model"]["name"]
-    for name in DEFAULTS if model is None else (model,):
-        if (share / "liveedit" / f"{name}.safetensors").is_file():
-            return "liveedit", name
-    raise UserError(
-        "no EDITOR named, and none was trained" + (f" for {model}" if model else ""), "e.g. mmedit eval ft"
-    )
-
-
-def trained_networks(records: Path, editor: str = "*", model: str = "*") -> list[Path]:
-    """Return the networks of all finished trainings in a records folder, the newest first."""
-    reports = records.glob(f"train-editor/{editor}/{model}/*/*/report.json")
-    found = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.with_name("editor.safetensors") for path in found if path.with_name("editor.safetensors").is_file()]
+def used_hparams(hparams: Any) -> dict[str, Any]:
+    """Return the hyper-parameters that matter once an editor is trained: how that went is told by its own run."""
+    return {key: value for key, value in to_dict(hparams).items() if key != "training"}
 
 
 def resolve_editor(

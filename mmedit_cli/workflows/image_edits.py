@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageColor
 
 from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import CHECKPOINT
 from mmedit_cli.errors import DataError, MmeditError, RunError, UserError, near_miss
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
@@ -22,7 +23,7 @@ from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
 from mmedit_cli.records import Run
 from mmedit_cli.reports.gallery import edit_sheet
 from mmedit_cli.storage import sha256_json, write_atomic
-from mmedit_cli.workflows.image_training import newest
+from mmedit_cli.workflows.networks import Networks, chosen_networks, described, networks_line
 
 if TYPE_CHECKING:
     from mmedit_cli.output import Tick
@@ -56,6 +57,7 @@ class EditOptions:
     batch_size: int = 1
     force: bool = False
     records: Path = Path("records")
+    checkpoint: str | None = None
 
 
 def samples(wish: Wish, count: int) -> list[Wish]:
@@ -155,13 +157,30 @@ def check(wishes: Sequence[Wish], options: EditOptions, done: frozenset[Path] = 
 
 
 def load_editor(options: EditOptions, out: Output) -> ImageEditor:
-    """Load the editor, saying so: it may take a while. Raises UnknownName, ModelError."""
+    """Load the editor, saying so: it may take a while. Raises UnknownName, ModelError, UserError."""
     cls, model = registry.image_editors.get(options.editor), options.model
-    if model is None and cls.trains and (trained := newest(options.editor, options.records)) is not None:
-        model = str(trained)
+    networks = own_networks(options)
+    if networks is not None:
+        out.note(networks_line(networks.facts()))
+        model = str(networks.path.parent)
     out.note(f"loading {options.editor}" + (f": {model}" if model else ""))
     editor: ImageEditor = cls.load(model, options.load)
     return editor
+
+
+def own_networks(options: EditOptions) -> Networks | None:
+    """Return the training that `--checkpoint` names; None without the option. Raises UserError."""
+    checkpoint = options.checkpoint
+    if checkpoint is None:
+        return None
+    if not registry.image_editors.get(options.editor).trains:
+        raise UserError(f"--checkpoint {checkpoint}: {options.editor} is not trained here", "leave the option out")
+    if options.model is not None:
+        raise UserError("--model and --checkpoint: the training names its model", "leave one of the two out")
+    path = chosen_networks(checkpoint, options.records, options.editor, kind="image_editors")
+    if path.name != CHECKPOINT:
+        raise UserError(f"--checkpoint {checkpoint}: not called {CHECKPOINT}", "name the folder of the training")
+    return described(path)
 
 
 def edit_pictures(

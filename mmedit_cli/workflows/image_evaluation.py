@@ -29,7 +29,7 @@ from mmedit_cli.pictures import png
 from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
 from mmedit_cli.storage import write_atomic
-from mmedit_cli.workflows.image_edits import EditOptions, load_editor
+from mmedit_cli.workflows.image_edits import EditOptions, load_editor, own_networks
 from mmedit_cli.workflows.image_training import DATA
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class ImageEvalOptions:
     seed: int = 0
     records: Path = Path("records")
     force: bool = False
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def evaluate(
     options = replace(options, editor=options.editor.replace("_", "-"))
     registry.image_editors.get(options.editor)
     name, pairs = open_pairs(DATA if options.data == "emojikb" else options.data, limit=options.limit)
-    asked = EditOptions(options.editor, options.model, options.load, settings, records=options.records)
+    asked = EditOptions(
+        options.editor, options.model, options.load, settings, records=options.records, checkpoint=options.checkpoint
+    )
+    networks = own_networks(asked)
     editor = load_editor(asked, out)
     looks["judge"] = looks["judge"] or (JUDGE if any(pair.question for pair in pairs) else NOBODY)
     encoders = load_encoders(looks, str(editor.device))
@@ -121,6 +125,7 @@ def evaluate(
         report = {
             "format": 1,
             **config,
+            "networks": None if networks is None else networks.facts(),
             "environment": run.environment,
             "scores": summary(lines),
             "by_kind": {kind: summary([x for x in lines if x["kind"] == kind]) for kind in _kinds(lines)},

@@ -117,10 +117,3 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     report = Run.finished(plan.folder)
     assert report is not None
     return report
-
-
-def newest(editor: str, records: Path) -> Path | None:
-    """Return the folder of the newest finished training of an image editor, None if there is none."""
-    reports = records.glob(f"{FOLDER}/{editor}/*/*/*/report.json")
-    found = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
-    return found[0].parent if found else None
