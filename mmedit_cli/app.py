@@ -63,6 +63,7 @@ app.add_typer(kept, name="edits", help="List, undo, compare, check and export th
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
 conversions.command("mgie")(convert.mgie)
+conversions.command("safetensors")(convert.safetensors)
 app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
 
 

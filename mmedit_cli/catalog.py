@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mmedit_cli import hub
 from mmedit_cli.errors import ModelError, UserError, near_miss
+from mmedit_cli.identity import fingerprint, former_fingerprint
+from mmedit_cli.model_folder import CHECKPOINT, INDEX, config_file, read_config
+from mmedit_cli.not_a_model import check_folder_is_meant, check_is_model, check_not_a_path
 from mmedit_cli.registry import share_dir
 
 
@@ -83,10 +85,6 @@ PIPELINE_FILES = (  # of one that holds a diffusers pipeline: no second copies i
     "unet/diffusion_pytorch_model.safetensors",
     "text_encoder*/model.safetensors",
 )
-INDEX = "model_index.json"  # of a pipeline
-CHECKPOINT = "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
-_CONFIGS = ("config.json", INDEX)
-_STRIDE, _CHUNK = 16 << 20, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,11 @@ class ModelRef:
     family: str
     folder: Path | None
     fingerprint: str
+
+    @cached_property
+    def former(self) -> str:
+        """The fingerprint that version 0.1.0 gave to the same files, empty where it is the same one."""
+        return "" if self.folder is None else former_fingerprint(self.folder)
 
 
 def bundled() -> dict[str, Path]:
@@ -135,6 +138,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     A folder wins over the hub cache, the cache over the network. Raises ModelError with what was tried.
     """
     entry = MODELS.get(name)
+    check_folder_is_meant(name, [*bundled(), *MODELS], bundled().get(name))
     if entry is not None and entry.repo is None:
         return ModelRef(name, entry.family, None, hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16])
     folder = bundled().get(name, Path(name))
@@ -143,9 +147,13 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
+        check_is_model(folder)
         return ModelRef(folder.resolve().name, family_of(folder), folder, fingerprint(folder))
     repo = entry.repo if entry is not None and entry.repo else name
+    if entry is None and not in_cache(name):
+        check_not_a_path(name)
     folder = hub_folder(repo, revision)
+    check_is_model(folder)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
     return ModelRef(short, family_of(folder), folder, fingerprint(folder))
 
@@ -181,46 +189,17 @@ def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = No
 def in_cache(repo: str) -> bool:
     """Whether a model of the hub lies in its cache on this machine."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model folder, or the model_index.json of a pipeline; raise ModelError without."""
-    hint = "give a folder as save_pretrained writes it"
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: not a folder", hint)
-    path = _config_file(folder)
-    if path is None:
-        raise ModelError(f"{folder}: no config.json, so not a model folder", hint)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return config
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return how a model is best used, as the `settings.json` of its folder says; raise ModelError if it is none."""
-    path = folder / "settings.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})", "copy it again") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path}: not a JSON object", "copy it again")
-    return settings
-
-
-def _config_file(folder: Path) -> Path | None:
-    return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+        return any(isinstance(try_to_load_from_cache(repo, name), str) for name in ("config.json", INDEX))
+    except HFValidationError:  # not a name the hub could have
+        return False
 
 
 def _kind(folder: Path) -> str:
     """Return what a model calls itself, empty where there is no config."""
-    if _config_file(folder) is None:
+    if config_file(folder) is None:
         return ""
     config = read_config(folder)
     return str(config.get("model_type", config.get("_class_name")))
@@ -234,59 +213,3 @@ def family_of(folder: Path) -> str:
         problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, FAMILIES)}"
         raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder; raise ModelError if there are none, or if one is missing."""
-    files = sorted(folder.glob("*.safetensors"))
-    named: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = sorted(named - {file.name for file in files})
-    if missing:
-        raise ModelError([f"{folder}: {name} is named in the index but missing" for name in missing], "copy it there")
-    if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-        hint = "convert the pickled weights to safetensors first" if pickled else "copy model.safetensors there"
-        raise ModelError(f"{folder}: no weights (*.safetensors)", hint)
-    return files
-
-
-def pipeline_parts(folder: Path) -> list[str]:
-    """Return the parts of a pipeline folder that have weights: `unet`, `vae`, `text_encoder`, and its second one."""
-    parts = {key: value for key, value in read_config(folder).items() if not key.startswith("_")}
-    trained = ("unet", "vae", "text_encoder", "text_encoder_2")
-    return [part for part in trained if isinstance(parts.get(part), list) and parts[part][1] is not None]
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a digest that stands for the content of a model folder, or of a part of a pipeline."""
-    config = _config_file(folder)
-    pipeline = config is not None and config.name == INDEX
-    parts = [folder / part for part in pipeline_parts(folder)] if pipeline else [folder]
-    digest = hashlib.sha256(config.read_bytes() if config is not None else b"")
-    for part in parts:
-        if part != folder:
-            digest.update((part / "config.json").read_bytes() if (part / "config.json").is_file() else b"")
-        _digest_weights(digest, part)
-    return digest.hexdigest()[:16]
-
-
-def _digest_weights(digest: Any, folder: Path) -> None:
-    """Add, of each weight file, the size, the header and a 64 KiB sample of every 16 MiB."""
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size};".encode())
-        with file.open("rb") as stream:
-            head = int.from_bytes(stream.read(8), "little")
-            if size < 8 or head > size - 8:
-                raise ModelError(f"{file}: not a complete safetensors file", "copy it again")
-            digest.update(stream.read(head))
-            for chunk in _samples(size, head + 8):
-                stream.seek(chunk)
-                digest.update(stream.read(_CHUNK))
-
-
-def _samples(size: int, start: int) -> Iterator[int]:
-    yield from range(start, size, _STRIDE)
-    yield max(start, size - _CHUNK)

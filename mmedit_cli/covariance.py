@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
+from mmedit_cli.identity import same_model
 from mmedit_cli.registry import cache_dir, share_dir
 from mmedit_cli.storage import read_tensors, write_tensors
 
@@ -215,12 +216,16 @@ def estimate(
 
 def default_path(model: StableDiffusion) -> Path:
     """Return where the covariance of a model's text encoder is looked for."""
-    return cache_dir() / "covariance" / f"{model.text_fingerprint}.safetensors"
+    folder = cache_dir() / "covariance"
+    path = folder / f"{model.text_fingerprint}.safetensors"
+    former = folder / f"{model.former_text}.safetensors"  # kept by version 0.1.0
+    return former if former.is_file() and not path.is_file() else path
 
 
 def check(covariance: Covariance, model: StableDiffusion) -> None:
     """Raise StateError unless a covariance was made for the text encoder of a model."""
-    if covariance.source.get("encoder") != model.text_fingerprint or covariance.width != model.width:
+    made_for = covariance.source.get("encoder")
+    if not same_model(made_for, model.text_fingerprint, model.former_text) or covariance.width != model.width:
         made = covariance.source.get("model", "another model")
         raise StateError(f"the covariance was made for the text encoder of {made}, this is {model.name}",
                          f"mmedit covariance --model {model.name} --captions FILE")  # fmt: skip

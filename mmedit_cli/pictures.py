@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
@@ -16,6 +17,11 @@ from mmedit_cli.packed import way_out
 from mmedit_cli.registry import emojikb_dir
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What a file may be inside, whatever its name says. Left out is what starts other programs (EPS: Ghostscript) or is
+# hardly ever met, and so hardly ever tested (FLI, PCX, ...).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+_LONGEST_SIDE = 65_535  # pixels, as in JPEG: a picture of 1 x 80,000,000 is none
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # a tag of TIFF files, and its value for whole numbers that have a sign
 
 
 class Picture(NamedTuple):
@@ -41,7 +47,7 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 def load_picture(picture: Picture) -> Image.Image:
     """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
     with _reading(picture.path) as image:
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if upright.has_transparency_data:
             above = upright.convert("RGBA")
             ground = Image.new("RGBA", above.size, picture.background)
@@ -64,7 +70,7 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
 def upright_rgb(file: BinaryIO, place: str) -> Image.Image:
     """Return an image file that is in memory as RGB, upright; raise DataError naming `place` if it is none."""
     with _reading(file, place) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _upright(image).convert("RGB")
 
 
 def png(image: Image.Image, *, small: bool = False) -> bytes:
@@ -81,6 +87,48 @@ def load_alpha(path: Path) -> Image.Image | None:
         return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
 
 
+def _check_sides(image: Image.Image) -> None:
+    if max(image.size) > _LONGEST_SIDE:
+        raise ValueError(f"{image.width} x {image.height} pixels: a side is longer than {_LONGEST_SIDE}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a picture as its orientation tag says, with 8 bits a channel."""
+    unsigned = _is_unsigned(image)  # its tags are gone once it is turned
+    return _in_bytes(ImageOps.exif_transpose(image), unsigned=unsigned)
+
+
+def _in_bytes(image: Image.Image, *, unsigned: bool) -> Image.Image:
+    """Return a grey picture of 16 or 32 bits as one of 8 bits, and any other as it is.
+
+    Pillow would cut its values off at 255, which makes nearly everything white. White is the largest value of the
+    smallest range that holds the picture: 1 (of numbers with a point), 255, 65535, 2^31 - 1 or 2^32 - 1.
+    """
+    if image.mode != "F" and image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    if image.mode == "I" and unsigned:
+        values = np.where(values < 0, values + 2.0**32, values)  # Pillow reads them as if they had a sign
+    largest = values.max(initial=0)
+    ranges = [65535.0, 2.0**31 - 1, 2.0**32 - 1]
+    if image.mode in ("I", "F"):
+        ranges.insert(0, 255.0)
+    if image.mode == "F":
+        ranges.insert(0, 1.0)
+    white = next((limit for limit in ranges if largest <= limit), largest)
+    grey = (values.clip(0, white) / white * 255).round().astype(np.uint8)
+    scaled = Image.fromarray(grey)
+    scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return scaled
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    tags = getattr(image, "tag_v2", None)  # of TIFF files
+    return tags is not None and tags.get(_SAMPLE_FORMAT) not in (_SIGNED, (_SIGNED,))
+
+
 @contextmanager
 def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
@@ -89,7 +137,8 @@ def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
+                _check_sides(image)
                 yield image
     except FileNotFoundError as error:
         raise DataError(f"{place or path}: no such image", way_out(Path(error.filename))) from error

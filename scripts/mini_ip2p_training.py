@@ -51,7 +51,7 @@ class Trainee(BaseTrainee):
 
         if not (start / "model_index.json").is_file():
             raise UserError(f"{start}: no text-to-image model there", "train it first: scripts/train_mini_sd.py")
-        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True)
+        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, trust_remote_code=False)
         self.start = start.name
         data, self._turns = recipe.data, recipe.data["turns"]
         self.pairs: list[EditPair] = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mini_training import replacing_folder
 
-from mmedit_cli.catalog import CHECKPOINT
 from mmedit_cli.errors import UserError
+from mmedit_cli.model_folder import CHECKPOINT
 from mmedit_cli.records import Run
 from mmedit_cli.storage import read_tensors, write_tensors
 

@@ -101,7 +101,8 @@ class Painter:
 
         logging.disable_progress_bar()
         self.device = runtime.resolve_device(device)
-        self.pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(self.device)
+        self.pipe = StableDiffusionPipeline.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
+        self.pipe.to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
         self._drawn, self._pictures = drawn, Pictures(drawn.kb, self.device)

@@ -23,6 +23,10 @@ ROWS = (
         "storage",
         "runtime",
         "catalog",
+        "identity",
+        "model_folder",
+        "not_a_model",
+        "shapes",
         "patch",
         "adapters",
         "prefix",
@@ -106,6 +110,32 @@ def test_typer_is_known_to_the_command_line_only():
         text = path.read_text()
         if part_of(path) not in ("app", "options", "commands"):
             assert "import typer" not in text, path
+
+
+OPENS = {"from_pretrained"}
+NOT_ASKED = {  # calls that take no such option, or run code that this program has written itself
+    ("edits/exporting.py", "PeftModel.from_pretrained"),
+    ("edits/exporting.py", "module.EditedModel.from_pretrained"),
+}
+ITS_OWN_USER_SAYS = {("editors/_runtime.py", "AutoModelForImageTextToText.from_pretrained")}  # runs without mmedit
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "scripts").rglob("*.py"))], ids=lambda path: path.name)
+def test_no_code_of_others_is_run(path):
+    """Whatever transformers or diffusers open is told `trust_remote_code=False`: left out, it asks on stdout."""
+    place = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        called = ast.unparse(node.func)
+        builds = node.func.attr == "from_config" and called.startswith("Auto")
+        if node.func.attr not in OPENS and not builds:
+            continue
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if (place, called) in ITS_OWN_USER_SAYS:
+            assert "trust_remote_code" in said
+        elif (place, called) not in NOT_ASKED:
+            assert said.get("trust_remote_code") == "False", f"{place}:{node.lineno}: {called}"
 
 
 def test_nothing_is_unpickled():

@@ -63,7 +63,7 @@ def test_missing_shards_and_pickled_weights_are_named(tmp_path):
     pickled = model_folder(tmp_path / "b", name="pytorch_model.bin")
     with pytest.raises(ModelError) as caught:
         catalog.find_model(str(pickled))
-    assert "convert the pickled weights" in caught.value.hint
+    assert f"mmedit convert safetensors {pickled}" in caught.value.hint
 
 
 def test_hub_ids_resolve_in_the_cache_first_and_fail_in_one_line(monkeypatch, tmp_path):

@@ -124,7 +124,7 @@ def test_published_numbers(golden):
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="the published matrix is not part of the repository")
 def test_the_published_matrix():
     class Sized:
-        width, name, text_fingerprint = 768, "sized", "x"
+        width, name, text_fingerprint, former_text = 768, "sized", "x", ""
 
     found = import_matrix(SHIPPED, Sized())
     summary = found.summary()

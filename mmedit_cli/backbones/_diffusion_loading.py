@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from mmedit_cli import runtime
+from mmedit_cli.backbones._schedule import check_scheduler
+from mmedit_cli.backbones._vocabulary import check_text_encoders
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
-from mmedit_cli.catalog import ModelRef, find_model, fingerprint, pipeline_parts, read_config, read_settings
+from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import ModelError
+from mmedit_cli.identity import fingerprint, former_fingerprint
+from mmedit_cli.model_folder import check_parts, loading, pipeline_parts, read_config, read_settings
 
 
 def load_stable_diffusion(
@@ -36,14 +42,25 @@ def load_stable_diffusion(
         text = ref.fingerprint
     else:
         pipe = _from_folder(ref, number).to(target)
-        parts = [part for part in pipeline_parts(ref.folder) if part.startswith("text_encoder")]
-        text = hashlib.sha256("".join(fingerprint(ref.folder / part) for part in parts).encode()).hexdigest()[:16]
+        check_text_encoders(pipe, ref.folder)
+        text = _joined(fingerprint(part) for part in _text_encoders(ref.folder))[:32]
+    check_scheduler(pipe.scheduler, ref.name)
     made = StableDiffusion(ref.name, pipe, ref.fingerprint, text)
     if ref.folder is not None:
+        made.former = ref.former
+        made.former_text = _joined(former_fingerprint(part) for part in _text_encoders(ref.folder))[:16]
         made.guidance = float(read_settings(ref.folder).get("guidance", made.guidance))
     if low_memory:
         made.save_memory()
     return made
+
+
+def _text_encoders(folder: Path) -> list[Path]:
+    return [folder / part for part in pipeline_parts(folder) if part.startswith("text_encoder")]
+
+
+def _joined(fingerprints: Iterable[str]) -> str:
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def check_draws(ref: ModelRef) -> None:
@@ -58,7 +75,6 @@ def check_draws(ref: ModelRef) -> None:
 def _from_folder(ref: ModelRef, dtype: Any) -> Any:
     import diffusers
     import torch
-    from safetensors import SafetensorError
 
     assert ref.folder is not None
     config = read_config(ref.folder)
@@ -70,11 +86,11 @@ def _from_folder(ref: ModelRef, dtype: Any) -> Any:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if isinstance(dtype, str):
         dtype = torch.float16
-    try:
-        return kind.from_pretrained(ref.folder, dtype=dtype, use_safetensors=True, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise ModelError(f"{ref.folder}: cannot be loaded: {reason}", "is the folder complete?") from error
+    check_parts(ref.folder)
+    with loading(ref.folder):
+        return kind.from_pretrained(
+            ref.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+        )
 
 
 def _quiet() -> None:

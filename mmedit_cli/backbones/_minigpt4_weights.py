@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmedit_cli.catalog import read_config
 from mmedit_cli.errors import ModelError
+from mmedit_cli.model_folder import loading, read_config
 from mmedit_cli.storage import staged_folder
 
 _VISION_LAYERS = 39  # the published code leaves the last block of EVA ViT-g out
@@ -152,20 +152,16 @@ def _qformer_config(raw: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 def _language_model(folder: Path) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a Llama folder; pickled weights are read as tensors only, as transformers does."""
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     kind = read_config(folder).get("model_type")
     if kind != "llama":
         raise ModelError(f"{folder}: model_type {kind!r}, MiniGPT-4 needs a llama", "give the folder of Vicuna")
-    try:
+    with loading(folder):
         model, info = LlamaForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ModelError(f"{folder}: cannot be loaded: {reason}", "is the folder complete?") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if info["missing_keys"]:
         raise ModelError(f"{folder}: tensors are missing, {min(info['missing_keys'])} first", "copy it again")
     return model, tokenizer

@@ -20,6 +20,8 @@ from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.types import Query
 
+WRITTEN = "\ufdd0"  # a code point that is no character: the image token, where somebody wrote it in a text
+
 
 class VisionLanguageModel(ABC):
     """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
@@ -30,6 +32,7 @@ class VisionLanguageModel(ABC):
 
     family: ClassVar[str]
     image_token: ClassVar[str] = "<image>"
+    former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
     n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, image_processor: Any, fingerprint: str) -> None:
@@ -113,25 +116,35 @@ class VisionLanguageModel(ABC):
             raise DataError("the prompt is empty")
         if with_answer and not query.target.strip():
             raise DataError(f"the target of {prompt!r} is empty")
-        if self.image_token in prompt + query.target:
-            raise DataError(
-                f"{self.image_token!r} inside the text of {prompt!r}: one image a query, several are not supported",
-                "leave the placeholder out and name the picture in `image`",
-            )
+        prompt, target = (text.replace(self.image_token, WRITTEN) for text in (prompt, query.target))
         n_image = 0 if query.image is None else self.n_image_tokens(Picture(query.image, query.background))
         if query.chat:
             prompt = self.chat(prompt, with_image=n_image > 0)
-        text = prompt + joined(replace(query, prompt=prompt)) if with_answer else prompt
+        text = prompt + joined(replace(query, prompt=prompt, target=target)) if with_answer else prompt
         ids, start = self._prompt_ids(text, n_image)
         n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         if with_answer and n_answer <= 0:
             raise DataError(f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary")
         if len(ids) > self.max_length:
             raise TooLong(
-                f"{prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
+                f"{query.prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
                 "--skip-long goes on without such queries",
             )
         return Encoded(ids, start, n_image, n_answer)
+
+    def token_ids(self, text: str, **options: Any) -> list[int]:
+        """Return a text as token ids; where the image token was written in a question, it is spelled as text."""
+        first, *others = text.split(WRITTEN)
+        ids: list[int] = self.tokenizer(first, **options)["input_ids"]
+        for other in others:
+            ids = ids + self._spelled + self.tokenizer(other, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def _spelled(self) -> list[int]:
+        """The image token as text, in tokens of its letters."""
+        found = self.tokenizer(self.image_token, add_special_tokens=False, split_special_tokens=True)
+        return list(found["input_ids"])
 
     def chat(self, prompt: str, *, with_image: bool) -> str:
         """Return a question in the chat format of the model, up to where the answer begins.

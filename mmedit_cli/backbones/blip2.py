@@ -12,7 +12,7 @@ class Blip2(QFormerModel):
 
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
         # any id will do at the image positions: their embeddings are overwritten
-        return [self.pad_id] * n_image + self.tokenizer(text)["input_ids"], 0
+        return [self.pad_id] * n_image + self.token_ids(text), 0
 
 
 BACKBONE = Blip2

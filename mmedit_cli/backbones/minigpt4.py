@@ -22,9 +22,9 @@ class MiniGPT4(QFormerModel):
 
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
         if not n_image:
-            return self.tokenizer(text)["input_ids"], 0
+            return self.token_ids(text), 0
         before = self.tokenizer("")["input_ids"]
-        behind = self.tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
+        behind = self.token_ids(f"\n{text}", add_special_tokens=False)
         # any id will do at the image positions: their embeddings are overwritten
         return [*before, *[self.pad_id] * n_image, *behind], len(before)
 

@@ -72,7 +72,7 @@ class QwenVL(VisionLanguageModel):
         return height // processor.patch_size, width // processor.patch_size
 
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self.token_ids(text)
         if not n_image:
             return ids, 0
         start, image, end = self._around

@@ -15,7 +15,9 @@ from torch import Generator, Tensor, nn
 from mmedit_cli import runtime
 from mmedit_cli.backbones._canvas import GRID, Canvas, in_windows
 from mmedit_cli.backbones._prompts import Tokens, Word, tokenize
-from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.backbones._schedule import check_steps
+from mmedit_cli.backbones._vocabulary import cap_length
+from mmedit_cli.errors import DataError, MmeditError, ModelError
 
 Tick = Callable[[int], None]
 
@@ -72,6 +74,7 @@ class StableDiffusion:
     """
 
     family: ClassVar[str] = "stable-diffusion"
+    former, former_text = "", ""  # the fingerprints that version 0.1.0 gave to the model and to its text encoders
 
     def __init__(self, name: str, pipe: Any, fingerprint: str, text_fingerprint: str) -> None:
         from diffusers import DDPMScheduler
@@ -82,8 +85,7 @@ class StableDiffusion:
         self.model = nn.ModuleDict({part: getattr(pipe, part) for part in names}).eval().requires_grad_(False)
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if self.is_xl else [pipe.tokenizer]
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            longest = encoder.config.max_position_embeddings  # some tokenizers come without a limit
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+            cap_length(tokenizer, encoder)
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
         self.windows: Callable[[str], Sequence[str]] | None = None
@@ -125,8 +127,14 @@ class StableDiffusion:
 
     @property
     def side(self) -> int:
-        """The native height and width in pixels."""
-        return int(self.unet.config.sample_size) * self.scale
+        """The native height and width in pixels; raises ModelError where the model does not say it."""
+        size = self.unet.config.sample_size
+        if not isinstance(size, int):
+            raise ModelError(
+                f"{self.name}: its unet/config.json has no sample_size, so the size of its pictures is not known",
+                f"give --size, or write sample_size there: 64 for pictures of {64 * self.scale} pixels",
+            )
+        return size * self.scale
 
     @property
     def scale(self) -> int:
@@ -280,10 +288,11 @@ class StableDiffusion:
 
         Raises DataError for a size the model cannot draw, TooLong for a prompt whose own token would be cut off.
         """
+        check_steps(self.pipe.scheduler, sampling.steps)
         side = sampling.side or self.side
         step = math.lcm(GRID, self.scale)
         if side % step or side < step:
-            raise DataError(f"size {side}: not a multiple of {step} pixels", f"native is {self.side}")
+            raise DataError(f"size {side}: not a multiple of {step} pixels", f"e.g. {max(1, side // step) * step}")
         images: list[Any] = []
         for i in range(0, len(prompts), sampling.batch_size):
             some = slice(i, i + sampling.batch_size)

@@ -46,6 +46,25 @@ def minigpt4(
     output.result({"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder)))
 
 
+def safetensors(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder or pipeline with pickled weights.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where it is written anew; it must not exist.")],
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model folder anew with its pickled weights as safetensors; nothing in them is executed.
+
+    Example:
+
+      mmedit convert safetensors old-blip2 old-blip2-safetensors
+    """
+    from mmedit_cli.backbones._pickled_weights import to_safetensors
+
+    output = Output(as_json=as_json)
+    files = to_safetensors(folder, out, output.note)
+    output.result({"model": str(out), "converted": files}, lambda: output.line(str(out)))
+
+
 def mgie(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pipeline is written; it must not exist.")],
     llava: Annotated[Path, typer.Option(help="Folder of LLaVA-Lightning-7B-v1-1 with its tokenizer.")],

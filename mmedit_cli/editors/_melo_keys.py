@@ -193,10 +193,7 @@ def _folder(name: str) -> Path:
 
 
 def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    from mmedit_cli.errors import ModelError
+    from mmedit_cli.model_folder import loading
 
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ModelError(f"{folder}: cannot be used as an encoder: {reason}", "router=backbone needs none") from error
+    with loading(folder, problem="cannot be used as an encoder", hint="router=backbone needs none"):
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)

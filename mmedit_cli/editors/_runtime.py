@@ -149,7 +149,10 @@ class Loader(PreTrainedModel):
         for name in ("adapter_kwargs", "code_revision"):
             kwargs.pop(name, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        model = AutoModelForImageTextToText.from_pretrained(folder, *args, subfolder="base", **kwargs)
+        trusted = kwargs.pop("trust_remote_code", False)  # a base may have code that comes with the export
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, *args, subfolder="base", trust_remote_code=trusted, **kwargs
+        )
         with safe_open(cached_file(folder, "edits.safetensors", **hub), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             model.edits = cls.edits_class(model, tensors, json.loads(file.metadata()["settings"]))

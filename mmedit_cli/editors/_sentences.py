@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.errors import ModelError
+from mmedit_cli.model_folder import loading
 
 Encode = Callable[[Sequence[str]], Tensor]  # texts -> (n, d), of length 1
 
@@ -45,14 +45,9 @@ def _transformer(name: str) -> Encode:
     from transformers import AutoModel, AutoTokenizer
 
     place = _folder(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModel.from_pretrained(place, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        problem = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"encoder {name}: cannot be loaded ({problem})", "encoder=backbone needs no other model"
-        ) from error
+    with loading(f"encoder {name}", hint="encoder=backbone needs no other model"):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        model = AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False).eval()
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Tensor:

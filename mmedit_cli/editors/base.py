@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import to_dict
+from mmedit_cli.identity import same_model
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
 
@@ -224,7 +225,7 @@ class Editor(ABC):
         if int(metadata.get("format", 0)) > FORMAT:
             raise StateError(f"the state has format {metadata['format']}, newer than {FORMAT}", "upgrade mmedit")
         for key, value in self._identity().items():
-            if metadata.get(key) != value:
+            if not self._agrees(key, metadata.get(key), value):
                 raise StateError(f"the state was made with {key} {metadata.get(key)}, this editor has {value}")
         operations = [
             Operation(tuple(op["ids"]), tuple(_from_json(q) for q in op["requests"]), op["info"])
@@ -247,6 +248,11 @@ class Editor(ABC):
     def load(self, path: Path) -> None:
         """Read a state written by `save`; raise StateError if the file or its content does not fit."""
         self.load_state(*read_state(path))
+
+    def _agrees(self, key: str, known: str | None, value: str) -> bool:
+        """Whether what a file says of itself fits; a model may have its former fingerprint there."""
+        former = self.backbone.former if key == "model" else ""
+        return same_model(known, value, former)
 
     def _identity(self) -> dict[str, str]:
         return {
@@ -316,7 +322,7 @@ class TrainedEditor(Editor):
         """Read a checkpoint; raise StateError if it is damaged or was made for another model or other networks."""
         tensors, metadata = read_state(path)
         for key, value in self._networks_identity().items():
-            if metadata.get(key) != value:
+            if not self._agrees(key, metadata.get(key), value):
                 raise StateError(f"{path}: trained for {key} {metadata.get(key)}, this is {value}")
         self._replay([])  # edits belong to the networks that made them
         try:

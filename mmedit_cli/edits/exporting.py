@@ -142,7 +142,9 @@ def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
 def _load_plain(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    ).eval()
 
 
 def _load_standalone(folder: Path, dtype: str) -> Any:

@@ -15,11 +15,13 @@ from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.errors import DataError, ModelError, StateError, UserError
 from mmedit_cli.hparams import to_dict
+from mmedit_cli.identity import is_former, same_model
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.shapes import told
 from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions, load_model, networks_of, resolve_editor
+from mmedit_cli.workflows.evaluation import ModelOptions, load_model, networks_of, resolve_editor, variant_for
 from mmedit_cli.workflows.networks import networks_line
 
 if TYPE_CHECKING:
@@ -207,6 +209,10 @@ def _opened(ledger: Ledger, options: ModelOptions, bare: bool, out: Output) -> E
     """Return the model of an open ledger, which is closed if that fails."""
     try:
         ref = _model_of(ledger, options)
+        if is_former(ledger.config["model"]["fingerprint"], ref.former):
+            out.note(
+                f"{ledger.folder}: begun with mmedit 0.1.0, whose fingerprint of a model reads samples of its weights"
+            )
         dtype = _dtype_of(ledger, options)
         backbone = load_model(replace(options, dtype=dtype), ref, out)
         editor = _editor_of(ledger, backbone)
@@ -245,7 +251,9 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedM
     ref = find_model(options.model.model, revision=options.model.revision)
     found = networks_of(options.editor, ref.name, options.records, options.checkpoint)
     networks = None if found is None else found.path
-    cls, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, networks)
+    variant = variant_for(options.editor, ref, options.hparams)
+    cls, hparams = resolve_editor(options.editor, variant, options.hparams, options.overrides, networks)
+    out.note(told(options.editor, variant))
     backbone = load_model(options.model, ref, out)
     editor: Editor = cls(backbone, hparams, seed=options.seed or 0)
     if found is not None:
@@ -255,6 +263,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedM
     config = {
         "editor": editor.name,
         "hparams": to_dict(hparams),
+        "variant": variant,
         "model": {
             "name": ref.name,
             "family": ref.family,
@@ -299,7 +308,7 @@ def _model_of(ledger: Ledger, options: ModelOptions) -> ModelRef:
 
 
 def _check_model(folder: Path, known: dict[str, Any], ref: ModelRef) -> None:
-    if ref.fingerprint != known["fingerprint"]:
+    if not same_model(known["fingerprint"], ref.fingerprint, ref.former):
         raise StateError(
             f"{folder}: edits of {known['name']} ({known['fingerprint']}), and {ref.name} is another model "
             f"({ref.fingerprint})",
@@ -316,7 +325,7 @@ def _dtype_of(ledger: Ledger, options: ModelOptions) -> str:
 
 def _editor_of(ledger: Ledger, backbone: VisionLanguageModel) -> Editor:
     config = ledger.config
-    cls, hparams = resolve_editor(config["editor"], config["model"]["name"], None, list(_flat(config["hparams"])))
+    cls, hparams = resolve_editor(config["editor"], None, None, list(_flat(config["hparams"])))
     editor: Editor = cls(backbone, hparams, seed=config["seed"])
     if ledger.networks is not None:
         if not ledger.networks.is_file() or sha256_of(ledger.networks) != config["checkpoint"]:
@@ -343,9 +352,8 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
         raise StateError(f"--checkpoint {options.checkpoint}: {folder} was begun with other networks", other)
     if options.hparams is None and not options.overrides:
         return
-    _, asked = resolve_editor(
-        options.editor, config["model"]["name"], options.hparams, options.overrides, ledger.networks
-    )
+    variant = config.get("variant", config["model"]["name"])  # version 0.1.0 went by the name
+    _, asked = resolve_editor(options.editor, variant, options.hparams, options.overrides, ledger.networks)
     wanted = to_dict(asked)
     differ = [key for key, value in wanted.items() if key != "training" and value != config["hparams"].get(key)]
     if differ:

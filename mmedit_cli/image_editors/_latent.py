@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmedit_cli.backbones._schedule import check_scheduler, check_steps
 from mmedit_cli.errors import ModelError
 from mmedit_cli.image_editors._sampling import Conditioned, coefficients, denoise
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings, Tick
@@ -38,6 +39,7 @@ class LatentEditor(ImageEditor):
         self.model, self.fingerprint = model, fingerprint
         self.vae, self.unet, self.scheduler = pipeline.vae, pipeline.unet, pipeline.scheduler
         self.defaults = (usual or Settings()).over(type(self).defaults)
+        check_scheduler(self.scheduler, model)
         channels = 2 * self.vae.config.latent_channels
         if self.unet.config.in_channels != channels:
             raise ModelError(
@@ -58,7 +60,17 @@ class LatentEditor(ImageEditor):
     @property
     def resolution(self) -> int:
         """The side the denoiser was made for."""
-        return int(self.unet.config.sample_size) * self.multiple
+        size = self.unet.config.sample_size
+        if not isinstance(size, int):
+            raise ModelError(
+                f"{self.model}: its unet/config.json has no sample_size, so the side it was made for is not known",
+                "give --resolution, e.g. 512",
+            )
+        return size * self.multiple
+
+    def check_steps(self, steps: int) -> None:
+        """Raise DataError unless the sampler can make so many steps."""
+        check_steps(self.scheduler, steps)
 
     @abstractmethod
     def conditions(self, jobs: Sequence[Job]) -> Condition:

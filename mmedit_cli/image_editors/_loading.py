@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import INDEX, bundled, fingerprint, hub_folder, own_image_editors, read_settings
+from mmedit_cli.backbones._vocabulary import cap_length, check_text_encoders, check_vocabulary
+from mmedit_cli.catalog import bundled, hub_folder, in_cache, own_image_editors
 from mmedit_cli.errors import ModelError, near_miss
+from mmedit_cli.identity import fingerprint, former_fingerprint
 from mmedit_cli.image_editors import _tiny
 from mmedit_cli.image_editors.base import Settings
+from mmedit_cli.model_folder import INDEX, check_parts, loading, read_settings
+from mmedit_cli.not_a_model import check_folder_is_meant, check_is_model, check_not_a_path
 
 REPOS = {  # short names of published pipelines
     "instruct-pix2pix": "timbrooks/instruct-pix2pix",
@@ -49,13 +53,18 @@ def find_pipeline(name: str, *, revision: str | None = None) -> tuple[str, Path]
 
     Raises ModelError if it is none.
     """
-    folder = {**bundled(), **own_image_editors()}.get(name, Path(name))
-    if folder.is_dir():
+    own = {**bundled(), **own_image_editors()}
+    check_folder_is_meant(name, [*own, *_tiny.NAMES, *REPOS], own.get(name))
+    folder = own.get(name, Path(name))
+    if folder.exists():
+        check_is_model(folder)
         return folder.resolve().name, folder
     if name not in REPOS and name.count("/") != 1:
         known = [*own_image_editors(), *_tiny.NAMES, *REPOS]
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
+    if name not in REPOS and not in_cache(name):
+        check_not_a_path(name)
     return name, hub_folder(REPOS.get(name, name), revision, _WANTED)
 
 
@@ -84,6 +93,7 @@ def load_pipeline(name: str, wanted: str | Sequence[str], options: LoadOptions) 
         raise ModelError(f"--model {name}: a {kind}, where {' or '.join(classes)} is needed", "name another editor")
     if name not in _tiny.NAMES:
         pipeline = _from_folder(folder, kind, number)
+        check_text_encoders(pipeline, folder)
     return Found(pipeline.to(device), name, fingerprint, settings)
 
 
@@ -104,13 +114,17 @@ def usual_settings(folder: Path) -> Settings:
     return Settings(**{name: found[name] for name in ("steps", "text_guidance", "image_guidance") if name in found})
 
 
-def digest(folder: Path) -> str:
-    """Return a digest of a pipeline's index and of the weights and configs of its parts."""
+def digest(folder: Path, *, former: bool = False) -> str:
+    """Return a digest of a pipeline's index and of the weights and configs of its parts.
+
+    `former`: the one that version 0.1.0 gave to them.
+    """
+    of_part, digits = (former_fingerprint, 16) if former else (fingerprint, 32)
     found = hashlib.sha256((folder / INDEX).read_bytes())
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (part / "config.json").is_file() and any(part.glob("*.safetensors")):
-            found.update(f"{part.name}:{fingerprint(part)};".encode())
-    return found.hexdigest()[:16]
+            found.update(f"{part.name}:{of_part(part)};".encode())
+    return found.hexdigest()[:digits]
 
 
 def load_text_encoder(name: str) -> tuple[Any, Any]:
@@ -124,36 +138,36 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
         pipeline = _tiny.build(name)
         return pipeline.tokenizer, pipeline.text_encoder
     _, folder = find_pipeline(name)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    with loading(folder, problem="the text encoder cannot be loaded"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
         encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype="float32"
+            folder / "text_encoder",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype="float32",
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ModelError(
-            f"{folder}: the text encoder cannot be loaded: {reason}", "is the folder complete?"
-        ) from error
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    check_vocabulary(tokenizer, rows, folder / "tokenizer")
+    cap_length(tokenizer, encoder)
     return tokenizer, encoder.eval()
 
 
-def content_of(name: str) -> str:
+def content_of(name: str, *, former: bool = False) -> str:
     """Return the digest of a pipeline by name, without loading it; raise ModelError if there is none."""
-    return f"{name}/{_tiny.VERSION}" if name in _tiny.NAMES else digest(find_pipeline(name)[1])
+    if name in _tiny.NAMES:
+        return f"{name}/{_tiny.VERSION}"
+    return digest(find_pipeline(name)[1], former=former)
 
 
 def _from_folder(folder: Path, kind: str, number: Any) -> Any:
     import diffusers
-    from safetensors import SafetensorError
 
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = check_parts(folder)
     without = {name: None for name in _UNUSED if name in index}
     more = {"requires_safety_checker": False} if "safety_checker" in index else {}
     more |= {} if isinstance(number, str) else {"dtype": number}
-    try:
+    with loading(folder):
         return getattr(diffusers, kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **without, **more
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **without, **more
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ModelError(f"{folder}: cannot be loaded: {reason}", "is the folder complete?") from error

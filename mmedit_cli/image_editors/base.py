@@ -138,10 +138,14 @@ class ImageEditor(ABC):
                     done[i] = replace(result, picture=resized(result.picture, own)) if chosen.restore else result
         return [done[i] for i in range(len(jobs))]
 
+    def check_steps(self, steps: int) -> None:
+        """Raise DataError unless the sampler can make so many steps; an editor with a sampler tries it out."""
+        if steps < 1:
+            raise DataError(f"--steps {steps}: at least 1")
+
     def _check(self, settings: Settings) -> None:
         problems = []
-        if (settings.steps or 0) < 1:
-            problems.append(f"--steps {settings.steps}: at least 1")
+        self.check_steps(settings.steps or 0)
         if settings.resolution is not None and not self.multiple <= settings.resolution <= LARGEST_SIDE:
             problems.append(f"--resolution {settings.resolution}: from {self.multiple} to {LARGEST_SIDE} pixels")
         if settings.image_guidance is not None and self.defaults.image_guidance is None:

@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 
+from mmedit_cli.errors import DataError
 from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings, Tick
 
@@ -45,6 +46,12 @@ class FluxKontext(ImageEditor):
     def resolution(self) -> int:
         """About a megapixel."""
         return 1024
+
+    def check_steps(self, steps: int) -> None:
+        """Raise DataError for more steps than the sampler was made for."""
+        most = int(self.pipeline.scheduler.config.num_train_timesteps)
+        if not 1 <= steps <= most:
+            raise DataError(f"--steps {steps}: {self.model} was made for 1 to {most}", "28 are usual")
 
     def edit_batch(self, jobs: Sequence[Job], settings: Settings, tick: Tick) -> list[Edited]:
         """Edit pictures one after another: the pipeline takes one picture a call."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
 from mmedit_cli.catalog import hub_folder
 from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.model_folder import loading
 from mmedit_cli.pictures import Picture, load_picture
 
 _SEGMENT_SIDE = 352  # pixels, what CLIPSeg was trained on
@@ -135,9 +136,12 @@ def _segment(options: MaskOptions, squares: Sequence[Image.Image], superclass: s
     from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
     folder = Path(options.model) if Path(options.model).is_dir() else hub_folder(options.model, None)
-    segmenter: Any = CLIPSegForImageSegmentation.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    with loading(folder):
+        segmenter: Any = CLIPSegForImageSegmentation.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     segmenter.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [template.format(superclass) for template in options.templates]
     words = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
     side = min(_SEGMENT_SIDE, 2 * segmenter.config.vision_config.image_size)

@@ -16,6 +16,7 @@ from mmedit_cli.backbones._prompts import check_token
 from mmedit_cli.backbones.stable_diffusion import StableDiffusion
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import to_dict
+from mmedit_cli.identity import same_model
 from mmedit_cli.pictures import check_picture
 from mmedit_cli.runtime import generator
 from mmedit_cli.storage import read_tensors, write_tensors
@@ -143,7 +144,8 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
         """Return the concept of a file; raise StateError if it was made by another method or for another model."""
         tensors, facts = read_tensors(path)
         for key, value in self._identity().items():
-            if facts.get(key) != value and key != "model":
+            former = self.model.former if key == "fingerprint" else ""
+            if key != "model" and not same_model(facts.get(key), value, former):
                 what = (
                     f"made for {facts.get('model')}" if key == "fingerprint" else f"made with {key} {facts.get(key)}"
                 )

@@ -23,6 +23,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
 from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
+from mmedit_cli.shapes import told
 from mmedit_cli.storage import sweep_tree, write_atomic
 from mmedit_cli.subjects.base import Subject
 from mmedit_cli.workflows.concept_plan import ConceptEvalOptions, ConceptPlan, Sheet, plan_evaluation, sheets_of
@@ -51,6 +52,7 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
     if (report := Run.done_before(plan.folder, force=options.force, say=out.note)) is not None:
         return report
     eyes = load_eyes(plan)
+    out.note(told(plan.options.editor, plan.config["variant"]))
     out.note(f"loading {plan.ref.name}")
     model = load_stable_diffusion(plan.ref, device=options.device, dtype=training_dtype(options.device, options.dtype))
     with Run.open(plan.folder, plan.config, runtime.environment(model.device), force=options.force) as run:

@@ -14,6 +14,7 @@ from mmedit_cli.catalog import ModelRef, find_model, in_cache
 from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import load_hparams, read_values, to_dict
 from mmedit_cli.records import Run
+from mmedit_cli.shapes import pick_variant, shape_of
 from mmedit_cli.storage import sha256_json
 from mmedit_cli.subjects.base import Subject, SubjectSet, in_plain_words, open_subjects
 from mmedit_cli.types import Concept
@@ -149,8 +150,10 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
     check_draws(ref)
     given = [text for text in options.overrides if text.startswith("eval.")]
     values = {key.removeprefix("eval."): value for key, value in read_values(given, KINDS).items()}
+    file = options.hparams or registry.hparams_file(options.editor)
+    variant = pick_variant(file, shape_of(ref), ref.name)
     hparams = load_hparams(
-        options.hparams or registry.hparams_file(options.editor), cls.Hparams, variant=ref.name,
+        file, cls.Hparams, variant=variant,
         overrides=[text for text in options.overrides if text not in given],
     )  # fmt: skip
     data = DATA if options.data == "emojikb" else options.data
@@ -168,6 +171,7 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
         "command": "eval",
         "editor": options.editor,
         "hparams": to_dict(hparams),
+        "variant": variant,
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.device,
         "dtype": options.dtype,

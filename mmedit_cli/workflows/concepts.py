@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
+from mmedit_cli.identity import same_model
 from mmedit_cli.output import Output
 from mmedit_cli.runtime import resolve_device
 from mmedit_cli.storage import (
@@ -39,6 +40,7 @@ from mmedit_cli.types import Concept
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion
+    from mmedit_cli.catalog import ModelRef
     from mmedit_cli.covariance import Covariance
     from mmedit_cli.personalizers.base import Personalizer
 
@@ -111,10 +113,11 @@ class ConceptFolder:
         named = dict.fromkeys(re.findall(r"<[^<>\s]+>", which) or [which])
         return [self.entry(token)["token"] for token in named]
 
-    def check_takes(self, editor: str, fingerprint: str, token: str, *, force: bool = False) -> None:
+    def check_takes(self, editor: str, model: ModelRef, token: str, *, force: bool = False) -> None:
         """Raise StateError unless a concept of this method, model and token may be put here."""
-        for key, value in (("editor", editor), ("fingerprint", fingerprint)):
-            if self.head and self.head[key] != value:
+        if self.head:
+            same = same_model(self.head["fingerprint"], model.fingerprint, model.former)
+            if self.head["editor"] != editor or not same:
                 what = f"holds concepts of {self.head['editor']} for {self.head['model']}"
                 raise StateError(f"{self.folder}: {what}", "choose another folder for another method or model")
         if token in self.tokens and not force:
@@ -291,6 +294,7 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     from mmedit_cli.catalog import find_model
     from mmedit_cli.hparams import load_hparams
     from mmedit_cli.personalizers.base import check_concept
+    from mmedit_cli.shapes import pick_variant, shape_of, told
 
     out = out or Output()
     concept, folder = options.concept, ConceptFolder(options.folder)
@@ -298,9 +302,11 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     check_concept(concept)
     ref = find_model(options.model, revision=options.revision)
     check_draws(ref)
-    folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
+    folder.check_takes(cls.name, ref, concept.token, force=options.force)
     file = options.hparams or registry.hparams_file(options.editor)
-    hparams = load_hparams(file, cls.Hparams, variant=ref.name, overrides=options.overrides)
+    variant = pick_variant(file, shape_of(ref), ref.name)
+    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=options.overrides)
+    out.note(told(cls.name, variant))
     if len(concept.images) not in _USUAL:
         out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
     out.note(f"loading {ref.name}")
@@ -308,7 +314,7 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     model = load_stable_diffusion(ref, device=options.device, dtype=dtype, low_memory=options.low_memory)
     personalizer = personalizer_for(model, cls, hparams, options.seed, options.covariance, out)
     with folder.writing():
-        folder.check_takes(cls.name, ref.fingerprint, concept.token, force=options.force)
+        folder.check_takes(cls.name, ref, concept.token, force=options.force)
         with out.progress({"steps": personalizer.steps}) as tick:
             return learn_into(folder, personalizer, concept, options.model, lambda n: tick("steps", n))
 

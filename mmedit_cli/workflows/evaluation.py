@@ -15,6 +15,7 @@ from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.shapes import pick_variant, shape_of, shape_of_config, told
 from mmedit_cli.storage import sha256_json
 from mmedit_cli.types import EditCase, Query
 from mmedit_cli.workflows.networks import Networks, find_networks, networks_line
@@ -82,7 +83,8 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     check_answers(ref)
     networks = networks_of(options.editor, ref.name, options.records, options.checkpoint)
     path = None if networks is None else networks.path
-    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides, path)
+    variant = variant_for(options.editor, ref, options.hparams)
+    editor, hparams = resolve_editor(options.editor, variant, options.hparams, options.overrides, path)
     data = read_data(options.data, limit=options.limit, options=options.data_options or DataOptions())
     cases = data.cases
     check_pictures(cases)
@@ -97,6 +99,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "command": "eval",
         "editor": editor.name,
         "hparams": used_hparams(hparams),
+        "variant": variant,
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
@@ -127,6 +130,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     from mmedit_cli.evaluation.vlm import evaluate_edits
 
     options, protocol = plan.options, plan.options.protocol
+    out.note(told(options.editor, plan.config["variant"]))
     backbone = load_model(options.model, plan.ref, out)
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases)
@@ -147,7 +151,10 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
         with out.progress(totals) as tick:
             asked = evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
-        head = {k: plan.config[k] for k in ("editor", "model", "data", "hparams", "protocol", "seed", "versions")}
+        head = {
+            k: plan.config[k]
+            for k in ("editor", "model", "data", "hparams", "variant", "protocol", "seed", "versions")
+        }
         head |= {"checkpoint": plan.config.get("checkpoint")}
         head |= {"networks": None if plan.networks is None else plan.networks.facts()}
         cases = run.read("cases")
@@ -191,7 +198,7 @@ def load_editor(
     found = None
     if cls.trains and checkpoint != "untrained":
         found = find_networks(name, backbone.name, records, checkpoint).path
-    cls, values = resolve_editor(name, backbone.name, hparams, overrides, found)
+    cls, values = resolve_editor(name, variant_for(name, backbone, hparams), hparams, overrides, found)
     editor: Editor = cls(backbone, values, seed=seed)
     if found is not None:
         editor.load_networks(found)  # type: ignore[attr-defined]
@@ -216,9 +223,9 @@ def used_hparams(hparams: Any) -> dict[str, Any]:
 
 
 def resolve_editor(
-    name: str, model: str, file: Path | None, overrides: Sequence[str], networks: Path | None = None
+    name: str, variant: str | None, file: Path | None, overrides: Sequence[str], networks: Path | None = None
 ) -> tuple[type[Editor], Any]:
-    """Return the class of an editor and its hyper-parameters for a model.
+    """Return the class of an editor and its hyper-parameters, of a variant of the file (see `variant_for`).
 
     They are those of `file`, else those the networks were trained with, else hparams/NAME.yaml.
     """
@@ -231,8 +238,14 @@ def resolve_editor(
         trained = json.loads(read_state(networks)[1].get("hparams", "{}"))
         overrides = [*(f"{key}={json.dumps(value)}" for key, value in trained.items()), *overrides]
     return editor, load_hparams(
-        file or registry.hparams_file(name), editor.Hparams, variant=model, overrides=overrides
+        file or registry.hparams_file(name), editor.Hparams, variant=variant, overrides=overrides
     )
+
+
+def variant_for(editor: str, model: ModelRef | VisionLanguageModel, file: Path | None = None) -> str | None:
+    """Return which variant of an editor's hyper-parameters is for a model, by its config; None if there is none."""
+    shape = shape_of(model) if isinstance(model, ModelRef) else shape_of_config(model.model.config)
+    return pick_variant(file or registry.hparams_file(editor), shape, model.name)
 
 
 def load_model(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:

@@ -24,6 +24,7 @@ from mmedit_cli.hparams import read_values
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.image_pairs.base import EditPair, fingerprint, open_pairs
+from mmedit_cli.model_folder import loading
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import png
 from mmedit_cli.records import Run
@@ -158,13 +159,10 @@ def _hub_encoders(clip: str, dino: str, device: str) -> Encoders:
 
     from mmedit_cli.evaluation.images import ClipEncoder, DinoEncoder
 
-    try:
-        eye = AutoModel.from_pretrained(dino).to(device) if dino else None
-        both = AutoModel.from_pretrained(clip).to(device) if clip else None
-        processor = AutoProcessor.from_pretrained(clip) if clip else None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ModelError(f"clip={clip} dino={dino}: cannot be loaded: {reason}", "folders or hub ids") from error
+    with loading(f"clip={clip} dino={dino}", hint="folders or hub ids"):
+        eye = AutoModel.from_pretrained(dino, trust_remote_code=False).to(device) if dino else None
+        both = AutoModel.from_pretrained(clip, trust_remote_code=False).to(device) if clip else None
+        processor = AutoProcessor.from_pretrained(clip, trust_remote_code=False) if clip else None
     if both is not None and not hasattr(both, "get_text_features"):
         raise ModelError(f"clip={clip}: does not encode texts and pictures in one space", "name a CLIP")
     return Encoders(

@@ -15,6 +15,7 @@ from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_pairs.base import NAMED, EditPair, fingerprint, open_pairs
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.shapes import pick_variant, shape_of, told
 from mmedit_cli.workflows.training import HELD_OUT, TrainOptions, shared_run, tensorboard
 
 DATA = "emojikb-edits"  # where no data are named
@@ -41,7 +42,8 @@ def plan_training(options: TrainOptions) -> TrainPlan:
         raise UserError(f"{cls.name} is not trained here", "image editors with a training: mgie")
     ref = find_model(options.model.model, revision=options.model.revision)
     file = options.hparams or registry.hparams_file(options.editor)
-    hparams = load_hparams(file, cls.Hparams, variant=ref.name, overrides=options.overrides)
+    variant = pick_variant(file, shape_of(ref), ref.name)
+    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=options.overrides)
     if hparams.training.batch_size < runtime.process_count():
         raise UserError(f"{runtime.process_count()} processes share a batch of {hparams.training.batch_size}")
     name, pairs, held_out = training_pairs(options)
@@ -49,6 +51,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
         "command": "train-editor",
         "editor": cls.name,
         "hparams": to_dict(hparams),
+        "variant": variant,
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
@@ -96,6 +99,7 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     options, processes = plan.options, runtime.join_processes(plan.options.model.device)
     if processes.rank:
         out = Output(quiet=True)
+    out.note(told(options.editor, plan.config["variant"]))
     out.note(f"loading {plan.ref.name} and {plan.hparams.diffusion}")
     load = LoadOptions(processes.device, options.model.dtype, options.model.revision)
     pipeline = assemble(options.model.model, plan.hparams, load, seed=options.seed)

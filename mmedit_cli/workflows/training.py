@@ -15,8 +15,16 @@ from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
+from mmedit_cli.shapes import told
 from mmedit_cli.types import EditCase
-from mmedit_cli.workflows.evaluation import ModelOptions, check_pictures, check_queries, load_model, resolve_editor
+from mmedit_cli.workflows.evaluation import (
+    ModelOptions,
+    check_pictures,
+    check_queries,
+    load_model,
+    resolve_editor,
+    variant_for,
+)
 
 if TYPE_CHECKING:
     from mmedit_cli.datasets.base import DataOptions
@@ -62,7 +70,8 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     from mmedit_cli.datasets.base import fingerprint
 
     ref = find_model(options.model.model, revision=options.model.revision)
-    editor, hparams = resolve_editor(options.editor, ref.name, options.hparams, options.overrides)
+    variant = variant_for(options.editor, ref, options.hparams)
+    editor, hparams = resolve_editor(options.editor, variant, options.hparams, options.overrides)
     if not editor.trains:
         trained = [name for name in registry.editors.names() if registry.editors.get(name).trains]
         raise UserError(f"{editor.name} needs no training", f"editors with networks to train: {', '.join(trained)}")
@@ -72,6 +81,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
         "command": "train-editor",
         "editor": editor.name,
         "hparams": to_dict(hparams),
+        "variant": variant,
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
@@ -131,6 +141,7 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     model = replace(options.model, device=processes.device)
     if processes.rank:
         out = Output(quiet=True)
+    out.note(told(plan.options.editor, plan.config["variant"]))
     backbone = load_model(model, plan.ref, out)
     check_queries(backbone, [*plan.cases, *plan.held_out])
     editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)

@@ -45,6 +45,7 @@ def tower(layers: int) -> Any:
     words.model_max_length = 77
 
     class Tower:
+        former_text = ""
         name, text_fingerprint, width, dtype, tokenizers = "tower", "tower", 768, torch.float32, (words,)
 
         @staticmethod

@@ -219,14 +219,25 @@ def test_what_is_kept_changes_nothing(backbone, monkeypatch):
         (Query("  \n", "x"), "the prompt is empty"),
         (Query("What?", ""), r"the target of 'What\?' is empty"),
         (Query("What?", " \t"), r"the target of 'What\?' is empty"),
-        (Query("{image} and {image}", "x", QUERIES[0].image), "one image a query, several are not supported"),
         (Query("many words " * 100, "x"), r"takes \d+ tokens with its image; tiny-[\w.-]+ reads 128"),
     ],
 )
 def test_a_query_that_cannot_be_used_is_named(backbone, query, message):
-    query = replace(query, prompt=query.prompt.replace("{image}", backbone.image_token))
     with pytest.raises(DataError, match=message):
         backbone.batch([query])
+
+
+@pytest.mark.parametrize("image", [QUERIES[0].image, None], ids=["picture", "text"])
+def test_an_image_token_inside_a_text_is_text(backbone, image):
+    token = backbone.image_token
+    plain = backbone.encode(Query("What does it mean?", "a mark", image))
+    found = backbone.encode(Query(f"What does {token} mean?", f"a {token}", image))
+    assert found.n_image == plain.n_image
+    text = [*found.ids[: found.image_start], *found.ids[found.image_start + found.n_image :]]
+    assert backbone.tokenizer.convert_tokens_to_ids(token) not in text
+    assert token in backbone.tokenizer.decode(text).replace("\ufdd0", "?")
+    assert token in backbone.tokenizer.decode(found.ids[-found.n_answer :])
+    assert backbone.logits(backbone.batch([Query(f"What does {token} mean?", "x", image)])).isfinite().all()
 
 
 def test_a_target_without_tokens_is_refused(backbone, monkeypatch):
@@ -298,13 +309,13 @@ def test_a_local_folder_is_the_same_model(saved):
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "type 'bert' is not supported"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "not a complete safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "not a safetensors file, or cut off"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9999]),
             "safetensors",
         ),
         (lambda f: (f / "tokenizer.json").unlink(), "no usable tokenizer"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no weights"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are pickled"),
     ],
 )
 def test_an_incomplete_folder_is_one_clear_error(saved, tmp_path, spoil, message):

@@ -248,7 +248,8 @@ def test_several_vectors_a_concept(model, concept, tmp_path):
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 34_000), ("float32", 66_000)])
 def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
     class Shaped:
-        name, fingerprint, text_fingerprint, words = "stable-diffusion-v1-5", "0" * 16, "0" * 16, {}
+        name, fingerprint, text_fingerprint, words = "stable-diffusion-v1-5", "0" * 32, "0" * 32, {}
+        former = former_text = ""
 
     editor = object.__new__(Perfusion)
     editor.model, editor.seed, editor.hparams = Shaped(), 0, Perfusion.Hparams(file_dtype=dtype)

@@ -8,13 +8,14 @@ from typing import Any, final
 
 import torch
 
-from mmedit_cli.catalog import CHECKPOINT, INDEX, own_image_editors
+from mmedit_cli.catalog import own_image_editors
 from mmedit_cli.errors import UserError
 from mmedit_cli.image_editors._latent import Condition, LatentEditor
 from mmedit_cli.image_editors._loading import LoadOptions, usual_settings
 from mmedit_cli.image_editors.base import Edited, Job, Settings
 from mmedit_cli.image_editors.mgie.guide import Guide, Written
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
+from mmedit_cli.model_folder import CHECKPOINT, INDEX
 
 OWN = "mini-mgie"  # comes along
 _CUT = "the expressive instruction is longer than the model reads: its end was not used"

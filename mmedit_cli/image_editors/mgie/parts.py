@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import CHECKPOINT, find_model, own_image_editors
+from mmedit_cli.backbones._vocabulary import check_vocabulary
+from mmedit_cli.catalog import find_model, own_image_editors
 from mmedit_cli.errors import ModelError, StateError
+from mmedit_cli.identity import same_model
 from mmedit_cli.image_editors import _tiny
 from mmedit_cli.image_editors._loading import (
     LoadOptions,
@@ -25,6 +27,7 @@ from mmedit_cli.image_editors._loading import (
 from mmedit_cli.image_editors.mgie.hparams import MgieHparams
 from mmedit_cli.image_editors.mgie.modules import MGIEEditHead, widened
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
+from mmedit_cli.model_folder import CHECKPOINT, check_parts, loading
 
 TINY = "tiny-mgie"
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
@@ -67,6 +70,8 @@ def assemble(model: str, hparams: MgieHparams, options: LoadOptions, *, seed: in
 
 def load_whole(model: str, options: LoadOptions) -> tuple[MGIEPipeline, str, str]:
     """Return (pipeline, name, fingerprint) of a folder or hub id of MGIEPipeline; raise ModelError if it is none."""
+    from transformers import LlavaProcessor
+
     if model == TINY:
         return assemble("tiny-llava", _TINY_HPARAMS, options), TINY, f"{TINY}/{_tiny.VERSION}"
     runtime.quiet_libraries()
@@ -76,11 +81,22 @@ def load_whole(model: str, options: LoadOptions) -> tuple[MGIEPipeline, str, str
     device = runtime.resolve_device(options.device)
     number = runtime.resolve_dtype(options.dtype, device)
     more = {} if isinstance(number, str) else {"dtype": number}
-    try:
-        pipeline = MGIEPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ModelError(f"{folder}: cannot be loaded: {reason}", "is the folder complete?") from error
+    check_parts(folder)
+    with loading(folder):
+        # by itself the pipeline would open the parts of its processor without saying that no code of others is run
+        processor = LlavaProcessor.from_pretrained(
+            folder / "processor", local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        pipeline = MGIEPipeline.from_pretrained(
+            folder,
+            processor=processor,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **more,
+        )
+    rows = pipeline.mllm.get_input_embeddings().weight.shape[0]
+    check_vocabulary(processor.tokenizer, rows, folder / "processor")
     return pipeline.to(device), name, digest(folder)
 
 
@@ -154,11 +170,14 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
             hparams = MgieHparams(**{k: v for k, v in values.items() if k != "training"})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path}: not what a training of mgie left ({error})", "train again with --force") from error
-    if about["fingerprint"] not in ("", find_model(about["model"]).fingerprint):
+    known = about["fingerprint"]
+    base = find_model(about["model"])
+    if known and not same_model(known, base.fingerprint, base.former):
         raise StateError(
             f"{path}: {about['model']} is not the model it was trained for", "give it back, or train again"
         )
-    if about.get("diffusion", "") not in ("", content_of(hparams.diffusion)):
+    known = about.get("diffusion", "")
+    if known and not same_model(known, content_of(hparams.diffusion), content_of(hparams.diffusion, former=True)):
         raise StateError(f"{path}: {hparams.diffusion} is not the pipeline it was trained from", "train again")
     pipeline = assemble(about["model"], hparams, options)
     restore(make_trainable(pipeline, hparams), tensors, str(path))

@@ -21,6 +21,7 @@ from mmedit_cli.errors import ModelError
 from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
 from mmedit_cli.image_editors.mgie.modules import N_TOKENS, MGIEEditHead
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
+from mmedit_cli.model_folder import loading
 from mmedit_cli.storage import staged_folder
 
 # the conversation that the published weights were trained with; <image> stands between its own two tokens
@@ -185,14 +186,16 @@ def _llava(parts: Published, guidance: Guidance) -> tuple[Any, Any]:
         LlavaProcessor,
     )  # fmt: skip
 
-    try:
+    local: dict[str, Any] = {"local_files_only": True}
+    with loading(f"{parts.llava} or {parts.vision}", problem="cannot be read", hint="are they complete?"):
         told = json.loads((parts.llava / "config.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(parts.llava, local_files_only=True)
-        tower = CLIPVisionModel.from_pretrained(parts.vision, local_files_only=True, dtype=guidance.embed.dtype)
-        image_processor = AutoImageProcessor.from_pretrained(parts.vision, local_files_only=True, backend="pil")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ModelError(f"{parts.llava} or {parts.vision}: cannot be read: {reason}", "are they complete?") from error
+        tokenizer = AutoTokenizer.from_pretrained(parts.llava, trust_remote_code=False, **local)
+        tower = CLIPVisionModel.from_pretrained(
+            parts.vision, trust_remote_code=False, dtype=guidance.embed.dtype, **local
+        )
+        image_processor = AutoImageProcessor.from_pretrained(
+            parts.vision, trust_remote_code=False, backend="pil", **local
+        )
     tokenizer.add_tokens([_PATCH, _START, _END], special_tokens=True)
     known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     text = LlamaConfig(**{k: v for k, v in told.items() if k in known} | {"vocab_size": len(guidance.embed)})
