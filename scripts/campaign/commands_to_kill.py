@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kills import Scenario, Words
@@ -25,28 +30,8 @@ TOKEN = ("--token", "<my-dog>")
 FACTS = ("--requests", "facts.jsonl", "--into", "ledger")
 UNNAMED = r"ledger/(shards/[0-9a-f]{64}\.safetensors|pictures/[0-9a-f]{64}\.png)"  # kept until `edits compact`
 COMPACT = ("edits", "compact", "ledger")
-
-
-def import_all() -> Callable[[list[str]], int]:
-    """Import what is heavy, by running each kind of model once, and return the program."""
-    import torch
-
-    torch.set_num_threads(1)
-    from mmedit_cli import app, registry
-    from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-    from mmedit_cli.backbones._loading import load_backbone
-    from mmedit_cli.backbones.stable_diffusion import Sampling
-    from mmedit_cli.image_editors._loading import LoadOptions
-    from mmedit_cli.types import Query
-
-    registry.emojikb_dir()
-    load_backbone("tiny-blip2", device="cpu").generate([Query("What is this?", image=STAR)], max_new_tokens=1)
-    load_stable_diffusion("tiny-sd", device="cpu").generate(["a dog"], [0], Sampling(1))
-    registry.image_editors.get("instruct-pix2pix").load("tiny-ip2p", LoadOptions("cpu"))
-    for kind in (registry.editors, registry.personalizers):
-        for name in kind.names():
-            kind.get(name)
-    return app.main
+DOWNLOADED = {"a b.json": b"alpha" * 99, "sub/b.json": b"beta" * 99}
+SITE = "CAMPAIGN_SITE"  # in the environment: the address of the web server
 
 
 # -- what lies there before ---------------------------------------------------------------------------------------
@@ -109,6 +94,35 @@ def half_unpacked() -> int:
     return 0
 
 
+def catalogue() -> int:
+    """A catalogue of two files with digests and of a zip of pictures, both on the web server."""
+    files = [{"path": path, "sha256": hashlib.sha256(data).hexdigest()} for path, data in DOWNLOADED.items()]
+    site = os.environ[SITE]
+    items = {
+        "files": {"files": files, "sources": [{"url": f"{site}/raw/{{path}}"}]},
+        "images": {"unpack": True, "sources": [{"url": f"{site}/all.zip"}], "layout": {"photos/*.png": 2}},
+    }
+    groups = {"things": {"summary": "things", "licence": "CC0", "terms": "be kind", "items": items}}
+    Path("catalogue.yaml").write_text(json.dumps(groups), encoding="utf-8")
+    return 0
+
+
+def by_hand() -> int:
+    """The same, with the archive put there by hand."""
+    Path("data/things").mkdir(parents=True)
+    Path("data/things/images.zip").write_bytes(zipped())
+    return catalogue()
+
+
+def zipped() -> bytes:
+    """Return a zip of two pictures and a licence, wrapped in a folder."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as file:
+        for name in ("wrapped/photos/a.png", "wrapped/photos/b.png", "wrapped/LICENSE"):
+            file.writestr(zipfile.ZipInfo(name), name * 99)
+    return raw.getvalue()
+
+
 def unpacking() -> int:
     """Unpack the zips in `home/`, as a command does that opens EmojiKB's pictures."""
     from mmedit_cli.packed import unpack_beside
@@ -150,6 +164,30 @@ def published_minigpt4() -> int:
     return 0
 
 
+@contextmanager
+def website() -> Iterator[None]:
+    """Serve what is downloaded, from a process of its own, while the block runs."""
+    sys.path.append(str(ROOT / "tests"))
+    from download.website import serve
+
+    told, tell = os.pipe()
+    waiting, stop = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it tells of every connection that a kill breaks off
+        with serve() as site:
+            site.files |= {f"/raw/{path}": data for path, data in DOWNLOADED.items()} | {"/all.zip": zipped()}
+            os.write(tell, site.url.encode())
+            os.read(waiting, 1)
+        os._exit(0)
+    os.environ[SITE] = os.read(told, 100).decode()
+    try:
+        yield
+    finally:
+        os.write(stop, b".")
+        os.waitpid(process, 0)
+
+
 # -- the commands -------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +214,13 @@ def _pictures() -> list[Scenario]:
 
 def _files() -> list[Scenario]:
     covariance = ("covariance", "--model", "tiny-sd", "--captions", "captions.txt", "--device", "cpu")
+    download = ("download", "--catalogue", "catalogue.yaml")
     convert = ("convert", "minigpt4", "model", "--vision", "published/eva.pth", "--qformer", "published/qformer.pth",
                "--projection", "published/projection.pth", "--llm", "published/vicuna")  # fmt: skip
     return [
         Scenario("covariance", covariance, before=[captions], done=(2,), short=True),
+        Scenario("download", (*download, "things"), before=[catalogue], short=True),
+        Scenario("download-by-hand", (*download, "things/images"), before=[by_hand]),
         Scenario("unpack", unpacking, before=[archive], short=True),
         Scenario("unpack-into-a-folder", unpacking, before=[half_unpacked], short=True),
         Scenario("convert", convert, before=[published_minigpt4], done=(2,)),

@@ -85,9 +85,6 @@ class Campaign:
         began, result = time.monotonic(), Result()
         self._prepare(scenario)
         whole = self._must_run(scenario.words)
-        for module in whole.imported:  # so that the processes to come need not
-            with suppress(ImportError):
-                importlib.import_module(module)
         result.changes = whole.changes
         result.differences += [f"undisturbed: {line}" for line in whole.outside]
         wanted = [tree(self.home)]
@@ -153,6 +150,9 @@ class Campaign:
         ended = self._process(words)
         if ended.code != 0:
             raise SystemExit(f"{words}: ended with {ended.code}, undisturbed:\n{ended.said}")
+        for module in ended.imported:  # so that the processes to come need not
+            with suppress(ImportError):
+                importlib.import_module(module)
         return ended
 
     def _process(self, words: Words, kill_at: int | None = None) -> Ended:
