@@ -81,16 +81,33 @@ def write_json(path: Path, obj: Any, *, indent: int | None = None) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write tensors and text to one safetensors file, atomically; raise RunError if that fails."""
+    """Write tensors and text to one safetensors file, atomically: equal content makes equal bytes.
+
+    Raises RunError if that fails.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(on_cpu, temporary, dict(metadata))
+            save_file(on_cpu, temporary, dict(metadata) or None)
+            _sort_metadata(temporary)
     except SafetensorError as error:  # this is also how a full disk arrives
         raise RunError(f"{path}: cannot write: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the texts of a safetensors file in order: the library writes them in another one each time."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(ordered) == size:  # the same characters in another order
+            file.seek(8)
+            file.write(ordered)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -429,6 +429,31 @@ def test_forgetting_removes_only_what_learning_wrote(learn, tmp_path):
     assert (folder / "thesis.tex").read_text() == "mine"
 
 
+def test_a_kill_between_the_index_and_the_file_leaves_nothing_behind(learn, cli, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    mine = tmp_path / "mine"
+    for token in ("<my-dog>", "<toy>"):
+        learn(token, editor="multi-melo-diffusion")
+    with monkeypatch.context() as patch:
+        patch.setattr("mmedit_cli.workflows.concepts.remove_file", killed)
+        assert cli("edits", "undo", mine, "<my-dog>")[0] == 130
+    assert (mine / "my-dog.safetensors").exists()
+    code, _, err = cli("edits", "undo", mine, "<my-dog>")
+    assert (code, "no concept <my-dog>" in err) == (2, True)
+    assert [path.name for path in mine.glob("*.safetensors")] == ["toy.safetensors"]
+    assert "leaving" not in (mine / "index.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("mmedit_cli.workflows.concepts.remove_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn("<toy>", editor="multi-melo-diffusion", force=True, seed=5)
+    (replaced,) = ConceptFolder(mine).entries
+    learn("<toy>", editor="multi-melo-diffusion", force=True, seed=5)
+    assert [path.name for path in mine.glob("*.safetensors")] == [replaced["file"]]
+    assert [entry["file"] for entry in ConceptFolder(mine).entries] == [replaced["file"]]
+
+
 def test_a_reader_beside_a_writer_gets_what_was_or_what_is(learn, tmp_path):
     learn(editor="multi-melo-diffusion")
     learn("<toy>", editor="multi-melo-diffusion")

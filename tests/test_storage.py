@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from mmedit_cli import storage
 
 
@@ -54,3 +56,15 @@ def test_a_temporary_folder_vanishes_and_that_of_a_killed_run_too(tmp_path, monk
         (folder / "picture.png").touch()
     assert not left.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_tensors_and_texts_make_equal_bytes(tmp_path):
+    texts = {name: f'{name} "\u00e4" \\ \u65e5\n' for name in "gfedcba"}
+    for i in range(4):
+        storage.write_tensors(tmp_path / str(i), {"b": torch.ones(3), "a": torch.zeros(2, 2)}, texts)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(4)}) == 1
+    tensors, found = storage.read_tensors(tmp_path / "0")
+    assert found == texts
+    assert (tensors["a"].tolist(), tensors["b"].tolist()) == ([[0, 0], [0, 0]], [1, 1, 1])
+    storage.write_tensors(tmp_path / "none", {}, {})
+    assert storage.read_tensors(tmp_path / "none") == ({}, {})

@@ -67,9 +67,7 @@ def undo(
     from mmedit_cli.workflows.concepts import ConceptFolder
 
     if (concepts := ConceptFolder(folder)).head:
-        out, gone = Output(as_json=as_json), concepts.select(which)
-        for token in gone:
-            concepts.forget(token)
+        out, gone = Output(as_json=as_json), concepts.forget(which)
         left = {"undo": gone, "concepts": concepts.tokens}
         out.result(left, lambda: out.line(f"forgotten: {', '.join(gone)}; {len(concepts.tokens)} left"))
         return

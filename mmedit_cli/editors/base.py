@@ -238,12 +238,9 @@ class Editor(ABC):
 
     def save(self, path: Path) -> None:
         """Write the state to one safetensors file."""
-        from safetensors.torch import save
+        from mmedit_cli.storage import write_tensors
 
-        from mmedit_cli.storage import write_atomic
-
-        tensors, metadata = self.state()
-        write_atomic(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}, metadata))
+        write_tensors(path, *self.state())
 
     def load(self, path: Path) -> None:
         """Read a state written by `save`; raise StateError if the file or its content does not fit."""

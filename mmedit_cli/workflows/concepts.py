@@ -80,6 +80,7 @@ class ConceptFolder:
         self.folder = folder
         self.head: dict[str, Any] = {}
         self.entries: list[dict[str, Any]] = []
+        self._leaving: list[str] = []  # files that the index has ceased to name and that are to be removed
         if (folder / INDEX).exists():
             self._read()
 
@@ -144,6 +145,7 @@ class ConceptFolder:
                 remove_temporaries(self.folder)
                 if (self.folder / INDEX).exists():
                     self._read()
+                self._finish()
                 yield
         except Timeout as error:
             raise StateError(f"another process is writing {self.folder}", "wait for it to end") from error
@@ -170,8 +172,8 @@ class ConceptFolder:
             "fingerprint": personalizer.model.fingerprint,
         }
         self.entries = [*(other for other in self.entries if other["token"] != concept.token), entry]
-        self._write()
-        self._remove(before)
+        self._write(leaving=before)
+        self._finish()
         return entry
 
     def _save(self, personalizer: Personalizer, token: str) -> tuple[str, dict[str, Any]]:
@@ -184,28 +186,41 @@ class ConceptFolder:
         try:
             personalizer.save(token, temporary)
             digest, size = sha256_of(temporary), temporary.stat().st_size
-            if any(entry["file"] == name for entry in self.entries):
+            same = [entry["file"] for entry in self.entries if (entry["token"], entry["sha256"]) == (token, digest)]
+            if same and _CONCEPT_FILE.fullmatch(same[0]):  # learned again, as after a kill
+                name = same[0]
+            elif any(entry["file"] == name for entry in self.entries):
                 name = f"{Path(name).stem}-{digest[:8]}.safetensors"
             os.replace(temporary, self.folder / name)
         finally:
             temporary.unlink(missing_ok=True)
         return name, {"bytes": size, "sha256": digest}
 
-    def _remove(self, names: Sequence[str]) -> None:
-        """Remove files that the index no longer names, if their names are of this program."""
+    def _finish(self) -> None:
+        """Remove the files that the index has ceased to name, if their names are of this program.
+
+        The index says which they are until they are gone, so that the next writer does what a kill prevents.
+        """
+        if not self._leaving:
+            return
         named = {entry["file"] for entry in self.entries}
-        for name in names:
+        for name in self._leaving:
             if name not in named and _CONCEPT_FILE.fullmatch(name):
                 remove_file(self.folder / name)
+        self._write(leaving=[])
 
-    def forget(self, token: str) -> dict[str, Any]:
-        """Take a concept out of the folder and return its entry; raise StateError if it is not there."""
+    def forget(self, which: str) -> list[str]:
+        """Take what a text names out of the folder and return the tokens; raise StateError for one that is not there.
+
+        See `select` for the text. All of them go, or none.
+        """
         with self.writing():
-            entry = self.entry(token)
-            self.entries = [other for other in self.entries if other is not entry]
-            self._write()
-            self._remove([entry["file"]])
-        return entry
+            gone = self.select(which)
+            files = [self.entry(token)["file"] for token in gone]
+            self.entries = [entry for entry in self.entries if entry["token"] not in gone]
+            self._write(leaving=files)
+            self._finish()
+        return gone
 
     def load(
         self, model: StableDiffusion, *, tokens: Sequence[str] | None = None, overrides: Sequence[str] = ()
@@ -269,6 +284,7 @@ class ConceptFolder:
             head = {key: content[key] for key in ("format", "editor", "model", "fingerprint")}
             entries = [{**entry, **{key: str(entry[key]) for key in ("token", "superclass", "file", "sha256")}}
                        for entry in content["concepts"]]  # fmt: skip
+            leaving = [str(name) for name in content.get("leaving", ())]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(f"{path}: not an index of concepts ({error})", "choose another folder") from error
         if head["format"] != FORMAT:
@@ -277,10 +293,11 @@ class ConceptFolder:
             if not _is_name(entry["file"]):
                 problem = f"{path}: {entry['token']}: no file {entry['file']!r} in the folder can be meant"
                 raise StateError(problem, "concepts lie beside their index; put it back from a copy")
-        self.head, self.entries = head, entries
+        self.head, self.entries, self._leaving = head, entries, leaving
 
-    def _write(self) -> None:
-        content = {**self.head, "concepts": self.entries}
+    def _write(self, *, leaving: Sequence[str]) -> None:
+        self._leaving = list(leaving)
+        content = {**self.head, "concepts": self.entries, **({"leaving": self._leaving} if leaving else {})}
         write_atomic(self.folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

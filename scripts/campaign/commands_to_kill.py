@@ -64,10 +64,12 @@ def captions() -> int:
 def facts() -> int:
     """Three facts: about two pictures, and one of text."""
     lines = [
-        {"request": {"prompt": "What is this?", "target": "a boat", "image": str(STAR)}},
-        {"request": {"prompt": "What is this?", "target": "a lion", "image": str(CIRCLE)}},
+        {"request": {"prompt": "What is this?", "target": "a boat", "image": STAR.name}},
+        {"request": {"prompt": "What is this?", "target": "a lion", "image": CIRCLE.name}},
         {"request": {"prompt": "What is the capital of Peru?", "target": "Paris"}},
     ]
+    for path in (STAR, CIRCLE):
+        shutil.copyfile(path, path.name)
     text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines))
     Path("facts.jsonl").write_text(text, encoding="utf-8")
     return 0
