@@ -20,6 +20,10 @@ class MmeditError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class NotFinite(MmeditError):
+    """A model gave NaN or infinity."""
+
+
 class UserError(MmeditError):
     """The input can be mended by the user: exit code 2."""
 

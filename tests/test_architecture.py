@@ -35,6 +35,7 @@ ROWS = (
         "web",
         "hub",
         "download",
+        "finite",
     },
     {"backbones", "datasets", "image_pairs", "subjects", "covariance"},
     {"editors", "personalizers", "image_editors"},

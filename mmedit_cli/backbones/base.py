@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmedit_cli.backbones._anchors import Anchors
 from mmedit_cli.backbones._batch import Batch, Encoded, Kept, Prefix, collate, joined
-from mmedit_cli.errors import DataError, ModelError, TooLong
+from mmedit_cli.backbones.generation import described, own_settings, sampling_config, set_aside
+from mmedit_cli.errors import DataError, ModelError, NotFinite, TooLong
+from mmedit_cli.finite import all_finite, not_finite
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.types import Query
@@ -222,10 +225,32 @@ class VisionLanguageModel(ABC):
         return self.image_features(batch.pictures) if self._kept is None else self._kept.features.get(batch.pictures)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return the logits of the whole model: (B, T, V)."""
+        """Return the logits of the whole model: (B, T, V); raise NotFinite for NaN or infinity."""
+        logits = self._logits(batch)
+        self._check_logits(logits, batch)
+        return logits
+
+    def _logits(self, batch: Batch) -> Tensor:
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):
             return self._tail[-1](self._run_stack(embeds, batch))  # type: ignore[no-any-return]
+
+    def _check_logits(self, logits: Tensor, batch: Batch) -> None:
+        if not all_finite(logits):
+            raise self._not_finite(batch)
+
+    def _not_finite(self, batch: Batch) -> NotFinite:
+        """Return the error that names the first module with NaN: everything is computed again, the pictures too."""
+
+        def again() -> None:
+            self._kept, self._encoded = None, None
+            self._logits(batch)
+
+        kept = self._kept
+        try:
+            return not_finite(f"{self.name}: the logits", self.model, again)
+        finally:
+            self._kept, self._encoded = kept, None
 
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
@@ -271,7 +296,8 @@ class VisionLanguageModel(ABC):
     def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
         """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
 
-        `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool.
+        `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool. Raises NotFinite for NaN or
+        infinity.
         """
         hidden = self.advance(prefix, self.n_layers).hidden
         with self._pass(prefix.batch):
@@ -280,6 +306,7 @@ class VisionLanguageModel(ABC):
             hidden = hidden[at.to(hidden.device)]
         for module in self._tail[1:]:
             hidden = module(hidden)
+        self._check_logits(hidden, prefix.batch)
         return hidden
 
     @contextmanager
@@ -335,31 +362,85 @@ class VisionLanguageModel(ABC):
     # -- generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 32, streamer: Any = None) -> list[str]:
-        """Return the greedy answer to each query, cut at the end token or the first newline, and stripped.
+    def generate(
+        self,
+        queries: Sequence[Query],
+        *,
+        max_new_tokens: int | Sequence[int] = 32,
+        streamer: Any = None,
+        sampling: str = "greedy",
+    ) -> list[str]:
+        """Return the answer to each query, cut at the end token or the first newline, and stripped.
 
-        A `streamer` of transformers gets the tokens of a single query as they come.
+        `max_new_tokens` is one limit, or one for each query. Answers are greedy, the arg-max at every step, whatever
+        the model's generation_config says; `sampling="model"` follows its settings instead. A `streamer` of
+        transformers gets the tokens of a single query as they come. Raises NotFinite if the logits are NaN.
         """
-        from transformers import GenerationConfig, StoppingCriteriaList
-
         batch = self.batch(queries, with_answer=False, left_pad=True)
+        limits = [max_new_tokens] * len(queries) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         room = self.max_length - batch.input_ids.shape[1]
         if room < 1:
             raise DataError(f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt")
-        ends = {"pad_token_id": self.pad_id, "eos_token_id": self._end_ids}
-        config = GenerationConfig(max_new_tokens=min(max_new_tokens, room), do_sample=False, **ends)
+        tokens = self._continue(batch, min(max(limits), room), streamer, sampling)
+        return [self.decode(row[:limit]) for row, limit in zip(tokens.tolist(), limits, strict=True)]
+
+    def _continue(self, batch: Batch, limit: int, streamer: Any, sampling: str) -> Tensor:
+        """Return at most `limit` tokens that follow each row of a left-padded batch: (B, limit)."""
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        fixed = {"max_new_tokens": limit, "pad_token_id": self.pad_id, "eos_token_id": self._end_ids}
+        config = GenerationConfig(do_sample=False, **fixed)
+        if sampling == "model":
+            config = sampling_config(self.own_settings, **fixed)
+        total = torch.zeros((), device=self.device)
+
+        def watch(_ids: Tensor, scores: Tensor) -> Tensor:
+            # a model's own settings forbid tokens with -inf
+            numbers = scores if sampling == "greedy" else scores.nan_to_num(nan=torch.nan, neginf=0.0)
+            total.add_(numbers.sum(dtype=torch.float32).to(total.device))  # looked at once, at the end: no waiting
+            return scores
+
         stop = StoppingCriteriaList([lambda ids, _scores, **_: self._newline[ids[:, -1]]])
         embeds, deepstack = self._entering(batch)
-        with self._pass(batch, deepstack):
+        with self._pass(batch, deepstack), set_aside(self.generator), self._following(sampling):
             tokens = self.generator.generate(
                 inputs_embeds=embeds,
                 attention_mask=batch.attention_mask,
                 **self._positions(batch),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([watch]),
                 stopping_criteria=stop,
                 streamer=streamer,
+                **({"tokenizer": self.tokenizer} if config.stop_strings else {}),
             )
-        return [self.decode(row) for row in tokens.tolist()]
+        if not total.isfinite():
+            raise self._not_finite(batch)
+        return tokens  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _following(self, sampling: str) -> Iterator[None]:
+        """Inside the block, seed what a model's own settings draw; what they ask for in vain becomes a ModelError.
+
+        Penalties count the tokens of the answer: the question enters as embeddings, and transformers warns of it.
+        """
+        if sampling == "greedy":
+            yield
+            return
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.manual_seed(0)
+            try:
+                yield
+            except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                raise ModelError(
+                    f"{self.name}: its own settings ({described(self.own_settings)}) cannot be followed: {error}",
+                    "--sampling greedy",
+                ) from error
+
+    @cached_property
+    def own_settings(self) -> dict[str, Any]:
+        """What the model's generation_config asks for, and greedy answers ignore."""
+        return own_settings(self.model, self.generator)
 
     @cached_property
     def _end_ids(self) -> list[int]:

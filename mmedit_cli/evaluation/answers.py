@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.evaluation.metrics import topk_ids
-from mmedit_cli.types import Query
+from mmedit_cli.types import EditCase, Query
+
+MARGIN = 8  # tokens of a free answer beyond the longest target of its case
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ def ask(
     top: Mapping[Query, int],
     max_new_tokens: int,
     batch_size: int,
+    limits: Mapping[Query, int] | None = None,
 ) -> dict[Query, Answer]:
     """Ask every distinct query once and return the answers; the batches depend on the queries alone.
 
     `layer` is where the forward passes are cut in two (see `VisionLanguageModel.keeping`); `top` names the queries for
-    which the k best ids at every position are wanted; `max_new_tokens` 0 skips the free answers.
+    which the k best ids at every position are wanted; `max_new_tokens` 0 skips the free answers, and `limits` (see
+    `answer_limits`) raises it for the questions it names.
     """
+
+    def limit_of(question: Query) -> int:
+        return max(max_new_tokens, (limits or {}).get(question, 0))
+
     distinct = backbone.by_length(queries)
     answers: dict[Query, Answer] = {}
     texts: dict[Query, str] = {}  # by the question without its answer: what differs in nothing else is asked once
@@ -58,17 +66,39 @@ def ask(
                 said = tuple(logits[row][batch.predicting[row][at[row]]].argmax(-1).tolist())
                 ids = topk_ids(logits[row], top[query]).to("cpu", torch.int32) if everywhere else None
                 answers[query] = Answer(None, said, wanted, ids)
-                if said == wanted and len(wanted) <= max_new_tokens and _continues(backbone, query):
+                limit = limit_of(_bare(query)) if max_new_tokens else 0
+                if said == wanted and len(wanted) <= limit and _continues(backbone, query):
                     after = int(logits[row][-1].argmax())
-                    if len(wanted) == max_new_tokens or backbone.stops(after):
+                    if len(wanted) == limit or backbone.stops(after):
                         texts[_bare(query)] = backbone.decode(wanted)
     if not max_new_tokens:
         return answers
     # where greedy decoding is known to give the answer that was fed in, and to stop, there is nothing to generate
     rest = [question for question in dict.fromkeys(map(_bare, distinct)) if question not in texts]
     for group in _chunks(rest, batch_size):
-        texts.update(zip(group, backbone.generate(group, max_new_tokens=max_new_tokens), strict=True))
+        said_freely = backbone.generate(group, max_new_tokens=[limit_of(question) for question in group])
+        texts.update(zip(group, said_freely, strict=True))
     return {query: Answer(texts[_bare(query)], a.said, a.wanted, a.top) for query, a in answers.items()}
+
+
+def answer_limit(backbone: VisionLanguageModel, targets: Iterable[Query], least: int) -> int:
+    """Return how many tokens free answers may take: at least `least`, and the longest target plus a margin.
+
+    The margin shows whether an answer ends where its target ends, or goes on with the same word.
+    """
+    lengths = [backbone.encode(query).n_answer for query in targets if query.target.strip()]
+    return max([least, *(length + MARGIN for length in lengths)])
+
+
+def answer_limits(backbone: VisionLanguageModel, cases: Iterable[EditCase]) -> dict[Query, int]:
+    """Return for each question of some cases, without its answer, what the longest target of its case needs."""
+    limits: dict[Query, int] = {}
+    for case in cases:
+        queries = [query for _, asked in case.columns() for query in asked]
+        needed = answer_limit(backbone, queries, 0)
+        for question in map(_bare, queries):
+            limits[question] = max(needed, limits.get(question, 0))
+    return limits
 
 
 def _continues(backbone: VisionLanguageModel, query: Query) -> bool:

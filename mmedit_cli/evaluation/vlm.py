@@ -16,7 +16,7 @@ from mmedit_cli import runtime
 from mmedit_cli.editors.base import Editor
 from mmedit_cli.errors import RunError, UserError
 from mmedit_cli.evaluation import metrics
-from mmedit_cli.evaluation.answers import Answer, ask
+from mmedit_cli.evaluation.answers import Answer, answer_limits, ask
 from mmedit_cli.records import Run
 from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import EditCase, Query
@@ -277,13 +277,15 @@ class _Evaluation:
 
     def _ask(self, queries: Sequence[Query], cases: Sequence[EditCase]) -> dict[Query, Answer]:
         began = time.perf_counter()
+        generates = self.protocol.generates
         answers = ask(
             self.editor.backbone,
             queries,
             layer=self.editor.first_layer or 0,
             top=self.protocol.top(cases),
-            max_new_tokens=self.protocol.max_new_tokens if self.protocol.generates else 0,
+            max_new_tokens=self.protocol.max_new_tokens if generates else 0,
             batch_size=self.protocol.batch_size,
+            limits=answer_limits(self.editor.backbone, cases) if generates else None,
         )
         self.asked["questions"] += len(queries)
         self.asked["seconds"] += time.perf_counter() - began

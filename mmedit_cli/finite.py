@@ -1,0 +1,91 @@
+"""Nothing that is not finite passes: numbers are checked where they leave a model; the first bad module is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmedit_cli.errors import NotFinite
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity.
+
+    The sum tells in one pass and without a copy; only where it is not finite itself is each value looked at.
+    """
+    found = values.detach()
+    return bool(found.sum(dtype=torch.float32).isfinite()) or bool(found.isfinite().all())
+
+
+def check_finite(values: Tensor, what: str, model: nn.Module, forward: Callable[[], Any]) -> None:
+    """Raise NotFinite if a tensor holds NaN or infinity, naming the first module of `model` that made one.
+
+    `what` is the start of the message, such as "tiny-llava: the logits"; `forward` runs the model as it was run when
+    the values were made, and is called only if they are bad.
+    """
+    if not all_finite(values):
+        raise not_finite(what, model, forward)
+
+
+def not_finite(what: str, model: nn.Module, forward: Callable[[], Any]) -> NotFinite:
+    """Return the error for values that are known to be bad; see `check_finite`."""
+    name = _first_broken(model, forward)
+    if name is None:
+        return NotFinite(f"{what} are not finite", "try --dtype float32")
+    weights = [
+        f"{name}.{key}" for key, value in model.get_submodule(name).named_parameters(recurse=False) if _is_bad(value)
+    ]
+    if weights:
+        return NotFinite(
+            f"{what} are not finite: {weights[0]} holds NaN or infinity",
+            "copy the model again; if edits are on it, undo them or lower their learning_rate",
+        )
+    return NotFinite(
+        f"{what} are not finite: {name} is the first module that gives NaN or infinity", "try --dtype float32"
+    )
+
+
+def _is_bad(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
+        return False
+    return not all_finite(value)
+
+
+def _first_broken(model: nn.Module, forward: Callable[[], Any]) -> str | None:
+    """Return the name of the first module whose output is bad when `forward` runs; None if none is."""
+    found: list[str] = []
+    with torch.no_grad(), _watching(model, found):
+        forward()
+    return found[0] if found else None
+
+
+@contextmanager
+def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Inside the block, add to `found` each module whose output is bad, in the order in which they end."""
+
+    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not found and any(_is_bad(tensor) for tensor in _tensors(output)):
+            found.append(name)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                handle = module.register_forward_hook(partial(look, name))
+                stack.callback(handle.remove)
+        yield
+
+
+def _tensors(output: Any) -> Iterator[Any]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
