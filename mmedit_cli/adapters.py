@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmedit_cli.patch import Patch
+from mmedit_cli.patch import Patch, bring_in
 
 Pair = tuple[Tensor, Tensor]  # A (r, in) and B (out, r) of one linear layer
 _NAME = "default"  # of the adapter, for peft
@@ -29,6 +29,8 @@ class LoraLayers:
         from peft import LoraConfig, inject_adapter_in_model
 
         self.paths = tuple(ranks)
+        for path in self.paths:
+            bring_in(patch.model, path)
         self.modules = nn.ModuleDict({_key(path): patch.model.get_submodule(path) for path in self.paths})
         config = LoraConfig(
             target_modules=list(self.modules),

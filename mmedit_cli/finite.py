@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -56,28 +55,32 @@ def _is_bad(value: Any) -> bool:
     return not all_finite(value)
 
 
+class _Found(Exception):
+    """Ends a pass at the first bad module; never leaves this file."""
+
+
 def _first_broken(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Return the name of the first module whose output is bad when `forward` runs; None if none is."""
+    """Return the name of the first module whose output is bad when `forward` runs; None if none is.
+
+    Modules count in the order in which they end, so it is the innermost; what follows it is not run.
+    """
     found: list[str] = []
-    with torch.no_grad(), _watching(model, found):
-        forward()
-    return found[0] if found else None
-
-
-@contextmanager
-def _watching(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Inside the block, add to `found` each module whose output is bad, in the order in which they end."""
 
     def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not found and any(_is_bad(tensor) for tensor in _tensors(output)):
+        if any(_is_bad(tensor) for tensor in _tensors(output)):
             found.append(name)
+            raise _Found
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name:
-                handle = module.register_forward_hook(partial(look, name))
-                stack.callback(handle.remove)
-        yield
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    except _Found:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def _tensors(output: Any) -> Iterator[Any]:

@@ -10,6 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmedit_cli.errors import ModelError
+
+
+def bring_in(model: nn.Module, name: str) -> None:
+    """Load for good the weights of the named module that are on disk or in CPU memory until they are used.
+
+    accelerate keeps such weights as empty tensors, and what is written into one of them is lost. Raises ModelError
+    for a module whose weights are nowhere.
+    """
+    for path, module in model.get_submodule(name).named_modules(prefix=name):
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            _load_offloaded(path, module)
+
+
+def _load_offloaded(path: str, module: nn.Module) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.utils import align_module_device, set_module_tensor_to_device
+
+    with align_module_device(module):  # as for a forward pass
+        values = {key: value.detach().clone() for key, value in module.named_parameters(recurse=False)}
+    device = next(iter(values.values())).device
+    if device.type == "meta":
+        raise ModelError(
+            f"{path}: its weights are on device {device}: they were never loaded", "leave --device-map out"
+        )
+    remove_hook_from_module(module)
+    for key, value in values.items():
+        set_module_tensor_to_device(module, key, device, value=value)
+    add_hook_to_module(module, AlignDevicesHook(execution_device=device))  # inputs still come from other devices
+
 
 class Patch(AbstractContextManager["Patch"]):
     """A set of changes to one model: weights, modules and hooks; leaving or `undo()` restores every bit.
@@ -24,7 +54,11 @@ class Patch(AbstractContextManager["Patch"]):
         self._hooks: list[RemovableHandle] = []
 
     def parameter(self, name: str) -> nn.Parameter:
-        """Return the named parameter, free to be overwritten in place: its original is kept first."""
+        """Return the named parameter, free to be overwritten in place: its original is kept first.
+
+        An offloaded one is brought in, and stays.
+        """
+        bring_in(self.model, name.rpartition(".")[0])
         parameter = self.model.get_parameter(name)
         if name not in self._originals:
             self._originals[name] = parameter.detach().clone()
@@ -40,10 +74,11 @@ class Patch(AbstractContextManager["Patch"]):
 
     def add_(self, name: str, delta: Tensor) -> None:
         """Add to a parameter; raise ValueError if the shape differs."""
-        self.set_(name, self.model.get_parameter(name).detach() + delta)
+        self.set_(name, self.parameter(name).detach() + delta)
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put another module in the place of the named one."""
+        """Put another module in the place of the named one, which is brought in if it is offloaded."""
+        bring_in(self.model, name)
         parent_name, _, child = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         self._modules.append((parent, child, self.model.get_submodule(name)))

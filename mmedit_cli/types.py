@@ -5,8 +5,9 @@ Shapes throughout the code base: B batch, T tokens, D width, V vocabulary, N_v i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -24,6 +25,13 @@ class Query:
     image: Path | None = None
     background: str = "#ffffff"
     chat: bool = False
+
+
+def in_one_line(query: Query) -> Query:
+    """Return the query with blanks for the line breaks of its target: an answer ends at its first line break."""
+    if not re.search(r"[\r\n]", query.target):
+        return query
+    return replace(query, target=re.sub(r"\s*[\r\n]\s*", " ", query.target).strip())
 
 
 Probes = Mapping[str, tuple[Query, ...]]

@@ -19,6 +19,7 @@ from mmedit_cli.backbones._batch import Batch, Encoded, Kept, Prefix, collate, j
 from mmedit_cli.backbones.generation import described, own_settings, sampling_config, set_aside
 from mmedit_cli.errors import DataError, ModelError, NotFinite, TooLong
 from mmedit_cli.finite import all_finite, not_finite
+from mmedit_cli.patch import bring_in
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.types import Query
@@ -42,6 +43,7 @@ class VisionLanguageModel(ABC):
         self.name, self.model, self.tokenizer, self.image_processor = name, model, tokenizer, image_processor
         self.fingerprint = fingerprint
         self.model.eval().requires_grad_(False)
+        bring_in(model, _name_of(model, model.get_input_embeddings()))  # device and dtype are read from it
         self.anchors = Anchors(model)
         self.layers: nn.ModuleList = self.anchors.layers
         self.n_layers = len(self.layers)
@@ -471,3 +473,7 @@ class VisionLanguageModel(ABC):
         ends = [i for i, token in enumerate(tokens) if token in self._end_ids]
         text = self.tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True)
         return str(text).strip("\r ").split("\n")[0].strip()
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

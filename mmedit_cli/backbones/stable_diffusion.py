@@ -18,6 +18,7 @@ from mmedit_cli.backbones._prompts import Tokens, Word, tokenize
 from mmedit_cli.backbones._schedule import check_steps
 from mmedit_cli.backbones._vocabulary import cap_length
 from mmedit_cli.errors import DataError, MmeditError, ModelError
+from mmedit_cli.finite import check_finite
 
 Tick = Callable[[int], None]
 
@@ -254,6 +255,12 @@ class StableDiffusion:
         """Return (mean, standard deviation) of the latents (B, C, h, w) of pictures (B, 3, H, W) in -1..1."""
         vae = self.model["vae"]
         spread = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        check_finite(
+            spread.mean,
+            f"{self.name}: the latents of the pictures",
+            self.model,
+            lambda: vae.encode(pixels.to(self.device, self.dtype)),
+        )
         return spread.mean.float() * vae.config.scaling_factor, spread.std.float() * vae.config.scaling_factor
 
     def errors(self, latents: Tensor, encoding: Encoding, source: Generator) -> Tensor:
@@ -268,9 +275,13 @@ class StableDiffusion:
         kind = self.noise.config.prediction_type
         wanted = noise if kind == "epsilon" else self.noise.get_velocity(latents, noise, steps)
         added = self._xl_conditions(encoding, latents)
-        out = self.unet(
-            noisy.to(self.dtype), steps, encoder_hidden_states=encoding.hidden, added_cond_kwargs=added
-        ).sample
+
+        def predict() -> Tensor:
+            told = {"encoder_hidden_states": encoding.hidden, "added_cond_kwargs": added}
+            return self.unet(noisy.to(self.dtype), steps, **told).sample  # type: ignore[no-any-return]
+
+        out = predict()
+        check_finite(out, f"{self.name}: the predicted noise", self.model, predict)
         return (out.float() - wanted.float()).square()
 
     def _xl_conditions(self, encoding: Encoding, latents: Tensor) -> dict[str, Tensor | None] | None:
@@ -346,24 +357,39 @@ class StableDiffusion:
                 parts["negative_pooled_prompt_embeds"] = encoding.pooled[:count:windows]  # type: ignore[index]
         canvas = Canvas.of(windows, side, self.scale)
 
-        def step_done(_pipe: Any, _index: int, _time: Any, _values: Any) -> dict[str, Any]:
-            if tick is not None:
-                tick(len(seeds))
-            return {}
+        def draw(check: Callable[[Tensor, str], None]) -> Tensor:
+            """Return the pixels, (B, 3, H, W) in 0..1; `check` is given all that leaves the model."""
 
-        with ExitStack() as stack:
-            stack.enter_context(self.running(tokens, encoding))
-            if windows > 1:
-                stack.enter_context(
-                    in_windows(self.unet, canvas, encoding.hidden, partial(self._xl_conditions, encoding))
-                )
-            return list(
-                self.pipe(
+            def step_done(_pipe: Any, index: int, _time: Any, values: Any) -> dict[str, Any]:
+                check(values["latents"], f"the latents of step {index + 1} of {sampling.steps}")
+                if tick is not None:
+                    tick(len(seeds))
+                return {}
+
+            with ExitStack() as stack:
+                stack.enter_context(self.running(tokens, encoding))
+                if windows > 1:
+                    stack.enter_context(
+                        in_windows(self.unet, canvas, encoding.hidden, partial(self._xl_conditions, encoding))
+                    )
+                pixels = self.pipe(
                     **parts, height=side, width=canvas.width * self.scale, num_inference_steps=sampling.steps,
                     guidance_scale=scale, generator=[runtime.generator(seed) for seed in seeds],
-                    callback_on_step_end=step_done,
-                ).images
-            )  # fmt: skip
+                    callback_on_step_end=step_done, output_type="pt",
+                ).images  # fmt: skip
+            check(pixels, "the pictures")
+            return pixels  # type: ignore[no-any-return]
+
+        def again() -> None:
+            self.encode(tokens)
+            draw(lambda _values, _what: None)
+
+        def check(values: Tensor, what: str) -> None:
+            check_finite(values, f"{self.name}: {what}", self.model, again)
+
+        check(encoding.hidden, "the encodings of the prompts")
+        processor = self.pipe.image_processor
+        return list(processor.numpy_to_pil(processor.pt_to_numpy(draw(check))))
 
     def save_memory(self) -> None:
         """Decode pictures one by one, and keep little of the UNet's blocks while learning: slower, in less memory.

@@ -29,7 +29,10 @@ def ask(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show base and edited side by side, and which edits took part.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, or more where a target needs it.")] = 32,
+    sampling: Annotated[
+        str, typer.Option(help="greedy, or model: as the model's own generation_config says.")
+    ] = "greedy",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -58,7 +61,7 @@ def ask(
     asked = [] if questions is None else asking.read_questions(questions, image)
     named = (model or "") if edits is not None else options.named(model, out)
     chosen = evaluation.ModelOptions(named, device, dtype, device_map, revision)
-    with asking.Asker(chosen, edits, out, compare=compare, max_new_tokens=max_new_tokens) as asker:
+    with asking.Asker(chosen, edits, out, compare=compare, max_new_tokens=max_new_tokens, sampling=sampling) as asker:
         if questions is not None:
             asker.many(asked)
         elif prompt is not None:

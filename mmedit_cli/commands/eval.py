@@ -42,7 +42,9 @@ def evaluate(
         str, typer.Option(help="Of ar, ar_em, ar_f1, tf_liveedit, tf_easyedit, tf_em.")
     ] = "ar,tf_liveedit,tf_easyedit,tf_em",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many cases.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest generated answer.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest generated answer, or more where a target needs it.")
+    ] = 16,
     batch_size: Annotated[int, typer.Option(help="Queries in one forward pass.")] = 32,
     cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 2.0,
     hparams: options.HparamsFile = None,

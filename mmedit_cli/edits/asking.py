@@ -9,11 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from mmedit_cli.backbones.generation import SAMPLINGS, described
 from mmedit_cli.catalog import find_model
 from mmedit_cli.edits import printing
 from mmedit_cli.edits.making import read_requests
 from mmedit_cli.edits.model import EditedModel, open_edits
 from mmedit_cli.errors import DataError, MmeditError, UserError
+from mmedit_cli.evaluation.answers import tokens_for
 from mmedit_cli.output import Output, report_error
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions, load_model
@@ -29,9 +31,18 @@ class Asker:
     """
 
     def __init__(
-        self, model: ModelOptions, edits: Path | None, out: Output, *, compare: bool = False, max_new_tokens: int = 32
+        self,
+        model: ModelOptions,
+        edits: Path | None,
+        out: Output,
+        *,
+        compare: bool = False,
+        max_new_tokens: int = 32,
+        sampling: str = "greedy",
     ) -> None:
-        self.out, self.compare, self.max_new_tokens = out, compare, max_new_tokens
+        if sampling not in SAMPLINGS:
+            raise UserError(f"--sampling {sampling}: not a way to answer", f"use {' or '.join(SAMPLINGS)}")
+        self.out, self.compare, self.sampling = out, compare, sampling
         self._stack = ExitStack()
         self.edited: EditedModel | None = None
         if edits is not None:
@@ -41,6 +52,11 @@ class Asker:
             raise UserError("--compare: there is nothing to compare without --edits")
         else:
             self.backbone = load_model(model, find_model(model.model, revision=model.revision), out)
+        taught = [] if self.edited is None else [edit.request for edit in self.edited.ledger.active]
+        self.least = max([max_new_tokens, *tokens_for(self.backbone, taught)])
+        own = self.backbone.own_settings
+        if own and sampling == "greedy":
+            out.note(f"answers are greedy: {described(own)} of the model is ignored (--sampling model follows it)")
 
     def __enter__(self) -> Asker:
         return self
@@ -66,11 +82,12 @@ class Asker:
 
     def one(self, query: Query) -> None:
         """Answer one question: in words as they come, or as a whole where it is JSON or a comparison."""
-        if self.out.as_json or self.compare:
+        if self.out.as_json or self.compare or self.sampling == "model":  # beams are not known word by word
             (row,) = self.answers([query])
-            self.out.result(row, lambda: self._show_pair(row))
+            show = self._show_pair if self.compare else self._show_answer
+            self.out.result(row, lambda: show(row))
             return
-        self.backbone.generate([query], max_new_tokens=self.max_new_tokens, streamer=self._streamer())
+        self._generate([query], self._streamer())
         self.out.line()
 
     def many(self, queries: Sequence[Query]) -> None:
@@ -99,9 +116,17 @@ class Asker:
         self.out.table(["", "answer"], [["base", row["base"]], ["edited", row["answer"]]])
         self.out.line(f"edits that took part: {printing.fired(row)}")
 
-    def _generate(self, queries: Sequence[Query]) -> list[str]:
-        parts = [queries[i : i + _BATCH] for i in range(0, len(queries), _BATCH)]
-        return [a for part in parts for a in self.backbone.generate(part, max_new_tokens=self.max_new_tokens)]
+    def _show_answer(self, row: dict[str, Any]) -> None:
+        self.out.line(row["answer"])
+
+    def _generate(self, queries: Sequence[Query], streamer: Any = None) -> list[str]:
+        """Return the answers, as long as the targets of the questions and of the edits need."""
+        said: list[str] = []
+        for at in range(0, len(queries), _BATCH):
+            part = queries[at : at + _BATCH]
+            limits = tokens_for(self.backbone, part, self.least)
+            said += self.backbone.generate(part, max_new_tokens=limits, streamer=streamer, sampling=self.sampling)
+        return said
 
     def _streamer(self) -> Any:
         """Return a streamer that prints just what `generate` returns."""

@@ -12,7 +12,7 @@ from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.edits.model import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.output import Output
 from mmedit_cli.storage import sha256_of
-from mmedit_cli.types import Query
+from mmedit_cli.types import Query, in_one_line
 from mmedit_cli.workflows.evaluation import ModelOptions
 
 _TEXTS = (
@@ -32,6 +32,7 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     from mmedit_cli.evaluation.metrics import answer_match, same_answer
 
     check_pictures(requests)
+    requests = _in_one_line(requests, out)
     probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
         if len(requests) > 1:
@@ -63,6 +64,15 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     ]
     cost = {"seconds": model.seconds, "peak_memory": peak}
     return {"ledger": str(folder), "active": active, "edits": edits, "locality": locality, "cost": cost}
+
+
+def _in_one_line(requests: Sequence[Query], out: Output) -> list[Query]:
+    """Return requests whose targets have no line break; say so of those that had one."""
+    changed = [in_one_line(request) for request in requests]
+    count = sum(request.target != new.target for request, new in zip(requests, changed, strict=True))
+    if count:
+        out.note(f"targets with line breaks: {count:,}; an answer is one line, so blanks take their place")
+    return changed
 
 
 def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Query]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,14 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         self.seconds = 0.0
 
     def generate(self, queries: Sequence[Query], *, max_new_tokens: int = 32) -> list[str]:
-        """Return the greedy answers of the edited model."""
-        parts = [queries[i : i + _BATCH] for i in range(0, len(queries), _BATCH)]
-        return [text for part in parts for text in self.backbone.generate(part, max_new_tokens=max_new_tokens)]
+        """Return the greedy answers of the edited model, at most `max_new_tokens` long, or as long as targets need."""
+        from mmedit_cli.evaluation.answers import tokens_for
+
+        texts: list[str] = []
+        for at in range(0, len(queries), _BATCH):
+            part = queries[at : at + _BATCH]
+            texts += self.backbone.generate(part, max_new_tokens=tokens_for(self.backbone, part, max_new_tokens))
+        return texts
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
         """Return for each query the weights of the edits that take part in its answer; None if the method has none."""
@@ -161,8 +167,11 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         self.ledger.mark(do, ids, None if self.ledger.rows else self.editor.tensors())
 
     def _check(self, requests: Sequence[Query]) -> None:
+        from mmedit_cli.evaluation.answers import check_sayable
+
         check_pictures(requests)
         _all(requests, self.backbone.encode)
+        _all(requests, partial(check_sayable, self.backbone))
 
 
 def check_pictures(requests: Sequence[Query]) -> None:

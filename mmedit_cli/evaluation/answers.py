@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.evaluation.metrics import topk_ids
+from mmedit_cli.errors import DataError
+from mmedit_cli.evaluation.metrics import answer_match, topk_ids
 from mmedit_cli.types import EditCase, Query
 
 MARGIN = 8  # tokens of a free answer beyond the longest target of its case
@@ -81,24 +82,41 @@ def ask(
     return {query: Answer(texts[_bare(query)], a.said, a.wanted, a.top) for query, a in answers.items()}
 
 
-def answer_limit(backbone: VisionLanguageModel, targets: Iterable[Query], least: int) -> int:
-    """Return how many tokens free answers may take: at least `least`, and the longest target plus a margin.
-
-    The margin shows whether an answer ends where its target ends, or goes on with the same word.
-    """
-    lengths = [backbone.encode(query).n_answer for query in targets if query.target.strip()]
-    return max([least, *(length + MARGIN for length in lengths)])
-
-
 def answer_limits(backbone: VisionLanguageModel, cases: Iterable[EditCase]) -> dict[Query, int]:
     """Return for each question of some cases, without its answer, what the longest target of its case needs."""
     limits: dict[Query, int] = {}
     for case in cases:
         queries = [query for _, asked in case.columns() for query in asked]
-        needed = answer_limit(backbone, queries, 0)
+        needed = max(tokens_for(backbone, queries))
         for question in map(_bare, queries):
             limits[question] = max(needed, limits.get(question, 0))
     return limits
+
+
+def tokens_for(backbone: VisionLanguageModel, queries: Sequence[Query], least: int = 0) -> list[int]:
+    """Return for each query how many tokens a free answer may take: its target and a margin, and at least `least`.
+
+    The margin shows whether an answer ends where its target ends, or goes on with the same word.
+    """
+    targets = [query.target for query in queries]
+    if not any(targets):
+        return [least] * len(targets)
+    ids = backbone.tokenizer(targets, add_special_tokens=False)["input_ids"]
+    return [max(least, len(row) + MARGIN) if row else least for row in ids]
+
+
+def check_sayable(backbone: VisionLanguageModel, query: Query) -> None:
+    """Raise DataError for a target that no free answer can match: its own tokens, read as an answer, are another text.
+
+    That is so of line breaks and end tokens, where an answer ends, and of special tokens, which are not read.
+    """
+    encoded = backbone.encode(query)
+    read = backbone.decode(encoded.ids[-encoded.n_answer :])
+    if answer_match(read, query.target) != 1:
+        raise DataError(
+            f"the target {query.target!r} of {query.prompt!r} can never be said: as an answer it reads {read!r}",
+            "leave out line breaks and special tokens such as </s>",
+        )
 
 
 def _continues(backbone: VisionLanguageModel, query: Query) -> bool:

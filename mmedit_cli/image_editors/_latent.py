@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmedit_cli.backbones._schedule import check_scheduler, check_steps
 from mmedit_cli.errors import ModelError
+from mmedit_cli.finite import check_finite
 from mmedit_cli.image_editors._sampling import Conditioned, coefficients, denoise
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings, Tick
 
@@ -34,6 +35,8 @@ class LatentEditor(ImageEditor):
     """
 
     defaults = Settings(steps=100, text_guidance=7.5, image_guidance=1.5)
+
+    reading: nn.Module  # what makes the conditions, by name
 
     def __init__(self, model: str, fingerprint: str, pipeline: Any, usual: Settings | None = None) -> None:
         self.model, self.fingerprint = model, fingerprint
@@ -79,6 +82,8 @@ class LatentEditor(ImageEditor):
     def edit_batch(self, jobs: Sequence[Job], settings: Settings, tick: Tick) -> list[Edited]:
         """Edit pictures of one size, with one pass a step over the branches of guidance that count."""
         condition = self.conditions(jobs)
+        what = f"{self.model}: what the instructions became"
+        check_finite(condition.text, what, self.reading, lambda: self.conditions(jobs))
         told = Conditioned(encode_pictures(self.vae, [job.picture for job in jobs]), condition.text, condition.null)
         weights = coefficients(settings.text_guidance or 0.0, settings.image_guidance or 0.0, len(jobs))
         steps = settings.steps or 1
@@ -106,9 +111,14 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 def encode_pictures(vae: Any, pictures: Sequence[Image.Image]) -> Tensor:
     """Return the latents of pictures as a denoiser sees them beside the noise: the mode, not scaled, (B, 4, h, w)."""
     pixels = to_pixels(pictures).to(vae.device, vae.dtype)
-    return vae.encode(pixels).latent_dist.mode()  # type: ignore[no-any-return]
+    latents: Tensor = vae.encode(pixels).latent_dist.mode()
+    check_finite(latents, "the latents of the picture", nn.ModuleDict({"vae": vae}), lambda: vae.encode(pixels))
+    return latents
 
 
 def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
     """Return the pictures of scaled latents (B, 4, h, w)."""
-    return to_pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+    unscaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(unscaled).sample
+    check_finite(pixels, "the edited pictures", nn.ModuleDict({"vae": vae}), lambda: vae.decode(unscaled))
+    return to_pictures(pixels)

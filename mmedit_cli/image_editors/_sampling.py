@@ -12,12 +12,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from mmedit_cli.errors import MmeditError
+from mmedit_cli.finite import check_finite
 
 FULL, PICTURE, NOTHING = range(3)  # the branches: picture and condition, picture alone, neither
 
@@ -65,8 +66,8 @@ def denoise(
 ) -> Tensor:
     """Return the latents (B, 4, h, w) of the edited pictures; each depends on its own seed alone.
 
-    Randomness comes from the CPU, so a seed means the same on every device. Raises MmeditError for latents that are
-    not finite, with the step.
+    Randomness comes from the CPU, so a seed means the same on every device. Raises NotFinite for latents that are not
+    finite, with the step and the first module.
     """
     generators = [Generator().manual_seed(seed) for seed in seeds]
     device, dtype = told.source.device, told.source.dtype
@@ -75,9 +76,8 @@ def denoise(
     latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
     random = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for number, step in enumerate(scheduler.timesteps, 1):
-        predicted = predict(unet, scheduler.scale_model_input(latents, step), step, told, weights)
-        latents = scheduler.step(predicted, step, latents, **random, return_dict=False)[0]
-        if not torch.isfinite(latents).all():
-            raise MmeditError(f"the picture became not a number at step {number} of {steps}", "try --dtype float32")
+        guess = partial(predict, unet, scheduler.scale_model_input(latents, step), step, told, weights)
+        latents = scheduler.step(guess(), step, latents, **random, return_dict=False)[0]
+        check_finite(latents, f"the latents of step {number} of {steps}", nn.ModuleDict({"unet": unet}), guess)
         tick(len(seeds))
     return latents.to(dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.finite import check_finite
 from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings, Tick
 
@@ -58,18 +61,34 @@ class FluxKontext(ImageEditor):
         return [self._edit(job, settings, tick) for job in jobs]
 
     def _edit(self, job: Job, settings: Settings, tick: Tick) -> Edited:
-        def after_step(_pipeline: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            tick(1)
-            return tensors
-
         width, height = job.picture.size
         steps = settings.steps or 1
-        made = self.pipeline(
-            image=job.picture, prompt=job.instruction, width=width, height=height, max_area=width * height,
-            num_inference_steps=steps, guidance_scale=settings.text_guidance,
-            generator=torch.Generator().manual_seed(job.seed), callback_on_step_end=after_step,
-        )  # fmt: skip
-        return Edited(made.images[0], rows=steps)
+
+        def make(check: Callable[[torch.Tensor, str], None]) -> torch.Tensor:
+            """Return the pixels, (1, 3, H, W) in 0..1; `check` is given all that leaves the model."""
+
+            def after_step(_pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                check(tensors["latents"], f"the latents of step {step + 1} of {steps}")
+                tick(1)
+                return tensors
+
+            made = self.pipeline(
+                image=job.picture, prompt=job.instruction, width=width, height=height, max_area=width * height,
+                num_inference_steps=steps, guidance_scale=settings.text_guidance,
+                generator=torch.Generator().manual_seed(job.seed), callback_on_step_end=after_step, output_type="pt",
+            )  # fmt: skip
+            check(made.images, "the edited picture")
+            return made.images  # type: ignore[no-any-return]
+
+        parts = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+
+        def check(values: torch.Tensor, what: str) -> None:
+            again = partial(make, lambda _values, _what: None)
+            check_finite(values, f"{self.model}: {what}", nn.ModuleDict(parts), again)
+
+        processor = self.pipeline.image_processor
+        (picture,) = processor.numpy_to_pil(processor.pt_to_numpy(make(check)))
+        return Edited(picture, rows=steps)
 
 
 IMAGE_EDITOR = FluxKontext

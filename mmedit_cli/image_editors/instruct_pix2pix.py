@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from mmedit_cli.errors import DataError
 from mmedit_cli.image_editors._latent import Condition, LatentEditor
@@ -22,6 +23,7 @@ class InstructPix2Pix(LatentEditor):
     def __init__(self, pipeline: Any, model: str, fingerprint: str, usual: Settings | None = None) -> None:
         super().__init__(model, fingerprint, pipeline, usual)
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self.reading = nn.ModuleDict({"text_encoder": self.text_encoder})
 
     @classmethod
     def load(cls, model: str | None, options: LoadOptions) -> InstructPix2Pix:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
+from mmedit_cli.backbones.generation import described
 from mmedit_cli.catalog import DRAWS, MODELS, bundled, family_of, own_image_editors
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
@@ -63,6 +64,10 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         for line in _selection(report["data"]):
             out.line(line)
         _networks(out, report)
+        if "ignored_settings" in report:
+            out.line(
+                f"answers are greedy; the model's own settings are ignored: {described(report['ignored_settings'])}"
+            )
         out.table(["protocol", "score", "before", *heads], rows, sections=sections)
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
@@ -231,6 +236,8 @@ def _selection(data: Mapping[str, Any]) -> Iterator[str]:
     chosen = ", ".join(f"{key} {data[key]}" for key in ("template", "subset") if key in data)
     if chosen:
         yield f"{data['cases']} cases, {chosen}"
+    if "line_breaks" in data:
+        yield f"{data['line_breaks']} cases had line breaks in their targets: blanks now, as an answer is one line"
     gone = data.get("too_long", {})
     if gone.get("queries"):
         yield f"skipped: {gone['queries']} queries are too long for the model, and with them {gone['cases']} cases"

@@ -17,7 +17,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import pick_variant, shape_of, shape_of_config, told
 from mmedit_cli.storage import sha256_json
-from mmedit_cli.types import EditCase, Query
+from mmedit_cli.types import EditCase, Query, in_one_line
 from mmedit_cli.workflows.networks import Networks, find_networks, networks_line
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mmedit_cli.datasets.base import DataOptions
     from mmedit_cli.editors.base import Editor
     from mmedit_cli.evaluation.vlm import Protocol
+
+
+SCORING = 2  # of answers: counted up when the same answers get other scores, so that no run mixes the two
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(options.editor, variant, options.hparams, options.overrides, path)
     data = read_data(options.data, limit=options.limit, options=options.data_options or DataOptions())
-    cases = data.cases
+    cases, line_breaks = _one_line_targets(data.cases)
     check_pictures(cases)
     size = options.protocol.sequential
     if size > len(cases):
@@ -103,9 +106,16 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "model": {"name": ref.name, "family": ref.family, "fingerprint": ref.fingerprint},
         "device": options.model.device,
         "dtype": options.model.dtype,
-        "data": {"name": data.name, "cases": len(cases), "fingerprint": fingerprint(cases), **data.selection},
+        "data": {
+            "name": data.name,
+            "cases": len(cases),
+            "fingerprint": fingerprint(cases),
+            **data.selection,
+            **line_breaks,
+        },
         "protocol": {k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()},
         "seed": options.seed,
+        "scoring": SCORING,
         "versions": runtime.versions(),
     }
     if networks is not None:
@@ -133,7 +143,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     out.note(told(options.editor, plan.config["variant"]))
     backbone = load_model(options.model, plan.ref, out)
     plan, too_long = _without_long(plan, backbone)
-    check_queries(backbone, plan.cases)
+    check_queries(backbone, plan.cases, sayable=protocol.generates)
     editor: Editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
     if plan.networks is not None:
         out.note(networks_line(plan.networks.facts()))
@@ -159,6 +169,8 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         head |= {"networks": None if plan.networks is None else plan.networks.facts()}
         cases = run.read("cases")
         head["data"] = {**plan.config["data"], **too_long}
+        if protocol.generates and backbone.own_settings:
+            head["ignored_settings"] = backbone.own_settings
         head |= {"environment": run.environment, "examples": examples(cases, plan.cases)}
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
         report["cost"]["asked"] = asked
@@ -256,14 +268,31 @@ def load_model(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLangu
     return _loading.load_backbone(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)
 
 
-def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase]) -> None:
-    """Tokenise every query of the cases; raise DataError naming each one the model cannot take."""
+def _one_line_targets(cases: list[EditCase]) -> tuple[list[EditCase], dict[str, int]]:
+    """Return the cases without line breaks in their targets, and for the report how many cases had one."""
+    from mmedit_cli.datasets.base import change
+
+    changed = [change(case, in_one_line) for case in cases]
+    count = sum(case != new for case, new in zip(cases, changed, strict=True))
+    return (changed, {"line_breaks": count}) if count else (cases, {})
+
+
+def check_queries(backbone: VisionLanguageModel, cases: Sequence[EditCase], *, sayable: bool = False) -> None:
+    """Tokenise every query of the cases; raise DataError naming each one the model cannot take.
+
+    With `sayable`, also each target that is scored and that no free answer can match.
+    """
+    from mmedit_cli.evaluation.answers import check_sayable
+
     problems, hint = [], ""
     for case in cases:
         for column, queries in case.columns():
+            scored = sayable and not column.startswith(("locality.", "needs."))
             for query in queries:
                 try:
                     backbone.encode(query)
+                    if scored:
+                        check_sayable(backbone, query)
                 except DataError as error:
                     problems += [f"{case.place}: {case.uid}: {column}: {problem}" for problem in error.problems]
                     hint = hint or error.hint
@@ -329,6 +358,7 @@ def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) 
             "layer": layer,
             "batch_size": protocol.batch_size,
             "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+            "scoring": plan.config["scoring"],
             "top": "tf_easyedit" in protocol.protocols,
             "versions": plan.config["versions"],
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from mmedit_cli.catalog import own_image_editors
 from mmedit_cli.errors import UserError
@@ -32,6 +33,7 @@ class Mgie(LatentEditor):
     def __init__(self, pipeline: Any, model: str, fingerprint: str, usual: Settings | None = None) -> None:
         super().__init__(model, fingerprint, pipeline, usual)
         self.pipeline, self.edit_head = pipeline, pipeline.edit_head
+        self.reading = nn.ModuleDict({"mllm": pipeline.mllm, "edit_head": self.edit_head})
         self.guide = Guide(pipeline.mllm, pipeline.processor, self.edit_head.tokens, pipeline.config.prompt)
 
     @classmethod

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmedit_cli.backbones.generation import set_aside
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.image_editors.mgie.modules import N_TOKENS, VisualTokens
 
@@ -165,7 +166,8 @@ class Guide:
             self._embedding.register_forward_pre_hook(narrow),
         ]
         try:
-            out = self.mllm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+            with set_aside(self.mllm):
+                out = self.mllm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
         finally:
             for handle in handles:
                 handle.remove()
