@@ -13,10 +13,15 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.output import Output
 from mmedit_cli.packed import way_out
 from mmedit_cli.registry import emojikb_dir
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# Pictures that nothing here opens: in a folder of photos they are named, not passed over.
+_OTHER_ENDINGS = (
+    ".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".psd", ".svg",
+)  # fmt: skip
 # What a file may be inside, whatever its name says. Left out is what starts other programs (EPS: Ghostscript) or is
 # hardly ever met, and so hardly ever tested (FLI, PCX, ...).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -56,14 +61,19 @@ def load_picture(picture: Picture) -> Image.Image:
 
 
 def photos_in(folder: Path) -> tuple[Path, ...]:
-    """Return the pictures of a folder, by name; raise DataError if there are none."""
+    """Return the pictures of a folder, by name, and say which are left out; raise DataError if there are none."""
     if not folder.is_dir():
         emojikb_dir()  # it may be one of its folders
     if not folder.is_dir():
         raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
-    found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS))
+    files = sorted(folder.iterdir())
+    found = tuple(path for path in files if path.suffix.lower() in ENDINGS)
+    left_out = ", ".join(path.name for path in files if path.suffix.lower() in _OTHER_ENDINGS)
     if not found:
-        raise DataError(f"{folder}: no pictures ({', '.join(ENDINGS)})", "three to six photos are usual")
+        more = f", and {left_out} cannot be opened" if left_out else ""
+        raise DataError(f"{folder}: no pictures ({', '.join(ENDINGS)}){more}", "three to six photos are usual")
+    if left_out:
+        Output().note(f"{folder}: left out, as they cannot be opened: {left_out}; convert them to .jpg or .png")
     return found
 
 

@@ -15,7 +15,7 @@ from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
 from mmedit_cli.covariance import Covariance, default_path
 from mmedit_cli.errors import DataError, HparamsError, ModelError, StateError, UnknownName, UserError
 from mmedit_cli.output import Output
-from mmedit_cli.pictures import photos_in
+from mmedit_cli.pictures import Picture, load_picture, photos_in
 from mmedit_cli.types import Concept
 from mmedit_cli.workflows import drawing
 from mmedit_cli.workflows.concepts import ConceptFolder, LearnOptions, learn_concept
@@ -95,6 +95,23 @@ def test_photos_are_what_a_folder_has(photos, tmp_path):
     with pytest.raises(DataError, match="not a folder"):
         photos_in(photos / "0.jpg")
     with pytest.raises(DataError, match="no pictures"):
+        photos_in(tmp_path)
+
+
+def test_photos_of_other_formats_are_used_or_named(tmp_path, capfd):
+    for name in ("a.gif", "b.TIFF", "c.avif"):
+        Image.new("RGB", (16, 16), "#ff8000").save(tmp_path / name)
+    for name in ("d.heic", "e.DNG", "notes.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    found = photos_in(tmp_path)
+    assert [path.name for path in found] == ["a.gif", "b.TIFF", "c.avif"]
+    for path in found:
+        red, green, blue = load_picture(Picture(path)).getpixel((8, 8))
+        assert (red > 240, 118 < green < 138, blue < 16) == (True, True, True), path
+    assert "left out, as they cannot be opened: d.heic, e.DNG; convert" in capfd.readouterr().err
+    for path in found:
+        path.unlink()
+    with pytest.raises(DataError, match=r"no pictures .*, and d.heic, e.DNG cannot be opened"):
         photos_in(tmp_path)
 
 

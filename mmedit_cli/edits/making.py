@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Query, in_one_line
 from mmedit_cli.workflows.evaluation import ModelOptions
 
+_TOLD = 5  # edits whose loss did not move, one by one
 _TEXTS = (
     "What is the capital of Peru?",
     "Which category does a toolbox belong to?",
@@ -29,6 +31,7 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
 
     Of many requests those that the ledger holds are passed over, so that an interrupted command can be given again.
     """
+    from mmedit_cli.evaluation.answers import target_losses
     from mmedit_cli.evaluation.metrics import answer_match, same_answer
 
     check_pictures(requests)
@@ -40,6 +43,8 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
         with out.progress({"edits": len(requests)}) as tick:
             before = model.generate(probes)
             try:
+                model.check(requests)
+                losses_before = target_losses(model.backbone, requests)
                 ids = model.edit(requests, batch=batch, tick=tick)
             except BaseException:
                 model.ledger.discard()  # requests that cannot be used leave no new ledger behind
@@ -47,11 +52,19 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
             after = model.generate(probes)
         made = [model.ledger.edits[i] for i in ids]
         answers = model.generate([edit.request for edit in made])
+        losses_after = target_losses(model.backbone, [edit.request for edit in made])
         peak, active = runtime.peak_memory(model.backbone.device), len(model.ledger.active)
     edits = [
-        {**described(edit), "after": answer, "holds": answer_match(answer, edit.request.target) == 1}
-        for edit, answer in zip(made, answers, strict=True)
+        {
+            **described(edit),
+            "after": answer,
+            "holds": answer_match(answer, edit.request.target) == 1,
+            "loss_before": loss_before,
+            "loss_after": loss_after,
+        }
+        for edit, answer, loss_before, loss_after in zip(made, answers, losses_before, losses_after, strict=True)
     ]
+    _tell_unmoved(edits, out)
     locality = [
         {
             "prompt": probe.prompt,
@@ -64,6 +77,19 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     ]
     cost = {"seconds": model.seconds, "peak_memory": peak}
     return {"ledger": str(folder), "active": active, "edits": edits, "locality": locality, "cost": cost}
+
+
+def _tell_unmoved(edits: Sequence[dict[str, Any]], out: Output) -> None:
+    """Say which edits do not hold and left the loss of their target where it was."""
+    unmoved = [
+        edit
+        for edit in edits
+        if not edit["holds"] and math.isclose(edit["loss_before"], edit["loss_after"], rel_tol=1e-3)
+    ]
+    for edit in unmoved[:_TOLD]:
+        out.note(f"edit {edit['id']}: its loss did not move ({edit['loss_after']:.4g}), so nothing was learned")
+    if len(unmoved) > _TOLD:
+        out.note(f"and {len(unmoved) - _TOLD:,} more whose loss did not move")
 
 
 def _in_one_line(requests: Sequence[Query], out: Output) -> list[Query]:

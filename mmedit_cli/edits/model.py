@@ -91,7 +91,7 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         The default is one by one, or 32 at a time where edits are independent of each other. Raises DataError for
         requests that cannot be used before any is made.
         """
-        self._check(requests)
+        self.check(requests)
         kept = [self.ledger.keep_picture(request) for request in requests]
         names = ["" if request.image is None else request.image.name for request in requests]
         before = self.generate(kept)
@@ -166,7 +166,8 @@ class EditedModel(AbstractContextManager["EditedModel"]):
     def _mark(self, do: str, ids: Sequence[int]) -> None:
         self.ledger.mark(do, ids, None if self.ledger.rows else self.editor.tensors())
 
-    def _check(self, requests: Sequence[Query]) -> None:
+    def check(self, requests: Sequence[Query]) -> None:
+        """Raise DataError for requests that cannot be used, naming each problem (at most 20)."""
         from mmedit_cli.evaluation.answers import check_sayable
 
         check_pictures(requests)

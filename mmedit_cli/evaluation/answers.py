@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmedit_cli.backbones.base import VisionLanguageModel
@@ -103,6 +104,20 @@ def tokens_for(backbone: VisionLanguageModel, queries: Sequence[Query], least: i
         return [least] * len(targets)
     ids = backbone.tokenizer(targets, add_special_tokens=False)["input_ids"]
     return [max(least, len(row) + MARGIN) if row else least for row in ids]
+
+
+@torch.no_grad()
+def target_losses(backbone: VisionLanguageModel, queries: Sequence[Query], batch_size: int = 16) -> list[float]:
+    """Return for each query the mean cross entropy of its target's tokens, in float32."""
+    losses: list[float] = []
+    for group in _chunks(queries, batch_size):
+        batch = backbone.batch(group)
+        logits = backbone.logits(batch)
+        for row, positions, labels, answer in zip(
+            logits, batch.predicting, batch.labels, batch.answer_mask, strict=True
+        ):
+            losses.append(float(F.cross_entropy(row[positions].float(), labels[answer].to(row.device))))
+    return losses
 
 
 def check_sayable(backbone: VisionLanguageModel, query: Query) -> None:

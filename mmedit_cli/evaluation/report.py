@@ -36,8 +36,18 @@ def build_report(
         **head,
         "milestones": milestones,
         "retention": _retention([c for c in cases if sizes[c["group"]] == sequential]),
+        **_unmoved(edits),
         "cost": _cost(edits),
     }
+
+
+def _unmoved(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many edits took steps that left their loss exactly where it was, if there are any."""
+    count = 0
+    for line in edits:
+        losses = line.get("losses", ())
+        count += len(losses) > 1 and all(loss == losses[0] for loss in losses)
+    return {"unmoved": count} if count else {}
 
 
 def _milestone(edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

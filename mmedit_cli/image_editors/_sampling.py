@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.finite import check_finite
+from mmedit_cli.finite import all_finite, not_finite
 
 FULL, PICTURE, NOTHING = range(3)  # the branches: picture and condition, picture alone, neither
 
@@ -78,6 +78,7 @@ def denoise(
     for number, step in enumerate(scheduler.timesteps, 1):
         guess = partial(predict, unet, scheduler.scale_model_input(latents, step), step, told, weights)
         latents = scheduler.step(guess(), step, latents, **random, return_dict=False)[0]
-        check_finite(latents, f"the latents of step {number} of {steps}", nn.ModuleDict({"unet": unet}), guess)
+        if not all_finite(latents):
+            raise not_finite(f"the latents of step {number} of {steps}", nn.ModuleDict({"unet": unet}), guess)
         tick(len(seeds))
     return latents.to(dtype)

@@ -76,6 +76,8 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
         if len(report["retention"].get("milestones", ())) > 1:
             out.line()
             out.table(*_retention_table(report["retention"], next(iter(milestones[0]["scores"]))))
+        if "unmoved" in report:
+            out.line(f"  the loss of {report['unmoved']} edits did not move: they learned nothing")
         if "routing" in milestones[-1]:
             out.line()
             out.table(*_routing_table(milestones[-1]["routing"]))
