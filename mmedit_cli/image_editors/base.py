@@ -144,14 +144,18 @@ class ImageEditor(ABC):
             raise DataError(f"--steps {steps}: at least 1")
 
     def _check(self, settings: Settings) -> None:
-        problems = []
-        self.check_steps(settings.steps or 0)
+        problems: list[str] = []
+        hint = ""
+        try:
+            self.check_steps(settings.steps or 0)
+        except DataError as error:
+            problems, hint = [*error.problems], error.hint
         if settings.resolution is not None and not self.multiple <= settings.resolution <= LARGEST_SIDE:
             problems.append(f"--resolution {settings.resolution}: from {self.multiple} to {LARGEST_SIDE} pixels")
         if settings.image_guidance is not None and self.defaults.image_guidance is None:
             problems.append(f"--image-guidance: {self.name} has no guidance by the picture")
         if problems:
-            raise DataError(problems)
+            raise DataError(problems, hint)
 
 
 def working_size(size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, int]:
