@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -81,10 +82,24 @@ def _root(
 ) -> None: ...
 
 
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise UserError for an empty argument: as a path it would silently be the present folder.
+
+    `image-edit` takes an empty instruction, and what is not to be drawn may be nothing.
+    """
+    if arguments[:1] == ["image-edit"]:
+        return
+    for place, argument in enumerate(arguments):
+        before = arguments[place - 1] if place else "mmedit"
+        if argument == "" and before != "--negative":
+            raise UserError(f"the argument behind {before} is empty", "is a variable of the shell not set?")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        _refuse_empty(arguments)
         code = _run(arguments)
         finish()
     except MmeditError as error:

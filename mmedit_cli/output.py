@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
@@ -116,19 +117,23 @@ class Output:
 
     @contextmanager
     def progress(self, totals: Mapping[str, int]) -> Iterator[Tick]:
-        """Show bars on stderr while the block runs; yield `tick(what, n)`. Without a terminal nothing is drawn."""
+        """Show bars on stderr while the block runs; yield `tick(what, n)`.
+
+        Without a terminal there are lines instead, one now and then.
+        """
+        console = _console(sys.stderr or io.StringIO())
+        if self.quiet or not console.is_terminal:
+            yield _ProgressLines(totals, self.note)
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        console = _console(sys.stderr or io.StringIO())
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(
-            *columns, console=console, transient=True, disable=self.quiet or not console.is_terminal
-        ) as bars:
+        with Progress(*columns, console=console, transient=True) as bars:
             tasks = {
                 what: bars.add_task(visible(cut(what, _MOST_CELL)), total=total) for what, total in totals.items()
             }
@@ -155,6 +160,44 @@ class Output:
                 bars.update(tasks[what], advance=count, total=total)
 
             yield tick
+
+
+class _ProgressLines:
+    """Says how far things are where no bars can be drawn: after a few seconds for the first time, then twice a minute.
+
+    It is a `Tick`. The time that is left is estimated from what was done since the first word of a thing.
+    """
+
+    FIRST, EVERY = 10.0, 30.0  # seconds
+
+    def __init__(self, totals: Mapping[str, int], say: Callable[[str], None]) -> None:
+        self.totals, self.say = totals, say
+        self.done = dict.fromkeys(totals, 0)
+        self.began: dict[str, tuple[float, int]] = {}  # when a thing was first heard of, and how much was done then
+        self.next = time.monotonic() + self.FIRST
+
+    def __call__(self, what: str, n: int) -> None:
+        now = time.monotonic()
+        self.done[what] += n
+        began, before = self.began.setdefault(what, (now, self.done[what]))
+        if now < self.next:
+            return
+        self.next = now + self.EVERY
+        done, total = self.done[what], self.totals[what]
+        left = ""
+        if done > before and done < total:
+            seconds = (now - began) * (total - done) / (done - before)
+            left = f", about {_duration(seconds)} left"
+        self.say(f"{what}: {done:,} of {total:,}{left}")
+
+
+def _duration(seconds: float) -> str:
+    """Return a time to wait in its largest sensible unit."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def report_error(error: MmeditError) -> None:

@@ -80,8 +80,9 @@ class DeepStack:
 class RowCache(Generic[K]):
     """Frozen rows by key: computed once in fixed groups, kept under a byte budget, spilled to disk beyond it.
 
-    `compute` maps a group of keys to one tensor each. The groups are fixed by `plan`, so a row is always computed in
-    the same company and is bit-identical whether it was kept, read back from a memory-mapped file, or computed again.
+    `compute` maps a group of keys to one tensor each; `tick(n)` is told of n rows more that were computed. The groups
+    are fixed by `plan`, so a row is always computed in the same company and is bit-identical whether it was kept, read
+    back from a memory-mapped file, or computed again.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class RowCache(Generic[K]):
         group: int = 16,
         budget: int = 1 << 30,
         spill: bool = False,
+        tick: Callable[[int], None] = lambda _n: None,
     ) -> None:
+        self.tick = tick
         self.compute, self.group, self.budget = compute, group, budget
         self.computed = 0
         self._groups: list[tuple[K, ...]] = []
@@ -131,6 +134,7 @@ class RowCache(Generic[K]):
             with torch.no_grad():
                 rows = [row.detach().to("cpu", copy=True) for row in self.compute(self._groups[index])]
             self.computed += len(rows)
+            self.tick(len(rows))
         self._keep(index, rows)
         return rows
 

@@ -29,7 +29,7 @@ from mmedit_cli.storage import (
 )
 
 _START_ANEW = "start it anew with --force"
-_RECORDS = ("cases", "edits", "expressive", "learned", "log")
+_RECORDS = ("asked", "cases", "edits", "expressive", "learned", "log")
 _TENSORS = ("editor", "last")
 _WRITTEN = (  # everything that a run writes itself; nothing else in its folder is ever cut or removed
     *(f"{name}.jsonl" for name in _RECORDS),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,51 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+class Interrupts:
+    """Control-C is held back inside the `with` block, which looks at `came` where it can stop without losing work.
+
+    `say` is told of it. A second control-C does not wait, nor does the first one inside `at_once`. Both are exceptions
+    in the main thread alone, so elsewhere nothing changes, nor where the process ignores control-C.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.came = False
+        self._at_once = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Stop at once inside this block: there is nothing to lose in it."""
+        self.stop_if_asked()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def stop_if_asked(self) -> None:
+        """Raise the KeyboardInterrupt that was held back, if there is one."""
+        if self.came:
+            raise KeyboardInterrupt
+
+    def _take(self, *_: object) -> None:
+        if self.came or self._at_once:
+            raise KeyboardInterrupt
+        self.came = True
+        self.say("interrupted: this step is finished and saved first; control-C again stops at once")
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -13,7 +13,9 @@ COUNTS=${COUNTS:-"1 10 20 100 1000"}
 CASES=${CASES:-200}
 RECORDS=${RECORDS:-records/compare}
 
-python=${PYTHON:-python}
+here=$(dirname "$0")
+python=${PYTHON:-$here/../.venv/bin/python}  # the environment of the README, else python3
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
 for model in $MODELS; do
     for editor in $EDITORS; do
         if [[ $editor == *+paper ]]; then  # the published form is trained as such
@@ -33,4 +35,4 @@ for model in $MODELS; do
         done
     done
 done
-"$python" "$(dirname "$0")/compare_editors.py" "$RECORDS"
+"$python" "$here/compare_editors.py" "$RECORDS"

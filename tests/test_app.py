@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SHAPES
 
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import default_model
+from mmedit_cli.output import Output
 
 EVAL = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--sequential", 8, "--report-at", "1,8")
 COMMANDS = ("eval", "edit", "ask", "list", "report", "doctor", "image-edit")
@@ -84,6 +86,45 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
     assert (code, plan["hparams"]["steps"], plan["groups"]) == (0, 3, 3)
     assert not (tmp_path / "records").exists()
     assert "steps: 50" in cli(*EVAL, "--dry-run")[1]
+
+
+def test_scripts_need_no_bare_python(tmp_path):
+    for name, program in (("dirname", shutil.which("dirname")), ("python3", sys.executable)):
+        (tmp_path / name).symlink_to(str(program))
+    found = {**os.environ, "PATH": str(tmp_path), "MODELS": " ", "RECORDS": str(tmp_path / "none")}
+    found.pop("PYTHON", None)
+    script = ROOT / "scripts" / "compare_editors.sh"
+    done = subprocess.run([str(shutil.which("bash")), script], env=found, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "no reports" in done.stderr
+
+
+def test_no_hint_goes_round_in_a_circle(cli):
+    words = ("eval", "ft", "--model", "tiny-llava", "--data", SHAPES, "--limit", 1)
+    code, _, err = cli(*words, "--template", "chat")
+    assert (code, "hint: leave --template chat out" in err) == (2, True)
+    code, _, err = cli(*words, "--template", "plain")
+    assert (code, "hint: leave --template out" in err) == (2, True)
+
+
+def test_progress_is_told_where_no_bar_can_be_drawn(capsys, monkeypatch):
+    times = iter([0.0, 5.0, 11.0, 12.0, 45.0, 200.0])
+    monkeypatch.setattr("mmedit_cli.output.time", SimpleNamespace(monotonic=lambda: next(times)))
+    with Output().progress({"steps": 100, "looks": 3}) as tick:
+        tick("steps", 10)  # at 5 s: too early for a word
+        tick("steps", 10)
+        tick("steps", 10)  # at 12 s: one was said just now
+        tick("steps", 50)
+        tick("looks", 3)
+    assert capsys.readouterr().err.splitlines() == [
+        "steps: 20 of 100, about 48 s left",
+        "steps: 80 of 100, about 11 s left",
+        "looks: 3 of 3",
+    ]
+    times = iter([0.0, 100.0])
+    with Output(quiet=True).progress({"steps": 1}) as tick:
+        tick("steps", 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_ask(cli):
@@ -211,7 +252,7 @@ def test_a_model_folder_without_weights(cli, tmp_path):
         (("--hparams", "nowhere.yaml"), "nowhere.yaml"),
         (("--set", "steps=many"), "steps"),
         (("--set", "steps=0"), "steps must be above 0"),
-        (("--edit-batch", "0"), "edit_batch must be at least 1"),
+        (("--edit-batch", "0"), "--edit-batch 0: must be at least 1"),
     ],
 )
 def test_wrong_values(cli, tmp_path, words, part):

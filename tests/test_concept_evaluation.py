@@ -145,7 +145,7 @@ def test_a_killed_run_ends_with_the_same_report(evaluate, editor, tmp_path, monk
 def test_methods_that_are_always_on_are_measured_one_subject_at_a_time(evaluate, tmp_path):
     report = report_of(evaluate("dreambooth", "--json"))
     assert "pair" not in report["sides"]["edited"], "a model holds one"
-    assert report["sides"]["edited"]["other"]["identical"] == {"mean": 0, "n": 2, "ci95": [0, 0]}
+    assert report["sides"]["edited"]["other"]["identical"] == {"mean": 0, "n": 2, "ci95": None}
     assert not list((tmp_path / "records").rglob("concepts/*/*.safetensors")), "copies of all weights are not kept"
     report = report_of(evaluate("dreambooth-lora", "--json"))
     assert means(report, "edited", "pair").keys() == {"both by tiny-blip2", "one at least by tiny-blip2"}

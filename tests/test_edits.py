@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -84,15 +85,50 @@ def test_ask_a_file_and_a_conversation(cli, ledger, facts, tmp_path, monkeypatch
     assert (code, text) == (0, "a red balloon\nred apple\n")
     assert "gone.png: no such image" in err
     assert "/dance: no such command" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    code, text, err = cli("ask", "--edits", ledger)
+    assert (code, text, "nothing was asked" in err) == (2, "", True)
 
 
 def test_the_same_requests_again_add_what_is_missing(cli, ledger, facts):
     cli("edits", "undo", ledger, "3")
     code, text, err = cli("edit", "liveedit", "--requests", facts, "--into", ledger, "--json")
     assert (code, "4 of 5 edits are in" in err) == (0, True)
-    assert [(edit["id"], edit["target"]) for edit in json.loads(text)["edits"]] == [(6, "seven")]
+    report = json.loads(text)
+    assert report["new"] == 1
+    assert [(e["id"], e["target"]) for e in report["edits"] if e["id"] > 5] == [(6, "seven")]
     code, text, _ = cli("edit", "liveedit", "--requests", facts, "--into", ledger)
-    assert (code, "0 of 0 edits hold" in text, "5 active" in text) == (0, True, True)
+    assert (code, "5 of 5 edits hold; nothing new was made" in text, "5 active" in text) == (0, True, True)
+    assert all(target in text for target in ("a red balloon", "a lion", "seven", "a violin", "a fish"))
+
+
+def test_the_documented_facts_hold_with_the_documented_editor(cli, tmp_path):
+    facts, commands = ((ROOT / "docs" / name).read_text() for name in ("data.md", "edits.md"))
+    block = re.search(r"```csv\n(.*?)```", facts, re.DOTALL)
+    command = re.search(r"^mmedit (edit .*--requests my_facts.csv.*?)  ", commands, re.MULTILINE)
+    assert block is not None
+    assert command is not None
+    shutil.copy(APPLE, tmp_path / "cat.png")
+    (tmp_path / "my_facts.csv").write_text(block[1])
+    places = {"my_facts.csv": tmp_path / "my_facts.csv", "my-facts": tmp_path / "ledger"}
+    words = [places.get(word, word) for word in command[1].split()]
+    code, text, err = cli(*words)
+    assert (code, "2 of 2 edits hold" in text) == (0, True), err
+    code, out, err = cli("edit", "liveedit", "--requests", tmp_path / "my_facts.csv", "--into", tmp_path / "other")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'my_facts.csv'}:3: liveedit routes by the picture, and this fact has none" in err
+    assert "hint: multi-melo and unike" in err
+    assert "loading" not in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_edits_that_do_not_hold_are_a_failure_with_advice(cli, tmp_path):
+    words = (*FT, "--target", "a blue circle", "--into", tmp_path / "edits", "--set", "steps=1", "--set")
+    code, text, err = cli(*words, "learning_rate=1e-9")
+    assert (code, "0 of 1 edit holds" in text) == (1, True)
+    assert "error: the edit does not hold" in err
+    assert f"mmedit edits undo {tmp_path / 'edits'} 1" in err
+    assert cli("edits", "undo", tmp_path / "edits", "1")[0] == 0
 
 
 def test_list_show_undo_redo(cli, ledger):
@@ -177,6 +213,13 @@ def test_ledgers_that_cannot_be_used(cli, ledger, tmp_path):
     for words, part in (
         (("ask", "--edits", tmp_path / "none", "What?"), "no edits here"),
         (("ask", "What?", "--compare"), "nothing to compare"),
+        (("ask", "What?", "--questions", tmp_path / "facts.csv"), "a question and --questions"),
+        (("ask", " "), "the question is empty"),
+        (("ask", "", "--edits", ledger), "the argument behind ask is empty"),
+        (("ask", "--edits", "", "What?"), "the argument behind --edits is empty"),
+        (("edits", "list", ""), "the argument behind list is empty"),
+        (("generate", ""), "the argument behind generate is empty"),
+        (("generate", "a dog", " "), "a prompt is empty"),
         (("ask", "What?", "--edits", ledger, "--model", "tiny-blip2"), "is another model"),
         (("edits", "verify", ledger, "--model", "tiny-llava"), "is another model"),
         (("edits", "undo", ledger, "99"), "no edit 99"),

@@ -36,6 +36,15 @@ def test_one_picture(cli, tmp_path, photo):
         assert not made.getexif()
 
 
+def test_a_large_photo_through_a_small_model_is_said_to_be_enlarged(cli, tmp_path):
+    Image.new("RGB", (120, 90), "navy").save(tmp_path / "large.png")
+    words = ("image-edit", *FAST, "--image", tmp_path / "large.png", "make it winter", "-o", tmp_path / "out.png")
+    code, _, err = cli(*words)
+    assert (code, "worked at 32 x 24 pixels and the result is enlarged to 120 x 90" in err) == (0, True)
+    assert "--working-size" in err
+    assert "enlarged" not in cli(*words, "--force", "--working-size")[2]
+
+
 def test_the_report(cli, tmp_path, photo):
     code, out, _ = cli(
         "image-edit", *FAST, "-i", photo, "make it winter", "-o", tmp_path / "o.png", "--seed", 7, "--json"

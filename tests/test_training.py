@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SHAPES
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmedit_cli import registry
 from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.datasets.base import read_data
 from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.evaluation.vlm import PREPARING
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.records import Run
+from mmedit_cli.runtime import Interrupts
 from mmedit_cli.training import editors
 from mmedit_cli.training.editors import Conditions, alternatives, distinct, rate_at, train_networks
 from mmedit_cli.workflows import evaluation, networks, training
@@ -65,8 +70,9 @@ def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypat
     _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
-    def tick(_what, n):
-        steps.append(n)
+    def tick(what, n):
+        if what == "steps":
+            steps.append(n)
         if sum(steps) == moment and len(steps) > 1:
             raise Killed
 
@@ -81,6 +87,82 @@ def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypat
     assert report == expected
     best = load_file(tmp_path / "cut" / "editor.safetensors")
     assert all(torch.equal(best[key], value) for key, value in editor.networks.state_dict().items())
+
+
+def cut_short(backbone, folder, interrupt) -> dict:
+    """Train with an `interrupt(what, n)` as the tick, which ends it; return where the saved training is."""
+    with pytest.raises(KeyboardInterrupt):
+        train(backbone, folder, tick=interrupt)
+    with safe_open(folder / "last.safetensors", "pt") as file:
+        return file.metadata()
+
+
+def assert_same_end(backbone, whole: Path, cut: Path, expected: dict) -> None:
+    """Continue the training in `cut`; it has to end as the one in `whole` did."""
+    _, report = train(backbone, cut)
+    for part in (expected, report):
+        part.pop("cost")
+    assert report == expected
+    for name in ("last", "editor"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (whole, cut))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize("moment", [2, 3])
+def test_control_c_saves_the_step_that_is_taken(backbone, tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(editors, "SAVE_SECONDS", 1e9)
+    _, expected = train(backbone, tmp_path / "whole")
+    steps = []
+
+    def interrupt(what, n):
+        if what == "steps" and n:
+            steps.append(n)
+            if len(steps) == moment:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    assert cut_short(backbone, tmp_path / "cut", interrupt)["step"] == str(moment)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
+
+
+def test_control_c_while_held_out_cases_are_asked_stops_at_once(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(editors, "SAVE_SECONDS", 1e9)
+    _, expected = train(backbone, tmp_path / "whole")
+    scores = editors._Training._scores
+
+    def interrupted(self):
+        monkeypatch.setattr(editors._Training, "_scores", scores)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it did not stop")
+
+    monkeypatch.setattr(editors._Training, "_scores", interrupted)
+    saved = cut_short(backbone, tmp_path / "cut", lambda *_: None)
+    assert (saved["step"], saved["looked"]) == ("3", "0")
+    assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
+
+
+def test_a_second_control_c_does_not_wait():
+    said = []
+    with pytest.raises(KeyboardInterrupt), Interrupts(said.append) as interrupts:  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.came
+        assert "control-C again stops at once" in said[0]
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it waited")
+
+
+def test_what_is_prepared_is_told_and_counted(backbone, tmp_path):
+    told: dict[str, int] = {}
+
+    def tick(what, n):
+        told[what] = told.get(what, 0) + n
+
+    train(backbone, tmp_path, tick=tick)
+    taught = editors.with_alternatives(CASES[:10], make(backbone, *SHORT).hparams.training, 0)
+    most = evaluation.count_queries([*(case for cases in taught for case in cases), *CASES[10:14]])
+    assert told["steps"] == 8
+    assert 0 < told[PREPARING] <= most
 
 
 def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monkeypatch):
@@ -153,6 +235,7 @@ def test_own_networks_answer_where_they_are_asked_for(cli, tmp_path):
     assert report["data"]["cases"] == 22
     assert report["validation"]["cases"] == 2, "every twentieth of 24 is held out"
     assert "step 8/8" in err
+    assert "questions are run through the frozen layers once" in err
     assert "already done" in cli(*words(tmp_path))[2]
     run = report["run"].rpartition("/")[2]
     of_model = ("--model", "tiny-blip2", "--data", SHAPES, "--limit", 2, "-n", 2, "--records", tmp_path)

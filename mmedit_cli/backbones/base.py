@@ -158,7 +158,7 @@ class VisionLanguageModel(ABC):
         ModelError if the tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
-            raise ModelError(f"{self.name} has no chat template", "ask it with another --template, such as plain")
+            raise ModelError(f"{self.name} has no chat template", "leave --template chat out")
         content = [{"type": "image"}] if with_image else []
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -312,12 +312,20 @@ class VisionLanguageModel(ABC):
         return hidden
 
     @contextmanager
-    def keeping(self, layer: int, queries: Sequence[Query], *, group: int, budget: int) -> Iterator[Kept]:
+    def keeping(
+        self,
+        layer: int,
+        queries: Sequence[Query],
+        *,
+        group: int,
+        budget: int,
+        tick: Callable[[int], None] = lambda _n: None,
+    ) -> Iterator[Kept]:
         """Inside the block, compute the image tokens of each picture and the prefix at `layer` of each query once.
 
         Right only while nothing below `layer` changes. The rows are computed in groups of `group` that are fixed by
         the list of queries, so that an interrupted run that goes on computes the same bits. `budget`: bytes in
-        memory, the rest spills to disk.
+        memory, the rest spills to disk. `tick(n)` is told of n queries more that were run to `layer`.
         """
 
         def compute(members: Sequence[Query]) -> list[Tensor]:
@@ -327,7 +335,7 @@ class VisionLanguageModel(ABC):
 
         distinct = self.by_length(queries)
         features: RowCache[Picture] = RowCache(self.image_features, group=group, budget=budget // 4, spill=True)
-        prefixes: RowCache[Query] = RowCache(compute, group=group, budget=budget - budget // 4, spill=True)
+        prefixes: RowCache[Query] = RowCache(compute, group=group, budget=budget - budget // 4, spill=True, tick=tick)
         features.plan([Picture(q.image, q.background) for q in distinct if q.image is not None])
         prefixes.plan(distinct)
         before, self._kept = self._kept, Kept(layer, features, prefixes)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmedit_cli import options
+from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 
@@ -56,6 +57,10 @@ def ask(
     from mmedit_cli.workflows import evaluation
 
     out = Output(as_json=as_json)
+    if prompt is not None and questions is not None:
+        raise UserError("a question and --questions: one question, or a file of them", "leave one of the two out")
+    if prompt is not None and not prompt.strip():
+        raise UserError("the question is empty", 'e.g. mmedit ask --image cat.png "What is this?"')
     if image is not None:
         check_picture(image)
     asked = [] if questions is None else asking.read_questions(questions, image)

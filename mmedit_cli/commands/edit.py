@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmedit_cli import options, registry
-from mmedit_cli.errors import UserError
+from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
-    from mmedit_cli.types import Concept, Query
+    from mmedit_cli.types import Concept, EditCase
 
 
 def edit(
@@ -66,13 +66,14 @@ def edit(
 ) -> None:
     """Teach a model new answers, or a new thing to draw; show what that did, and keep it. Again: adds to it.
 
-    An editor of answers writes a ledger, one of drawings (perfusion, dreambooth, ...) a folder of concepts.
+    An editor of answers writes a ledger, one of drawings (perfusion, dreambooth, ...) a folder of concepts. Where none
+    of the new answers is given the exit code is 1.
 
     Examples:
 
       mmedit edit liveedit --image cat.png --prompt "What is this?" --target "a lynx" --into my-edits
 
-      mmedit edit ft --model llava-1.5-7b --requests my_facts.csv --into my-edits
+      mmedit edit multi-melo --model llava-1.5-7b --requests my_facts.csv --into my-facts
 
       mmedit ask --edits my-edits --image cat.png "What is this?"
 
@@ -106,12 +107,16 @@ def edit(
         printing.learned(out, into, learn_concept(asked_for, out))
         return
     facts = _facts(requests, image, prompt, target, background)
+    evaluation.check_facts(registry.editors.get(editor), facts)
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
     asked = EditOptions(
         editor, evaluation.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
         overrides=tuple(overrides or ()), checkpoint=checkpoint, seed=seed, records=records,
     )  # fmt: skip
-    printing.made(out, making.make_edits(into, asked, facts, edit_batch, out))
+    report = making.make_edits(into, asked, [fact.request for fact in facts], edit_batch, out)
+    printing.made(out, report)
+    if not any(made["holds"] for made in report["edits"]):
+        raise MmeditError(*printing.advice(report))
 
 
 def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:
@@ -138,20 +143,20 @@ def _check_kind(editor: str, draws: bool, answers: dict[str, object], drawings: 
 
 def _facts(
     file: Path | None, image: Path | None, prompt: str | None, target: str | None, background: str
-) -> list[Query]:
+) -> list[EditCase]:
     """Return what a vision-language model is to be taught."""
-    from mmedit_cli.edits.making import read_requests
-    from mmedit_cli.types import Query
+    from mmedit_cli.edits.making import read_facts
+    from mmedit_cli.types import EditCase, Query
 
     one = [name for name, value in (("--image", image), ("--prompt", prompt), ("--target", target)) if value]
     if file is not None:
         if one:
             raise UserError(f"--requests and {one[0]}: one fact, or a file of them", "leave one of the two out")
-        return read_requests(file)
+        return read_facts(file)
     if prompt is None or target is None:
         missing = [name for name, value in (("--prompt", prompt), ("--target", target)) if value is None]
         raise UserError(
             f"nothing to teach: {' and '.join(missing)} missing",
             'e.g. --image cat.png --prompt "What is this?" --target "a lynx", or --requests FILE',
         )
-    return [Query(prompt, target, image, background)]
+    return [EditCase("fact", Query(prompt, target, image, background))]

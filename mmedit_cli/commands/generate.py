@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmedit_cli import options
+from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 
@@ -66,6 +67,8 @@ def generate(
     from mmedit_cli.workflows import drawing
 
     out = Output(as_json=as_json)
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty: nothing to draw", 'e.g. mmedit generate "a lighthouse in a storm"')
     if model is None and edits is None:
         model = options.named_drawing(None, out)
     wanted, numbers = tuple(dict.fromkeys(prompts)), options.numbers(seeds, "--seeds")

@@ -180,7 +180,10 @@ def own_file(data: str | Path) -> Path:
 def own_cases(path: Path, options: DataOptions, problems: list[str]) -> Iterator[EditCase]:
     """Yield the cases of a file in the project's own formats, asked as they are written or as a chat."""
     if options.template not in ("", CHAT):
-        raise DataError(f"--template {options.template}: {path} is asked as it is written, or with --template {CHAT}")
+        raise DataError(
+            f"--template {options.template}: {path} is asked as it is written, or with --template {CHAT}",
+            "leave --template out",
+        )
     for case in CaseReader(path, problems, options.images).cases():
         yield change(case, lambda query: replace(query, chat=True)) if options.template == CHAT else case
 

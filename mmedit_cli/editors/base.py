@@ -21,6 +21,7 @@ from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1  # of saved states; a newer one is refused
+TEXT_ONLY_HINT = "multi-melo and unike hold facts without a picture: name one of them, with a ledger of its own"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Editor(ABC):
 
     `independent`: an edit depends on its own request alone, and each of the `tensors` has one row an edit.
     `plain`: the edited model is the same model with other weights, nothing is hooked or added.
+    `needs_image`: facts without a picture cannot be taught.
     """
 
     name: ClassVar[str]
@@ -68,6 +70,7 @@ class Editor(ABC):
     batch_edits: ClassVar[bool] = True
     independent: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+    needs_image: ClassVar[bool] = False
 
     def __init__(self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0) -> None:
         self.backbone, self.hparams, self.seed = backbone, hparams, seed

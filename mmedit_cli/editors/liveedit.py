@@ -17,7 +17,7 @@ from mmedit_cli.editors._liveedit_networks import LiveEditNetworks
 from mmedit_cli.editors._liveedit_refining import refined
 from mmedit_cli.editors._liveedit_training import Place, choose_items, draw, losses_of
 from mmedit_cli.editors._standalone import standalone
-from mmedit_cli.editors.base import Standalone, TrainedEditor
+from mmedit_cli.editors.base import TEXT_ONLY_HINT, Standalone, TrainedEditor
 from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
@@ -36,6 +36,7 @@ class LiveEdit(TrainedEditor):
     name = "liveedit"
     Hparams = LiveEditHparams
     independent = True
+    needs_image = True
     architecture: ClassVar[tuple[str, ...]] = (
         "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
         "answer_slots", "whole_picture", "detail_dim",
@@ -79,7 +80,7 @@ class LiveEdit(TrainedEditor):
     @torch.no_grad()
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         if any(request.image is None for request in requests):
-            raise DataError("liveedit routes by the picture: every request needs an image", "ft edits text-only facts")
+            raise DataError("liveedit routes by the picture: every request needs an image", TEXT_ONLY_HINT)
         prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
         experts = self.networks.experts(prefix, self.backbone)
         with self._set_aside():

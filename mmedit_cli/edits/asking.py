@@ -12,7 +12,7 @@ from typing import Any
 from mmedit_cli.backbones.generation import SAMPLINGS, described
 from mmedit_cli.catalog import find_model
 from mmedit_cli.edits import printing
-from mmedit_cli.edits.making import read_requests
+from mmedit_cli.edits.making import read_facts
 from mmedit_cli.edits.model import EditedModel, open_edits
 from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.evaluation.answers import tokens_for
@@ -98,8 +98,10 @@ class Asker:
         """Answer the lines of stdin until they end; a mistake is reported and the talk goes on."""
         if sys.stdin.isatty():
             self.out.note(_HELP)
+        asked = False
         for line in sys.stdin:
             text = line.strip()
+            asked = asked or bool(text)
             if text in ("/quit", "/exit"):
                 return
             try:
@@ -111,6 +113,8 @@ class Asker:
                     self.one(Query(text, image=image))
             except MmeditError as error:
                 report_error(error)
+        if not asked and not sys.stdin.isatty():
+            raise UserError("nothing was asked: no question, and stdin is empty", 'e.g. mmedit ask "What is this?"')
 
     def _show_pair(self, row: dict[str, Any]) -> None:
         self.out.table(["", "answer"], [["base", row["base"]], ["edited", row["answer"]]])
@@ -154,7 +158,7 @@ class Asker:
 def read_questions(file: Path, image: Path | None) -> list[Query]:
     """Return the questions of a .txt file, a question a line, all about `image`; or of a file of facts or cases."""
     if file.suffix.lower() != ".txt":
-        return read_requests(file)
+        return [fact.request for fact in read_facts(file)]
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

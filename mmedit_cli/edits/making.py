@@ -13,7 +13,7 @@ from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.edits.model import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.output import Output
 from mmedit_cli.storage import sha256_of
-from mmedit_cli.types import Query, in_one_line
+from mmedit_cli.types import EditCase, Query, in_one_line
 from mmedit_cli.workflows.evaluation import ModelOptions
 
 _TOLD = 5  # edits whose loss did not move, one by one
@@ -29,7 +29,8 @@ _PICTURES = ("1f415", "1f697", "1f33b", "1f34c")  # of EmojiKB: a dog, a car, a 
 def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], batch: int | None, out: Output) -> Any:
     """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
 
-    Of many requests those that the ledger holds are passed over, so that an interrupted command can be given again.
+    Of many requests those that the ledger has already are not made again, only asked again: so an interrupted command
+    can be repeated, and a finished one shows what it showed.
     """
     from mmedit_cli.evaluation.answers import target_losses
     from mmedit_cli.evaluation.metrics import answer_match, same_answer
@@ -38,19 +39,22 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
     requests = _in_one_line(requests, out)
     probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
-        if len(requests) > 1:
-            requests = _missing(requests, model.ledger, out)
-        with out.progress({"edits": len(requests)}) as tick:
+        ids = _made_before(requests, model.ledger, out) if len(requests) > 1 else [None] * len(requests)
+        new = [request for request, known in zip(requests, ids, strict=True) if known is None]
+        if not new:
+            probes = []
+        with out.progress({"edits": len(new)}) as tick:
             before = model.generate(probes)
             try:
-                model.check(requests)
-                losses_before = target_losses(model.backbone, requests)
-                ids = model.edit(requests, batch=batch, tick=tick)
+                model.check(new)
+                losses = iter(target_losses(model.backbone, new) if new else [])
+                added = iter(model.edit(new, batch=batch, tick=tick))
             except BaseException:
                 model.ledger.discard()  # requests that cannot be used leave no new ledger behind
                 raise
             after = model.generate(probes)
-        made = [model.ledger.edits[i] for i in ids]
+        made = [model.ledger.edits[next(added) if known is None else known] for known in ids]
+        losses_before = [next(losses) if known is None else None for known in ids]
         answers = model.generate([edit.request for edit in made])
         losses_after = target_losses(model.backbone, [edit.request for edit in made])
         peak, active = runtime.peak_memory(model.backbone.device), len(model.ledger.active)
@@ -76,7 +80,15 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
         for probe, old, new in zip(probes, before, after, strict=True)
     ]
     cost = {"seconds": model.seconds, "peak_memory": peak}
-    return {"ledger": str(folder), "active": active, "edits": edits, "locality": locality, "cost": cost}
+    return {
+        "ledger": str(folder),
+        "editor": options.editor,
+        "active": active,
+        "new": len(new),
+        "edits": edits,
+        "locality": locality,
+        "cost": cost,
+    }
 
 
 def _tell_unmoved(edits: Sequence[dict[str, Any]], out: Output) -> None:
@@ -84,7 +96,9 @@ def _tell_unmoved(edits: Sequence[dict[str, Any]], out: Output) -> None:
     unmoved = [
         edit
         for edit in edits
-        if not edit["holds"] and math.isclose(edit["loss_before"], edit["loss_after"], rel_tol=1e-3)
+        if not edit["holds"]
+        and edit["loss_before"] is not None  # it was made just now
+        and math.isclose(edit["loss_before"], edit["loss_after"], rel_tol=1e-3)
     ]
     for edit in unmoved[:_TOLD]:
         out.note(f"edit {edit['id']}: its loss did not move ({edit['loss_after']:.4g}), so nothing was learned")
@@ -101,17 +115,22 @@ def _in_one_line(requests: Sequence[Query], out: Output) -> list[Query]:
     return changed
 
 
-def _missing(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[Query]:
-    """Return the requests that are not what the newest active edit of their picture and question says."""
+def _made_before(requests: Sequence[Query], ledger: Ledger, out: Output) -> list[int | None]:
+    """Return for each request the newest active edit of its picture and question, None unless that says the same."""
 
     def known(query: Query) -> tuple[Any, ...]:
         return query.prompt, query.image and sha256_of(query.image), query.background, query.chat
 
-    held = {known(edit.request): edit.request.target for edit in ledger.active}
-    missing = [request for request in requests if held.get(known(request)) != request.target]
-    if len(missing) < len(requests):
-        out.note(f"{len(requests) - len(missing):,} of {len(requests):,} edits are in {ledger.folder} already")
-    return missing
+    newest = {known(edit.request): edit for edit in ledger.active}
+    found = [newest.get(known(request)) for request in requests]
+    ids = [
+        edit.id if edit is not None and edit.request.target == request.target else None
+        for edit, request in zip(found, requests, strict=True)
+    ]
+    there = len(ids) - ids.count(None)
+    if there:
+        out.note(f"{there:,} of {len(ids):,} edits are in {ledger.folder} already: asked again, not made again")
+    return ids
 
 
 def locality_probes(requests: Sequence[Query]) -> list[Query]:
@@ -130,11 +149,11 @@ def locality_probes(requests: Sequence[Query]) -> list[Query]:
     return [probe for probe in probes if (probe.prompt, probe.image) not in asked]
 
 
-def read_requests(file: Path) -> list[Query]:
-    """Return the requests of a .jsonl, .json or .csv file of facts or cases; raise DataError naming what is wrong."""
+def read_facts(file: Path) -> list[EditCase]:
+    """Return the facts or cases of a .jsonl, .json or .csv file; raise DataError naming what is wrong."""
     from mmedit_cli.datasets.base import read_data
 
-    return [case.request for case in read_data(str(file)).cases]
+    return read_data(str(file)).cases
 
 
 def change_edits(folder: Path, do: str, text: str, model: ModelOptions, out: Output) -> dict[str, Any]:

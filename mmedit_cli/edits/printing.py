@@ -50,17 +50,32 @@ def made(out: Output, report: Mapping[str, Any]) -> None:
         _more(out, len(edits))
         changed = [probe for probe in locality if not probe["same"]]
         asked = [[p["prompt"], p["picture"], p["before"], p["after"], _yes(p["same"])] for p in locality]
-        out.table(["locality probe", "picture", "answer before", "answer after", "same"], asked)
-        held = sum(e["holds"] for e in edits)
-        out.line(
-            f"{_count(held, len(edits), 'edit holds', 'edits hold')}; "
-            f"{len(locality) - len(changed)} of {len(locality)} locality probes answered as before"
-        )
-        memory = ", ".join(f"{name} {size / (1 << 20):,.0f} MiB" for name, size in cost["peak_memory"].items())
-        out.line(f"{cost['seconds'] / max(1, len(edits)):.3g} s an edit; peak memory: {memory}")
+        held = _count(sum(e["holds"] for e in edits), len(edits), "edit holds", "edits hold")
+        if not report["new"]:
+            out.line(f"{held}; nothing new was made")
+        else:
+            out.table(["locality probe", "picture", "answer before", "answer after", "same"], asked)
+            out.line(f"{held}; {len(locality) - len(changed)} of {len(locality)} locality probes answered as before")
+            memory = ", ".join(f"{name} {size / (1 << 20):,.0f} MiB" for name, size in cost["peak_memory"].items())
+            out.line(f"{cost['seconds'] / report['new']:.3g} s an edit; peak memory: {memory}")
         out.line(f"kept in {report['ledger']}, which has {report['active']:,} active")
 
     out.result(report, show)
+
+
+def advice(report: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what to say, and what to do, where none of the edits that were asked for holds."""
+    edits, ledger, editor = report["edits"], report["ledger"], report["editor"]
+    which = "the edit does not hold" if len(edits) == 1 else f"none of the {len(edits):,} edits holds"
+    ids = [edit["id"] for edit in edits]
+    together = ids == list(range(ids[0], ids[-1] + 1)) and len(ids) > 1
+    named = f"{ids[0]}-{ids[-1]}" if together else ",".join(map(str, ids))
+    ways = [f"`mmedit edits undo {ledger} {named}` takes it back"]
+    if editor in ("ft", "lora", "t-patcher"):
+        ways.append("more steps may do it (--set steps=...)")
+    if editor != "multi-melo":
+        ways.append("multi-melo holds facts with and without a picture")
+    return f"{which}: kept in {ledger} all the same", "; ".join(ways)
 
 
 def listed(out: Output, edits: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -57,7 +58,7 @@ def _milestone(edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]])
         columns = dict.fromkeys(column for line in lines for column in line["scores"][protocol])
         scores[protocol] = {column: _summary(protocol, column, lines) for column in columns}
         scope = [_scope(line["scores"][protocol]) for line in lines]
-        scores[protocol]["scope"] = mean_with_interval(scope)
+        scores[protocol]["scope"] = score_with_interval([value for value in scope if value is not None])
     groups = len({line["group"] for line in lines})
     routing = {"routing": _routing(lines)} if "routing" in lines[0] else {}
     return {
@@ -74,27 +75,61 @@ def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _summary(protocol: str, column: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     having = [line for line in lines if column in line["scores"][protocol]]
-    summary = mean_with_interval([line["scores"][protocol][column] for line in having])
+    summary = score_with_interval([line["scores"][protocol][column] for line in having])
     base = [line["base"][protocol][column] for line in having if column in line["base"][protocol]]
     return {**summary, "before": statistics.fmean(base)} if base else summary
 
 
-def _scope(scores: Mapping[str, float]) -> float:
-    """Return 1 if the edit holds and every locality probe is as before (ScopeCorrect), else 0."""
-    return float(scores["reliability"] == 1 and all(v == 1 for k, v in scores.items() if k.startswith("locality.")))
+def _scope(scores: Mapping[str, float]) -> float | None:
+    """Return 1 if the edit holds and every locality probe is as before (ScopeCorrect), else 0; None without probes."""
+    local = [score for column, score in scores.items() if column.startswith("locality.")]
+    if not local:
+        return None
+    return float(scores["reliability"] == 1 and all(score == 1 for score in local))
+
+
+def score_with_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean, n, and the 95 % interval of scores from 0 to 1, one a case; None for both where there are none.
+
+    Where each case is right or wrong it is the Wilson score interval of a proportion; elsewhere the bootstrap of
+    `mean_with_interval`. Scores that are all the same have no spread to resample: there it is Wilson's interval of
+    their mean too, which is wide enough because no scores from 0 to 1 vary more than those that are 0 or 1.
+    """
+    if not values:
+        return {"mean": None, "n": 0, "ci95": None}
+    if len(set(values)) == 1 or set(values) <= {0.0, 1.0}:
+        mean = statistics.fmean(values)
+        return {"mean": mean, "n": len(values), "ci95": wilson_interval(mean, len(values))}
+    return mean_with_interval(values)
+
+
+def wilson_interval(share: float, n: int) -> list[float]:
+    """Return both ends of the 95 % score interval of a proportion (Wilson 1927)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    shrink = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return [min(low, share), max(high, share)]  # rounding never leaves the share itself outside
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, n, and the 95 % bootstrap interval over cases (1,000 resamples, fixed seed)."""
+    """Return the mean, n, and the 95 % bootstrap interval over cases (1,000 resamples, fixed seed).
+
+    The interval is None where the values have no spread: a single one, or all the same.
+    """
     import numpy as np
 
     data = np.asarray(values, dtype=np.float64)
+    summary = {"mean": float(data.mean()), "n": len(data), "ci95": None}
+    if len(set(values)) < 2:
+        return summary
     source = np.random.default_rng(0)
     means = np.concatenate(
         [data[source.integers(0, len(data), (_BLOCK, len(data)))].mean(1) for _ in range(_RESAMPLES // _BLOCK)]
     )
     low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(data.mean()), "n": len(data), "ci95": [float(low), float(high)]}
+    return {**summary, "ci95": [float(low), float(high)]}
 
 
 def _retention(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mmedit_cli.types import EditCase, Query
 
 PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")
 SAVE_SECONDS = 30.0
+PREPARING = "preparing"  # what `tick` calls the queries that are run through the frozen layers
 
 
 def milestones(sequential: int) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} must be at least 1, not {getattr(self, name)}"
+            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
             for name in ("sequential", "edit_batch", "max_new_tokens", "batch_size", "shard")
             if getattr(self, name) < 1
         ]
@@ -117,10 +118,11 @@ def evaluate_edits(
 ) -> dict[str, float]:
     """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
 
-    Returns how many questions were asked of the model just now, and in how many seconds.
+    Returns how many questions the run has asked of the model, before an interruption too, and in how many seconds.
 
-    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more cases
-    asked `before`, `edits` made, or cases asked `after`. A run that was interrupted goes on with the shard it was in.
+    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more queries
+    that were run through the frozen layers, cases asked `before`, `edits` made, or cases asked `after`. A run that was
+    interrupted goes on with the shard it was in.
     """
     groups = [_Group(i, r.start, cases[r.start : r.stop]) for i, r in enumerate(protocol.groups(len(cases)))]
     evaluation = _Evaluation(editor, protocol, run, base_folder, tick)
@@ -128,7 +130,14 @@ def evaluate_edits(
         evaluation.all(groups)
         return evaluation.asked
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
-    with editor.backbone.keeping(editor.first_layer, queries, group=protocol.batch_size, budget=protocol.cache_bytes):
+    keeping = editor.backbone.keeping(
+        editor.first_layer,
+        queries,
+        group=protocol.batch_size,
+        budget=protocol.cache_bytes,
+        tick=lambda n: tick(PREPARING, n),
+    )
+    with keeping:
         evaluation.all(groups)
     return evaluation.asked
 
@@ -148,7 +157,8 @@ class _Evaluation:
         self.base_folder, self.tick = base_folder, tick
         self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
         self.saved = time.monotonic()
-        self.asked = {"questions": 0.0, "seconds": 0.0}
+        lines = run.read("asked")  # a single one
+        self.asked: dict[str, float] = lines[0]["cost"] if lines else {"questions": 0, "seconds": 0.0}
 
     def all(self, groups: Sequence[_Group]) -> None:
         for group in groups:
@@ -289,6 +299,7 @@ class _Evaluation:
         )
         self.asked["questions"] += len(queries)
         self.asked["seconds"] += time.perf_counter() - began
+        self.run.rewrite("asked", [{"cost": self.asked}])
         return answers
 
     def _base(self, group: _Group, shard: range) -> dict[Query, Answer]:

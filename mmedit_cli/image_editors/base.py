@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmedit_cli.errors import DataError
 
+LARGEST_BLOW_UP = 2  # times: beyond it a result looks blurred in the size of its picture
 LARGEST_SIDE = 2048  # pixels of the working size: beyond it attention alone fills the memory of any device
 Tick = Callable[[int], None]
 
@@ -134,8 +135,7 @@ class ImageEditor(ABC):
                 part = members[start : start + batch_size]
                 fitted = [replace(jobs[i], picture=resized(jobs[i].picture, size)) for i in part]
                 for i, result in zip(part, self.edit_batch(fitted, chosen, tick), strict=True):
-                    own = jobs[i].picture.size
-                    done[i] = replace(result, picture=resized(result.picture, own)) if chosen.restore else result
+                    done[i] = restored(result, jobs[i].picture.size) if chosen.restore else result
         return [done[i] for i in range(len(jobs))]
 
     def check_steps(self, steps: int) -> None:
@@ -167,6 +167,19 @@ def working_size(size: tuple[int, int], resolution: int, multiple: int) -> tuple
     least = max(multiple, resolution // 8)
     width, height = (max(multiple, round(max(least, side * scale) / multiple) * multiple) for side in size)
     return width, height
+
+
+def restored(result: Edited, size: tuple[int, int]) -> Edited:
+    """Return a result in the size of its picture, with a warning where it is enlarged so much that it blurs."""
+    worked = result.picture.size
+    enlarged = replace(result, picture=resized(result.picture, size))
+    if max(size) <= LARGEST_BLOW_UP * max(worked):
+        return enlarged
+    warning = (
+        f"the model worked at {worked[0]} x {worked[1]} pixels and the result is enlarged to {size[0]} x {size[1]}, "
+        "so it is blurred: --working-size leaves it small, --resolution works larger where the model can"
+    )
+    return replace(enlarged, warnings=(*result.warnings, warning))
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

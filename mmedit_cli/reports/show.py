@@ -203,16 +203,15 @@ def _run_of(report: Mapping[str, Any]) -> str:
 def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:
     if score is None:
         return ""
-    half = (score["ci95"][1] - score["ci95"][0]) / 2
-    return f"{score['mean']:.{digits}f} ±{half:.{digits}f}"
+    return f"{score['mean']:.{digits}f}{_half_interval(score, digits)}"
 
 
 def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
     from mmedit_cli.workflows.image_evaluation import SCORES
 
-    half = (score["ci95"][1] - score["ci95"][0]) / 2
+    mean = f"{score['mean']:.4f}{_half_interval(score, 4)}"
     unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"
-    return [pairs, name, SCORES[name], f"{score['mean']:.4f} ±{half:.4f}", unchanged, str(score["n"])]
+    return [pairs, name, SCORES[name], mean, unchanged, str(score["n"])]
 
 
 def _whole_groups(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
@@ -287,10 +286,18 @@ def _routing_table(routing: Mapping[str, Mapping[str, float]]) -> tuple[list[str
 
 
 def _cell(score: Mapping[str, Any] | None, cases: int) -> str:
-    if score is None:
+    if score is None or score["mean"] is None:
         return "-"
-    half = 50 * (score["ci95"][1] - score["ci95"][0])
-    return f"{100 * score['mean']:.1f} ±{half:.1f}" + ("" if score["n"] == cases else f" n={score['n']}")
+    count = "" if score["n"] == cases else f" n={score['n']}"
+    return f"{100 * score['mean']:.1f}{_half_interval(score, 1, scale=100)}{count}"
+
+
+def _half_interval(score: Mapping[str, Any], digits: int, scale: float = 1) -> str:
+    """Return ` ±` and half the width of the interval, ` -` where the scores say nothing of their spread."""
+    if score["ci95"] is None:
+        return " -"
+    low, high = score["ci95"]
+    return f" ±{scale * (high - low) / 2:.{digits}f}"
 
 
 def _short(text: str, most: int = 36) -> str:

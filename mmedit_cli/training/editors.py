@@ -17,7 +17,7 @@ from mmedit_cli import runtime
 from mmedit_cli.editors.base import TrainedEditor
 from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.evaluation.answers import Answer, ask
-from mmedit_cli.evaluation.vlm import score_case
+from mmedit_cli.evaluation.vlm import PREPARING, score_case
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
 from mmedit_cli.types import EditCase, Query
@@ -45,12 +45,16 @@ class Conditions:
 
 @dataclass
 class _Progress:
-    """Where a training is: the next step, the best score so far and when it was reached, seconds spent."""
+    """Where a training is: the next step, the best score so far and when it was reached, seconds spent.
+
+    `looked` is the last step after which the held-out cases were scored.
+    """
 
     step: int = 0
     best: float = -1.0
     best_step: int = 0
     seconds: float = 0.0
+    looked: int = 0
 
 
 def train_networks(
@@ -70,10 +74,17 @@ def train_networks(
     hp, how = editor.hparams.training, how or Conditions()
     if len(cases) < 2:
         raise DataError("one case is too few: networks learn by comparing edits", "train on more cases")
-    taught = [(case, *alternatives(case, cases, hp.alternatives, editor.seed)) for case in cases]
+    taught = with_alternatives(cases, hp, editor.seed)
     shown = [*(case for variants in taught for case in variants), *held_out]
     everything = [q for case in shown for _, qs in case.columns() for q in qs]
-    with editor.backbone.keeping(editor.first_layer, everything, group=how.batch_size, budget=how.cache_bytes):
+    keeping = editor.backbone.keeping(
+        editor.first_layer,
+        everything,
+        group=how.batch_size,
+        budget=how.cache_bytes,
+        tick=lambda n: how.tick(PREPARING, n),
+    )
+    with keeping:
         if found := editor.gather(cases):
             how.say(found)
         training = _Training(editor, taught, held_out, run, how)
@@ -124,29 +135,42 @@ class _Training:
         self._restore()
 
     def go_on(self) -> None:
-        """Take the steps that are left."""
-        progress, hp = self.progress, self.hp
-        started, saved, first = time.monotonic(), time.monotonic(), progress.step
-        spent = progress.seconds
-        while progress.step < hp.steps:
-            self._step(progress.step)
-            progress.step += 1
-            progress.seconds = spent + time.monotonic() - started
-            if self.processes.rank:
-                continue
-            self.how.tick("steps", 1)
-            look = progress.step % hp.validate_every == 0 or progress.step == hp.steps
-            if look or progress.step % LOG_EVERY == 0:
-                self._log()
-            if look:
-                scores = self._validate()
-                rate = (time.monotonic() - started) / (progress.step - first)
-                self.how.say(self._line(scores, rate * (hp.steps - progress.step)))
-            elif time.monotonic() - saved < SAVE_SECONDS:
-                continue
-            progress.seconds = spent + time.monotonic() - started
-            self._save()
-            saved = time.monotonic()
+        """Take the steps that are left; control-C ends them with the step that is being taken, and nothing is lost."""
+        with runtime.Interrupts(self.how.say) as interrupts:
+            self._go_on(interrupts)
+
+    def _go_on(self, interrupts: runtime.Interrupts) -> None:
+        progress, writes = self.progress, self.processes.rank == 0
+        first, spent, started = progress.step, progress.seconds, time.monotonic()
+        saved = started
+        while progress.step < self.hp.steps or self._look_is_due():
+            if writes and self._look_is_due():
+                with interrupts.at_once():  # what it is about is saved, and it may take minutes
+                    scores = self._validate()
+                seconds = time.monotonic() - started
+                rate = seconds / max(1, progress.step - first)
+                self.how.say(self._line(scores, rate * (self.hp.steps - progress.step)))
+            else:
+                self._step(progress.step)
+                progress.step += 1
+                seconds = time.monotonic() - started
+                if writes:
+                    self.how.tick("steps", 1)
+                    if self._look_is_due() or progress.step % LOG_EVERY == 0:
+                        self._log()
+            progress.seconds = spent + seconds
+            looked = progress.looked == progress.step
+            overdue = time.monotonic() - saved >= SAVE_SECONDS
+            if writes and (looked or overdue or self._look_is_due() or interrupts.came):
+                self._save()
+                saved = time.monotonic()
+            interrupts.stop_if_asked()
+
+    def _look_is_due(self) -> bool:
+        """Whether the held-out cases are to be scored before the next step."""
+        step = self.progress.step
+        here = step % self.hp.validate_every == 0 or step == self.hp.steps
+        return here and step > self.progress.looked and self.processes.rank == 0
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -247,6 +271,7 @@ class _Training:
         if score > progress.best:
             progress.best, progress.best_step = score, progress.step
             self._keep()
+        progress.looked = progress.step
         return scores
 
     @torch.no_grad()
@@ -308,11 +333,19 @@ class _Training:
             self.optimizer.load_state_dict(state)
             self._sums = dict(below(tensors, "sums."))
             self.progress = _Progress(
-                int(metadata["step"]), float(metadata["best"]), int(metadata["best_step"]), float(metadata["seconds"])
+                step=int(metadata["step"]),
+                best=float(metadata["best"]),
+                best_step=int(metadata["best_step"]),
+                seconds=float(metadata["seconds"]),
+                looked=int(metadata.get("looked", metadata["step"])),  # older files were saved after the look
             )
         if self.processes.rank == 0:
             log = self.run.read("log")
-            self.run.rewrite("log", [line for line in log if line["step"] <= self.progress.step])
+            self.run.rewrite("log", [line for line in log if self._is_past(line)])
+
+    def _is_past(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the log belongs to what was saved."""
+        return bool(line["step"] <= (self.progress.looked if "score" in line else self.progress.step))
 
 
 def distinct(cases: Sequence[EditCase]) -> list[EditCase]:
@@ -329,6 +362,11 @@ def distinct(cases: Sequence[EditCase]) -> list[EditCase]:
             kept.append(case)
             said |= here
     return kept
+
+
+def with_alternatives(cases: Sequence[EditCase], training: Any, seed: int) -> list[tuple[EditCase, ...]]:
+    """Return each case with its `alternatives`: everything that networks are taught with."""
+    return [(case, *alternatives(case, cases, training.alternatives, seed)) for case in cases]
 
 
 def alternatives(case: EditCase, cases: Sequence[EditCase], count: int, seed: int) -> list[EditCase]:

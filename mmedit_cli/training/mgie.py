@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmedit_cli import runtime
 from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.evaluation.vlm import PREPARING
 from mmedit_cli.image_editors._latent import encode_pictures, to_pixels
 from mmedit_cli.image_editors._loading import content_of
 from mmedit_cli.image_editors.mgie import Mgie
@@ -120,7 +121,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(groups, lr=self.hp.learning_rate, weight_decay=self.hp.weight_decay)
         self.mean = {n: p.detach().clone() for n, p in self.trained.items() if n.startswith("unet.") and self.hp.ema}
         self.texts = TextEncodings(hparams.diffusion, editor.device) if self.hp.align_weight else None
-        self.step, self.seconds, self._sums = 0, 0.0, {}
+        self.step, self.looked, self.seconds, self._sums = 0, 0, 0.0, {}
         self._restore()
 
     @property
@@ -152,7 +153,7 @@ class _Training:
                     f"{len(left)} pairs have no expressive instruction",
                     "run once in one process: it is kept with the run",
                 )
-            self.how.say(f"asking the model for {len(left)} expressive instructions")
+            self.how.say(f"preparing: the model is asked for {len(left):,} expressive instructions, which are kept")
             told |= self._ask(left)
         elif left:
             raise DataError(f"{left[0].place}: no expressive instruction kept with the run", "start anew with --force")
@@ -169,6 +170,7 @@ class _Training:
             lines = [{"pair": _key(p), "expressive": w.text} for p, w in zip(part, said, strict=True)]
             self.run.append("expressive", lines)
             found |= {line["pair"]: line["expressive"] for line in lines}
+            self.how.tick(PREPARING, len(part))
         return found
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
@@ -260,27 +262,38 @@ class _Training:
     # -- steps --------------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """Take the steps that are left, and keep what was trained."""
-        hp, rank = self.hp, self.processes.rank
-        started, saved, spent = time.monotonic(), time.monotonic(), self.seconds
-        while self.step < hp.steps:
-            self._step()
-            self.step += 1
-            self.seconds = spent + time.monotonic() - started
-            if rank:
-                continue
-            self.how.tick("steps", 1)
-            look = self.step % hp.validate_every == 0 or self.step == hp.steps
-            if look or self.step % LOG_EVERY == 0:
-                self._log()
-            if look:
-                self._validate()
-            elif time.monotonic() - saved < SAVE_SECONDS:
-                continue
-            self._save()
-            saved = time.monotonic()
-        if rank == 0:
+        """Take the steps that are left, and keep what was trained; control-C ends them with the present step."""
+        with runtime.Interrupts(self.how.say) as interrupts:
+            self._go_on(interrupts)
+        if self.processes.rank == 0:
             self._keep()
+
+    def _go_on(self, interrupts: runtime.Interrupts) -> None:
+        writes, spent, started = self.processes.rank == 0, self.seconds, time.monotonic()
+        saved = started
+        while self.step < self.hp.steps or self._look_is_due():
+            if self._look_is_due():
+                with interrupts.at_once():  # what it is about is saved
+                    self._validate()
+            else:
+                self._step()
+                self.step += 1
+                if writes:
+                    self.how.tick("steps", 1)
+                    if self._look_is_due() or self.step % LOG_EVERY == 0:
+                        self._log()
+            self.seconds = spent + time.monotonic() - started
+            looked = self.looked == self.step
+            overdue = time.monotonic() - saved >= SAVE_SECONDS
+            if writes and (looked or overdue or self._look_is_due() or interrupts.came):
+                self._save()
+                saved = time.monotonic()
+            interrupts.stop_if_asked()
+
+    def _look_is_due(self) -> bool:
+        """Whether the held-out pairs are to be scored before the next step."""
+        here = self.step % self.hp.validate_every == 0 or self.step == self.hp.steps
+        return here and self.step > self.looked and self.processes.rank == 0
 
     def _step(self) -> None:
         for group in self.optimizer.param_groups:
@@ -352,6 +365,7 @@ class _Training:
         self.run.append("log", [{"step": self.step, "held_out": {k: round(v, 5) for k, v in found.items()}}])
         told = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.how.say(f"step {self.step}/{self.hp.steps}  held out: {told}")
+        self.looked = self.step
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -369,7 +383,8 @@ class _Training:
         tensors |= {f"sums.{name}": value for name, value in self._sums.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-        self.run.save_tensors("last", tensors, {"step": str(self.step), "seconds": str(self.seconds)})
+        metadata = {"step": str(self.step), "looked": str(self.looked), "seconds": str(self.seconds)}
+        self.run.save_tensors("last", tensors, metadata)
 
     def _restore(self) -> None:
         """Continue from the last saved step; the log is cut back to it."""
@@ -386,8 +401,13 @@ class _Training:
                 state["state"].setdefault(int(index), {})[key] = value
             self.optimizer.load_state_dict(state)
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+            self.looked = int(metadata.get("looked", metadata["step"]))  # older files were saved after the look
         if self.processes.rank == 0:
-            self.run.rewrite("log", [line for line in self.run.read("log") if line["step"] <= self.step])
+            self.run.rewrite("log", [line for line in self.run.read("log") if self._is_past(line)])
+
+    def _is_past(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the log belongs to what was saved."""
+        return bool(line["step"] <= (self.looked if "held_out" in line else self.step))
 
 
 def _key(pair: EditPair) -> str:

@@ -56,6 +56,8 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
     out.note(f"loading {plan.ref.name}")
     model = load_stable_diffusion(plan.ref, device=options.device, dtype=training_dtype(options.device, options.dtype))
     with Run.open(plan.folder, plan.config, runtime.environment(model.device), force=options.force) as run:
+        if report := Run.done_before(plan.folder, force=False, say=out.note):
+            return report  # of an equal command that ended while the model was loaded here
         if options.force:
             for name in ("pictures", "concepts", "gallery"):
                 sweep_tree(run.folder / name, _WRITTEN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     editor, hparams = resolve_editor(options.editor, variant, options.hparams, options.overrides, path)
     data = read_data(options.data, limit=options.limit, options=options.data_options or DataOptions())
     cases, line_breaks = _one_line_targets(data.cases)
+    check_facts(editor, cases)
     check_pictures(cases)
     size = options.protocol.sequential
     if size > len(cases):
@@ -137,7 +138,7 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
 def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     """Load the model, make the edits, ask, and write the report."""
     from mmedit_cli.evaluation.report import build_report, examples
-    from mmedit_cli.evaluation.vlm import evaluate_edits
+    from mmedit_cli.evaluation.vlm import PREPARING, evaluate_edits
 
     options, protocol = plan.options, plan.options.protocol
     out.note(told(options.editor, plan.config["variant"]))
@@ -156,9 +157,13 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         / _base_key(plan, backbone, editor.first_layer)
     )
     with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+        if report := Run.done_before(plan.folder, force=False, say=out.note):
+            return report  # of an equal command that ended while the model was loaded here
         groups = protocol.groups(len(plan.cases))
         after = sum(sum(protocol.milestones(len(group))) for group in groups)
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
+        if editor.first_layer is not None:
+            totals = {PREPARING: count_queries(plan.cases), **totals}
         with out.progress(totals) as tick:
             asked = evaluate_edits(editor, plan.cases, run, protocol, base_folder=base, tick=tick)
         head = {
@@ -322,6 +327,23 @@ def _without_long(plan: EvalPlan, backbone: VisionLanguageModel) -> tuple[EvalPl
     queries = [sum(len(q) for case in some for _, q in case.columns()) for some in (plan.cases, cases)]
     counts = {"cases": len(plan.cases) - len(cases), "queries": queries[0] - queries[1]}
     return replace(plan, cases=cases), {"too_long": counts}
+
+
+def count_queries(cases: Iterable[EditCase]) -> int:
+    """Return how many different queries some cases ask."""
+    return len({query for case in cases for _, queries in case.columns() for query in queries})
+
+
+def check_facts(editor: type[Editor], cases: Sequence[EditCase]) -> None:
+    """Raise DataError naming each fact that an editor cannot be taught because it has no picture."""
+    if not editor.needs_image:
+        return
+    from mmedit_cli.editors.base import TEXT_ONLY_HINT
+
+    problem = f"{editor.name} routes by the picture, and this fact has none"
+    places = [case.place for case in cases if case.request.image is None]
+    if places:
+        raise DataError([f"{place}: {problem}" if place else problem for place in places[:20]], TEXT_ONLY_HINT)
 
 
 def check_pictures(cases: Sequence[EditCase]) -> None:

@@ -19,7 +19,7 @@ from mmedit_cli import registry, runtime
 from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.evaluation import images
 from mmedit_cli.evaluation.lpips import SMALLEST, Lpips
-from mmedit_cli.evaluation.report import mean_with_interval
+from mmedit_cli.evaluation.report import mean_with_interval, score_with_interval
 from mmedit_cli.hparams import read_values
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
@@ -120,6 +120,8 @@ def evaluate(
     if (report := Run.done_before(folder, force=options.force, say=out.note)) is not None:
         return report
     with Run.open(folder, config, runtime.environment(editor.device), force=options.force) as run:
+        if report := Run.done_before(folder, force=False, say=out.note):
+            return report  # of an equal command that ended meanwhile
         with out.progress({"pairs": len(pairs)}) as tick:
             _score_all(editor, encoders, pairs, run, replace(asked, batch_size=options.batch_size), options.seed, tick)
         lines = run.read("cases")
@@ -273,7 +275,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [line["scores"][name] for line in lines if name in line["scores"]]
         floor = [line["unchanged"][name] for line in lines if name in line["unchanged"]]
         if values:
-            found[name] = {**mean_with_interval(values), "unchanged": fmean(floor) if floor else None}
+            summarise = score_with_interval if name == "reached" else mean_with_interval
+            found[name] = {**summarise(values), "unchanged": fmean(floor) if floor else None}
     return found
 
 

@@ -92,6 +92,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     """Load the parts, train, and write what was trained and the report; the first process writes, all return it."""
+    from mmedit_cli.evaluation.vlm import PREPARING
     from mmedit_cli.image_editors.mgie.parts import assemble
     from mmedit_cli.training.editors import Conditions
     from mmedit_cli.training.mgie import train_mgie
@@ -110,7 +111,8 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         how = Conditions(processes, say=out.note)
         if options.tensorboard and processes.rank == 0:
             how = replace(how, curve=stack.enter_context(tensorboard(plan.folder)))
-        tick = stack.enter_context(out.progress({"steps": plan.hparams.training.steps}))
+        untold = sum(not pair.expressive for pair in (*plan.pairs, *plan.held_out))
+        tick = stack.enter_context(out.progress({PREPARING: untold, "steps": plan.hparams.training.steps}))
         result = train_mgie(
             editor, plan.hparams, plan.pairs, plan.held_out, run, replace(how, tick=tick), seed=options.seed
         )

@@ -21,6 +21,7 @@ from mmedit_cli.workflows.evaluation import (
     ModelOptions,
     check_pictures,
     check_queries,
+    count_queries,
     load_model,
     resolve_editor,
     variant_for,
@@ -135,7 +136,8 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
     """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
-    from mmedit_cli.training.editors import Conditions, train_networks
+    from mmedit_cli.evaluation.vlm import PREPARING
+    from mmedit_cli.training.editors import Conditions, train_networks, with_alternatives
 
     options, processes = plan.options, runtime.join_processes(plan.options.model.device)
     model = replace(options.model, device=processes.device)
@@ -143,6 +145,14 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         out = Output(quiet=True)
     out.note(told(plan.options.editor, plan.config["variant"]))
     backbone = load_model(model, plan.ref, out)
+    steps = plan.hparams.training.steps
+    taught = with_alternatives(plan.cases, plan.hparams.training, options.seed)
+    shown = [*(case for variants in taught for case in variants), *plan.held_out]
+    totals = {PREPARING: count_queries(shown), "steps": steps}
+    out.note(
+        f"{len(plan.cases):,} cases; {totals[PREPARING]:,} questions are run through the frozen layers once, as the "
+        f"first of {steps:,} steps need them"
+    )
     check_queries(backbone, [*plan.cases, *plan.held_out])
     editor = registry.editors.get(options.editor)(backbone, plan.hparams, seed=options.seed)
     with ExitStack() as stack:
@@ -151,7 +161,7 @@ def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
         conditions = Conditions(processes, options.batch_size, options.cache_bytes, say=out.note)
         if options.tensorboard and processes.rank == 0:
             conditions = replace(conditions, curve=stack.enter_context(tensorboard(plan.folder)))
-        tick = stack.enter_context(out.progress({"steps": plan.hparams.training.steps}))
+        tick = stack.enter_context(out.progress(totals))
         result = train_networks(editor, plan.cases, plan.held_out, run, replace(conditions, tick=tick))
         if processes.rank == 0:
             head = {key: value for key, value in plan.config.items() if key not in ("device", "dtype", "batch_size")}

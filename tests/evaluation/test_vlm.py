@@ -66,7 +66,7 @@ def test_milestones_are_unions_of_whole_shards():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sequential": 0}, "sequential must be at least 1"),
+        ({"sequential": 0}, "--sequential 0: must be at least 1"),
         ({"sequential": 4, "report_at": (5,)}, "--report-at 5"),
         ({"protocols": ("ar", "x")}, "--protocols x"),
         ({"protocols": ()}, "--protocols is empty"),
@@ -258,11 +258,31 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, moments,
 
 
 @needs_fork
-def test_the_report_counts_every_edit_once_after_resuming(tmp_path):
-    request = options(tmp_path)
+def test_the_report_counts_every_edit_and_question_after_resuming(tmp_path):
+    whole = evaluation.evaluate(options(tmp_path / "whole"), Output())["cost"]["asked"]
+    request = options(tmp_path / "killed")
     folder = evaluation.plan_evaluation(request).folder
-    run_and_kill(request, lambda: lines(folder, "edits") >= 6)
-    assert evaluation.evaluate(request, Output())["cost"]["edits"] == 24
+    run_and_kill(request, lambda: lines(folder, "cases") >= 30)
+    cost = evaluation.evaluate(request, Output())["cost"]
+    assert cost["edits"] == 24
+    assert cost["asked"]["questions"] >= whole["questions"] > 0
+    assert cost["asked"]["seconds"] > 0
+
+
+def test_an_equal_evaluation_that_ends_meanwhile_keeps_its_report(tmp_path, monkeypatch, capsys):
+    request = options(tmp_path)
+    load, reports = evaluation.load_model, []
+
+    def slowly(*arguments):
+        monkeypatch.setattr(evaluation, "load_model", load)
+        reports.append(evaluation.evaluate(request, Output()))  # the other command, from beginning to end
+        return load(*arguments)
+
+    monkeypatch.setattr(evaluation, "load_model", slowly)
+    reports.append(evaluation.evaluate(request, Output()))
+    assert reports[0] == reports[1]
+    assert reports[0]["cost"]["asked"]["questions"] > 0
+    assert "already done" in capsys.readouterr().err
 
 
 def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
