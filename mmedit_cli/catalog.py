@@ -56,8 +56,9 @@ MODELS = {
     "sdxl-1.0": Entry(DRAWS, "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 px"),
 }
 
-DEFAULTS = ("mini-blip2", "tiny-blip2")  # the first that is there is used where no model is named
-DRAWING_DEFAULTS = ("mini-sd", "tiny-sd")  # the same for text-to-image
+DEFAULTS = ("mini-blip2",)  # the first that is there is used where no model is named; never one of random weights
+DRAWING_DEFAULTS = ("mini-sd",)  # the same for text-to-image
+RANDOM_EDITORS = ("tiny-ip2p", "tiny-flux-kontext", "tiny-mgie")  # image editors of random weights
 FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> backbone module
     "blip-2": "blip2",
     "llava": "llava",
@@ -122,8 +123,19 @@ def _shipped() -> dict[str, Path]:
 
 
 def default_model(names: Sequence[str] = DEFAULTS) -> str:
-    """Return the model that is used where none is named."""
-    return next(name for name in names if name in MODELS or name in bundled())
+    """Return the model that is used where none is named; raise ModelError if none of them is there."""
+    found = next((name for name in names if name in bundled()), None)
+    if found is None:
+        problem = f"no --model, and {names[0]} is not in {share_dir('data') / 'models'}"
+        raise ModelError(problem, "install mmedit again, or name a model")
+    return found
+
+
+def loading(name: str) -> str:
+    """Say that a model is being loaded, and what it is if its weights are random."""
+    entry = MODELS.get(name)
+    random = name in RANDOM_EDITORS or (entry is not None and entry.repo is None)
+    return f"loading {name}" + (": random weights, which know nothing; only for trying a command" if random else "")
 
 
 def patterns(repo: str) -> tuple[str, ...]:

@@ -129,3 +129,13 @@ def test_the_fingerprint_of_a_pipeline_follows_every_part(tmp_path):
 
     one, same, other = folder("a"), folder("b"), folder("c", b"y")
     assert one == same != other
+
+
+def test_random_weights_are_never_a_default(monkeypatch, tmp_path):
+    assert not any(name.startswith("tiny-") for name in (*catalog.DEFAULTS, *catalog.DRAWING_DEFAULTS))
+    monkeypatch.setattr(catalog, "share_dir", lambda name: tmp_path / name)
+    for names in (catalog.DEFAULTS, catalog.DRAWING_DEFAULTS):
+        with pytest.raises(ModelError, match=f"no --model, and {names[0]} is not in"):
+            catalog.default_model(names)
+    assert catalog.loading("tiny-mgie").endswith("random weights, which know nothing; only for trying a command")
+    assert catalog.loading("mini-blip2") == "loading mini-blip2"

@@ -53,12 +53,13 @@ def covariance(
     """  # fmt: skip
     from mmedit_cli import covariance as moments
     from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+    from mmedit_cli.catalog import loading
 
     out = Output(as_json=as_json)
     if published is not None and captions is not None:
         raise UserError("--import and --captions exclude each other", "the published matrix needs no captions")
     name = options.named_drawing(model, out)
-    out.note(f"loading {name}")
+    out.note(loading(name))
     loaded = load_stable_diffusion(name, device=device, dtype=dtype, revision=revision)
     path = output or moments.default_path(loaded)
     if path.exists() and not force:

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import bundled
+from mmedit_cli.catalog import bundled, loading
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
@@ -53,7 +53,7 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
         return report
     eyes = load_eyes(plan)
     out.note(told(plan.options.editor, plan.config["variant"]))
-    out.note(f"loading {plan.ref.name}")
+    out.note(loading(plan.ref.name))
     model = load_stable_diffusion(plan.ref, device=options.device, dtype=training_dtype(options.device, options.dtype))
     with Run.open(plan.folder, plan.config, runtime.environment(model.device), force=options.force) as run:
         if report := Run.done_before(plan.folder, force=False, say=out.note):

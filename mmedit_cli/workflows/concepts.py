@@ -308,7 +308,7 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     of another method or model, HparamsError, or ModelError.
     """
     from mmedit_cli.backbones._diffusion_loading import check_draws, load_stable_diffusion
-    from mmedit_cli.catalog import find_model
+    from mmedit_cli.catalog import find_model, loading
     from mmedit_cli.hparams import load_hparams
     from mmedit_cli.personalizers.base import check_concept
     from mmedit_cli.shapes import pick_variant, shape_of, told
@@ -326,7 +326,7 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     out.note(told(cls.name, variant))
     if len(concept.images) not in _USUAL:
         out.note(f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual")
-    out.note(f"loading {ref.name}")
+    out.note(loading(ref.name))
     dtype = training_dtype(options.device, options.dtype)
     model = load_stable_diffusion(ref, device=options.device, dtype=dtype, low_memory=options.low_memory)
     personalizer = personalizer_for(model, cls, hparams, options.seed, options.covariance, out)
@@ -369,13 +369,14 @@ def export_concepts(folder: ConceptFolder, to: Path, model: str | None, device: 
     Raises StateError for a method whose concepts are no LoRA, UserError for a folder that is there already.
     """
     from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+    from mmedit_cli.catalog import loading
 
     name = folder.head["editor"]
     if not hasattr(registry.personalizers.get(name), "export"):
         raise StateError(f"{folder.folder}: concepts of {name} are no LoRA", "draw them with mmedit generate --edits")
     if to.exists():
         raise UserError(f"{to}: there already", "name a new folder")
-    out.note(f"loading {model or folder.head['model']}")
+    out.note(loading(model or folder.head["model"]))
     loaded = load_stable_diffusion(model or folder.head["model"], device=device)
     written = []
     with staged_folder(to) as fresh, folder.load(loaded) as personalizer:

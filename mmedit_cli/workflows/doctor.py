@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedit_cli import runtime
 from mmedit_cli.errors import DataError
 from mmedit_cli.output import Output
+from mmedit_cli.workflows import installation
 
 if TYPE_CHECKING:
     from mmedit_cli.datasets.base import DataOptions, Finding
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 def run(out: Output, data: str | None, options: DataOptions) -> bool:
     """Print what was checked; return whether all is well."""
-    rows = list(_installation())
+    rows = list(installation.check())
     if data is not None:
         out.note(f"checking {data}: every picture is opened, which may take a while")
         rows += _data(data, options)
@@ -32,30 +29,6 @@ def run(out: Output, data: str | None, options: DataOptions) -> bool:
         lambda: out.table(["", "check", "found"], [[marks[ok], name, found] for name, ok, found in rows]),
     )
     return all(ok is not False for _, ok, _ in rows)
-
-
-def _installation() -> Iterator[Finding]:
-    versions = runtime.versions()
-    for package in runtime.PACKAGES:
-        yield package, package in versions, versions.get(package, "not installed")
-    yield "torchvision", *_torchvision()
-    try:
-        device = runtime.resolve_device("auto")
-        facts = runtime.environment(device)
-        yield "device", True, f"{facts['device']} ({facts['device_name']}), {facts['threads']} threads"
-    except ImportError as error:
-        yield "device", False, f"torch cannot be imported: {error}"
-
-
-def _torchvision() -> tuple[bool, str]:
-    """torchvision is not needed; one that does not match torch makes every image processor fail."""
-    if importlib.util.find_spec("torchvision") is None:
-        return True, "not installed, not needed"
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:  # a broken binary raises whatever it likes
-        return False, f"installed but broken ({error}): pip uninstall torchvision"
-    return True, importlib.metadata.version("torchvision")
 
 
 def _subjects(found: SubjectSet) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmedit_cli.catalog import loading
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.storage import write_atomic
@@ -80,7 +81,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     check_tokens(options.prompts, folder)
     name = options.model or (folder.head["model"] if folder is not None else None)
     assert name is not None
-    out.note(f"loading {name}")
+    out.note(loading(name))
     model = load_stable_diffusion(
         name, device=options.device, dtype=options.dtype, revision=options.revision, low_memory=options.low_memory
     )

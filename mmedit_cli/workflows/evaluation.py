@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.catalog import ModelRef, find_model, loading
 from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
@@ -267,7 +267,7 @@ def variant_for(editor: str, model: ModelRef | VisionLanguageModel, file: Path |
 
 def load_model(options: ModelOptions, ref: ModelRef, out: Output) -> VisionLanguageModel:
     """Load the model that was found, saying so: it may take a while."""
-    out.note(f"loading {ref.name}")
+    out.note(loading(ref.name))
     from mmedit_cli.backbones import _loading
 
     return _loading.load_backbone(ref, device=options.device, dtype=options.dtype, device_map=options.device_map)

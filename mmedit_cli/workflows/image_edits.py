@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageColor
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import CHECKPOINT
+from mmedit_cli.catalog import CHECKPOINT, loading
 from mmedit_cli.errors import DataError, MmeditError, RunError, UserError, near_miss
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
@@ -163,7 +163,7 @@ def load_editor(options: EditOptions, out: Output) -> ImageEditor:
     if networks is not None:
         out.note(networks_line(networks.facts()))
         model = str(networks.path.parent)
-    out.note(f"loading {options.editor}" + (f": {model}" if model else ""))
+    out.note(loading(model or options.editor))
     editor: ImageEditor = cls.load(model, options.load)
     return editor
 
