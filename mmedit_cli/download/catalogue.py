@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import yaml
-
+from mmedit_cli import reading
 from mmedit_cli.errors import DataError, UnknownName, near_miss
+from mmedit_cli.reading import Record
 
+PATH = "{path}"  # in the address of a source: stands for the path of each file
 KINDS = ("hub", "url", "drive", "bundled", "manual")
 _BUILT_IN = Path(__file__).with_name("catalogue.yaml")
 _DIGESTS = {"sha256": re.compile(r"[0-9a-f]{64}"), "git_blob": re.compile(r"[0-9a-f]{40}")}
@@ -41,6 +41,8 @@ class Source:
     def __str__(self) -> str:
         if self.kind == "hub":
             return f"hub {self.type} {self.where}" + (f" @ {self.revision[:12]}" if self.revision else "")
+        if self.kind == "url":
+            return self.where.removesuffix(PATH).replace(PATH, "...")
         names = {"drive": "Google Drive file ", "bundled": "checkout, data/", "manual": "by hand, "}
         return names.get(self.kind, "") + self.where
 
@@ -126,76 +128,95 @@ def is_inside(path: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Group]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise DataError(f"{path}: not a mapping of groups")
+    """Read the groups of a file; every group that is wrong is named."""
+    hint = f"the form is described at the top of {_BUILT_IN.name} in the package"
+    entries = reading.read_yaml_object(path, hint=hint)
     problems: list[str] = []
     groups = {}
-    for name, entry in raw.items():
+    for name in entries.values:
         try:
-            groups[str(name)] = _group(str(name), entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            problems.append(f"{path}: {name}: {what}")
+            groups[name] = _group(name, entries.record(name))
+        except DataError as error:
+            problems += error.problems
     if problems:
-        raise DataError(problems, f"the form is described at the top of {_BUILT_IN.name} in the package")
+        raise DataError(problems, hint)
     return groups
 
 
-def _group(name: str, entry: Mapping[str, Any]) -> Group:
+def _group(name: str, entry: Record) -> Group:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise ValueError("a group is named with letters, digits and hyphens")
-    items = tuple(_item(str(key), value) for key, value in entry["items"].items())
-    text = {key: str(entry.get(key, "")) for key in ("summary", "licence", "terms", "homepage")}
-    return Group(name, items=items, **text)
+        entry.fail("", "a group is named with letters, digits and hyphens")
+    entry.only("summary", "licence", "terms", "homepage", "items")
+    items = entry.record("items")
+    return Group(
+        name,
+        entry.text("summary", ""),
+        entry.text("licence", ""),
+        entry.text("terms", ""),
+        entry.text("homepage", ""),
+        tuple(_item(key, items.record(key)) for key in items.values),
+    )
 
 
-def _item(name: str, entry: Mapping[str, Any]) -> Item:
-    tree = entry.get("tree")
+def _item(name: str, entry: Record) -> Item:
+    if not is_inside(name) or "/" in name:
+        entry.fail("", f"{name!r} is no name for an item")
+    entry.only("summary", "sources", "files", "layout", "tree", "unpack", "optional")
+    layout = entry.record("layout") if "layout" in entry else None
     item = Item(
         name,
-        str(entry.get("summary", "")),
-        tuple(_source(source) for source in entry["sources"]),
-        tuple(_file(file) for file in entry.get("files", ())),
-        {str(k): int(v) for k, v in entry["layout"].items()} if "layout" in entry else None,
-        Tree(str(tree["folder"]), int(tree["bytes"]), str(tree["sha256"])) if tree else None,
-        unpack=bool(entry.get("unpack", False)),
-        optional=bool(entry.get("optional", False)),
+        entry.text("summary", ""),
+        tuple(_source(source) for source in entry.records("sources")),
+        tuple(_file(file) for file in entry.records("files", [])),
+        {key: layout.integer(key, low=1) for key in layout.values} if layout is not None else None,
+        _tree(entry.record("tree")) if "tree" in entry else None,
+        unpack=entry.flag("unpack", False),
+        optional=entry.flag("optional", False),
     )
-    if not is_inside(name) or "/" in name:
-        raise ValueError(f"{name!r} is no name for an item")
     if not item.sources or not (item.files or item.layout):
-        raise ValueError(f"{name}: needs sources, and files or a layout")
-    paths = [part.strip() for pattern in item.layout or () for part in pattern.split("|")]
-    for path in (*paths, *(file.path for file in item.files)):
+        entry.fail("", "needs sources, and files or a layout")
+    patterns = [part.strip() for pattern in item.layout or () for part in pattern.split("|")]
+    for path in (*patterns, *(file.path for file in item.files)):
         if not is_inside(path):
-            raise ValueError(f"{name}: {path!r} does not stay in the folder")
+            entry.fail("", f"{path!r} does not stay in the folder")
     return item
 
 
-def _file(entry: Mapping[str, Any]) -> File:
-    known = File(str(entry["path"]), entry.get("bytes"), entry.get("sha256"), entry.get("git_blob"))
+def _tree(entry: Record) -> Tree:
+    folder = entry.text("folder")
+    if not is_inside(folder):
+        entry.fail("folder", f"{folder!r} does not stay in the folder")
+    return Tree(folder, entry.integer("bytes", low=0), entry.text("sha256"))
+
+
+def _file(entry: Record) -> File:
+    entry.only("path", "bytes", *_DIGESTS)
+    digests = {}
     for key, form in _DIGESTS.items():
-        digest = getattr(known, key)
-        if digest is not None and not form.fullmatch(str(digest)):
-            raise ValueError(f"{known.path}: {digest!r} is no {key}")
-    return known
+        digests[key] = entry.text(key, None)
+        if digests[key] is not None and not form.fullmatch(digests[key]):
+            entry.fail(key, f"{digests[key]!r} is no {key}")
+    return File(entry.text("path"), entry.integer("bytes", None, low=0), **digests)
 
 
-def _source(entry: Mapping[str, Any]) -> Source:
+def _source(entry: Record) -> Source:
     kind = next((kind for kind in KINDS if kind in entry), None)
     if kind is None:
-        raise ValueError(f"a source is one of {', '.join(KINDS)}, not {', '.join(map(str, entry))}")
-    if kind == "url" and not str(entry["url"]).startswith(("http://", "https://")):
-        raise ValueError(f"{entry['url']!r} is no http address")
+        entry.fail("", f"a source is one of {', '.join(KINDS)}, not {', '.join(entry.values)}")
+    entry.only(kind, "type", "revision", "include", "note")
+    where = entry.text(kind, empty=False)
+    if kind == "url" and not where.startswith(("http://", "https://")):
+        entry.fail(kind, f"{where!r} is no http address")
+    if kind == "bundled" and not is_inside(where):
+        entry.fail(kind, f"{where!r} leads out of the data that come along")
+    type_ = entry.text("type", "dataset")
+    if type_ not in ("dataset", "model"):
+        entry.fail("type", f"a repository of the hub is a dataset or a model, not {type_!r}")
     return Source(
         kind,
-        str(entry[kind]),
-        str(entry.get("type", "dataset")),
-        entry.get("revision"),
-        tuple(map(str, entry.get("include", ()))),
-        str(entry.get("note", "")),
+        where,
+        type_,
+        entry.text("revision", None),
+        tuple(entry.array("include", str, [])),
+        entry.text("note", ""),
     )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mmedit_cli import hub
+from mmedit_cli import hub, reading
 from mmedit_cli.download import receipt
 from mmedit_cli.download.catalogue import File, Group, Item, Source, is_inside
 from mmedit_cli.download.sources import Courier, Fetched, SourceError, hub_files
 from mmedit_cli.download.unpack import SUFFIXES, ArchiveError, is_archive, unpack
 from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.storage import is_link, sha256_of, write_json
 
 STAGING = ".download"
 _DEPTH = 3  # archives wrap their content in so many folders at most
@@ -54,6 +54,7 @@ class Installer:
         Raises DownloadError with what was tried and what to do by hand.
         """
         if not self.force and item.name in self.entries and self._is_present(item):
+            self._sweep(item)
             return {**self.entries[item.name], "state": "present"}
         with self._locked():
             area = self.staging / item.name
@@ -100,6 +101,13 @@ class Installer:
             problems.append(wrong)
         return problems
 
+    def _sweep(self, item: Item) -> None:
+        """Remove what a download that was killed at its very end left of an item that is there."""
+        if not (self.staging / item.name).is_dir():
+            return
+        with suppress(DownloadError), self._locked():  # another download may be at work there
+            shutil.rmtree(self.staging / item.name)
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the folder, so that two downloads do not write into it at once; leave no empty folder behind."""
@@ -109,6 +117,9 @@ class Installer:
             raise UserError(
                 f"{self.folder}: cannot be written: {error.strerror}", "choose another with --to"
             ) from error
+        for place in (self.staging, *self.staging.iterdir()):
+            if is_link(place):
+                raise UserError(f"{place}: is a link, and what is in it would be removed", "remove the link")
         try:
             with FileLock(self.staging / "lock", timeout=0):
                 try:
@@ -135,6 +146,7 @@ class Installer:
         files.mkdir(parents=True, exist_ok=True)
         try:
             if source.kind == "local":
+                shutil.rmtree(place / "unpacked", ignore_errors=True)  # of an attempt that was killed
                 unpack(self.folder / source.where, place / "unpacked", tick=self.courier.tick)
                 fetched, root = Fetched(), place / "unpacked"
             else:
@@ -157,11 +169,9 @@ class Installer:
             raise
         sizes = {path: (root / path).stat().st_size for path in digests}
         note = {"source": str(source), "revision": fetched.revision, "sizes": sizes, "digests": digests}
-        temporary = area / "ready.json.new"
-        temporary.write_text(json.dumps(note), encoding="utf-8")
         shutil.rmtree(area / "ready", ignore_errors=True)
         os.replace(root, area / "ready")
-        os.replace(temporary, area / "ready.json")
+        write_json(area / "ready.json", note)
         self._finish_move(item, area)
 
     @contextmanager
@@ -219,7 +229,7 @@ class Installer:
 
     def _digests(self, root: Path, fetched: Fetched) -> dict[str, str]:
         known = {file.path: file.sha256 for file in fetched.files if file.sha256}
-        return {path: known.get(path) or receipt.sha256_of(place) for path, place in receipt.below(root)}
+        return {path: known.get(path) or sha256_of(place) for path, place in receipt.below(root)}
 
     def _check_conflicts(self, item: Item, root: Path, digests: Mapping[str, str]) -> None:
         """Refuse to write over files that are there with another content, and to follow links out of the folder."""
@@ -229,14 +239,14 @@ class Installer:
             place = self.folder / path
             if not place.parent.resolve().is_relative_to(home):
                 raise SourceError(f"{place.parent} is a link that leads out of {self.folder}")
-            if place.exists() and not self.force and path not in mine and receipt.sha256_of(place) != digests[path]:
+            if place.exists() and not self.force and path not in mine and sha256_of(place) != digests[path]:
                 raise SourceError(f"{place} is there with another content; --force writes over it")
 
     def _finish_move(self, item: Item, area: Path) -> bool:
         """Move what is checked into the folder; called again after an interruption it goes on."""
         if not (area / "ready.json").is_file():
             return False
-        note = json.loads((area / "ready.json").read_text(encoding="utf-8"))
+        note = reading.read_json_object(area / "ready.json", hint=f"remove {area}").values
         for path, source in list(receipt.below(area / "ready")):
             target = self.folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +286,7 @@ class Installer:
             for part in pattern.split("|"):
                 paths |= {path.relative_to(self.folder).as_posix() for path in self.folder.glob(part.strip())}
         places = [(path, self.folder / path) for path in sorted(paths)]
-        return {path: [p.stat().st_size, receipt.sha256_of(p)] for path, p in places if p.is_file()}
+        return {path: [p.stat().st_size, sha256_of(p)] for path, p in places if p.is_file()}
 
 
 def by_hand(group: Group, item: Item, folder: Path) -> list[str]:

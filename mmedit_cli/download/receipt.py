@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmedit_cli import reading
 from mmedit_cli.download.catalogue import File, Item, Tree
-from mmedit_cli.errors import DataError
+from mmedit_cli.reading import Record
+from mmedit_cli.storage import sha256_of, write_json
 
 NAME = "download.json"
 _CHUNK = 1 << 20
-
-
-def sha256_of(path: Path, tick: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            if tick is not None:
-                tick(len(chunk))
-    return digest.hexdigest()
 
 
 def difference(path: Path, known: File) -> str:
@@ -67,23 +56,35 @@ def layout_problems(folder: Path, item: Item) -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the receipt of a folder: item -> source, revision, files; empty where nothing was fetched."""
+    """Return the receipt of a folder: item -> source, revision, checked, files; empty where nothing was fetched.
+
+    Raises DataError if it is damaged.
+    """
     path = folder / NAME
     if not path.is_file():
         return {}
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))["items"]
-        return {str(name): dict(entry) for name, entry in items.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged", "remove it; the next download checks the files anew") from error
+    hint = "remove it; the next download checks the files anew"
+    items = reading.read_json_object(path, hint=hint).record("items")
+    return {name: _entry(items.record(name)) for name in items.values}
+
+
+def _entry(found: Record) -> dict[str, Any]:
+    files = found.record("files")
+    for path in files.values:
+        known = files.array(path)
+        if len(known) != 2 or not isinstance(known[0], int) or not isinstance(known[1], str):
+            files.fail(path, f"expected a size and a digest, got {reading.shown(known)}")
+    return {
+        "source": found.text("source"),
+        "revision": found.text("revision") if found.values.get("revision") is not None else None,
+        "checked": found.text("checked"),
+        "files": dict(files.values),
+    }
 
 
 def write(folder: Path, group: str, items: Mapping[str, Any]) -> None:
     """Write the receipt of a folder, all or nothing."""
-    temporary = folder / f"{NAME}.new"
-    text = json.dumps({"group": group, "items": items}, indent=1, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    write_json(folder / NAME, {"group": group, "items": dict(items)}, indent=1)
 
 
 def below(folder: Path) -> Iterable[tuple[str, Path]]:

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from mmedit_cli import hub
-from mmedit_cli.download import transfer
-from mmedit_cli.download.catalogue import File, Item, Source, is_inside
+from mmedit_cli.download import receipt, transfer
+from mmedit_cli.download.catalogue import PATH, File, Item, Source, is_inside
 from mmedit_cli.output import TransferTick
 from mmedit_cli.registry import share_dir
 
@@ -134,14 +134,16 @@ def _from_hub(courier: Courier, source: Source, item: Item, folder: Path) -> Fet
 
 
 def _from_url(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
-    if "{path}" not in source.where:
+    if PATH not in source.where:
         courier.fetch(source.where, folder / _name_of(source.where, item))
         return Fetched()
 
     for file in item.files:
         target = folder / file.path
+        if target.is_file() and receipt.difference(target, file):
+            target.unlink()  # an earlier attempt brought something else
         try:
-            courier.fetch(source.where.replace("{path}", quote(file.path)), target, file.bytes)
+            courier.fetch(source.where.replace(PATH, quote(file.path)), target, file.bytes)
         except transfer.TransferError as error:
             raise SourceError(f"{file.path}: {error}") from error
     return Fetched()

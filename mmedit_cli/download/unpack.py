@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import lzma
 import shutil
 import stat
@@ -9,6 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,6 +24,21 @@ from mmedit_cli.output import TransferTick
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _CHUNK = 1 << 20
 _ENCRYPTED = 0x1  # bit of a zip entry's flags
+_KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)  # the memory that LZMA takes is in its header
+_ONE_READ = 32 << 20  # bytes that are read at once: the list of a zip file is, and so is a header of a tar file
+_XZ_MEMORY = 128 << 20
+_MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    MemoryError,  # of xz, when it would need more than it may
+    NotImplementedError,
+    RecursionError,  # of tarfile, where headers follow headers
+    ValueError,
+)
 
 
 class ArchiveError(MmeditError):
@@ -30,7 +49,7 @@ class ArchiveError(MmeditError):
 class Limits:
     """How much an archive may hold: entries, bytes in all, and bytes for each byte of the archive (zip bombs)."""
 
-    entries: int = 2_000_000
+    entries: int = 300_000
     bytes: int = 2 << 40
     ratio: int = 200
     free_ratio_bytes: int = 1 << 30  # below this size any ratio is fine: annotations compress well
@@ -59,9 +78,72 @@ class _Budget:
             raise ArchiveError(f"{self.archive.name}: does not fit on the disk ({self.free:,} bytes free)")
 
 
+class _Bounded(io.RawIOBase):
+    """A file that never gives more than `_ONE_READ` bytes at once.
+
+    The headers in an archive say how much of it is to be read at once, and they may say gigabytes.
+    """
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        super().__init__()
+        self._file, self._name = file, name
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return up to `size` bytes; raise ArchiveError if they are too many."""
+        if size is None or size < 0:
+            found = self._file.read(_ONE_READ + 1)
+        else:
+            found = self._file.read(min(size, _ONE_READ + 1))
+        if len(found) > _ONE_READ:
+            raise ArchiveError(f"{self._name}: a header of more than {_ONE_READ >> 20} MiB")
+        return found
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to another place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file."""
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        """Tell that places can be moved to."""
+        return True
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Bounded]:
+    """Open a file, unpacked if it is gzip, bzip2 or xz."""
+    with path.open("rb") as plain:
+        start = plain.read(_CHUNK)
+        plain.seek(0)
+        way = next((way for magic, way in _MAGIC.items() if start.startswith(magic)), None)
+        if way is lzma.open:  # fails if the first block needs more memory
+            lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(start, max_length=1)
+        if way is None:
+            yield _Bounded(plain, path.name)
+            return
+        with way(plain) as stream:  # type: ignore[operator]
+            yield _Bounded(stream, path.name)
+
+
 def is_archive(path: Path) -> bool:
     """Tell whether a file is a zip or a tar file, by its content."""
-    return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    return path.is_file() and (zipfile.is_zipfile(path) or _is_tar(path))
+
+
+def _is_tar(path: Path) -> bool:
+    """Tell whether a file begins as a tar file does; a header of it that is too large is not read."""
+    try:
+        with _opened(path) as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+            return True
+    except (*_DAMAGED, OSError):
+        return False
 
 
 def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: TransferTick | None = None) -> None:
@@ -77,11 +159,11 @@ def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: Transfe
     try:
         if zipfile.is_zipfile(archive):
             _unzip(archive, folder, budget, tick)
-        elif tarfile.is_tarfile(archive):
+        elif _is_tar(archive):
             _untar(archive, folder, budget, tick)
         else:
             raise ArchiveError(f"{archive.name}: neither a zip nor a tar file, or damaged at its start or end")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError) as error:
+    except _DAMAGED as error:
         shutil.rmtree(folder)
         raise ArchiveError(f"{archive.name}: damaged or cut off: {error}") from error
     except BaseException:
@@ -90,7 +172,7 @@ def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: Transfe
 
 
 def _unzip(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None) -> None:
-    with zipfile.ZipFile(archive) as file:
+    with archive.open("rb") as plain, zipfile.ZipFile(_Bounded(plain, archive.name)) as file:
         for info in file.infolist():
             budget.entry()
             _check_name(archive, info.filename.rstrip("/"))
@@ -99,6 +181,10 @@ def _unzip(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | No
                 raise ArchiveError(f"{archive.name}: {info.filename}: a link in a zip file")
             if info.flag_bits & _ENCRYPTED:
                 raise ArchiveError(f"{archive.name}: {info.filename}: locked with a password", "unpack it by hand")
+            if info.compress_type not in _KNOWN:
+                raise ArchiveError(
+                    f"{archive.name}: {info.filename}: packed in a way that is not known here", "unpack it by hand"
+                )
             target = folder / info.filename
             if info.is_dir():
                 target.mkdir(parents=True, exist_ok=True)
@@ -109,7 +195,7 @@ def _unzip(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | No
 
 def _untar(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None) -> None:
     links: list[tarfile.TarInfo] = []
-    with tarfile.open(archive) as file:
+    with _opened(archive) as plain, tarfile.open(fileobj=plain, mode="r:") as file:
         for info in _members(archive, file, folder):
             budget.entry()
             _check_name(archive, info.name)

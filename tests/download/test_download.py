@@ -281,7 +281,7 @@ def test_wrong_words(cli, site, things, tmp_path, here):
         ("tiny-llava",): "nothing to download",
         ("llava-1.5-7b", "--to", "x"): "--to is for data sets",
         ("vlkeb", "--to", str(Path(__file__))): "not a folder",
-        ("vlkeb", "--catalogue", str(tmp_path / "none.yaml")): "cannot be read",
+        ("vlkeb", "--catalogue", str(tmp_path / "none.yaml")): "no such file",
     }.items():
         code, _, err = cli("download", *words)
         assert (code, expected in err) == (2, True), (words, err)
@@ -296,6 +296,11 @@ def test_wrong_words(cli, site, things, tmp_path, here):
         ({"a": {"sources": [{"url": "http://x"}], "files": [{"path": "../x"}]}}, "does not stay in the folder"),
         ({"a": {"sources": [{"url": "http://x"}], "files": [{"path": "x", "sha256": "1"}]}}, "is no sha256"),
         ({"a": {"layout": {"*": 1}}}, "sources is missing"),
+        ({"a": {"sources": [{"bundled": "../../etc"}], "layout": {"*": 1}}}, "leads out of the data that come along"),
+        ({"a": {"sources": [{"bundled": "/etc"}], "layout": {"*": 1}}}, "leads out of the data that come along"),
+        ({"a": {"sources": [{"url": 3}], "layout": {"*": 1}}}, "items.a.sources[0].url: expected a text, got 3"),
+        ({"a": {"sources": [{"url": "http://x"}], "layout": {"*": "x"}}}, "expected a whole number"),
+        ({"a": 3}, "items.a: expected an object with keys, got 3"),
         ({"../a": {"sources": [{"url": "http://x"}], "layout": {"*": 1}}}, "is no name for an item"),
     ],
 )
@@ -364,3 +369,58 @@ def test_the_published_digests_are_those_of_the_real_files(group, folder):
             assert difference(path, file) == ""
             compared += 1
     assert compared >= 4
+
+
+def test_no_error_shows_a_placeholder(cli, site, things, here):
+    site.files |= {"/raw/a b.json": b"alphX"}
+    words = things(**two_files(site))
+    code, _, err = cli(*words)
+    assert (code, "{path}" in err) == (1, False)
+    assert f"things/files: {site.url}/raw/: a b.json: wrong checksum" in err or "sub/b.json: HTTP 404" in err
+    site.files |= {"/raw/a b.json": b"alpha", "/raw/sub/b.json": b"beta"}
+    code, out, _ = cli(*words)
+    assert (code, "{path}" in out) == (0, False)
+
+
+def test_aliases_that_multiply_are_refused_at_once(cli, tmp_path, here):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "laughs.yaml").write_text("\n".join(lines))
+    code, _, err = cli("download", "--list", "--catalogue", tmp_path / "laughs.yaml")
+    assert (code, "laughs.yaml:1: anchors and aliases are not supported" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("name", ["catalogue", "download.json", ".download/files/ready.json"])
+def test_files_linked_to_a_device_are_not_read(cli, site, things, here, tmp_path, name):
+    site.files |= {"/raw/a b.json": b"alpha", "/raw/sub/b.json": b"beta"}
+    words = things(**two_files(site))
+    if name == "catalogue":
+        (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+        code, _, err = cli("download", "--list", "--catalogue", tmp_path / "zero.yaml")
+        assert (code, "is a device, not a file" in err) == (2, True)
+        return
+    (here / name).parent.mkdir(parents=True)
+    (here / name).symlink_to("/dev/zero")
+    code, _, err = cli(*words)
+    assert code in (0, 2), err
+
+
+def test_what_a_killed_download_left_goes(cli, site, things, here):
+    """A kill after the receipt was written leaves the staging folder; the same command removes it."""
+    site.files["/x.zip"] = zipped(PHOTOS)
+    words = things(**pictures(site, "/x.zip"))
+    assert cli(*words)[0] == 0
+    (here / ".download" / "images" / "0" / "files").mkdir(parents=True)
+    (here / ".download" / "images" / "0" / "files" / "x.zip.part").write_bytes(b"half")
+    assert cli(*words)[0] == 0
+    assert files_of(here) == {"photos/a.png", "photos/b.png", "LICENSE", "download.json"}
+
+
+def test_unpacking_that_was_killed_is_done_again(cli, things, site, here):
+    site.always["/x.zip"] = ("status", 403)
+    here.mkdir(parents=True)
+    (here / "images.zip").write_bytes(zipped(PHOTOS))
+    (here / ".download" / "images" / "0" / "unpacked" / "photos").mkdir(parents=True)
+    code, _, err = cli(*things(**pictures(site, "/x.zip")))
+    assert code == 0, err
+    assert {"images.zip", "photos/a.png", "photos/b.png"} <= files_of(here)

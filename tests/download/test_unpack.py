@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import stat
 import tarfile
+import tracemalloc
 import zipfile
+import zlib
 
 import pytest
 
@@ -150,3 +154,60 @@ def test_limits(tmp_path):
     refused(archive, tmp_path, "unpacks to more than 499,999 bytes", limits=Limits(bytes=499_999))
     refused(archive, tmp_path, "unpacks to more than", limits=Limits(ratio=20, free_ratio_bytes=1000))
     unpack(archive, tmp_path / "out", Limits(entries=10, bytes=500_000))
+
+
+def bomb(path, kind, count):
+    """Write a gzipped tar whose first header says that its text is so many bytes long, and gives them."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, count
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(count >> 20):
+            file.write(bytes(1 << 20))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE]
+)
+def test_a_tar_header_that_claims_gigabytes_is_not_read(tmp_path, kind):
+    archive = bomb(tmp_path / "x.tar.gz", kind, 64 << 20)
+    tracemalloc.start()
+    refused(archive, tmp_path, r"x.tar.gz: a header of more than 32 MiB")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 << 20
+
+
+def test_headers_that_follow_headers(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.XHDTYPE
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 5_000)
+    refused(tmp_path / "x.tar", tmp_path, "x.tar: damaged or cut off")
+
+
+def test_an_archive_that_claims_more_than_it_has(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 8 << 30
+    (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    refused(tmp_path / "x.tar", tmp_path, "x.tar: damaged or cut off")
+
+
+def test_an_xz_file_that_wants_gigabytes_of_memory(tmp_path):
+    (tmp_path / "x.tar.xz").write_bytes(with_dictionary(lzma.compress(bytes(10_240))))
+    refused(tmp_path / "x.tar.xz", tmp_path, "x.tar.xz: neither a zip nor a tar file")
+
+
+def with_dictionary(packed):
+    """Return an xz file whose block header asks for a dictionary of 3 GiB."""
+    raw = bytearray(packed)
+    start, size = 12, (raw[12] + 1) * 4
+    raw[start + 4] = 39
+    raw[start + size - 4 : start + size] = zlib.crc32(raw[start : start + size - 4]).to_bytes(4, "little")
+    return bytes(raw)
+
+
+def test_a_zip_packed_with_lzma_is_left_to_others(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("a", b"1")
+    refused(tmp_path / "x.zip", tmp_path, "x.zip: a: packed in a way that is not known here")
