@@ -135,6 +135,8 @@ def _refusal(error: BaseException, repository: Repository) -> Trouble | None:
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return Trouble(f"no such repository, or a private one: {page}", f"check the name; if it is private, {login}")
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return Trouble("no token for the hub on this machine", login)
     if isinstance(error, errors.DisabledRepoError):
         return Trouble(f"the hub has disabled {page}", "the page says why")
     if isinstance(error, errors.HFValidationError):

@@ -26,6 +26,9 @@ _OTHER_ENDINGS = (
 # hardly ever met, and so hardly ever tested (FLI, PCX, ...).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _LONGEST_SIDE = 65_535  # pixels, as in JPEG: a picture of 1 x 80,000,000 is none
+_MOST_TIMES_AS_LONG = 200  # than wide: processors that scale the shorter side would make gigabytes of more
+_MOST_PIXELS = 50_000_000  # decoded and converted, they take less than 512 MiB
+_STRIP = 1 << 20  # pixels that are composed at once
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # a tag of TIFF files, and its value for whole numbers that have a sign
 
 
@@ -53,11 +56,19 @@ def load_picture(picture: Picture) -> Image.Image:
     """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
     with _reading(picture.path) as image:
         upright = _upright(image)
-        if upright.has_transparency_data:
-            above = upright.convert("RGBA")
-            ground = Image.new("RGBA", above.size, picture.background)
-            return Image.alpha_composite(ground, above).convert("RGB")
-        return upright.convert("RGB")
+        return _composed(upright, picture.background) if upright.has_transparency_data else upright.convert("RGB")
+
+
+def _composed(image: Image.Image, background: str) -> Image.Image:
+    """Return a picture with transparent parts on a background colour, made strip by strip: it may be large."""
+    done = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        above = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        ground = Image.new("RGBA", above.size, background)
+        done.paste(Image.alpha_composite(ground, above).convert("RGB"), (0, top))
+    return done
 
 
 def photos_in(folder: Path) -> tuple[Path, ...]:
@@ -100,12 +111,19 @@ def load_alpha(path: Path) -> Image.Image | None:
 def _check_sides(image: Image.Image) -> None:
     if max(image.size) > _LONGEST_SIDE:
         raise ValueError(f"{image.width} x {image.height} pixels: a side is longer than {_LONGEST_SIDE}")
+    if max(image.size) > _MOST_TIMES_AS_LONG * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: one side is more than {_MOST_TIMES_AS_LONG} times the other"
+        )
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels: more than {_MOST_PIXELS:,}; make it smaller")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return a picture as its orientation tag says, with 8 bits a channel."""
     unsigned = _is_unsigned(image)  # its tags are gone once it is turned
-    return _in_bytes(ImageOps.exif_transpose(image), unsigned=unsigned)
+    ImageOps.exif_transpose(image, in_place=True)  # without the copy of every picture that is upright already
+    return _in_bytes(image, unsigned=unsigned)
 
 
 def _in_bytes(image: Image.Image, *, unsigned: bool) -> Image.Image:

@@ -270,27 +270,74 @@ def test_exports_that_cannot_be(cli, balloon, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_push_to_the_hub(cli, balloon, tmp_path, monkeypatch):
+@pytest.fixture
+def hub_user(monkeypatch):
+    """The hub as a user sees it; return what was sent to it."""
     import huggingface_hub
 
-    words = ("edits", "export", balloon, "--push-to-hub", "me/balloon", "--to")
-    code, _, err = cli(*words, tmp_path / "one")
-    assert (code, "me/balloon: cannot be uploaded" in err) == (2, True), err
-    assert "hf upload me/balloon" in err
-    assert (tmp_path / "one" / "README.md").exists(), "the export is there all the same"
     sent = {}
 
-    def upload(_self, *, folder_path, repo_id, commit_message):
-        sent[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+    def upload(_self, *, folder_path, repo_id, commit_message, ignore_patterns):
+        if "fails" in sent:
+            del sent["fails"]
+            raise ConnectionResetError("the network went away")
+        names = {path.name for path in Path(folder_path).iterdir()}
+        sent[repo_id] = sorted(names - set(ignore_patterns))
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "create_repo",
-        lambda _self, repo, **_: huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}"),
-    )  # fmt: skip
-    code, text, _ = cli(*words, tmp_path / "two", "--private")
-    assert (code, text.splitlines()[-1]) == (0, "https://huggingface.co/me/balloon")
-    assert {"README.md", "config.json", "edits.safetensors", "modeling_edits.py"} <= set(sent["me/balloon"])
+    user = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "whoami", lambda _self: user)
+    monkeypatch.setattr(api, "upload_folder", upload)
+    address = "https://huggingface.co"
+    monkeypatch.setattr(api, "create_repo", lambda _self, repo, **_: huggingface_hub.RepoUrl(f"{address}/{repo}"))
+    return sent
+
+
+@pytest.mark.parametrize("repo", ["me/balloon", "nonsense//name"])
+def test_the_hub_is_asked_before_anything_is_written(cli, balloon, tmp_path, monkeypatch, repo):
+    code, _, err = cli("edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one")
+    assert (code, "HF_HUB_OFFLINE is set" in err) == (2, True), err
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize(
+    ("repo", "role", "expected"),
+    [
+        ("you/balloon", "write", "me does not belong to you"),
+        ("me/balloon", "read", "the token may only read"),
+        ("no name/at/all", "write", "is no name of a repository"),
+    ],
+)
+def test_an_upload_that_would_be_refused_is_refused_first(
+    cli, balloon, tmp_path, monkeypatch, hub_user, repo, role, expected
+):
+    import huggingface_hub
+
+    user = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": role}}}
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda _self: user)
+    code, _, err = cli("edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one")
+    assert (code, expected in err) == (2, True), err
+    assert not (tmp_path / "one").exists()
+
+
+def test_push_to_the_hub(cli, balloon, tmp_path, hub_user):
+    import huggingface_hub
+
+    words = ("edits", "export", balloon, "--push-to-hub", "me/balloon", "--private", "--to", tmp_path / "two")
+    hub_user["fails"] = True
+    code, _, err = cli(*words)
+    assert (code, "me/balloon: cannot be uploaded" in err) == (2, True), err
+    assert "the same command uploads it" in err
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+    code, text, err = cli(*words)
+    assert (code, text.splitlines()[-1]) == (0, "https://huggingface.co/me/balloon"), err
+    left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+    assert left == {name: time for name, time in files.items() if name != "not-uploaded.json"}, "nothing is made again"
+    assert hub_user["me/balloon"] == sorted(left)
+    assert {"README.md", "config.json", "edits.safetensors", "modeling_edits.py"} <= set(left)
+    code, _, err = cli(*words)
+    assert (code, "two: not empty" in err) == (2, True)
     card = huggingface_hub.ModelCard.load(tmp_path / "two" / "README.md")
     assert {"mmedit", "liveedit"} <= set(card.data.tags)
     assert "| 1 | What is this? | 1fa95.png | banjo | a red balloon |" in card.text

@@ -188,21 +188,29 @@ def export(
 
       mmedit edits export my-edits --to blocks --adapters
     """
-    from mmedit_cli.edits import exporting, printing
+    from mmedit_cli.edits import exporting, printing, pushing
     from mmedit_cli.workflows.concepts import ConceptFolder, export_concepts
     from mmedit_cli.workflows.evaluation import ModelOptions
 
     out = Output(as_json=as_json)
-    if (concepts := ConceptFolder(folder)).head:
-        done = export_concepts(concepts, to, model, device, out)
-        if push_to_hub is not None:
-            done["url"] = exporting.push(to, push_to_hub, private=private)
-        printing.exported(out, done)
-        return
-    done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
+    how = {"adapters": adapters, "model": model}
+    done = None
     if push_to_hub is not None:
-        done["url"] = exporting.push(to, push_to_hub, private=private)
-    out.result(done, lambda: [out.line(line) for line in exporting.said(done)] and None)
+        pushing.check(push_to_hub)
+        done = pushing.waiting(to, folder, how)
+    concepts = ConceptFolder(folder)
+    if done is not None:
+        out.note(f"{to} is complete, and not uploaded yet")
+    elif concepts.head:
+        done = export_concepts(concepts, to, model, device, out)
+    else:
+        done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
+    if push_to_hub is not None:
+        done["url"] = pushing.push(done, to, push_to_hub, private=private, made_from=folder, how=how)
+    if concepts.head:
+        printing.exported(out, done)
+    else:
+        out.result(done, lambda: [out.line(line) for line in exporting.said(done)] and None)
 
 
 def _change(do: str, folder: Path, which: str, where: tuple[str | None, str], as_json: bool) -> None:

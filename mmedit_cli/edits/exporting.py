@@ -307,24 +307,6 @@ def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
     yield "```"
 
 
-def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload an export to a repository of the hub and return its address; raise UserError if that fails."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    api = HfApi(library_name="mmedit", library_version=__version__)
-    try:
-        url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Export of edits")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"{repo}: cannot be uploaded: {reason}",
-            f"{folder} is complete; log in with `hf auth login`, then `hf upload {repo} {folder}`",
-        ) from error
-    return str(url)
-
-
 def said(report: dict[str, Any]) -> Sequence[str]:
     """Return in lines what an export is, and how it loads."""
     lines = [f"{report['folder']}: {report['kind']}, {report['edits']:,} edits"]
