@@ -21,7 +21,7 @@ _API_BODY = 64 << 20  # of a question to the hub: a list of files at most
 _PACKED_BODY = (
     256 << 10
 )  # the same, if it is compressed though nobody asked for that: it unpacks to a thousand times more
-_UNSTATED_BODY = 4 << 30  # of a file whose length the server does not state
+_UNSTATED_BODY = 1 << 30  # of a file whose length the server does not state
 
 
 class Refused(httpx2.TransportError):

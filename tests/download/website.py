@@ -162,6 +162,7 @@ def serve() -> Iterator[Site]:
     found = Site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": found}))
     server.daemon_threads = True
+    server.handle_error = lambda *words: None  # clients go away here, as they are meant to
     found.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
