@@ -125,6 +125,17 @@ def zipped() -> bytes:
     return raw.getvalue()
 
 
+def recording() -> int:
+    """Do what every evaluation does with its run folder: go on with the lines that are there, then report."""
+    from mmedit_cli.records import Run
+
+    with Run.open(Path("records/run").absolute(), {"command": "eval"}, {"python": "3"}) as run:
+        for i in range(len(run.read("cases")), 3):
+            run.append("cases", [{"uid": i, "score": i / 3}])
+        run.finish({"cases": run.read("cases")})
+    return 0
+
+
 def unpacking() -> int:
     """Unpack the zips in `home/`, as a command does that opens EmojiKB's pictures."""
     from mmedit_cli.packed import unpack_beside
@@ -203,11 +214,11 @@ def _pictures() -> list[Scenario]:
     several = (*single, "--samples", "2", "--sheet", "sheet.png")
     draw = ("generate", "a dog", *DRAWN, "-o")
     return [
-        Scenario("image-edit", single, done=(2,), short=True),
+        Scenario("image-edit", single, done=(2,)),
         Scenario("image-edit-samples", several, again=[(*several, "--force")]),
-        Scenario("image-edit-batch", BATCH, before=[wishes], short=True),
+        Scenario("image-edit-batch", BATCH, before=[wishes]),
         Scenario("image-edit-batch-force", (*BATCH, "--force"), before=[wishes, BATCH]),
-        Scenario("generate-sheet", (*draw, "sheet.png"), done=(2,), short=True),
+        Scenario("generate-sheet", (*draw, "sheet.png"), done=(2,)),
         Scenario(
             "generate-folder", (*draw, "out", "--samples", "2"), again=[(*draw, "out", "--samples", "2", "--force")]
         ),
@@ -220,8 +231,8 @@ def _files() -> list[Scenario]:
     convert = ("convert", "minigpt4", "model", "--vision", "published/eva.pth", "--qformer", "published/qformer.pth",
                "--projection", "published/projection.pth", "--llm", "published/vicuna")  # fmt: skip
     return [
-        Scenario("covariance", covariance, before=[captions], done=(2,), short=True),
-        Scenario("download", (*download, "things"), before=[catalogue], short=True),
+        Scenario("covariance", covariance, before=[captions], done=(2,)),
+        Scenario("download", (*download, "things"), before=[catalogue]),
         Scenario("download-by-hand", (*download, "things/images"), before=[by_hand]),
         Scenario("unpack", unpacking, before=[archive], short=True),
         Scenario("unpack-into-a-folder", unpacking, before=[half_unpacked], short=True),
@@ -238,6 +249,7 @@ def _runs() -> list[Scenario]:
              "steps=1", "--set", "eval.steps=1", "--set", "eval.seeds=1", "--set", "eval.batch_size=3", "--set",
              "eval.encoder=tiny-blip2")  # fmt: skip
     return [
+        Scenario("run", recording, short=True),
         Scenario("eval", evaluated),
         Scenario("train-editor", ("train-editor", *TRAINED, "--set", "training.steps=2", "--device", "cpu")),
         Scenario("eval-image-editor", painted),
