@@ -157,7 +157,7 @@ def run(count: int, at_once: int, root: Path) -> tuple[list[Reading], list[str],
     """Return what the readers found, the failures in words, and how many changes the writers made."""
     folders = [root / editor for editor in EDITORS]
     stop, states = root / "stop", {folder.name: root / f"{folder.name}.states" for folder in folders}
-    with FORK.Pool(1) as pool:  # this process uses no model itself, so that others can be forked from it
+    with FORK.Pool(1) as pool:
         for folder in folders:
             pool.apply(begin, (folder, states[folder.name]))
     writers = [FORK.Process(target=write_until, args=(f, stop, states[f.name])) for f in folders]
@@ -196,6 +196,20 @@ def strange(found: list[Reading], left: list[Any]) -> list[str]:
     return lines
 
 
+def import_all() -> None:
+    """Import what is heavy, by using a model once, so that forked processes need not."""
+    import torch
+
+    torch.set_num_threads(1)
+    from mmedit_cli import Query, registry
+    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.edits import making, repairing  # noqa: F401
+
+    load_backbone("tiny-blip2", device="cpu").generate([Query(QUESTION, image=STAR)], max_new_tokens=1)
+    for editor in EDITORS:
+        registry.editors.get(editor)
+
+
 def main() -> int:
     """Run the campaign, print its figures, and return 1 if a reader failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,11 +217,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=4, help="how many read at the same time")
     options = parser.parse_args()
     sys.dont_write_bytecode = True
-    import torch
-
-    import mmedit_cli.edits.making  # noqa: F401  what is heavy, once
-
-    torch.set_num_threads(1)
+    import_all()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mmedit-readers-") as root:
         found, failures, changes = run(options.readers, options.at_once, Path(root))
