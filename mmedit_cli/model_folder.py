@@ -40,7 +40,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return how a model is best used, as the `settings.json` of its folder says; raise ModelError if it is none."""
     path = folder / "settings.json"
-    return read_object(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    settings = read_json_object(path, error=ModelError, hint="copy it again")
+    for name in ("guidance", "steps", "text_guidance", "image_guidance"):
+        settings.number(name, 0)  # raises for anything else
+    return settings.values
 
 
 def read_object(path: Path) -> dict[str, Any]:

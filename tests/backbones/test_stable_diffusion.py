@@ -186,9 +186,9 @@ def test_a_folder_says_how_it_is_best_used(model, tmp_path):
     mine = load_stable_diffusion(str(tmp_path / "mine"), device="cpu")
     assert same(mine.generate(PROMPTS, [3, 4], FEW), model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.5)))
     assert mine.fingerprint == load_stable_diffusion(str(tmp_path / "mine"), device="cpu").fingerprint
-    for text in ("[1]", "{"):
+    for text in ("[1]", "{", '{"guidance": null}', '{"guidance": "much"}'):
         path.write_text(text)
-        with pytest.raises(ModelError, match=r"settings\.json: not"):
+        with pytest.raises(ModelError, match=r"settings\.json:"):
             load_stable_diffusion(str(tmp_path / "mine"))
 
 
