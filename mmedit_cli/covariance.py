@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.identity import same_model
+from mmedit_cli.reading import parse_json, parse_json_object, read_lines
 from mmedit_cli.registry import cache_dir, share_dir
-from mmedit_cli.storage import read_tensors, write_tensors
+from mmedit_cli.storage import read_tensors, sha256_of, write_tensors
 
 if TYPE_CHECKING:
     from mmedit_cli.backbones.stable_diffusion import StableDiffusion
@@ -139,8 +140,9 @@ class Covariance:
         if matrix is None or meta.get("format") != FORMAT:
             raise StateError(f"{path}: not a covariance of format {FORMAT}", "make one with mmedit covariance")
         _check_matrix(matrix, path)
-        counts = [int(meta[key]) if key in meta else None for key in ("texts", "tokens")]
-        return cls(matrix.double(), counts[0], counts[1], json.loads(meta.get("source", "{}")))
+        counts = [int(meta[key]) if meta.get(key, "").isdecimal() else None for key in ("texts", "tokens")]
+        source = parse_json_object(meta.get("source", "{}"), f"{path}: source", error=StateError)
+        return cls(matrix.double(), counts[0], counts[1], source.values)
 
 
 def import_matrix(path: Path, model: StableDiffusion) -> Covariance:
@@ -166,7 +168,7 @@ def import_matrix(path: Path, model: StableDiffusion) -> Covariance:
     if len(matrix) != model.width:
         raise DataError(f"{path}: {len(matrix)} x {len(matrix)}, but the text encodings of {model.name} have "
                         f"{model.width} numbers", "choose the model the matrix was made for")  # fmt: skip
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = sha256_of(path)[:16]
     source = {"encoder": model.text_fingerprint, "model": model.name, "imported": path.name, "file": digest,
               "rule": "valid"}  # fmt: skip
     return Covariance((matrix.double() + matrix.double().T) / 2, source=source)
@@ -249,16 +251,9 @@ def read_captions(path: Path | None) -> Iterator[str]:
         for i, thing in enumerate(named):
             yield from (template.format(thing, named[i - 1]) for template in _CAPTIONS)
         return
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                if text := line.strip():
-                    yield text
-    except FileNotFoundError as error:
-        raise DataError(f"--captions {path}: no such file", "a text file with a caption a line") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--captions {path}:{number + 1}: cannot be read as UTF-8 text ({error})") from error
+    for _, line in read_lines(path, hint="--captions takes a text file with a caption a line"):
+        if text := line.strip():
+            yield text
 
 
 def batches(model: StableDiffusion, texts: list[str], rule: Rule) -> Iterator[list[Tensor]]:
@@ -275,7 +270,7 @@ def _continue(path: Path, width: int, source: Mapping[str, str]) -> SecondMoment
     """Return what an interrupted run has done already, if it was the same."""
     if path.exists():
         tensors, meta = read_tensors(path)
-        if json.loads(meta["source"]) == source:
+        if parse_json(meta.get("source", "{}"), f"{path}: source", error=StateError) == source:
             sums = tensors[
                 "sums"
             ].clone()  # into memory as torch aligns it, on which the last bits of a product depend

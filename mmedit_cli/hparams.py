@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 import yaml
 
 from mmedit_cli.errors import HparamsError, near_miss
+from mmedit_cli.reading import read_text
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ def read_values(overrides: Sequence[str], kinds: Mapping[str, type]) -> dict[str
             continue
         try:
             found[key] = kinds[key](value)
+            if kinds[key] is float and not math.isfinite(found[key]):
+                raise ValueError
         except ValueError:
             problems.append(f"--set {text}: expected {'a whole number' if kinds[key] is int else 'a number'}")
     if problems:
@@ -377,17 +380,7 @@ def _read_text(path: Path) -> str:
 
     if path.is_dir():
         fail("is a folder, not a YAML file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
+    if "\0" not in str(path) and not os.path.lexists(path):
         there = sorted(sibling.name for sibling in path.parent.glob("*.y*ml"))
         fail(f"no such file{near_miss(path.name, there)}", "files there: " + ", ".join(there) if there else "")
-    except (OSError, ValueError) as error:
-        fail(f"cannot be read: {error}")
-    if len(data) > _MAX_BYTES:
-        fail("larger than 1 MiB: this is no hyper-parameter file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        fail(f"not UTF-8 text (byte {error.start})")
+    return read_text(Path(_shown(path)), limit=_MAX_BYTES, error=HparamsError, hint="give a hyper-parameter file")

@@ -133,3 +133,10 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     except ValueError:
         pass
     raise UserError(f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100")
+
+
+def cache_bytes(gib: float) -> int:
+    """Return the bytes of --cache-gib; raise UserError for what is no size."""
+    if not 0 <= gib < 2**20:  # neither infinite nor NaN
+        raise UserError(f"--cache-gib {gib}: not a size of memory", "e.g. --cache-gib 4")
+    return int(gib * (1 << 30))

@@ -437,6 +437,13 @@ class Record:
             self.fail(key, "must be a text that is not empty")
         return value
 
+    def path(self, key: str, default: Any = _NEEDED) -> str:
+        """Return a text that may name a file: not empty unless it is the default, and without a NUL."""
+        value = self.text(key, default)
+        if value is not default and (not value or "\0" in value):
+            self._wrong(key, "the name of a file", value)
+        return value
+
     def integer(self, key: str, default: Any = _NEEDED, *, low: int = -(2**63), high: int = 2**63 - 1) -> int:
         """Return a whole number from `low` to `high`."""
         value = self._value(key, default)

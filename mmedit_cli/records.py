@@ -28,6 +28,7 @@ from mmedit_cli.storage import (
     write_tensors,
 )
 
+_LARGEST_LINES = 1 << 30  # bytes of all records of a run together
 _START_ANEW = "start it anew with --force"
 _RECORDS = ("asked", "cases", "edits", "expressive", "learned", "log")
 _TENSORS = ("editor", "last")
@@ -63,11 +64,9 @@ class Run:
         Raises RunError if the report cannot be read.
         """
         path = folder / "report.json"
-        try:
-            with file_errors(path, "read"):
-                return _decode(path.read_bytes()) if path.exists() else None
-        except ValueError as error:
-            raise RunError(f"{path}: not a report: {error}", _START_ANEW) from error
+        if not path.exists():
+            return None
+        return read_json_object(path, error=RunError, hint=_START_ANEW).values
 
     @classmethod
     def done_before(cls, folder: Path, *, force: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -170,7 +169,7 @@ class Run:
         """
         path = self._path(name, ".jsonl")
         with file_errors(path, "read"):
-            data = path.read_bytes() if path.exists() else b""
+            data = read_bytes(path, limit=_LARGEST_LINES, error=RunError) if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data) and self._lock.is_locked:
             with file_errors(path, "mend"):
@@ -265,8 +264,7 @@ def _safe_name(part: str) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Return what `run.yaml` holds; raise RunError unless it describes a run."""
     try:
-        with file_errors(path, "read"):
-            saved = yaml.safe_load(path.read_bytes())
+        saved = read_yaml(path, error=RunError, hint=_START_ANEW)
     except yaml.YAMLError as error:
         raise RunError(f"{path}: not valid YAML", _START_ANEW) from error
     if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in ("config", "environment")):
@@ -288,7 +286,7 @@ def encode_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _decode(data: bytes) -> dict[str, Any]:
     """Return the JSON object; anything else is a ValueError."""
-    value = json.loads(data.decode())
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+    try:
+        return parse_json_object(data, "").values
+    except DataError as error:
+        raise ValueError(error.problems[0].removeprefix(": ")) from error

@@ -124,7 +124,11 @@ class Processes:
 
 def process_count() -> int:
     """Return how many processes `accelerate launch` or `torchrun` has started together, 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or not 0 < int(text[:9]) < 10**6:
+        problem = f"WORLD_SIZE={text[:40]}: not a number of processes"
+        raise UserError(problem, "unset it, or start with accelerate launch")
+    return int(text)
 
 
 def join_processes(device: str) -> Processes:

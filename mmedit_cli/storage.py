@@ -8,6 +8,7 @@ Whatever is written to stay goes through this module. Two rules hold everywhere:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import RunError, StateError
+from mmedit_cli.reading import open_tensors
 
 _CHUNK = 1 << 20
 _DAY = 86_400.0
@@ -39,6 +41,8 @@ _EARLIER = re.compile(r".+\.[0-9a-f]{8}\.tmp", re.S)  # temporary files of mmedi
 def sha256_of(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file; `tick(n)` is told of n more bytes. Raises OSError."""
     digest = hashlib.sha256()
+    if path.exists() and not path.is_file():  # a FIFO would wait, a device would never end
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -112,14 +116,9 @@ def _sort_metadata(path: Path) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return (tensors on the CPU, metadata) of a safetensors file; raise StateError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path}: not a readable state ({error})") from error
+    with open_tensors(path, error=StateError) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def evaluate(
         return
     at = milestones(sequential) if report_at is None else tuple(sorted(options.numbers(report_at, "--report-at")))
     names = tuple(dict.fromkeys(name.strip() for name in protocols.split(",") if name.strip()))
-    room = int(cache_gib * (1 << 30))
+    room = options.cache_bytes(cache_gib)
     protocol = Protocol(sequential, at, edit_batch, names, max_new_tokens, batch_size, cache_bytes=room)
     if editor is None:
         editor, model = default_editor(records, model, checkpoint)

@@ -72,7 +72,7 @@ def train_editor(
         editor, evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
         validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
-        cache_bytes=int(cache_gib * (1 << 30)), seed=seed, records=records, force=force, tensorboard=tensorboard,
+        cache_bytes=options.cache_bytes(cache_gib), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
     if of_images:
         show.image_training(out, image_training.train(request, out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import CHAT, CLEAN, DataOptions, Dataset
 from mmedit_cli.datasets.files import read_records
 from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.registry import cache_dir, data_home
-from mmedit_cli.storage import sha256_json, write_atomic
+from mmedit_cli.storage import sha256_json, sha256_of, write_atomic
 from mmedit_cli.types import EditCase, Query
 
 TRAIN = "train"
@@ -252,7 +252,7 @@ class Published(Dataset):
             return
         problems: list[str] = []
         count = _count(path, source.key, problems)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         same = digest == source.sha256 if source.sha256 else None
         known = {True: "the published copy", None: "no checksum is known"}
         said = known.get(same, f"not the published copy, which has {source.records:,}")
@@ -274,8 +274,8 @@ class Published(Dataset):
     def _clean_file(self, split: str, options: DataOptions) -> Path:
         if split == TRAIN:
             raise DataError(f"--subset {CLEAN}: is for evaluation, not for {self.name}:{TRAIN}")
-        files = [self.file(name, options).read_bytes() for name in (TRAIN, split)]
-        digest = sha256_json([hashlib.sha256(data).hexdigest() for data in files])[:12]
+        files = [self.file(name, options) for name in (TRAIN, split)]
+        digest = sha256_json([sha256_of(path) for path in files])[:12]
         return cache_dir() / "subsets" / f"{self.name}-{split}-{CLEAN}-{digest}.json"
 
     def _write_clean(self, split: str, kept: Mapping[str, list[str]], of: int, options: DataOptions) -> Finding:
@@ -296,7 +296,11 @@ def _count(path: Path, key: str, problems: list[str]) -> int:
     if not key:
         return sum(1 for _ in read_records(path, problems))
     try:
-        return len(json.loads(path.read_bytes())[key])
-    except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path}: {key}: cannot be read ({error})")
+        found = read_json_object(path).values.get(key)
+    except DataError as error:
+        problems += error.problems
         return 0
+    if not isinstance(found, list | dict):
+        problems.append(f"{path}: {key}: must be a list of records")
+        return 0
+    return len(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.types import EditCase, Query
 
 FAMILIES = ("generality", "locality", "portability", "needs")
@@ -91,17 +91,9 @@ def _key(column: str) -> str:
 
 def read_subset(path: Path) -> Subset:
     """Return the list of cases in a file; raise DataError if it is none."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        if not all(isinstance(columns, list) for columns in kept.values()):
-            raise ValueError("not a list of columns")
-    except OSError as error:
-        raise DataError(f"--subset {path}: cannot be read: {error.strerror}", "give `clean`, or a file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"--subset {path}: not a list of cases", 'a list is JSON: {"cases": {id: [columns]}}'
-        ) from error
-    return dict(kept)
+    hint = 'give `clean`, or a file of a list of cases: {"cases": {id: [columns]}}'
+    kept = read_json_object(path, hint=hint).record("cases")
+    return {uid: kept.array(uid, str) for uid in kept.values}
 
 
 def select(cases: Iterable[EditCase], kept: Subset) -> Iterator[EditCase]:

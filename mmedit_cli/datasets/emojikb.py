@@ -7,7 +7,6 @@ between the sides. `problems` is empty for a sound folder; everything else is fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -21,8 +20,9 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import DataOptions, Dataset, own_cases
 from mmedit_cli.errors import DataError
 from mmedit_cli.packed import compare, differences, loose, unpack_beside
-from mmedit_cli.reading import PACKED, read_text
+from mmedit_cli.reading import PACKED, parse_json, read_json, read_json_lines, read_json_object, read_lines
 from mmedit_cli.registry import emojikb_home
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
@@ -65,7 +65,7 @@ def concepts_in(folder: Path) -> list[Json]:
     path = folder / f"concepts{SUFFIX}"
     if not path.is_file():
         raise DataError(f"{path}: not there", "the data come along with mmedit: install it again")
-    return [json.loads(line) for line in read_text(path).splitlines()]
+    return [record.values for record in read_json_lines(path)]
 
 
 def queries(case: Json) -> Iterator[tuple[str, Json]]:
@@ -101,11 +101,13 @@ def faults(case: Json) -> Iterator[str]:
 def read_split(path: Path) -> Split:
     """Read a case file; malformed records are named with their line and left out."""
     split = Split()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in read_lines(path):
         place = f"{path.name}:{number}"
         try:
-            case = json.loads(line)
+            case = parse_json(line, place)
             found = list(faults(case))
+        except DataError as error:
+            found = [problem.removeprefix(f"{place}: ") for problem in error.problems]
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             found = [f"{type(error).__name__}: {error}"]
         if found:
@@ -117,7 +119,7 @@ def read_split(path: Path) -> Split:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def collect(split: Split, folder: Path, digests: dict[str, str]) -> list[str]:
@@ -146,7 +148,7 @@ def collect(split: Split, folder: Path, digests: dict[str, str]) -> list[str]:
 def question_types(folder: Path) -> dict[str, str]:
     """Map every wording of a question about a picture to its type."""
     path = folder / "templates.json"
-    templates = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    templates = read_json(path) if path.is_file() else {}
     return {normal(text): name for name, forms in templates.items() for text in forms.get("image", ())}
 
 
@@ -182,7 +184,7 @@ def check_files(folder: Path) -> list[str]:
     path = folder / "manifest.json"
     if not path.is_file():
         return ["manifest.json is missing"]
-    wanted = json.loads(path.read_text(encoding="utf-8"))["files"]
+    wanted = read_json_object(path).mapping("files")
     unpacked = [line for archive in sorted(folder.glob("*.zip")) for line in differences(archive)]
     found = [file for file in loose(folder) if file != path]
     return unpacked + compare(folder, found, wanted, digest, "the manifest")
@@ -248,7 +250,7 @@ def audit(folder: Path) -> Json:
 def _licences(folder: Path) -> dict[str, str]:
     """Return package and licence of each source, as the manifest names them."""
     path = folder / "manifest.json"
-    sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {}) if path.is_file() else {}
+    sources = read_json_object(path).mapping("sources", {}) if path.is_file() else {}
     return {name: f"{source['package']}, {source['licence']}" for name, source in sources.items()}
 
 

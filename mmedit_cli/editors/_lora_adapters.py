@@ -9,6 +9,7 @@ from pathlib import Path
 from mmedit_cli.editors._lora_blocks import Blocks
 from mmedit_cli.editors.base import read_state
 from mmedit_cli.errors import StateError
+from mmedit_cli.reading import read_json_object
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # of every name in peft's files
@@ -36,11 +37,12 @@ def write(folder: Path, block: Blocks, scale: float, model: str) -> None:
 
 def read(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int, scale: float) -> Blocks:
     """Return the one block in a folder; raise StateError if it is no adapter of these layers, rank and scale."""
-    try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        found = {key: config[key] for key in ("peft_type", "r", "lora_alpha")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{folder / _CONFIG}: not a readable adapter config ({error})") from error
+    config = read_json_object(folder / _CONFIG, error=StateError, hint="give the folder of a LoRA adapter")
+    found = {
+        "peft_type": config.text("peft_type"),
+        "r": config.integer("r"),
+        "lora_alpha": config.number("lora_alpha"),
+    }
     if found["peft_type"] != "LORA" or found["r"] != rank or abs(found["lora_alpha"] - scale * rank) > 1e-6 * rank:
         wanted = f"LORA with r {rank} and lora_alpha {scale * rank:g}"
         raise StateError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,9 @@ from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.identity import same_model
+from mmedit_cli.reading import Record, parse_json
 from mmedit_cli.runtime import generator
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1  # of saved states; a newer one is refused
@@ -230,14 +231,14 @@ class Editor(ABC):
         for key, value in self._identity().items():
             if not self._agrees(key, metadata.get(key), value):
                 raise StateError(f"the state was made with {key} {metadata.get(key)}, this editor has {value}")
-        operations = [
-            Operation(tuple(op["ids"]), tuple(_from_json(q) for q in op["requests"]), op["info"])
-            for op in json.loads(metadata["operations"])
-        ]
+        told = {key: metadata.get(key, "null") for key in ("operations", "next_id")}
+        values = {key: parse_json(text, f"the state: {key}", error=StateError) for key, text in told.items()}
+        about = Record(values, "the state", error=StateError)
+        operations = [_operation(operation) for operation in about.records("operations")]
         self._replay([])
         self._load_tensors(tensors, [request for operation in operations for request in operation.requests])
         self.operations = operations
-        self._next_id = int(metadata["next_id"])
+        self._next_id = about.integer("next_id", low=0)
 
     def save(self, path: Path) -> None:
         """Write the state to one safetensors file."""
@@ -329,7 +330,7 @@ class TrainedEditor(Editor):
             self.networks.load_state_dict(tensors)
         except RuntimeError as error:
             raise StateError(f"{path}: does not fit: {str(error).splitlines()[-1].strip()}") from error
-        self.trained = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.trained = sha256_of(path)
 
     def _networks_identity(self) -> dict[str, str]:
         shapes = {key: getattr(self.hparams, key) for key in self.architecture}
@@ -351,6 +352,13 @@ def _to_json(query: Query) -> dict[str, Any]:
     return {**vars(query), "image": None if query.image is None else str(query.image)}
 
 
-def _from_json(record: Mapping[str, Any]) -> Query:
-    image = None if record["image"] is None else Path(record["image"])
-    return Query(**{**record, "image": image})
+def _operation(saved: Record) -> Operation:
+    requests = tuple(_from_json(request) for request in saved.records("requests"))
+    return Operation(tuple(saved.array("ids", int)), requests, dict(saved.mapping("info")))
+
+
+def _from_json(record: Record) -> Query:
+    record.only(*(field.name for field in fields(Query)))
+    image = record.path("image") if record.values.get("image") is not None else None
+    texts = {key: record.text(key) for key in record.values if key not in ("image", "chat")}
+    return Query(image=Path(image) if image else None, chat=record.flag("chat", False), **texts)

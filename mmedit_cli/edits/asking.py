@@ -17,6 +17,7 @@ from mmedit_cli.edits.model import EditedModel, open_edits
 from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.evaluation.answers import tokens_for
 from mmedit_cli.output import Output, report_error
+from mmedit_cli.reading import read_lines
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions, load_model
 
@@ -159,11 +160,8 @@ def read_questions(file: Path, image: Path | None) -> list[Query]:
     """Return the questions of a .txt file, a question a line, all about `image`; or of a file of facts or cases."""
     if file.suffix.lower() != ".txt":
         return [fact.request for fact in read_facts(file)]
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-    questions = [Query(line.strip(), image=image) for line in lines if line.strip()]
+    lines = (line.strip() for _, line in read_lines(file, hint="a text file with a question a line"))
+    questions = [Query(line, image=image) for line in lines if line]
     if not questions:
         raise DataError(f"{file}: no questions in it", "a question a line")
     return questions

@@ -100,12 +100,9 @@ def load_pipeline(name: str, wanted: str | Sequence[str], options: LoadOptions) 
 def pipeline_class(folder: Path) -> str:
     """Return the class that a pipeline's folder names; raise ModelError if it is no pipeline."""
     path = folder / INDEX
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no {INDEX}, so not a diffusion pipeline", "give a folder of diffusers") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: names no pipeline class", "copy it again") from error
+    if not path.exists():
+        raise ModelError(f"{folder}: no {INDEX}, so not a diffusion pipeline", "give a folder of diffusers")
+    return read_json_object(path, error=ModelError, hint="copy it again").text("_class_name", empty=False)
 
 
 def usual_settings(folder: Path) -> Settings:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.storage import sha256_of
 
 NAMED = ("emojikb-edits",)
 _HELP = (
@@ -91,5 +92,5 @@ def file_digest(*paths: Path) -> str:
     """Return a digest of the content of some files."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()[:16]

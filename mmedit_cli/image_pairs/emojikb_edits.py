@@ -8,7 +8,6 @@ country"): what they come to is the expressive instruction. Sides share no conce
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -21,7 +20,9 @@ from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.packed import way_out
+from mmedit_cli.reading import read_json, read_json_object
 from mmedit_cli.registry import emojikb_dir, share_dir
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.subjects.base import with_article
 
 SPLITS = ("train", "val", "eval")
@@ -113,7 +114,7 @@ def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
     manifest = share_dir("data") / "emojikb-edits" / "manifest.json"
     if not manifest.is_file():
         raise DataError(f"{manifest}: not there", "the data come with a checkout of the repository")
-    left_out = frozenset(json.loads(manifest.read_text(encoding="utf-8"))["without_effect"])
+    left_out = frozenset(read_json_object(manifest).array("without_effect", str))
     return [pair for pair in every_pair(split, variation) if pair.uid not in left_out]
 
 
@@ -134,10 +135,10 @@ def load(split: str) -> EmojiKB:
     """Read the concepts of one side; raise DataError where EmojiKB is not there."""
     folder = emojikb_dir()
     concepts = {concept["id"]: concept for concept in concepts_in(folder) if concept["split"] == split}
-    colours = json.loads((folder / "backgrounds.json").read_text(encoding="utf-8"))
+    colours = read_json(folder / "backgrounds.json")
     drawn = [f"{artist}/{concept['id']}.png" for concept in concepts.values() for artist in concept["artists"]]
     try:
-        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in drawn}
+        digests = {name: sha256_of(folder / name) for name in drawn}
     except FileNotFoundError as error:
         raise DataError(f"{error.filename}: no such image", way_out(Path(error.filename))) from error
     kin: dict[tuple[str, str, str], list[Json]] = {}

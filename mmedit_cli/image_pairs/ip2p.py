@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mmedit_cli.errors import DataError
 from mmedit_cli.image_pairs.base import EditPair, file_digest
 from mmedit_cli.pictures import Picture, load_picture
+from mmedit_cli.reading import read_json_object
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -40,15 +40,14 @@ def pairs(root: Path) -> list[EditPair]:
 
 def _told(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(told["edit"], str) or not told["edit"].strip():
-            raise ValueError("edit is empty")
-        if not all(isinstance(told.get(key, ""), str) for key in ("input", "output", "expressive")):
-            raise ValueError("input, output and expressive are texts")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"{file}: no instruction in it ({type(error).__name__}: {error})")
+        told = read_json_object(file)
+        told.text("edit", empty=False)
+        for key in ("input", "output", "expressive"):
+            told.text(key, "")
+    except DataError as error:
+        problems += error.problems
         return {}
-    return dict(told)
+    return told.values
 
 
 def _pair(file: Path, source: Path, target: Path, told: dict[str, Any]) -> EditPair:

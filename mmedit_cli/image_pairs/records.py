@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.errors import DataError
 from mmedit_cli.image_pairs.base import EditPair, file_digest
 from mmedit_cli.pictures import Picture, load_picture
+from mmedit_cli.reading import Record, parse_json_object, read_lines
 
 _NEEDED = ("source", "target", "instruction")
 _TEXTS = ("expressive", "plain", "caption", "target_caption", "kind")
 _KNOWN = (*_TEXTS, "id")
+_MOST_PROBLEMS = 20
 
 
 def pairs(file: Path) -> list[EditPair]:
     """Return the pairs of a file in order, pictures named relative to it; raise DataError with every bad line."""
     found: list[EditPair] = []
     problems: list[str] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
+    for number, line in read_lines(file):
+        if line.strip() and len(problems) < _MOST_PROBLEMS:
             place = f"{file}:{number}"
             try:
-                record = json.loads(line)
-                fault = _fault(record, file.parent)
-            except ValueError as error:
-                fault = f"not JSON ({error})"
-            if fault:
-                problems.append(f"{place}: {fault}")
-            else:
-                found.append(_pair(record, file.parent, place, number))
+                record = parse_json_object(line, place)
+                _check(record, file.parent)
+                found.append(_pair(record.values, file.parent, place, number))
+            except DataError as error:
+                problems += error.problems
     twice = [uid for uid, count in Counter(pair.uid for pair in found).items() if count > 1]
     problems += [f"{file}: the id {uid!r} stands more than once" for uid in twice]
     if problems:
-        raise DataError(problems[:20], 'a line is {"source": ..., "target": ..., "instruction": ...}')
+        raise DataError(problems, 'a line is {"source": ..., "target": ..., "instruction": ...}')
     return found
 
 
-def _fault(record: Any, folder: Path) -> str:
-    """Return what is wrong with a record, or an empty text."""
-    if not isinstance(record, dict):
-        return "not a JSON object"
-    for key, value in record.items():
-        if key not in (*_NEEDED, *_KNOWN):
-            return f"unknown key {key!r}{near_miss(key, (*_NEEDED, *_KNOWN))}"
-        if not isinstance(value, str):
-            return f"{key}: expected text, got {value!r}"
+def _check(record: Record, folder: Path) -> None:
+    """Raise DataError for what is wrong with a record."""
+    record.only(*_NEEDED, *_KNOWN)
+    for key in record.values:
+        record.text(key)
     for key in _NEEDED:
-        if not record.get(key, "").strip():
-            return f"no {key}"
+        record.text(key, empty=False)
     for key in ("source", "target"):
-        if not (folder / record[key]).is_file():
-            return f"{key}: {record[key]}: no such image"
-    return ""
+        if not os.path.isfile(folder / record.text(key)):  # False for a name that no file can have, too
+            record.fail(key, f"{record.text(key)}: no such image")
 
 
 def _pair(record: dict[str, str], folder: Path, place: str, number: int) -> EditPair:

@@ -20,6 +20,7 @@ from mmedit_cli.personalizers._perfusion_hparams import PerfusionHparams
 from mmedit_cli.personalizers._photos import MaskOptions, Photos, masked_loss, masks_of, open_squares
 from mmedit_cli.personalizers._rank_one import Gates, add_edit, dual, edit_rows, mixing_in_scope
 from mmedit_cli.personalizers.base import Learned, Personalizer, Tick, summary
+from mmedit_cli.reading import parse_json
 from mmedit_cli.types import Concept
 
 _ASYMMETRY = 1e-2  # of two concepts learned with one covariance, saved in float16
@@ -216,7 +217,7 @@ class Perfusion(Personalizer):
     def _read(self, learned: Learned) -> tuple[Active, tuple[Tensor, ...]]:
         """Return what a learned concept puts into the model; raise StateError if it does not fit."""
         facts, device, width = learned.facts, self.model.device, self.model.width
-        if json.loads(facts.get("layers", "[]")) != self._layout():
+        if parse_json(facts.get("layers", "[]"), "layers", error=StateError) != self._layout():
             raise StateError(f"{learned.token}: learned for other layers than those of {self.model.name}")
         tensors = {key: tensor.to(device, torch.float32) for key, tensor in learned.tensors.items()}
         total = sum(layer.outputs for layer in self.layers if layer.role == "v")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.pictures import photos_in
+from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import Concept
 
 NAMED = ("dreambooth", "emojikb-concepts")
@@ -78,7 +79,7 @@ class SubjectSet:
         photos = [(s.name, path) for s in self.subjects for path in s.concept.images]
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True, ensure_ascii=False).encode())
         for name, path in (*photos, *self.gallery):
-            digest.update(f"{name}:{hashlib.sha256(path.read_bytes()).hexdigest()};".encode())
+            digest.update(f"{name}:{sha256_of(path)};".encode())
         return digest.hexdigest()[:16]
 
 

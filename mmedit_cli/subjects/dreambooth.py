@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.reading import read_text
 from mmedit_cli.registry import data_home
 from mmedit_cli.subjects.base import Subject, SubjectSet, photos_of
 from mmedit_cli.types import Concept
@@ -33,10 +34,7 @@ def locate(root: Path | None) -> Path:
 def read(folder: Path) -> SubjectSet:
     """Return the subjects of the release with its prompts; raise DataError for a list that cannot be read."""
     path = folder / _LIST
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    text = read_text(path, limit=1 << 20, hint="download it again: mmedit download dreambooth")
     classes = dict(re.findall(r"^([a-z0-9_]+),([a-z ]+?)\s*$", text, re.MULTILINE))
     classes.pop("subject_name", None)
     objects, _, live = text.partition("Live Subject Prompts")

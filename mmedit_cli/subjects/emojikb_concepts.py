@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mmedit_cli.catalog import bundled
 from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.subjects.base import Subject, SubjectSet
 from mmedit_cli.types import Concept
@@ -65,12 +65,9 @@ def _held_out(model: Path | None, known: dict[str, Any]) -> tuple[list[str], lis
     if path is None:
         raise DataError(f"--data emojikb-concepts: no {LIST} says what the model was not shown",
                         "take mini-sd, a model trained by scripts/train_mini_sd.py, or other --data")  # fmt: skip
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        held_out, taught = [*content["held_out"]], [*content["taught"]]
-        strange = [key for key in (*held_out, *taught) if key not in known]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a list of concepts ({type(error).__name__}: {error})") from error
+    content = read_json_object(path, hint="take mini-sd, or copy the model's folder again")
+    held_out, taught = content.array("held_out", str), content.array("taught", str)
+    strange = [key for key in (*held_out, *taught) if key not in known]
     if strange or not held_out:
         raise DataError(f"{path}: {f'{strange[0]} is not in EmojiKB' if strange else 'nothing is held out'}")
     return held_out, taught

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmedit_cli.backbones._prompts import check_token
 from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.reading import read_yaml
 from mmedit_cli.subjects.base import Subject, SubjectSet, photos_of
 from mmedit_cli.types import Concept
 
@@ -21,12 +20,9 @@ _EXAMPLE = "e.g. subjects: {teddy: {superclass: stuffed animal}}, with photos in
 def read(folder: Path) -> SubjectSet:
     """Return the subjects of a folder; raise DataError with all that is wrong with its subjects.yaml."""
     path = folder / LIST
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not there, so this is no set of subjects", _EXAMPLE) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())})", _EXAMPLE) from error
+    if not path.exists():
+        raise DataError(f"{path}: not there, so this is no set of subjects", _EXAMPLE)
+    content = read_yaml(path, hint=_EXAMPLE)
     if not isinstance(content, dict) or not isinstance(content.get("subjects"), dict) or not content["subjects"]:
         raise DataError(f"{path}: no subjects in it", _EXAMPLE)
     known = ("subjects", *_PROMPTS)

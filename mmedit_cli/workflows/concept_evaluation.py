@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import bundled, loading
-from mmedit_cli.errors import UserError
+from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.records import Run
 from mmedit_cli.reports import gallery
 from mmedit_cli.shapes import told
@@ -82,7 +83,7 @@ def load_eyes(plan: ConceptPlan) -> Eyes:
         encoders[namer.name] = TokenEncoder(namer)
         held = bundled().get(settings.encoder, Path(settings.encoder)) / "holdout.json"
         if held.is_file():
-            never = set(json.loads(held.read_text(encoding="utf-8")).get("concepts", ()))
+            never = set(read_json_object(held, error=ModelError).array("concepts", str, []))
             unknown = frozenset(s.name for s in plan.found.subjects if s.key in never)
     encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
     if not encoders:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model, loading
-from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
+from mmedit_cli.errors import DataError, MmeditError, StateError, TooLong, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.output import Output
+from mmedit_cli.reading import parse_json_object
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import pick_variant, shape_of, shape_of_config, told
-from mmedit_cli.storage import sha256_json
+from mmedit_cli.storage import sha256_json, sha256_of
 from mmedit_cli.types import EditCase, Query, in_one_line
 from mmedit_cli.workflows.networks import Networks, find_networks, networks_line
 
@@ -120,7 +120,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "versions": runtime.versions(),
     }
     if networks is not None:
-        config["checkpoint"] = hashlib.sha256(networks.path.read_bytes()).hexdigest()
+        config["checkpoint"] = sha256_of(networks.path)
     folder = Run.locate(options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config)
     return EvalPlan(options, ref, hparams, networks, cases, config, folder)
 
@@ -252,7 +252,8 @@ def resolve_editor(
     if file is None and networks is not None:
         from mmedit_cli.editors.base import read_state
 
-        trained = json.loads(read_state(networks)[1].get("hparams", "{}"))
+        text = read_state(networks)[1].get("hparams", "{}")
+        trained = parse_json_object(text, f"{networks}: hparams", error=StateError).values
         overrides = [*(f"{key}={json.dumps(value)}" for key, value in trained.items()), *overrides]
     return editor, load_hparams(
         file or registry.hparams_file(name), editor.Hparams, variant=variant, overrides=overrides

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
+from mmedit_cli.reading import Record, parse_json_object, read_lines
 from mmedit_cli.records import Run
 from mmedit_cli.reports.gallery import edit_sheet
 from mmedit_cli.storage import sha256_json, write_atomic
@@ -28,6 +28,7 @@ from mmedit_cli.workflows.networks import Networks, chosen_networks, described, 
 if TYPE_CHECKING:
     from mmedit_cli.output import Tick
 
+_MOST_PROBLEMS = 20
 _KEYS = ("image", "instruction", "output", "seed", "expressive")
 _NO_ALPHA = ("JPEG", "BMP")
 
@@ -78,54 +79,37 @@ def read_wishes(file: Path, out: Path, seed: int) -> list[Wish]:
     Images are named relative to the file, outputs relative to the folder `out`, which none of them leaves. Raises
     DataError with every bad line.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})", 'a line is {"image": ..., "instruction": ...}') from error
+    form = 'a line is {"image": ..., "instruction": ...}'
     wishes: list[Wish] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+    for number, line in read_lines(file, hint=form):
+        if line.strip() and len(problems) < _MOST_PROBLEMS:
             place = f"{file}:{number}"
-            found = _read_line(line, number, file.parent, out, seed)
-            if isinstance(found, Wish):
+            try:
+                found = _read_line(parse_json_object(line, place), number, file.parent, out, seed)
                 wishes.append(Wish(**{**vars(found), "place": place}))
-            else:
-                problems.append(f"{place}: {found}")
+            except DataError as error:
+                problems += error.problems
     outputs: dict[Path, str] = {}
     for wish in wishes:
         if wish.output in outputs:
             problems.append(f"{wish.place}: the output {wish.output.name} is that of {outputs[wish.output]} too")
         outputs.setdefault(wish.output, wish.place)
     if problems or not wishes:
-        raise DataError(problems[:20] or f"{file}: nothing in it", 'a line is {"image": ..., "instruction": ...}')
+        raise DataError(problems[:_MOST_PROBLEMS] or f"{file}: nothing in it", form)
     return wishes
 
 
-def _read_line(line: str, number: int, images: Path, out: Path, seed: int) -> Wish | str:
-    """Return the wish of a line, or what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return f"not JSON ({error})"
-    if not isinstance(record, dict):
-        return "not a JSON object"
-    if unknown := [key for key in record if key not in _KEYS]:
-        return f"unknown key {unknown[0]!r}{near_miss(unknown[0], _KEYS)}"
-    for key in ("image", "instruction"):
-        if not isinstance(record.get(key), str) or (key == "image" and not record[key]):
-            return f"{key}: expected text, got {record.get(key)!r}"
-    for key in ("output", "expressive"):
-        if not isinstance(record.get(key, ""), str):
-            return f"{key}: expected text, got {record[key]!r}"
-    own = record.get("seed", seed)
-    if not isinstance(own, int) or isinstance(own, bool) or own < 0:
-        return f"seed: expected a whole number from 0, got {own!r}"
-    name = record.get("output") or f"{number:05d}-{Path(record['image']).stem}.png"
+def _read_line(record: Record, number: int, images: Path, out: Path, seed: int) -> Wish:
+    """Return the wish of a line; raise DataError for what is wrong with it."""
+    record.only(*_KEYS)
+    image = record.path("image")
+    name = record.path("output", "") or f"{number:05d}-{Path(image).stem}.png"
     output = out / name
     if not output.resolve().is_relative_to(out.resolve()) or output.resolve() == out.resolve():
-        return f"output: {name!r} is not inside {out}"
-    return Wish(images / record["image"], record["instruction"], output, own, record.get("expressive"))
+        record.fail("output", f"{name!r} is not inside {out}")
+    own = record.integer("seed", seed, low=0)
+    return Wish(images / image, record.text("instruction"), output, own, record.text("expressive", None))
 
 
 def check(wishes: Sequence[Wish], options: EditOptions, done: frozenset[Path] = frozenset()) -> None:

@@ -188,7 +188,7 @@ def _llava(parts: Published, guidance: Guidance) -> tuple[Any, Any]:
 
     local: dict[str, Any] = {"local_files_only": True}
     with loading(f"{parts.llava} or {parts.vision}", problem="cannot be read", hint="are they complete?"):
-        told = json.loads((parts.llava / "config.json").read_text(encoding="utf-8"))
+        told = read_json_object(parts.llava / "config.json", error=ModelError, hint="is it complete?").values
         tokenizer = AutoTokenizer.from_pretrained(parts.llava, trust_remote_code=False, **local)
         tower = CLIPVisionModel.from_pretrained(
             parts.vision, trust_remote_code=False, dtype=guidance.embed.dtype, **local
