@@ -440,7 +440,8 @@ class Record:
     def path(self, key: str, default: Any = _NEEDED) -> str:
         """Return a text that may name a file: not empty unless it is the default, and without a NUL."""
         value = self.text(key, default)
-        if value is not default and (not value or "\0" in value):
+        named = bool(value) and "\0" not in value
+        if value is not default and not named:
             self._wrong(key, "the name of a file", value)
         return value
 

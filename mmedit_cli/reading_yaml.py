@@ -88,7 +88,7 @@ def load(text: str, deepest: int, longest_integer: int) -> Any:
 def _check_events(text: str, deepest: int) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1  # type: ignore[union-attr]
         if getattr(event, "anchor", None):
             raise YamlFault("anchors and aliases are not supported", line)
         tag = getattr(event, "tag", None)

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
-from mmedit_cli.errors import RunError, StateError
+from mmedit_cli.errors import DataError, RunError, StateError
+from mmedit_cli.reading import parse_json_object, read_bytes, read_json_object, read_yaml
 from mmedit_cli.storage import (
     dump_json,
     file_errors,

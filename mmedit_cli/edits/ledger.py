@@ -29,6 +29,7 @@ import yaml
 from mmedit_cli.edits.seal import SEAL, Beginning, Seal
 from mmedit_cli.edits.shards import SHARD_FILE, Shards, grouped
 from mmedit_cli.errors import RunError, StateError, UserError
+from mmedit_cli.reading import read_yaml
 from mmedit_cli.records import Run, encode_lines
 from mmedit_cli.storage import (
     is_link,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mmedit_cli.image_editors import _tiny
 from mmedit_cli.image_editors.base import Settings
 from mmedit_cli.model_folder import INDEX, check_parts, loading, read_settings
 from mmedit_cli.not_a_model import check_folder_is_meant, check_is_model, check_not_a_path
+from mmedit_cli.reading import read_json_object
 
 REPOS = {  # short names of published pipelines
     "instruct-pix2pix": "timbrooks/instruct-pix2pix",

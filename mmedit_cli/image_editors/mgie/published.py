@@ -7,7 +7,6 @@ read for their tensors alone: nothing in them is executed.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from mmedit_cli.image_editors._loading import LoadOptions, load_pipeline
 from mmedit_cli.image_editors.mgie.modules import N_TOKENS, MGIEEditHead
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
 from mmedit_cli.model_folder import loading
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.storage import staged_folder
 
 # the conversation that the published weights were trained with; <image> stands between its own two tokens
