@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from mmedit_cli.errors import DataError
 from mmedit_cli.output import Output
 from mmedit_cli.packed import way_out
+from mmedit_cli.reading import require_regular
 from mmedit_cli.registry import emojikb_dir
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -162,6 +163,8 @@ def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
     if isinstance(path, Path) and not path.exists():
         emojikb_dir()  # it may be a picture of EmojiKB
+    if isinstance(path, Path) and path.exists():
+        require_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

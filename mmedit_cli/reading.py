@@ -15,6 +15,7 @@ import os
 import re
 import reprlib
 import stat
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ PACKED = ".gz"  # files of text may also be gzipped
 LARGEST_TEXT = 48 << 20  # bytes of a file that is decoded as a whole: four bytes a character may be needed in memory
 LARGEST_DATA = 512 << 20  # bytes, unpacked, of a file that is read line by line
 LARGEST_LINE = 16 << 20
+LARGEST_QUESTION = 100_000  # characters of a line of stdin
 LARGEST_YAML = 1 << 20  # YAML is slow, and these files are written by hand
 MOST_LINES = 10_000_000
 MOST_VALUES = 4_000_000  # in one JSON text: an empty list takes 2 bytes on disk and 64 in memory
@@ -124,6 +126,22 @@ def read_lines(path: Path, *, error: ErrorType = DataError, hint: str = "") -> I
                 bound = f"{_size(LARGEST_DATA)} or {MOST_LINES:,} lines"
                 raise error(f"{path}:{number}: more than {bound} (unpacked)", hint or "split it into smaller files")
             yield number, _decoded_line(data, f"{path}:{number}", error, hint, first=number == 1)
+
+
+def read_stdin() -> Iterator[str]:
+    """Yield the lines of stdin without blanks around them; raise DataError for what is too long or not text."""
+    if sys.stdin is None:
+        return
+    while True:
+        try:
+            line = sys.stdin.readline(LARGEST_QUESTION + 1)
+        except UnicodeDecodeError as fault:
+            raise DataError(f"stdin: not UTF-8 (byte {fault.start})", "send text") from fault
+        if len(line) > LARGEST_QUESTION:
+            raise DataError(f"stdin: a line longer than {LARGEST_QUESTION:,} characters", "send a question a line")
+        if not line:
+            return
+        yield line.strip()
 
 
 def _decoded_line(data: bytes, place: str, error: ErrorType, hint: str, *, first: bool) -> str:

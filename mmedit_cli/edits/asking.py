@@ -17,7 +17,7 @@ from mmedit_cli.edits.model import EditedModel, open_edits
 from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.evaluation.answers import tokens_for
 from mmedit_cli.output import Output, report_error
-from mmedit_cli.reading import read_lines
+from mmedit_cli.reading import read_lines, read_stdin
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions, load_model
 
@@ -97,11 +97,10 @@ class Asker:
 
     def talk(self, image: Path | None) -> None:
         """Answer the lines of stdin until they end; a mistake is reported and the talk goes on."""
-        if sys.stdin.isatty():
+        if sys.stdin is not None and sys.stdin.isatty():
             self.out.note(_HELP)
         asked = False
-        for line in sys.stdin:
-            text = line.strip()
+        for text in read_stdin():
             asked = asked or bool(text)
             if text in ("/quit", "/exit"):
                 return

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmedit_cli import __version__
 from mmedit_cli.catalog import find_model
 from mmedit_cli.edits.model import EditedModel, described, open_edits
-from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.errors import MmeditError, RunError, UserError
 from mmedit_cli.output import Output
 from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Query
@@ -48,12 +49,23 @@ def export(folder: Path, to: Path, options: ModelOptions, out: Output, *, adapte
     with open_edits(folder, model=options, out=out) as edited:
         if not edited.ledger.active:
             raise UserError(f"{folder}: no active edits, so there is nothing to export", "mmedit edits redo")
-        with staged_folder(to) as fresh:
+        with _whole_or_not(to), staged_folder(to) as fresh:
             report = _write(edited, fresh, out, adapters)
             write_atomic(fresh / "README.md", card(edited, report["kind"], to.name))
             facts = [described(edit) for edit in edited.ledger.active]
             write_atomic(fresh / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False))
     return {**report, "folder": str(to), "edits": len(facts)}
+
+
+@contextmanager
+def _whole_or_not(to: Path) -> Iterator[None]:
+    """Turn what safetensors raises on a full disk into a RunError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunError(f"{to}: cannot write: {error}", "is the disk full?") from error
 
 
 def _write(edited: EditedModel, folder: Path, out: Output, adapters: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _PROTOCOLS = {
     "tf_easyedit": "teacher-forced, locality at all positions",
     "tf_em": "teacher-forced, all answer tokens right",
 }
+_AGAIN = "run the command again with --force"
 _TESTS = ("reliability", "generality", "class", "other", "pair")  # of concepts, as they are printed
 _NAMES = {
     "reliability": "Rel",
@@ -48,7 +50,26 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def report(out: Output, report: Mapping[str, Any]) -> None:
-    """Print the report of an evaluation (scores, answers before and after, cost), or of a training."""
+    """Print the report of an evaluation (scores, answers before and after, cost), or of a training.
+
+    Raises RunError if it has not the form of one.
+    """
+    with _form(str(report.get("run", "report.json"))):
+        _report(out, report)
+
+
+@contextmanager
+def _form(place: str) -> Iterator[None]:
+    """Turn what misses a key or has another type into a RunError: reports come from disk."""
+    try:
+        yield
+    except KeyError as error:
+        raise RunError(f"{place}: not a report of this program: {error} is missing", _AGAIN) from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RunError(f"{place}: not a report of this program: {error}", _AGAIN) from error
+
+
+def _report(out: Output, report: Mapping[str, Any]) -> None:
     if "milestones" not in report:
         kinds = {"best": training, "scores": image_scores, "sides": concept_scores}
         next((shown for key, shown in kinds.items() if key in report), image_training)(out, report)
@@ -330,25 +351,28 @@ def runs(out: Output, records: Path) -> None:
     found = sorted(records.rglob("report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     rows = []
     for path in found:
-        done = read_report(path.parent)
-        if "milestones" not in done:  # a training
-            best = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
-            what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
-            if "sides" in done:
-                what = f"{done['data']['cases']} subjects"
-            rows.append([done["editor"], done["model"]["name"], done["data"]["name"], what, best, str(path.parent)])
-            continue
-        last = done["milestones"][-1]
-        protocol, scores = next(iter(last["scores"].items()))
-        score = f"{protocol} {100 * scores['reliability']['mean']:.1f}"
-        rows.append(
-            [done["editor"], done["model"]["name"], done["data"]["name"], str(last["edits"]), score, str(path.parent)]
-        )
+        with _form(str(path)):
+            rows.append(_run_row(read_report(path.parent), path.parent))
     header = ["editor", "model", "data", "edits", "reliability", "run"]
     out.result(
         [dict(zip(header, row, strict=True)) for row in rows],
         lambda: out.table(header, rows) if rows else out.line(f"no finished runs in {records}"),
     )
+
+
+def _run_row(done: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the row of a finished run: editor, model, data, edits or what was made, score, folder."""
+    if "milestones" in done:
+        last = done["milestones"][-1]
+        protocol, scores = next(iter(last["scores"].items()))
+        what, score = str(last["edits"]), f"{protocol} {100 * scores['reliability']['mean']:.1f}"
+    else:  # a training, or another kind of evaluation
+        score = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
+        what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+        if "sides" in done:
+            what = f"{done['data']['cases']} subjects"
+    names = [done["editor"], done["model"]["name"], done["data"]["name"]]
+    return [*map(str, names), what, score, str(folder)]
 
 
 def catalogue(out: Output) -> None:
