@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -123,7 +124,9 @@ class CaseReader:
         if not isinstance(value, str) or not value or "\0" in value:
             self._add(key, "must be a path")
             return None
-        if PurePosixPath(value).is_absolute() or not (self.root / value).resolve().is_relative_to(self._real_root):
+        if PurePosixPath(value).is_absolute() or not Path(os.path.realpath(self.root / value)).is_relative_to(
+            self._real_root
+        ):
             self._add(key, f"{value} lies outside the folder {self.root}")
             return None
         return self.root / value

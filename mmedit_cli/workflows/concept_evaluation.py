@@ -7,7 +7,6 @@ the same bit for bit. What lies there is not done again.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
