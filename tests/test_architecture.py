@@ -147,3 +147,36 @@ def test_nothing_is_unpickled():
                 assert not called.startswith("pickle."), path
                 if called == "torch.load":
                     assert "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords], path
+
+
+# where a file may be read past the one reader: our own sources, and what this program has just written itself
+OWN_READERS = {
+    "reading.py": "the one reader",
+    "reading_yaml.py": "its YAML",
+    "registry.py": "sources of this package, and its data",
+    "packed.py": "zips that come along, and what was unpacked from them",
+    "hparams.py": "its own YAML reader, on a text of the one reader",
+    "editors/_flatten.py": "sources of this package",
+    "editors/_runtime.py": "goes into exports, which run without this package",
+    "backbones/_tiny_diffusion.py": "a tokenizer that was just made",
+    "edits/shards.py": "compares what it reads with a digest before anything is made of it",
+    "records.py": "its own encoding, to compare",
+    "evaluation/vlm.py": "answers it has opened with the one reader before",
+    "catalog.py": "bytes for a digest",
+    "image_editors/_loading.py": "bytes for a digest",
+    "download/transfer.py": "a note of its own, which does not matter if it is damaged",
+}
+READS = {"json.loads", "json.load", "yaml.safe_load", "yaml.load", "yaml.compose", "safe_open"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_of_others_are_read_by_the_one_reader(path):
+    if path.relative_to(PACKAGE).as_posix() in OWN_READERS:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in READS, f"{called} in line {node.lineno}: use mmedit_cli.reading"
+            method = called.rpartition(".")[2]
+            of_a_file = isinstance(node.func, ast.Attribute) and method in ("read_text", "read_bytes")
+            assert not of_a_file or called.startswith("reading."), f"{called} in line {node.lineno}"

@@ -29,7 +29,7 @@ import yaml
 from mmedit_cli.edits.seal import SEAL, Beginning, Seal
 from mmedit_cli.edits.shards import SHARD_FILE, Shards, grouped
 from mmedit_cli.errors import RunError, StateError, UserError
-from mmedit_cli.reading import read_yaml
+from mmedit_cli.reading import read_bytes, read_yaml
 from mmedit_cli.records import Run, encode_lines
 from mmedit_cli.storage import (
     is_link,
@@ -44,6 +44,8 @@ from mmedit_cli.storage import (
 from mmedit_cli.types import Query
 from mmedit_cli.workflows.concepts import INDEX
 
+_LARGEST_NETWORKS = 1 << 34
+_LARGEST_PICTURE = 1 << 28
 FORMAT = 1  # of the folder; a newer one is refused
 NETWORKS = "networks.safetensors"
 LINES = "edits.jsonl"
@@ -128,7 +130,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         try:
             _refuse_links(folder)
             if networks is not None:
-                write_atomic(folder / NETWORKS, networks.read_bytes())
+                write_atomic(folder / NETWORKS, read_bytes(networks, limit=_LARGEST_NETWORKS))
             began = not (folder / "run.yaml").exists()
             if began and not (folder / SEAL).exists() and not run.lines("edits"):
                 seal = Seal(folder)
@@ -337,7 +339,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._check_writing()
         if query.image is None:
             return query
-        data = query.image.read_bytes()
+        data = read_bytes(query.image, limit=_LARGEST_PICTURE)
         digest, suffix = hashlib.sha256(data).hexdigest(), query.image.suffix.lower()
         name = digest + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else "")
         path = self.folder / "pictures" / name

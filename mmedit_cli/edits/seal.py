@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmedit_cli.errors import StateError
+from mmedit_cli.errors import DataError, StateError
+from mmedit_cli.reading import read_json_object
 from mmedit_cli.storage import write_json
 
 SEAL = "seal.json"
@@ -34,11 +34,11 @@ class Seal:
         Raises StateError for a damaged seal.
         """
         try:
-            accepted = json.loads(self.path.read_bytes())["accepted"]
-            return [Beginning(int(e["bytes"]), str(e["sha256"]), bool(e.get("torn"))) for e in accepted]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            accepted = read_json_object(self.path).records("accepted")
+            return [Beginning(e.integer("bytes"), e.text("sha256"), e.flag("torn", False)) for e in accepted]
+        except DataError as error:
+            if not self.path.exists():
+                return None
             raise StateError(f"{self.path}: damaged", _way_out(self.path.parent)) from error
 
     def check(self, lines: bytes, accepted: list[Beginning] | None, *, torn: bool, shards: bool) -> None:

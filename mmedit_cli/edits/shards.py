@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmedit_cli.errors import StateError
+from mmedit_cli.reading import parse_json_object
 from mmedit_cli.storage import file_errors, remove_file, remove_temporaries, sync_file, sync_folder, temporary_beside
 
 T = TypeVar("T")
@@ -104,8 +105,9 @@ class Shards:
         if hashlib.sha256(data).hexdigest() != digest:
             raise StateError(f"{self._path(digest)}: damaged: it is not what was written", self._hint)
         size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-        return dict(json.loads(metadata.get(_EDITS, "{}")))
+        header = parse_json_object(data[8 : 8 + size], str(self._path(digest)), error=StateError)
+        text = header.record("__metadata__", {}).text(_EDITS, "{}")
+        return parse_json_object(text, str(self._path(digest)), error=StateError).values
 
     def remove(self, digest: str) -> bool:
         """Remove one file and tell whether it was there."""

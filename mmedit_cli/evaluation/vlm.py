@@ -14,9 +14,10 @@ import torch
 
 from mmedit_cli import runtime
 from mmedit_cli.editors.base import Editor
-from mmedit_cli.errors import RunError, UserError
+from mmedit_cli.errors import MmeditError, RunError, StateError, UserError
 from mmedit_cli.evaluation import metrics
 from mmedit_cli.evaluation.answers import Answer, answer_limits, ask
+from mmedit_cli.reading import open_tensors, parse_json
 from mmedit_cli.records import Run
 from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import EditCase, Query
@@ -388,16 +389,16 @@ def _write_answers(path: Path, cases: Sequence[EditCase], answers: Mapping[Query
 
 def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] | None:
     """Return stored answers; None if there are none, or if the file is damaged (then they are asked for again)."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["answers"])
+        with open_tensors(path, error=StateError) as file:
+            plain = parse_json(file.metadata()["answers"], f"{path}: answers", error=StateError)
         tops = load(path.read_bytes())  # a Ctrl-C within safe_open's get_tensor would come out as a ValueError
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (MmeditError, OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     rows = [Answer(text, tuple(said), tuple(wanted), tops.get(str(i))) for i, (text, said, wanted) in enumerate(plain)]
     return dict(zip(_distinct(cases), rows, strict=True))

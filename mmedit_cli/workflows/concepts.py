@@ -24,6 +24,7 @@ from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.identity import same_model
 from mmedit_cli.output import Output
+from mmedit_cli.reading import Record, parse_json_object, read_json_object
 from mmedit_cli.runtime import resolve_device
 from mmedit_cli.storage import (
     is_link,
@@ -247,7 +248,8 @@ class ConceptFolder:
         learned_with: dict[str, Any] = {}
         entries = self.entries if tokens is None else [self.entry(token) for token in tokens]
         for entry in entries:
-            learned_with |= json.loads(self._metadata(entry).get("hparams", "{}"))
+            text = self._metadata(entry).get("hparams", "{}")
+            learned_with |= parse_json_object(text, f"{self._file(entry)}: hparams", error=StateError).values
         words = [f"{key}={json.dumps(value)}" for key, value in learned_with.items()]
         hparams = load_hparams(registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides])
         personalizer: Personalizer = cls(model, hparams)
@@ -279,14 +281,11 @@ class ConceptFolder:
 
     def _read(self) -> None:
         path = self.folder / INDEX
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            head = {key: content[key] for key in ("format", "editor", "model", "fingerprint")}
-            entries = [{**entry, **{key: str(entry[key]) for key in ("token", "superclass", "file", "sha256")}}
-                       for entry in content["concepts"]]  # fmt: skip
-            leaving = [str(name) for name in content.get("leaving", ())]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{path}: not an index of concepts ({error})", "choose another folder") from error
+        content = read_json_object(path, error=StateError, hint="choose another folder, or put it back from a copy")
+        head: dict[str, Any] = {key: content.text(key) for key in ("editor", "model", "fingerprint")}
+        head["format"] = content.integer("format")
+        entries = [_checked_entry(entry) for entry in content.records("concepts")]
+        leaving = content.array("leaving", str, [])
         if head["format"] != FORMAT:
             raise StateError(f"{path}: format {head['format']}, this program reads {FORMAT}", "upgrade mmedit")
         for entry in entries:
@@ -299,6 +298,15 @@ class ConceptFolder:
         self._leaving = list(leaving)
         content = {**self.head, "concepts": self.entries, **({"leaving": self._leaving} if leaving else {})}
         write_atomic(self.folder / INDEX, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _checked_entry(entry: Record) -> dict[str, Any]:
+    """Return an entry of the index; raise StateError unless every field that is used has its type."""
+    for key in ("token", "superclass", "file", "sha256"):
+        entry.text(key)
+    entry.integer("bytes", 0, low=0)
+    entry.number("seconds", 0.0)
+    return entry.values
 
 
 def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _ledger(folder: Path) -> None:
         for i in range(3):
             request = ledger.keep_picture(Query("What is this?", f"target {i}", folder / "a.png"))
             ledger.add([request], {"row": torch.ones(1, 4)}, before=["b"], names=["a.png"])
-        ledger.undo([2])
+        ledger.mark("undo", [2])
 
 
 def _concepts(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +26,8 @@ from mmedit_cli.image_editors.mgie.hparams import MgieHparams
 from mmedit_cli.image_editors.mgie.modules import MGIEEditHead, widened
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
 from mmedit_cli.model_folder import CHECKPOINT, check_parts, loading
+from mmedit_cli.reading import open_tensors, parse_json
+from mmedit_cli.storage import sha256_of
 
 TINY = "tiny-mgie"
 _DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline")
@@ -159,13 +159,13 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
 
     Raises StateError if the file is damaged or does not fit.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = folder / CHECKPOINT
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path, error=StateError, hint="train again with --force") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            about = json.loads((file.metadata() or {})["mgie"])
+            about = parse_json((file.metadata() or {})["mgie"], f"{path}: mgie", error=StateError)
             values = about["hparams"]
             hparams = MgieHparams(**{k: v for k, v in values.items() if k != "training"})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
@@ -191,7 +191,7 @@ def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEPipeline, str,
             getattr(pipeline, part).to(number)
     comes_along = folder.resolve() in [own.resolve() for own in own_image_editors().values()]
     name = folder.name if comes_along else f"mgie on {about['model']}"
-    return pipeline, name, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return pipeline, name, sha256_of(path)[:16]
 
 
 def restore(trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: str) -> None:
