@@ -76,7 +76,11 @@ def fuzz(count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bo
         valid = root / "valid" / reader.name
         valid.mkdir(parents=True)
         reader.make(valid)
-        _run(reader, valid, Counts())  # imports what is needed, and warms caches, before memory is measured
+        undamaged = Counts()  # this also imports what is needed, before memory is measured
+        told = _run(reader, valid, undamaged)
+        if undamaged.refused or undamaged.uncaught or undamaged.slow:
+            counts.failures.append(f"{reader.name} refuses what is valid: {told}")
+            counts.uncaught += 1
         idle = _memory("VmRSS")
         for number in range(count):
             chance = random.Random(f"{seed}/{reader.name}/{number}")
