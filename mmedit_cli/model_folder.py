@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import MmeditError, ModelError
-from mmedit_cli.reading import read_json_object
+from mmedit_cli.reading import read_json_object, require_regular
 
 INDEX = "model_index.json"  # of a pipeline
 CHECKPOINT = "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
@@ -55,6 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder; raise ModelError if there are none, or if one is missing."""
+    check_files(folder)
     files = sorted(folder.glob("*.safetensors"))
     named: set[str] = set()
     for index in sorted(folder.glob("*.safetensors.index.json")):
@@ -69,6 +70,13 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(problem, f"convert them: mmedit convert safetensors {whole} {whole}-safetensors")
         raise ModelError(f"{folder}: no weights (*.safetensors)", "copy model.safetensors there")
     return files
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelError if a folder holds a FIFO or a device: a library that opens it would wait for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir():
+            require_regular(path, error=ModelError)
 
 
 def _files_of_index(index: Path) -> set[str]:
@@ -128,6 +136,8 @@ def check_parts(folder: Path) -> dict[str, Any]:
     diffusers opens such a part without saying that no code of others is run, and transformers then asks on stdout.
     """
     index = read_config(folder)
+    for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        check_files(part)
     for name, entry in index.items():
         if not isinstance(entry, list) or len(entry) != 2:
             continue

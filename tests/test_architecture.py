@@ -162,7 +162,7 @@ OWN_READERS = {
     "edits/shards.py": "compares what it reads with a digest before anything is made of it",
     "records.py": "its own encoding, to compare",
     "evaluation/vlm.py": "answers it has opened with the one reader before",
-    "catalog.py": "bytes for a digest",
+    "identity.py": "bytes for a digest",
     "image_editors/_loading.py": "bytes for a digest",
     "download/transfer.py": "a note of its own, which does not matter if it is damaged",
 }

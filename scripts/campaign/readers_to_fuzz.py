@@ -321,7 +321,8 @@ def _hparams(folder: Path) -> int:
 
 
 def _model_configs(folder: Path) -> int:
-    from mmedit_cli.catalog import find_model, read_settings, weight_files
+    from mmedit_cli.catalog import find_model
+    from mmedit_cli.model_folder import read_settings, weight_files
 
     read_settings(folder)
     weight_files(folder)
