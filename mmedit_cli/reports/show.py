@@ -65,7 +65,7 @@ def _form(place: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise RunError(f"{place}: not a report of this program: {error} is missing", _AGAIN) from error
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, IndexError, AttributeError, StopIteration) as error:
         raise RunError(f"{place}: not a report of this program: {error}", _AGAIN) from error
 
 

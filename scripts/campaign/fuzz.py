@@ -64,7 +64,6 @@ class Counts:
 
 def fuzz(count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bool = False) -> Counts:
     """Give `count` inputs to each reader."""
-    import_all()
     counts = Counts()
     canary = root / "canary"
     canary.mkdir()
@@ -174,11 +173,11 @@ def _limited() -> Iterator[None]:
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -217,6 +216,7 @@ def main() -> int:
     if unknown:
         parser.error(f"{unknown[0]}: there are {', '.join(known)}")
     chosen = [known[name] for name in options.names] or list(known.values())
+    import_all()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mmedit-fuzz-") as root:
         counts = fuzz(options.count, options.seed, Path(root).resolve(), chosen, verbose=options.verbose)

@@ -79,7 +79,7 @@ _LIST = ("download", "--list", "--catalogue", "c.yaml")
 # -- what is valid ------------------------------------------------------------------------------------------------
 
 _CSV = 'prompt,target,image\nWhat is this?,a star,a.png\n"Who, again?",me,\n'
-_HPARAMS = "layers: [1]\nsteps: 3\nlr: 0.1\nvariants:\n  tiny-blip2: {steps: 5}\n"
+_HPARAMS = "layers: [1]\nsteps: 3\nlearning_rate: 0.1\nvariants:\n  tiny-blip2: {steps: 5}\n"
 _CATALOGUE = """
 mine:
   summary: mine
@@ -172,7 +172,8 @@ def _report(folder: Path) -> None:
     report = {
         "editor": "ft", "model": {"name": "m", "fingerprint": "0"}, "data": {"name": "d", "cases": 10},
         "milestones": [milestone], "retention": {"milestones": [10]}, "examples": [example],
-        "cost": {"seconds": 1.0, "seconds_per_edit": 0.1, "peak_memory": {"process": 1}},
+        "cost": {"seconds_per_edit": {"mean": 0.1, "median": 0.1, "p95": 0.2}, "edits": 10,
+                 "asked": {"questions": 100, "seconds": 2.0}},
     }  # fmt: skip
     _text(folder / "run" / "report.json", json.dumps(report))
 
