@@ -207,30 +207,38 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def parse_json(text: str | bytes, place: str, *, error: ErrorType = DataError, hint: str = "") -> Any:
-    """Return the value that a JSON text holds; raise `error` naming `place` ("file:line") if it is none."""
+def parse_json(
+    text: str | bytes, place: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+) -> Any:
+    """Return the value that a JSON text holds; raise `error` naming `place` ("file:line") if it is none.
+
+    `halves` allows halves of characters (lone surrogates): so Python spells file names that are not UTF-8, and so the
+    program's own records name them.
+    """
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as fault:
             raise error(f"{place}: not UTF-8 (byte {fault.start})", hint) from fault
-    return _whole_json(text, lambda line: place, error, hint)
+    return _whole_json(text, lambda line: place, error, hint, halves=halves)
 
 
-def parse_json_object(text: str | bytes, place: str, *, error: ErrorType = DataError, hint: str = "") -> Record:
+def parse_json_object(
+    text: str | bytes, place: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+) -> Record:
     """Return the object that a JSON text holds, ready to be asked for its fields; raise `error` otherwise."""
-    return Record(parse_json(text, place, error=error, hint=hint), place, error=error, hint=hint)
+    return Record(parse_json(text, place, halves=halves, error=error, hint=hint), place, error=error, hint=hint)
 
 
-def read_json(path: Path, *, limit: int = LARGEST_TEXT, error: ErrorType = DataError, hint: str = "") -> Any:
+def read_json(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
     """Return the value that a JSON file holds; raise `error` with the file and the line if it cannot be read."""
-    text = read_text(path, limit=limit, error=error, hint=hint)
-    return _whole_json(text, lambda line: f"{path}:{line}" if line else str(path), error, hint)
+    text = read_text(path, error=error, hint=hint)
+    return _whole_json(text, lambda line: f"{path}:{line}" if line else str(path), error, hint, halves=halves)
 
 
-def read_json_object(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Record:
+def read_json_object(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Record:
     """Return the object that a JSON file holds, ready to be asked for its fields; raise `error` otherwise."""
-    return Record(read_json(path, error=error, hint=hint), str(path), error=error, hint=hint)
+    return Record(read_json(path, halves=halves, error=error, hint=hint), str(path), error=error, hint=hint)
 
 
 def json_item(text: str, start: int) -> tuple[Any, int]:
@@ -255,14 +263,14 @@ def count_of_values(text: str) -> int:
     return text.count(",") + text.count("[") + text.count("{")
 
 
-def _whole_json(text: str, place: Any, error: ErrorType, hint: str) -> Any:
+def _whole_json(text: str, place: Any, error: ErrorType, hint: str, *, halves: bool) -> Any:
     """Return the value of a text; `place` maps a line (0: not known) to what an error names."""
     if count_of_values(text) > MOST_VALUES:
         raise error(f"{place(0)}: more than {MOST_VALUES:,} values", hint)
     try:
         value = _DECODER.decode(text)
         if text.count("[") + text.count("{") > DEEPEST or _ESCAPED_SURROGATE.search(text):
-            check_values(value)
+            check_values(value, halves=halves)
     except json.JSONDecodeError as fault:
         raise error(f"{place(fault.lineno)}: not valid JSON ({fault.msg}, column {fault.colno})", hint) from fault
     except RecursionError as fault:
@@ -273,21 +281,26 @@ def _whole_json(text: str, place: Any, error: ErrorType, hint: str) -> Any:
     return value
 
 
-def check_values(value: Any) -> None:
-    """Raise an exception unless a value is at most DEEPEST levels deep and every text in it can be encoded."""
+def check_values(value: Any, *, halves: bool = False) -> None:
+    """Raise an exception unless a value is at most DEEPEST levels deep and, but for `halves`, can be encoded."""
+    check_text = _no_check if halves else _check_text
     waiting = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
         if depth > DEEPEST:
             raise _Refused(f"nested deeper than {DEEPEST} levels")
         if isinstance(item, str):
-            _check_text(item)
+            check_text(item)
         elif isinstance(item, dict):
             for key in item:
-                _check_text(key)
+                check_text(key)
             waiting.extend((child, depth + 1) for child in item.values())
         elif isinstance(item, list):
             waiting.extend((child, depth + 1) for child in item)
+
+
+def _no_check(text: str) -> None:
+    pass
 
 
 def _check_text(text: str) -> None:
@@ -346,13 +359,14 @@ def _with_ends(header: str, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
 # -- YAML ---------------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path, *, limit: int = LARGEST_YAML, error: ErrorType = DataError, hint: str = "") -> Any:
+def read_yaml(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
     """Return the value that a YAML file holds; raise `error` with the file and the line if it cannot be read.
 
     Anchors, aliases and tags are refused (they multiply), so are keys that are not text or stand twice. Dates stay
     text.
     """
-    return parse_yaml(read_text(path, limit=limit, error=error, hint=hint), str(path), error=error, hint=hint)
+    text = read_text(path, limit=LARGEST_YAML, error=error, hint=hint)
+    return parse_yaml(text, str(path), halves=halves, error=error, hint=hint)
 
 
 def read_yaml_object(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Record:
@@ -360,13 +374,13 @@ def read_yaml_object(path: Path, *, error: ErrorType = DataError, hint: str = ""
     return Record(read_yaml(path, error=error, hint=hint), str(path), error=error, hint=hint)
 
 
-def parse_yaml(text: str, file: str, *, error: ErrorType = DataError, hint: str = "") -> Any:
+def parse_yaml(text: str, file: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
     """Return the value that a YAML text holds; raise `error` with the file and the line otherwise."""
     from mmedit_cli.reading_yaml import YamlFault, load
 
     try:
         value = load(text, DEEPEST, LONGEST_INTEGER)
-        check_values(value)
+        check_values(value, halves=halves)
     except YamlFault as fault:
         place = f"{file}:{fault.line}" if fault.line else file
         raise error(f"{place}: {fault}", hint) from fault

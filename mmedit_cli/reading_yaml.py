@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, ClassVar, NoReturn
 
 import yaml
 
 _STR_TAG = "tag:yaml.org,2002:str"
 _TIMESTAMP_TAG = "tag:yaml.org,2002:timestamp"
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class YamlFault(ValueError):
@@ -20,8 +21,8 @@ class YamlFault(ValueError):
         self.line = line
 
 
-class _Loader(_Base):  # type: ignore[misc]
-    """A safe loader whose dates stay text."""
+class _Rules:
+    """What is added to a safe loader: dates stay text, and values are checked."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP_TAG]
@@ -34,11 +35,11 @@ class _Loader(_Base):  # type: ignore[misc]
         """Read a whole number that is not absurdly long."""
         if len(node.value) > self.longest_integer:
             _fail(node, f"a whole number of {len(node.value):,} digits")
-        return yaml.SafeLoader.construct_yaml_int(self, node)
+        return yaml.SafeLoader.construct_yaml_int(self, node)  # type: ignore[arg-type]
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """Read a finite number."""
-        value = yaml.SafeLoader.construct_yaml_float(self, node)
+        value = yaml.SafeLoader.construct_yaml_float(self, node)  # type: ignore[arg-type]
         if not math.isfinite(value):
             _fail(node, f"{node.value[:40]} is not a finite number")
         return value
@@ -52,11 +53,20 @@ class _Loader(_Base):  # type: ignore[misc]
                 _fail(key, "a key must be text (put quotes around it)")
             if key.value in data:
                 _fail(key, f"the key {key.value[:40]!r} stands twice")
-            data[key.value] = self.construct_object(value, deep=True)
+            data[key.value] = self.construct_object(value, deep=True)  # type: ignore[attr-defined]
 
 
-for _kind in ("int", "float", "map"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
+class _PurePython(_Rules, yaml.SafeLoader):
+    """The loader of PyYAML, which reads every text that PyYAML writes."""
+
+
+class _Fast(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The loader of libyaml, which is ten times faster."""
+
+
+for _class in (_PurePython, _Fast):
+    for _kind in ("int", "float", "map"):
+        _class.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_class, f"construct_yaml_{_kind}"))
 
 
 def load(text: str, deepest: int, longest_integer: int) -> Any:
@@ -64,10 +74,11 @@ def load(text: str, deepest: int, longest_integer: int) -> Any:
 
     The events are looked at first: that needs no recursion, and an alias never gets the chance to multiply.
     """
+    kind: Any = _PurePython if _ESCAPED_SURROGATE.search(text) else _Fast  # libyaml refuses half a character
     loader: Any = None
     try:
-        _check_events(text, deepest)
-        loader = _Loader(text)
+        _check_events(text, deepest, kind)
+        loader = kind(text)
         loader.longest_integer = longest_integer
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
@@ -85,9 +96,9 @@ def load(text: str, deepest: int, longest_integer: int) -> Any:
             loader.dispose()
 
 
-def _check_events(text: str, deepest: int) -> None:
+def _check_events(text: str, deepest: int, kind: Any) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_Base):
+    for event in yaml.parse(text, Loader=kind):
         line = event.start_mark.line + 1  # type: ignore[union-attr]
         if getattr(event, "anchor", None):
             raise YamlFault("anchors and aliases are not supported", line)

@@ -67,7 +67,7 @@ class Run:
         path = folder / "report.json"
         if not path.exists():
             return None
-        return read_json_object(path, error=RunError, hint=_START_ANEW).values
+        return read_json_object(path, halves=True, error=RunError, hint=_START_ANEW).values
 
     @classmethod
     def done_before(cls, folder: Path, *, force: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -265,7 +265,7 @@ def _safe_name(part: str) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Return what `run.yaml` holds; raise RunError unless it describes a run."""
     try:
-        saved = read_yaml(path, error=RunError, hint=_START_ANEW)
+        saved = read_yaml(path, halves=True, error=RunError, hint=_START_ANEW)
     except yaml.YAMLError as error:
         raise RunError(f"{path}: not valid YAML", _START_ANEW) from error
     if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in ("config", "environment")):
@@ -288,6 +288,6 @@ def encode_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> bytes:
 def _decode(data: bytes) -> dict[str, Any]:
     """Return the JSON object; anything else is a ValueError."""
     try:
-        return parse_json_object(data, "").values
+        return parse_json_object(data, "", halves=True).values
     except DataError as error:
         raise ValueError(error.problems[0].removeprefix(": ")) from error

@@ -228,3 +228,11 @@ def test_headers_of_tensors(tmp_path):
         assert said in caught.value.problems[0]
     path.write_bytes(b"\xff" * 20)
     assert "not a safetensors file" in refusal(reading.read_tensor_header, path)
+
+
+def test_own_records_may_name_files_that_are_not_utf8(tmp_path):
+    (tmp_path / "a.json").write_text('{"path": "\\udc80"}')
+    (tmp_path / "a.yaml").write_text('path: "\\udc80"')
+    for read, name in ((reading.read_json, "a.json"), (reading.read_yaml, "a.yaml")):
+        assert read(tmp_path / name, halves=True) == {"path": "\udc80"}
+        assert "half a character" in refusal(read, tmp_path / name)

@@ -64,7 +64,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     hint = "remove it; the next download checks the files anew"
-    items = reading.read_json_object(path, hint=hint).record("items")
+    items = reading.read_json_object(path, halves=True, hint=hint).record("items")
     return {name: _entry(items.record(name)) for name in items.values}
 
 

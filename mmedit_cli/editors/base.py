@@ -232,7 +232,9 @@ class Editor(ABC):
             if not self._agrees(key, metadata.get(key), value):
                 raise StateError(f"the state was made with {key} {metadata.get(key)}, this editor has {value}")
         told = {key: metadata.get(key, "null") for key in ("operations", "next_id")}
-        values = {key: parse_json(text, f"the state: {key}", error=StateError) for key, text in told.items()}
+        values = {
+            key: parse_json(text, f"the state: {key}", halves=True, error=StateError) for key, text in told.items()
+        }
         about = Record(values, "the state", error=StateError)
         operations = [_operation(operation) for operation in about.records("operations")]
         self._replay([])

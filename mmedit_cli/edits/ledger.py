@@ -591,7 +591,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no edits here", f"mmedit edit EDITOR ... --into {folder} begins a ledger")
     try:
-        config = read_yaml(path, error=StateError)["config"]
+        config = read_yaml(path, halves=True, error=StateError)["config"]
         version = config["ledger"]
         missing = {"editor", "hparams", "model", "dtype", "seed", "rows", "state"} - set(config)
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:

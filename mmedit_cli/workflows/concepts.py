@@ -281,7 +281,9 @@ class ConceptFolder:
 
     def _read(self) -> None:
         path = self.folder / INDEX
-        content = read_json_object(path, error=StateError, hint="choose another folder, or put it back from a copy")
+        content = read_json_object(
+            path, halves=True, error=StateError, hint="choose another folder, or put it back from a copy"
+        )
         head: dict[str, Any] = {key: content.text(key) for key in ("editor", "model", "fingerprint")}
         head["format"] = content.integer("format")
         entries = [_checked_entry(entry) for entry in content.records("concepts")]
