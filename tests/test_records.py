@@ -194,7 +194,7 @@ def test_a_failed_append_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_a_damaged_report(run: Run) -> None:
     for data in (b'{"a":', b"[]", b"\xff"):
         (run.folder / "report.json").write_bytes(data)
-        with pytest.raises(RunError, match=r"report\.json(:\d+)?: (not valid JSON|expected an object|not UTF-8)") as caught:
+        with pytest.raises(RunError, match=r"report\.json(:\d+)?: (not|expected) ") as caught:
             Run.finished(run.folder)
         assert "--force" in caught.value.hint
 

@@ -9,7 +9,7 @@ from typing import Any
 from mmedit_cli.catalog import bundled
 from mmedit_cli.datasets.emojikb import concepts_in
 from mmedit_cli.errors import DataError
-from mmedit_cli.reading import read_json_object
+from mmedit_cli.reading import Record, read_json_object
 from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.subjects.base import Subject, SubjectSet
 from mmedit_cli.types import Concept
@@ -58,6 +58,11 @@ def _subject(concept: dict[str, Any], home: Path) -> Subject:
     return Subject(name, Concept(f"<{name}>", concept["kind"], images), concept["name"], concept["id"])
 
 
+def _ids(content: Record, key: str) -> list[str]:
+    """Return the ids under a key: a list, or the keys of an object."""
+    return list(content.mapping(key)) if isinstance(content.values.get(key), dict) else content.array(key, str)
+
+
 def _held_out(model: Path | None, known: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the ids of what a model was not shown, and of what it was."""
     folders = [folder for folder in (model, bundled().get("mini-sd")) if folder is not None]
@@ -66,7 +71,7 @@ def _held_out(model: Path | None, known: dict[str, Any]) -> tuple[list[str], lis
         raise DataError(f"--data emojikb-concepts: no {LIST} says what the model was not shown",
                         "take mini-sd, a model trained by scripts/train_mini_sd.py, or other --data")  # fmt: skip
     content = read_json_object(path, hint="take mini-sd, or copy the model's folder again")
-    held_out, taught = content.array("held_out", str), content.array("taught", str)
+    held_out, taught = _ids(content, "held_out"), _ids(content, "taught")
     strange = [key for key in (*held_out, *taught) if key not in known]
     if strange or not held_out:
         raise DataError(f"{path}: {f'{strange[0]} is not in EmojiKB' if strange else 'nothing is held out'}")

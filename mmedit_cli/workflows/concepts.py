@@ -306,6 +306,7 @@ def _checked_entry(entry: Record) -> dict[str, Any]:
     """Return an entry of the index; raise StateError unless every field that is used has its type."""
     for key in ("token", "superclass", "file", "sha256"):
         entry.text(key)
+    entry.text("time", "")
     entry.integer("bytes", 0, low=0)
     entry.number("seconds", 0.0)
     return entry.values

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import CHECKPOINT, loading
-from mmedit_cli.errors import DataError, MmeditError, RunError, UserError, near_miss
+from mmedit_cli.errors import DataError, MmeditError, RunError, UserError
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.output import Output
