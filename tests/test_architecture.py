@@ -161,6 +161,7 @@ OWN_READERS = {
     "backbones/_tiny_diffusion.py": "a tokenizer that was just made",
     "edits/shards.py": "compares what it reads with a digest before anything is made of it",
     "records.py": "its own encoding, to compare",
+    "storage.py": "the header of what it has just made",
     "evaluation/vlm.py": "answers it has opened with the one reader before",
     "identity.py": "bytes for a digest",
     "image_editors/_loading.py": "bytes for a digest",
