@@ -182,7 +182,7 @@ def assert_refused(cli, tmp_path, words, *parts: str) -> None:
     assert (code, out, len(errors)) == (2, "", 1), err
     for part in parts:
         assert part in errors[0]
-    assert all(line.startswith(("error: ", "hint: ", "loading ")) for line in lines), err
+    assert all(line.startswith(("error: ", "hint: ", "loading ", "hyper-parameters of ")) for line in lines), err
     assert not (tmp_path / "records").exists()
 
 
