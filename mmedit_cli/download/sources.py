@@ -63,8 +63,9 @@ class Courier:
 
     def fetch(self, url: str, target: Path, size: int | None = None) -> None:
         """Transfer one file, unless it is there."""
-        if target.is_file():
-            return  # it came in an earlier attempt
+        if target.is_file():  # it came in an earlier attempt, which may have been killed before it could tidy up
+            transfer.forget_part(target)
+            return
         with transfer.client(self.manners) as session:
             transfer.Transfer(session, url, target, size, self.manners, self.tick).run()
 

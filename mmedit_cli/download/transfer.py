@@ -82,8 +82,7 @@ class Transfer:
     ) -> None:
         self.session, self.url, self.target, self.manners, self.tick = session, url, target, manners, tick
         self.size = self.total = size
-        self.part = target.with_name(target.name + ".part")
-        self.note = target.with_name(target.name + ".part.json")
+        self.note, self.new_note, self.part = _beside(target)
         self.counted = 0
 
     def run(self) -> None:
@@ -149,7 +148,7 @@ class Transfer:
                 here = 0
                 self._start(response)
             elif started is None or _range_of(response) != (here, started.total - 1, started.total):
-                self._discard()
+                forget_part(self.target)
                 raise _Again(f"HTTP {response.status_code} where the rest of the file was asked for")
             else:
                 self.total = started.total
@@ -163,7 +162,7 @@ class Transfer:
             file.seek(here)
             for chunk in response.iter_raw():
                 if end is not None and self.counted + len(chunk) > end:
-                    self._discard()
+                    forget_part(self.target)
                     raise TransferError(f"more than the {end:,} bytes that were expected")
                 file.write(chunk)
                 self._count(len(chunk))
@@ -205,17 +204,12 @@ class Transfer:
         free = shutil.disk_usage(self.target.parent).free
         if (self.total or 0) > free:
             raise TransferError(f"needs {self.total:,} bytes, and the disk has {free:,} free")
-        self._discard()
+        forget_part(self.target)
         self.part.touch()
         validator = _validator(response)
         if validator and stated is not None:
-            temporary = self.note.with_name(self.note.name + ".new")
-            temporary.write_text(json.dumps(_Started(self.url, validator, stated)), encoding="utf-8")
-            os.replace(temporary, self.note)
-
-    def _discard(self) -> None:
-        self.note.unlink(missing_ok=True)
-        self.part.unlink(missing_ok=True)
+            self.new_note.write_text(json.dumps(_Started(self.url, validator, stated)), encoding="utf-8")
+            os.replace(self.new_note, self.note)
 
     def _read_note(self) -> _Started | None:
         """Return what the part is the beginning of; None if there is no part that can be continued."""
@@ -230,6 +224,18 @@ class Transfer:
     def _count(self, count: int) -> None:
         self.counted += count
         self.tick(self.target.name, count, self.total)
+
+
+def forget_part(target: Path) -> None:
+    """Remove what earlier attempts left beside a file; the note goes first, as it must not speak of another part."""
+    for path in _beside(target):
+        path.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> tuple[Path, Path, Path]:
+    """Return where the note about the part of a file lies, a new note until it is whole, and the part."""
+    note = target.with_name(f"{target.name}.part.json")
+    return note, note.with_name(f"{note.name}.new"), target.with_name(f"{target.name}.part")
 
 
 def _page(response: httpx2.Response) -> str:

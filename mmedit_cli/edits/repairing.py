@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import Any
 from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.errors import RunError, StateError
 from mmedit_cli.records import Run
-from mmedit_cli.storage import write_atomic
+from mmedit_cli.storage import sha256_of, write_atomic
 from mmedit_cli.types import Query
 
 
@@ -153,9 +154,11 @@ def _lines(ledger: Ledger) -> Iterator[dict[str, Any]]:
 
 
 def _copy(folder: Path, lines: bytes) -> str:
-    """Keep the old lines under a new name and return it."""
-    number = 1
+    """Keep the old lines under a new name and return it; a copy that a killed repair made is enough."""
+    digest, number = hashlib.sha256(lines).hexdigest(), 1
     while (path := folder / f"edits.before-repair-{number}.jsonl").exists():
+        if path.is_file() and sha256_of(path) == digest:
+            return path.name
         number += 1
     write_atomic(path, lines)
     return path.name

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from kills import Scenario, Words
@@ -72,6 +73,27 @@ def facts() -> int:
         shutil.copyfile(path, path.name)
     text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines))
     Path("facts.jsonl").write_text(text, encoding="utf-8")
+    return 0
+
+
+def teaching(editor: str) -> tuple[str, ...]:
+    """Return the command that teaches the facts."""
+    return ("edit", editor, "--model", "tiny-blip2", "--device", "cpu", *FACTS, "--set", "steps=10")
+
+
+def taught(editor: str) -> int:
+    """A ledger with the three facts; whether the random weights hold them does not matter."""
+    from mmedit_cli import app
+
+    code = app.main([*teaching(editor)])
+    return 0 if code == 1 else code
+
+
+def lines_lost() -> int:
+    """The last line of the ledger is gone, and a half one is in its place."""
+    path = Path("ledger/edits.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b'"', b"", 1))
     return 0
 
 
@@ -260,18 +282,21 @@ def _runs() -> list[Scenario]:
 def _ledgers() -> list[Scenario]:
     found: list[Scenario] = []
     for editor in ("ft", "multi-melo"):
-        edit: Words = ("edit", editor, "--model", "tiny-blip2", "--device", "cpu", *FACTS)
-        begun: list[Words] = [facts, edit]
+        begun: list[Words] = [facts, partial(taught, editor)]
         undo = ("edits", "undo", "ledger", "2", "--device", "cpu")
+        redo = ("edits", "redo", *undo[2:])
+        export = ("edits", "export", "ledger", "--to", "model", "--device", "cpu")
+        repair = ("edits", "repair", "ledger")
         kept = {"allowed": UNNAMED, "tidy": COMPACT}
         found += [
-            Scenario(f"edit-{editor}", edit, before=[facts], **kept),
+            # 1: the edits are kept, but random weights hold none of them
+            Scenario(f"edit-{editor}", teaching(editor), before=[facts], fine=(0, 1), **kept),
             Scenario(f"undo-{editor}", undo, before=begun, done=(2,), **kept),
-            Scenario(f"redo-{editor}", ("edits", "redo", *undo[2:]), before=[*begun, undo], done=(2,), **kept),
+            Scenario(f"redo-{editor}", redo, before=[*begun, undo], done=(2,), **kept),
             Scenario(f"compact-{editor}", COMPACT, before=[*begun, undo]),
-            Scenario(f"export-{editor}", ("edits", "export", "ledger", "--to", "model", "--device", "cpu"),
-                     before=begun, done=(2,)),
-        ]  # fmt: skip
+            Scenario(f"repair-{editor}", repair, before=[*begun, lines_lost], **kept),
+            Scenario(f"export-{editor}", export, before=begun, done=(2,)),
+        ]
     return found
 
 

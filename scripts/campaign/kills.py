@@ -24,6 +24,7 @@ Words = Sequence[str] | Callable[[], int]  # of the command line, or a function 
 Tree = dict[str, tuple[int, bytes | None]]  # path: (mode, content; None for a folder)
 
 COSTS = {"time", "seconds", "peak_memory", "cost", "seconds_per_subject", "seconds_per_edit", "loss_seconds"}
+SEAL, LINES = "seal.json", "edits.jsonl"  # of a ledger
 TEMPORARY = re.compile(r"\.[0-9a-f]{6}-\d+-[0-9a-f]{8}-[0-9a-f]{6}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # random
 
 
@@ -32,15 +33,17 @@ class Scenario:
     """A command and what continues it after a kill.
 
     `before` is run once to make the start. After a kill the same words are given again, then those of `again`, until
-    one ends with 0, or with one of `done`: the command refuses because nothing is left to do. Files whose path
-    matches `allowed` may stay until `tidy`, after which the ends are equal without exception.
+    one ends with a code of `fine`, as an undisturbed command does, or of `done`: the command refuses because nothing
+    is left to do. Files whose path matches `allowed` may stay until `tidy`, after which the ends are equal without
+    exception.
     """
 
     name: str
     words: Words
     before: Sequence[Words] = ()
     again: Sequence[Words] = ()
-    done: tuple[int, ...] = (0,)
+    fine: tuple[int, ...] = (0,)
+    done: tuple[int, ...] = ()
     allowed: str = ""
     tidy: Words | None = None
     short: bool = False
@@ -84,7 +87,7 @@ class Campaign:
         """Kill a command at each of its changes and return what was found."""
         began, result = time.monotonic(), Result()
         self._prepare(scenario)
-        whole = self._must_run(scenario.words)
+        whole = self._must_run(scenario.words, scenario.fine)
         result.changes = whole.changes
         result.differences += [f"undisturbed: {line}" for line in whole.outside]
         wanted = [tree(self.home)]
@@ -132,7 +135,7 @@ class Campaign:
         """Give the command again; return what went wrong."""
         for words in (scenario.words, *scenario.again):
             ended = self._process(words)
-            if ended.outside or ended.code in (0, *scenario.done):
+            if ended.outside or ended.code in (*scenario.fine, *scenario.done):
                 return list(ended.outside)
         return [f"the repeated command ended with {ended.code}: {' '.join(ended.said.split())[-300:]}"]
 
@@ -146,9 +149,9 @@ class Campaign:
             return [*found, f"tidying ended with {ended.code}: {ended.said[-300:]}"]
         return found + [f"after tidying: {line}" for line in differences(tree(self.home), wanted[1])]
 
-    def _must_run(self, words: Words) -> Ended:
+    def _must_run(self, words: Words, fine: Sequence[int] = (0,)) -> Ended:
         ended = self._process(words)
-        if ended.code != 0:
+        if ended.code not in fine:
             raise SystemExit(f"{words}: ended with {ended.code}, undisturbed:\n{ended.said}")
         for module in ended.imported:  # so that the processes to come need not
             with suppress(ImportError):
@@ -237,6 +240,8 @@ def digest(found: Tree) -> str:
 def _timeless(path: Path) -> bytes:
     """Return the content of a file; in JSON without the keys of costs and times."""
     data = path.read_bytes()
+    if path.name == SEAL:
+        return _judged(data, path.with_name(LINES))
     if path.suffix not in (".json", ".jsonl"):
         return data
     lines = data.split(b"\n") if path.suffix == ".jsonl" else [data]
@@ -244,6 +249,17 @@ def _timeless(path: Path) -> bytes:
         return b"\n".join(json.dumps(_without_costs(json.loads(line))).encode() if line else b"" for line in lines)
     except ValueError:
         return data
+
+
+def _judged(seal: bytes, path: Path) -> bytes:
+    """Return in place of the seal of a ledger whether it is that of the lines, whose times make another one each."""
+    lines = path.read_bytes() if path.exists() else b""
+    found = hashlib.sha256(lines).hexdigest()
+    try:
+        accepted = [one["sha256"] for one in json.loads(seal)["accepted"] if not one["torn"]]
+    except (ValueError, KeyError, TypeError):
+        return b"damaged"
+    return b"whole" if accepted == [found] else b"not of these lines"
 
 
 def _without_costs(value: Any) -> Any:

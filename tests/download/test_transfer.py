@@ -11,6 +11,7 @@ from download.website import CHUNKED, CONTENT, HASTY, QUICK
 
 from mmedit_cli import web
 from mmedit_cli.download import transfer
+from mmedit_cli.download.sources import Courier
 from mmedit_cli.download.transfer import PageInstead, Transfer, TransferError
 from mmedit_cli.errors import UserError
 
@@ -98,6 +99,14 @@ def test_what_is_whole_already_is_not_asked_for(broken, content, tmp_path):
     (tmp_path / "file.part").write_bytes(content)
     bring(broken, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == content
+    assert broken.seen == []
+
+
+def test_what_a_killed_attempt_left_beside_a_whole_file_goes(broken, content, tmp_path):
+    """It would be taken for a file that was downloaded."""
+    (tmp_path / "file.part").rename(tmp_path / "file")
+    Courier().fetch(f"{broken.url}/file", tmp_path / "file")
+    assert left(tmp_path) == ["file"]
     assert broken.seen == []
 
 
