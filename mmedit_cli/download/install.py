@@ -103,10 +103,11 @@ class Installer:
 
     def _sweep(self, item: Item) -> None:
         """Remove what a download that was killed at its very end left of an item that is there."""
-        if not (self.staging / item.name).is_dir():
+        if not self.staging.is_dir():
             return
-        with suppress(DownloadError), self._locked():  # another download may be at work there
-            shutil.rmtree(self.staging / item.name)
+        # another download may be at work there, or nobody may write there
+        with suppress(MmeditError, OSError), self._locked():
+            shutil.rmtree(self.staging / item.name, ignore_errors=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

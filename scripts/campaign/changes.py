@@ -1,11 +1,10 @@
-"""Sees every change that this process makes to the file system, and kills the process at the one it is told."""
+"""Sees every change that this process makes to the file system, just before it is made."""
 
 from __future__ import annotations
 
 import io
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,16 +16,16 @@ _NOT_FILES = ("/dev/", "/proc/", "/sys/")
 
 
 class Watch:
-    """Counts the changes below `home` from `begin` on; the change number `kill_at` is never made.
+    """Counts the changes below `home` from `begin` on, and calls `before_change(number, what)` before each.
 
     A change is: a file opened for writing, a write, half a write, a rename, a removal, a new folder, a new length,
-    a new mode or time, and an fsync. Changes elsewhere are told to `tell`, as is where the process is killed.
+    a new mode or time, and an fsync. Changes elsewhere are told to `tell`.
     Writes of libraries that do not go through Python are seen by what surrounds them.
     """
 
     def __init__(self) -> None:
         self._home = ""
-        self._kill_at: int | None = None
+        self._before_change: Callable[[int, str], None] = lambda number, what: None
         self._tell: Callable[[str], None] = print
         self._lock = threading.RLock()
         self.count = 0
@@ -39,9 +38,9 @@ class Watch:
         for name in ("fsync", "fdatasync", "write"):
             setattr(os, name, self._of_descriptor(name, getattr(os, name)))
 
-    def begin(self, home: Path, kill_at: int | None, tell: Callable[[str], None]) -> None:
+    def begin(self, home: Path, before_change: Callable[[int, str], None], tell: Callable[[str], None]) -> None:
         """Count from here."""
-        self._home, self._kill_at, self._tell = f"{home}{os.sep}", kill_at, tell
+        self._home, self._before_change, self._tell = f"{home}{os.sep}", before_change, tell
 
     def change(self, kind: str, path: str) -> None:
         """Take note of a change that comes next, or die."""
@@ -52,9 +51,7 @@ class Watch:
                 self._tell(f"outside {kind} {path}")
                 return
             self.count += 1
-            if self.count == self._kill_at:
-                self._tell(f"killed {kind} {path.removeprefix(self._home)}")
-                os.kill(os.getpid(), signal.SIGKILL)
+            self._before_change(self.count, f"{kind} {path.removeprefix(self._home)}")
 
     def _audited(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take note of what Python says that it is going to do."""

@@ -33,7 +33,7 @@ from kills import Campaign, Result
 
 
 @contextmanager
-def campaign() -> Iterator[Campaign]:
+def campaign(copies: bool) -> Iterator[Campaign]:
     """Yield a campaign in a temporary folder, with the hooks in place."""
     sys.dont_write_bytecode = True
     watch = Watch()
@@ -42,7 +42,7 @@ def campaign() -> Iterator[Campaign]:
 
     registry.emojikb_dir()  # unpacked now, or every command would do so outside its folder
     with website(), tempfile.TemporaryDirectory(prefix="mmedit-kill-") as root:
-        yield Campaign(Path(root).resolve(), watch, app.main)
+        yield Campaign(Path(root).resolve(), watch, app.main, copies=copies)
 
 
 def main() -> int:
@@ -50,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="the commands to kill (default: all)")
     parser.add_argument("--short", action="store_true", help="those whose campaign takes seconds")
+    parser.add_argument("--copies", action="store_true", help="copy the folder before each change instead of killing")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell of every kill")
     parser.add_argument("--list", action="store_true", help="list the commands and stop")
     options = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> int:
         return 0
     total = Result()
     print(f"{'command':28}{'changes':>8}{'kills':>8}{'states':>8}{'differences':>13}{'seconds':>9}", flush=True)
-    with campaign() as at_work:
+    with campaign(options.copies) as at_work:
         for scenario in chosen:
             found = at_work.run(scenario, print if options.verbose else lambda line: None)
             _print_line(scenario.name, found)

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ Words = Sequence[str] | Callable[[], int]  # of the command line, or a function 
 Tree = dict[str, tuple[int, bytes | None]]  # path: (mode, content; None for a folder)
 
 COSTS = {"time", "seconds", "peak_memory", "cost", "seconds_per_subject", "seconds_per_edit", "loss_seconds"}
+_write = os.write  # as it is before the hooks
 SEAL, LINES = "seal.json", "edits.jsonl"  # of a ledger
 TEMPORARY = re.compile(r"\.[0-9a-f]{6}-\d+-[0-9a-f]{8}-[0-9a-f]{6}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # random
 
@@ -76,12 +77,64 @@ class Ended:
     said: str
 
 
-class Campaign:
-    """Runs scenarios in one folder, always at the same path."""
+class _Undisturbed:
+    """What happens before each change of a command: nothing."""
 
-    def __init__(self, root: Path, watch: Watch, main: Callable[[list[str]], int]) -> None:
+    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+        """Do what comes before a change, in the process of the command."""
+
+    def heard(self, kind: str, what: str) -> None:
+        """Take note of what was told, in the process of the campaign."""
+
+
+class _Killing(_Undisturbed):
+    """Kills the command before one of its changes."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+        if number == self._at:
+            tell(f"killed {what}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Copying(_Undisturbed):
+    """Copies the folder before each change, while the command waits; equal folders are copied once."""
+
+    def __init__(self, home: Path, copies: Path) -> None:
+        self._home, self._copies = home, copies
+        self._waiting, self._go_on = os.pipe()
+        self._seen: set[str] = set()
+        self.count = 0
+        self.places: dict[int, str] = {}
+
+    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+        tell(f"change {what}")
+        os.read(self._waiting, 1)
+
+    def heard(self, kind: str, what: str) -> None:
+        if kind != "change":
+            return
+        self.count += 1
+        left = digest(tree(self._home))
+        if left not in self._seen:
+            self._seen.add(left)
+            self.places[self.count] = what
+            shutil.copytree(self._home, self._copies / str(self.count), symlinks=True)
+        _write(self._go_on, b".")
+
+
+class Campaign:
+    """Runs scenarios in one folder, always at the same path.
+
+    With `copies` no process is killed: what a kill before a change leaves is what lies there before that change, and
+    that is copied, all of it from one run of the command. So a command that computes for long is run once only.
+    """
+
+    def __init__(self, root: Path, watch: Watch, main: Callable[[list[str]], int], *, copies: bool = False) -> None:
         self.root, self.home, self.start = root, root / "home", root / "start"
-        self._watch, self._main = watch, main
+        self._watch, self._main, self.copies = watch, main, copies
 
     def run(self, scenario: Scenario, say: Callable[[str], None]) -> Result:
         """Kill a command at each of its changes and return what was found."""
@@ -94,29 +147,48 @@ class Campaign:
         if scenario.tidy is not None:
             self._must_run(scenario.tidy)
             wanted.append(tree(self.home))
+        left = self._copied(scenario, result) if self.copies else self._killed(scenario, result)
+        for place, outside in left:
+            found = [*outside, *self._continue(scenario), *self._compare(scenario, wanted)]
+            if found:
+                result.differences.append(f"{place}: {'; '.join(found)}")
+            say(f"  {scenario.name}: {place}: {'differs' if found else 'ends equal'}")
+        found = self._compare(scenario, wanted)
+        result.differences += [f"undisturbed: {line}" for line in found]
+        result.seconds = time.monotonic() - began
+        return result
+
+    def _killed(self, scenario: Scenario, result: Result) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Kill the command at each change, and leave in the folder what each kill left, if no other left the same.
+
+        Yields (where it was killed, changes outside), and leaves the end of an undisturbed command at last.
+        """
         seen: set[str] = set()
-        kill_at = 0
         while True:
-            kill_at += 1
-            self._reset()
-            killed = self._process(scenario.words, kill_at)
+            self._reset(self.start)
+            killed = self._process(scenario.words, _Killing(result.kills + 1))
             if killed.code is not None:  # it has no more changes, and ran undisturbed
-                found = self._compare(scenario, wanted)
-                result.differences += [f"undisturbed: {line}" for line in found]
-                break
+                return
             result.kills += 1
-            place = f"killed at change {kill_at} ({killed.place})"
             left = digest(tree(self.home))
             if left in seen and not killed.outside:
                 continue
             seen.add(left)
-            found = [*killed.outside, *self._continue(scenario), *self._compare(scenario, wanted)]
-            if found:
-                result.differences.append(f"{place}: {'; '.join(found)}")
-            say(f"  {scenario.name}: {place}: {'differs' if found else 'ends equal'}")
-        result.states = len(seen)
-        result.seconds = time.monotonic() - began
-        return result
+            result.states = len(seen)
+            yield f"killed at change {result.kills} ({killed.place})", killed.outside
+
+    def _copied(self, scenario: Scenario, result: Result) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Do as `_killed`, from one run of the command that waits before each change until the folder is copied."""
+        shutil.rmtree(self.root / "copies", ignore_errors=True)
+        self._reset(self.start)
+        copying = _Copying(self.home, self.root / "copies")
+        ended = self._process(scenario.words, copying)
+        shutil.copytree(self.home, self.root / "copies" / "end", symlinks=True)
+        result.kills, result.states = copying.count, len(copying.places)
+        for number, place in copying.places.items():
+            self._reset(self.root / "copies" / str(number))
+            yield f"killed at change {number} ({place})", ended.outside
+        self._reset(self.root / "copies" / "end")
 
     def _prepare(self, scenario: Scenario) -> None:
         """Make the start of a scenario, and begin there."""
@@ -127,9 +199,9 @@ class Campaign:
             self._must_run(words)
         shutil.copytree(self.home, self.start, symlinks=True)
 
-    def _reset(self) -> None:
+    def _reset(self, begin: Path) -> None:
         shutil.rmtree(self.home)
-        shutil.copytree(self.start, self.home, symlinks=True)
+        shutil.copytree(begin, self.home, symlinks=True)
 
     def _continue(self, scenario: Scenario) -> list[str]:
         """Give the command again; return what went wrong."""
@@ -158,16 +230,20 @@ class Campaign:
                 importlib.import_module(module)
         return ended
 
-    def _process(self, words: Words, kill_at: int | None = None) -> Ended:
+    def _process(self, words: Words, disturbing: _Undisturbed | None = None) -> Ended:
         """Run a command in a process of its own."""
+        disturbing = disturbing or _Undisturbed()
         reader, writer = os.pipe()
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._become(words, kill_at, writer)
+            self._become(words, disturbing, writer)
         os.close(writer)
+        told = []
         with os.fdopen(reader, encoding="utf-8") as pipe:
-            told = [line.rstrip("\n").partition(" ") for line in pipe]
+            for line in pipe:
+                told.append(line.rstrip("\n").partition(" "))
+                disturbing.heard(*told[-1][::2])
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         places = [what for kind, _, what in told if kind == "killed"]
         counts = [int(what) for kind, _, what in told if kind == "count"]
@@ -177,7 +253,7 @@ class Campaign:
         imported = tuple(what for kind, _, what in told if kind == "imported")
         return Ended(code, sum(counts), tuple(outside), "".join(places), imported, said)
 
-    def _become(self, words: Words, kill_at: int | None, writer: int) -> None:
+    def _become(self, words: Words, disturbing: _Undisturbed, writer: int) -> None:
         """Be the process that runs the command; never returns."""
         code = 70
         write, known = os.write, set(sys.modules)
@@ -189,7 +265,11 @@ class Campaign:
             for name, folder in (("CACHE", "cache"), ("DATA", "data"), ("RECORDS", "records")):
                 os.environ[f"MMEDIT_{name}"] = str(self.home / folder)
             os.environ["TMPDIR"] = tempfile.tempdir = str(self.home / "tmp")
-            self._watch.begin(self.home, kill_at, lambda line: write(writer, f"{line}\n".encode()))
+
+            def tell(line: str) -> None:
+                write(writer, f"{line}\n".encode())
+
+            self._watch.begin(self.home, lambda number, what: disturbing.before_change(number, what, tell), tell)
             code = words() if callable(words) else self._main(list(words))
             sys.stdout.flush()
             sys.stderr.flush()

@@ -405,15 +405,18 @@ def test_files_linked_to_a_device_are_not_read(cli, site, things, here, tmp_path
     assert code in (0, 2), err
 
 
-def test_what_a_killed_download_left_goes(cli, site, things, here):
+@pytest.mark.parametrize("name", ["images/0/files/x.zip.part", "lock"])
+def test_what_a_killed_download_left_goes(cli, site, things, here, name):
     """A kill after the receipt was written leaves the staging folder; the same command removes it."""
     site.files["/x.zip"] = zipped(PHOTOS)
     words = things(**pictures(site, "/x.zip"))
     assert cli(*words)[0] == 0
-    (here / ".download" / "images" / "0" / "files").mkdir(parents=True)
-    (here / ".download" / "images" / "0" / "files" / "x.zip.part").write_bytes(b"half")
+    left = here / ".download" / name
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
     assert cli(*words)[0] == 0
     assert files_of(here) == {"photos/a.png", "photos/b.png", "LICENSE", "download.json"}
+    assert not (here / ".download").exists()
 
 
 def test_unpacking_that_was_killed_is_done_again(cli, things, site, here):
