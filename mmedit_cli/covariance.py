@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.identity import same_model
-from mmedit_cli.reading import parse_json, parse_json_object, read_lines
+from mmedit_cli.reading import parse_json, parse_json_object, read_lines, whole_number
 from mmedit_cli.registry import cache_dir, share_dir
 from mmedit_cli.storage import read_tensors, sha256_of, write_tensors
 
@@ -140,7 +140,7 @@ class Covariance:
         if matrix is None or meta.get("format") != FORMAT:
             raise StateError(f"{path}: not a covariance of format {FORMAT}", "make one with mmedit covariance")
         _check_matrix(matrix, path)
-        counts = [int(meta[key]) if meta.get(key, "").isdecimal() else None for key in ("texts", "tokens")]
+        counts = [whole_number(meta.get(key, "")) for key in ("texts", "tokens")]
         source = parse_json_object(meta.get("source", "{}"), f"{path}: source", error=StateError)
         return cls(matrix.double(), counts[0], counts[1], source.values)
 

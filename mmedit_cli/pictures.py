@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from mmedit_cli.errors import DataError
 from mmedit_cli.output import Output
 from mmedit_cli.packed import way_out
-from mmedit_cli.reading import require_regular
+from mmedit_cli.reading import LARGEST_PICTURE, digest_of, require_regular
 from mmedit_cli.registry import emojikb_dir
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -44,6 +44,15 @@ def check_picture(path: Path) -> None:
     """Read the header and check the structure of an image file; raise DataError in one line if it is not usable."""
     with _reading(path) as image:
         image.verify()
+
+
+def picture_digest(path: Path) -> str:
+    """Return the SHA-256 of an image file; raise DataError if it is missing, not a file, or too large for a picture.
+
+    Of a picture that a user names, nothing else is hashed: an endless file would never be done.
+    """
+    _require_picture(path)
+    return digest_of(path, limit=LARGEST_PICTURE)
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
@@ -161,17 +170,24 @@ def _is_unsigned(image: Image.Image) -> bool:
 @contextmanager
 def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
     """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
-    if isinstance(path, Path) and not path.exists():
-        emojikb_dir()  # it may be a picture of EmojiKB
-    if isinstance(path, Path) and path.exists():
-        require_regular(path)
+    if isinstance(path, Path):
+        _require_picture(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _check_sides(image)
                 yield image
-    except FileNotFoundError as error:
-        raise DataError(f"{place or path}: no such image", way_out(Path(error.filename))) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{place or path}: not a readable image ({error})") from error
+
+
+def _require_picture(path: Path) -> None:
+    """Raise DataError unless a path is that of a regular file which is small enough to be a picture."""
+    if not path.exists():
+        emojikb_dir()  # it may be a picture of EmojiKB
+    if not path.exists():
+        raise DataError(f"{path}: no such image", way_out(path))
+    size = require_regular(path).st_size
+    if size > LARGEST_PICTURE:
+        raise DataError(f"{path}: not a readable image (larger than {LARGEST_PICTURE >> 20} MiB)")

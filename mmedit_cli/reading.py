@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -31,8 +32,9 @@ LARGEST_TEXT = 48 << 20  # bytes of a file that is decoded as a whole: four byte
 LARGEST_DATA = 512 << 20  # bytes, unpacked, of a file that is read line by line
 LARGEST_LINE = 16 << 20
 LARGEST_QUESTION = 100_000  # characters of a line of stdin
+LARGEST_PICTURE = 256 << 20  # bytes of an image file: enough for the most pixels that are decoded
 LARGEST_YAML = 1 << 20  # YAML is slow, and these files are written by hand
-MOST_LINES = 10_000_000
+MOST_LINES = 5_000_000
 MOST_VALUES = 4_000_000  # in one JSON text: an empty list takes 2 bytes on disk and 64 in memory
 DEEPEST = 64
 LONGEST_INTEGER = 64  # digits; tokenizers write 10**30 where they mean "no limit"
@@ -87,10 +89,19 @@ def open_regular(path: Path, *, error: ErrorType = DataError, hint: str = "") ->
 def read_bytes(path: Path, *, limit: int = LARGEST_TEXT, error: ErrorType = DataError, hint: str = "") -> bytes:
     """Return the content of a regular file of at most `limit` bytes; raise `error` otherwise."""
     with open_regular(path, error=error, hint=hint) as file:
-        data = file.read(limit + 1) or b""
-    if len(data) > limit:
+        size = os.fstat(file.fileno()).st_size  # what is too large is not read at all
+        data = b"" if size > limit else file.read(limit + 1) or b""
+    if max(size, len(data)) > limit:
         raise error(f"{path}: larger than {_size(limit)}", hint)
     return data
+
+
+def digest_of(path: Path, *, limit: int, error: ErrorType = DataError, hint: str = "") -> str:
+    """Return the SHA-256 of a regular file of at most `limit` bytes; raise `error` otherwise."""
+    with open_regular(path, error=error, hint=hint) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise error(f"{path}: larger than {_size(limit)}", hint)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -125,7 +136,12 @@ def read_lines(path: Path, *, error: ErrorType = DataError, hint: str = "") -> I
             if total > LARGEST_DATA or number > MOST_LINES:
                 bound = f"{_size(LARGEST_DATA)} or {MOST_LINES:,} lines"
                 raise error(f"{path}:{number}: more than {bound} (unpacked)", hint or "split it into smaller files")
-            yield number, _decoded_line(data, f"{path}:{number}", error, hint, first=number == 1)
+            try:
+                text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as fault:
+                message = f"{path}:{number}: not UTF-8 (byte {fault.start} of the line)"
+                raise error(message, hint or "save it as UTF-8") from fault
+            yield number, text.removesuffix("\n").removesuffix("\r")
 
 
 def read_stdin() -> Iterator[str]:
@@ -142,14 +158,6 @@ def read_stdin() -> Iterator[str]:
         if not line:
             return
         yield line.strip()
-
-
-def _decoded_line(data: bytes, place: str, error: ErrorType, hint: str, *, first: bool) -> str:
-    try:
-        text = data.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as fault:
-        raise error(f"{place}: not UTF-8 (byte {fault.start} of the line)", hint or "save it as UTF-8") from fault
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 @contextmanager
@@ -548,6 +556,11 @@ class Record:
 
 
 _WORDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", dict: "an object with keys"}
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that a text of at most 18 digits stands for, None for any other text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 def shorten(text: str, most: int = 40) -> str:

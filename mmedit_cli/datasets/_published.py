@@ -14,9 +14,9 @@ from mmedit_cli.datasets._audit import Finding
 from mmedit_cli.datasets.base import CHAT, CLEAN, DataOptions, Dataset
 from mmedit_cli.datasets.files import read_records
 from mmedit_cli.errors import DataError, near_miss
-from mmedit_cli.reading import read_json_object
+from mmedit_cli.reading import LARGEST_DATA, digest_of, read_json_object
 from mmedit_cli.registry import cache_dir, data_home
-from mmedit_cli.storage import sha256_json, sha256_of, write_atomic
+from mmedit_cli.storage import sha256_json, write_atomic
 from mmedit_cli.types import EditCase, Query
 
 TRAIN = "train"
@@ -252,7 +252,11 @@ class Published(Dataset):
             return
         problems: list[str] = []
         count = _count(path, source.key, problems)
-        digest = sha256_of(path)
+        try:
+            digest = digest_of(path, limit=LARGEST_DATA)
+        except DataError as error:
+            yield from ((label, False, problem) for problem in error.problems)
+            return
         same = digest == source.sha256 if source.sha256 else None
         known = {True: "the published copy", None: "no checksum is known"}
         said = known.get(same, f"not the published copy, which has {source.records:,}")
@@ -275,7 +279,7 @@ class Published(Dataset):
         if split == TRAIN:
             raise DataError(f"--subset {CLEAN}: is for evaluation, not for {self.name}:{TRAIN}")
         files = [self.file(name, options) for name in (TRAIN, split)]
-        digest = sha256_json([sha256_of(path) for path in files])[:12]
+        digest = sha256_json([digest_of(path, limit=LARGEST_DATA) for path in files])[:12]
         return cache_dir() / "subsets" / f"{self.name}-{split}-{CLEAN}-{digest}.json"
 
     def _write_clean(self, split: str, kept: Mapping[str, list[str]], of: int, options: DataOptions) -> Finding:

@@ -15,6 +15,7 @@ from mmedit_cli.datasets._cases import FORMAT, CaseReader
 from mmedit_cli.datasets._selection import Pictures, change, read_subset, select
 from mmedit_cli.datasets.files import FORMATS, PACKED, form
 from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.pictures import picture_digest
 from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
@@ -221,7 +222,6 @@ def _facts(case: EditCase, column: str, query: Query, picture: str | None) -> li
 
 def _digest(image: Path, case: EditCase) -> str:
     try:
-        with image.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{case.place}: {image}: no such image") from error
+        return picture_digest(image)
+    except DataError as error:
+        raise DataError(f"{case.place}: {error.problems[0]}", error.hint) from error

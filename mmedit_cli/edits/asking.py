@@ -22,6 +22,7 @@ from mmedit_cli.types import Query
 from mmedit_cli.workflows.evaluation import ModelOptions, load_model
 
 _BATCH = 32
+_MOST_QUESTIONS = 100_000  # of a file: all are in memory, and more would take days to answer
 _HELP = "a question a line; /image FILE changes the picture, /quit ends"
 
 
@@ -159,8 +160,12 @@ def read_questions(file: Path, image: Path | None) -> list[Query]:
     """Return the questions of a .txt file, a question a line, all about `image`; or of a file of facts or cases."""
     if file.suffix.lower() != ".txt":
         return [fact.request for fact in read_facts(file)]
-    lines = (line.strip() for _, line in read_lines(file, hint="a text file with a question a line"))
-    questions = [Query(line, image=image) for line in lines if line]
+    questions: list[Query] = []
+    for _, line in read_lines(file, hint="a text file with a question a line"):
+        if text := line.strip():
+            questions.append(Query(text, image=image))
+        if len(questions) > _MOST_QUESTIONS:
+            raise DataError(f"{file}: more than {_MOST_QUESTIONS:,} questions", "split it into smaller files")
     if not questions:
         raise DataError(f"{file}: no questions in it", "a question a line")
     return questions

@@ -29,7 +29,7 @@ import yaml
 from mmedit_cli.edits.seal import SEAL, Beginning, Seal
 from mmedit_cli.edits.shards import SHARD_FILE, Shards, grouped
 from mmedit_cli.errors import RunError, StateError, UserError
-from mmedit_cli.reading import read_bytes, read_yaml
+from mmedit_cli.reading import LARGEST_PICTURE, read_bytes, read_yaml
 from mmedit_cli.records import Run, encode_lines
 from mmedit_cli.storage import (
     is_link,
@@ -45,7 +45,6 @@ from mmedit_cli.types import Query
 from mmedit_cli.workflows.concepts import INDEX
 
 _LARGEST_NETWORKS = 1 << 34
-_LARGEST_PICTURE = 1 << 28
 FORMAT = 1  # of the folder; a newer one is refused
 NETWORKS = "networks.safetensors"
 LINES = "edits.jsonl"
@@ -243,7 +242,10 @@ class Ledger(AbstractContextManager["Ledger"]):
         self.close()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._writing and error is None:
+        if error is not None:
+            self.discard()  # what cannot be used leaves no new ledger behind
+            return
+        if self._writing:
             self.remove_replaced()
         self.close()
 
@@ -339,7 +341,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._check_writing()
         if query.image is None:
             return query
-        data = read_bytes(query.image, limit=_LARGEST_PICTURE)
+        data = read_bytes(query.image, limit=LARGEST_PICTURE)
         digest, suffix = hashlib.sha256(data).hexdigest(), query.image.suffix.lower()
         name = digest + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else "")
         path = self.folder / "pictures" / name
@@ -494,6 +496,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         if shard is not None and not _SHARD.fullmatch(shard):
             raise ValueError(f"shard {shard!r}")
         if do == "add":
+            if not record["edits"]:
+                raise ValueError("edits: none")
             first = record["edits"][0]["id"]
             for row, edit in enumerate(record["edits"], record["row"]):
                 name = edit["image"]

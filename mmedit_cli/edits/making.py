@@ -12,7 +12,7 @@ from mmedit_cli import registry, runtime
 from mmedit_cli.edits.ledger import Kept, Ledger
 from mmedit_cli.edits.model import EditOptions, begin_edits, check_pictures, described, open_edits, question
 from mmedit_cli.output import Output
-from mmedit_cli.storage import sha256_of
+from mmedit_cli.pictures import picture_digest
 from mmedit_cli.types import EditCase, Query, in_one_line
 from mmedit_cli.workflows.evaluation import ModelOptions
 
@@ -44,14 +44,10 @@ def make_edits(folder: Path, options: EditOptions, requests: Sequence[Query], ba
         if not new:
             probes = []
         with out.progress({"edits": len(new)}) as tick:
+            model.check(new)
             before = model.generate(probes)
-            try:
-                model.check(new)
-                losses = iter(target_losses(model.backbone, new) if new else [])
-                added = iter(model.edit(new, batch=batch, tick=tick))
-            except BaseException:
-                model.ledger.discard()  # requests that cannot be used leave no new ledger behind
-                raise
+            losses = iter(target_losses(model.backbone, new) if new else [])
+            added = iter(model.edit(new, batch=batch, tick=tick))
             after = model.generate(probes)
         made = [model.ledger.edits[next(added) if known is None else known] for known in ids]
         losses_before = [next(losses) if known is None else None for known in ids]
@@ -119,7 +115,7 @@ def _made_before(requests: Sequence[Query], ledger: Ledger, out: Output) -> list
     """Return for each request the newest active edit of its picture and question, None unless that says the same."""
 
     def known(query: Query) -> tuple[Any, ...]:
-        return query.prompt, query.image and sha256_of(query.image), query.background, query.chat
+        return query.prompt, query.image and picture_digest(query.image), query.background, query.chat
 
     newest = {known(edit.request): edit for edit in ledger.active}
     found = [newest.get(known(request)) for request in requests]
@@ -136,9 +132,9 @@ def _made_before(requests: Sequence[Query], ledger: Ledger, out: Output) -> list
 def locality_probes(requests: Sequence[Query]) -> list[Query]:
     """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
     folder = registry.emojikb_dir() / "noto"
-    edited = {sha256_of(request.image) for request in requests if request.image is not None}
+    edited = {picture_digest(request.image) for request in requests if request.image is not None}
     pictures = [
-        path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and sha256_of(path) not in edited
+        path for code in _PICTURES if (path := folder / f"{code}.png").is_file() and picture_digest(path) not in edited
     ]
     probes = [Query(text) for text in _TEXTS] + [Query("What is this?", image=path) for path in pictures]
     asked = {(request.prompt, request.image) for request in requests}

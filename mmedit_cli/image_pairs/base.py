@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmedit_cli.errors import DataError, near_miss
-from mmedit_cli.storage import sha256_of
+from mmedit_cli.pictures import picture_digest
 
 NAMED = ("emojikb-edits",)
 _HELP = (
@@ -89,8 +89,8 @@ def fingerprint(pairs: Iterable[EditPair]) -> str:
 
 
 def file_digest(*paths: Path) -> str:
-    """Return a digest of the content of some files."""
+    """Return a digest of the content of some pictures; raise DataError for what is none."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(bytes.fromhex(sha256_of(path)))
+        digest.update(bytes.fromhex(picture_digest(path)))
     return digest.hexdigest()[:16]

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmedit_cli.errors import DataError, near_miss
-from mmedit_cli.pictures import photos_in
-from mmedit_cli.storage import sha256_of
+from mmedit_cli.pictures import photos_in, picture_digest
 from mmedit_cli.types import Concept
 
 NAMED = ("dreambooth", "emojikb-concepts")
@@ -79,7 +78,7 @@ class SubjectSet:
         photos = [(s.name, path) for s in self.subjects for path in s.concept.images]
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True, ensure_ascii=False).encode())
         for name, path in (*photos, *self.gallery):
-            digest.update(f"{name}:{sha256_of(path)};".encode())
+            digest.update(f"{name}:{picture_digest(path)};".encode())
         return digest.hexdigest()[:16]
 
 

@@ -18,11 +18,11 @@ from mmedit_cli.errors import DataError, MmeditError, RunError, UserError
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Edited, ImageEditor, Job, Settings
 from mmedit_cli.output import Output
-from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture
+from mmedit_cli.pictures import Picture, check_picture, load_alpha, load_picture, picture_digest
 from mmedit_cli.reading import Record, parse_json_object, read_lines
 from mmedit_cli.records import Run
 from mmedit_cli.reports.gallery import edit_sheet
-from mmedit_cli.storage import sha256_json, sha256_of, write_atomic
+from mmedit_cli.storage import sha256_json, write_atomic
 from mmedit_cli.workflows.networks import Networks, chosen_networks, described, networks_line
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _edited(editor: ImageEditor, wishes: Sequence[Wish], options: EditOptions, t
                 "rows": result.rows,
                 "size": list(result.picture.size),
                 "seconds": round(seconds, 3),
-                "input_sha256": sha256_of(wish.image),
+                "input_sha256": picture_digest(wish.image),
                 "output_sha256": _sha256(data),
                 "warnings": list(result.warnings),
             }
@@ -334,7 +334,7 @@ def _steps(editor: ImageEditor, options: EditOptions) -> int:
 def _key(wish: Wish, folder: Path) -> str:
     """Return a digest of all that a picture depends on, apart from what the whole folder shares."""
     facts = [wish.instruction, wish.seed, wish.expressive, str(wish.output.relative_to(folder))]
-    return sha256_json([sha256_of(wish.image), *facts])[:16]
+    return sha256_json([picture_digest(wish.image), *facts])[:16]
 
 
 def _sha256(data: bytes) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from mmedit_cli import registry
 from mmedit_cli.catalog import CHECKPOINT, DEFAULTS, find_model
-from mmedit_cli.errors import UserError
+from mmedit_cli.errors import RunError, UserError
+from mmedit_cli.reading import Record, whole_number
 from mmedit_cli.records import Run
 from mmedit_cli.storage import read_tensors
 
@@ -89,12 +90,13 @@ def described(path: Path, source: str | None = None) -> Networks:
     """Return what the file itself and the report of its training say about networks."""
     about = read_tensors(path)[1]
     report = Run.finished(path.parent) if path.name == CHECKPOINT else None
-    step = int(about["step"]) if about.get("step", "").isdigit() else None
+    step = whole_number(about.get("step", ""))
     if report is None or "steps" not in report:
-        steps = int(about["steps"]) if about.get("steps", "").isdigit() else None
+        steps = whole_number(about.get("steps", ""))
         return Networks(path, source or _FILE, about.get("run"), steps, step)
-    data = report.get("data", {}).get("name")
-    return Networks(path, source or _RUN, path.parent.name, report["steps"], step, data)
+    record = Record(report, str(path.with_name("report.json")), error=RunError)
+    data = record.record("data", {}).text("name", None)
+    return Networks(path, source or _RUN, path.parent.name, record.integer("steps"), step, data)
 
 
 def networks_line(facts: Mapping[str, Any]) -> str:
@@ -131,11 +133,11 @@ def default_editor(records: Path, model: str | None = None, checkpoint: Path | s
 
 def _editor_of(checkpoint: Path | str, records: Path, model: str | None) -> tuple[str, str]:
     path = chosen_networks(checkpoint, records, model="*" if model is None else find_model(model).name)
-    report = Run.finished(path.parent) or {}
-    editor = report.get("editor") or read_tensors(path)[1].get("editor")
+    report = Record(Run.finished(path.parent) or {}, str(path.with_name("report.json")), error=RunError)
+    editor = report.text("editor", "") or read_tensors(path)[1].get("editor")
     if editor not in registry.editors.names():
         raise UserError(f"--checkpoint {checkpoint}: does not say which editor it belongs to", "name the EDITOR")
-    trained_for = report.get("model", {}).get("name")
+    trained_for = report.record("model", {}).text("name", None)
     if model is None and trained_for is None:
         raise UserError(f"--checkpoint {checkpoint}: does not say which model it belongs to", "name it with --model")
     return editor, model or trained_for

@@ -70,6 +70,12 @@ def readers() -> list[Reader]:
         Reader("tensors", _tensors, _read_tensors),
         Reader("picture", lambda f: _picture(f / "a.png"), _load_picture),
         Reader("archives", _archives, _unpack),
+        Reader("pairs parquet", _parquet, _read_pairs("")),
+        Reader("covariance", _covariance, _read_covariance),
+        Reader("networks", _networks, _read_networks),
+        Reader("ledger repaired", _ledger, _command("edits", "repair", "edits")),
+        Reader("stdin", lambda f: _text(f / "stdin", "Who?\nWhat?\n"), _read_stdin),
+        Reader("opened model", _whole_model, _open_model),
     ]  # fmt: skip
 
 
@@ -227,6 +233,43 @@ def _archives(folder: Path) -> None:
         tar.add(folder / "in" / "a.txt", "in/a.txt")
 
 
+def _parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    _picture(folder / "a.png")
+    picture = (folder / "a.png").read_bytes()
+    (folder / "a.png").unlink()
+    columns = {"source": [picture] * 2, "target": [picture] * 2, "instruction": ["make it blue", "make it red"],
+               "caption": ["a", "b"], "target_caption": ["c", None]}  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+
+
+def _covariance(folder: Path) -> None:
+    import torch
+
+    from mmedit_cli.covariance import Covariance
+
+    Covariance(torch.eye(3, dtype=torch.float64), 5, 9, {"encoder": "0"}).save(folder / "c.safetensors")
+
+
+def _networks(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    report = {"editor": "unike", "model": {"name": "tiny-blip2"}, "data": {"name": "emojikb:train"}, "steps": 20}
+    _text(folder / "run" / "report.json", json.dumps(report))
+    save_file({"w": torch.ones(2)}, folder / "run" / "editor.safetensors", {"step": "10", "editor": "unike"})
+
+
+def _whole_model(folder: Path) -> None:
+    from mmedit_cli.backbones._loading import load_backbone
+
+    backbone = load_backbone("tiny-blip2", device="cpu")
+    for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
+        part.save_pretrained(folder)
+
+
 # -- how it is read -----------------------------------------------------------------------------------------------
 
 
@@ -352,4 +395,42 @@ def _unpack(folder: Path) -> int:
 
     for name in ("a.zip", "a.tar.gz"):
         unpack(folder / name, folder / "out" / name)
+    return 0
+
+
+def _read_covariance(folder: Path) -> int:
+    from mmedit_cli.covariance import Covariance
+
+    Covariance.load(folder / "c.safetensors").summary()
+    return 0
+
+
+def _read_networks(folder: Path) -> int:
+    from mmedit_cli.workflows.networks import chosen_networks, default_editor, described, networks_line
+
+    networks_line(described(chosen_networks(folder / "run" / "editor.safetensors", folder)).facts())
+    default_editor(folder, checkpoint=folder / "run" / "editor.safetensors")
+    return 0
+
+
+def _read_stdin(folder: Path) -> int:
+    import sys
+    from unittest.mock import patch
+
+    from mmedit_cli.reading import open_regular, read_stdin
+
+    with open_regular(folder / "stdin"):
+        pass
+    with (folder / "stdin").open(encoding="utf-8") as file, patch.object(sys, "stdin", file):
+        for _ in read_stdin():
+            pass
+    return 0
+
+
+def _open_model(folder: Path) -> int:
+    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.types import Query
+
+    backbone = load_backbone(str(folder), device="cpu")
+    backbone.encode(Query("What?", "a star"))
     return 0

@@ -138,5 +138,5 @@ def test_pictures_are_composed_upright_and_closed(tmp_path):
         (tmp_path / "c.png").write_bytes(content)
         with pytest.raises(DataError, match="not a readable image"):
             check_picture(tmp_path / "c.png")
-    with pytest.raises(DataError, match="not a readable image"):
+    with pytest.raises(DataError, match="is a folder, not a file"):
         load_picture(Picture(tmp_path))

@@ -147,7 +147,7 @@ def test_a_list_of_cases(folder):
     assert data.selection == {"subset": "list.json"}
     for content, problem in (
         ('{"cases": {"c": []}}', r"1 of its cases are not in the data \(c\)"),
-        ("[", "not a list"),
+        ("[", "not valid JSON"),
     ):
         with pytest.raises(DataError, match=problem):
             read_data(file, options=DataOptions(subset=str(write(folder, "list.json", content))))

@@ -52,7 +52,7 @@ def test_all_that_is_wrong_in_a_folder_is_named(folder):
         open_pairs(folder)
     assert len(caught.value.problems) == 2
     assert "its pair 9_1.jpg is missing" in caught.value.problems[0]
-    assert "no instruction in it" in caught.value.problems[1]
+    assert "edit: must be a text that is not empty" in caught.value.problems[1]
 
 
 def test_the_published_examples():

@@ -130,7 +130,8 @@ def test_things_of_emojikb(tmp_path):
     assert found.locality == ("a drawing of a monkey", "a drawing of a gorilla")
     assert ("two-hump-camel", camel.concept.images[0]) in found.gallery
     assert len(found.gallery) > 4000
-    for content, said in (("[]", "not a list"), ('{"taught": [], "held_out": {"zz": "x"}}', "zz is not in EmojiKB"),
+    for content, said in (("[]", "expected an object with keys"),
+                          ('{"taught": [], "held_out": {"zz": "x"}}', "zz is not in EmojiKB"),
                           ('{"taught": [], "held_out": {}}', "nothing is held out")):  # fmt: skip
         (tmp_path / "concepts.json").write_text(content)
         with pytest.raises(DataError, match=said):
