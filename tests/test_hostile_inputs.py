@@ -17,6 +17,7 @@ from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.edits import asking
 from mmedit_cli.edits.asking import read_questions
 from mmedit_cli.errors import DataError
+from mmedit_cli.image_pairs.base import open_pairs
 from mmedit_cli.pictures import check_picture
 
 FT = ("edit", "ft", "--model", "tiny-blip2", "--prompt", "What is this?", "--target", "a star")
@@ -130,3 +131,10 @@ def test_more_questions_than_anyone_asks_are_refused(tmp_path, monkeypatch):
     path.write_text("Who?\n" * 4)
     with pytest.raises(DataError, match=re.escape("q.txt: more than 3 questions")):
         read_questions(path, None)
+
+
+def test_a_fifo_in_the_place_of_a_parquet_file_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / "a.parquet")  # pyarrow would wait for ever
+    with pytest.raises(DataError, match=r"a\.parquet: is a pipe \(FIFO\), not a file"):
+        open_pairs(tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image
 from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.image_pairs.base import EditPair
 from mmedit_cli.pictures import upright_rgb
+from mmedit_cli.reading import require_regular
 
 # names of the columns: source, target, instruction, caption, target_caption
 _LAYOUTS = (
@@ -34,6 +35,7 @@ class Shard:
         except ImportError as error:
             raise UserError(f"{path}: pyarrow is not installed", "pip install pyarrow") from error
         self.path = path
+        require_regular(path)  # of a FIFO pyarrow would wait for ever
         try:
             self._file = parquet.ParquetFile(path)
         except (OSError, pyarrow.ArrowInvalid) as error:

@@ -305,10 +305,10 @@ class ConceptFolder:
 
 def _checked_entry(entry: Record) -> dict[str, Any]:
     """Return an entry of the index; raise StateError unless every field that is used has its type."""
-    for key in ("token", "superclass", "file", "sha256"):
+    for key in ("token", "superclass", "file", "sha256", "time"):
         entry.text(key)
-    entry.text("time", "")
-    entry.integer("bytes", 0, low=0)
+    entry.integer("bytes", low=0)
+    entry.array("images", dict)
     entry.number("seconds", 0.0)
     return entry.values
 
