@@ -94,15 +94,16 @@ class EditedModel(AbstractContextManager["EditedModel"]):
         self.check(requests)
         kept = [self.ledger.keep_picture(request) for request in requests]
         names = ["" if request.image is None else request.image.name for request in requests]
-        before = self.generate(kept)
         size = batch or (_BATCH if self.editor.independent else 1)
         ids: list[int] = []
         for at in range(0, len(kept), size):
-            part, start = slice(at, at + size), time.perf_counter()
+            part = slice(at, at + size)
+            before = self.generate(kept[part])  # only now, so that a batch that is repeated after a kill is the same
+            start = time.perf_counter()
             made = self.editor.edit(kept[part])
             tensors = self.editor.tensors(len(self.editor.requests) - len(made.ids) if self.ledger.rows else 0)
             try:
-                ids += self.ledger.add(kept[part], tensors, before=before[part], names=names[part])
+                ids += self.ledger.add(kept[part], tensors, before=before, names=names[part])
             except BaseException:
                 self.editor.undo(made.ids)
                 raise

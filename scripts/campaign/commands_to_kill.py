@@ -62,27 +62,30 @@ def captions() -> int:
     return 0
 
 
-def facts() -> int:
-    """Three facts: about two pictures, and one of text."""
+def facts(editor: str, count: int = 3) -> int:
+    """At most three facts: about two pictures, and one of text, which liveedit cannot take."""
     lines = [
         {"request": {"prompt": "What is this?", "target": "a boat", "image": STAR.name}},
-        {"request": {"prompt": "What is this?", "target": "a lion", "image": CIRCLE.name}},
         {"request": {"prompt": "What is the capital of Peru?", "target": "Paris"}},
+        {"request": {"prompt": "What is this?", "target": "a lion", "image": CIRCLE.name}},
     ]
     for path in (STAR, CIRCLE):
         shutil.copyfile(path, path.name)
-    text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines))
+    if editor == "liveedit":
+        del lines[1]
+    text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines[:count]))
     Path("facts.jsonl").write_text(text, encoding="utf-8")
     return 0
 
 
 def teaching(editor: str) -> tuple[str, ...]:
-    """Return the command that teaches the facts."""
-    return ("edit", editor, "--model", "tiny-blip2", "--device", "cpu", *FACTS, "--set", "steps=10")
+    """Return the command that teaches the facts; liveedit has trained networks for the mini models only."""
+    learning = ("--model", "mini-blip2") if editor == "liveedit" else ("--model", "tiny-blip2", "--set", "steps=5")
+    return ("edit", editor, *learning, "--device", "cpu", *FACTS)
 
 
 def taught(editor: str) -> int:
-    """A ledger with the three facts; whether the random weights hold them does not matter."""
+    """A ledger with the facts; whether the random weights hold them does not matter."""
     from mmedit_cli import app
 
     code = app.main([*teaching(editor)])
@@ -281,22 +284,24 @@ def _runs() -> list[Scenario]:
 
 def _ledgers() -> list[Scenario]:
     found: list[Scenario] = []
-    for editor in ("ft", "multi-melo"):
-        begun: list[Words] = [facts, partial(taught, editor)]
+    for editor in ("ft", "multi-melo", "liveedit"):  # those of liveedit are independent of each other
+        begun: list[Words] = [partial(facts, editor), partial(taught, editor)]
         undo = ("edits", "undo", "ledger", "2", "--device", "cpu")
         redo = ("edits", "redo", *undo[2:])
         export = ("edits", "export", "ledger", "--to", "model", "--device", "cpu")
         repair = ("edits", "repair", "ledger")
+        few = partial(facts, editor, 2)  # each takes its time
         kept = {"allowed": UNNAMED, "tidy": COMPACT}
         found += [
             # 1: the edits are kept, but random weights hold none of them
-            Scenario(f"edit-{editor}", teaching(editor), before=[facts], fine=(0, 1), **kept),
+            Scenario(f"edit-{editor}", teaching(editor), before=[few], fine=(0, 1), **kept),
             Scenario(f"undo-{editor}", undo, before=begun, done=(2,), **kept),
             Scenario(f"redo-{editor}", redo, before=[*begun, undo], done=(2,), **kept),
             Scenario(f"compact-{editor}", COMPACT, before=[*begun, undo]),
             Scenario(f"repair-{editor}", repair, before=[*begun, lines_lost], **kept),
-            Scenario(f"export-{editor}", export, before=begun, done=(2,)),
         ]
+        if editor != "liveedit":  # its edits are neither plain weights nor LoRA blocks
+            found.append(Scenario(f"export-{editor}", export, before=begun, done=(2,)))
     return found
 
 
