@@ -102,6 +102,22 @@ def test_the_same_requests_again_add_what_is_missing(cli, ledger, facts):
     assert all(target in text for target in ("a red balloon", "a lion", "seven", "a violin", "a fish"))
 
 
+def test_a_list_that_is_continued_ends_as_one_that_was_not_interrupted(cli, tmp_path):
+    """Each edit of ft builds on those before it; what was answered before it is in its line and in its file."""
+    shutil.copy(SHAPES / "solid/red-star.png", tmp_path)
+    lines = ["image,prompt,target", "red-star.png,What is this?,a boat", ",What is the capital of Peru?,Paris"]
+    file = tmp_path / "facts.csv"
+
+    def kept(folder, *parts):
+        for count in parts:
+            file.write_text("\n".join(lines[:count]) + "\n")
+            cli("edit", "ft", "--model", "tiny-blip2", "--requests", file, "--into", folder, "--set", "steps=5")
+        records = map(json.loads, (folder / "edits.jsonl").read_text().splitlines())
+        return [(record["edits"][0]["before"], record["shard"]) for record in records]
+
+    assert kept(tmp_path / "continued", 2, 3) == kept(tmp_path / "whole", 3)
+
+
 def test_the_documented_facts_hold_with_the_documented_editor(cli, tmp_path):
     facts, commands = ((ROOT / "docs" / name).read_text() for name in ("data.md", "edits.md"))
     block = re.search(r"```csv\n(.*?)```", facts, re.DOTALL)
