@@ -216,6 +216,12 @@ class Run:
         except StateError as error:
             raise RunError(f"{path}: damaged: {error}", _START_ANEW) from error
 
+    def remove_tensors(self, name: str) -> None:
+        """Remove `<name>.safetensors`, if it is there."""
+        path = self._path(name, ".safetensors")
+        with file_errors(path, "remove"):
+            remove_file(path)
+
     def finish(self, report: Mapping[str, Any]) -> Path:
         """Write `report.json` and return its path; everything else is on disk by then, so it means "complete"."""
         path = self.folder / "report.json"

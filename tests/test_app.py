@@ -360,3 +360,21 @@ def test_version(cli):
 
     assert cli("--version")[:2] == (0, f"mmedit {__version__}\n")
     assert re.match(r"\d+\.\d+\.\d+", __version__)
+
+
+def test_a_finished_evaluation_keeps_no_state_to_continue_from(cli, tmp_path, monkeypatch):
+    """With ft it is as large as a model, and on a slow machine it was saved."""
+    from mmedit_cli.evaluation import vlm
+    from mmedit_cli.records import Run
+
+    monkeypatch.setattr(vlm, "SAVE_SECONDS", 0.0)
+    saved = []
+    save = Run.save_tensors
+    monkeypatch.setattr(Run, "save_tensors", lambda run, *what: saved.append(what[0]) or save(run, *what))
+    words = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--limit", "2", "--set", "steps=1")
+    code, _, err = cli(*words, "--records", tmp_path / "records")
+    assert code == 0, err
+    names = {path.name for path in tmp_path.rglob("records/eval/**/*")}
+    assert "report.json" in names
+    assert "editor" in saved
+    assert "editor.safetensors" not in names

@@ -180,6 +180,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         report = build_report(head, cases, run.read("edits"), protocol.sequential)
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
+        run.remove_tensors("editor")  # only there to continue from, and may be as large as a model
         run.finish(report)
     return report
 

@@ -39,7 +39,11 @@ def campaign(copies: bool) -> Iterator[Campaign]:
     watch = Watch()
     watch.install()
     from mmedit_cli import app, registry
+    from mmedit_cli.evaluation import vlm
+    from mmedit_cli.training import editors
 
+    for module in (vlm, editors):
+        module.SAVE_SECONDS = 0.0  # states are saved at every chance, however fast the machine is
     registry.emojikb_dir()  # unpacked now, or every command would do so outside its folder
     with website(), tempfile.TemporaryDirectory(prefix="mmedit-kill-") as root:
         yield Campaign(Path(root).resolve(), watch, app.main, copies=copies)
