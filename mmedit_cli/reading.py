@@ -101,7 +101,7 @@ def digest_of(path: Path, *, limit: int, error: ErrorType = DataError, hint: str
     with open_regular(path, error=error, hint=hint) as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise error(f"{path}: larger than {_size(limit)}", hint)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
