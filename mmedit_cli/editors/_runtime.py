@@ -95,7 +95,7 @@ class RoutedEdits:
         self._reading = args[0]
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
+        past = kwargs.get("cache") or kwargs.get("past_key_values")  # the name before transformers 5.24
         # a part of an answer; without a cache the question is read again before each
         follows = (past is not None and past.get_seq_length() > 0) or (self._generating and self._begun)
         if self._aside or follows:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import DynamicCache
 
 from mmedit_cli.errors import DataError, ModelError, UserError
 from mmedit_cli.image_editors import _tiny
@@ -16,7 +17,7 @@ from mmedit_cli.image_editors._latent import to_pictures
 from mmedit_cli.image_editors._loading import LoadOptions
 from mmedit_cli.image_editors.base import Job, Settings
 from mmedit_cli.image_editors.mgie import Mgie
-from mmedit_cli.image_editors.mgie.guide import IGNORE, clean
+from mmedit_cli.image_editors.mgie.guide import IGNORE, cache_argument, clean
 from mmedit_cli.image_editors.mgie.modules import MGIEEditHead, VisualTokens, widened
 from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
 
@@ -123,10 +124,9 @@ def test_states_are_those_of_step_by_step_generation(editor):
     guide = editor.guide
     stack = guide.mllm.get_decoder()
     for row in rows_of(guide, TEXTS):
-        past, found = None, []
+        cache, found = {cache_argument(stack): DynamicCache(config=stack.config)}, []
         for vector in [*row.embeddings, *guide.tokens.embed]:
-            out = stack(inputs_embeds=vector[None, None], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = stack(inputs_embeds=vector[None, None], use_cache=True, **cache)
             found.append(out.last_hidden_state[0, 0])
         states = guide.states([row])
         assert states.visual.shape == (1, 8, 48)

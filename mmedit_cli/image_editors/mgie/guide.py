@@ -7,13 +7,15 @@ row, however long the text is, and no tokenizer can put anything between them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mmedit_cli.backbones.generation import set_aside
 from mmedit_cli.errors import DataError, ModelError
@@ -201,14 +203,22 @@ class Guide:
                 use_cache=False,
             )  # fmt: skip
             return States(out.last_hidden_state, whole, start)
+        cache = {cache_argument(stack): DynamicCache(config=stack.config)}
         with torch.no_grad():
             prefix = stack(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions[:, :start], use_cache=True
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=positions[:, :start],
+                use_cache=True,
+                **cache,
             )
         tail = stack(
-            inputs_embeds=visual, attention_mask=whole, position_ids=positions[:, start:],
-            past_key_values=prefix.past_key_values, use_cache=True,
-        )  # fmt: skip
+            inputs_embeds=visual,
+            attention_mask=whole,
+            position_ids=positions[:, start:],
+            use_cache=True,
+            **cache,
+        )
         return States(torch.cat([prefix.last_hidden_state, tail.last_hidden_state], 1), whole, start)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -235,6 +245,12 @@ class Guide:
                 said = row.ids[row.n_prompt :]
                 labels[i, longest - 1 - len(said) : longest - 1] = said
         return labels
+
+
+def cache_argument(decoder: nn.Module) -> str:
+    """Return what a decoder calls the argument for its cache: `cache` since transformers 5.24."""
+    known = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
