@@ -45,7 +45,8 @@ def not_finite(what: str, model: nn.Module, forward: Callable[[], Any]) -> NotFi
             "copy the model again; if edits are on it, undo them or lower their learning_rate",
         )
     return NotFinite(
-        f"{what} are not finite: {name} is the first module that gives NaN or infinity", "try --dtype float32"
+        f"{what} are not finite: {name} is the first module that gives NaN or infinity",
+        "try --dtype float32; if an edit is on it or being made, a lower learning_rate",
     )
 
 
