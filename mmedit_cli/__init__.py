@@ -7,26 +7,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
+    from mmedit_cli.drawing.workflow.concepts import LearnOptions, learn_concept
+    from mmedit_cli.knowledge.ledger.edited_model import (
+        EditOptions,
+        begin_edits,
+        open_edits,
+    )
+    from mmedit_cli.knowledge.loading import ModelOptions, load_backbone, load_editor
+    from mmedit_cli.knowledge.workflow.evaluation import EvalOptions, evaluate
     from mmedit_cli.types import Concept, EditCase, Query
-    from mmedit_cli.workflows.concepts import LearnOptions, learn_concept
-    from mmedit_cli.workflows.evaluation import EvalOptions, ModelOptions, evaluate, load_backbone, load_editor
 
 # public name -> where it lives; loaded on first use, so that importing the package costs nothing
 _PUBLIC = {
     "Concept": "mmedit_cli.types",
-    "LearnOptions": "mmedit_cli.workflows.concepts",
-    "learn_concept": "mmedit_cli.workflows.concepts",
+    "LearnOptions": "mmedit_cli.drawing.workflow.concepts",
+    "learn_concept": "mmedit_cli.drawing.workflow.concepts",
     "Query": "mmedit_cli.types",
     "EditCase": "mmedit_cli.types",
-    "load_backbone": "mmedit_cli.workflows.evaluation",
-    "load_editor": "mmedit_cli.workflows.evaluation",
-    "evaluate": "mmedit_cli.workflows.evaluation",
-    "EvalOptions": "mmedit_cli.workflows.evaluation",
-    "ModelOptions": "mmedit_cli.workflows.evaluation",
-    "begin_edits": "mmedit_cli.edits.model",
-    "open_edits": "mmedit_cli.edits.model",
-    "EditOptions": "mmedit_cli.edits.model",
+    "load_backbone": "mmedit_cli.knowledge.loading",
+    "load_editor": "mmedit_cli.knowledge.loading",
+    "evaluate": "mmedit_cli.knowledge.workflow.evaluation",
+    "EvalOptions": "mmedit_cli.knowledge.workflow.evaluation",
+    "ModelOptions": "mmedit_cli.knowledge.loading",
+    "begin_edits": "mmedit_cli.knowledge.ledger.edited_model",
+    "open_edits": "mmedit_cli.knowledge.ledger.edited_model",
+    "EditOptions": "mmedit_cli.knowledge.ledger.edited_model",
 }
 __all__ = [
     "Concept",

@@ -24,14 +24,22 @@ class LoraLayers:
     leaves no mark. `modules` has them by path, with / in the place of every dot.
     """
 
-    def __init__(self, patch: Patch, ranks: Mapping[str, int], alphas: Mapping[str, float], seed: int = 0) -> None:
+    def __init__(
+        self,
+        patch: Patch,
+        ranks: Mapping[str, int],
+        alphas: Mapping[str, float],
+        seed: int = 0,
+    ) -> None:
         """Put a new adapter, which changes nothing yet, around the layers at the paths of `ranks` and `alphas`."""
         from peft import LoraConfig, inject_adapter_in_model
 
         self.paths = tuple(ranks)
         for path in self.paths:
             bring_in(patch.model, path)
-        self.modules = nn.ModuleDict({_key(path): patch.model.get_submodule(path) for path in self.paths})
+        self.modules = nn.ModuleDict(
+            {_key(path): patch.model.get_submodule(path) for path in self.paths}
+        )
         config = LoraConfig(
             target_modules=list(self.modules),
             rank_pattern={_key(path): rank for path, rank in ranks.items()},
@@ -39,7 +47,9 @@ class LoraLayers:
             lora_dropout=0.0,
             bias="none",
         )
-        with torch.random.fork_rng(devices=[]):  # peft draws A from the global source of randomness
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # peft draws A from the global source of randomness
             torch.manual_seed(seed)
             inject_adapter_in_model(config, self.modules, _NAME)
         self.modules.eval()
@@ -62,7 +72,11 @@ class LoraLayers:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return A and B of every layer."""
-        return [parameter for name, parameter in self.modules.named_parameters() if "lora_" in name]
+        return [
+            parameter
+            for name, parameter in self.modules.named_parameters()
+            if "lora_" in name
+        ]
 
     def pairs(self) -> dict[str, Pair]:
         """Return A and B by the path of their layer."""
@@ -92,7 +106,10 @@ def joined(many: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
     found = {}
     for path in paths:
         here = [pairs[path] for pairs in many if path in pairs]
-        found[path] = (torch.cat([down for down, _ in here]), torch.cat([up for _, up in here], dim=1))
+        found[path] = (
+            torch.cat([down for down, _ in here]),
+            torch.cat([up for _, up in here], dim=1),
+        )
     return found
 
 

@@ -60,12 +60,18 @@ kept.command("verify")(edits.verify)
 kept.command("compact")(edits.compact)
 kept.command("repair")(edits.repair)
 kept.command("export")(edits.export)
-app.add_typer(kept, name="edits", help="List, undo, compare, check and export the edits of a ledger.")
+app.add_typer(
+    kept,
+    name="edits",
+    help="List, undo, compare, check and export the edits of a ledger.",
+)
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
 conversions.command("mgie")(convert.mgie)
 conversions.command("safetensors")(convert.safetensors)
-app.add_typer(conversions, name="convert", help="Turn published weights into a model folder.")
+app.add_typer(
+    conversions, name="convert", help="Turn published weights into a model folder."
+)
 
 
 def _version(value: bool) -> None:
@@ -77,7 +83,13 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the version and stop.",
+        ),
     ] = False,
 ) -> None: ...
 
@@ -92,7 +104,10 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
     for place, argument in enumerate(arguments):
         before = arguments[place - 1] if place else "mmedit"
         if argument == "" and before != "--negative":
-            raise UserError(f"the argument behind {before} is empty", "is a variable of the shell not set?")
+            raise UserError(
+                f"the argument behind {before} is empty",
+                "is a variable of the shell not set?",
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,4 +151,6 @@ def _refused(error: OSError) -> MmeditError:
     reason = error.strerror or str(error)
     if error.filename is None:
         return MmeditError(reason, "is the disk full?")
-    return UserError(f"{error.filename}: {reason}", "is the folder there, and may you write to it?")
+    return UserError(
+        f"{error.filename}: {reason}", "is the folder there, and may you write to it?"
+    )

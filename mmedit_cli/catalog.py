@@ -12,7 +12,11 @@ from mmedit_cli import hub
 from mmedit_cli.errors import ModelError, UserError, near_miss
 from mmedit_cli.identity import fingerprint, former_fingerprint
 from mmedit_cli.model_folder import CHECKPOINT, INDEX, config_file, read_config
-from mmedit_cli.not_a_model import check_folder_is_meant, check_is_model, check_not_a_path
+from mmedit_cli.not_a_model import (
+    check_folder_is_meant,
+    check_is_model,
+    check_not_a_path,
+)
 from mmedit_cli.registry import share_dir
 
 
@@ -36,29 +40,69 @@ MODELS = {
     "tiny-qwen3-vl": Entry("qwen-vl", None, _TINY),
     "tiny-sd": Entry(DRAWS, None, _TINY),
     "tiny-sdxl": Entry(DRAWS, None, _TINY),
-    "blip2-opt-2.7b": Entry("blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"),
-    "blip2-opt-6.7b": Entry("blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"),
-    "llava-1.5-7b": Entry("llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"),
-    "llava-1.5-13b": Entry("llava", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5 with Vicuna-13B (40 layers)"),
-    "qwen2-vl-2b": Entry("qwen-vl", "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL 2B (28 layers)"),
-    "qwen2-vl-7b": Entry("qwen-vl", "Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL 7B (28 layers)"),
-    "qwen2.5-vl-3b": Entry("qwen-vl", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL 3B (36 layers)"),
-    "qwen2.5-vl-7b": Entry("qwen-vl", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL 7B (28 layers)"),
-    "qwen3-vl-2b": Entry("qwen-vl", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL 2B (28 layers)"),
-    "qwen3-vl-4b": Entry("qwen-vl", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL 4B (36 layers)"),
-    "qwen3-vl-8b": Entry("qwen-vl", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL 8B (36 layers)"),
-    "qwen3-vl-32b": Entry("qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"),
-    "stable-diffusion-v1-4": Entry(DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"),
-    "stable-diffusion-v1-5": Entry(
-        DRAWS, "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 px"
+    "blip2-opt-2.7b": Entry(
+        "blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"
     ),
-    "stable-diffusion-2-1": Entry(DRAWS, "stabilityai/stable-diffusion-2-1", "SD 2.1, 768 px"),
-    "sdxl-1.0": Entry(DRAWS, "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 px"),
+    "blip2-opt-6.7b": Entry(
+        "blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"
+    ),
+    "llava-1.5-7b": Entry(
+        "llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"
+    ),
+    "llava-1.5-13b": Entry(
+        "llava", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5 with Vicuna-13B (40 layers)"
+    ),
+    "qwen2-vl-2b": Entry(
+        "qwen-vl", "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL 2B (28 layers)"
+    ),
+    "qwen2-vl-7b": Entry(
+        "qwen-vl", "Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL 7B (28 layers)"
+    ),
+    "qwen2.5-vl-3b": Entry(
+        "qwen-vl", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL 3B (36 layers)"
+    ),
+    "qwen2.5-vl-7b": Entry(
+        "qwen-vl", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL 7B (28 layers)"
+    ),
+    "qwen3-vl-2b": Entry(
+        "qwen-vl", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL 2B (28 layers)"
+    ),
+    "qwen3-vl-4b": Entry(
+        "qwen-vl", "Qwen/Qwen3-VL-4B-Instruct", "Qwen3-VL 4B (36 layers)"
+    ),
+    "qwen3-vl-8b": Entry(
+        "qwen-vl", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-VL 8B (36 layers)"
+    ),
+    "qwen3-vl-32b": Entry(
+        "qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"
+    ),
+    "stable-diffusion-v1-4": Entry(
+        DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"
+    ),
+    "stable-diffusion-v1-5": Entry(
+        DRAWS,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Stable Diffusion 1.5, 512 px",
+    ),
+    "stable-diffusion-2-1": Entry(
+        DRAWS, "stabilityai/stable-diffusion-2-1", "SD 2.1, 768 px"
+    ),
+    "sdxl-1.0": Entry(
+        DRAWS,
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "Stable Diffusion XL, 1024 px",
+    ),
 }
 
-DEFAULTS = ("mini-blip2",)  # the first that is there is used where no model is named; never one of random weights
+DEFAULTS = (
+    "mini-blip2",
+)  # the first that is there is used where no model is named; never one of random weights
 DRAWING_DEFAULTS = ("mini-sd",)  # the same for text-to-image
-RANDOM_EDITORS = ("tiny-ip2p", "tiny-flux-kontext", "tiny-mgie")  # image editors of random weights
+RANDOM_EDITORS = (
+    "tiny-ip2p",
+    "tiny-flux-kontext",
+    "tiny-mgie",
+)  # image editors of random weights
 FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> backbone module
     "blip-2": "blip2",
     "llava": "llava",
@@ -69,7 +113,9 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "StableDiffusionPipeline": DRAWS,
     "StableDiffusionXLPipeline": DRAWS,
 }
-TINY_VERSION = 1  # raise it when a tiny model changes: old reports are then not taken for new ones
+TINY_VERSION = (
+    1  # raise it when a tiny model changes: old reports are then not taken for new ones
+)
 
 FILES = (
     "*.safetensors",
@@ -109,17 +155,31 @@ class ModelRef:
 
 def bundled() -> dict[str, Path]:
     """Return the trained models that come along, by name: those in data/models that answer or draw."""
-    return {name: folder for name, folder in _shipped().items() if _kind(folder) in FAMILIES}
+    return {
+        name: folder for name, folder in _shipped().items() if _kind(folder) in FAMILIES
+    }
 
 
 def own_image_editors() -> dict[str, Path]:
     """Return what comes along to change pictures, by name: other pipelines in data/models, and trainings of mgie."""
-    left = {name: folder for name, folder in _shipped().items() if _kind(folder) not in FAMILIES}
-    return {name: folder for name, folder in left.items() if any((folder / f).is_file() for f in (INDEX, CHECKPOINT))}
+    left = {
+        name: folder
+        for name, folder in _shipped().items()
+        if _kind(folder) not in FAMILIES
+    }
+    return {
+        name: folder
+        for name, folder in left.items()
+        if any((folder / f).is_file() for f in (INDEX, CHECKPOINT))
+    }
 
 
 def _shipped() -> dict[str, Path]:
-    return {path.name: path for path in sorted((share_dir("data") / "models").glob("*")) if path.is_dir()}
+    return {
+        path.name: path
+        for path in sorted((share_dir("data") / "models").glob("*"))
+        if path.is_dir()
+    }
 
 
 def default_model(names: Sequence[str] = DEFAULTS) -> str:
@@ -135,7 +195,11 @@ def loading(name: str) -> str:
     """Say that a model is being loaded, and what it is if its weights are random."""
     entry = MODELS.get(name)
     random = name in RANDOM_EDITORS or (entry is not None and entry.repo is None)
-    return f"loading {name}" + (": random weights, which know nothing; only for trying a command" if random else "")
+    return f"loading {name}" + (
+        ": random weights, which know nothing; only for trying a command"
+        if random
+        else ""
+    )
 
 
 def patterns(repo: str) -> tuple[str, ...]:
@@ -152,7 +216,12 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     entry = MODELS.get(name)
     check_folder_is_meant(name, [*bundled(), *MODELS], bundled().get(name))
     if entry is not None and entry.repo is None:
-        return ModelRef(name, entry.family, None, hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16])
+        return ModelRef(
+            name,
+            entry.family,
+            None,
+            hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16],
+        )
     folder = bundled().get(name, Path(name))
     if entry is None and not folder.exists() and name.count("/") != 1:
         known = [*bundled(), *MODELS]
@@ -160,7 +229,9 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
         check_is_model(folder)
-        return ModelRef(folder.resolve().name, family_of(folder), folder, fingerprint(folder))
+        return ModelRef(
+            folder.resolve().name, family_of(folder), folder, fingerprint(folder)
+        )
     repo = entry.repo if entry is not None and entry.repo else name
     if entry is None and not in_cache(name):
         check_not_a_path(name)
@@ -170,7 +241,9 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     return ModelRef(short, family_of(folder), folder, fingerprint(folder))
 
 
-def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = None) -> Path:
+def hub_folder(
+    repo: str, revision: str | None, files: Sequence[str] | None = None
+) -> Path:
     """Return the snapshot folder of a hub repository, downloaded if it is not complete in the cache.
 
     `files`: patterns of what is taken, if not what a model of its kind needs. Raises ModelError.
@@ -181,21 +254,30 @@ def hub_folder(repo: str, revision: str | None, files: Sequence[str] | None = No
     wanted = list(files or patterns(repo))
     repository = hub.Repository(repo, revision=revision)
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=wanted))
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, local_files_only=True, allow_patterns=wanted
+            )
+        )
         if any(folder.rglob("*.safetensors")):
             return folder
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     cache = f"looked in {constants.HF_HUB_CACHE}"
     if hub.is_offline():
-        raise ModelError(f"{repo}: not in the cache, and HF_HUB_OFFLINE is set", f"{cache}; unset it to download")
+        raise ModelError(
+            f"{repo}: not in the cache, and HF_HUB_OFFLINE is set",
+            f"{cache}; unset it to download",
+        )
     try:
         return hub.snapshot(repository, patterns=wanted)
     except UserError:  # of a proxy
         raise
     except Exception as error:  # the errors of the transport below differ between releases of the hub client
         found = hub.trouble(error, repository)
-        raise ModelError(f"{repo}: cannot be fetched from the hub: {found.problem}", found.hint) from error
+        raise ModelError(
+            f"{repo}: cannot be fetched from the hub: {found.problem}", found.hint
+        ) from error
 
 
 def in_cache(repo: str) -> bool:
@@ -204,7 +286,10 @@ def in_cache(repo: str) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return any(isinstance(try_to_load_from_cache(repo, name), str) for name in ("config.json", INDEX))
+        return any(
+            isinstance(try_to_load_from_cache(repo, name), str)
+            for name in ("config.json", INDEX)
+        )
     except HFValidationError:  # not a name the hub could have
         return False
 

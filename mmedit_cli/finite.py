@@ -18,10 +18,14 @@ def all_finite(values: Tensor) -> bool:
     The sum tells in one pass and without a copy; only where it is not finite itself is each value looked at.
     """
     found = values.detach()
-    return bool(found.sum(dtype=torch.float32).isfinite()) or bool(found.isfinite().all())
+    return bool(found.sum(dtype=torch.float32).isfinite()) or bool(
+        found.isfinite().all()
+    )
 
 
-def check_finite(values: Tensor, what: str, model: nn.Module, forward: Callable[[], Any]) -> None:
+def check_finite(
+    values: Tensor, what: str, model: nn.Module, forward: Callable[[], Any]
+) -> None:
     """Raise NotFinite if a tensor holds NaN or infinity, naming the first module of `model` that made one.
 
     `what` is the start of the message, such as "tiny-llava: the logits"; `forward` runs the model as it was run when
@@ -37,7 +41,9 @@ def not_finite(what: str, model: nn.Module, forward: Callable[[], Any]) -> NotFi
     if name is None:
         return NotFinite(f"{what} are not finite", "try --dtype float32")
     weights = [
-        f"{name}.{key}" for key, value in model.get_submodule(name).named_parameters(recurse=False) if _is_bad(value)
+        f"{name}.{key}"
+        for key, value in model.get_submodule(name).named_parameters(recurse=False)
+        if _is_bad(value)
     ]
     if weights:
         return NotFinite(
@@ -72,7 +78,11 @@ def _first_broken(model: nn.Module, forward: Callable[[], Any]) -> str | None:
             found.append(name)
             raise _Found
 
-    handles = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    handles = [
+        module.register_forward_hook(partial(look, name))
+        for name, module in model.named_modules()
+        if name
+    ]
     try:
         with torch.no_grad():
             forward()

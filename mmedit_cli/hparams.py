@@ -15,7 +15,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -29,8 +39,15 @@ _MAX_DEPTH = 20
 # YAML 1.1 also knows octal 010 and sexagesimal 1:30: nobody means them, so they are not numbers here.
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9_]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
-_BOOL_TAG, _MAP_TAG, _NULL_TAG, _STR_TAG = (f"tag:yaml.org,2002:{name}" for name in ("bool", "map", "null", "str"))
-_WORDS = {bool: "true or false", float: "a finite number", int: "a whole number", str: "text in quotes"}
+_BOOL_TAG, _MAP_TAG, _NULL_TAG, _STR_TAG = (
+    f"tag:yaml.org,2002:{name}" for name in ("bool", "map", "null", "str")
+)
+_WORDS = {
+    bool: "true or false",
+    float: "a finite number",
+    int: "a whole number",
+    str: "text in quotes",
+}
 _BROKEN = object()  # a value that has been reported: its key is given, so it must not be called missing as well
 
 
@@ -42,7 +59,13 @@ class _Fields:
     given: dict[str, Any]
 
 
-def load_hparams(path: Path, cls: type[T], *, variant: str | None = None, overrides: Sequence[str] = ()) -> T:
+def load_hparams(
+    path: Path,
+    cls: type[T],
+    *,
+    variant: str | None = None,
+    overrides: Sequence[str] = (),
+) -> T:
     """Read `path` into the frozen dataclass `cls`.
 
     A `variant` the file does not have is no error; all variants are checked whichever is chosen. Fields may be int,
@@ -59,7 +82,10 @@ def load_hparams(path: Path, cls: type[T], *, variant: str | None = None, overri
             merged = _merge(merged, reader.read_override(override, cls))
         hparams = reader.build(merged, "")
     if reader.problems:
-        raise HparamsError(reader.problems, "valid keys: " + ", ".join(name for name, _, _ in describe(cls)))
+        raise HparamsError(
+            reader.problems,
+            "valid keys: " + ", ".join(name for name, _, _ in describe(cls)),
+        )
     return cast(T, hparams)
 
 
@@ -80,7 +106,9 @@ def read_values(overrides: Sequence[str], kinds: Mapping[str, type]) -> dict[str
             if kinds[key] is float and not math.isfinite(found[key]):
                 raise ValueError
         except ValueError:
-            problems.append(f"--set {text}: expected {'a whole number' if kinds[key] is int else 'a number'}")
+            problems.append(
+                f"--set {text}: expected {'a whole number' if kinds[key] is int else 'a number'}"
+            )
     if problems:
         raise HparamsError(problems, f"valid keys: {', '.join(kinds)}")
     return found
@@ -107,19 +135,33 @@ class _Reader:
     def add(self, *parts: str) -> None:
         """Add one problem; what would break the line or the terminal is escaped."""
         text = ": ".join(part for part in parts if part)
-        self.problems.append("".join(char if char.isprintable() else repr(char)[1:-1] for char in text))
+        self.problems.append(
+            "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+        )
 
     def report(self, line: int, key: str, message: str) -> None:
         """Add a problem with its place."""
         if self.override:
-            self.add(f"--set {self.override}", f"{key} in {self.file}" if key else "", message)
+            self.add(
+                f"--set {self.override}",
+                f"{key} in {self.file}" if key else "",
+                message,
+            )
         else:
             self.add(f"{self.file}:{line}", key, message)
 
     def wrong(self, node: yaml.Node, kind: Any, key: str) -> Any:
         """Report a value that is not of its type."""
-        near = near_miss(str(node.value), map(str, get_args(kind))) if get_origin(kind) is Literal else ""
-        wanted = "a mapping" if dataclasses.is_dataclass(kind) else _WORDS.get(kind, _type_text(kind))
+        near = (
+            near_miss(str(node.value), map(str, get_args(kind)))
+            if get_origin(kind) is Literal
+            else ""
+        )
+        wanted = (
+            "a mapping"
+            if dataclasses.is_dataclass(kind)
+            else _WORDS.get(kind, _type_text(kind))
+        )
         self.report(_line(node), key, f"expected {wanted}, got {_show(node)}{near}")
         return _BROKEN
 
@@ -136,11 +178,17 @@ class _Reader:
                     self.report(line, "", "anchors and aliases are not supported")
                 if tag:
                     self.report(line, "", f"tags are not supported: {tag}")
-                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                    event, yaml.CollectionEndEvent
+                )
                 if depth > _MAX_DEPTH:
                     self.report(line, "", f"nested deeper than {_MAX_DEPTH} levels")
                     return None
-            return yaml.compose(text, Loader=yaml.SafeLoader) if len(self.problems) == before else None
+            return (
+                yaml.compose(text, Loader=yaml.SafeLoader)
+                if len(self.problems) == before
+                else None
+            )
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             what = ", ".join(part for part in (error.context, error.problem) if part)
@@ -150,12 +198,16 @@ class _Reader:
             self.report(line, "", f"not valid YAML: {error.reason}")
         return None
 
-    def read_file(self, root: yaml.Node | None, cls: type[Any]) -> tuple[_Fields, Mapping[str | None, _Fields]]:
+    def read_file(
+        self, root: yaml.Node | None, cls: type[Any]
+    ) -> tuple[_Fields, Mapping[str | None, _Fields]]:
         """Read the top-level keys and all variants of a file."""
         if root is None or root.tag == _NULL_TAG:
             return _Fields(cls, {}), {}
         if not isinstance(root, yaml.MappingNode):
-            self.report(_line(root), "", f"the top level must be a mapping, got {_show(root)}")
+            self.report(
+                _line(root), "", f"the top level must be a mapping, got {_show(root)}"
+            )
             return _Fields(cls, {}), {}
         fields = self.fields(root, cls, "", {"variants": dict[str, cls]})  # type: ignore[valid-type]
         variants = fields.given.pop("variants", {})
@@ -173,16 +225,23 @@ class _Reader:
             node = self.compose(text)
         else:  # anything else is one scalar as typed, so that a prompt may hold `: ` or ` #`
             resolve: Callable[..., str] = yaml.SafeLoader("").resolve
-            node = yaml.ScalarNode(resolve(yaml.ScalarNode, text, (True, False)) if text else _STR_TAG, text)
+            node = yaml.ScalarNode(
+                resolve(yaml.ScalarNode, text, (True, False)) if text else _STR_TAG,
+                text,
+            )
         fields = _Fields(cls, {})
         if node is not None:
             for part in reversed(key.split(".")):
-                node = yaml.MappingNode(_MAP_TAG, [(yaml.ScalarNode(_STR_TAG, part), node)])
+                node = yaml.MappingNode(
+                    _MAP_TAG, [(yaml.ScalarNode(_STR_TAG, part), node)]
+                )
             fields = self.fields(node, cls, "")
         self.override = ""
         return fields
 
-    def items(self, node: yaml.Node, key: str) -> Iterator[tuple[yaml.Node, str, yaml.Node]]:
+    def items(
+        self, node: yaml.Node, key: str
+    ) -> Iterator[tuple[yaml.Node, str, yaml.Node]]:
         """Yield (key node, dotted key, value node), leaving out keys that are not text or come a second time."""
         first: dict[str, int] = {}
         for name, child in node.value:
@@ -190,12 +249,22 @@ class _Reader:
             if name.tag != _STR_TAG:
                 self.report(_line(name), key, f"a key must be text, got {_show(name)}")
             elif name.value in first:
-                self.report(_line(name), dotted, f"given twice, first in line {first[name.value]}")
+                self.report(
+                    _line(name),
+                    dotted,
+                    f"given twice, first in line {first[name.value]}",
+                )
             else:
                 first[name.value] = _line(name)
                 yield name, dotted, child
 
-    def fields(self, node: yaml.Node, cls: type[Any], key: str, extra: Mapping[str, Any] | None = None) -> _Fields:
+    def fields(
+        self,
+        node: yaml.Node,
+        cls: type[Any],
+        key: str,
+        extra: Mapping[str, Any] | None = None,
+    ) -> _Fields:
         """Read a mapping whose keys are the fields of `cls`, all of them optional here, and those in `extra`."""
         known = _known(cls) | dict(extra or {})
         given = {}
@@ -204,7 +273,10 @@ class _Reader:
             if name.value in known:
                 given[name.value] = self.value(child, known[name.value], dotted)
             elif self.override:
-                self.add(f"--set {self.override}", f"unknown key '{dotted}' in {self.file}{near}")
+                self.add(
+                    f"--set {self.override}",
+                    f"unknown key '{dotted}' in {self.file}{near}",
+                )
             else:
                 self.report(_line(name), dotted, f"unknown key{near}")
         return _Fields(cls, given)
@@ -215,19 +287,37 @@ class _Reader:
         if origin in (Union, UnionType):
             return self.union(node, kind, key)
         if origin in (list, tuple):
-            fits = origin is list or args[-1] is Ellipsis or len(node.value) == len(args)
+            fits = (
+                origin is list or args[-1] is Ellipsis or len(node.value) == len(args)
+            )
             if not isinstance(node, yaml.SequenceNode) or not fits:
                 return self.wrong(node, kind, key)
-            kinds = [args[0]] * len(node.value) if origin is list or args[-1] is Ellipsis else args
+            kinds = (
+                [args[0]] * len(node.value)
+                if origin is list or args[-1] is Ellipsis
+                else args
+            )
             pairs = enumerate(zip(node.value, kinds, strict=True))
-            return origin([self.value(child, kind, f"{key}[{index}]") for index, (child, kind) in pairs])
+            return origin(
+                [
+                    self.value(child, kind, f"{key}[{index}]")
+                    for index, (child, kind) in pairs
+                ]
+            )
         if origin is dict or dataclasses.is_dataclass(kind):
             if not isinstance(node, yaml.MappingNode):
                 return self.wrong(node, kind, key)
             if origin is not dict:
                 return self.fields(node, cast(type[Any], kind), key)
-            return {name.value: self.value(child, args[1], dotted) for name, dotted, child in self.items(node, key)}
-        value = _scalar(node, kind, bool(self.override)) if isinstance(node, yaml.ScalarNode) else _BROKEN
+            return {
+                name.value: self.value(child, args[1], dotted)
+                for name, dotted, child in self.items(node, key)
+            }
+        value = (
+            _scalar(node, kind, bool(self.override))
+            if isinstance(node, yaml.ScalarNode)
+            else _BROKEN
+        )
         return self.wrong(node, kind, key) if value is _BROKEN else value
 
     def union(self, node: yaml.Node, kind: Any, key: str) -> Any:
@@ -248,14 +338,21 @@ class _Reader:
     def build(self, value: Any, key: str) -> Any:
         """Make the dataclasses out of `_Fields`, report missing fields; nothing is made once there are problems."""
         if isinstance(value, list | tuple):
-            return type(value)(self.build(item, f"{key}[{index}]") for index, item in enumerate(value))
+            return type(value)(
+                self.build(item, f"{key}[{index}]") for index, item in enumerate(value)
+            )
         if isinstance(value, dict):
-            return {name: self.build(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+            return {
+                name: self.build(item, f"{key}.{name}" if key else name)
+                for name, item in value.items()
+            }
         if not isinstance(value, _Fields):
             return value
         given = self.build(_merge(_defaults(value.cls), value).given, key)
         for name in (name for name in _known(value.cls) if name not in given):
-            self.add(self.file, f"{key}.{name}" if key else name, "required, but not given")
+            self.add(
+                self.file, f"{key}.{name}" if key else name, "required, but not given"
+            )
         if not self.problems:
             try:
                 return value.cls(**given)
@@ -270,15 +367,25 @@ def _scalar(node: yaml.ScalarNode, kind: Any, loose: bool) -> Any:
     try:
         if get_origin(kind) is Literal:
             for option in get_args(kind):
-                if text == option or (not isinstance(option, str) and _scalar(node, type(option), loose) == option):
+                if text == option or (
+                    not isinstance(option, str)
+                    and _scalar(node, type(option), loose) == option
+                ):
                     return option
-        elif kind is str and (node.tag == _STR_TAG or (loose and node.tag != _NULL_TAG)):
+        elif kind is str and (
+            node.tag == _STR_TAG or (loose and node.tag != _NULL_TAG)
+        ):
             return text
         elif kind is bool and node.tag == _BOOL_TAG:
             return yaml.SafeLoader.bool_values[text.lower()]
         elif kind is int and number and _INT.fullmatch(text):
             return int(text)
-        elif kind is float and number and _FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        elif (
+            kind is float
+            and number
+            and _FLOAT.fullmatch(text)
+            and math.isfinite(float(text))
+        ):
             return float(text)
         elif kind not in _WORDS:
             raise TypeError(f"hyper-parameters cannot have the type {kind}")
@@ -292,14 +399,19 @@ def _merge(low: Any, high: Any) -> Any:
     if isinstance(low, _Fields) and isinstance(high, _Fields) and low.cls is high.cls:
         return _Fields(low.cls, _merge(low.given, high.given))
     if isinstance(low, dict) and isinstance(high, dict):
-        return low | {name: _merge(low[name], value) if name in low else value for name, value in high.items()}
+        return low | {
+            name: _merge(low[name], value) if name in low else value
+            for name, value in high.items()
+        }
     return high
 
 
 def _known(cls: type[Any]) -> dict[str, Any]:
     """Map the names of the fields to their types."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {
+        field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init
+    }
 
 
 def _defaults(cls: type[Any]) -> _Fields:
@@ -309,7 +421,8 @@ def _defaults(cls: type[Any]) -> _Fields:
         if not dataclasses.is_dataclass(value):
             return value
         return _Fields(
-            cast(type[Any], type(value)), {name: opened(getattr(value, name)) for name in _known(type(value))}
+            cast(type[Any], type(value)),
+            {name: opened(getattr(value, name)) for name in _known(type(value))},
         )
 
     given = {}
@@ -325,9 +438,14 @@ def _rows(fields: _Fields, prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, kind in _known(fields.cls).items():
         if dataclasses.is_dataclass(kind):
             inner = cast(type[Any], kind)
-            yield from _rows(_merge(_defaults(inner), fields.given.get(name, _Fields(inner, {}))), f"{prefix}{name}.")
+            yield from _rows(
+                _merge(_defaults(inner), fields.given.get(name, _Fields(inner, {}))),
+                f"{prefix}{name}.",
+            )
         elif name in fields.given:
-            default = json.dumps(_plain(fields.given[name]), ensure_ascii=False, default=str)
+            default = json.dumps(
+                _plain(fields.given[name]), ensure_ascii=False, default=str
+            )
             yield prefix + name, _type_text(kind), default
         else:
             yield prefix + name, _type_text(kind), "required"
@@ -337,10 +455,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _Fields):
         return _plain(value.given)
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def _type_text(kind: Any) -> str:
@@ -351,17 +474,27 @@ def _type_text(kind: Any) -> str:
         return " | ".join(map(repr, args))
     if origin in (Union, UnionType):
         return " | ".join(map(_type_text, args))
-    return f"{origin.__name__}[{', '.join(map(_type_text, args))}]" if origin else str(kind.__name__)
+    return (
+        f"{origin.__name__}[{', '.join(map(_type_text, args))}]"
+        if origin
+        else str(kind.__name__)
+    )
 
 
 def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1 if node.start_mark else 0  # nodes made from --set have no mark
+    return (
+        node.start_mark.line + 1 if node.start_mark else 0
+    )  # nodes made from --set have no mark
 
 
 def _show(node: yaml.Node) -> str:
     """Say in a few characters what stands there, quoted where the file quotes it."""
     if not isinstance(node, yaml.ScalarNode):
-        return "a mapping" if isinstance(node, yaml.MappingNode) else f"a list of {len(node.value)}"
+        return (
+            "a mapping"
+            if isinstance(node, yaml.MappingNode)
+            else f"a list of {len(node.value)}"
+        )
     text = node.value if len(node.value) <= 40 else node.value[:37] + "..."
     return text if text and node.style is None and node.tag != _STR_TAG else repr(text)
 
@@ -369,7 +502,11 @@ def _show(node: yaml.Node) -> str:
 def _shown(path: Path) -> str:
     """Return the path as people want to read it: relative where it lies below the current folder."""
     full = Path(os.path.abspath(path))
-    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+    return (
+        str(full.relative_to(Path.cwd()))
+        if full.is_relative_to(Path.cwd())
+        else str(full)
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -382,5 +519,13 @@ def _read_text(path: Path) -> str:
         fail("is a folder, not a YAML file")
     if "\0" not in str(path) and not os.path.lexists(path):
         there = sorted(sibling.name for sibling in path.parent.glob("*.y*ml"))
-        fail(f"no such file{near_miss(path.name, there)}", "files there: " + ", ".join(there) if there else "")
-    return read_text(Path(_shown(path)), limit=_MAX_BYTES, error=HparamsError, hint="give a hyper-parameter file")
+        fail(
+            f"no such file{near_miss(path.name, there)}",
+            "files there: " + ", ".join(there) if there else "",
+        )
+    return read_text(
+        Path(_shown(path)),
+        limit=_MAX_BYTES,
+        error=HparamsError,
+        hint="give a hyper-parameter file",
+    )

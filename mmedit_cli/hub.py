@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-TIMEOUT = 10.0  # seconds for a connection to the hub, and between two pieces of an answer
-_UNFINISHED = re.compile(r"(.+)\.[0-9a-f]{8}\.incomplete")  # the name of a file on its way into the hub's cache
+TIMEOUT = (
+    10.0  # seconds for a connection to the hub, and between two pieces of an answer
+)
+_UNFINISHED = re.compile(
+    r"(.+)\.[0-9a-f]{8}\.incomplete"
+)  # the name of a file on its way into the hub's cache
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -58,7 +62,9 @@ def prepare() -> None:
     from mmedit_cli import web
 
     web.client(TIMEOUT).close()  # to hear what is wrong with a proxy
-    hooks = get_session().event_hooks["request"]  # they keep HF_HUB_OFFLINE and count downloads
+    hooks = get_session().event_hooks[
+        "request"
+    ]  # they keep HF_HUB_OFFLINE and count downloads
     set_client_factory(lambda: web.client(TIMEOUT, web.Pace(), hooks))
 
 
@@ -90,7 +96,9 @@ def sweep(repository: Repository) -> None:
     cache_folder = Path(constants.HF_HUB_CACHE)
     for path in (cache_folder / folder / "blobs").glob("*.incomplete"):
         match = _UNFINISHED.fullmatch(path.name)
-        lock = cache_folder / ".locks" / folder / f"{match.group(1) if match else ''}.lock"
+        lock = (
+            cache_folder / ".locks" / folder / f"{match.group(1) if match else ''}.lock"
+        )
         if match is None or path.is_symlink() or not lock.is_file():
             continue
         try:
@@ -109,7 +117,10 @@ def trouble(error: Exception, repository: Repository) -> Trouble:
             if found is not None:
                 return found
     text = _first_line(error)
-    if any(isinstance(cause, ValueError | KeyError | TypeError | AttributeError) for cause in causes):
+    if any(
+        isinstance(cause, ValueError | KeyError | TypeError | AttributeError)
+        for cause in causes
+    ):
         return _no_hub(text)
     return Trouble(text, "the same command tries again")
 
@@ -128,19 +139,27 @@ def _refusal(error: BaseException, repository: Repository) -> Trouble | None:
     login = "log in with `hf auth login` or set HF_TOKEN"
     page = repository.page
     if isinstance(error, errors.GatedRepoError):
-        return Trouble(f"{repository.name} is gated", f"accept the licence at {page}, then {login}")
+        return Trouble(
+            f"{repository.name} is gated", f"accept the licence at {page}, then {login}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return Trouble(
-            f"no revision {repository.revision!r}", f"{page}/tree/main lists them; without --revision it is the newest"
+            f"no revision {repository.revision!r}",
+            f"{page}/tree/main lists them; without --revision it is the newest",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return Trouble(f"no such repository, or a private one: {page}", f"check the name; if it is private, {login}")
+        return Trouble(
+            f"no such repository, or a private one: {page}",
+            f"check the name; if it is private, {login}",
+        )
     if isinstance(error, errors.LocalTokenNotFoundError):
         return Trouble("no token for the hub on this machine", login)
     if isinstance(error, errors.DisabledRepoError):
         return Trouble(f"the hub has disabled {page}", "the page says why")
     if isinstance(error, errors.HFValidationError):
-        return Trouble(f"{repository.name!r} is no name of a repository", "names are OWNER/NAME")
+        return Trouble(
+            f"{repository.name!r} is no name of a repository", "names are OWNER/NAME"
+        )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return Trouble("HF_HUB_OFFLINE is set, so the network is not used", "unset it")
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
@@ -157,7 +176,10 @@ def _status(status: int, login: str) -> Trouble:
     if status == 407:
         return Trouble(f"{problem}: the proxy wants a password", _PROXIES)
     if status == 429 or status >= 500:
-        return Trouble(f"{problem}: it is busy or out of order", "the same command tries again, later")
+        return Trouble(
+            f"{problem}: it is busy or out of order",
+            "the same command tries again, later",
+        )
     return Trouble(problem, "is HF_ENDPOINT a hub?")
 
 
@@ -173,10 +195,14 @@ def _local(error: BaseException, repository: Repository) -> Trouble | None:
     place = error.filename or constants.HF_HUB_CACHE
     if error.errno in _UNWRITABLE:
         return Trouble(
-            f"{place}: cannot be written: {os.strerror(error.errno)}", "set HF_HOME to a folder that can be written"
+            f"{place}: cannot be written: {os.strerror(error.errno)}",
+            "set HF_HOME to a folder that can be written",
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Trouble(f"{place}: {os.strerror(error.errno)}", "make room, or set HF_HOME to a folder on another disk")
+        return Trouble(
+            f"{place}: {os.strerror(error.errno)}",
+            "make room, or set HF_HOME to a folder on another disk",
+        )
     return None
 
 
@@ -196,13 +222,22 @@ def _connection(error: BaseException, repository: Repository) -> Trouble | None:
         return None
     reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     proxy = web.proxy_for(hub)
-    if proxy and isinstance(error, httpx2.ConnectError | httpx2.TimeoutException | httpx2.ProxyError):
-        return Trouble(f"{hub} cannot be reached through the proxy {proxy}: {reason}", _PROXIES)
+    if proxy and isinstance(
+        error, httpx2.ConnectError | httpx2.TimeoutException | httpx2.ProxyError
+    ):
+        return Trouble(
+            f"{hub} cannot be reached through the proxy {proxy}: {reason}", _PROXIES
+        )
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return Trouble(f"{hub} cannot be reached: {reason}", f"is there a network? {_PROXIES}")
+        return Trouble(
+            f"{hub} cannot be reached: {reason}", f"is there a network? {_PROXIES}"
+        )
     if isinstance(error, httpx2.TimeoutException):
         return Trouble(f"{hub} does not answer", "the same command tries again")
-    return Trouble(f"{hub} cut the connection: {reason}", "the same command tries again, where it stopped")
+    return Trouble(
+        f"{hub} cut the connection: {reason}",
+        "the same command tries again, where it stopped",
+    )
 
 
 def _no_hub(what: str) -> Trouble:

@@ -64,7 +64,9 @@ def file_digest(path: Path) -> str:
     found = sha256_of(path)
     newest = max(status.st_mtime, status.st_ctime)
     if time.time() - newest > _SETTLED:
-        with suppress(OSError):  # without a cache folder it is computed again the next time
+        with suppress(
+            OSError
+        ):  # without a cache folder it is computed again the next time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, found)
     return found
@@ -73,11 +75,17 @@ def file_digest(path: Path) -> str:
 def _digest_folder(folder: Path, add_weights: Callable[[Any, Path], None]) -> Any:
     config = config_file(folder)
     is_pipeline = config is not None and config.name == INDEX
-    parts = [folder / part for part in pipeline_parts(folder)] if is_pipeline else [folder]
+    parts = (
+        [folder / part for part in pipeline_parts(folder)] if is_pipeline else [folder]
+    )
     digest = hashlib.sha256(config.read_bytes() if config is not None else b"")
     for part in parts:
         if part != folder:
-            digest.update((part / "config.json").read_bytes() if (part / "config.json").is_file() else b"")
+            digest.update(
+                (part / "config.json").read_bytes()
+                if (part / "config.json").is_file()
+                else b""
+            )
         add_weights(digest, part)
     return digest
 
@@ -119,5 +127,7 @@ def read_header(file: Path) -> bytes:
     for name in tensors.values:
         offsets = tensors.record(name).array("data_offsets", int)
         if not offsets or offsets[-1] > size - 8 - length:
-            raise ModelError(f"{file}: not a complete safetensors file: {name} ends behind it", hint)
+            raise ModelError(
+                f"{file}: not a complete safetensors file: {name} ends behind it", hint
+            )
     return header

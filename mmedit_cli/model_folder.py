@@ -12,10 +12,17 @@ from mmedit_cli.errors import MmeditError, ModelError
 from mmedit_cli.reading import read_json_object, require_regular
 
 INDEX = "model_index.json"  # of a pipeline
-CHECKPOINT = "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
+CHECKPOINT = (
+    "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
+)
 _CONFIGS = ("config.json", INDEX)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TRAINED_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of a text-to-image pipeline
+_TRAINED_PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+)  # of a text-to-image pipeline
 
 
 def config_file(folder: Path) -> Path | None:
@@ -62,13 +69,23 @@ def weight_files(folder: Path) -> list[Path]:
         named |= _files_of_index(index)
     missing = sorted(named - {file.name for file in files})
     if missing:
-        raise ModelError([f"{folder}: {name} is named in the index but missing" for name in missing], "copy it there")
+        raise ModelError(
+            [f"{folder}: {name} is named in the index but missing" for name in missing],
+            "copy it there",
+        )
     if not files:
         if any(any(folder.glob(pattern)) for pattern in _PICKLED):
-            whole = folder.parent if (folder.parent / INDEX).is_file() else folder  # it may be a part of a pipeline
+            whole = (
+                folder.parent if (folder.parent / INDEX).is_file() else folder
+            )  # it may be a part of a pipeline
             problem = f"{folder}: its weights are pickled, and pickles may run code"
-            raise ModelError(problem, f"convert them: mmedit convert safetensors {whole} {whole}-safetensors")
-        raise ModelError(f"{folder}: no weights (*.safetensors)", "copy model.safetensors there")
+            raise ModelError(
+                problem,
+                f"convert them: mmedit convert safetensors {whole} {whole}-safetensors",
+            )
+        raise ModelError(
+            f"{folder}: no weights (*.safetensors)", "copy model.safetensors there"
+        )
     return files
 
 
@@ -83,10 +100,15 @@ def _files_of_index(index: Path) -> set[str]:
     """Return the names of the weight files that an index lists; raise ModelError if it lists none."""
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise ModelError(f"{index}: no weight_map, so it names no weight files", "copy it again")
+        raise ModelError(
+            f"{index}: no weight_map, so it names no weight files", "copy it again"
+        )
     for name in files.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is not the name of a file beside it", "copy it again")
+            raise ModelError(
+                f"{index}: {name!r} is not the name of a file beside it",
+                "copy it again",
+            )
     return set(files.values())
 
 
@@ -103,7 +125,10 @@ def pipeline_parts(folder: Path) -> list[str]:
 
 @contextmanager
 def loading(
-    place: Path | str, *, problem: str = "cannot be loaded", hint: str = "is the folder complete?"
+    place: Path | str,
+    *,
+    problem: str = "cannot be loaded",
+    hint: str = "is the folder complete?",
 ) -> Iterator[None]:
     """Inside the block a library opens files of a model: whatever it raises becomes a ModelError of one line.
 
@@ -127,7 +152,11 @@ def reason(error: Exception) -> str:
     kind = type(error).__name__
     if not first:
         return kind
-    return f"{kind} {first}" if isinstance(error, KeyError | TypeError | AttributeError | IndexError) else first
+    return (
+        f"{kind} {first}"
+        if isinstance(error, KeyError | TypeError | AttributeError | IndexError)
+        else first
+    )
 
 
 def check_parts(folder: Path) -> dict[str, Any]:
@@ -144,6 +173,7 @@ def check_parts(folder: Path) -> dict[str, Any]:
         library, kind = entry
         if library == "transformers" and str(kind).startswith("Auto"):
             raise ModelError(
-                f"{folder / INDEX}: {name} is a {kind}, which may run code of its own", "name its class there"
+                f"{folder / INDEX}: {name} is a {kind}, which may run code of its own",
+                "name its class there",
             )
     return index

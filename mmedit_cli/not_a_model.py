@@ -38,7 +38,9 @@ def check_is_model(path: Path) -> None:
         )
 
 
-def check_folder_is_meant(name: str, known: Collection[str], own: Path | None = None) -> None:
+def check_folder_is_meant(
+    name: str, known: Collection[str], own: Path | None = None
+) -> None:
     """Raise ModelError for a known name that is a model folder here too: which of both is meant cannot be told.
 
     `own` is the folder behind the known name, if it has one.
@@ -59,9 +61,15 @@ def check_not_a_path(name: str) -> None:
     if "/" not in name or not parent.is_dir():
         return
     beside = sorted(path.name for path in parent.iterdir() if path.is_dir())
-    there = f"{parent} has: {', '.join(beside[:10])}" if beside else f"{parent} has no folders"
+    there = (
+        f"{parent} has: {', '.join(beside[:10])}"
+        if beside
+        else f"{parent} has no folders"
+    )
     hint = f"{there}; if it is a model of the hub, `mmedit download {name}` first, or start from another folder"
-    raise ModelError(f"--model {name}: no such folder{near_miss(Path(name).name, beside)}", hint)
+    raise ModelError(
+        f"--model {name}: no such folder{near_miss(Path(name).name, beside)}", hint
+    )
 
 
 def _refuse_file(path: Path) -> NoReturn:
@@ -71,7 +79,10 @@ def _refuse_file(path: Path) -> NoReturn:
             f"{path}: a single file, where the folder of a model is needed",
             f"diffusers makes one: StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained('FOLDER')",
         )
-    raise ModelError(f"{path}: a file, where the folder of a model is needed", "give a folder with a config.json")
+    raise ModelError(
+        f"{path}: a file, where the folder of a model is needed",
+        "give a folder with a config.json",
+    )
 
 
 def _refuse_peft(path: Path) -> NoReturn:
@@ -88,13 +99,23 @@ def _refuse_peft(path: Path) -> NoReturn:
 def _check_bare_folder(path: Path) -> None:
     """Look at a folder without a config."""
     if (path / "run.yaml").is_file() and (path / "edits.jsonl").is_file():
-        raise ModelError(f"{path}: a ledger of edits, not a model", f"mmedit ask --edits {path}")
-    if (path / "index.json").is_file() and "concepts" in read_object(path / "index.json"):
-        raise ModelError(f"{path}: a folder of concepts, not a model", f"mmedit generate --edits {path}")
+        raise ModelError(
+            f"{path}: a ledger of edits, not a model", f"mmedit ask --edits {path}"
+        )
+    if (path / "index.json").is_file() and "concepts" in read_object(
+        path / "index.json"
+    ):
+        raise ModelError(
+            f"{path}: a folder of concepts, not a model",
+            f"mmedit generate --edits {path}",
+        )
     adapters = sorted(path.glob(f"*/{_ADAPTER}"))
     if adapters:
         problem = f"{path}: {len(adapters)} PEFT adapters, not a model"
-        raise ModelError(problem, "PeftModel.from_pretrained(base_model, FOLDER) puts one of them on its base model")
+        raise ModelError(
+            problem,
+            "PeftModel.from_pretrained(base_model, FOLDER) puts one of them on its base model",
+        )
     for file in sorted(path.glob("*.safetensors")):
         _refuse_lora(path, file)
 
@@ -102,7 +123,11 @@ def _check_bare_folder(path: Path) -> None:
 def _refuse_lora(path: Path, file: Path) -> None:
     """Raise ModelError if a file of tensors holds a LoRA."""
     names = list(read_tensor_header(file, error=ModelError)[0].values)
-    if names and all(any(part in name for part in _LORA) or name.endswith(".alpha") for name in names):
-        maker = "kohya" if any(name.startswith(_KOHYA) for name in names) else "diffusers"
+    if names and all(
+        any(part in name for part in _LORA) or name.endswith(".alpha") for name in names
+    ):
+        maker = (
+            "kohya" if any(name.startswith(_KOHYA) for name in names) else "diffusers"
+        )
         problem = f"{path}: a LoRA adapter in the format of {maker}, not a model"
         raise ModelError(problem, _MERGE.format(path=str(path)))

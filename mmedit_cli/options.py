@@ -40,18 +40,31 @@ Data = Annotated[
 Root = Annotated[
     Path | None,
     typer.Option(
-        "--root", help="Folder of a published data set. [default: where it is downloaded to]", show_default=False
+        "--root",
+        help="Folder of a published data set. [default: where it is downloaded to]",
+        show_default=False,
     ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", help="Folder the pictures are named in, if not beside the data.", show_default=False),
+    typer.Option(
+        "--images",
+        help="Folder the pictures are named in, if not beside the data.",
+        show_default=False,
+    ),
 ]
 SkipMissing = Annotated[
-    bool, typer.Option("--skip-missing", help="Go on without the queries whose picture is missing.")
+    bool,
+    typer.Option(
+        "--skip-missing", help="Go on without the queries whose picture is missing."
+    ),
 ]
 SkipLong = Annotated[
-    bool, typer.Option("--skip-long", help="Go on without the queries that are longer than the model reads.")
+    bool,
+    typer.Option(
+        "--skip-long",
+        help="Go on without the queries that are longer than the model reads.",
+    ),
 ]
 Template = Annotated[
     str,
@@ -70,11 +83,21 @@ Subset = Annotated[
     ),
 ]
 HparamsFile = Annotated[
-    Path | None, typer.Option("--hparams", help="A YAML file instead of hparams/EDITOR.yaml.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--hparams",
+        help="A YAML file instead of hparams/EDITOR.yaml.",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one hyper-parameter; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one hyper-parameter; repeatable.",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
     str | None,
@@ -87,19 +110,45 @@ Checkpoint = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU."
+    ),
+]
 DeviceMap = Annotated[
     str | None,
-    typer.Option("--device-map", help="Spread the model as transformers does, e.g. auto.", show_default=False),
+    typer.Option(
+        "--device-map",
+        help="Spread the model as transformers does, e.g. auto.",
+        show_default=False,
+    ),
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of the hub repository.", show_default=False)
+    str | None,
+    typer.Option(
+        "--revision",
+        help="Branch, tag or commit of the hub repository.",
+        show_default=False,
+    ),
 ]
-Records = Annotated[Path, typer.Option("--records", envvar="MMEDIT_RECORDS", help="Where runs are kept.")]
-Force = Annotated[bool, typer.Option("--force", help="Throw an earlier run away and do it again.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
-LowMemory = Annotated[bool, typer.Option("--low-memory", help="Draw and learn in less memory, in more time.")]
+Records = Annotated[
+    Path,
+    typer.Option("--records", envvar="MMEDIT_RECORDS", help="Where runs are kept."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Throw an earlier run away and do it again.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")
+]
+LowMemory = Annotated[
+    bool,
+    typer.Option("--low-memory", help="Draw and learn in less memory, in more time."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -127,16 +176,23 @@ def named_drawing(model: str | None, out: Output) -> str:
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """Read whole numbers separated by commas, each once and in their order; raise UserError for anything else."""
     try:
-        found = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        found = tuple(
+            dict.fromkeys(int(part) for part in text.split(",") if part.strip())
+        )
         if found and max(map(abs, found)) < 2**63:
             return found
     except ValueError:
         pass
-    raise UserError(f"{option} {text}: not whole numbers separated by commas", f"e.g. {option} 1,10,100")
+    raise UserError(
+        f"{option} {text}: not whole numbers separated by commas",
+        f"e.g. {option} 1,10,100",
+    )
 
 
 def cache_bytes(gib: float) -> int:
     """Return the bytes of --cache-gib; raise UserError for what is no size."""
     if not 0 <= gib < 2**20:  # neither infinite nor NaN
-        raise UserError(f"--cache-gib {gib}: not a size of memory", "e.g. --cache-gib 4")
+        raise UserError(
+            f"--cache-gib {gib}: not a size of memory", "e.g. --cache-gib 4"
+        )
     return int(gib * (1 << 30))

@@ -30,8 +30,12 @@ _MOST_CELL = 400
 _MOST_LINES = 8
 _MOST_PROBLEMS = 20
 # C0 but line break and tab, DEL, C1, halves of characters, other line breaks, marks that turn the direction
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_RAW_IN_JSON = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # JSON itself escapes only C0
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
+_RAW_IN_JSON = re.compile(
+    "[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)  # JSON itself escapes only C0
 Tick = Callable[[str, int], None]
 TransferTick = Callable[[str, int, int | None], None]
 
@@ -92,7 +96,9 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        def cell(text: str) -> Text:  # a Text is printed to the letter, a str would be read as markup
+        def cell(
+            text: str,
+        ) -> Text:  # a Text is printed to the letter, a str would be read as markup
             return Text(visible(cut(text, _MOST_CELL)))
 
         table = Table(
@@ -102,7 +108,9 @@ class Output:
             pad_edge=False,
         )
         for i, name in enumerate(header):
-            table.add_column(cell(name), overflow="fold", justify="left" if i == 0 else "default")
+            table.add_column(
+                cell(name), overflow="fold", justify="left" if i == 0 else "default"
+            )
         for i, row in enumerate(rows):
             table.add_row(*map(cell, row), end_section=i in sections)
         console = _console(_stdout())
@@ -125,7 +133,13 @@ class Output:
         if self.quiet or not console.is_terminal:
             yield _ProgressLines(totals, self.note)
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -135,14 +149,21 @@ class Output:
         )
         with Progress(*columns, console=console, transient=True) as bars:
             tasks = {
-                what: bars.add_task(visible(cut(what, _MOST_CELL)), total=total) for what, total in totals.items()
+                what: bars.add_task(visible(cut(what, _MOST_CELL)), total=total)
+                for what, total in totals.items()
             }
             yield lambda what, n: bars.advance(tasks[what], n)
 
     @contextmanager
     def transfers(self) -> Iterator[TransferTick]:
         """Show a bar in bytes for each thing on its way; yield `tick(what, n, total)`, total None if not known."""
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TransferSpeedColumn,
+        )
 
         console = _console(sys.stderr or io.StringIO())
         columns = (
@@ -152,11 +173,15 @@ class Output:
             TransferSpeedColumn(),
         )
         tasks: dict[str, TaskID] = {}
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as bars:
 
             def tick(what: str, count: int, total: int | None) -> None:
                 if what not in tasks:
-                    tasks[what] = bars.add_task(visible(cut(what, _MOST_CELL)), total=total)
+                    tasks[what] = bars.add_task(
+                        visible(cut(what, _MOST_CELL)), total=total
+                    )
                 bars.update(tasks[what], advance=count, total=total)
 
             yield tick
@@ -173,7 +198,9 @@ class _ProgressLines:
     def __init__(self, totals: Mapping[str, int], say: Callable[[str], None]) -> None:
         self.totals, self.say = totals, say
         self.done = dict.fromkeys(totals, 0)
-        self.began: dict[str, tuple[float, int]] = {}  # when a thing was first heard of, and how much was done then
+        self.began: dict[
+            str, tuple[float, int]
+        ] = {}  # when a thing was first heard of, and how much was done then
         self.next = time.monotonic() + self.FIRST
 
     def __call__(self, what: str, n: int) -> None:
@@ -242,10 +269,14 @@ def _put(text: str, *, flush: bool = False) -> None:
             stream.flush()
     except (OSError, ValueError) as error:  # ValueError: closed by somebody
         _give_up_stdout()
-        if isinstance(error, BrokenPipeError):  # `| head` has read enough: nothing to say
+        if isinstance(
+            error, BrokenPipeError
+        ):  # `| head` has read enough: nothing to say
             raise OutputLost(()) from error
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
-        raise OutputLost(f"standard output: {reason}: the result is not printed whole") from error
+        raise OutputLost(
+            f"standard output: {reason}: the result is not printed whole"
+        ) from error
 
 
 def _give_up_stdout() -> None:
@@ -260,7 +291,9 @@ def _tell(text: str) -> None:
     """Write a line to stderr, if there is one: talk that nobody can hear is no failure."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            sys.stderr.write(_encodable(visible(cut(text, _MOST_TALK)) + "\n", sys.stderr))
+            sys.stderr.write(
+                _encodable(visible(cut(text, _MOST_TALK)) + "\n", sys.stderr)
+            )
             sys.stderr.flush()
 
 
@@ -270,7 +303,9 @@ def _json(data: Any) -> str:
     text = json.dumps(data, indent=2, ensure_ascii=not plain)
     if not text.isascii():
         with_escapes = _RAW_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-        text = with_escapes.encode("utf-8", "backslashreplace").decode()  # half a character becomes its JSON escape
+        text = with_escapes.encode(
+            "utf-8", "backslashreplace"
+        ).decode()  # half a character becomes its JSON escape
     return text
 
 

@@ -50,7 +50,9 @@ def way_out(missing: Path) -> str:
     """Return how a file comes back that is not there, if a zip beside its folder has it; else nothing."""
     folder = missing.absolute().parent
     archive = folder.parent / f"{folder.name}.zip"
-    theirs = folder.is_dir() and not (folder / MARK).is_file()  # never ask anyone to delete a folder of their own
+    theirs = (
+        folder.is_dir() and not (folder / MARK).is_file()
+    )  # never ask anyone to delete a folder of their own
     if theirs or not archive.is_file():
         return ""
     if not zipfile.is_zipfile(archive):
@@ -58,14 +60,26 @@ def way_out(missing: Path) -> str:
     with zipfile.ZipFile(archive) as file:
         if missing.name not in file.namelist():
             return ""
-    return f"delete {folder}, which is unpacked anew" if folder.is_dir() else f"unpack {archive} as {folder}"
+    return (
+        f"delete {folder}, which is unpacked anew"
+        if folder.is_dir()
+        else f"unpack {archive} as {folder}"
+    )
 
 
 def loose(home: Path) -> list[Path]:
     """Return all files below a folder, in order, but hidden ones and those that lie in a zip of it as well."""
     packed = {archive.with_suffix("") for archive in home.glob("*.zip")}
-    found = [path for path in home.rglob("*") if path.is_file() and not packed & {*path.parents}]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(home).parts))
+    found = [
+        path
+        for path in home.rglob("*")
+        if path.is_file() and not packed & {*path.parents}
+    ]
+    return sorted(
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(home).parts)
+    )
 
 
 def differences(archive: Path) -> list[str]:
@@ -74,20 +88,36 @@ def differences(archive: Path) -> list[str]:
     if not zipfile.is_zipfile(archive):
         return [f"{archive.name} is damaged: git checkout {archive}"]
     with zipfile.ZipFile(archive) as file:
-        wanted = {f"{folder.name}/{info.filename}": info.CRC for info in file.infolist()}
+        wanted = {
+            f"{folder.name}/{info.filename}": info.CRC for info in file.infolist()
+        }
     found = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
-    return compare(folder.parent, found, wanted, lambda path: zlib.crc32(path.read_bytes()), archive.name)
+    return compare(
+        folder.parent,
+        found,
+        wanted,
+        lambda path: zlib.crc32(path.read_bytes()),
+        archive.name,
+    )
 
 
 def compare(
-    home: Path, found: Iterable[Path], wanted: Mapping[str, T], digest: Callable[[Path], T], origin: str
+    home: Path,
+    found: Iterable[Path],
+    wanted: Mapping[str, T],
+    digest: Callable[[Path], T],
+    origin: str,
 ) -> list[str]:
     """Return in a line each which files below `home` are missing, not in `origin`, or not of the digest wanted."""
     files = {path.relative_to(home).as_posix(): path for path in found}
     lines = [f"{name} is missing" for name in sorted(wanted.keys() - files.keys())]
-    lines += [f"{name} is not in {origin}" for name in sorted(files.keys() - wanted.keys())]
+    lines += [
+        f"{name} is not in {origin}" for name in sorted(files.keys() - wanted.keys())
+    ]
     both = sorted(files.keys() & wanted.keys())
-    return lines + [f"{name} has changed" for name in both if digest(files[name]) != wanted[name]]
+    return lines + [
+        f"{name} has changed" for name in both if digest(files[name]) != wanted[name]
+    ]
 
 
 def pack(folder: Path) -> Path:
@@ -96,7 +126,9 @@ def pack(folder: Path) -> Path:
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # of 1980
-            info.compress_type = zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
+            info.compress_type = (
+                zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
+            )
             info.external_attr = 0o644 << 16
             file.writestr(info, path.read_bytes())
     return archive

@@ -25,20 +25,30 @@ def bring_in(model: nn.Module, name: str) -> None:
 
 
 def _load_offloaded(path: str, module: nn.Module) -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import (
+        AlignDevicesHook,
+        add_hook_to_module,
+        remove_hook_from_module,
+    )
     from accelerate.utils import align_module_device, set_module_tensor_to_device
 
     with align_module_device(module):  # as for a forward pass
-        values = {key: value.detach().clone() for key, value in module.named_parameters(recurse=False)}
+        values = {
+            key: value.detach().clone()
+            for key, value in module.named_parameters(recurse=False)
+        }
     device = next(iter(values.values())).device
     if device.type == "meta":
         raise ModelError(
-            f"{path}: its weights are on device {device}: they were never loaded", "leave --device-map out"
+            f"{path}: its weights are on device {device}: they were never loaded",
+            "leave --device-map out",
         )
     remove_hook_from_module(module)
     for key, value in values.items():
         set_module_tensor_to_device(module, key, device, value=value)
-    add_hook_to_module(module, AlignDevicesHook(execution_device=device))  # inputs still come from other devices
+    add_hook_to_module(
+        module, AlignDevicesHook(execution_device=device)
+    )  # inputs still come from other devices
 
 
 class Patch(AbstractContextManager["Patch"]):
@@ -68,7 +78,9 @@ class Patch(AbstractContextManager["Patch"]):
         """Overwrite a parameter; raise ValueError if the shape differs."""
         parameter = self.parameter(name)
         if value.shape != parameter.shape:
-            raise ValueError(f"{name}: shape {tuple(value.shape)} given, {tuple(parameter.shape)} expected")
+            raise ValueError(
+                f"{name}: shape {tuple(value.shape)} given, {tuple(parameter.shape)} expected"
+            )
         with torch.no_grad():
             parameter.copy_(value)
 
@@ -94,31 +106,50 @@ class Patch(AbstractContextManager["Patch"]):
                 return None
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
+        self._hooks.append(
+            self.model.get_submodule(name).register_forward_hook(forward_hook)
+        )
 
-    def hook_call(self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+    def hook_call(
+        self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]
+    ) -> None:
         """Pass (first argument, output) of the named module through `change`; None keeps the output."""
 
-        def forward_hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def forward_hook(
+            _module: nn.Module, args: tuple[Any, ...], output: Tensor
+        ) -> Tensor | None:
             return change(args[0], output)
 
-        self._hooks.append(self.model.get_submodule(name).register_forward_hook(forward_hook))
+        self._hooks.append(
+            self.model.get_submodule(name).register_forward_hook(forward_hook)
+        )
 
     def hook_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Pass what enters the named module (its first argument) through `change`; None keeps it."""
 
-        def forward_pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def forward_pre_hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
             changed = change(args[0] if args else kwargs["hidden_states"])
             if changed is None:
                 return None
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+            return (
+                ((changed, *args[1:]), kwargs)
+                if args
+                else (args, {**kwargs, "hidden_states": changed})
+            )
 
         module = self.model.get_submodule(name)
-        self._hooks.append(module.register_forward_pre_hook(forward_pre_hook, with_kwargs=True))
+        self._hooks.append(
+            module.register_forward_pre_hook(forward_pre_hook, with_kwargs=True)
+        )
 
     def changed(self) -> dict[str, Tensor]:
         """Return the present value of every parameter that was touched."""
-        return {name: self.model.get_parameter(name).detach().clone() for name in self._originals}
+        return {
+            name: self.model.get_parameter(name).detach().clone()
+            for name in self._originals
+        }
 
     def undo(self) -> None:
         """Restore hooks, modules and weights, the last change first."""

@@ -30,7 +30,10 @@ _LONGEST_SIDE = 65_535  # pixels, as in JPEG: a picture of 1 x 80,000,000 is non
 _MOST_TIMES_AS_LONG = 200  # than wide: processors that scale the shorter side would make gigabytes of more
 _MOST_PIXELS = 50_000_000  # decoded and converted, they take less than 512 MiB
 _STRIP = 1 << 20  # pixels that are composed at once
-_SAMPLE_FORMAT, _SIGNED = 339, 2  # a tag of TIFF files, and its value for whole numbers that have a sign
+_SAMPLE_FORMAT, _SIGNED = (
+    339,
+    2,
+)  # a tag of TIFF files, and its value for whole numbers that have a sign
 
 
 class Picture(NamedTuple):
@@ -66,7 +69,11 @@ def load_picture(picture: Picture) -> Image.Image:
     """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
     with _reading(picture.path) as image:
         upright = _upright(image)
-        return _composed(upright, picture.background) if upright.has_transparency_data else upright.convert("RGB")
+        return (
+            _composed(upright, picture.background)
+            if upright.has_transparency_data
+            else upright.convert("RGB")
+        )
 
 
 def _composed(image: Image.Image, background: str) -> Image.Image:
@@ -89,12 +96,19 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
         raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
     files = sorted(folder.iterdir())
     found = tuple(path for path in files if path.suffix.lower() in ENDINGS)
-    left_out = ", ".join(path.name for path in files if path.suffix.lower() in _OTHER_ENDINGS)
+    left_out = ", ".join(
+        path.name for path in files if path.suffix.lower() in _OTHER_ENDINGS
+    )
     if not found:
         more = f", and {left_out} cannot be opened" if left_out else ""
-        raise DataError(f"{folder}: no pictures ({', '.join(ENDINGS)}){more}", "three to six photos are usual")
+        raise DataError(
+            f"{folder}: no pictures ({', '.join(ENDINGS)}){more}",
+            "three to six photos are usual",
+        )
     if left_out:
-        Output().note(f"{folder}: left out, as they cannot be opened: {left_out}; convert them to .jpg or .png")
+        Output().note(
+            f"{folder}: left out, as they cannot be opened: {left_out}; convert them to .jpg or .png"
+        )
     return found
 
 
@@ -115,24 +129,34 @@ def load_alpha(path: Path) -> Image.Image | None:
     """Return the transparency of the upright picture, None if it has none; raise DataError if it cannot be decoded."""
     with _reading(path) as image:
         upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+        return (
+            upright.convert("RGBA").getchannel("A")
+            if upright.has_transparency_data
+            else None
+        )
 
 
 def _check_sides(image: Image.Image) -> None:
     if max(image.size) > _LONGEST_SIDE:
-        raise ValueError(f"{image.width} x {image.height} pixels: a side is longer than {_LONGEST_SIDE}")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: a side is longer than {_LONGEST_SIDE}"
+        )
     if max(image.size) > _MOST_TIMES_AS_LONG * min(image.size):
         raise ValueError(
             f"{image.width} x {image.height} pixels: one side is more than {_MOST_TIMES_AS_LONG} times the other"
         )
     if image.width * image.height > _MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels: more than {_MOST_PIXELS:,}; make it smaller")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: more than {_MOST_PIXELS:,}; make it smaller"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return a picture as its orientation tag says, with 8 bits a channel."""
     unsigned = _is_unsigned(image)  # its tags are gone once it is turned
-    ImageOps.exif_transpose(image, in_place=True)  # without the copy of every picture that is upright already
+    ImageOps.exif_transpose(
+        image, in_place=True
+    )  # without the copy of every picture that is upright already
     return _in_bytes(image, unsigned=unsigned)
 
 
@@ -148,7 +172,9 @@ def _in_bytes(image: Image.Image, *, unsigned: bool) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("it has values that are not finite")
     if image.mode == "I" and unsigned:
-        values = np.where(values < 0, values + 2.0**32, values)  # Pillow reads them as if they had a sign
+        values = np.where(
+            values < 0, values + 2.0**32, values
+        )  # Pillow reads them as if they had a sign
     largest = values.max(initial=0)
     ranges = [65535.0, 2.0**31 - 1, 2.0**32 - 1]
     if image.mode in ("I", "F"):
@@ -158,7 +184,9 @@ def _in_bytes(image: Image.Image, *, unsigned: bool) -> Image.Image:
     white = next((limit for limit in ranges if largest <= limit), largest)
     grey = (values.clip(0, white) / white * 255).round().astype(np.uint8)
     scaled = Image.fromarray(grey)
-    scaled.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    scaled.info = {
+        key: value for key, value in image.info.items() if key != "transparency"
+    }
     return scaled
 
 
@@ -178,7 +206,13 @@ def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
             with Image.open(path, formats=FORMATS) as image:
                 _check_sides(image)
                 yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise DataError(f"{place or path}: not a readable image ({error})") from error
 
 
@@ -190,4 +224,6 @@ def _require_picture(path: Path) -> None:
         raise DataError(f"{path}: no such image", way_out(path))
     size = require_regular(path).st_size
     if size > LARGEST_PICTURE:
-        raise DataError(f"{path}: not a readable image (larger than {LARGEST_PICTURE >> 20} MiB)")
+        raise DataError(
+            f"{path}: not a readable image (larger than {LARGEST_PICTURE >> 20} MiB)"
+        )

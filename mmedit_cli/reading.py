@@ -28,14 +28,20 @@ from mmedit_cli.errors import DataError, MmeditError, near_miss
 ErrorType = type[MmeditError]
 
 PACKED = ".gz"  # files of text may also be gzipped
-LARGEST_TEXT = 48 << 20  # bytes of a file that is decoded as a whole: four bytes a character may be needed in memory
+LARGEST_TEXT = (
+    48 << 20
+)  # bytes of a file that is decoded as a whole: four bytes a character may be needed in memory
 LARGEST_DATA = 512 << 20  # bytes, unpacked, of a file that is read line by line
 LARGEST_LINE = 16 << 20
 LARGEST_QUESTION = 100_000  # characters of a line of stdin
-LARGEST_PICTURE = 256 << 20  # bytes of an image file: enough for the most pixels that are decoded
+LARGEST_PICTURE = (
+    256 << 20
+)  # bytes of an image file: enough for the most pixels that are decoded
 LARGEST_YAML = 1 << 20  # YAML is slow, and these files are written by hand
 MOST_LINES = 5_000_000
-MOST_VALUES = 4_000_000  # in one JSON text: an empty list takes 2 bytes on disk and 64 in memory
+MOST_VALUES = (
+    4_000_000  # in one JSON text: an empty list takes 2 bytes on disk and 64 in memory
+)
 DEEPEST = 64
 LONGEST_INTEGER = 64  # digits; tokenizers write 10**30 where they mean "no limit"
 LONGEST_NUMBER = 1000  # characters of a number with a point
@@ -55,7 +61,9 @@ _KINDS = {
 # -- bytes --------------------------------------------------------------------------------------------------------
 
 
-def require_regular(path: Path, *, error: ErrorType = DataError, hint: str = "") -> os.stat_result:
+def require_regular(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> os.stat_result:
     """Return the status of a regular file (links are followed); raise `error` for anything else.
 
     Nothing is opened, so it never blocks. Call it before a path is given to a library that opens it.
@@ -68,25 +76,38 @@ def require_regular(path: Path, *, error: ErrorType = DataError, hint: str = "")
         raise error(f"{path}: cannot be read: {_reason(refused)}", hint) from refused
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise error(f"{path}: is {kind}, not a file", hint or "give a regular file: save its content to one first")
+        raise error(
+            f"{path}: is {kind}, not a file",
+            hint or "give a regular file: save its content to one first",
+        )
     return status
 
 
 @contextmanager
-def open_regular(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Iterator[BinaryIO]:
+def open_regular(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> Iterator[BinaryIO]:
     """Open a regular file for reading bytes; raise `error` if it is none, or if reading fails within the block."""
     require_regular(path, error=error, hint=hint)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it may have been replaced in between
+            if not stat.S_ISREG(
+                os.fstat(descriptor).st_mode
+            ):  # it may have been replaced in between
                 raise error(f"{path}: is not a regular file", hint)
             yield file
     except OSError as refused:
         raise error(f"{path}: cannot be read: {_reason(refused)}", hint) from refused
 
 
-def read_bytes(path: Path, *, limit: int = LARGEST_TEXT, error: ErrorType = DataError, hint: str = "") -> bytes:
+def read_bytes(
+    path: Path,
+    *,
+    limit: int = LARGEST_TEXT,
+    error: ErrorType = DataError,
+    hint: str = "",
+) -> bytes:
     """Return the content of a regular file of at most `limit` bytes; raise `error` otherwise."""
     with open_regular(path, error=error, hint=hint) as file:
         size = os.fstat(file.fileno()).st_size  # what is too large is not read at all
@@ -96,7 +117,9 @@ def read_bytes(path: Path, *, limit: int = LARGEST_TEXT, error: ErrorType = Data
     return data
 
 
-def digest_of(path: Path, *, limit: int, error: ErrorType = DataError, hint: str = "") -> str:
+def digest_of(
+    path: Path, *, limit: int, error: ErrorType = DataError, hint: str = ""
+) -> str:
     """Return the SHA-256 of a regular file of at most `limit` bytes; raise `error` otherwise."""
     with open_regular(path, error=error, hint=hint) as file:
         if os.fstat(file.fileno()).st_size > limit:
@@ -107,20 +130,33 @@ def digest_of(path: Path, *, limit: int, error: ErrorType = DataError, hint: str
 # -- text ---------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path, *, limit: int = LARGEST_TEXT, error: ErrorType = DataError, hint: str = "") -> str:
+def read_text(
+    path: Path,
+    *,
+    limit: int = LARGEST_TEXT,
+    error: ErrorType = DataError,
+    hint: str = "",
+) -> str:
     """Return the text of a UTF-8 file, unpacked if its name ends in .gz; raise `error` if it is none."""
     with _unpacked(path, error, hint) as file:
         data = file.read(limit + 1) or b""
     if len(data) > limit:
-        raise error(f"{path}: larger than {_size(limit)}", hint or "give JSON lines, which are read one by one")
+        raise error(
+            f"{path}: larger than {_size(limit)}",
+            hint or "give JSON lines, which are read one by one",
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         line = data.count(b"\n", 0, fault.start) + 1
-        raise error(f"{path}:{line}: not UTF-8 (byte {fault.start})", hint or "save it as UTF-8") from fault
+        raise error(
+            f"{path}:{line}: not UTF-8 (byte {fault.start})", hint or "save it as UTF-8"
+        ) from fault
 
 
-def read_lines(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end) of a UTF-8 file, unpacked if its name ends in .gz.
 
     Only one line is in memory. Raises `error` with the line for what is not UTF-8, too long or too many.
@@ -132,10 +168,15 @@ def read_lines(path: Path, *, error: ErrorType = DataError, hint: str = "") -> I
             number += 1
             total += len(data)
             if len(data) > LARGEST_LINE:
-                raise error(f"{path}:{number}: a line longer than {_size(LARGEST_LINE)}", hint)
+                raise error(
+                    f"{path}:{number}: a line longer than {_size(LARGEST_LINE)}", hint
+                )
             if total > LARGEST_DATA or number > MOST_LINES:
                 bound = f"{_size(LARGEST_DATA)} or {MOST_LINES:,} lines"
-                raise error(f"{path}:{number}: more than {bound} (unpacked)", hint or "split it into smaller files")
+                raise error(
+                    f"{path}:{number}: more than {bound} (unpacked)",
+                    hint or "split it into smaller files",
+                )
             try:
                 text = data.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as fault:
@@ -152,9 +193,14 @@ def read_stdin() -> Iterator[str]:
         try:
             line = sys.stdin.readline(LARGEST_QUESTION + 1)
         except UnicodeDecodeError as fault:
-            raise DataError(f"stdin: not UTF-8 (byte {fault.start})", "send text") from fault
+            raise DataError(
+                f"stdin: not UTF-8 (byte {fault.start})", "send text"
+            ) from fault
         if len(line) > LARGEST_QUESTION:
-            raise DataError(f"stdin: a line longer than {LARGEST_QUESTION:,} characters", "send a question a line")
+            raise DataError(
+                f"stdin: a line longer than {LARGEST_QUESTION:,} characters",
+                "send a question a line",
+            )
         if not line:
             return
         yield line.strip()
@@ -170,7 +216,9 @@ def _unpacked(path: Path, error: ErrorType, hint: str) -> Iterator[BinaryIO]:
             with gzip.GzipFile(fileobj=file) as stream:
                 yield cast(BinaryIO, stream)
         except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
-            raise error(f"{path}: not a whole gzip file ({fault})", hint or "pack it again") from fault
+            raise error(
+                f"{path}: not a whole gzip file ({fault})", hint or "pack it again"
+            ) from fault
 
 
 # -- JSON ---------------------------------------------------------------------------------------------------------
@@ -211,12 +259,20 @@ def _constant(text: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
+    object_pairs_hook=_object,
+    parse_int=_integer,
+    parse_float=_number,
+    parse_constant=_constant,
 )
 
 
 def parse_json(
-    text: str | bytes, place: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+    text: str | bytes,
+    place: str,
+    *,
+    halves: bool = False,
+    error: ErrorType = DataError,
+    hint: str = "",
 ) -> Any:
     """Return the value that a JSON text holds; raise `error` naming `place` ("file:line") if it is none.
 
@@ -232,33 +288,60 @@ def parse_json(
 
 
 def parse_json_object(
-    text: str | bytes, place: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+    text: str | bytes,
+    place: str,
+    *,
+    halves: bool = False,
+    error: ErrorType = DataError,
+    hint: str = "",
 ) -> Record:
     """Return the object that a JSON text holds, ready to be asked for its fields; raise `error` otherwise."""
-    return Record(parse_json(text, place, halves=halves, error=error, hint=hint), place, error=error, hint=hint)
+    return Record(
+        parse_json(text, place, halves=halves, error=error, hint=hint),
+        place,
+        error=error,
+        hint=hint,
+    )
 
 
-def read_json(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
+def read_json(
+    path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+) -> Any:
     """Return the value that a JSON file holds; raise `error` with the file and the line if it cannot be read."""
     text = read_text(path, error=error, hint=hint)
-    return _whole_json(text, lambda line: f"{path}:{line}" if line else str(path), error, hint, halves=halves)
+    return _whole_json(
+        text,
+        lambda line: f"{path}:{line}" if line else str(path),
+        error,
+        hint,
+        halves=halves,
+    )
 
 
-def read_json_object(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Record:
+def read_json_object(
+    path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+) -> Record:
     """Return the object that a JSON file holds, ready to be asked for its fields; raise `error` otherwise."""
-    return Record(read_json(path, halves=halves, error=error, hint=hint), str(path), error=error, hint=hint)
+    return Record(
+        read_json(path, halves=halves, error=error, hint=hint),
+        str(path),
+        error=error,
+        hint=hint,
+    )
 
 
 def json_item(text: str, start: int) -> tuple[Any, int]:
     """Return (value, where it ends) of the JSON value that begins at `start`; raise ValueError in one line."""
     try:
         value, end = _DECODER.raw_decode(text, start)
-        if text.count("[", start, end) + text.count("{", start, end) > DEEPEST or _ESCAPED_SURROGATE.search(
-            text, start, end
-        ):
+        if text.count("[", start, end) + text.count(
+            "{", start, end
+        ) > DEEPEST or _ESCAPED_SURROGATE.search(text, start, end):
             check_values(value)
     except json.JSONDecodeError as fault:
-        raise ValueError(f"not valid JSON ({fault.msg} in line {fault.lineno}, column {fault.colno})") from fault
+        raise ValueError(
+            f"not valid JSON ({fault.msg} in line {fault.lineno}, column {fault.colno})"
+        ) from fault
     except RecursionError as fault:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from fault
     except _Refused as fault:
@@ -271,16 +354,23 @@ def count_of_values(text: str) -> int:
     return text.count(",") + text.count("[") + text.count("{")
 
 
-def _whole_json(text: str, place: Any, error: ErrorType, hint: str, *, halves: bool) -> Any:
+def _whole_json(
+    text: str, place: Any, error: ErrorType, hint: str, *, halves: bool
+) -> Any:
     """Return the value of a text; `place` maps a line (0: not known) to what an error names."""
     if count_of_values(text) > MOST_VALUES:
         raise error(f"{place(0)}: more than {MOST_VALUES:,} values", hint)
     try:
         value = _DECODER.decode(text)
-        if text.count("[") + text.count("{") > DEEPEST or _ESCAPED_SURROGATE.search(text):
+        if text.count("[") + text.count("{") > DEEPEST or _ESCAPED_SURROGATE.search(
+            text
+        ):
             check_values(value, halves=halves)
     except json.JSONDecodeError as fault:
-        raise error(f"{place(fault.lineno)}: not valid JSON ({fault.msg}, column {fault.colno})", hint) from fault
+        raise error(
+            f"{place(fault.lineno)}: not valid JSON ({fault.msg}, column {fault.colno})",
+            hint,
+        ) from fault
     except RecursionError as fault:
         raise error(f"{place(0)}: nested deeper than {DEEPEST} levels", hint) from fault
     except _Refused as fault:
@@ -313,13 +403,17 @@ def _no_check(text: str) -> None:
 
 def _check_text(text: str) -> None:
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise _Refused(f"the text {shown(text)} holds half a character (a lone surrogate)")
+        raise _Refused(
+            f"the text {shown(text)} holds half a character (a lone surrogate)"
+        )
 
 
 # -- JSON lines and CSV -------------------------------------------------------------------------------------------
 
 
-def read_json_lines(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Iterator[Record]:
+def read_json_lines(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> Iterator[Record]:
     """Yield the objects of a JSON lines file, each with its place; blank lines are skipped.
 
     Raises `error` at the first line that is no JSON object.
@@ -329,7 +423,9 @@ def read_json_lines(path: Path, *, error: ErrorType = DataError, hint: str = "")
             yield parse_json_object(line, f"{path}:{number}", error=error, hint=hint)
 
 
-def read_csv(path: Path, problems: list[str], *, error: ErrorType = DataError) -> Iterator[tuple[str, dict[str, str]]]:
+def read_csv(
+    path: Path, problems: list[str], *, error: ErrorType = DataError
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) of a CSV file with a header; empty cells are left out.
 
     The delimiter is a comma, a semicolon or a tab, whichever the header has most of. A column that stands twice, rows
@@ -350,9 +446,18 @@ def read_csv(path: Path, problems: list[str], *, error: ErrorType = DataError) -
                     problems.append(f"{place}: column {', '.join(twice)} stands twice")
                     return
             elif len(row) > len(names):
-                problems.append(f"{place}: more cells than the header has columns (put quotes around a comma)")
+                problems.append(
+                    f"{place}: more cells than the header has columns (put quotes around a comma)"
+                )
             elif row:
-                yield place, {name: cell for name, cell in zip(names, row, strict=False) if cell}
+                yield (
+                    place,
+                    {
+                        name: cell
+                        for name, cell in zip(names, row, strict=False)
+                        if cell
+                    },
+                )
     except csv.Error as fault:
         problems.append(f"{path}:{done + 1}: not valid CSV ({fault})")
 
@@ -367,7 +472,9 @@ def _with_ends(header: str, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
 # -- YAML ---------------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
+def read_yaml(
+    path: Path, *, halves: bool = False, error: ErrorType = DataError, hint: str = ""
+) -> Any:
     """Return the value that a YAML file holds; raise `error` with the file and the line if it cannot be read.
 
     Anchors, aliases and tags are refused (they multiply), so are keys that are not text or stand twice. Dates stay
@@ -377,12 +484,23 @@ def read_yaml(path: Path, *, halves: bool = False, error: ErrorType = DataError,
     return parse_yaml(text, str(path), halves=halves, error=error, hint=hint)
 
 
-def read_yaml_object(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Record:
+def read_yaml_object(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> Record:
     """Return the mapping that a YAML file holds, ready to be asked for its fields; raise `error` otherwise."""
-    return Record(read_yaml(path, error=error, hint=hint), str(path), error=error, hint=hint)
+    return Record(
+        read_yaml(path, error=error, hint=hint), str(path), error=error, hint=hint
+    )
 
 
-def parse_yaml(text: str, file: str, *, halves: bool = False, error: ErrorType = DataError, hint: str = "") -> Any:
+def parse_yaml(
+    text: str,
+    file: str,
+    *,
+    halves: bool = False,
+    error: ErrorType = DataError,
+    hint: str = "",
+) -> Any:
     """Return the value that a YAML text holds; raise `error` with the file and the line otherwise."""
     from mmedit_cli.reading_yaml import YamlFault, load
 
@@ -400,7 +518,9 @@ def parse_yaml(text: str, file: str, *, halves: bool = False, error: ErrorType =
 # -- safetensors --------------------------------------------------------------------------------------------------
 
 
-def read_tensor_header(path: Path, *, error: ErrorType = DataError, hint: str = "") -> tuple[Record, dict[str, str]]:
+def read_tensor_header(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> tuple[Record, dict[str, str]]:
     """Return (what the header says of each tensor, the metadata) of a safetensors file; raise `error` otherwise.
 
     No tensor is read, and torch is not imported.
@@ -408,12 +528,16 @@ def read_tensor_header(path: Path, *, error: ErrorType = DataError, hint: str = 
     with open_regular(path, error=error, hint=hint) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_HEADER_BYTES), "little")
-        if size < _HEADER_BYTES or not 2 <= length <= min(size - _HEADER_BYTES, _LARGEST_HEADER):
+        if size < _HEADER_BYTES or not 2 <= length <= min(
+            size - _HEADER_BYTES, _LARGEST_HEADER
+        ):
             raise error(f"{path}: not a safetensors file, or cut off", hint)
         header = file.read(length)
     record = parse_json_object(header, f"{path}: header", error=error, hint=hint)
     metadata = record.mapping("__metadata__", {})
-    tensors = {name: value for name, value in record.values.items() if name != "__metadata__"}
+    tensors = {
+        name: value for name, value in record.values.items() if name != "__metadata__"
+    }
     about = Record(tensors, record.place, error=error, hint=hint)
     for name in tensors:
         about.record(name)
@@ -422,7 +546,9 @@ def read_tensor_header(path: Path, *, error: ErrorType = DataError, hint: str = 
 
 
 @contextmanager
-def open_tensors(path: Path, *, error: ErrorType = DataError, hint: str = "") -> Iterator[Any]:
+def open_tensors(
+    path: Path, *, error: ErrorType = DataError, hint: str = ""
+) -> Iterator[Any]:
     """Open a safetensors file as `safetensors.safe_open` does; raise `error` if it is none or damaged."""
     from safetensors import SafetensorError, safe_open
 
@@ -445,11 +571,21 @@ class Record:
     `values` is the mapping itself. A field without a default must be there.
     """
 
-    def __init__(self, value: Any, place: str, *, key: str = "", error: ErrorType = DataError, hint: str = "") -> None:
+    def __init__(
+        self,
+        value: Any,
+        place: str,
+        *,
+        key: str = "",
+        error: ErrorType = DataError,
+        hint: str = "",
+    ) -> None:
         self.place, self.key, self.error, self.hint = place, key, error, hint
         if not isinstance(value, dict):
             start = f"{place}: {key}" if key else place
-            raise error(f"{start}: expected an object with keys, got {shown(value)}", hint)
+            raise error(
+                f"{start}: expected an object with keys, got {shown(value)}", hint
+            )
         self.values: dict[str, Any] = value
 
     def __contains__(self, key: object) -> bool:
@@ -458,7 +594,12 @@ class Record:
     def fail(self, key: str, message: str) -> NoReturn:
         """Raise the error of this record about one of its keys (empty: about the record)."""
         dotted = ".".join(part for part in (self.key, key) if part)
-        raise self.error(f"{self.place}: {dotted}: {message}" if dotted else f"{self.place}: {message}", self.hint)
+        raise self.error(
+            f"{self.place}: {dotted}: {message}"
+            if dotted
+            else f"{self.place}: {message}",
+            self.hint,
+        )
 
     def only(self, *known: str) -> None:
         """Raise unless every key is one of those known."""
@@ -485,7 +626,14 @@ class Record:
             self._wrong(key, "the name of a file", value)
         return value
 
-    def integer(self, key: str, default: Any = _NEEDED, *, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    def integer(
+        self,
+        key: str,
+        default: Any = _NEEDED,
+        *,
+        low: int = -(2**63),
+        high: int = 2**63 - 1,
+    ) -> int:
         """Return a whole number from `low` to `high`."""
         value = self._value(key, default)
         if value is default:
@@ -501,7 +649,11 @@ class Record:
         value = self._value(key, default)
         if value is default:
             return cast(float, value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             self._wrong(key, "a number", value)
         return value
 
@@ -538,7 +690,10 @@ class Record:
 
     def records(self, key: str, default: Any = _NEEDED) -> list[Record]:
         """Return a list of mappings, each ready to be asked for its own fields."""
-        return [self._inner(f"{key}[{i}]", item) for i, item in enumerate(self.array(key, dict, default))]
+        return [
+            self._inner(f"{key}[{i}]", item)
+            for i, item in enumerate(self.array(key, dict, default))
+        ]
 
     def _inner(self, key: str, value: Any) -> Record:
         dotted = ".".join(part for part in (self.key, key) if part)
@@ -555,12 +710,19 @@ class Record:
         self.fail(key, f"expected {wanted}, got {shown(value)}")
 
 
-_WORDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", dict: "an object with keys"}
+_WORDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object with keys",
+}
 
 
 def whole_number(text: str) -> int | None:
     """Return the number that a text of at most 18 digits stands for, None for any other text."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+    return (
+        int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+    )
 
 
 def shorten(text: str, most: int = 40) -> str:
@@ -576,11 +738,19 @@ def shown(value: Any) -> str:
         return f"a list of {len(value)}"
     if value is None:
         return "null"
-    return shorten(reprlib.repr(value)) if not isinstance(value, bool) else str(value).lower()
+    return (
+        shorten(reprlib.repr(value))
+        if not isinstance(value, bool)
+        else str(value).lower()
+    )
 
 
 def _reason(refused: Exception) -> str:
-    return (refused.strerror or str(refused)) if isinstance(refused, OSError) else str(refused)
+    return (
+        (refused.strerror or str(refused))
+        if isinstance(refused, OSError)
+        else str(refused)
+    )
 
 
 def _size(limit: int) -> str:

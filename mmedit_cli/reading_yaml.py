@@ -66,7 +66,9 @@ class _Fast(_Rules, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
 
 for _class in (_PurePython, _Fast):
     for _kind in ("int", "float", "map"):
-        _class.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_class, f"construct_yaml_{_kind}"))
+        _class.add_constructor(
+            f"tag:yaml.org,2002:{_kind}", getattr(_class, f"construct_yaml_{_kind}")
+        )
 
 
 def load(text: str, deepest: int, longest_integer: int) -> Any:
@@ -74,7 +76,9 @@ def load(text: str, deepest: int, longest_integer: int) -> Any:
 
     The events are looked at first: that needs no recursion, and an alias never gets the chance to multiply.
     """
-    kind: Any = _PurePython if _ESCAPED_SURROGATE.search(text) else _Fast  # libyaml refuses half a character
+    kind: Any = (
+        _PurePython if _ESCAPED_SURROGATE.search(text) else _Fast
+    )  # libyaml refuses half a character
     loader: Any = None
     try:
         _check_events(text, deepest, kind)
@@ -84,9 +88,13 @@ def load(text: str, deepest: int, longest_integer: int) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise YamlFault(f"not valid YAML ({what})", mark.line + 1 if mark else 0) from error
+        raise YamlFault(
+            f"not valid YAML ({what})", mark.line + 1 if mark else 0
+        ) from error
     except yaml.reader.ReaderError as error:
-        raise YamlFault(f"not valid YAML ({error.reason})", text.count("\n", 0, error.position) + 1) from error
+        raise YamlFault(
+            f"not valid YAML ({error.reason})", text.count("\n", 0, error.position) + 1
+        ) from error
     except YamlFault:
         raise
     except ValueError as error:  # a number that only looks like one
@@ -105,7 +113,9 @@ def _check_events(text: str, deepest: int, kind: Any) -> None:
         tag = getattr(event, "tag", None)
         if tag:
             raise YamlFault(f"tags are not supported: {tag[:40]}", line)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > deepest:
             raise YamlFault(f"nested deeper than {deepest} levels", line)
 

@@ -15,7 +15,12 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mmedit_cli.errors import DataError, RunError, StateError
-from mmedit_cli.reading import parse_json_object, read_bytes, read_json_object, read_yaml
+from mmedit_cli.reading import (
+    parse_json_object,
+    read_bytes,
+    read_json_object,
+    read_yaml,
+)
 from mmedit_cli.storage import (
     dump_json,
     file_errors,
@@ -30,6 +35,9 @@ from mmedit_cli.storage import (
 )
 
 _LARGEST_LINES = 1 << 30  # bytes of all records of a run together
+CONCEPT_INDEX = (
+    "index.json"  # what tells a folder of concepts from one of a run or of a ledger
+)
 _START_ANEW = "start it anew with --force"
 _RECORDS = ("asked", "cases", "edits", "expressive", "learned", "log")
 _TENSORS = ("editor", "last")
@@ -67,10 +75,14 @@ class Run:
         path = folder / "report.json"
         if not path.exists():
             return None
-        return read_json_object(path, halves=True, error=RunError, hint=_START_ANEW).values
+        return read_json_object(
+            path, halves=True, error=RunError, hint=_START_ANEW
+        ).values
 
     @classmethod
-    def done_before(cls, folder: Path, *, force: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    def done_before(
+        cls, folder: Path, *, force: bool, say: Callable[[str], None]
+    ) -> dict[str, Any] | None:
         """Return the report of a finished run and say so; None where it is to do, as `force` says of all."""
         report = None if force else cls.finished(folder)
         if report is not None:
@@ -79,7 +91,12 @@ class Run:
 
     @classmethod
     def open(
-        cls, folder: Path, config: Mapping[str, Any], environment: Mapping[str, Any], *, force: bool = False
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        *,
+        force: bool = False,
     ) -> Run:
         """Create or continue the run in `folder`; `force` removes what an earlier run left there.
 
@@ -111,7 +128,10 @@ class Run:
             try:
                 lock.acquire()
             except Timeout as error:
-                raise RunError(f"another process is writing {folder}", "wait for it to end, or stop it") from error
+                raise RunError(
+                    f"another process is writing {folder}",
+                    "wait for it to end, or stop it",
+                ) from error
         run = cls(folder, lock)
         run._made = made
         return run
@@ -170,7 +190,11 @@ class Run:
         """
         path = self._path(name, ".jsonl")
         with file_errors(path, "read"):
-            data = read_bytes(path, limit=_LARGEST_LINES, error=RunError) if path.exists() else b""
+            data = (
+                read_bytes(path, limit=_LARGEST_LINES, error=RunError)
+                if path.exists()
+                else b""
+            )
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data) and self._lock.is_locked:
             with file_errors(path, "mend"):
@@ -189,7 +213,9 @@ class Run:
                 records.append(_decode(line))
             except (ValueError, RecursionError) as error:
                 path = self._path(name, ".jsonl")
-                raise RunError(f"{path}:{number}: not a record: {error}", _START_ANEW) from error
+                raise RunError(
+                    f"{path}:{number}: not a record: {error}", _START_ANEW
+                ) from error
         return records
 
     def rewrite(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -197,7 +223,9 @@ class Run:
         path = self._path(name, ".jsonl")
         write_atomic(path, encode_lines(path, records))
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+    ) -> Path:
         """Replace `<name>.safetensors` atomically and return its path; metadata is text only."""
         path = self._path(name, ".safetensors")
         write_tensors(path, tensors, metadata)
@@ -230,10 +258,18 @@ class Run:
 
     def _path(self, name: str, suffix: str) -> Path:
         if name not in (_RECORDS if suffix == ".jsonl" else _TENSORS):
-            raise ValueError(f"{name}{suffix}: name it in records.py, so that --force removes it")
+            raise ValueError(
+                f"{name}{suffix}: name it in records.py, so that --force removes it"
+            )
         return self.folder / f"{name}{suffix}"
 
-    def prepare(self, config: Mapping[str, Any], environment: Mapping[str, Any], *, force: bool = False) -> None:
+    def prepare(
+        self,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        *,
+        force: bool = False,
+    ) -> None:
         """Begin or continue the run of a config; `force` removes what an earlier one left.
 
         Raises RunError if the folder holds a run with another config.
@@ -247,11 +283,18 @@ class Run:
         path = self.folder / "run.yaml"
         ours = json.loads(_encode(path, {"config": config, "environment": environment}))
         if not path.exists():
-            write_atomic(path, yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=119))
+            write_atomic(
+                path,
+                yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=119),
+            )
         theirs = _read_yaml(path)["config"]
         if theirs != ours["config"]:
             both = theirs | ours["config"]
-            keys = sorted(str(key) for key in both if theirs.get(key, ...) != ours["config"].get(key, ...))
+            keys = sorted(
+                str(key)
+                for key in both
+                if theirs.get(key, ...) != ours["config"].get(key, ...)
+            )
             raise RunError(
                 f"{self.folder}: holds a run with another config (different: {', '.join(keys)})",
                 "choose another folder, or replace that run with --force",
@@ -265,7 +308,9 @@ def _safe_name(part: str) -> str:
     name = re.sub(r"[^A-Za-z0-9._+=-]+", "-", part).strip(".-")[:60]
     if name and name == part:
         return name
-    return f"{name}-{hashlib.sha256(part.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
+    return f"{name}-{hashlib.sha256(part.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip(
+        "-"
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -274,7 +319,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         saved = read_yaml(path, halves=True, error=RunError, hint=_START_ANEW)
     except yaml.YAMLError as error:
         raise RunError(f"{path}: not valid YAML", _START_ANEW) from error
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in ("config", "environment")):
+    if not isinstance(saved, dict) or not all(
+        isinstance(saved.get(k), dict) for k in ("config", "environment")
+    ):
         raise RunError(f"{path}: does not describe a run", _START_ANEW)
     return saved
 

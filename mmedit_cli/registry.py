@@ -1,4 +1,4 @@
-"""The file name is the public name: `editors/multi_melo.py` is the editor `multi-melo`.
+"""The file name is the public name: `knowledge/methods/multi_melo` is the editor `multi-melo`.
 
 Listing names and summaries reads the folder only; a module (and torch with it) is imported when it is asked for.
 """
@@ -35,7 +35,11 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """List the public names, sorted."""
         modules = [module.name for module in pkgutil.iter_modules(self._folders())]
-        public = [name for name in modules if name != "base" and not name.startswith("_") and self._offers(name)]
+        public = [
+            name
+            for name in modules
+            if name != "base" and not name.startswith("_") and self._offers(name)
+        ]
         return sorted(name.replace("_", "-") for name in public)
 
     def get(self, name: str) -> T:
@@ -43,7 +47,13 @@ class Registry(Generic[T]):
 
         Raises UnknownName.
         """
-        return cast(T, getattr(importlib.import_module(f"{self.package}.{self._module(name)}"), self.attribute))
+        return cast(
+            T,
+            getattr(
+                importlib.import_module(f"{self.package}.{self._module(name)}"),
+                self.attribute,
+            ),
+        )
 
     def summary(self, name: str) -> str:
         """Return the first line of the module's docstring without importing the module.
@@ -58,11 +68,18 @@ class Registry(Generic[T]):
 
         It may be inherited from a class of this project; None where no class assigns it. Raises UnknownName.
         """
-        return _class_attribute(f"{self.package}.{self._module(name)}", self.attribute, attribute)
+        return _class_attribute(
+            f"{self.package}.{self._module(name)}", self.attribute, attribute
+        )
 
     def _offers(self, module: str) -> bool:
-        """Whether a module assigns the attribute."""
-        return any(self.attribute in _assigned(node) for node in _tree(f"{self.package}.{module}").body)
+        """Tell whether a module assigns or imports the attribute."""
+        names: set[str] = set()
+        for node in _tree(f"{self.package}.{module}").body:
+            names.update(_assigned(node))
+            if isinstance(node, ast.ImportFrom):  # of a method that is a folder
+                names.update(alias.asname or alias.name for alias in node.names)
+        return self.attribute in names
 
     def _folders(self) -> list[str]:
         spec = find_spec(self.package)  # imports the parent package only
@@ -90,7 +107,11 @@ def _tree(module: str) -> ast.Module:
 
 def _assigned(node: ast.stmt) -> list[str]:
     """Return the names that a statement assigns."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [getattr(node, "target", None)]
+    )
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
@@ -102,7 +123,11 @@ def _class_attribute(module: str, name: str, attribute: str) -> Any:
                 if (alias.asname or alias.name) == name:
                     return _class_attribute(node.module, alias.name, attribute)
         elif isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned(node):
-            return _class_attribute(module, ast.unparse(node.value), attribute) if node.value else None
+            return (
+                _class_attribute(module, ast.unparse(node.value), attribute)
+                if node.value
+                else None
+            )
         elif isinstance(node, ast.ClassDef) and node.name == name:
             return _own_attribute(module, node, attribute)
     return None
@@ -113,20 +138,26 @@ def _own_attribute(module: str, node: ast.ClassDef, attribute: str) -> Any:
         value = getattr(statement, "value", None)
         if attribute in _assigned(statement) and isinstance(value, ast.Constant):
             return value.value
-    inherited = (_class_attribute(module, ast.unparse(base), attribute) for base in node.bases)
+    inherited = (
+        _class_attribute(module, ast.unparse(base), attribute) for base in node.bases
+    )
     return next((found for found in inherited if found is not None), None)
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     meant = near_miss(name.replace("_", "-"), known)
-    return UnknownName(f"unknown {kind} '{name}'{meant}", f"{kind}s: {', '.join(known)}")
+    return UnknownName(
+        f"unknown {kind} '{name}'{meant}", f"{kind}s: {', '.join(known)}"
+    )
 
 
-editors: Registry[Any] = Registry("mmedit_cli.editors", "EDITOR")
-personalizers: Registry[Any] = Registry("mmedit_cli.personalizers", "PERSONALIZER")
-image_editors: Registry[Any] = Registry("mmedit_cli.image_editors", "IMAGE_EDITOR")
-backbones: Registry[Any] = Registry("mmedit_cli.backbones", "BACKBONE")
-datasets: Registry[Any] = Registry("mmedit_cli.datasets", "DATASET")
+editors: Registry[Any] = Registry("mmedit_cli.knowledge.methods", "EDITOR")
+personalizers: Registry[Any] = Registry("mmedit_cli.drawing.methods", "PERSONALIZER")
+image_editors: Registry[Any] = Registry(
+    "mmedit_cli.picture_editing.methods", "IMAGE_EDITOR"
+)
+backbones: Registry[Any] = Registry("mmedit_cli.knowledge.models", "BACKBONE")
+datasets: Registry[Any] = Registry("mmedit_cli.knowledge.data", "DATASET")
 
 
 def kind_of(name: str, *kinds: Registry[Any]) -> Registry[Any]:
@@ -144,7 +175,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 def share_dir(name: str) -> Path:
     """Return the folder `name` ("hparams", "data", ...) of the checkout, or its copy inside an installed package."""
-    checkout = _PACKAGE.parent  # site-packages when installed, where a folder of that name is somebody else's
+    checkout = (
+        _PACKAGE.parent
+    )  # site-packages when installed, where a folder of that name is somebody else's
     found = (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir()
     return checkout / name if found else _PACKAGE / "share" / name
 
@@ -162,11 +195,18 @@ def emojikb_home() -> Path:
     if not shipped.is_relative_to(_PACKAGE) and os.access(shipped, os.W_OK):
         return shipped
     manifest = shipped / "manifest.json"
-    version = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12] if manifest.is_file() else "none"
+    version = (
+        hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+        if manifest.is_file()
+        else "none"
+    )
     copy = cache_dir() / f"emojikb-{version}"
     try:
         mirror(shipped, copy)
-    except (OSError, MmeditError):  # no place to unpack in: what needs no picture still works
+    except (
+        OSError,
+        MmeditError,
+    ):  # no place to unpack in: what needs no picture still works
         return shipped
     return copy
 
@@ -195,4 +235,6 @@ def data_home() -> Path:
 def cache_dir() -> Path:
     """Return the folder for what can be made again: $MMEDIT_CACHE, else mmedit in the user's cache folder."""
     own = os.environ.get("MMEDIT_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mmedit").expanduser()
+    return Path(
+        own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mmedit"
+    ).expanduser()

@@ -21,7 +21,17 @@ from mmedit_cli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,14 +44,19 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps") from error
+        raise UserError(
+            f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps"
+        ) from error
     present = {
         "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "cuda": torch.cuda.is_available()
+        and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type, False):
-        raise UserError(f"--device {name}: not available on this machine", "try --device auto")
+        raise UserError(
+            f"--device {name}: not available on this machine", "try --device auto"
+        )
     return device
 
 
@@ -50,7 +65,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     import torch
 
     if name not in DTYPES:
-        raise UserError(f"--dtype {name}: not a number format", f"use one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"--dtype {name}: not a number format", f"use one of {', '.join(DTYPES)}"
+        )
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)  # type: ignore[no-any-return]
@@ -98,7 +115,9 @@ class Interrupts:
         if self.came or self._at_once:
             raise KeyboardInterrupt
         self.came = True
-        self.say("interrupted: this step is finished and saved first; control-C again stops at once")
+        self.say(
+            "interrupted: this step is finished and saved first; control-C again stops at once"
+        )
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -194,7 +213,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return what else a reader of a report wants to know: platform, device, commit."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
@@ -211,9 +234,13 @@ def _commit() -> str | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ("git", *words), cwd=root, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None

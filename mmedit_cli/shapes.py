@@ -59,7 +59,9 @@ def shape_of(ref: ModelRef) -> Shape | None:
         return _shape(config.get("_class_name"), depth, unet.get("cross_attention_dim"))
     text = config.get("text_config", config)  # some are flat
     if not isinstance(text, Mapping):
-        raise ModelError(f"{path}: text_config is not an object with keys", "copy it again")
+        raise ModelError(
+            f"{path}: text_config is not an object with keys", "copy it again"
+        )
     depth, width = (_value(text, key) for key in ("num_hidden_layers", "hidden_size"))
     return _shape(config.get("model_type"), depth, width)
 
@@ -85,7 +87,9 @@ def pick_variant(file: Path, shape: Shape | None, name: str) -> str | None:
 
 def told(editor: str, variant: str | None) -> str:
     """Return a line that says which variant of an editor's hyper-parameters was taken."""
-    return f"hyper-parameters of {editor}: " + (f"variant {variant}" if variant else "no variant for this model")
+    return f"hyper-parameters of {editor}: " + (
+        f"variant {variant}" if variant else "no variant for this model"
+    )
 
 
 def _variants(file: Path) -> list[str]:
@@ -104,7 +108,9 @@ def _value(text: Mapping[str, Any], key: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = text.get("model_type")
-    return getattr(CONFIG_MAPPING[kind](), key, None) if kind in CONFIG_MAPPING else None
+    return (
+        getattr(CONFIG_MAPPING[kind](), key, None) if kind in CONFIG_MAPPING else None
+    )
 
 
 def _shape(kind: Any, depth: Any, width: Any) -> Shape | None:

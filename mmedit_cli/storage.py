@@ -30,8 +30,13 @@ from mmedit_cli.reading import open_tensors
 
 _CHUNK = 1 << 20
 _DAY = 86_400.0
-_PROCESS = secrets.token_hex(4)  # tells this process from an earlier one that had the same number
-_TEMPORARY = re.compile(r".+\.(?P<host>[0-9a-f]{6})-(?P<pid>\d{1,10})-(?P<process>[0-9a-f]{8})-[0-9a-f]{6}\.tmp", re.S)
+_PROCESS = secrets.token_hex(
+    4
+)  # tells this process from an earlier one that had the same number
+_TEMPORARY = re.compile(
+    r".+\.(?P<host>[0-9a-f]{6})-(?P<pid>\d{1,10})-(?P<process>[0-9a-f]{8})-[0-9a-f]{6}\.tmp",
+    re.S,
+)
 _EARLIER = re.compile(r".+\.[0-9a-f]{8}\.tmp", re.S)  # temporary files of mmedit 0.1
 
 
@@ -41,7 +46,9 @@ _EARLIER = re.compile(r".+\.[0-9a-f]{8}\.tmp", re.S)  # temporary files of mmedi
 def sha256_of(path: Path, tick: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file; `tick(n)` is told of n more bytes. Raises OSError."""
     digest = hashlib.sha256()
-    if path.exists() and not path.is_file():  # a FIFO would wait, a device would never end
+    if (
+        path.exists() and not path.is_file()
+    ):  # a FIFO would wait, a device would never end
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -62,8 +69,17 @@ def sha256_json(obj: Any) -> str:
 def dump_json(obj: Any, *, indent: int | None = None, sort: bool = False) -> bytes:
     """Return an object as JSON in UTF-8; raise ValueError or TypeError for what JSON does not have."""
     separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(obj, ensure_ascii=False, allow_nan=False, sort_keys=sort, indent=indent, separators=separators)
-    return text.encode("utf-8", "backslashreplace")  # a lone surrogate (an odd path) becomes its own JSON escape
+    text = json.dumps(
+        obj,
+        ensure_ascii=False,
+        allow_nan=False,
+        sort_keys=sort,
+        indent=indent,
+        separators=separators,
+    )
+    return text.encode(
+        "utf-8", "backslashreplace"
+    )  # a lone surrogate (an odd path) becomes its own JSON escape
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -84,7 +100,9 @@ def write_json(path: Path, obj: Any, *, indent: int | None = None) -> None:
     write_atomic(path, data + b"\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
     """Write tensors and text to one safetensors file, atomically: equal content makes equal bytes.
 
     Raises RunError if that fails.
@@ -92,7 +110,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+    }
     try:
         with replacing(path) as temporary:
             save_file(on_cpu, temporary, dict(metadata) or None)
@@ -108,7 +128,11 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         if "__metadata__" in header:
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        ordered = (
+            json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+            .encode()
+            .ljust(size)
+        )
         if len(ordered) == size:  # the same characters in another order
             file.seek(8)
             file.write(ordered)
@@ -133,7 +157,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove_temporaries_once(path.parent.absolute(), os.getpid())
         try:
             temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
+            mode = (
+                temporary.stat().st_mode
+            )  # what the user's umask gives; safetensors would make it private
             yield temporary
             temporary.chmod(mode)
             sync_file(temporary)
@@ -223,7 +249,10 @@ def is_link(path: Path) -> bool:
 def refuse_link(path: Path) -> None:
     """Raise RunError for a link in the place of a file that is written: what it points to is somebody else's."""
     if is_link(path):
-        raise RunError(f"{path}: a link, where this program writes a file", "replace it by the file itself")
+        raise RunError(
+            f"{path}: a link, where this program writes a file",
+            "replace it by the file itself",
+        )
 
 
 def remove_file(path: Path) -> bool:
@@ -241,7 +270,9 @@ def remove_file(path: Path) -> bool:
     return True
 
 
-def sweep(folder: Path, shape: re.Pattern[str], *, keep: Collection[str] = ()) -> list[Path]:
+def sweep(
+    folder: Path, shape: re.Pattern[str], *, keep: Collection[str] = ()
+) -> list[Path]:
     """Remove the files of a folder whose whole name has a shape, but those in `keep`; return what was removed.
 
     Links stay, and in a folder that is a link itself everything does. What cannot be removed stays too.
@@ -258,7 +289,11 @@ def unnamed(folder: Path, shape: re.Pattern[str], names: Collection[str]) -> lis
     """Return the regular files of a folder that have a shape and are not among `names`; none where it is a link."""
     if is_link(folder) or not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if shape.fullmatch(path.name) and path.name not in names]
+    found = [
+        path
+        for path in folder.iterdir()
+        if shape.fullmatch(path.name) and path.name not in names
+    ]
     return sorted(path for path in found if path.is_file() and not is_link(path))
 
 
@@ -316,7 +351,11 @@ def _is_abandoned(path: Path, earlier: bool) -> bool:
     found = _TEMPORARY.fullmatch(path.name)
     if found is None:
         return earlier and _EARLIER.fullmatch(path.name) is not None and path.is_file()
-    if found["host"] == _host() and found["process"] == _PROCESS and int(found["pid"]) == os.getpid():
+    if (
+        found["host"] == _host()
+        and found["process"] == _PROCESS
+        and int(found["pid"]) == os.getpid()
+    ):
         return False
     if found["host"] == _host() and not _may_run(int(found["pid"])):
         return True

@@ -38,7 +38,9 @@ class Pace:
 
 
 def client(
-    timeout: float, pace: Pace = Pace(), request_hooks: Sequence[Callable[[httpx2.Request], object]] = ()
+    timeout: float,
+    pace: Pace = Pace(),
+    request_hooks: Sequence[Callable[[httpx2.Request], object]] = (),
 ) -> httpx2.Client:
     """Return a client that follows redirects, uses the proxies of the environment, and gives up what `Pace` excludes.
 
@@ -48,7 +50,9 @@ def client(
     """
 
     def prepare(request: httpx2.Request) -> None:
-        request.headers["Accept-Encoding"] = "identity"  # a part of a compressed answer cannot be continued
+        request.headers["Accept-Encoding"] = (
+            "identity"  # a part of a compressed answer cannot be continued
+        )
         given = request.extensions.get("timeout", {})
         if not any(given.values()):  # huggingface_hub turns the timeouts off
             request.extensions["timeout"] = httpx2.Timeout(timeout).as_dict()
@@ -65,9 +69,13 @@ def client(
             event_hooks={"request": [*request_hooks, prepare], "response": [watch]},
         )
     except (ImportError, ValueError, httpx2.InvalidURL) as error:
-        names = ", ".join(f"{scheme} proxy {plain_address(url)}" for scheme, url in getproxies().items())
+        names = ", ".join(
+            f"{scheme} proxy {plain_address(url)}"
+            for scheme, url in getproxies().items()
+        )
         raise UserError(
-            f"{names}: cannot be used: {error}", "the proxies come from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+            f"{names}: cannot be used: {error}",
+            "the proxies come from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY",
         ) from error
 
 
@@ -139,11 +147,15 @@ class _Watched(httpx2.SyncByteStream):
             count += len(chunk)
             recent += len(chunk)
             if count > self._limit:
-                raise Refused(f"an answer of more than {self._limit:,} bytes, where none so long was announced")
+                raise Refused(
+                    f"an answer of more than {self._limit:,} bytes, where none so long was announced"
+                )
             now = time.monotonic()
             if now - since >= self._pace.seconds:
                 if recent < self._pace.least:
-                    raise Refused(f"too slow: {recent:,} bytes in {now - since:.0f} seconds")
+                    raise Refused(
+                        f"too slow: {recent:,} bytes in {now - since:.0f} seconds"
+                    )
                 since, recent = now, 0
             yield chunk
 
@@ -159,7 +171,9 @@ def _refuse_downgrade(response: httpx2.Response) -> None:
     except httpx2.InvalidURL:
         return  # the client itself says so
     if target.scheme == "http":
-        raise Refused(f"{response.url.host} redirects from https to http, to {target.host}: not followed")
+        raise Refused(
+            f"{response.url.host} redirects from https to http, to {target.host}: not followed"
+        )
 
 
 def _limit_of(response: httpx2.Response) -> int:

@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmedit_cli.datasets.emojikb import concepts_in  # noqa: E402
+from mmedit_cli.knowledge.data.emojikb import concepts_in  # noqa: E402
 from mmedit_cli.packed import loose, pack, unpack_beside  # noqa: E402
 from mmedit_cli.reading import read_text  # noqa: E402
 
@@ -44,7 +44,11 @@ DATA = ROOT / "data" / "emojikb"
 SIDE = 64  # pixels
 ERRORS = "model_errors.jsonl.gz"
 COLOURS = 64  # palette entries of a picture, alpha included
-STATIC = ("LICENSES/Apache-2.0.txt", "LICENSES/CC-BY-4.0.txt", "LICENSES/MIT-fluent-emoji.txt")
+STATIC = (
+    "LICENSES/Apache-2.0.txt",
+    "LICENSES/CC-BY-4.0.txt",
+    "LICENSES/MIT-fluent-emoji.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,29 @@ class Package:
 
 PACKAGES = {
     "noto": Package(
-        "emoji-datasource-google@16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+        "emoji-datasource-google@16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     ),
     "twemoji": Package(
-        "emoji-datasource-twitter@16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+        "emoji-datasource-twitter@16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     ),
     "fluent": Package(
-        "@lobehub/fluent-emoji-3d@1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+        "@lobehub/fluent-emoji-3d@1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     ),
-    "openmoji": Package("openmoji@17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
-    "names": Package("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
-    "countries": Package("world-countries@5.1.0", "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495"),
+    "openmoji": Package(
+        "openmoji@17.0.0",
+        "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+    ),
+    "names": Package(
+        "emojibase-data@17.0.0",
+        "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    ),
+    "countries": Package(
+        "world-countries@5.1.0",
+        "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495",
+    ),
 }
 PICTURES = {  # artist: folder inside the package, suffix
     "noto": ("package/img/google/64/", ".png"),
@@ -79,7 +95,11 @@ PICTURES = {  # artist: folder inside the package, suffix
     "openmoji": ("package/color/svg/", ".svg"),
 }
 ARTISTS = tuple(PICTURES)
-FLAG_ARTISTS = ("noto", "twemoji", "openmoji")  # the country flags of the fluent package are Noto's drawings
+FLAG_ARTISTS = (
+    "noto",
+    "twemoji",
+    "openmoji",
+)  # the country flags of the fluent package are Noto's drawings
 LICENCES = {
     "noto": "Apache-2.0",
     "twemoji": "CC-BY-4.0",
@@ -101,7 +121,12 @@ def fetch(cache: Path) -> dict[str, tarfile.TarFile]:
         path = cache / package.file
         if not path.exists():
             print(f"fetching {package.spec}", file=sys.stderr)
-            subprocess.run(["npm", "pack", package.spec, "--silent"], cwd=cache, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["npm", "pack", package.spec, "--silent"],
+                cwd=cache,
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != package.sha256:
             sys.exit(f"error: {path}: sha256 {found}, expected {package.sha256}")
@@ -141,7 +166,9 @@ def plain(text: str) -> str:
 
 def with_article(name: str) -> str:
     first = name.lower()
-    an = first[0] in "aeiou" and not first.startswith(("uni", "euro", "one", "u-", "us"))
+    an = first[0] in "aeiou" and not first.startswith(
+        ("uni", "euro", "one", "u-", "us")
+    )
     an = an or first.startswith(("x-", "hour", "suv", "atm", "mp3"))
     return f"{'an' if an else 'a'} {name}"
 
@@ -151,13 +178,23 @@ def things(labels: dict[str, str]) -> list[dict]:
     found = []
     for (kind, category), listing in choices.KINDS.items():
         for entry in listing.split(";"):
-            label, _, name = (part.strip() for part in " ".join(entry.split()).partition(" = "))
+            label, _, name = (
+                part.strip() for part in " ".join(entry.split()).partition(" = ")
+            )
             if label not in labels:
                 sys.exit(f"error: emojikb_choices: no label {label!r}")
             name = plain(name or label)
             it = name[1:] if name.startswith("~") else with_article(name)
             name = name.removeprefix("~").removeprefix("the ")
-            found.append({"id": labels[label], "name": name, "it": it, "kind": kind, "category": category})
+            found.append(
+                {
+                    "id": labels[label],
+                    "name": name,
+                    "it": it,
+                    "kind": kind,
+                    "category": category,
+                }
+            )
     return found
 
 
@@ -183,10 +220,20 @@ def flags(countries: list[dict], labels: dict[str, str]) -> list[dict]:
         it = f"the {country}" if code in choices.THE.split() else country
         continent = entry["region"]
         if continent == "Americas":
-            continent = "South America" if entry["subregion"] == "South America" else "North America"
-        currency = one(choices.CURRENCIES, code, [money["name"] for money in (entry["currencies"] or {}).values()])
+            continent = (
+                "South America"
+                if entry["subregion"] == "South America"
+                else "North America"
+            )
+        currency = one(
+            choices.CURRENCIES,
+            code,
+            [money["name"] for money in (entry["currencies"] or {}).values()],
+        )
         if currency:
-            currency = currency.replace("United States dollar", "US dollar").replace("Pound sterling", "British pound")
+            currency = currency.replace("United States dollar", "US dollar").replace(
+                "Pound sterling", "British pound"
+            )
             currency = "euro" if currency == "Euro" else currency
         found.append(
             {
@@ -200,7 +247,9 @@ def flags(countries: list[dict], labels: dict[str, str]) -> list[dict]:
                 "capital": one(choices.CAPITALS, code, entry["capital"]),
                 "continent": one(choices.CONTINENTS, code, [continent]),
                 "currency": currency,
-                "language": one(choices.LANGUAGES, code, list(entry["languages"].values())),
+                "language": one(
+                    choices.LANGUAGES, code, list(entry["languages"].values())
+                ),
             }
         )
     return found
@@ -208,12 +257,16 @@ def flags(countries: list[dict], labels: dict[str, str]) -> list[dict]:
 
 def check_concepts(concepts: list[dict]) -> None:
     for field in ("id", "name", "it", "capital"):
-        for value, count in Counter(c[field].lower() for c in concepts if c.get(field)).items():
+        for value, count in Counter(
+            c[field].lower() for c in concepts if c.get(field)
+        ).items():
             if count > 1:
                 sys.exit(f"error: {field} {value!r} is used {count} times")
     for concept in concepts:
         for field, value in concept.items():
-            if isinstance(value, str) and not (value.isascii() and value == value.strip() and value):
+            if isinstance(value, str) and not (
+                value.isascii() and value == value.strip() and value
+            ):
                 sys.exit(f"error: {concept['id']}: {field} {value!r}")
 
 
@@ -223,10 +276,18 @@ def check_concepts(concepts: list[dict]) -> None:
 def drawing(data: bytes, suffix: str) -> Image.Image:
     """A picture of any source as 64x64 RGBA; scaled with premultiplied alpha, so that edges take no foreign colour."""
     if suffix == ".svg":
-        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=4 * SIDE, height=4 * SIDE))
+        data = bytes(
+            resvg_py.svg_to_bytes(
+                svg_string=data.decode(), width=4 * SIDE, height=4 * SIDE
+            )
+        )
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     if picture.size != (SIDE, SIDE):
-        picture = picture.convert("RGBa").resize((SIDE, SIDE), Image.Resampling.LANCZOS).convert("RGBA")
+        picture = (
+            picture.convert("RGBa")
+            .resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            .convert("RGBA")
+        )
     return picture
 
 
@@ -238,33 +299,49 @@ def palette_png(picture: Image.Image) -> bytes:
     rgba = np.asarray(picture).reshape(-1, 4).astype(np.int64)
     alpha = rgba[:, 3:]
     pixels = np.concatenate([rgba[:, :3] * alpha // 255, alpha], axis=1)  # (4096, 4)
-    unique, where, weight = np.unique(pixels, axis=0, return_inverse=True, return_counts=True)
+    unique, where, weight = np.unique(
+        pixels, axis=0, return_inverse=True, return_counts=True
+    )
     where = where.reshape(-1)
     if len(unique) <= COLOURS:
         centres, label = unique, np.arange(len(unique))
     else:
-        start = Image.fromarray(pixels.reshape(SIDE, SIDE, 4).astype(np.uint8), "RGBA").quantize(
-            COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
-        )
-        centres = np.array(start.getpalette("RGBA"), dtype=np.int64).reshape(-1, 4)[:COLOURS]
+        start = Image.fromarray(
+            pixels.reshape(SIDE, SIDE, 4).astype(np.uint8), "RGBA"
+        ).quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        centres = np.array(start.getpalette("RGBA"), dtype=np.int64).reshape(-1, 4)[
+            :COLOURS
+        ]
         points = unique.astype(np.float32)
         for step in range(9):
             seeds = centres.astype(np.float32)
-            distance = (points**2).sum(1)[:, None] - 2 * points @ seeds.T + (seeds**2).sum(1)[None]
+            distance = (
+                (points**2).sum(1)[:, None]
+                - 2 * points @ seeds.T
+                + (seeds**2).sum(1)[None]
+            )
             label = distance.argmin(1)
             if step == 8:
                 break
             count = np.bincount(label, weights=weight, minlength=len(centres))
             for channel in range(4):
-                total = np.bincount(label, weights=weight * unique[:, channel], minlength=len(centres))
+                total = np.bincount(
+                    label, weights=weight * unique[:, channel], minlength=len(centres)
+                )
                 mean = np.rint(total / np.maximum(count, 1)).astype(np.int64)
                 centres[:, channel] = np.where(count > 0, mean, centres[:, channel])
     alpha = centres[:, 3:]
-    colour = np.where(alpha > 0, np.minimum(255, (centres[:, :3] * 255 + alpha // 2) // np.maximum(alpha, 1)), 0)
+    colour = np.where(
+        alpha > 0,
+        np.minimum(255, (centres[:, :3] * 255 + alpha // 2) // np.maximum(alpha, 1)),
+        0,
+    )
     order = np.lexsort((*colour.T, alpha[:, 0]))  # opaque entries last: a short tRNS
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    image = Image.fromarray(rank[label][where].astype(np.uint8).reshape(SIDE, SIDE), "P")
+    image = Image.fromarray(
+        rank[label][where].astype(np.uint8).reshape(SIDE, SIDE), "P"
+    )
     image.putpalette(colour[order].astype(np.uint8).tobytes())
     transparency = alpha[order, 0].astype(np.uint8)
     transparency = transparency[: np.count_nonzero(transparency < 255)]
@@ -273,14 +350,18 @@ def palette_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def draw_all(sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Path) -> None:
+def draw_all(
+    sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Path
+) -> None:
     """Write the picture of every concept by every artist; two concepts must never share a picture."""
     for artist, (folder, suffix) in PICTURES.items():
         members = index(sources[artist], folder, suffix)
         wanted = {members[c["id"]]: c["id"] for c in concepts if artist in c["artists"]}
         (out / artist).mkdir(parents=True)
         seen: dict[bytes, str] = {}
-        for member in sources[artist]:  # in archive order: seeking in a gzip stream is slow
+        for member in sources[
+            artist
+        ]:  # in archive order: seeking in a gzip stream is slow
             if member.name not in wanted:
                 continue
             concept = wanted[member.name]
@@ -295,18 +376,25 @@ def draw_all(sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Pat
 
 
 def dump(path: Path, records: list[dict]) -> None:
-    lines = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
+    lines = (
+        json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+        for record in records
+    )
     text = "".join(lines).encode()
     if path.suffix == ".gz":
         packed = io.BytesIO()
-        with gzip.GzipFile("", "wb", 9, packed, mtime=0) as stream:  # neither name nor time: the same bytes each time
+        with gzip.GzipFile(
+            "", "wb", 9, packed, mtime=0
+        ) as stream:  # neither name nor time: the same bytes each time
             stream.write(text)
         text = packed.getvalue()
     path.write_bytes(text)
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -> None:
@@ -317,7 +405,9 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
         for e in names
         if all(code_point(e["hexcode"]) in members for members in drawn)
     }
-    concepts = things(labels) + flags(json.loads(read(sources["countries"], "package/countries.json")), labels)
+    concepts = things(labels) + flags(
+        json.loads(read(sources["countries"], "package/countries.json")), labels
+    )
     check_concepts(concepts)
     emojikb_cases.assign(concepts)
     for concept in concepts:
@@ -327,7 +417,10 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     dump(out / "facts.jsonl.gz", emojikb_cases.facts(concepts))
     write_json(out / "templates.json", choices.TEMPLATES)
     write_json(out / "backgrounds.json", choices.BACKGROUNDS)
-    splits = {split: emojikb_cases.Maker(concepts, split).cases() for split in emojikb_cases.SPLITS}
+    splits = {
+        split: emojikb_cases.Maker(concepts, split).cases()
+        for split in emojikb_cases.SPLITS
+    }
     if errors is not None:
         wrong = [json.loads(line) for line in read_text(errors).splitlines()]
         splits["corrections"] = emojikb_cases.Maker(concepts, "eval").corrections(wrong)
@@ -340,7 +433,10 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
         "flags": sum("country" in c for c in concepts),
         "pictures": sum(len(c["artists"]) for c in concepts),
     }
-    counts |= {split: dict(Counter(case["type"] for case in cases)) for split, cases in splits.items()}
+    counts |= {
+        split: dict(Counter(case["type"] for case in cases))
+        for split, cases in splits.items()
+    }
     (out / "README.md").write_text(readme(concepts, splits), encoding="utf-8")
     for artist in ARTISTS:
         pack(out / artist)
@@ -352,20 +448,41 @@ def licences(sources: dict[str, tarfile.TarFile], out: Path) -> None:
     (out / "LICENSES").mkdir()
     for name in STATIC:
         shutil.copyfile(DATA / name, out / name)
-    (out / "LICENSES" / "ODbL-1.0.txt").write_bytes(read(sources["countries"], "package/LICENSE"))
-    (out / "LICENSES" / "MIT-emojibase.txt").write_bytes(read(sources["names"], "package/LICENSE"))
-    (out / "LICENSES" / "MIT-emoji-data.txt").write_bytes(read(sources["noto"], "package/LICENSE"))
-    (out / "openmoji" / "LICENSE.txt").write_bytes(read(sources["openmoji"], "package/LICENSE.txt"))
+    (out / "LICENSES" / "ODbL-1.0.txt").write_bytes(
+        read(sources["countries"], "package/LICENSE")
+    )
+    (out / "LICENSES" / "MIT-emojibase.txt").write_bytes(
+        read(sources["names"], "package/LICENSE")
+    )
+    (out / "LICENSES" / "MIT-emoji-data.txt").write_bytes(
+        read(sources["noto"], "package/LICENSE")
+    )
+    (out / "openmoji" / "LICENSE.txt").write_bytes(
+        read(sources["openmoji"], "package/LICENSE.txt")
+    )
 
 
 def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
     """Fill the counts into emojikb_readme.md."""
     kinds = Counter(c["category"] for c in concepts)
     types = list(choices.TEMPLATES)
-    per = {split: Counter(case["type"] for case in cases) for split, cases in splits.items()}
-    rows = [f"| {t} | " + " | ".join(str(per[s][t]) for s in splits) + " |" for t in types]
-    rows.append("| all | " + " | ".join(f"**{len(cases)}**" for cases in splits.values()) + " |")
-    table = "\n".join(["| type | " + " | ".join(splits) + " |", "|---|" + "---:|" * len(splits), *rows])
+    per = {
+        split: Counter(case["type"] for case in cases)
+        for split, cases in splits.items()
+    }
+    rows = [
+        f"| {t} | " + " | ".join(str(per[s][t]) for s in splits) + " |" for t in types
+    ]
+    rows.append(
+        "| all | " + " | ".join(f"**{len(cases)}**" for cases in splits.values()) + " |"
+    )
+    table = "\n".join(
+        [
+            "| type | " + " | ".join(splits) + " |",
+            "|---|" + "---:|" * len(splits),
+            *rows,
+        ]
+    )
     sides = Counter(c["split"] for c in concepts)
     country = [c for c in concepts if "country" in c]
     values = {
@@ -374,14 +491,19 @@ def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
         "pictures": f"{sum(len(c['artists']) for c in concepts):,}",
         "kinds": len({c["kind"] for c in concepts}),
         "categories": len(kinds),
-        "category_counts": ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
+        "category_counts": ", ".join(
+            f"{name} {count}" for name, count in kinds.most_common()
+        ),
         "sides": ", ".join(f"{name} {sides[name]}" for name in emojikb_cases.SPLITS),
         "cases": table,
         "known": ", ".join(
             f"{field} {sum(c[field] is not None for c in country)}"
             for field in ("capital", "continent", "currency", "language")
         ),
-        "checksums": "\n".join(f"| {p.spec} | {LICENCES[key]} | `{p.sha256}` |" for key, p in PACKAGES.items()),
+        "checksums": "\n".join(
+            f"| {p.spec} | {LICENCES[key]} | `{p.sha256}` |"
+            for key, p in PACKAGES.items()
+        ),
     }
     text = (Path(__file__).parent / "emojikb_readme.md").read_text(encoding="utf-8")
     for key, value in values.items():
@@ -391,7 +513,10 @@ def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file but the manifest and what is unpacked from a zip."""
-    found = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in loose(folder)}
+    found = {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in loose(folder)
+    }
     found.pop("manifest.json", None)
     return found
 
@@ -402,10 +527,17 @@ def manifest(out: Path, counts: dict) -> None:
         {
             "name": "emojikb",
             "sources": {
-                key: {"package": package.spec, "licence": LICENCES[key], "sha256": package.sha256}
+                key: {
+                    "package": package.spec,
+                    "licence": LICENCES[key],
+                    "sha256": package.sha256,
+                }
                 for key, package in PACKAGES.items()
             },
-            "tools": {name: importlib.metadata.version(name) for name in ("pillow", "resvg_py", "numpy")},
+            "tools": {
+                name: importlib.metadata.version(name)
+                for name in ("pillow", "resvg_py", "numpy")
+            },
             "counts": counts,
             "files": digests(out),
         },
@@ -428,7 +560,11 @@ def sheet(path: Path) -> None:
     block = (len(ARTISTS) * SIDE, SIDE + foot)
     names = [" ".join(name.split()) for name in SHEET.split(";")]
     rows = -(-len(names) // columns)
-    page = Image.new("RGB", (columns * (block[0] + gap) + gap, head + rows * (block[1] + 6) + 6), "white")
+    page = Image.new(
+        "RGB",
+        (columns * (block[0] + gap) + gap, head + rows * (block[1] + 6) + 6),
+        "white",
+    )
     pen = ImageDraw.Draw(page)
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
     for number, name in enumerate(names):
@@ -436,12 +572,25 @@ def sheet(path: Path) -> None:
         top = head + number // columns * (block[1] + 6)
         for place, artist in enumerate(ARTISTS):
             if number < columns:
-                pen.text((left + place * SIDE + SIDE // 2, 13), artist, fill="#666666", font=small, anchor="mm")
+                pen.text(
+                    (left + place * SIDE + SIDE // 2, 13),
+                    artist,
+                    fill="#666666",
+                    font=small,
+                    anchor="mm",
+                )
             if artist not in by_name[name]["artists"]:
                 continue
-            picture = Image.open(DATA / artist / f"{by_name[name]['id']}.png").convert("RGBA")
-            tile = Image.new("RGBA", picture.size, tints[(number + 3 * place) % len(tints)])
-            page.paste(Image.alpha_composite(tile, picture).convert("RGB"), (left + place * SIDE, top))
+            picture = Image.open(DATA / artist / f"{by_name[name]['id']}.png").convert(
+                "RGBA"
+            )
+            tile = Image.new(
+                "RGBA", picture.size, tints[(number + 3 * place) % len(tints)]
+            )
+            page.paste(
+                Image.alpha_composite(tile, picture).convert("RGB"),
+                (left + place * SIDE, top),
+            )
         pen.text((left, top + SIDE + 2), name, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -449,11 +598,21 @@ def sheet(path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache", type=Path, help="folder for the npm packages")
-    parser.add_argument("--check", action="store_true", help="build into a temporary folder and compare")
-    parser.add_argument("--errors", type=Path, help="JSONL of what a model gets wrong: {picture, type, answer}")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="only draw the contact sheet")
+    parser.add_argument(
+        "--check", action="store_true", help="build into a temporary folder and compare"
+    )
+    parser.add_argument(
+        "--errors",
+        type=Path,
+        help="JSONL of what a model gets wrong: {picture, type, answer}",
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="only draw the contact sheet"
+    )
     args = parser.parse_args()
     if args.sheet:
         sheet(args.sheet)
@@ -466,11 +625,19 @@ def main() -> int:
         out = Path(temporary) / "emojikb"
         out.mkdir()
         build(sources, out, errors)
-        new = digests(out) | {"manifest.json": hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()}
+        new = digests(out) | {
+            "manifest.json": hashlib.sha256(
+                (out / "manifest.json").read_bytes()
+            ).hexdigest()
+        }
         old = digests(DATA)
         if (DATA / "manifest.json").exists():
-            old["manifest.json"] = hashlib.sha256((DATA / "manifest.json").read_bytes()).hexdigest()
-        different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            old["manifest.json"] = hashlib.sha256(
+                (DATA / "manifest.json").read_bytes()
+            ).hexdigest()
+        different = sorted(
+            name for name in old.keys() | new.keys() if old.get(name) != new.get(name)
+        )
         print(f"{len(new)} files, {len(different)} different", file=sys.stderr)
         if args.check:
             print("\n".join(different[:20]))

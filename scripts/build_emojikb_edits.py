@@ -24,8 +24,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageStat
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmedit_cli.image_pairs import emojikb_edits  # noqa: E402
-from mmedit_cli.image_pairs.base import EditPair, fingerprint  # noqa: E402
+from mmedit_cli.picture_editing.data import emojikb_edits  # noqa: E402
+from mmedit_cli.picture_editing.data.base import EditPair, fingerprint  # noqa: E402
 from mmedit_cli.pictures import png  # noqa: E402
 from mmedit_cli.storage import write_atomic  # noqa: E402
 
@@ -43,14 +43,24 @@ def manifest() -> dict[str, Any]:
         pairs = [pair for pair in every if pair.uid not in left_out]
         void += sorted(left_out)
         kinds = dict(sorted(Counter(pair.kind for pair in pairs).items()))
-        sides[split] = {"pairs": len(pairs), "fingerprint": fingerprint(pairs), "kinds": kinds}
-    about = {"name": "emojikb-edits", "made_from": "data/emojikb", "side": emojikb_edits.SIDE}
+        sides[split] = {
+            "pairs": len(pairs),
+            "fingerprint": fingerprint(pairs),
+            "kinds": kinds,
+        }
+    about = {
+        "name": "emojikb-edits",
+        "made_from": "data/emojikb",
+        "side": emojikb_edits.SIDE,
+    }
     return {**about, "splits": sides, "without_effect": void}
 
 
 def change(pair: EditPair) -> float:
     """Return the mean difference between the two pictures of a pair, 0 .. 255."""
-    return fmean(ImageStat.Stat(ImageChops.difference(pair.source(), pair.target())).mean)
+    return fmean(
+        ImageStat.Stat(ImageChops.difference(pair.source(), pair.target())).mean
+    )
 
 
 def export(pairs: list[EditPair], folder: Path) -> None:
@@ -84,11 +94,19 @@ def sheet(pairs: list[EditPair]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the pictures there")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw one pair of each kind")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="write the pictures there"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="draw one pair of each kind"
+    )
     parser.add_argument("--split", choices=emojikb_edits.SPLITS, default="eval")
-    parser.add_argument("--limit", type=int, default=None, help="the first so many pairs")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="the first so many pairs"
+    )
     args = parser.parse_args(argv)
     if args.sheet is not None:
         write_atomic(args.sheet, png(sheet(emojikb_edits.pairs(args.split))))
@@ -99,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
         write_atomic(MANIFEST, json.dumps(manifest(), indent=1) + "\n")
         told = json.loads(MANIFEST.read_text(encoding="utf-8"))
         for split, side in told["splits"].items():
-            print(f"{split}: {side['pairs']:,} pairs, {len(side['kinds'])} kinds, {side['fingerprint']}")
+            print(
+                f"{split}: {side['pairs']:,} pairs, {len(side['kinds'])} kinds, {side['fingerprint']}"
+            )
         print(f"{len(told['without_effect']):,} edits that change nothing are left out")
     return 0
 

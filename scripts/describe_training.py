@@ -35,11 +35,14 @@ def section(report: dict[str, Any]) -> str:
             f"{report['validation_edits']:,} edits. "
             "In %, all tokens of the answer right"
             + "".join(
-                f"; {key} {value} was then chosen on the same cases" for key, value in report["calibrated"].items()
+                f"; {key} {value} was then chosen on the same cases"
+                for key, value in report["calibrated"].items()
             )
             + ":",
             "",
-            "| step | loss | " + " | ".join(column_name(name) for name in names) + " | mean |",
+            "| step | loss | "
+            + " | ".join(column_name(name) for name in names)
+            + " | mean |",
             "|---:|---:|" + "---:|" * (len(names) + 1),
             *rows,
         )
@@ -48,11 +51,17 @@ def section(report: dict[str, Any]) -> str:
 
 def losses_at(report: dict[str, Any], step: int) -> float:
     """Return the mean training loss up to a step, since the line of the log before it."""
-    return next(float(line["losses"]["total"]) for line in report["losses"] if line["step"] == step)
+    return next(
+        float(line["losses"]["total"])
+        for line in report["losses"]
+        if line["step"] == step
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     print(section(read_report(parser.parse_args().run)))
 

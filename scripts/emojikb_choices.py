@@ -12,7 +12,10 @@ from __future__ import annotations
 def _table(text: str) -> dict[str, str | None]:
     """Read `AR Spanish; BE -`: a country code and its value, `-` for "do not ask"."""
     pairs = (entry.split(None, 1) for entry in text.split(";"))
-    return {code: None if value.strip() == "-" else " ".join(value.split()) for code, value in pairs}
+    return {
+        code: None if value.strip() == "-" else " ".join(value.split())
+        for code, value in pairs
+    }
 
 
 # (kind, category): labels. Kinds are singular, categories plural or collective.
@@ -27,7 +30,10 @@ KINDS: dict[tuple[str, str], str] = {
     ("bird", "animals"): """
         turkey; chicken; rooster; hatching chick; baby chick = chick; bird; penguin; dove; eagle; duck; swan;
         owl; dodo; flamingo; peacock; parrot; goose""",
-    ("reptile", "animals"): "crocodile; turtle; lizard; snake; sauropod = long-necked dinosaur; T-Rex",
+    (
+        "reptile",
+        "animals",
+    ): "crocodile; turtle; lizard; snake; sauropod = long-necked dinosaur; T-Rex",
     ("amphibian", "animals"): "frog",
     ("sea animal", "animals"): """
         spouting whale = whale; dolphin; seal; fish; tropical fish; blowfish = pufferfish; shark; octopus;
@@ -99,7 +105,10 @@ KINDS: dict[tuple[str, str], str] = {
         compass; thermometer; alembic; test tube; petri dish = Petri dish; microscope; telescope; magnifying
         glass tilted left = magnifying glass""",
     ("building material", "objects"): "brick; rock; wood = ~wood",
-    ("furniture", "objects"): "window; door; mirror; bed; couch and lamp; chair; toilet; shower; bathtub",
+    (
+        "furniture",
+        "objects",
+    ): "window; door; mirror; bed; couch and lamp; chair; toilet; shower; bathtub",
     ("tool", "objects"): """
         ladder; hammer; axe; pick = pickaxe; carpentry saw = saw; wrench; screwdriver; nut and bolt; gear =
         gear wheel; clamp; balance scale = ~scales; chains = ~chains; hook; toolbox; magnet; mouse trap;
@@ -112,7 +121,10 @@ KINDS: dict[tuple[str, str], str] = {
         vehicle = SUV; pickup truck; delivery truck; articulated lorry; tractor; racing car; motorcycle; motor
         scooter; auto rickshaw; bicycle; kick scooter; skateboard; manual wheelchair; motorized wheelchair =
         electric wheelchair""",
-    ("boat", "transport"): "sailboat; canoe; speedboat; ferry; motor boat = motorboat; ship",
+    (
+        "boat",
+        "transport",
+    ): "sailboat; canoe; speedboat; ferry; motor boat = motorboat; ship",
     ("flying machine", "transport"): """
         airplane; small airplane; airplane departure = plane taking off; airplane arrival = plane landing;
         parachute; helicopter; satellite; rocket; flying saucer""",
@@ -181,7 +193,10 @@ KINDS: dict[tuple[str, str], str] = {
         speaker; satellite antenna = satellite dish; megaphone""",
     ("disc or tape", "objects"): """
         computer disk = minidisc; floppy disk; optical disk = CD; dvd = DVD; videocassette = video cassette""",
-    ("light source", "objects"): "candle; light bulb; flashlight; red paper lantern; diya lamp = oil lamp; fire",
+    (
+        "light source",
+        "objects",
+    ): "candle; light bulb; flashlight; red paper lantern; diya lamp = oil lamp; fire",
     ("book", "objects"): """
         closed book = red book; open book; green book; blue book; orange book; books = stack of books;
         notebook""",
@@ -204,7 +219,10 @@ KINDS: dict[tuple[str, str], str] = {
         locked = lock; key; old key; bellhop bell = desk bell; razor; lotion bottle = bottle of lotion; safety
         pin; basket; roll of paper = ~toilet paper; soap = ~soap; bubbles = ~bubbles; toothbrush; sponge;
         shopping cart; bell""",
-    ("weapon", "objects"): "dagger; crossed swords = ~crossed swords; bomb; boomerang; bow and arrow; shield",
+    (
+        "weapon",
+        "objects",
+    ): "dagger; crossed swords = ~crossed swords; bomb; boomerang; bow and arrow; shield",
     ("medical item", "objects"): """
         syringe; drop of blood; pill; adhesive bandage = sticking plaster; crutch; stethoscope; x-ray = X-ray;
         dna = ~DNA; white cane""",

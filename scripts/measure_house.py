@@ -83,7 +83,9 @@ def import_graph(package: Path) -> dict[str, set[str]]:
     files = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
     names = set(files)
     inner = names - {package.name}  # the package itself only points to public names
-    return {name: imported_modules(files[name], inner) - {name} for name in sorted(inner)}
+    return {
+        name: imported_modules(files[name], inner) - {name} for name in sorted(inner)
+    }
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -94,7 +96,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
-            circle = list(reversed(error.args[1]))  # a, b, ..., a: each imports the next
+            circle = list(
+                reversed(error.args[1])
+            )  # a, b, ..., a: each imports the next
             found.append(circle)
             graph[circle[0]].discard(circle[1])
         else:
@@ -107,11 +111,17 @@ def private_imports(package: Path) -> list[str]:
     for path in sorted(package.rglob("*.py")):
         here = module_name(path.parent / "__init__.py", package)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(package.name):
+            if not isinstance(node, ast.ImportFrom) or not (
+                node.module or ""
+            ).startswith(package.name):
                 continue
             module = node.module or ""
             for name in (f"{module}.{alias.name}" for alias in node.names):
-                private = [i for i, part in enumerate(name.split(".")) if part.startswith("_") and part[1] != "_"]
+                private = [
+                    i
+                    for i, part in enumerate(name.split("."))
+                    if part.startswith("_") and part[1] != "_"
+                ]
                 if private and ".".join(name.split(".")[: private[0]]) != here:
                     found.append(f"{path.relative_to(package)}: {name}")
     return found
@@ -128,7 +138,9 @@ def _code_lines(source: str) -> set[int]:
 def _docstring_lines(tree: ast.Module) -> set[int]:
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)) and ast.get_docstring(node, clean=False):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, *_FUNCTIONS)
+        ) and ast.get_docstring(node, clean=False):
             first = node.body[0]
             lines |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return lines
@@ -150,7 +162,9 @@ def main() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in files}
     by_file = {path: density_of_functions(source) for path, source in sources.items()}
     everything = [density for densities in by_file.values() for density in densities]
-    dense = [path for path, densities in by_file.items() if percentile(densities, 0.95) > 14]
+    dense = [
+        path for path, densities in by_file.items() if percentile(densities, 0.95) > 14
+    ]
     code = sum(len(_code_lines(source)) for source in sources.values())
     comments = sum(
         token.type == tokenize.COMMENT
@@ -162,12 +176,22 @@ def main() -> None:
     print(f"folders                                      {len(folders)}")
     print(f"code lines                                   {code}")
     print(f"comments per 100 code lines                  {100 * comments / code:.1f}")
-    print(f"nodes a line of a function, median           {statistics.median(everything):.1f}")
-    print(f"nodes a line of a function, 95th percentile  {percentile(everything, 0.95):.1f}")
+    print(
+        f"nodes a line of a function, median           {statistics.median(everything):.1f}"
+    )
+    print(
+        f"nodes a line of a function, 95th percentile  {percentile(everything, 0.95):.1f}"
+    )
     print(f"files whose 95th percentile is above 14      {len(dense)}")
-    print(f"`# fmt: skip`                                {sum(s.count('# fmt: skip') for s in sources.values())}")
-    print(f"private imports across folders               {len(private_imports(package))}")
-    print(f"circles of imports                           {len(circles(import_graph(package)))}")
+    print(
+        f"`# fmt: skip`                                {sum(s.count('# fmt: skip') for s in sources.values())}"
+    )
+    print(
+        f"private imports across folders               {len(private_imports(package))}"
+    )
+    print(
+        f"circles of imports                           {len(circles(import_graph(package)))}"
+    )
     for path in sorted(dense, key=lambda path: -percentile(by_file[path], 0.95)):
         print(f"  {percentile(by_file[path], 0.95):5.1f}  {path.relative_to(package)}")
 

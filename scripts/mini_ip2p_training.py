@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.errors import UserError
-from mmedit_cli.image_editors._latent import encode_pictures
-from mmedit_cli.image_editors.mgie.modules import widened
-from mmedit_cli.image_pairs import emojikb_edits
-from mmedit_cli.image_pairs.base import EditPair, fingerprint
+from mmedit_cli.picture_editing.data import emojikb_edits
+from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
+from mmedit_cli.picture_editing.methods.mgie.modules import widened
+from mmedit_cli.picture_editing.methods.mgie.training import dropped
+from mmedit_cli.picture_editing.methods.shared.latent import encode_pictures
 from mmedit_cli.storage import write_atomic
-from mmedit_cli.training.mgie import dropped
 
 CHUNK = 64  # pictures encoded at once
 
@@ -50,12 +50,19 @@ class Trainee(BaseTrainee):
         from diffusers import StableDiffusionPipeline
 
         if not (start / "model_index.json").is_file():
-            raise UserError(f"{start}: no text-to-image model there", "train it first: scripts/train_mini_sd.py")
-        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, trust_remote_code=False)
+            raise UserError(
+                f"{start}: no text-to-image model there",
+                "train it first: scripts/train_mini_sd.py",
+            )
+        pipe = StableDiffusionPipeline.from_pretrained(
+            start, local_files_only=True, trust_remote_code=False
+        )
         self.start = start.name
         data, self._turns = recipe.data, recipe.data["turns"]
         self.pairs: list[EditPair] = [
-            pair for i in range(data["variations"]) for pair in emojikb_edits.pairs(data["split"], i)[: data["limit"]]
+            pair
+            for i in range(data["variations"])
+            for pair in emojikb_edits.pairs(data["split"], i)[: data["limit"]]
         ]
         self.tokenizer = build_tokenizer(_words(pipe.tokenizer))
         self.vae, self.unet = pipe.vae.requires_grad_(False), pipe.unet
@@ -63,18 +70,24 @@ class Trainee(BaseTrainee):
         self.unet.conv_in = widened(self.unet.conv_in, channels)
         self.unet.register_to_config(in_channels=channels)
         self.text_encoder = _reader(pipe, self.tokenizer, recipe.seed)
-        self.mean = copy.deepcopy(nn.ModuleDict({"text_encoder": self.text_encoder, "unet": self.unet}))
+        self.mean = copy.deepcopy(
+            nn.ModuleDict({"text_encoder": self.text_encoder, "unet": self.unet})
+        )
         self._noise = scheduler()
         texts = [pair.instruction for pair in self.pairs]
         self.texts = sorted(set(texts))
         place = {text: i for i, text in enumerate(self.texts)}
         self.said = torch.tensor([place[text] for text in texts], device=device)
-        self.ids = self._encode([*self.texts, ""]).to(device)  # the last one says nothing
+        self.ids = self._encode([*self.texts, ""]).to(
+            device
+        )  # the last one says nothing
         self.latents, self.ends = torch.empty(0), torch.empty(0)
         self.to(device)
 
     def _encode(self, texts: list[str]) -> Tensor:
-        encoded = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        encoded = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        )
         ids: Tensor = encoded["input_ids"]
         return ids
 
@@ -84,7 +97,9 @@ class Trainee(BaseTrainee):
 
         They are kept in `out`, named after the pairs and the autoencoder.
         """
-        weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in self.vae.parameters())).hexdigest()
+        weights = hashlib.sha256(
+            b"".join(p.cpu().numpy().tobytes() for p in self.vae.parameters())
+        ).hexdigest()
         path = out / f"latents-{fingerprint(self.pairs)}-{weights[:8]}.safetensors"
         if not path.is_file():
             place: dict[bytes, int] = {}
@@ -100,7 +115,10 @@ class Trainee(BaseTrainee):
                     found.append(encode_pictures(self.vae, fresh).half().cpu())
                     fresh = []
             found += [encode_pictures(self.vae, fresh).half().cpu()] if fresh else []
-            tensors = {"latents": torch.cat(found).contiguous(), "ends": torch.tensor(ends).view(-1, 2)}
+            tensors = {
+                "latents": torch.cat(found).contiguous(),
+                "ends": torch.tensor(ends).view(-1, 2),
+            }
             write_atomic(path, save(tensors))
         tensors = load_file(path, device=str(self.device))
         self.latents, self.ends = tensors["latents"], tensors["ends"]
@@ -113,19 +131,33 @@ class Trainee(BaseTrainee):
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Return denoiser and text encoder by name."""
         parts = ("text_encoder.", "unet.")
-        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(parts)
+        }
 
-    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, stage: str, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of pairs (B,): the velocity from noise to the picture after, by picture and instruction."""
         count, device = len(chosen), self.device
         before, after = (self.latents[self.ends[chosen, i]].float() for i in (0, 1))
         clean = after * self.vae.config.scaling_factor
         u = torch.rand(count, generator=generator, device=device)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        time = torch.randint(self._noise.config.num_train_timesteps, (count,), generator=generator, device=device)
+        time = torch.randint(
+            self._noise.config.num_train_timesteps,
+            (count,),
+            generator=generator,
+            device=device,
+        )
         silent, blind = dropped(u, self.recipe.drop)
         ids = torch.where(silent[:, None], self.ids[-1], self.ids[self.said[chosen]])
-        noisy, wanted = self._noise.add_noise(clean, noise, time), self._noise.get_velocity(clean, noise, time)
+        noisy, wanted = (
+            self._noise.add_noise(clean, noise, time),
+            self._noise.get_velocity(clean, noise, time),
+        )
         inputs = torch.cat([noisy, before * (~blind)[:, None, None, None]], 1)
         hidden = self.text_encoder(ids).last_hidden_state
         found = F.mse_loss(self.unet(inputs, time, hidden).sample.float(), wanted)
@@ -139,19 +171,37 @@ class Trainee(BaseTrainee):
         """Return what is shipped: the pipeline with the running means."""
         from diffusers import StableDiffusionInstructPix2PixPipeline
 
-        parts = (self.vae, self.mean["text_encoder"], self.tokenizer, self.mean["unet"], scheduler())
-        return StableDiffusionInstructPix2PixPipeline(*parts, None, None, requires_safety_checker=False)
+        parts = (
+            self.vae,
+            self.mean["text_encoder"],
+            self.tokenizer,
+            self.mean["unet"],
+            scheduler(),
+        )
+        return StableDiffusionInstructPix2PixPipeline(
+            *parts, None, None, requires_safety_checker=False
+        )
 
 
 def _words(tokenizer: Any) -> Iterator[str]:
     """Yield what the tokenizer must know in whole words: those of the text-to-image model, and all instructions."""
-    yield from (token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>"))
+    yield from (
+        token.removesuffix("</w>")
+        for token in tokenizer.get_vocab()
+        if token.endswith("</w>")
+    )
     yield from _instructions()
 
 
 @cache
 def _instructions() -> list[str]:
-    return sorted({pair.instruction for split in emojikb_edits.SPLITS for pair in emojikb_edits.pairs(split)})
+    return sorted(
+        {
+            pair.instruction
+            for split in emojikb_edits.SPLITS
+            for pair in emojikb_edits.pairs(split)
+        }
+    )
 
 
 def _reader(pipe: Any, tokenizer: Any, seed: int) -> Any:

@@ -12,12 +12,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mini_vlm_data import NONE, ROOT, EmojiKB, Holdout, Pictures, choose_holdout, composed, load_emojikb, number, rgb
+from mini_vlm_data import (
+    NONE,
+    ROOT,
+    EmojiKB,
+    Holdout,
+    Pictures,
+    choose_holdout,
+    composed,
+    load_emojikb,
+    number,
+    rgb,
+)
 from torch import Generator, Tensor
 
 MODELS = ROOT / "data" / "models"
 WHITE = "white"
-EMPTY, KIND = 0.1, 0.1  # shares of captions that say nothing, and that say the kind instead of the name
+EMPTY, KIND = (
+    0.1,
+    0.1,
+)  # shares of captions that say nothing, and that say the kind instead of the name
 # how often a caption has each form
 FORMS = {
     "{artist} drawing of {it} on {ground}": 4,
@@ -37,7 +51,9 @@ def article(words: str) -> str:
 
 def caption(form: str, it: str, colour: str, artist: str = "") -> str:
     """Return a caption in one of FORMS."""
-    return form.format(artist=article(artist), it=it, ground=f"{article(colour)} background")
+    return form.format(
+        artist=article(artist), it=it, ground=f"{article(colour)} background"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,12 @@ class Drawn:
     @property
     def drawings(self) -> list[tuple[dict[str, Any], str]]:
         """Return (concept, artist) of every picture that the model is taught to draw."""
-        return [(c, a) for c in self.concepts for a in c["artists"] if self.kb.holdout.allows(c["id"], a)]
+        return [
+            (c, a)
+            for c in self.concepts
+            for a in c["artists"]
+            if self.kb.holdout.allows(c["id"], a)
+        ]
 
     @property
     def grounds(self) -> dict[str, str]:
@@ -67,20 +88,38 @@ class Drawn:
         for concept in (*self.concepts, *self.held_out):
             yield from (concept["it"], article(concept["kind"]))
         artists = sorted({artist for _, artist in self.drawings})
-        yield from (caption(FULL, "", colour, artist) for artist in artists for colour in self.grounds)
+        yield from (
+            caption(FULL, "", colour, artist)
+            for artist in artists
+            for colour in self.grounds
+        )
 
 
-def load_drawn(judge: str, categories: list[str], held_out: int, concepts: int | None) -> Drawn:
+def load_drawn(
+    judge: str, categories: list[str], held_out: int, concepts: int | None
+) -> Drawn:
     """Read the data set; with `concepts`, only that many are shown. `held_out` more are chosen by hash.
 
     Held out are only concepts of which every drawing is there, and whose kind has others that are taught.
     """
-    unknown = Holdout(**json.loads((MODELS / judge / "holdout.json").read_text(encoding="utf-8")))
+    unknown = Holdout(
+        **json.loads((MODELS / judge / "holdout.json").read_text(encoding="utf-8"))
+    )
     kb = load_emojikb(None, 0, 0)
-    known = [c for c in kb.concepts if c["category"] in categories and unknown.allows(c["id"])]
-    lonely = {c["kind"] for c in known if sum(c["kind"] == other["kind"] for other in known) < 5}
+    known = [
+        c
+        for c in kb.concepts
+        if c["category"] in categories and unknown.allows(c["id"])
+    ]
+    lonely = {
+        c["kind"]
+        for c in known
+        if sum(c["kind"] == other["kind"] for other in known) < 5
+    }
     out = choose_holdout(
-        [c for c in known if c["kind"] not in lonely and len(c["artists"]) == 4], held_out, 0
+        [c for c in known if c["kind"] not in lonely and len(c["artists"]) == 4],
+        held_out,
+        0,
     ).concepts
     taught = [c for c in known if c["id"] not in out]
     if concepts is not None:
@@ -88,35 +127,60 @@ def load_drawn(judge: str, categories: list[str], held_out: int, concepts: int |
     holdout = Holdout(tuple(sorted({*unknown.concepts, *out})), unknown.artists)
     left = [c for c in known if c["id"] in out]
     shown = kb.concepts if concepts is None else [*taught, *left]
-    return Drawn(EmojiKB(**{**vars(kb), "concepts": shown, "holdout": holdout}), taught, left)
+    return Drawn(
+        EmojiKB(**{**vars(kb), "concepts": shown, "holdout": holdout}), taught, left
+    )
 
 
 class Captions:
     """Writes captions by chance, under pictures that are named by their place in `drawn.drawings`."""
 
     def __init__(self, drawn: Drawn, tokenizer: Any) -> None:
-        self._drawings, self._colours, self._tokenizer = drawn.drawings, list(drawn.grounds), tokenizer
+        self._drawings, self._colours, self._tokenizer = (
+            drawn.drawings,
+            list(drawn.grounds),
+            tokenizer,
+        )
         self._weights = torch.tensor([float(weight) for weight in FORMS.values()])
 
-    def write(self, chosen: Tensor, colour: Tensor, generator: Generator, beside: Tensor | None = None) -> list[str]:
+    def write(
+        self,
+        chosen: Tensor,
+        colour: Tensor,
+        generator: Generator,
+        beside: Tensor | None = None,
+    ) -> list[str]:
         """Return a caption for each of some pictures (B,) on colours (B,), where not NONE with another `beside` it."""
         device = generator.device
-        form = torch.multinomial(self._weights.to(device), len(chosen), replacement=True, generator=generator)
+        form = torch.multinomial(
+            self._weights.to(device), len(chosen), replacement=True, generator=generator
+        )
         chance = torch.rand(len(chosen), generator=generator, device=device)
         others = [NONE] * len(chosen) if beside is None else beside.tolist()
         captions = []
         for i, j, k, f, p in zip(
-            chosen.tolist(), others, colour.tolist(), form.tolist(), chance.tolist(), strict=True
+            chosen.tolist(),
+            others,
+            colour.tolist(),
+            form.tolist(),
+            chance.tolist(),
+            strict=True,
         ):
             concept, artist = self._drawings[i]
             it = article(concept["kind"]) if p > 1 - KIND else concept["it"]
             it = it if j == NONE else f"{it} and {self._drawings[j][0]['it']}"
-            captions.append("" if p < EMPTY else caption(list(FORMS)[f], it, self._colours[k], artist))
+            captions.append(
+                ""
+                if p < EMPTY
+                else caption(list(FORMS)[f], it, self._colours[k], artist)
+            )
         return captions
 
     def encode(self, captions: list[str]) -> Tensor:
         """Return token ids (B, T), padded to the longest the text encoder reads, as the pipeline does."""
-        encoded = self._tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        encoded = self._tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        )
         ids: Tensor = encoded["input_ids"]
         return ids
 
@@ -126,9 +190,13 @@ def on_colour(pictures: Pictures, rows: Tensor, colour: str) -> Tensor:
     return scaled(_composed(pictures, rows, colours([colour], rows)))
 
 
-def side_by_side(pictures: Pictures, left: Tensor, right: Tensor, grounds: Tensor) -> Tensor:
+def side_by_side(
+    pictures: Pictures, left: Tensor, right: Tensor, grounds: Tensor
+) -> Tensor:
     """Return pictures (B,) and (B,) in half their size beside each other on colours (B, 3): as `on_colour`."""
-    halves = [F.avg_pool2d(_composed(pictures, rows, grounds), 2) for rows in (left, right)]
+    halves = [
+        F.avg_pool2d(_composed(pictures, rows, grounds), 2) for rows in (left, right)
+    ]
     scene = torch.cat(halves, -1)
     bar = grounds[:, :, None, None].expand(-1, -1, scene.shape[2] // 2, scene.shape[3])
     return scaled(torch.cat([bar, scene.round(), bar], -2))
@@ -136,7 +204,9 @@ def side_by_side(pictures: Pictures, left: Tensor, right: Tensor, grounds: Tenso
 
 def colours(named: Sequence[str], like: Tensor) -> Tensor:
     """Return colours #rrggbb as (n, 3) in 0..255, where `like` is."""
-    return torch.tensor([rgb(colour) for colour in named], device=like.device, dtype=torch.float32)
+    return torch.tensor(
+        [rgb(colour) for colour in named], device=like.device, dtype=torch.float32
+    )
 
 
 def _composed(pictures: Pictures, rows: Tensor, grounds: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from torch import nn
 
 SIDE = 64  # pixels
 LONGEST = 24  # tokens of a caption
-START, END = "<|startoftext|>", "<|endoftext|>"  # ids 0 and 1; the end pads too, as in CLIP
+START, END = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+)  # ids 0 and 1; the end pads too, as in CLIP
 QUIET = -4.0  # logarithm of the variance of latents at the start
 SUFFIX = "</w>"  # ends a token that ends a word
 
@@ -50,7 +53,10 @@ def build_tokenizer(texts: Iterable[str]) -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [letter + SUFFIX for letter in letters]
     trainer = trainers.BpeTrainer(  # ends are named, so that their ids, and with them ties, are always the same
-        vocab_size=100_000, end_of_word_suffix=SUFFIX, special_tokens=ends, show_progress=False
+        vocab_size=100_000,
+        end_of_word_suffix=SUFFIX,
+        special_tokens=ends,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -77,7 +83,12 @@ def build(recipe: Recipe, tokenizer: Any) -> tuple[nn.Module, nn.Module, nn.Modu
         # latents start almost without noise: from a variance of one it takes long until anything comes through
         nn.init.constant_(vae.quant_conv.bias[recipe.vae["latent_channels"] :], QUIET)
         text_encoder = CLIPTextModel(
-            CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=LONGEST, **recipe.text, **ends)
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                max_position_embeddings=LONGEST,
+                **recipe.text,
+                **ends,
+            )
         )
         unet = UNet2DConditionModel(
             sample_size=SIDE >> (levels - 1),
@@ -110,12 +121,21 @@ def scheduler() -> Any:
     )
 
 
-def pipeline(vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.Module) -> Any:
+def pipeline(
+    vae: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.Module
+) -> Any:
     """Return the parts as a StableDiffusionPipeline."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler(), None, None, requires_safety_checker=False
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler(),
+        None,
+        None,
+        requires_safety_checker=False,
     )
 
 
@@ -124,11 +144,18 @@ def export(pipe: Any, folder: Path, records: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
     with replacing_folder(folder, records) as fresh:
-        halves = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("vae", "text_encoder", "unet")}
-        type(pipe)(**{**pipe.components, **halves}, requires_safety_checker=False).save_pretrained(fresh)
+        halves = {
+            name: copy.deepcopy(getattr(pipe, name)).half()
+            for name in ("vae", "text_encoder", "unet")
+        }
+        type(pipe)(
+            **{**pipe.components, **halves}, requires_safety_checker=False
+        ).save_pretrained(fresh)
         for file in fresh.glob("*/tokenizer.json"):  # without indents, half the size
             Tokenizer.from_file(str(file)).save(str(file), pretty=False)
-        for config in fresh.glob("*/config.json"):  # diffusers writes where a part was loaded from
+        for config in fresh.glob(
+            "*/config.json"
+        ):  # diffusers writes where a part was loaded from
             values = json.loads(config.read_text(encoding="utf-8"))
             if values.pop("_name_or_path", None) is not None:
                 config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -29,30 +29,51 @@ class Trainee(BaseTrainee):
         self.drawn, self.pictures = drawn, Pictures(drawn.kb, device)
         self.tokenizer = build_tokenizer(drawn.texts())
         self.vae, self.text_encoder, self.unet = build(recipe, self.tokenizer)
-        self.mean = copy.deepcopy(nn.ModuleDict({"text_encoder": self.text_encoder, "unet": self.unet}))
+        self.mean = copy.deepcopy(
+            nn.ModuleDict({"text_encoder": self.text_encoder, "unet": self.unet})
+        )
         self.captions, self._noise = Captions(drawn, self.tokenizer), scheduler()
         place = {key: i for i, key in enumerate(drawn.kb.drawings)}
-        self.rows = torch.tensor([place[c["id"], artist] for c, artist in drawn.drawings], device=device)
+        self.rows = torch.tensor(
+            [place[c["id"], artist] for c, artist in drawn.drawings], device=device
+        )
         drawers = [artist for _, artist in drawn.drawings]
-        self._by_artist = {a: torch.tensor([i for i, b in enumerate(drawers) if a == b]) for a in set(drawers)}
+        self._by_artist = {
+            a: torch.tensor([i for i, b in enumerate(drawers) if a == b])
+            for a in set(drawers)
+        }
         self._grounds = colours([*drawn.grounds.values()], self.rows)
         self._latents: Tensor | None = None
         self.to(device)
 
     def usable(self, stage: str) -> Tensor:
         """Return rows of `pictures` for the autoencoder, places in `drawn.drawings` for the diffusion."""
-        return self.pictures.usable if stage == "vae" else torch.arange(len(self.rows), device=self.device)
+        return (
+            self.pictures.usable
+            if stage == "vae"
+            else torch.arange(len(self.rows), device=self.device)
+        )
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
         parts = ("vae.",) if stage == "vae" else ("text_encoder.", "unet.")
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(parts))
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
 
-    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, stage: str, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of a stage; there is nothing to be right about."""
-        loss = self.vae_loss(chosen, generator) if stage == "vae" else self.diffusion_loss(stage, chosen, generator)
+        loss = (
+            self.vae_loss(chosen, generator)
+            if stage == "vae"
+            else self.diffusion_loss(stage, chosen, generator)
+        )
         return loss, torch.zeros(2, 0, device=self.device)
 
     def vae_loss(self, chosen: Tensor, generator: Generator) -> Tensor:
@@ -60,19 +81,27 @@ class Trainee(BaseTrainee):
         pixels = scaled(self.pictures.draw(chosen, generator)[0])
         latent = self.vae.encode(pixels).latent_dist
         made = self.vae.decode(latent.sample(generator)).sample.float()
-        divergence = 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).mean()
+        divergence = (
+            0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).mean()
+        )
         return F.l1_loss(made, pixels) + F.mse_loss(made, pixels) + KL * divergence
 
-    def diffusion_loss(self, stage: str, chosen: Tensor, generator: Generator) -> Tensor:
+    def diffusion_loss(
+        self, stage: str, chosen: Tensor, generator: Generator
+    ) -> Tensor:
         """Tell the velocity between noise and latents on a chosen background, at any time, by a caption.
 
         Some pictures have a second drawing beside the chosen one, by the same artist.
         """
         latents = self.latents()
         count, device = len(chosen), self.device
-        colour = torch.randint(latents.shape[1], (count,), generator=generator, device=device)
+        colour = torch.randint(
+            latents.shape[1], (count,), generator=generator, device=device
+        )
         beside = self._beside(chosen, self.recipe.stages[stage].pairs, generator)
-        ids = self.captions.encode(self.captions.write(chosen, colour, generator, beside)).to(device)
+        ids = self.captions.encode(
+            self.captions.write(chosen, colour, generator, beside)
+        ).to(device)
         clean, two = latents[chosen, colour], beside != NONE
         if two.any():
             rows = (self.rows[chosen[two]], self.rows[beside[two]])
@@ -81,7 +110,10 @@ class Trainee(BaseTrainee):
         noise = torch.randn(clean.shape, generator=generator, device=device)
         steps = self._noise.config.num_train_timesteps
         time = torch.randint(steps, (count,), generator=generator, device=device)
-        noisy, wanted = self._noise.add_noise(clean, noise, time), self._noise.get_velocity(clean, noise, time)
+        noisy, wanted = (
+            self._noise.add_noise(clean, noise, time),
+            self._noise.get_velocity(clean, noise, time),
+        )
         hidden = self.text_encoder(ids).last_hidden_state
         return F.mse_loss(self.unet(noisy, time, hidden).sample.float(), wanted)
 
@@ -93,11 +125,18 @@ class Trainee(BaseTrainee):
         """
         if self._latents is None:
             colours = [
-                torch.cat([self._encode(on_colour(self.pictures, rows, colour)) for rows in self.rows.split(CHUNK)])
+                torch.cat(
+                    [
+                        self._encode(on_colour(self.pictures, rows, colour))
+                        for rows in self.rows.split(CHUNK)
+                    ]
+                )
                 for colour in self.drawn.grounds.values()
             ]
             latents = torch.stack(colours, dim=1)
-            self.vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+            self.vae.register_to_config(
+                scaling_factor=round(1 / latents.std().item(), 4)
+            )
             self._latents = latents * self.vae.config.scaling_factor
         return self._latents
 
@@ -124,4 +163,6 @@ class Trainee(BaseTrainee):
 
     def pipeline(self) -> Any:
         """Return what is shipped: the pipeline with the running means."""
-        return pipeline(self.vae, self.mean["text_encoder"], self.tokenizer, self.mean["unet"])
+        return pipeline(
+            self.vae, self.mean["text_encoder"], self.tokenizer, self.mean["unet"]
+        )

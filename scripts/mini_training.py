@@ -75,7 +75,9 @@ class BaseRecipe:
             stages = {name: cls.STAGE(**values["stages"][name]) for name in cls.STAGES}
             return cls(**{**values, "stages": stages})
         except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a recipe ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{path}: not a recipe ({type(error).__name__}: {error})"
+            ) from error
 
 
 class BaseTrainee(nn.Module):
@@ -98,7 +100,9 @@ class BaseTrainee(nn.Module):
         """Let exactly the parameters of a stage be trained and return them by name."""
         raise NotImplementedError
 
-    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, stage: str, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch of pictures (B,), and (2, columns) right and asked."""
         raise NotImplementedError
 
@@ -106,7 +110,9 @@ class BaseTrainee(nn.Module):
         """Do what is to be done after each step, counted from 0."""
 
 
-AVERAGE = 0.999  # how much of a running mean of weights each step keeps, once there are many
+AVERAGE = (
+    0.999  # how much of a running mean of weights each step keeps, once there are many
+)
 
 
 @torch.no_grad()
@@ -114,7 +120,9 @@ def follow(mean: nn.ModuleDict, trainee: nn.Module, step: int) -> None:
     """Let the running means of some parts of a trainee follow them after a step, counted from 0."""
     keep = min(AVERAGE, (1 + step) / (10 + step))
     for name, part in mean.items():
-        torch._foreach_lerp_(list(part.parameters()), list(getattr(trainee, name).parameters()), 1 - keep)
+        torch._foreach_lerp_(
+            list(part.parameters()), list(getattr(trainee, name).parameters()), 1 - keep
+        )
 
 
 # -- steps ------------------------------------------------------------------------------------------------------
@@ -136,7 +144,11 @@ def rate_at(step: int, steps: int, stage: Schedule) -> float:
     warm = max(1, round(stage.warmup * steps))
     if step < warm:
         return stage.rate * (step + 1) / warm
-    return stage.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return (
+        stage.rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    )
 
 
 def steps_of(trainee: BaseTrainee, name: str) -> tuple[int, int]:
@@ -146,22 +158,38 @@ def steps_of(trainee: BaseTrainee, name: str) -> tuple[int, int]:
     return each, each * int(stage.passes)
 
 
-def batches(trainee: BaseTrainee, name: str, first: int) -> Iterator[tuple[int, Tensor, Generator]]:
+def batches(
+    trainee: BaseTrainee, name: str, first: int
+) -> Iterator[tuple[int, Tensor, Generator]]:
     """Yield (step, pictures, randomness) from step `first` on: each depends on the seed, the stage and the step."""
-    stage, seed, device = trainee.recipe.stages[name], trainee.recipe.seed, trainee.device
+    stage, seed, device = (
+        trainee.recipe.stages[name],
+        trainee.recipe.seed,
+        trainee.device,
+    )
     each, steps = steps_of(trainee, name)
     usable, order = trainee.usable(name), None
     for step in range(first, steps):
         turn, place = divmod(step, each)
         if order is None or place == 0:
             generator = Generator(device).manual_seed(number(seed, name, "pass", turn))
-            order = usable[torch.randperm(len(usable), generator=generator, device=device)]
+            order = usable[
+                torch.randperm(len(usable), generator=generator, device=device)
+            ]
         generator = Generator(device).manual_seed(number(seed, name, "step", step))
-        yield step, order[place * stage.pictures : (place + 1) * stage.pictures], generator
+        yield (
+            step,
+            order[place * stage.pictures : (place + 1) * stage.pictures],
+            generator,
+        )
 
 
 def train_stage(
-    trainee: BaseTrainee, name: str, out: Path, stop: Callable[[], bool], say: Callable[[dict[str, Any]], None]
+    trainee: BaseTrainee,
+    name: str,
+    out: Path,
+    stop: Callable[[], bool],
+    say: Callable[[dict[str, Any]], None],
 ) -> bool:
     """Train one stage from where its file in `out` left it; return whether it came to its end."""
     stage = trainee.recipe.stages[name]
@@ -173,7 +201,9 @@ def train_stage(
     for step, chosen, generator in batches(trainee, name, progress.step):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, stage)
-        with torch.autocast(trainee.device.type, torch.bfloat16, enabled=trainee.device.type == "cuda"):
+        with torch.autocast(
+            trainee.device.type, torch.bfloat16, enabled=trainee.device.type == "cuda"
+        ):
             loss, counts = trainee.loss(name, chosen, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -193,20 +223,36 @@ def train_stage(
     return True
 
 
-def _optimizer(parameters: dict[str, nn.Parameter], stage: Schedule) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: dict[str, nn.Parameter], stage: Schedule
+) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors and embeddings of positions and classes do not."""
     matrices = [p for p in parameters.values() if p.dim() == 2 or p.dim() == 4]
     others = [p for p in parameters.values() if p.dim() not in (2, 4)]
-    groups = [{"params": matrices, "weight_decay": stage.decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": stage.decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=stage.rate, betas=BETAS, foreach=True)
 
 
 class _Meter:
     """Running loss and accuracies since the last line, the speed, and the time left; keeps `progress` up to date."""
 
-    def __init__(self, stage: Schedule, steps: int, progress: Progress, columns: tuple[str, ...]) -> None:
-        self._stage, self._steps, self.progress, self._columns = stage, steps, progress, columns
-        self._before, self._started, self._first = progress.seconds, time.monotonic(), progress.step
+    def __init__(
+        self, stage: Schedule, steps: int, progress: Progress, columns: tuple[str, ...]
+    ) -> None:
+        self._stage, self._steps, self.progress, self._columns = (
+            stage,
+            steps,
+            progress,
+            columns,
+        )
+        self._before, self._started, self._first = (
+            progress.seconds,
+            time.monotonic(),
+            progress.step,
+        )
         self._reset()
 
     def _reset(self) -> None:
@@ -223,7 +269,10 @@ class _Meter:
 
     def line(self, rate: float) -> dict[str, Any]:
         """Return one line of the log and begin anew."""
-        done, took = self.progress.step - self._from, max(time.monotonic() - self._since, 1e-9)
+        done, took = (
+            self.progress.step - self._from,
+            max(time.monotonic() - self._since, 1e-9),
+        )
         values = torch.stack(self._sums).cpu()
         right, asked = values[:, 1:].sum(0).view(2, len(self._columns)).tolist()
         line = {
@@ -231,11 +280,17 @@ class _Meter:
             "step": self.progress.step,
             "steps": self._steps,
             "loss": round(values[:, 0].mean().item(), 4),
-            "accuracy": {c: round(r / a, 4) for c, r, a in zip(self._columns, right, asked, strict=True) if a},
+            "accuracy": {
+                c: round(r / a, 4)
+                for c, r, a in zip(self._columns, right, asked, strict=True)
+                if a
+            },
             "rate": rate,
             "pictures_per_second": round(done * self._stage.pictures / took, 1),
             "seconds": round(self.progress.seconds, 1),
-            "seconds_left": round((self._steps - self.progress.step) * took / max(done, 1)),
+            "seconds_left": round(
+                (self._steps - self.progress.step) * took / max(done, 1)
+            ),
         }
         self._reset()
         return line
@@ -256,8 +311,13 @@ def store(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
-    metadata = {"progress": json.dumps(vars(progress)), "shape": json.dumps(trainee.recipe.shape, sort_keys=True)}
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    metadata = {
+        "progress": json.dumps(vars(progress)),
+        "shape": json.dumps(trainee.recipe.shape, sort_keys=True),
+    }
+    data = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
+    )
     write_atomic(out / f"{progress.stage}.safetensors", data)
 
 
@@ -279,14 +339,29 @@ def load(
 ) -> Progress:
     """Put back the state of a stage; one that never began starts from the weights of the stage before it."""
     order = trainee.recipe.STAGES
-    earlier = [s for s in reversed(order[: order.index(name)]) if (out / f"{s}.safetensors").exists()]
-    source = name if (out / f"{name}.safetensors").exists() else earlier[0] if earlier else None
+    earlier = [
+        s
+        for s in reversed(order[: order.index(name)])
+        if (out / f"{s}.safetensors").exists()
+    ]
+    source = (
+        name
+        if (out / f"{name}.safetensors").exists()
+        else earlier[0]
+        if earlier
+        else None
+    )
     if source is None:
         return Progress(name)
     path = out / f"{source}.safetensors"
     with safe_open(path, "pt", device=str(trainee.device)) as file:
-        if json.loads(file.metadata()["shape"]) != json.loads(json.dumps(trainee.recipe.shape)):
-            raise UserError(f"{path}: from another recipe", "choose another --out, or start anew with --no-resume")
+        if json.loads(file.metadata()["shape"]) != json.loads(
+            json.dumps(trainee.recipe.shape)
+        ):
+            raise UserError(
+                f"{path}: from another recipe",
+                "choose another --out, or start anew with --no-resume",
+            )
         known = set(file.keys())
         with torch.no_grad():
             for key, parameter in trainee.named_parameters():
@@ -297,8 +372,12 @@ def load(
         for key, parameter in parameters.items():
             if optimizer is not None and f"optimizer/step/{key}" in known:
                 parts = ("step", "exp_avg", "exp_avg_sq")
-                state = {part: file.get_tensor(f"optimizer/{part}/{key}") for part in parts}
-                optimizer.state[parameter] = state | {"step": state["step"].cpu()}  # AdamW counts on the CPU
+                state = {
+                    part: file.get_tensor(f"optimizer/{part}/{key}") for part in parts
+                }
+                optimizer.state[parameter] = state | {
+                    "step": state["step"].cpu()
+                }  # AdamW counts on the CPU
         return Progress(**json.loads(file.metadata()["progress"]))
 
 

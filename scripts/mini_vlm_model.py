@@ -13,7 +13,7 @@ from mini_training import BaseRecipe, Schedule, replacing_folder
 from torch import Tensor, nn
 
 from mmedit_cli import registry
-from mmedit_cli.backbones.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 SIDE = 64  # pixels
 MEAN, STD = (0.7, 0.7, 0.7), (0.3, 0.3, 0.3)  # of emoji on light colours, roughly
@@ -58,7 +58,14 @@ def build_tokenizer(texts: Iterable[str], size: int) -> Any:
 
     `<image>` is in the vocabulary but not a named attribute: Blip2Processor of transformers 5 cannot read one.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -71,9 +78,15 @@ def build_tokenizer(texts: Iterable[str], size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=LONGEST
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=LONGEST,
     )
 
 
@@ -81,7 +94,9 @@ def build(recipe: Recipe, tokenizer: Any) -> VisionLanguageModel:
     """Return the untrained model behind its adapter, seeded, in float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model, processor = (_blip2 if recipe.family == "blip2" else _llava)(recipe, len(tokenizer))
+        model, processor = (_blip2 if recipe.family == "blip2" else _llava)(
+            recipe, len(tokenizer)
+        )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     adapter: VisionLanguageModel = registry.backbones.get(recipe.family)(
@@ -117,29 +132,46 @@ def _blip2(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
         "attention_probs_dropout_prob": 0.0,
     }
     text = _text(recipe.text, size)
-    text |= {"ffn_dim": text.pop("intermediate_size"), "word_embed_proj_dim": text["hidden_size"], "dropout": 0.0}
+    text |= {
+        "ffn_dim": text.pop("intermediate_size"),
+        "word_embed_proj_dim": text["hidden_size"],
+        "dropout": 0.0,
+    }
     config = Blip2Config(
         # the default range, 1e-10, is for loading weights: a tower trained from it stays at chance
-        vision_config=Blip2VisionConfig(**recipe.vision, image_size=SIDE, initializer_range=0.02).to_dict(),
+        vision_config=Blip2VisionConfig(
+            **recipe.vision, image_size=SIDE, initializer_range=0.02
+        ).to_dict(),
         qformer_config=Blip2QFormerConfig(**bridge).to_dict(),
         text_config=OPTConfig(**text).to_dict(),
         num_query_tokens=recipe.query_tokens,
         image_token_index=SPECIAL.index("<image>"),
     )
     model = Blip2ForConditionalGeneration(config)
-    nn.init.normal_(model.query_tokens, std=0.02)  # made as zeros: equal queries would stay equal for ever
+    nn.init.normal_(
+        model.query_tokens, std=0.02
+    )  # made as zeros: equal queries would stay equal for ever
     return model, BlipImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
     )
 
 
 def _llava(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **recipe.vision, image_size=SIDE, projection_dim=64, hidden_act="gelu", layer_norm_eps=1e-6
+            **recipe.vision,
+            image_size=SIDE,
+            projection_dim=64,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
         ).to_dict(),
         text_config=LlamaConfig(**_text(recipe.text, size)).to_dict(),
         image_token_index=SPECIAL.index("<image>"),
@@ -157,7 +189,10 @@ def _llava(recipe: Recipe, size: int) -> tuple[nn.Module, Any]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Do what the image processor does to pictures of the right size: (B, 3, H, W) in 0..255 -> (B, 3, H, W)."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1)
+        for values in (MEAN, STD)
+    )
     return (pixels / 255 - mean) / std
 
 
@@ -167,7 +202,9 @@ def full_processor(adapter: VisionLanguageModel) -> Any:
 
     if adapter.family == "blip2":
         return Blip2Processor(
-            adapter.image_processor, adapter.tokenizer, num_query_tokens=adapter.model.config.num_query_tokens
+            adapter.image_processor,
+            adapter.tokenizer,
+            num_query_tokens=adapter.model.config.num_query_tokens,
         )
     return LlavaProcessor(
         adapter.image_processor,

@@ -13,8 +13,8 @@ from mini_vlm_model import Recipe, Stage, build, build_tokenizer, normalise
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import UserError
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
@@ -54,19 +54,35 @@ class Trainee(BaseTrainee):
     def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.kb = kb
-        self.adapter: VisionLanguageModel = build(recipe, build_tokenizer(kb.texts(), recipe.vocabulary))
+        self.adapter: VisionLanguageModel = build(
+            recipe, build_tokenizer(kb.texts(), recipe.vocabulary)
+        )
         self.questions = Questions(kb, self.adapter, device)
         self.pictures = Pictures(kb, device)
         self.model = self.adapter.model
         anchors = self.adapter.anchors
-        self.tower, self._stack, self._head = anchors.path("vision"), anchors.stack, anchors.tail[-1]
+        self.tower, self._stack, self._head = (
+            anchors.path("vision"),
+            anchors.stack,
+            anchors.tail[-1],
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             width = recipe.vision["hidden_size"]
-            self.heads = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
+            self.heads = nn.ModuleDict(
+                {
+                    head: nn.Linear(width, size)
+                    for head, size in self.pictures.sizes.items()
+                }
+            )
             self.heads["norm"] = nn.LayerNorm(width)
             width = recipe.text["hidden_size"]
-            self.readers = nn.ModuleDict({head: nn.Linear(width, size) for head, size in self.pictures.sizes.items()})
+            self.readers = nn.ModuleDict(
+                {
+                    head: nn.Linear(width, size)
+                    for head, size in self.pictures.sizes.items()
+                }
+            )
             self.readers["name"] = Directions(width, self.pictures.sizes["name"])
             self.readers["norm"] = nn.LayerNorm(width)
         self.to(device)
@@ -80,7 +96,11 @@ class Trainee(BaseTrainee):
         self.readers["name"].margin = self.recipe.stages[stage].margin
         chosen = {}
         for name, parameter in self.named_parameters():
-            part = "tower" if name.startswith(("heads.", f"model.{self.tower}.")) else "decoder"
+            part = (
+                "tower"
+                if name.startswith(("heads.", f"model.{self.tower}."))
+                else "decoder"
+            )
             trained = part == stage
             if stage == "joint":
                 trained = name.startswith(("model.", "readers."))
@@ -89,7 +109,9 @@ class Trainee(BaseTrainee):
                 chosen[name] = parameter
         return chosen
 
-    def loss(self, stage: str, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, stage: str, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of the tower, or of answers, and what was right and asked."""
         if stage == "tower":
             return self.tower_loss(chosen, generator)
@@ -98,50 +120,91 @@ class Trainee(BaseTrainee):
     def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
         pixels, colour = self.pictures.draw(chosen, generator)
-        tokens = self.model.get_submodule(self.tower)(normalise(pixels)).last_hidden_state
+        tokens = self.model.get_submodule(self.tower)(
+            normalise(pixels)
+        ).last_hidden_state
         return self._classify(self.heads, tokens[:, 1:], chosen, colour)
 
-    def _classify(self, heads: nn.ModuleDict, tokens: Tensor, chosen: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
+    def _classify(
+        self, heads: nn.ModuleDict, tokens: Tensor, chosen: Tensor, colour: Tensor
+    ) -> tuple[Tensor, Tensor]:
         pooled = heads["norm"](tokens.mean(1))
-        wanted = torch.cat((self.pictures.labels[self.pictures.concept[chosen]], colour[:, None]), dim=1)
-        loss, counts = pooled.new_zeros(()), torch.zeros(2, len(COLUMNS), device=self.device)
+        wanted = torch.cat(
+            (self.pictures.labels[self.pictures.concept[chosen]], colour[:, None]),
+            dim=1,
+        )
+        loss, counts = (
+            pooled.new_zeros(()),
+            torch.zeros(2, len(COLUMNS), device=self.device),
+        )
         for i, head in enumerate(HEADS):
             target = wanted[:, i]
-            logits = heads[head](pooled, target) if isinstance(heads[head], Directions) else heads[head](pooled)
-            loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(logits.float(), target, ignore_index=NONE)
+            logits = (
+                heads[head](pooled, target)
+                if isinstance(heads[head], Directions)
+                else heads[head](pooled)
+            )
+            loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(
+                logits.float(), target, ignore_index=NONE
+            )
             counts[0, i] = (logits.argmax(-1) == target).sum()
             counts[1, i] = (target != NONE).sum()
         return loss, counts
 
-    def answer_loss(self, chosen: Tensor, stage: Stage, generator: Generator) -> tuple[Tensor, Tensor]:
+    def answer_loss(
+        self, chosen: Tensor, stage: Stage, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
         """Answer questions about pictures, and some without: loss per answer token, and (2, 10) right and asked.
 
         All questions about a picture share its encoding. An answer is right if its every token, end included, is.
         """
-        more = self.pictures.some(stage.contrast, generator)  # read alone, nothing is asked about them
+        more = self.pictures.some(
+            stage.contrast, generator
+        )  # read alone, nothing is asked about them
         shown = torch.cat((chosen, more))
         pixels, colour = self.pictures.draw(shown, generator)
-        features = self.model.get_image_features(normalise(pixels), return_dict=True).pooler_output
+        features = self.model.get_image_features(
+            normalise(pixels), return_dict=True
+        ).pooler_output
         visual = torch.stack(list(features))  # (B, N_v, D)
-        reading = self._classify(self.readers, visual, shown, colour)[0] if stage.reading else visual.new_zeros(())
+        reading = (
+            self._classify(self.readers, visual, shown, colour)[0]
+            if stage.reading
+            else visual.new_zeros(())
+        )
         visual, colour = visual[: len(chosen)], colour[: len(chosen)]
-        about, kinds = self.questions.ask(self.pictures.concept[chosen], colour, stage.questions, generator)
+        about, kinds = self.questions.ask(
+            self.pictures.concept[chosen], colour, stage.questions, generator
+        )
         without = self.questions.ask_text(stage.texts, generator)
         rows = torch.cat((about.flatten(), without))
-        picture_of = torch.arange(len(visual), device=self.device).repeat_interleave(stage.questions)
+        picture_of = torch.arange(len(visual), device=self.device).repeat_interleave(
+            stage.questions
+        )
         picture_of = torch.cat((picture_of, torch.full_like(without, NONE)))
-        columns = torch.cat((kinds.flatten(), torch.full_like(without, COLUMNS.index("text"))))
+        columns = torch.cat(
+            (kinds.flatten(), torch.full_like(without, COLUMNS.index("text")))
+        )
 
-        order = self.questions.length[rows].argsort(stable=True)  # rows of a like length together: less padding
-        parts = [self._answers(rows[part], picture_of[part], visual, part) for part in order.chunk(CHUNKS)]
-        logits, answers, row_of = (torch.cat(values) for values in zip(*parts, strict=True))
+        order = self.questions.length[rows].argsort(
+            stable=True
+        )  # rows of a like length together: less padding
+        parts = [
+            self._answers(rows[part], picture_of[part], visual, part)
+            for part in order.chunk(CHUNKS)
+        ]
+        logits, answers, row_of = (
+            torch.cat(values) for values in zip(*parts, strict=True)
+        )
         with torch.no_grad():
             misses = torch.zeros(len(rows), device=self.device)
             misses.index_add_(0, row_of, (logits.argmax(-1) != answers).float())
             counts = torch.zeros(2, len(COLUMNS), device=self.device)
             counts[0].index_add_(0, columns, (misses == 0).float())
             counts[1].index_add_(0, columns, torch.ones_like(misses))
-        return F.cross_entropy(logits.float(), answers) + stage.reading * reading, counts
+        return F.cross_entropy(
+            logits.float(), answers
+        ) + stage.reading * reading, counts
 
     def _answers(
         self, chosen: Tensor, picture_of: Tensor, visual: Tensor, names: Tensor
@@ -151,11 +214,24 @@ class Trainee(BaseTrainee):
         embeds = self.model.get_input_embeddings()(rows.ids)
         seeing = (picture_of != NONE).nonzero()[:, 0]
         start, count = self.questions.image_start, self.questions.n_image
-        if len(seeing):  # a chunk of short questions without a picture has no room for one
-            embeds[seeing, start : start + count] = visual[picture_of[seeing]].to(embeds.dtype)
-        stack, head = self.model.get_submodule(self._stack), self.model.get_submodule(self._head)
-        hidden = stack(inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False).last_hidden_state
-        return head(hidden[rows.predicting]), rows.answers, names[rows.predicting.nonzero()[:, 0]]
+        if len(
+            seeing
+        ):  # a chunk of short questions without a picture has no room for one
+            embeds[seeing, start : start + count] = visual[picture_of[seeing]].to(
+                embeds.dtype
+            )
+        stack, head = (
+            self.model.get_submodule(self._stack),
+            self.model.get_submodule(self._head),
+        )
+        hidden = stack(
+            inputs_embeds=embeds, attention_mask=rows.mask, use_cache=False
+        ).last_hidden_state
+        return (
+            head(hidden[rows.predicting]),
+            rows.answers,
+            names[rows.predicting.nonzero()[:, 0]],
+        )
 
 
 @torch.no_grad()
@@ -169,20 +245,39 @@ def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
         raise UserError(f"{path}: only a CLIP tower can start from a BLIP-2 tower")
     mark = "model.vision_model."
     with safe_open(path, "pt", device=str(trainee.device)) as file:
-        theirs = {key.removeprefix(mark): file.get_tensor(key) for key in file.keys() if key.startswith(mark)}  # noqa: SIM118
+        theirs = {
+            key.removeprefix(mark): file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118
+            if key.startswith(mark)
+        }
         origin = json.loads(file.metadata()["shape"])["name"]
     tower = trainee.model.get_submodule(trainee.tower)
     ours = dict(tower.named_parameters())
     taken = clip_names(theirs)
-    wrong = [name for name, value in taken.items() if name not in ours or value.shape != ours[name].shape]
+    wrong = [
+        name
+        for name, value in taken.items()
+        if name not in ours or value.shape != ours[name].shape
+    ]
     if wrong:
-        raise UserError(f"{path}: a tower of another shape ({wrong[0]})", "the `vision` sections must be the same")
+        raise UserError(
+            f"{path}: a tower of another shape ({wrong[0]})",
+            "the `vision` sections must be the same",
+        )
     for name, value in taken.items():
         ours[name].copy_(value)
     generator = Generator(trainee.device).manual_seed(trainee.recipe.seed)
     pixels, _ = trainee.pictures.draw(trainee.pictures.order(generator)[:64], generator)
-    ours["pre_layrnorm.weight"].fill_(tower.embeddings(normalise(pixels)).std(-1).mean())
-    store(trainee, {}, torch.optim.AdamW(trainee.heads.parameters()), Progress("tower", origin=origin), out)
+    ours["pre_layrnorm.weight"].fill_(
+        tower.embeddings(normalise(pixels)).std(-1).mean()
+    )
+    store(
+        trainee,
+        {},
+        torch.optim.AdamW(trainee.heads.parameters()),
+        Progress("tower", origin=origin),
+        out,
+    )
 
 
 def clip_names(blip: dict[str, Tensor]) -> dict[str, Tensor]:

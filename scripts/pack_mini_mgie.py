@@ -22,7 +22,10 @@ def pack(run: Path, folder: Path, settings: dict[str, float]) -> None:
     """Write the folder; raise UserError if the training is not finished."""
     report = Run.finished(run)
     if report is None:
-        raise UserError(f"{run}: not a finished training", "mmedit train-editor mgie goes on with it")
+        raise UserError(
+            f"{run}: not a finished training",
+            "mmedit train-editor mgie goes on with it",
+        )
     tensors, metadata = read_tensors(run / CHECKPOINT)
     about, hparams = report["environment"], report["hparams"]
     training = {
@@ -36,18 +39,38 @@ def pack(run: Path, folder: Path, settings: dict[str, float]) -> None:
         "seconds": report["cost"]["seconds"],
         "curve": report["curve"],
         "hparams": hparams,
-        "machine": {key: about[key] for key in ("platform", "device", "device_name", "threads", "commit")},
+        "machine": {
+            key: about[key]
+            for key in ("platform", "device", "device_name", "threads", "commit")
+        },
         "versions": report["versions"],
     }
-    with replacing_folder(folder, {"training.json": training, "settings.json": settings}) as fresh:
-        write_tensors(fresh / CHECKPOINT, {name: tensor.half() for name, tensor in tensors.items()}, metadata)
+    with replacing_folder(
+        folder, {"training.json": training, "settings.json": settings}
+    ) as fresh:
+        write_tensors(
+            fresh / CHECKPOINT,
+            {name: tensor.half() for name, tensor in tensors.items()},
+            metadata,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of the training")
-    parser.add_argument("folder", type=Path, help="the model folder to write; one that is there is replaced")
-    parser.add_argument("--settings", type=json.loads, default={}, help='e.g. {"steps": 20, "text_guidance": 3.0}')
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="the model folder to write; one that is there is replaced",
+    )
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        default={},
+        help='e.g. {"steps": 20, "text_guidance": 3.0}',
+    )
     args = parser.parse_args(argv)
     try:
         pack(args.run, args.folder, args.settings)

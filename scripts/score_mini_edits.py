@@ -19,12 +19,12 @@ from typing import Any
 from PIL import Image
 from score_mini_vlm import measure_and_print, stages_table
 
-from mmedit_cli.image_pairs.base import open_pairs
-from mmedit_cli.image_pairs.emojikb_edits import AMBIGUOUS
+from mmedit_cli.gallery import Row, contact_sheet
 from mmedit_cli.output import Output
-from mmedit_cli.reports.gallery import Row, contact_sheet
+from mmedit_cli.picture_editing.data.emojikb_edits import AMBIGUOUS
+from mmedit_cli.picture_editing.data.opening import open_pairs
+from mmedit_cli.picture_editing.workflow.evaluation import ImageEvalOptions, evaluate
 from mmedit_cli.storage import write_atomic
-from mmedit_cli.workflows.image_evaluation import ImageEvalOptions, evaluate
 
 DATA = "emojikb-edits:eval"
 TARGETS = {"background": 80, "style": 80}  # % reached
@@ -49,7 +49,10 @@ COMMANDS = {
 
 def table(scores: dict[str, Any]) -> str:
     """Return the scores of each kind of edit as a Markdown table; those whose meaning needs the picture are marked."""
-    rows = ["| kind | pairs | reached, % | target | L1 | as it was | SSIM | as it was |", "|---|" + "---:|" * 7]
+    rows = [
+        "| kind | pairs | reached, % | target | L1 | as it was | SSIM | as it was |",
+        "|---|" + "---:|" * 7,
+    ]
     for kind, found in {"all": scores["scores"], **scores["by_kind"]}.items():
         made = "" if "reached" not in found else f"{found['reached']['mean']:.1f}"
         pixels = [100 * found["L1"]["mean"], 100 * found["L1"]["unchanged"]]
@@ -79,7 +82,9 @@ def sheet(report: dict[str, Any], path: Path) -> None:
         drawing = Path(temporary) / "sheet.png"
         contact_sheet(rows, drawing)
         with Image.open(drawing) as image:
-            image.convert("RGB").save(path, quality=80, method=6)  # a PNG would be ten times as large
+            image.convert("RGB").save(
+                path, quality=80, method=6
+            )  # a PNG would be ten times as large
 
 
 def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -> str:
@@ -93,13 +98,19 @@ def card(folder: Path, editor: str, scores: dict[str, Any], limit: int | None) -
         "megabytes": f"{sum(file.stat().st_size for file in folder.rglob('*.safetensors')) / 1e6:.1f}",
     }
     pairs = f"{training['trained_pairs']:,} pairs of `emojikb-edits:train`"
-    where = f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads"
+    where = (
+        f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads"
+    )
     if "stages" in training:
-        told = f"{stages_table(training)}\n\n{pairs}, starting from `{training['start']}`."
+        told = (
+            f"{stages_table(training)}\n\n{pairs}, starting from `{training['start']}`."
+        )
     else:
         told = f"{training['steps']:,} steps of {training['batch_size']} in {training['seconds'] / 60:.0f} minutes; "
         told += f"{pairs}.\n\n{_curve(training['curve'])}"
-    return Template(Path(__file__).with_name("mini_edits_card.md").read_text(encoding="utf-8")).substitute(
+    return Template(
+        Path(__file__).with_name("mini_edits_card.md").read_text(encoding="utf-8")
+    ).substitute(
         name=scores["model"],
         editor=editor,
         about=Template(ABOUT[editor]).substitute(facts),
@@ -126,9 +137,18 @@ def _curve(lines: list[dict[str, Any]]) -> str:
     return "\n".join(["Losses on held-out pairs:", "", *rows, ""])
 
 
-def score(folder: Path, editor: str, *, limit: int | None, records: Path, batch_size: int = 16) -> dict[str, Any]:
+def score(
+    folder: Path, editor: str, *, limit: int | None, records: Path, batch_size: int = 16
+) -> dict[str, Any]:
     """Measure a model folder, write scores.json, samples.webp and README.md into it, and return the scores."""
-    asked = ImageEvalOptions(editor, str(folder), data=DATA, limit=limit, records=records, batch_size=batch_size)
+    asked = ImageEvalOptions(
+        editor,
+        str(folder),
+        data=DATA,
+        limit=limit,
+        records=records,
+        batch_size=batch_size,
+    )
     report = evaluate(asked, Output())
     scores = {
         "model": folder.name,
@@ -148,15 +168,25 @@ def score(folder: Path, editor: str, *, limit: int | None, records: Path, batch_
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="the model folder")
     parser.add_argument("--editor", choices=tuple(ABOUT), default="instruct-pix2pix")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="measure N pairs, chosen by hash")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        metavar="N",
+        help="measure N pairs, chosen by hash",
+    )
     parser.add_argument("--records", type=Path, default=Path("records"))
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args(argv)
     return measure_and_print(
-        args.threads, lambda: score(args.model, args.editor, limit=args.limit, records=args.records), table
+        args.threads,
+        lambda: score(args.model, args.editor, limit=args.limit, records=args.records),
+        table,
     )
 
 

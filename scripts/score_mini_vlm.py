@@ -20,16 +20,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin starve each other on a busy machine
 
 import torch
 from mini_vlm_data import DATA, TYPES, EmojiKB, Holdout, load_emojikb, number
 
 from mmedit_cli import runtime
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.backbones.base import VisionLanguageModel
 from mmedit_cli.errors import UserError
-from mmedit_cli.evaluation.metrics import answer_match
+from mmedit_cli.knowledge.evaluation.metrics import answer_match
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Query
 
@@ -37,7 +39,10 @@ TARGETS = {
     "name": 0.90, "kind": 0.95, "category": 0.95, "background": 0.97, "country": 0.90, "capital": 0.85, "text": 0.95,
 }  # fmt: skip
 LONGEST_ANSWER = 20  # tokens
-FAMILIES = {"blip2": "BLIP-2 (vision tower, Q-Former, OPT decoder)", "llava": "LLaVA (CLIP tower, Llama decoder)"}
+FAMILIES = {
+    "blip2": "BLIP-2 (vision tower, Q-Former, OPT decoder)",
+    "llava": "LLaVA (CLIP tower, Llama decoder)",
+}
 RECIPES = {"blip2": "mini_blip2.yaml", "llava": "mini_llava.yaml"}
 
 
@@ -63,17 +68,34 @@ def items(kb: EmojiKB, folder: Path = DATA) -> Iterator[Item]:
         for kind, fact in known.items():
             wordings = kb.templates[kind]["image"]
             prompt = wordings[number("wording", kind, picture) % len(wordings)]
-            query = Query(prompt, fact["answer"], folder / picture, kb.backgrounds[colour])
-            yield Item(query, tuple(_picture_figures(kb.holdout, kind, concept, artist)), kind, picture)
+            query = Query(
+                prompt, fact["answer"], folder / picture, kb.backgrounds[colour]
+            )
+            yield Item(
+                query,
+                tuple(_picture_figures(kb.holdout, kind, concept, artist)),
+                kind,
+                picture,
+            )
     for fact in kb.facts:
         if "it" in fact or "city" in fact:
             seen = kb.holdout.allows(fact["concept"])
-            figures = ("text", f"text {fact['type']}") if seen else ("held-out concept: text",)
+            figures = (
+                ("text", f"text {fact['type']}")
+                if seen
+                else ("held-out concept: text",)
+            )
             for template in kb.templates[fact["type"]]["text"]:
-                yield Item(Query(template.format(**fact), fact["answer"]), figures, fact["type"])
+                yield Item(
+                    Query(template.format(**fact), fact["answer"]),
+                    figures,
+                    fact["type"],
+                )
 
 
-def _picture_figures(holdout: Holdout, kind: str, concept: str, artist: str) -> Iterator[str]:
+def _picture_figures(
+    holdout: Holdout, kind: str, concept: str, artist: str
+) -> Iterator[str]:
     if not holdout.allows(concept):
         yield f"held-out concept: {kind}"
     elif not holdout.allows(concept, artist):
@@ -99,9 +121,14 @@ def sampled(
     return [item for group in groups.values() for item in group[:most]]
 
 
-def answer(backbone: VisionLanguageModel, asked: list[Item], batch_size: int) -> list[str]:
+def answer(
+    backbone: VisionLanguageModel, asked: list[Item], batch_size: int
+) -> list[str]:
     """Return the model's free answers in order; questions of a like length are asked together."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].query.image is None, len(asked[i].query.prompt)))
+    order = sorted(
+        range(len(asked)),
+        key=lambda i: (asked[i].query.image is None, len(asked[i].query.prompt)),
+    )
     answers = [""] * len(asked)
     started = time.monotonic()
     # the image tokens of each picture once; the prefixes are not used here
@@ -130,9 +157,15 @@ def figures(
         for figure in item.figures:
             scores[figure].append(answer_match(text, item.query.target))
     first = [*TYPES, "text"]
-    names = sorted(scores, key=lambda f: (first.index(f) if f in first else len(first), f))
+    names = sorted(
+        scores, key=lambda f: (first.index(f) if f in first else len(first), f)
+    )
     return {
-        f: {"value": round(sum(scores[f]) / len(scores[f]), 4), "n": len(scores[f]), "target": targets.get(f)}
+        f: {
+            "value": round(sum(scores[f]) / len(scores[f]), 4),
+            "n": len(scores[f]),
+            "target": targets.get(f),
+        }
         for f in names
     }
 
@@ -142,26 +175,48 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     rows = ["| figure | right | target | questions |", "|---|---:|---:|---:|"]
     for name, figure in found.items():
         target = "" if figure["target"] is None else f"{100 * figure['target']:.0f} %"
-        rows.append(f"| {name} | {100 * figure['value']:.1f} % | {target} | {figure['n']:,} |")
+        rows.append(
+            f"| {name} | {100 * figure['value']:.1f} % | {target} | {figure['n']:,} |"
+        )
     return "\n".join(rows)
 
 
 def stages_table(training: dict[str, Any]) -> str:
     """Return how each stage of training went as a Markdown table, from what training.json says."""
-    rows = ["| stage | passes | pictures seen | minutes | pictures/s |", "|---|---:|---:|---:|---:|"]
+    rows = [
+        "| stage | passes | pictures seen | minutes | pictures/s |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for name, stage in training["stages"].items():
-        passes, rate = f"{stage['passes']:g} of {stage['of']}", stage["pictures"] / max(stage["seconds"], 1)
-        rows.append(f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |")
+        passes, rate = (
+            f"{stage['passes']:g} of {stage['of']}",
+            stage["pictures"] / max(stage["seconds"], 1),
+        )
+        rows.append(
+            f"| {name} | {passes} | {stage['pictures']:,} | {stage['seconds'] / 60:.0f} | {rate:.0f} |"
+        )
     return "\n".join(rows)
 
 
-def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], holdout: Holdout) -> str:
+def card(
+    backbone: VisionLanguageModel,
+    folder: Path,
+    scores: dict[str, Any],
+    holdout: Holdout,
+) -> str:
     """Return the text of the model card."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    machine, origin = training["machine"], training["stages"].get("tower", {}).get("origin", "")
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md")
+    machine, origin = (
+        training["machine"],
+        training["stages"].get("tower", {}).get("origin", ""),
+    )
+    size = sum(
+        file.stat().st_size for file in folder.iterdir() if file.name != "README.md"
+    )
     sample = scores["sample"]
-    return Template(Path(__file__).with_name("mini_vlm_card.md").read_text(encoding="utf-8")).substitute(
+    return Template(
+        Path(__file__).with_name("mini_vlm_card.md").read_text(encoding="utf-8")
+    ).substitute(
         name=training["name"],
         family=FAMILIES[backbone.family],
         options=f" --tower-from {origin}-run/tower.safetensors" if origin else "",
@@ -178,10 +233,19 @@ def card(backbone: VisionLanguageModel, folder: Path, scores: dict[str, Any], ho
     )
 
 
-def score(model: Path, *, device: str, sample: int | None, batch_size: int, errors: Path | None) -> dict[str, Any]:
+def score(
+    model: Path,
+    *,
+    device: str,
+    sample: int | None,
+    batch_size: int,
+    errors: Path | None,
+) -> dict[str, Any]:
     """Measure a model folder, write scores.json and README.md into it, and return the scores."""
     backbone = load_backbone(str(model), device=device)
-    holdout = Holdout(**json.loads((model / "holdout.json").read_text(encoding="utf-8")))
+    holdout = Holdout(
+        **json.loads((model / "holdout.json").read_text(encoding="utf-8"))
+    )
     training = json.loads((model / "training.json").read_text(encoding="utf-8"))
     whole = load_emojikb(None, 0, 0)
     small = training["concepts"] if training["concepts"] < len(whole.concepts) else None
@@ -203,13 +267,17 @@ def score(model: Path, *, device: str, sample: int | None, batch_size: int, erro
         wrong = [
             {"picture": item.picture, "type": item.type, "answer": text}
             for item, text in zip(asked, answers, strict=True)
-            if item.picture and item.type != "background" and not answer_match(text, item.query.target)
+            if item.picture
+            and item.type != "background"
+            and not answer_match(text, item.query.target)
         ]
         write_atomic(errors, "".join(json.dumps(line) + "\n" for line in wrong))
     return scores
 
 
-def measure_and_print(threads: int | None, measure: Callable[[], Any], show: Callable[[Any], str]) -> int:
+def measure_and_print(
+    threads: int | None, measure: Callable[[], Any], show: Callable[[Any], str]
+) -> int:
     """Measure with as many threads, print what was found, and return the program's exit code."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -224,17 +292,36 @@ def measure_and_print(threads: int | None, measure: Callable[[], Any], show: Cal
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="the model folder, as train_mini_vlm.py writes it")
-    parser.add_argument("--sample", type=int, default=None, metavar="N", help="at most N questions a figure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", type=Path, help="the model folder, as train_mini_vlm.py writes it"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=None,
+        metavar="N",
+        help="at most N questions a figure",
+    )
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--errors", type=Path, default=None, help="write wrong answers there: {picture, type, answer}")
+    parser.add_argument(
+        "--errors",
+        type=Path,
+        default=None,
+        help="write wrong answers there: {picture, type, answer}",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args(argv)
-    options = {name: vars(args)[name] for name in ("device", "sample", "batch_size", "errors")}
+    options = {
+        name: vars(args)[name] for name in ("device", "sample", "batch_size", "errors")
+    }
     return measure_and_print(
-        args.threads, lambda: score(args.model, **options), lambda scores: table(scores["figures"])
+        args.threads,
+        lambda: score(args.model, **options),
+        lambda scores: table(scores["figures"]),
     )
 
 

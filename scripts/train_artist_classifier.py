@@ -20,8 +20,8 @@ from mini_training import Schedule, rate_at
 from mini_vlm_data import Pictures, composed, load_emojikb
 from torch import Generator, Tensor
 
-from mmedit_cli.evaluation.artists import ArtistClassifier, weights_file
-from mmedit_cli.image_pairs.emojikb_edits import ARTISTS
+from mmedit_cli.picture_editing.data.emojikb_edits import ARTISTS
+from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier, weights_file
 from mmedit_cli.storage import write_tensors
 
 STEPS, BATCH, SMOOTHING = 1500, 32, 0.05
@@ -61,7 +61,9 @@ def train(drawings: Drawings, steps: int, seed: int = 0) -> ArtistClassifier:
         chosen = taught[torch.randint(len(taught), (BATCH,), generator=generator)]
         pixels = drawings.show(chosen, generator)
         logits = model(pixels.flip(-1) if step % 2 else pixels)
-        loss = F.cross_entropy(logits, drawings.artist[chosen], label_smoothing=SMOOTHING)
+        loss = F.cross_entropy(
+            logits, drawings.artist[chosen], label_smoothing=SMOOTHING
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,21 +74,34 @@ def train(drawings: Drawings, steps: int, seed: int = 0) -> ArtistClassifier:
 def accuracy(model: ArtistClassifier, drawings: Drawings, side: str) -> float:
     """Return the share of the drawings of a side whose artist is told right."""
     chosen, generator = drawings.of(side), Generator().manual_seed(1)
-    told = torch.cat([model(drawings.show(part, generator)).argmax(1) for part in chosen.split(128)])
+    told = torch.cat(
+        [model(drawings.show(part, generator)).argmax(1) for part in chosen.split(128)]
+    )
     return (told == drawings.artist[chosen]).float().mean().item()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=weights_file())
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args(argv)
     drawings = Drawings()
     model = train(drawings, args.steps)
-    right = {side: round(accuracy(model, drawings, side), 4) for side in ("train", "val", "eval")}
+    right = {
+        side: round(accuracy(model, drawings, side), 4)
+        for side in ("train", "val", "eval")
+    }
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    write_tensors(args.out, tensors, {"artists": json.dumps(list(ARTISTS)), "right": json.dumps(right)})
-    print(f"{args.out}: right about {', '.join(f'{100 * value:.1f} % of {side}' for side, value in right.items())}")
+    write_tensors(
+        args.out,
+        tensors,
+        {"artists": json.dumps(list(ARTISTS)), "right": json.dumps(right)},
+    )
+    print(
+        f"{args.out}: right about {', '.join(f'{100 * value:.1f} % of {side}' for side, value in right.items())}"
+    )
     return 0
 
 

@@ -24,14 +24,24 @@ from mini_sd_model import export
 
 
 def train(
-    recipe: Recipe, out: Path, *, device: torch.device, stages: tuple[str, ...], stop: Stop, start: Path
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    stages: tuple[str, ...],
+    stop: Stop,
+    start: Path,
 ) -> bool:
     """Train the denoiser and write the model folder; return whether it came to its end."""
     out.mkdir(parents=True, exist_ok=True)
     trainee = Trainee(recipe, start, device)
     trainee.prepare(out)
     return train_stages(
-        trainee, out, stages, stop, lambda: export(trainee.pipeline(), out / recipe.name, _records(trainee, out))
+        trainee,
+        out,
+        stages,
+        stop,
+        lambda: export(trainee.pipeline(), out / recipe.name, _records(trainee, out)),
     )
 
 
@@ -52,7 +62,12 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser(__doc__, Recipe.STAGES)
-    parser.add_argument("--start", type=Path, default=MODELS / "mini-sd", help="folder of the text-to-image model")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        default=MODELS / "mini-sd",
+        help="folder of the text-to-image model",
+    )
     args = parser.parse_args(argv)
     return run(args, Recipe, partial(train, start=args.start))
 

@@ -24,12 +24,23 @@ from mini_sd_training import Trainee
 GUIDANCE = 2.0  # names are drawn best with it: score_mini_sd.py
 
 
-def train(recipe: Recipe, out: Path, *, device: torch.device, stages: tuple[str, ...], stop: Stop) -> bool:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    stages: tuple[str, ...],
+    stop: Stop,
+) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end."""
     out.mkdir(parents=True, exist_ok=True)
     trainee = Trainee(recipe, load_drawn(**recipe.data), device)
     return train_stages(
-        trainee, out, stages, stop, lambda: export(trainee.pipeline(), out / recipe.name, _records(trainee, out))
+        trainee,
+        out,
+        stages,
+        stop,
+        lambda: export(trainee.pipeline(), out / recipe.name, _records(trainee, out)),
     )
 
 

@@ -37,10 +37,16 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     kb = load_emojikb(**_data(recipe))
     trainee = Trainee(recipe, kb, device)
-    if tower_from is not None and not any((out / f"{stage}.safetensors").exists() for stage in STAGES):
+    if tower_from is not None and not any(
+        (out / f"{stage}.safetensors").exists() for stage in STAGES
+    ):
         adopt_tower(trainee, tower_from, out)
     return train_stages(
-        trainee, out, stages, stop, lambda: export(trainee.adapter, out / recipe.name, _records(trainee, out))
+        trainee,
+        out,
+        stages,
+        stop,
+        lambda: export(trainee.adapter, out / recipe.name, _records(trainee, out)),
     )
 
 
@@ -56,7 +62,10 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
     """Return what the model folder tells about its training: what was held out, and how it went."""
     holdout = trainee.kb.holdout
     return {
-        "holdout.json": {"concepts": list(holdout.concepts), "artists": holdout.artists},
+        "holdout.json": {
+            "concepts": list(holdout.concepts),
+            "artists": holdout.artists,
+        },
         "training.json": {
             "name": trainee.recipe.name,
             "concepts": len(trainee.kb.concepts),
@@ -69,7 +78,11 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser(__doc__, STAGES)
-    parser.add_argument("--tower-from", type=Path, help="mini-llava: start from this tower.safetensors of mini-blip2")
+    parser.add_argument(
+        "--tower-from",
+        type=Path,
+        help="mini-llava: start from this tower.safetensors of mini-blip2",
+    )
     args = parser.parse_args(argv)
     return run(args, Recipe, train, tower_from=args.tower_from)
 

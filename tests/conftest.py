@@ -6,7 +6,11 @@ import os
 import tempfile
 
 # before anything imports torch or huggingface_hub
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="mmedit-hf-"), TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=tempfile.mkdtemp(prefix="mmedit-hf-"),
+    TOKENIZERS_PARALLELISM="false",
+)
 os.environ.update(NO_COLOR="1", COLUMNS="120", OMP_NUM_THREADS="1")
 os.environ.update(MMEDIT_CACHE=tempfile.mkdtemp(prefix="mmedit-cache-"))
 os.environ.pop("MMEDIT_RECORDS", None)
@@ -25,14 +29,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "tests" / "data" / "shapes"
 GOLDEN = ROOT / "tests" / "golden"
 ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"
-FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl")
+FAMILIES = (
+    "tiny-blip2",
+    "tiny-llava",
+    "tiny-minigpt4",
+    "tiny-qwen2-vl",
+    "tiny-qwen2.5-vl",
+    "tiny-qwen3-vl",
+)
 
 torch.set_num_threads(1)
 emojikb_dir()  # unpacks the pictures that tests open by their paths
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _no_network(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Refuse every connection but those to this machine."""
     if "network" in request.keywords:
         return
@@ -50,10 +63,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 @pytest.fixture(scope="session", params=FAMILIES)
 def backbone(request: pytest.FixtureRequest):
     """Each tiny backbone in float32, shared by the session: a test leaves it as it was."""
-    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
     loaded = load_backbone(request.param, device="cpu")
-    loaded.generate(QUERIES[:1], max_new_tokens=1)  # transformers installs hooks of its own at the first pass
+    loaded.generate(
+        QUERIES[:1], max_new_tokens=1
+    )  # transformers installs hooks of its own at the first pass
     return loaded
 
 
@@ -90,13 +105,19 @@ def annotations() -> Path:
 QUERIES = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("What is the capital of Peru?", "Lima"),
-    Query("Which colour is the thing in this picture here?", "green", SHAPES / "corner/blue-ring.png"),
+    Query(
+        "Which colour is the thing in this picture here?",
+        "green",
+        SHAPES / "corner/blue-ring.png",
+    ),
     Query("What is this?", "yellow", SHAPES / "solid/red-circle.png", "#204060"),
 )
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def cli(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Run the program in this process: `cli("list", "--json")` -> (exit code, stdout, stderr)."""
     from mmedit_cli.app import main
 

@@ -42,7 +42,12 @@ def test_the_start_depends_on_the_seed_alone():
     for seed in (3, 3, 4):
         torch.rand(7)  # whatever else drew from the global source before
         with Patch(network()) as patch:
-            drawn.append(LoraLayers(patch, {"0": 2}, {"0": 2.0}, seed).pairs()["0"][0].detach().clone())
+            drawn.append(
+                LoraLayers(patch, {"0": 2}, {"0": 2.0}, seed)
+                .pairs()["0"][0]
+                .detach()
+                .clone()
+            )
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 

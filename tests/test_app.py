@@ -16,33 +16,53 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import default_model
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.output import Output
 
-EVAL = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--sequential", 8, "--report-at", "1,8")
+EVAL = (
+    "eval",
+    "ft",
+    "--model",
+    "tiny-blip2",
+    "--data",
+    SHAPES,
+    "--sequential",
+    8,
+    "--report-at",
+    "1,8",
+)
 COMMANDS = ("eval", "edit", "ask", "list", "report", "doctor", "image-edit")
 
 
 def spoiled(tmp_path: Path, line: int, **request: object) -> Path:
     """A copy of the small data set with one request changed."""
     folder = shutil.copytree(SHAPES, tmp_path / "data")
-    records = [json.loads(text) for text in (folder / "cases.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(text) for text in (folder / "cases.jsonl").read_text().splitlines()
+    ]
     records[line - 1]["request"].update(request)
-    (folder / "cases.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "cases.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     return folder
 
 
 def test_eval_prints_a_table_and_json_has_the_same_numbers(cli, tmp_path):
     code, table, talk = cli(*EVAL)
     assert code == 0
-    assert "loading tiny-blip2: random weights, which know nothing; only for trying a command" in talk
+    assert (
+        "loading tiny-blip2: random weights, which know nothing; only for trying a command"
+        in talk
+    )
     code, text, talk = cli(*EVAL, "--json")
     assert (code, "already done" in talk) == (0, True)
     report = json.loads(text)
     rows = [line.split() for line in table.splitlines()]
     (reliability,) = [row for row in rows if row[:2] == ["ar", "Rel"]]
-    scores = [milestone["scores"]["ar"]["reliability"] for milestone in report["milestones"]]
+    scores = [
+        milestone["scores"]["ar"]["reliability"] for milestone in report["milestones"]
+    ]
     assert reliability[2] == f"{100 * scores[-1]['before']:.1f}"
     assert reliability[3::2] == [f"{100 * score['mean']:.1f}" for score in scores]
     assert [m["edits"] for m in report["milestones"]] == [1, 8]
@@ -89,12 +109,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
 
 
 def test_scripts_need_no_bare_python(tmp_path):
-    for name, program in (("dirname", shutil.which("dirname")), ("python3", sys.executable)):
+    for name, program in (
+        ("dirname", shutil.which("dirname")),
+        ("python3", sys.executable),
+    ):
         (tmp_path / name).symlink_to(str(program))
-    found = {**os.environ, "PATH": str(tmp_path), "MODELS": " ", "RECORDS": str(tmp_path / "none")}
+    found = {
+        **os.environ,
+        "PATH": str(tmp_path),
+        "MODELS": " ",
+        "RECORDS": str(tmp_path / "none"),
+    }
     found.pop("PYTHON", None)
     script = ROOT / "scripts" / "compare_editors.sh"
-    done = subprocess.run([str(shutil.which("bash")), script], env=found, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(shutil.which("bash")), script], env=found, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert "no reports" in done.stderr
 
@@ -109,7 +139,9 @@ def test_no_hint_goes_round_in_a_circle(cli):
 
 def test_progress_is_told_where_no_bar_can_be_drawn(capsys, monkeypatch):
     times = iter([0.0, 5.0, 11.0, 12.0, 45.0, 200.0])
-    monkeypatch.setattr("mmedit_cli.output.time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(
+        "mmedit_cli.output.time", SimpleNamespace(monotonic=lambda: next(times))
+    )
     with Output().progress({"steps": 100, "looks": 3}) as tick:
         tick("steps", 10)  # at 5 s: too early for a word
         tick("steps", 10)
@@ -128,14 +160,26 @@ def test_progress_is_told_where_no_bar_can_be_drawn(capsys, monkeypatch):
 
 
 def test_ask(cli):
-    words = ("ask", "--model", "tiny-llava", "--image", SHAPES / "solid/red-star.png", "What is this?")
+    words = (
+        "ask",
+        "--model",
+        "tiny-llava",
+        "--image",
+        SHAPES / "solid/red-star.png",
+        "What is this?",
+    )
     code, text, _ = cli(*words)
     answer = json.loads(cli(*words, "--json")[1])["answer"]
     assert (code, text) == (0, answer + "\n")
     expected = load_backbone("tiny-llava", device="cpu")
     from mmedit_cli.types import Query
 
-    assert answer == expected.generate([Query("What is this?", image=SHAPES / "solid/red-star.png")])[0]
+    assert (
+        answer
+        == expected.generate(
+            [Query("What is this?", image=SHAPES / "solid/red-star.png")]
+        )[0]
+    )
 
 
 def test_doctor_of_what_no_editor_answers(cli, tmp_path):
@@ -143,12 +187,18 @@ def test_doctor_of_what_no_editor_answers(cli, tmp_path):
     checks = {row["check"]: row["found"] for row in json.loads(text)}
     assert (code, checks["photos"]) == (0, "80")
     code, text, _ = cli("doctor", "emojikb-edits:val", "--json")
-    assert (code, sum(row["check"].startswith("pairs ") for row in json.loads(text))) == (0, 14)
+    assert (
+        code,
+        sum(row["check"].startswith("pairs ") for row in json.loads(text)),
+    ) == (0, 14)
     (tmp_path / "rex").mkdir()
     (tmp_path / "rex" / "1.png").write_bytes(b"no picture")
     (tmp_path / "subjects.yaml").write_text("subjects: {rex: dog}")
     code, text, _ = cli("doctor", tmp_path, "--json")
-    assert (code, "1.png: not a readable image" in json.loads(text)[-1]["found"]) == (1, True)
+    assert (code, "1.png: not a readable image" in json.loads(text)[-1]["found"]) == (
+        1,
+        True,
+    )
 
 
 def test_doctor(cli, tmp_path):
@@ -160,7 +210,10 @@ def test_doctor(cli, tmp_path):
     code, text, _ = cli("doctor", "emojikb", "--json")
     checks = {row["check"]: row["found"] for row in json.loads(text)}
     assert code == 0
-    assert checks["leaks train-eval"] == "concepts 0, images 0, requests 0, locality 0, crossed 0"
+    assert (
+        checks["leaks train-eval"]
+        == "concepts 0, images 0, requests 0, locality 0, crossed 0"
+    )
     assert checks["licence openmoji"].endswith("CC-BY-SA-4.0")
     folder = shutil.copytree(SHAPES, tmp_path / "data")
     (folder / "solid/red-star.png").write_bytes(b"no image")
@@ -182,7 +235,10 @@ def assert_refused(cli, tmp_path, words, *parts: str) -> None:
     assert (code, out, len(errors)) == (2, "", 1), err
     for part in parts:
         assert part in errors[0]
-    assert all(line.startswith(("error: ", "hint: ", "loading ", "hyper-parameters of ")) for line in lines), err
+    assert all(
+        line.startswith(("error: ", "hint: ", "loading ", "hyper-parameters of "))
+        for line in lines
+    ), err
     assert not (tmp_path / "records").exists()
 
 
@@ -194,39 +250,60 @@ def test_a_wrong_key_is_named_with_its_near_miss(cli, tmp_path):
 def test_a_broken_image_path(cli, tmp_path):
     folder = spoiled(tmp_path, 3, image="solid/gone.png")
     assert_refused(
-        cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:3", "request.image", "gone.png: no such image"
+        cli,
+        tmp_path,
+        (*EVAL, "--data", folder),
+        "cases.jsonl:3",
+        "request.image",
+        "gone.png: no such image",
     )
 
 
 def test_an_image_that_is_none(cli, tmp_path):
     folder = spoiled(tmp_path, 3)
     (folder / "solid/red-star.png").write_bytes(b"no image")
-    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:", "red-star.png: not a readable image")
+    assert_refused(
+        cli,
+        tmp_path,
+        (*EVAL, "--data", folder),
+        "cases.jsonl:",
+        "red-star.png: not a readable image",
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("prompt", ""), ("prompt", " "), ("target", ""), ("target", "\n")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("prompt", ""), ("prompt", " "), ("target", ""), ("target", "\n")],
+)
 def test_an_empty_prompt_or_target(cli, tmp_path, key, value):
     folder = spoiled(tmp_path, 5, **{key: value})
-    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", f"request.{key}")
+    assert_refused(
+        cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", f"request.{key}"
+    )
 
 
 def test_a_target_that_tokenises_to_nothing(cli, tmp_path, monkeypatch):
     from tokenizers import normalizers
 
-    from mmedit_cli.backbones import _tiny
+    from mmedit_cli.knowledge.models.shared import tiny
 
-    real = _tiny.tokenizer
+    real = tiny.tokenizer
 
     def stripping():  # as tokenizers with a strict normaliser do
         made = real()
         made.backend_tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Replace("\u00ad", ""), normalizers.Strip(left=False, right=True)]
+            [
+                normalizers.Replace("\u00ad", ""),
+                normalizers.Strip(left=False, right=True),
+            ]
         )
         return made
 
-    monkeypatch.setattr(_tiny, "tokenizer", stripping)
+    monkeypatch.setattr(tiny, "tokenizer", stripping)
     folder = spoiled(tmp_path, 5, target="\u00ad")
-    assert_refused(cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", "has no tokens")
+    assert_refused(
+        cli, tmp_path, (*EVAL, "--data", folder), "cases.jsonl:5", "has no tokens"
+    )
 
 
 def test_a_model_folder_without_weights(cli, tmp_path):
@@ -267,9 +344,15 @@ def test_unknown_editor_option_and_command(cli):
 
 
 def test_without_a_model_and_data_those_that_come_along_are_used(cli, tmp_path):
-    code, text, talk = cli("eval", "ft", "--limit", 2, "--sequential", 2, "--set", "steps=1", "--json")
+    code, text, talk = cli(
+        "eval", "ft", "--limit", 2, "--sequential", 2, "--set", "steps=1", "--json"
+    )
     report = json.loads(text)
-    assert (code, report["data"]["name"], report["model"]["name"]) == (0, "emojikb", default_model())
+    assert (code, report["data"]["name"], report["model"]["name"]) == (
+        0,
+        "emojikb",
+        default_model(),
+    )
     assert f"no --model: {default_model()}" in talk
     code, _, err = cli("eval", "ft", "--set", "learning_rte=1")
     assert code == 2
@@ -305,7 +388,9 @@ def test_killed_for_good_the_same_command_ends_with_the_same_report(tmp_path):
     with program(*words, tmp_path / "whole") as whole:
         expected = json.loads(whole.communicate()[0])
     with program(*words, tmp_path / "killed") as killed:
-        while killed.poll() is None and not list((tmp_path / "killed").rglob("cases.jsonl")):
+        while killed.poll() is None and not list(
+            (tmp_path / "killed").rglob("cases.jsonl")
+        ):
             time.sleep(0.001)
         killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, "finished before it could be killed"
@@ -318,8 +403,12 @@ def test_killed_for_good_the_same_command_ends_with_the_same_report(tmp_path):
 
 
 def test_interrupted_by_the_keyboard(tmp_path):
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # what runs behind a shell ignores it
-    with program(*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=2000", **heard) as running:
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # what runs behind a shell ignores it
+    with program(
+        *EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=2000", **heard
+    ) as running:
         while running.poll() is None and not list(tmp_path.rglob("edits.jsonl")):
             time.sleep(0.001)
         running.send_signal(signal.SIGINT)
@@ -347,9 +436,23 @@ def test_help_loads_nothing_heavy(words):
         [sys.executable, "-X", "importtime", "-m", "mmedit_cli", *words, "--help"],
         cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in done.stderr.splitlines()
+        if "|" in line
+    }
     assert "typer" in loaded
-    heavy = {"torch", "transformers", "diffusers", "peft", "accelerate", "numpy", "PIL", "huggingface_hub", "yaml"}
+    heavy = {
+        "torch",
+        "transformers",
+        "diffusers",
+        "peft",
+        "accelerate",
+        "numpy",
+        "PIL",
+        "huggingface_hub",
+        "yaml",
+    }
     assert not loaded & heavy
     if words:
         assert "--json" in done.stdout
@@ -362,16 +465,33 @@ def test_version(cli):
     assert re.match(r"\d+\.\d+\.\d+", __version__)
 
 
-def test_a_finished_evaluation_keeps_no_state_to_continue_from(cli, tmp_path, monkeypatch):
+def test_a_finished_evaluation_keeps_no_state_to_continue_from(
+    cli, tmp_path, monkeypatch
+):
     """With ft it is as large as a model, and on a slow machine it was saved."""
-    from mmedit_cli.evaluation import vlm
+    from mmedit_cli.knowledge.evaluation import protocol
     from mmedit_cli.records import Run
 
-    monkeypatch.setattr(vlm, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(protocol, "SAVE_SECONDS", 0.0)
     saved = []
     save = Run.save_tensors
-    monkeypatch.setattr(Run, "save_tensors", lambda run, *what: saved.append(what[0]) or save(run, *what))
-    words = ("eval", "ft", "--model", "tiny-blip2", "--data", SHAPES, "--limit", "2", "--set", "steps=1")
+    monkeypatch.setattr(
+        Run,
+        "save_tensors",
+        lambda run, *what: saved.append(what[0]) or save(run, *what),
+    )
+    words = (
+        "eval",
+        "ft",
+        "--model",
+        "tiny-blip2",
+        "--data",
+        SHAPES,
+        "--limit",
+        "2",
+        "--set",
+        "steps=1",
+    )
     code, _, err = cli(*words, "--records", tmp_path / "records")
     assert code == 0, err
     names = {path.name for path in tmp_path.rglob("records/eval/**/*")}

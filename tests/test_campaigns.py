@@ -12,7 +12,9 @@ from conftest import ROOT
 def kill(*words: str) -> list[list[str]]:
     """Run the kill campaign and return its lines as words; it must find no difference."""
     script = ROOT / "scripts" / "campaign" / "kill.py"
-    ended = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, cwd=ROOT)
+    ended = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, cwd=ROOT
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return [line.split() for line in ended.stdout.splitlines()[1:]]
 
@@ -37,7 +39,9 @@ def test_a_command_that_cannot_be_repeated_is_found(tmp_path, monkeypatch):
     script = tmp_path / "careless.py"
     script.write_text(CARELESS)
     ended = subprocess.run(
-        [sys.executable, script, ROOT / "scripts" / "campaign", tmp_path], capture_output=True, text=True
+        [sys.executable, script, ROOT / "scripts" / "campaign", tmp_path],
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stderr
     changes, kills, differences = map(int, ended.stdout.split())

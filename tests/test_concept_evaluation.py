@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedit_cli.backbones import _tiny_diffusion
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.backbones.stable_diffusion import StableDiffusion
-from mmedit_cli.covariance import Covariance, default_path
-from mmedit_cli.image_editors import _tiny as image_tiny
-from mmedit_cli.personalizers.base import Personalizer
-from mmedit_cli.subjects import emojikb_concepts
-from mmedit_cli.workflows.concepts import ConceptFolder
+from mmedit_cli.drawing.covariance import Covariance, default_path
+from mmedit_cli.drawing.data import emojikb_concepts
+from mmedit_cli.drawing.methods.base import Personalizer
+from mmedit_cli.drawing.models import tiny
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.models.stable_diffusion import StableDiffusion
+from mmedit_cli.drawing.workflow.concepts import ConceptFolder
+from mmedit_cli.picture_editing.methods.shared import tiny as image_tiny
 
 EDITORS = ("dreambooth", "dreambooth-lora", "multi-melo-diffusion", "perfusion")
 FEW = ("--device", "cpu", "--set", "steps=3", "--set", "eval.steps=1", "--set", "eval.seeds=2", "--set",
@@ -38,7 +38,9 @@ def cache(tmp_path_factory, monkeypatch):
     model = load_stable_diffusion("tiny-sd", device="cpu")
     path = default_path(model)
     path.parent.mkdir()
-    Covariance(torch.eye(32).double(), source={"encoder": model.text_fingerprint}).save(path)
+    Covariance(torch.eye(32).double(), source={"encoder": model.text_fingerprint}).save(
+        path
+    )
 
 
 @pytest.fixture
@@ -47,7 +49,9 @@ def subjects(tmp_path):
     for name, colour in (("mug", (200, 30, 30)), ("rex", (30, 30, 200))):
         (tmp_path / "set" / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(tmp_path / "set" / name / f"{i}.png")
+            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(
+                tmp_path / "set" / name / f"{i}.png"
+            )
     (tmp_path / "set" / "subjects.yaml").write_text(SET)
     return tmp_path / "set"
 
@@ -55,7 +59,9 @@ def subjects(tmp_path):
 @pytest.fixture
 def evaluate(cli, subjects):
     def run(editor, *more):
-        return cli("eval", editor, "--model", "tiny-sd", "--data", subjects, *FEW, *more)
+        return cli(
+            "eval", editor, "--model", "tiny-sd", "--data", subjects, *FEW, *more
+        )
 
     return run
 
@@ -72,29 +78,44 @@ def pixels(path):
 
 
 def means(report, side, test):
-    return {name: found["mean"] for name, found in report["sides"][side].get(test, {}).items()}
+    return {
+        name: found["mean"]
+        for name, found in report["sides"][side].get(test, {}).items()
+    }
 
 
 def test_routed_oracle_and_always_on_stand_beside_each_other(evaluate, cli, tmp_path):
     report = report_of(evaluate("multi-melo-diffusion", "--json"))
     assert set(report["sides"]) == {"photos", "base", "routed", "oracle", "always-on"}
     for side in ("routed", "oracle"):
-        assert means(report, side, "other")["identical"] == means(report, side, "class")["identical"] == 100
-        assert means(report, side, "other")["tiny-blip2-I paired"] == pytest.approx(100, abs=1e-3)
+        assert (
+            means(report, side, "other")["identical"]
+            == means(report, side, "class")["identical"]
+            == 100
+        )
+        assert means(report, side, "other")["tiny-blip2-I paired"] == pytest.approx(
+            100, abs=1e-3
+        )
         assert means(report, side, "other")["tiny-blip2-I all pairs"] == pytest.approx(
             means(report, "base", "other")["tiny-blip2-I all pairs"]
         )
     assert means(report, "always-on", "other")["identical"] == 0
     assert report["sides"]["routed"]["reliability"]["tiny-blip2-I"]["n"] == 2
-    assert report["sides"]["routed"]["other"]["L1"]["n"] == 2, "two prompts, drawn once with all subjects loaded"
+    assert report["sides"]["routed"]["other"]["L1"]["n"] == 2, (
+        "two prompts, drawn once with all subjects loaded"
+    )
     assert report["routing"]["reliability"] == report["routing"]["pair"] == {"right": 1}
     assert report["routing"]["class"] == report["routing"]["other"] == {"none": 1}
     assert report["data"]["cases"] == len(report["concepts"]) == 2
     (run,) = {path.parent for path in (tmp_path / "records").rglob("report.json")}
     assert ConceptFolder.existing(run / "concepts").tokens == ["<mug>", "<rex>"]
     named = pixels(run / "pictures" / "routed" / "rex.reliability" / "00-0.png")
-    assert np.array_equal(named, pixels(run / "pictures" / "oracle" / "rex.reliability" / "00-0.png"))
-    assert not np.array_equal(named, pixels(run / "pictures" / "always-on" / "rex.reliability" / "00-0.png"))
+    assert np.array_equal(
+        named, pixels(run / "pictures" / "oracle" / "rex.reliability" / "00-0.png")
+    )
+    assert not np.array_equal(
+        named, pixels(run / "pictures" / "always-on" / "rex.reliability" / "00-0.png")
+    )
     code, out, err = evaluate("multi-melo-diffusion")
     assert (code, "already done" in err, "always-on" in out) == (0, True, True)
     assert "always-on" in cli("report", run)[1]
@@ -111,11 +132,17 @@ def test_the_gallery_shows_every_subject(evaluate, tmp_path):
     assert all((page.parent / unquote(link)).is_file() for link in links)
     assert "<p>a photo of a &lt;rex&gt;</p>" in text
     assert "<p>a photo of a &lt;mug&gt; and a &lt;rex&gt;</p>" in text
-    assert text.count("<figcaption>always-on") == text.count("<figcaption>base") == 2 * 4 + 1 + 2
+    assert (
+        text.count("<figcaption>always-on")
+        == text.count("<figcaption>base")
+        == 2 * 4 + 1 + 2
+    )
 
 
 @pytest.mark.parametrize("editor", EDITORS)
-def test_a_killed_run_ends_with_the_same_report(evaluate, editor, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_same_report(
+    evaluate, editor, tmp_path, monkeypatch
+):
     whole = report_of(evaluate(editor, "--json"))
     drawn, learned = StableDiffusion.generate, Personalizer.learn
     calls, taught = [], []
@@ -132,7 +159,9 @@ def test_a_killed_run_ends_with_the_same_report(evaluate, editor, tmp_path, monk
 
     monkeypatch.setattr(StableDiffusion, "generate", stops)
     monkeypatch.setattr(Personalizer, "learn", noted)
-    codes = [evaluate(editor, "--json", "--records", tmp_path / "again")[0] for _ in range(2)]
+    codes = [
+        evaluate(editor, "--json", "--records", tmp_path / "again")[0] for _ in range(2)
+    ]
     assert codes == [130, 130]
     again = report_of(evaluate(editor, "--json", "--records", tmp_path / "again"))
     for report in (whole, again):
@@ -142,29 +171,59 @@ def test_a_killed_run_ends_with_the_same_report(evaluate, editor, tmp_path, monk
     assert sorted(taught) == ["<mug>", "<rex>"], "each was learned once"
 
 
-def test_methods_that_are_always_on_are_measured_one_subject_at_a_time(evaluate, tmp_path):
+def test_methods_that_are_always_on_are_measured_one_subject_at_a_time(
+    evaluate, tmp_path
+):
     report = report_of(evaluate("dreambooth", "--json"))
     assert "pair" not in report["sides"]["edited"], "a model holds one"
-    assert report["sides"]["edited"]["other"]["identical"] == {"mean": 0, "n": 2, "ci95": None}
-    assert not list((tmp_path / "records").rglob("concepts/*/*.safetensors")), "copies of all weights are not kept"
+    assert report["sides"]["edited"]["other"]["identical"] == {
+        "mean": 0,
+        "n": 2,
+        "ci95": None,
+    }
+    assert not list((tmp_path / "records").rglob("concepts/*/*.safetensors")), (
+        "copies of all weights are not kept"
+    )
     report = report_of(evaluate("dreambooth-lora", "--json"))
-    assert means(report, "edited", "pair").keys() == {"both by tiny-blip2", "one at least by tiny-blip2"}
+    assert means(report, "edited", "pair").keys() == {
+        "both by tiny-blip2",
+        "one at least by tiny-blip2",
+    }
     assert means(report, "edited", "other")["identical"] < 100
     report = report_of(evaluate("perfusion", "--json"))
-    assert means(report, "edited", "other")["identical"] == means(report, "edited", "class")["identical"] == 100
+    assert (
+        means(report, "edited", "other")["identical"]
+        == means(report, "edited", "class")["identical"]
+        == 100
+    )
 
 
 def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
     read = emojikb_concepts.read
     monkeypatch.setattr(
-        emojikb_concepts, "read", lambda model: replace(read(model), gallery=read(model).gallery[:200])
+        emojikb_concepts,
+        "read",
+        lambda model: replace(read(model), gallery=read(model).gallery[:200]),
     )
-    monkeypatch.setattr(emojikb_concepts, "_GENERALITY", ("a {}",))  # this model reads 24 letters
+    monkeypatch.setattr(
+        emojikb_concepts, "_GENERALITY", ("a {}",)
+    )  # this model reads 24 letters
     model = tmp_path / "small-sd"
-    _tiny_diffusion.build("tiny-sd").save_pretrained(model)
-    told = {"taught": ["1f412", "1f98d"], "held_out": {"1f42b": "two-hump camel", "1f428": "koala"}}
+    tiny.build("tiny-sd").save_pretrained(model)
+    told = {
+        "taught": ["1f412", "1f98d"],
+        "held_out": {"1f42b": "two-hump camel", "1f428": "koala"},
+    }
     (model / "concepts.json").write_text(json.dumps(told))
-    words = ("eval", "multi_melo_diffusion", "--model", model, *FEW[:-1], "eval.encoder=mini-blip2", "--json")
+    words = (
+        "eval",
+        "multi_melo_diffusion",
+        "--model",
+        model,
+        *FEW[:-1],
+        "eval.encoder=mini-blip2",
+        "--json",
+    )
     report = report_of(cli(*words, "--set", "steps=1", "--set", "eval.seeds=1"))
     assert report["data"]["name"] == "emojikb-concepts"
     assert report["settings"]["guidance"] == 2
@@ -180,18 +239,50 @@ def test_encoders_of_the_hub_have_columns_of_their_own(evaluate, tmp_path):
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = image_tiny.text_encoder().config.to_dict()
-    clip = CLIPModel(CLIPConfig(text_config=text, projection_dim=16, vision_config=vision | {"image_size": 32}))
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            projection_dim=16,
+            vision_config=vision | {"image_size": 32},
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(processor, image_tiny.clip_tokenizer()).save_pretrained(tmp_path / "clip")
-    ViTModel(ViTConfig(image_size=224, patch_size=32, **vision)).save_pretrained(tmp_path / "dino")
-    words = ("--set", f"eval.clip={tmp_path / 'clip'}", "--set", f"eval.dino={tmp_path / 'dino'}", "--limit", "1")
-    report = report_of(evaluate("perfusion", *words, "--set", "eval.encoder=none", "--json"))
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    CLIPProcessor(processor, image_tiny.clip_tokenizer()).save_pretrained(
+        tmp_path / "clip"
+    )
+    ViTModel(ViTConfig(image_size=224, patch_size=32, **vision)).save_pretrained(
+        tmp_path / "dino"
+    )
+    words = (
+        "--set",
+        f"eval.clip={tmp_path / 'clip'}",
+        "--set",
+        f"eval.dino={tmp_path / 'dino'}",
+        "--limit",
+        "1",
+    )
+    report = report_of(
+        evaluate("perfusion", *words, "--set", "eval.encoder=none", "--json")
+    )
     columns = {"CLIP-I", "nearest by CLIP", "CLIP-T", "DINO-I", "nearest by DINO"}
-    assert set(means(report, "edited", "reliability")) == set(means(report, "base", "reliability")) == columns
-    assert means(report, "edited", "other")["DINO-I paired"] == pytest.approx(100, abs=1e-3)
+    assert (
+        set(means(report, "edited", "reliability"))
+        == set(means(report, "base", "reliability"))
+        == columns
+    )
+    assert means(report, "edited", "other")["DINO-I paired"] == pytest.approx(
+        100, abs=1e-3
+    )
     assert report["settings"]["clip"] == str(tmp_path / "clip")
 
 

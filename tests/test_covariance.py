@@ -9,13 +9,26 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from mmedit_cli import covariance as moments
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.covariance import Covariance, SecondMoment, check, estimate, import_matrix
+from mmedit_cli.drawing import covariance as moments
+from mmedit_cli.drawing.covariance import (
+    Covariance,
+    SecondMoment,
+    check,
+    estimate,
+    import_matrix,
+)
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.errors import DataError, StateError
 
 SHIPPED = ROOT.parent / "shared" / "data" / "perfusion" / "covariance_CLIP_ViT-L-14.pt"
-TEXTS = ["a dog", "a photo of a cat on the beach", "toy", "a red boot", "a photo of a stuffed animal", "a dog"]
+TEXTS = [
+    "a dog",
+    "a photo of a cat on the beach",
+    "toy",
+    "a red boot",
+    "a photo of a stuffed animal",
+    "a dog",
+]
 
 
 @pytest.fixture(scope="module", params=["tiny-sd", "tiny-sdxl"])
@@ -75,8 +88,12 @@ def test_order_and_parts_do_not_matter(model, tmp_path):
     halves = [of(TEXTS[:2]), of(TEXTS[2:])]
     merged = SecondMoment.empty(model.width)
     for half in halves:
-        merged = merged.merge(SecondMoment(half.matrix * half.tokens, half.texts, half.tokens))
-    torch.testing.assert_close(Covariance.of(merged, {}).matrix, one.matrix, atol=1e-6, rtol=1e-5)
+        merged = merged.merge(
+            SecondMoment(half.matrix * half.tokens, half.texts, half.tokens)
+        )
+    torch.testing.assert_close(
+        Covariance.of(merged, {}).matrix, one.matrix, atol=1e-6, rtol=1e-5
+    )
     assert (merged.texts, merged.tokens) == (one.texts, one.tokens)
 
 
@@ -106,9 +123,15 @@ def test_an_interrupted_run_ends_the_same(model, captions, tmp_path, monkeypatch
 
 def test_another_run_does_not_continue_it(model, captions, tmp_path, monkeypatch):
     partial = tmp_path / "c.safetensors.partial"
-    moments._pause(partial, SecondMoment(torch.ones(model.width, model.width).double(), 2, 9), {"captions": "others"})
+    moments._pause(
+        partial,
+        SecondMoment(torch.ones(model.width, model.width).double(), 2, 9),
+        {"captions": "others"},
+    )
     found = estimate(model, captions, tmp_path / "c.safetensors")
-    torch.testing.assert_close(found.matrix, by_hand(model, TEXTS)[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        found.matrix, by_hand(model, TEXTS)[0], atol=1e-6, rtol=1e-5
+    )
 
 
 def test_published_numbers(golden):
@@ -118,10 +141,14 @@ def test_published_numbers(golden):
         moment.add(encodings[mask][None])
     # the reference divides by texts
     ours = Covariance.of(moment, {}).matrix * moment.tokens / moment.texts
-    torch.testing.assert_close(ours.float(), tensors["covariance"], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        ours.float(), tensors["covariance"], atol=1e-4, rtol=1e-5
+    )
 
 
-@pytest.mark.skipif(not SHIPPED.is_file(), reason="the published matrix is not part of the repository")
+@pytest.mark.skipif(
+    not SHIPPED.is_file(), reason="the published matrix is not part of the repository"
+)
 def test_the_published_matrix():
     class Sized:
         width, name, text_fingerprint, former_text = 768, "sized", "x", ""
@@ -139,15 +166,21 @@ def test_the_published_matrix():
     assert ridge == 0
     torch.testing.assert_close(factor @ factor.T, found.matrix, atol=1e-9, rtol=1e-9)
     Sized.width = 512
-    with pytest.raises(DataError, match="768 x 768, but the text encodings of sized have 512"):
+    with pytest.raises(
+        DataError, match="768 x 768, but the text encodings of sized have 512"
+    ):
         import_matrix(SHIPPED, Sized())
 
 
 def test_a_ridge_only_where_it_is_needed():
-    rows = torch.randn(400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.randn(
+        400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     full = rows.T @ rows / 400
     assert Covariance(full, tokens=400).factor()[1] == 0
-    assert Covariance(full, tokens=159).factor()[1] == 1e-3, "fewer than 20 tokens a dimension"
+    assert Covariance(full, tokens=159).factor()[1] == 1e-3, (
+        "fewer than 20 tokens a dimension"
+    )
     flat = rows[:4].T @ rows[:4]
     assert 0 < Covariance(flat).factor()[1] <= 1e-3
     with pytest.raises(DataError, match="not positive definite with ridge 0"):
@@ -162,7 +195,9 @@ def test_what_is_imported_is_looked_at(model, tmp_path):
     torch.save(good, path)
     assert torch.equal(import_matrix(path, model).matrix, good.double())
     save_file({"C": good}, tmp_path / "c.safetensors")
-    assert torch.equal(import_matrix(tmp_path / "c.safetensors", model).matrix, good.double())
+    assert torch.equal(
+        import_matrix(tmp_path / "c.safetensors", model).matrix, good.double()
+    )
     for bad, reason in [
         ({"a": good}, "holds no single matrix"),
         (good[0], "not a square matrix"),
@@ -185,7 +220,9 @@ def test_it_belongs_to_a_text_encoder(model, captions, tmp_path):
     assert (again.texts, again.tokens, again.source, again.digest) == (
         found.texts, found.tokens, found.source, found.digest)  # fmt: skip
     check(again, model)
-    other = load_stable_diffusion("tiny-sdxl" if model.name == "tiny-sd" else "tiny-sd", device="cpu")
+    other = load_stable_diffusion(
+        "tiny-sdxl" if model.name == "tiny-sd" else "tiny-sd", device="cpu"
+    )
     with pytest.raises(StateError, match=f"made for the text encoder of {model.name}"):
         check(again, other)
     save_file({"x": torch.ones(1)}, path)
@@ -197,7 +234,9 @@ def test_captions_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         moments.survey(tmp_path / "none.txt")
     (tmp_path / "bad.txt").write_bytes(b"a dog\n\xff\xfe\n")
-    with pytest.raises(DataError, match=r"bad\.txt:2: not UTF-8 \(byte 0 of the line\)"):
+    with pytest.raises(
+        DataError, match=r"bad\.txt:2: not UTF-8 \(byte 0 of the line\)"
+    ):
         moments.survey(tmp_path / "bad.txt")
 
 
@@ -221,10 +260,24 @@ def test_the_command(cli, captions, tmp_path, monkeypatch):
     assert (code, "effective rank" in text) == (0, True)
     torch.save(torch.eye(32), tmp_path / "m.pt")
     code, text, _ = cli(
-        "covariance", "--model", "tiny-sd", "--import", tmp_path / "m.pt", "-o", tmp_path / "o", "--json"
+        "covariance",
+        "--model",
+        "tiny-sd",
+        "--import",
+        tmp_path / "m.pt",
+        "-o",
+        tmp_path / "o",
+        "--json",
     )
     assert (code, json.loads(text)["imported"]) == (0, "m.pt")
     assert cli(*words, "--import", tmp_path / "m.pt")[0] == 2
     (tmp_path / "empty.txt").touch()
-    code, _, talk = cli("covariance", "--model", "tiny-sd", "--captions", tmp_path / "empty.txt", "--force")
+    code, _, talk = cli(
+        "covariance",
+        "--model",
+        "tiny-sd",
+        "--captions",
+        tmp_path / "empty.txt",
+        "--force",
+    )
     assert (code, "no captions" in talk) == (2, True)

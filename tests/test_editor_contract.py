@@ -10,16 +10,20 @@ import torch
 from conftest import QUERIES, SHAPES
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import load_hparams
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
 
 REQUESTS = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
-    Query("What can you see in the picture?", "a yellow house", SHAPES / "corner/green-ring.png"),
+    Query(
+        "What can you see in the picture?",
+        "a yellow house",
+        SHAPES / "corner/green-ring.png",
+    ),
 )
 VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
@@ -32,12 +36,31 @@ VARIANTS = {
     ),
     # as published edits disturb each other: with longer steps the last of three unteaches the second
     "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
-    "t-patcher": ((), ("variant=paper", "neurons=5", "steps=40", "activation_weight=1.0", "memory_weight=0.1")),
+    "t-patcher": (
+        (),
+        (
+            "variant=paper",
+            "neurons=5",
+            "steps=40",
+            "activation_weight=1.0",
+            "memory_weight=0.1",
+        ),
+    ),
 }
 TRAINING_STEPS = 200
-IN_CONTEXT = {"ike"}  # random weights have not learned to read a context: the answer changes, for better or worse
-FAMILIES = ("tiny-blip2", "tiny-llava", "tiny-qwen3-vl")  # one with each thing that is special
-EDITORS = [(name, overrides) for name in registry.editors.names() for overrides in VARIANTS.get(name, ((),))]
+IN_CONTEXT = {
+    "ike"
+}  # random weights have not learned to read a context: the answer changes, for better or worse
+FAMILIES = (
+    "tiny-blip2",
+    "tiny-llava",
+    "tiny-qwen3-vl",
+)  # one with each thing that is special
+EDITORS = [
+    (name, overrides)
+    for name in registry.editors.names()
+    for overrides in VARIANTS.get(name, ((),))
+]
 
 
 def snapshot(backbone) -> dict:
@@ -45,7 +68,10 @@ def snapshot(backbone) -> dict:
     model = backbone.model
     return {
         "tensors": {k: v.clone() for k, v in model.state_dict().items()},
-        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "hooks": {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for n, m in model.named_modules()
+        },
         "modules": {n: id(m) for n, m in model.named_modules()},
         "flags": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
         "training": {n: m.training for n, m in model.named_modules()},
@@ -83,7 +109,12 @@ def logits(backbone) -> torch.Tensor:
 
 def make(name, overrides, backbone, *, seed=0):
     cls = registry.editors.get(name)
-    hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=backbone.name, overrides=overrides)
+    hparams = load_hparams(
+        registry.hparams_file(name),
+        cls.Hparams,
+        variant=backbone.name,
+        overrides=overrides,
+    )
     editor = cls(backbone, hparams, seed=seed)
     if editor.trains:
         editor.networks.load_state_dict(networks(name, overrides, backbone.name))
@@ -95,13 +126,26 @@ def networks(name, overrides, family):
     """Networks that have learned the requests of this file by heart."""
     backbone = load_backbone(family, device="cpu")
     cls = registry.editors.get(name)
-    hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=family, overrides=overrides)
+    hparams = load_hparams(
+        registry.hparams_file(name), cls.Hparams, variant=family, overrides=overrides
+    )
     editor = cls(backbone, hparams, seed=1)
     editor.networks.requires_grad_(True)
     optimizer = torch.optim.Adam(editor.networks.parameters(), lr=3e-3)
-    pictures = ("solid/blue-star.png", "outlined/yellow-cross.png", "corner/red-ring.png")
-    local = {"image": tuple(Query("What is this?", "a shape", SHAPES / picture) for picture in pictures)}
-    cases = [EditCase(str(i), request, {"same": (request,)}, local) for i, request in enumerate(REQUESTS)]
+    pictures = (
+        "solid/blue-star.png",
+        "outlined/yellow-cross.png",
+        "corner/red-ring.png",
+    )
+    local = {
+        "image": tuple(
+            Query("What is this?", "a shape", SHAPES / picture) for picture in pictures
+        )
+    }
+    cases = [
+        EditCase(str(i), request, {"same": (request,)}, local)
+        for i, request in enumerate(REQUESTS)
+    ]
     for step in range(TRAINING_STEPS):
         optimizer.zero_grad()
         editor.losses(cases, generator(step))["total"].backward()
@@ -113,7 +157,9 @@ def networks(name, overrides, family):
 def backbone(request):
     """A tiny backbone that all tests share: each leaves it as it was."""
     loaded = load_backbone(request.param, device="cpu")
-    loaded.generate(QUERIES[:1], max_new_tokens=1)  # transformers installs hooks of its own at the first pass
+    loaded.generate(
+        QUERIES[:1], max_new_tokens=1
+    )  # transformers installs hooks of its own at the first pass
     return loaded
 
 
@@ -132,7 +178,9 @@ def test_the_target_becomes_likelier(editor):
     before = likelihood(editor.backbone, REQUESTS[:1])
     edited = editor.edit(REQUESTS[:1])
     assert edited.ids == (1,)
-    assert_learned(editor.name, before, likelihood(editor.backbone, REQUESTS[:1]), by=0.5)
+    assert_learned(
+        editor.name, before, likelihood(editor.backbone, REQUESTS[:1]), by=0.5
+    )
 
 
 def test_undo_is_bit_exact(editor):
@@ -200,13 +248,20 @@ def test_save_and_load_give_the_same_logits(editor, tmp_path):
     fresh.undo()
     editor._next_id = 1
     editor.edit(REQUESTS[:2])
-    assert torch.equal(logits(editor.backbone), remaining), "a loaded editor undoes like the one that was saved"
+    assert torch.equal(logits(editor.backbone), remaining), (
+        "a loaded editor undoes like the one that was saved"
+    )
 
 
 def test_a_state_of_another_kind_is_refused(editor, tmp_path):
     editor.edit(REQUESTS[:1])
     tensors, metadata = editor.state()
-    for key, value in (("model", "other"), ("hparams", "{}"), ("editor", "nobody"), ("dtype", "torch.int8")):
+    for key, value in (
+        ("model", "other"),
+        ("hparams", "{}"),
+        ("editor", "nobody"),
+        ("dtype", "torch.int8"),
+    ):
         with pytest.raises(StateError, match=f"made with {key}"):
             editor.load_state(tensors, {**metadata, key: value})
     with pytest.raises(StateError, match="format 99, newer"):
@@ -265,7 +320,9 @@ def test_two_editors_on_two_models_do_not_disturb_each_other(name, overrides):
 def test_bfloat16(name, overrides, family):
     backbone = load_backbone(family, device="cpu", dtype="bfloat16")
     before = likelihood(backbone, REQUESTS[:1])
-    base = snapshot(backbone)  # after a first pass: transformers installs hooks of its own in it
+    base = snapshot(
+        backbone
+    )  # after a first pass: transformers installs hooks of its own in it
     editor = make(name, overrides, backbone)
     editor.edit(REQUESTS[:1])
     assert_learned(name, before, likelihood(backbone, REQUESTS[:1]), by=0.3)

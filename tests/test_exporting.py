@@ -14,17 +14,23 @@ import torch
 from conftest import ROOT, SHAPES
 from safetensors.torch import save_file
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors import _flatten, _lora_adapters, _standalone
-from mmedit_cli.editors._melo_keys import BackboneKeys, HubKeys
-from mmedit_cli.edits import exporting
-from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import MmeditError
+from mmedit_cli.knowledge.ledger.edited_model import (
+    EditOptions,
+    begin_edits,
+    open_edits,
+)
+from mmedit_cli.knowledge.loading import ModelOptions, load_editor
+from mmedit_cli.knowledge.methods.multi_melo.keys import BackboneKeys, HubKeys
+from mmedit_cli.knowledge.methods.shared import flatten, lora_adapters, standalone
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.knowledge.workflow import exporting
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions, load_editor
 
-BANJO, APPLE = (ROOT / "data" / "emojikb" / "noto" / f"{code}.png" for code in ("1fa95", "1f34e"))
+BANJO, APPLE = (
+    ROOT / "data" / "emojikb" / "noto" / f"{code}.png" for code in ("1fa95", "1f34e")
+)
 REQUESTS = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
@@ -76,9 +82,16 @@ print(AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code
 
 def run_alone(code, folder, *words):
     """Run a program in a folder from which this package cannot be imported."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(folder / "hf")}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HOME": str(folder / "hf")
+    }
     return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
@@ -96,7 +109,9 @@ def balloon(cli, tmp_path) -> Path:
 def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     balloon = tmp_path / "edits"
     assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
-    code, text, err = cli("ask", "--edits", balloon, "--compare", "--image", BANJO, "What is this?")
+    code, text, err = cli(
+        "ask", "--edits", balloon, "--compare", "--image", BANJO, "What is this?"
+    )
     assert (code, "edits that took part: 1 (" in text) == (0, True), err
     code, text, _ = cli("edits", "export", balloon, "--to", tmp_path / "out")
     assert code == 0
@@ -104,8 +119,14 @@ def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     done = run_alone(ALONE, tmp_path, tmp_path / "out", BANJO, APPLE)
     assert done.returncode == 0, done.stderr[-2000:]
     banjo, apple, batch = json.loads(done.stdout)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == f"mmedit-{editor}"
-    assert batch == {"batch": ["a red balloon", "red apple", "a red balloon"], "weights": [[1], [], [1]]}
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
+        == f"mmedit-{editor}"
+    )
+    assert batch == {
+        "batch": ["a red balloon", "red apple", "a red balloon"],
+        "weights": [[1], [], [1]],
+    }
     assert banjo["type"] == "Blip2ForConditionalGeneration"
     assert banjo["cache"] == banjo["no_cache"] == banjo["beams"] == "a red balloon"
     assert apple["cache"] == apple["no_cache"] == apple["beams"] == "red apple"
@@ -123,8 +144,12 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
     from transformers import AutoModelForImageTextToText
 
     cli("edits", "export", balloon, "--to", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"custom code|trust_remote_code|mmedit-liveedit"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    with pytest.raises(
+        ValueError, match=r"custom code|trust_remote_code|mmedit-liveedit"
+    ):
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "out", trust_remote_code=False
+        )
 
 
 METHODS = {
@@ -136,11 +161,17 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("model", ["tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize(
+    "model",
+    ["tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen3-vl"],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_routed_edits_of_every_family(tmp_path, model, method):
     edits = begun(tmp_path, model, *METHODS[method])
-    routed = [*REQUESTS, replace(REQUESTS[0], target="yellow")]  # the last hides the first
+    routed = [
+        *REQUESTS,
+        replace(REQUESTS[0], target="yellow"),
+    ]  # the last hides the first
     if "liveedit" not in method:
         routed.insert(0, Query("What is the capital of Peru?", "Lima"))
     with edits as edited:
@@ -149,7 +180,9 @@ def test_routed_edits_of_every_family(tmp_path, model, method):
     if method != "unike-reference":
         assert all(fired), "every question has to be routed, or nothing is tested"
         assert not any(len(routed) - 2 in weights for weights in fired)
-    report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+    report = exporting.export(
+        tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET
+    )
     assert report["kind"] == "base model and edits"
     assert report["largest_difference"] <= 1e-5
     assert (report["checked"], report["continued"]) == (len(routed) + 1, 2)
@@ -158,15 +191,24 @@ def test_routed_edits_of_every_family(tmp_path, model, method):
 def begun(folder, model, editor, *overrides):
     """Return a new ledger of a tiny model in a folder; a method that trains has networks without any training."""
     networks = None
-    untrained = load_editor(editor, load_backbone(model, device="cpu"), overrides=overrides, checkpoint="untrained")
+    untrained = load_editor(
+        editor,
+        load_backbone(model, device="cpu"),
+        overrides=overrides,
+        checkpoint="untrained",
+    )
     if untrained.trains:
         if editor == "unike":
             layers, _, width = untrained.networks.pos.shape
-            untrained.networks.know(torch.randn(8, width), torch.randn(layers, 8, width))
+            untrained.networks.know(
+                torch.randn(8, width), torch.randn(layers, 8, width)
+            )
         tensors, metadata = untrained.networks_state()
         networks = folder / "networks.safetensors"
         save_file(tensors, networks, metadata)
-    options = EditOptions(editor, ModelOptions(model), overrides=overrides, checkpoint=networks)
+    options = EditOptions(
+        editor, ModelOptions(model), overrides=overrides, checkpoint=networks
+    )
     return begin_edits(folder / "edits", options)
 
 
@@ -182,48 +224,69 @@ def test_an_export_that_routes_every_token_anew_is_noticed(tmp_path, monkeypatch
     with begun(tmp_path, "tiny-llava", "multi-melo") as edited:
         edited.edit(REQUESTS)
     once = "(self._generating and self._begun)"
-    real = _standalone.flatten
-    assert once in real(Path(_standalone.__file__).with_name("_multi_melo_runtime.py"))
-    monkeypatch.setattr(_standalone, "flatten", lambda file: real(file).replace(once, "False"))
+    real = standalone.flatten
+    assert once in real(Path(standalone.__file__).with_name("_multi_melo_runtime.py"))
+    monkeypatch.setattr(
+        standalone, "flatten", lambda file: real(file).replace(once, "False")
+    )
     with pytest.raises(MmeditError, match="does not continue a batch"):
         exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
 
 
 def test_a_flattened_file_has_what_it_needs_once(tmp_path):
     file = tmp_path / "both.py"
-    file.write_text("from mmedit_cli.editors._experts import choose\n\nprint(choose)\n")
-    found = _flatten.flatten(file)
+    file.write_text(
+        "from mmedit_cli.knowledge.methods.liveedit.experts import choose\n\nprint(choose)\n"
+    )
+    found = flatten.flatten(file)
     assert found.startswith("import torch\n")
     assert [name for name in ("Routing", "soft_weights", "ExpertBank", "safetensors") if name in found] == [
         "Routing", "soft_weights",
     ]  # fmt: skip
     compile(found, "both.py", "exec")
     file.write_text(
-        "from mmedit_cli.editors._experts import _grown\nfrom mmedit_cli.editors._lora_blocks import BlockBank\n"
+        "from mmedit_cli.knowledge.methods.liveedit.experts import _grown\n"
+        "from mmedit_cli.knowledge.methods.shared.lora_blocks import BlockBank\n"
     )
-    with pytest.raises(ValueError, match=r"_lora_blocks and mmedit_cli\.editors\._experts define _grown"):
-        _flatten.flatten(file)
+    with pytest.raises(
+        ValueError,
+        match=r"_lora_blocks and mmedit_cli\.editors\._experts define _grown",
+    ):
+        flatten.flatten(file)
 
 
 @pytest.mark.parametrize("router", ["hub", "melo"])
 def test_a_router_beside_the_model_is_not_exported(cli, tmp_path, router, monkeypatch):
-    with begun(tmp_path, "tiny-blip2", "multi-melo", f"router={router}", "steps=2") as edited:
+    with begun(
+        tmp_path, "tiny-blip2", "multi-melo", f"router={router}", "steps=2"
+    ) as edited:
         if router == "hub":
             monkeypatch.setattr(HubKeys, "keys", BackboneKeys(edited.backbone, 3).keys)
         edited.edit(REQUESTS)
     code, _, err = cli("edits", "export", tmp_path / "edits", "--to", tmp_path / "out")
-    assert (code, f"multi-melo with router={router} cannot be exported as a whole" in err) == (2, True), err
+    assert (
+        code,
+        f"multi-melo with router={router} cannot be exported as a whole" in err,
+    ) == (2, True), err
     assert "--adapters exports its blocks" in err
 
 
 def test_fine_tuning_becomes_plain_weights(cli, tmp_path):
-    with begin_edits(tmp_path / "edits", EditOptions("ft", ModelOptions("tiny-blip2"))) as edited:
+    with begin_edits(
+        tmp_path / "edits", EditOptions("ft", ModelOptions("tiny-blip2"))
+    ) as edited:
         edited.edit(REQUESTS)
         with torch.no_grad():
             expected = edited.backbone.logits(edited.backbone.batch(REQUESTS))
-    code, text, _ = cli("edits", "export", tmp_path / "edits", "--to", tmp_path / "out", "--json")
+    code, text, _ = cli(
+        "edits", "export", tmp_path / "edits", "--to", tmp_path / "out", "--json"
+    )
     report = json.loads(text)
-    assert (code, report["kind"], report["largest_difference"]) == (0, "plain weights", 0)
+    assert (code, report["kind"], report["largest_difference"]) == (
+        0,
+        "plain weights",
+        0,
+    )
     plain = load_backbone(str(tmp_path / "out"), device="cpu")
     with torch.no_grad():
         assert torch.equal(plain.logits(plain.batch(REQUESTS)), expected)
@@ -235,25 +298,50 @@ def test_fine_tuning_becomes_plain_weights(cli, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 @pytest.mark.parametrize(
-    ("editor", "adapters"), [("lora", ["lora"]), ("multi-melo", ["edit-1", "edit-2"])], ids=["one", "each"]
+    ("editor", "adapters"),
+    [("lora", ["lora"]), ("multi-melo", ["edit-1", "edit-2"])],
+    ids=["one", "each"],
 )
-def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(tmp_path, monkeypatch, editor, adapters):
-    with begin_edits(tmp_path / "edits", EditOptions(editor, ModelOptions("tiny-llava"))) as edited:
+def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(
+    tmp_path, monkeypatch, editor, adapters
+):
+    with begin_edits(
+        tmp_path / "edits", EditOptions(editor, ModelOptions("tiny-llava"))
+    ) as edited:
         edited.edit(REQUESTS[:1])
         edited.edit(REQUESTS[1:2])
-    report = exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET, adapters=True)
-    assert (report["kind"], report["adapters"], report["checked"]) == ("peft adapters", adapters, 2)
+    report = exporting.export(
+        tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET, adapters=True
+    )
+    assert (report["kind"], report["adapters"], report["checked"]) == (
+        "peft adapters",
+        adapters,
+        2,
+    )
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {*adapters, "edits.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        *adapters,
+        "edits.json",
+    }
     assert not (tmp_path / "out" / "base").exists()
-    write = _lora_adapters.write
+    write = lora_adapters.write
     monkeypatch.setattr(
-        _lora_adapters, "write", lambda folder, block, scale, model: write(folder, block, 2 * scale, model)
+        lora_adapters,
+        "write",
+        lambda folder, block, scale, model: write(folder, block, 2 * scale, model),
     )
     with pytest.raises(MmeditError, match="the reloaded model is not the edited one"):
-        exporting.export(tmp_path / "edits", tmp_path / "wrong", ModelOptions(""), QUIET, adapters=True)
+        exporting.export(
+            tmp_path / "edits",
+            tmp_path / "wrong",
+            ModelOptions(""),
+            QUIET,
+            adapters=True,
+        )
     assert not list(tmp_path.glob("wrong*")), "nothing half-written"
 
 
@@ -262,7 +350,9 @@ def test_exports_that_cannot_be(cli, balloon, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("")
     code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "full")
     assert (code, "full: not empty" in err) == (2, True)
-    code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "out", "--adapters")
+    code, _, err = cli(
+        "edits", "export", balloon, "--to", tmp_path / "out", "--adapters"
+    )
     assert (code, "liveedit has no adapters" in err) == (2, True)
     cli("edits", "undo", balloon, "all")
     code, _, err = cli("edits", "export", balloon, "--to", tmp_path / "out")
@@ -284,19 +374,31 @@ def hub_user(monkeypatch):
         names = {path.name for path in Path(folder_path).iterdir()}
         sent[repo_id] = sorted(names - set(ignore_patterns))
 
-    user = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
+    user = {
+        "name": "me",
+        "orgs": [{"name": "us"}],
+        "auth": {"accessToken": {"role": "write"}},
+    }
     monkeypatch.delenv("HF_HUB_OFFLINE")
     api = huggingface_hub.HfApi
     monkeypatch.setattr(api, "whoami", lambda _self: user)
     monkeypatch.setattr(api, "upload_folder", upload)
     address = "https://huggingface.co"
-    monkeypatch.setattr(api, "create_repo", lambda _self, repo, **_: huggingface_hub.RepoUrl(f"{address}/{repo}"))
+    monkeypatch.setattr(
+        api,
+        "create_repo",
+        lambda _self, repo, **_: huggingface_hub.RepoUrl(f"{address}/{repo}"),
+    )
     return sent
 
 
 @pytest.mark.parametrize("repo", ["me/balloon", "nonsense//name"])
-def test_the_hub_is_asked_before_anything_is_written(cli, balloon, tmp_path, monkeypatch, repo):
-    code, _, err = cli("edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one")
+def test_the_hub_is_asked_before_anything_is_written(
+    cli, balloon, tmp_path, monkeypatch, repo
+):
+    code, _, err = cli(
+        "edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one"
+    )
     assert (code, "HF_HUB_OFFLINE is set" in err) == (2, True), err
     assert not (tmp_path / "one").exists()
 
@@ -316,7 +418,9 @@ def test_an_upload_that_would_be_refused_is_refused_first(
 
     user = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": role}}}
     monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda _self: user)
-    code, _, err = cli("edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one")
+    code, _, err = cli(
+        "edits", "export", balloon, "--push-to-hub", repo, "--to", tmp_path / "one"
+    )
     assert (code, expected in err) == (2, True), err
     assert not (tmp_path / "one").exists()
 
@@ -324,18 +428,38 @@ def test_an_upload_that_would_be_refused_is_refused_first(
 def test_push_to_the_hub(cli, balloon, tmp_path, hub_user):
     import huggingface_hub
 
-    words = ("edits", "export", balloon, "--push-to-hub", "me/balloon", "--private", "--to", tmp_path / "two")
+    words = (
+        "edits",
+        "export",
+        balloon,
+        "--push-to-hub",
+        "me/balloon",
+        "--private",
+        "--to",
+        tmp_path / "two",
+    )
     hub_user["fails"] = True
     code, _, err = cli(*words)
     assert (code, "me/balloon: cannot be uploaded" in err) == (2, True), err
     assert "the same command uploads it" in err
-    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+    files = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()
+    }
     code, text, err = cli(*words)
-    assert (code, text.splitlines()[-1]) == (0, "https://huggingface.co/me/balloon"), err
+    assert (code, text.splitlines()[-1]) == (0, "https://huggingface.co/me/balloon"), (
+        err
+    )
     left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
-    assert left == {name: time for name, time in files.items() if name != "not-uploaded.json"}, "nothing is made again"
+    assert left == {
+        name: time for name, time in files.items() if name != "not-uploaded.json"
+    }, "nothing is made again"
     assert hub_user["me/balloon"] == sorted(left)
-    assert {"README.md", "config.json", "edits.safetensors", "modeling_edits.py"} <= set(left)
+    assert {
+        "README.md",
+        "config.json",
+        "edits.safetensors",
+        "modeling_edits.py",
+    } <= set(left)
     code, _, err = cli(*words)
     assert (code, "two: not empty" in err) == (2, True)
     card = huggingface_hub.ModelCard.load(tmp_path / "two" / "README.md")

@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 
 from mmedit_cli import runtime
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.backbones.stable_diffusion import Sampling
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import NotFinite
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors.base import Job, Settings
-from mmedit_cli.image_editors.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
 
 @pytest.fixture
@@ -43,7 +43,11 @@ def editor():
 
 
 def first(module: torch.nn.Module, word: str) -> str:
-    return next(name for name, value in module.named_parameters() if word in name and value.ndim > 1)
+    return next(
+        name
+        for name, value in module.named_parameters()
+        if word in name and value.ndim > 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,9 @@ def first(module: torch.nn.Module, word: str) -> str:
 def test_drawing(drawing, broken, part, word, what):
     name = first(drawing.model, word)
     broken(drawing.model, name)
-    with pytest.raises(NotFinite, match=f"tiny-sd: {what} are not finite: {name} holds NaN or infinity"):
+    with pytest.raises(
+        NotFinite, match=f"tiny-sd: {what} are not finite: {name} holds NaN or infinity"
+    ):
         drawing.generate(["a dog"], [0], Sampling(steps=2))
 
 
@@ -67,11 +73,15 @@ def test_learning(drawing, broken):
     encoding = drawing.encode(drawing.tokenize(["a dog"]))
     name = first(drawing.model, "mid_block")
     broken(drawing.model, name)
-    with pytest.raises(NotFinite, match=f"the predicted noise are not finite: {name} holds NaN"):
+    with pytest.raises(
+        NotFinite, match=f"the predicted noise are not finite: {name} holds NaN"
+    ):
         drawing.errors(latents, encoding, runtime.generator(0))
     name = first(drawing.model, "encoder.conv_in")
     broken(drawing.model, name)
-    with pytest.raises(NotFinite, match=f"the latents of the pictures are not finite: {name} holds NaN"):
+    with pytest.raises(
+        NotFinite, match=f"the latents of the pictures are not finite: {name} holds NaN"
+    ):
         drawing.latents(pixels)
 
 
@@ -88,5 +98,7 @@ def test_editing(editor, broken, part, word, what):
     module = getattr(editor, part)
     name = first(module, word)
     broken(module, name)
-    with pytest.raises(NotFinite, match=f"{what} are not finite: {part}.{name} holds NaN or infinity"):
+    with pytest.raises(
+        NotFinite, match=f"{what} are not finite: {part}.{name} holds NaN or infinity"
+    ):
         editor.edit([Job(Image.new("RGB", (32, 32)), "make it red")], Settings(steps=2))

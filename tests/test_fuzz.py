@@ -39,7 +39,9 @@ def test_the_campaign_counts_what_goes_wrong(tmp_path):
             victim.unlink()
         return 0
 
-    counts = fuzz(4, 0, tmp_path, [Reader("fails", make, fail), Reader("touches", make, touch)])
+    counts = fuzz(
+        4, 0, tmp_path, [Reader("fails", make, fail), Reader("touches", make, touch)]
+    )
     assert counts.uncaught + counts.refused > 0
     assert counts.outside == 1
     assert not counts.is_clean

@@ -13,14 +13,23 @@ import zlib
 import pytest
 from conftest import SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.edits import asking
-from mmedit_cli.edits.asking import read_questions
 from mmedit_cli.errors import DataError
-from mmedit_cli.image_pairs.base import open_pairs
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.knowledge.workflow import asking
+from mmedit_cli.knowledge.workflow.asking import read_questions
+from mmedit_cli.picture_editing.data.opening import open_pairs
 from mmedit_cli.pictures import check_picture
 
-FT = ("edit", "ft", "--model", "tiny-blip2", "--prompt", "What is this?", "--target", "a star")
+FT = (
+    "edit",
+    "ft",
+    "--model",
+    "tiny-blip2",
+    "--prompt",
+    "What is this?",
+    "--target",
+    "a star",
+)
 STAR = SHAPES / "solid/red-star.png"
 
 
@@ -42,22 +51,37 @@ def refused(cli):
 @pytest.fixture
 def ledger(cli, tmp_path):
     """A ledger with one edit by ft on tiny-blip2."""
-    code, _, err = cli(*FT, "--image", STAR, "--set", "steps=1", "--into", tmp_path / "edits")
+    code, _, err = cli(
+        *FT, "--image", STAR, "--set", "steps=1", "--into", tmp_path / "edits"
+    )
     assert code in (0, 1), err  # one step need not be enough for the edit to hold
     return tmp_path / "edits"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data))
+    )
 
 
-def test_a_picture_that_passes_its_header_but_does_not_decode_leaves_no_ledger(refused, tmp_path):
+def test_a_picture_that_passes_its_header_but_does_not_decode_leaves_no_ledger(
+    refused, tmp_path
+):
     header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"no deflate stream") + chunk(b"IEND", b"")
+    chunks = (
+        chunk(b"IHDR", header)
+        + chunk(b"IDAT", b"no deflate stream")
+        + chunk(b"IEND", b"")
+    )
     path = tmp_path / "bad.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     check_picture(path)  # the header is right
-    assert "bad.png: not a readable image" in refused(*FT, "--image", path, "--into", tmp_path / "edits")
+    assert "bad.png: not a readable image" in refused(
+        *FT, "--image", path, "--into", tmp_path / "edits"
+    )
     assert not (tmp_path / "edits").exists()
 
 
@@ -72,14 +96,27 @@ def test_an_operation_without_edits_is_refused(refused, ledger):
 
 def test_a_number_of_processes_that_is_none_is_refused(refused, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "abc")
-    said = refused("train-editor", "liveedit", "--model", "tiny-blip2", "--data", "emojikb:val", "--limit", 20)
+    said = refused(
+        "train-editor",
+        "liveedit",
+        "--model",
+        "tiny-blip2",
+        "--data",
+        "emojikb:val",
+        "--limit",
+        20,
+    )
     assert "WORLD_SIZE=abc: not a number of processes" in said
 
 
 @pytest.mark.parametrize("size", ["inf", "1e300"])
-@pytest.mark.parametrize("command", [("train-editor", "liveedit"), ("eval", "ft")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [("train-editor", "liveedit"), ("eval", "ft")], ids=" ".join
+)
 def test_a_cache_without_a_size_is_refused(refused, command, size):
-    said = refused(*command, "--model", "tiny-blip2", "--data", "emojikb:val", "--cache-gib", size)
+    said = refused(
+        *command, "--model", "tiny-blip2", "--data", "emojikb:val", "--cache-gib", size
+    )
     assert "--cache-gib" in said
 
 
@@ -92,13 +129,19 @@ def test_a_fifo_in_a_model_folder_is_refused(refused, tmp_path):
     assert "added_tokens.json: is a pipe (FIFO), not a file" in said
 
 
-def test_an_export_to_a_full_disk_leaves_nothing(refused, ledger, tmp_path, monkeypatch):
+def test_an_export_to_a_full_disk_leaves_nothing(
+    refused, ledger, tmp_path, monkeypatch
+):
     def full(*words, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mmedit_cli.edits.exporting.save_processors", full)  # the weights are written by then
+    monkeypatch.setattr(
+        "mmedit_cli.knowledge.workflow.exporting.save_processors", full
+    )  # the weights are written by then
     before = sorted(tmp_path.iterdir())
-    assert "out: cannot write: No space left on device" in refused("edits", "export", ledger, "--to", tmp_path / "out")
+    assert "out: cannot write: No space left on device" in refused(
+        "edits", "export", ledger, "--to", tmp_path / "out"
+    )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -119,7 +162,9 @@ class Endless(io.TextIOBase):
 def test_an_endless_stdin_is_given_up(refused, monkeypatch):
     stdin = Endless()
     monkeypatch.setattr("sys.stdin", stdin)
-    assert "stdin: a line longer than 100,000 characters" in refused("ask", "--model", "tiny-blip2")
+    assert "stdin: a line longer than 100,000 characters" in refused(
+        "ask", "--model", "tiny-blip2"
+    )
     assert stdin.given < 1_000_000
 
 

@@ -56,7 +56,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "ft.yaml"
 
-    def load(text: str | bytes, *overrides: str, variant: str | None = None, cls: type = Hparams) -> Hparams:
+    def load(
+        text: str | bytes,
+        *overrides: str,
+        variant: str | None = None,
+        cls: type = Hparams,
+    ) -> Hparams:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         return load_hparams(path, cls, variant=variant, overrides=overrides)
 
@@ -112,19 +117,31 @@ def test_every_type_is_read(load: Load) -> None:
         ("steps: 1:30", "steps: expected a whole number, got 1:30"),
         ("steps: 1_", "steps: expected a whole number, got 1_"),
         ("steps: null", "steps: expected a whole number, got null"),
-        ("learning_rate: '1e-4'", "learning_rate: expected a finite number, got '1e-4'"),
+        (
+            "learning_rate: '1e-4'",
+            "learning_rate: expected a finite number, got '1e-4'",
+        ),
         ("learning_rate: .nan", "learning_rate: expected a finite number, got .nan"),
         ("learning_rate: -.inf", "learning_rate: expected a finite number, got -.inf"),
         ("learning_rate: nan", "learning_rate: expected a finite number, got 'nan'"),
-        ("learning_rate: 1e999", "learning_rate: expected a finite number, got '1e999'"),
+        (
+            "learning_rate: 1e999",
+            "learning_rate: expected a finite number, got '1e999'",
+        ),
         ("learning_rate: false", "learning_rate: expected a finite number, got false"),
         ("verbose: 1", "verbose: expected true or false, got 1"),
         ("verbose: 'true'", "verbose: expected true or false, got 'true'"),
         ("prompt: 5", "prompt: expected text in quotes, got 5"),
-        ("mode: atuo", "mode: expected 'on' | 'off' | 'auto', got 'atuo' (did you mean auto?)"),
+        (
+            "mode: atuo",
+            "mode: expected 'on' | 'off' | 'auto', got 'atuo' (did you mean auto?)",
+        ),
         ("window: most", "window: expected int | 'all', got 'most'"),
         ("optim: 5", "optim: expected a mapping, got 5"),
-        ("optim: {betas: [1]}", "optim.betas: expected tuple[float, float], got a list of 1"),
+        (
+            "optim: {betas: [1]}",
+            "optim.betas: expected tuple[float, float], got a list of 1",
+        ),
         ("schedule: {lr: x}", "schedule.lr: expected a finite number, got 'x'"),
         ("layers: [1, x]", "layers[1]: expected a whole number, got 'x'"),
         ("layers: 1", "layers: expected tuple[int, ...], got 1"),
@@ -134,7 +151,10 @@ def test_every_type_is_read(load: Load) -> None:
         ("step: 1", "step: unknown key (did you mean steps?)"),
         ("optim: {lrr: 1}", "optim.lrr: unknown key (did you mean lr?)"),
         ("variants: 3", "variants: expected dict[str, Hparams], got 3"),
-        ("variants: {a: {step: 1}}", "variants.a.step: unknown key (did you mean steps?)"),
+        (
+            "variants: {a: {step: 1}}",
+            "variants.a.step: unknown key (did you mean steps?)",
+        ),
         ("1: 2", "a key must be text, got 1"),
         ("optim: {true: 2}", "optim: a key must be text, got true"),
         ('"a\\e[1m\\n": 2', "a\\x1b[1m\\n: unknown key"),
@@ -147,7 +167,9 @@ def test_one_mistake(problems: Problems, text: str, message: str) -> None:
 
 def test_all_mistakes_are_reported_at_once_with_their_lines(problems: Problems) -> None:
     text = "learning_rte: 1\nsteps: 2\nsteps: x\nvariants:\n  other:\n    mode: of\n? [a]\n: 1\n"
-    assert problems(text, "learning_rte=1", "optim.lr=abc", "steps", "=1", "layers=[1") == [
+    assert problems(
+        text, "learning_rte=1", "optim.lr=abc", "steps", "=1", "layers=[1"
+    ) == [
         "ft.yaml:1: learning_rte: unknown key (did you mean learning_rate?)",
         "ft.yaml:3: steps: given twice, first in line 2",
         "ft.yaml:6: variants.other.mode: expected 'on' | 'off' | 'auto', got 'of' (did you mean off?)",
@@ -168,8 +190,12 @@ def test_precedence_and_deep_merge(load: Load) -> None:
     assert load(text) == Hparams(steps=2, optim=Optim(1e-5, (0.0, 0.0)))
     assert load(text, variant="unheard-of") == load(text)
     assert load(text, variant="other").steps == 9
-    merged = load(text, "optim.lr=4", "weights.c=3", "steps=7", "steps=8", variant="llava")
-    assert merged == Hparams(steps=8, optim=Optim(4.0, (0.0, 0.0)), weights={"a": 1.0, "b": 2.0, "c": 3.0})
+    merged = load(
+        text, "optim.lr=4", "weights.c=3", "steps=7", "steps=8", variant="llava"
+    )
+    assert merged == Hparams(
+        steps=8, optim=Optim(4.0, (0.0, 0.0)), weights={"a": 1.0, "b": 2.0, "c": 3.0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +216,10 @@ def test_precedence_and_deep_merge(load: Load) -> None:
     ],
 )
 def test_set(load: Load, override: str, name: str, value: object) -> None:
-    assert getattr(load("schedule: {lr: 9}" if value is None else "", override), name) == value
+    assert (
+        getattr(load("schedule: {lr: 9}" if value is None else "", override), name)
+        == value
+    )
 
 
 def test_missing_fields_and_post_init(problems: Problems) -> None:
@@ -208,14 +237,23 @@ def test_missing_fields_and_post_init(problems: Problems) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: [1\nc: 2\n", "ft.yaml:3: not valid YAML: while parsing a flow sequence, expected ',' or ']'"),
-        ("a: 'x\n", "ft.yaml:2: not valid YAML: while scanning a quoted scalar, found unexpected end of stream"),
+        (
+            "a: 1\nb: [1\nc: 2\n",
+            "ft.yaml:3: not valid YAML: while parsing a flow sequence, expected ',' or ']'",
+        ),
+        (
+            "a: 'x\n",
+            "ft.yaml:2: not valid YAML: while scanning a quoted scalar, found unexpected end of stream",
+        ),
         ("a: 1\n\0", "ft.yaml:2: not valid YAML: special characters are not allowed"),
         ("--- {}\n--- {}\n", "ft.yaml:2: not valid YAML: expected a single document"),
         ("- 1", "ft.yaml:1: the top level must be a mapping, got a list of 1"),
         ("steps: &x 1", "ft.yaml:1: anchors and aliases are not supported"),
         ("steps: 1\nx: *x", "ft.yaml:2: anchors and aliases are not supported"),
-        ("steps: !!python/object:os.system 1", "ft.yaml:1: tags are not supported: tag:yaml.org,2002:python"),
+        (
+            "steps: !!python/object:os.system 1",
+            "ft.yaml:1: tags are not supported: tag:yaml.org,2002:python",
+        ),
         ("steps: !mine 1", "ft.yaml:1: tags are not supported: !mine"),
         ("<<: {steps: 1}", "ft.yaml:1: a key must be text, got <<"),
         ("[" * 5000, "ft.yaml:1: nested deeper than 20 levels"),
@@ -234,7 +272,9 @@ def test_bad_files(load: Load, tmp_path: Path) -> None:
         return str(caught.value)
 
     load("")
-    assert problem(tmp_path / "tf.yaml") == "tf.yaml: no such file (did you mean ft.yaml?)"
+    assert (
+        problem(tmp_path / "tf.yaml") == "tf.yaml: no such file (did you mean ft.yaml?)"
+    )
     assert problem(tmp_path / "no" / "ft.yaml") == f"no{os.sep}ft.yaml: no such file"
     assert problem(tmp_path) == ".: is a folder, not a YAML file"
     assert problem(tmp_path.parent / "x.yaml").startswith(str(tmp_path.parent))
@@ -258,7 +298,10 @@ def test_describe_lists_what_set_takes(load: Load) -> None:
     assert ("schedule", "Optim | None", "null") in rows
     assert ("mode", "'on' | 'off' | 'auto'", '"auto"') in rows
     assert ("layers", "tuple[int, ...]", "[]") in rows
-    assert describe(Required)[:2] == [("rate", "float", "required"), ("inner.lr", "float", "required")]
+    assert describe(Required)[:2] == [
+        ("rate", "float", "required"),
+        ("inner.lr", "float", "required"),
+    ]
     assert load("", *(f"{name}={default}" for name, _, default in rows)) == Hparams()
 
 

@@ -35,7 +35,9 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
     cls = hparams_of(path.stem)
     text = path.read_text()
     keys = {name for name, _, _ in describe(cls)}
-    assert keys == set(named({k: v for k, v in yaml.safe_load(text).items() if k != "variants"}))
+    assert keys == set(
+        named({k: v for k, v in yaml.safe_load(text).items() if k != "variants"})
+    )
     last = {key.rpartition(".")[2] for key in keys}
     for line in text.partition("\nvariants:")[0].splitlines():
         if line.partition(":")[0].strip() in last:
@@ -44,10 +46,16 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
 
 def hparams_of(name):
     known = (registry.editors, registry.personalizers, registry.image_editors)
-    return next(r for r in known if name.replace("_", "-") in r.names()).get(name).Hparams
+    return (
+        next(r for r in known if name.replace("_", "-") in r.names()).get(name).Hparams
+    )
 
 
 def named(content, prefix=""):
     """The keys of nested mappings, joined with dots."""
     for key, value in content.items():
-        yield from named(value, f"{prefix}{key}.") if isinstance(value, dict) else (prefix + key,)
+        yield from (
+            named(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else (prefix + key,)
+        )

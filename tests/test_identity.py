@@ -12,13 +12,17 @@ from conftest import SHAPES
 from safetensors.torch import load_file, save_file
 
 from mmedit_cli import identity
-from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import find_model
-from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
 from mmedit_cli.errors import ModelError, StateError
+from mmedit_cli.knowledge.ledger.edited_model import (
+    EditOptions,
+    begin_edits,
+    open_edits,
+)
+from mmedit_cli.knowledge.loading import ModelOptions
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.output import Output
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,9 @@ def model(tmp_path_factory):
 def big_file(path, tensors=40, size=1 << 18):
     """Write a weight file that is much longer than the samples a former fingerprint read."""
     source = torch.Generator().manual_seed(0)
-    save_file({f"t{i:02}": torch.randn(size, generator=source) for i in range(tensors)}, path)
+    save_file(
+        {f"t{i:02}": torch.randn(size, generator=source) for i in range(tensors)}, path
+    )
 
 
 def test_every_tensor_counts(tmp_path):
@@ -44,9 +50,13 @@ def test_every_tensor_counts(tmp_path):
     before = identity.fingerprint(tmp_path)
     former = identity.former_fingerprint(tmp_path)
     tensors = load_file(path)
-    changed = {name: -tensor if name == "t20" else tensor for name, tensor in tensors.items()}
+    changed = {
+        name: -tensor if name == "t20" else tensor for name, tensor in tensors.items()
+    }
     save_file(changed, path)
-    assert identity.former_fingerprint(tmp_path) == former, "the samples of version 0.1.0 do not see it"
+    assert identity.former_fingerprint(tmp_path) == former, (
+        "the samples of version 0.1.0 do not see it"
+    )
     assert identity.fingerprint(tmp_path) != before
     assert len(before) == 32
     assert len(former) == 16
@@ -54,7 +64,9 @@ def test_every_tensor_counts(tmp_path):
 
 def test_the_digest_of_a_file_is_computed_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "_SETTLED", -1.0)  # the file is as old as one that was written yesterday
+    monkeypatch.setattr(
+        identity, "_SETTLED", -1.0
+    )  # the file is as old as one that was written yesterday
     path = tmp_path / "weights"
     path.write_bytes(b"a" * 1000)
     first = identity.file_digest(path)
@@ -64,7 +76,9 @@ def test_the_digest_of_a_file_is_computed_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
     status = path.stat()
     path.write_bytes(b"b" * 1000)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same time of the last change
+    os.utime(
+        path, ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # same size, same time of the last change
     assert identity.file_digest(path) != first
 
 
@@ -85,10 +99,16 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(identity, "_SETTLED", -1.0)
     (tmp_path / "weights").write_bytes(b"a")
-    assert identity.file_digest(tmp_path / "weights") == identity.hashlib.sha256(b"a").hexdigest()
+    assert (
+        identity.file_digest(tmp_path / "weights")
+        == identity.hashlib.sha256(b"a").hexdigest()
+    )
 
 
-@pytest.mark.parametrize("spoil", [b"[1]", b"{", b'{"a": 3}', b'{"a": {"data_offsets": [0, 999]}}', b"[" * 5000])
+@pytest.mark.parametrize(
+    "spoil",
+    [b"[1]", b"{", b'{"a": 3}', b'{"a": {"data_offsets": [0, 999]}}', b"[" * 5000],
+)
 def test_a_damaged_header_is_named(tmp_path, spoil):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(spoil).to_bytes(8, "little") + spoil + b"x" * 8)
@@ -97,19 +117,30 @@ def test_a_damaged_header_is_named(tmp_path, spoil):
 
 
 def test_a_ledger_of_version_010_opens_and_says_so(model, tmp_path, capfd):
-    options = EditOptions("ft", ModelOptions(str(model), device="cpu"), overrides=("steps=1",))
+    options = EditOptions(
+        "ft", ModelOptions(str(model), device="cpu"), overrides=("steps=1",)
+    )
     ledger = tmp_path / "ledger"
     with begin_edits(ledger, options) as edited:
         edited.edit([Query("What is this?", "a star", SHAPES / "solid/red-circle.png")])
-        answers = edited.generate([Query("What is this?", image=SHAPES / "solid/red-circle.png")])
+        answers = edited.generate(
+            [Query("What is this?", image=SHAPES / "solid/red-circle.png")]
+        )
     with open_edits(ledger, out=Output()) as edited:
         assert "0.1.0" not in capfd.readouterr().err
     new, former = identity.fingerprint(model), identity.former_fingerprint(model)
     text = (ledger / "run.yaml").read_text()
-    assert text.count(new) == text.count(former) + 2, "the model's, and that of the editor's state"
+    assert text.count(new) == text.count(former) + 2, (
+        "the model's, and that of the editor's state"
+    )
     (ledger / "run.yaml").write_text(text.replace(new, former))
     with open_edits(ledger, out=Output()) as edited:
-        assert edited.generate([Query("What is this?", image=SHAPES / "solid/red-circle.png")]) == answers
+        assert (
+            edited.generate(
+                [Query("What is this?", image=SHAPES / "solid/red-circle.png")]
+            )
+            == answers
+        )
     assert "begun with mmedit 0.1.0" in capfd.readouterr().err
     (ledger / "run.yaml").write_text(text.replace(new, "0" * 16))
     with pytest.raises(StateError, match="is another model"):
@@ -123,7 +154,9 @@ def test_what_comes_along_was_made_for_models_that_come_along():
 
     for path in sorted((share_dir("data") / "editors").glob("*/*.safetensors")):
         ref = find_model(path.stem)
-        assert identity.same_model(read_tensors(path)[1]["model"], ref.fingerprint, ref.former), path
+        assert identity.same_model(
+            read_tensors(path)[1]["model"], ref.fingerprint, ref.former
+        ), path
 
 
 def test_fingerprinting_is_quick_the_second_time(tmp_path, monkeypatch):

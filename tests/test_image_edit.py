@@ -10,7 +10,7 @@ from conftest import SHAPES
 from PIL import ExifTags, Image
 
 from mmedit_cli.output import Output
-from mmedit_cli.workflows.image_edits import EditOptions, Wish, edit_pictures
+from mmedit_cli.picture_editing.workflow.editing import EditOptions, Wish, edit_pictures
 
 CIRCLE = SHAPES / "solid" / "red-circle.png"
 FAST = ("instruct-pix2pix", "--model", "tiny-ip2p", "--steps", "1", "--device", "cpu")
@@ -29,7 +29,15 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_one_picture(cli, tmp_path, photo):
-    code, out, err = cli("image-edit", *FAST, "--image", photo, "make it winter", "-o", tmp_path / "out.png")
+    code, out, err = cli(
+        "image-edit",
+        *FAST,
+        "--image",
+        photo,
+        "make it winter",
+        "-o",
+        tmp_path / "out.png",
+    )
     assert (code, out.strip()) == (0, str(tmp_path / "out.png")), err
     with Image.open(tmp_path / "out.png") as made:
         assert made.size == (20, 40)
@@ -38,16 +46,36 @@ def test_one_picture(cli, tmp_path, photo):
 
 def test_a_large_photo_through_a_small_model_is_said_to_be_enlarged(cli, tmp_path):
     Image.new("RGB", (120, 90), "navy").save(tmp_path / "large.png")
-    words = ("image-edit", *FAST, "--image", tmp_path / "large.png", "make it winter", "-o", tmp_path / "out.png")
+    words = (
+        "image-edit",
+        *FAST,
+        "--image",
+        tmp_path / "large.png",
+        "make it winter",
+        "-o",
+        tmp_path / "out.png",
+    )
     code, _, err = cli(*words)
-    assert (code, "worked at 32 x 24 pixels and the result is enlarged to 120 x 90" in err) == (0, True)
+    assert (
+        code,
+        "worked at 32 x 24 pixels and the result is enlarged to 120 x 90" in err,
+    ) == (0, True)
     assert "--working-size" in err
     assert "enlarged" not in cli(*words, "--force", "--working-size")[2]
 
 
 def test_the_report(cli, tmp_path, photo):
     code, out, _ = cli(
-        "image-edit", *FAST, "-i", photo, "make it winter", "-o", tmp_path / "o.png", "--seed", 7, "--json"
+        "image-edit",
+        *FAST,
+        "-i",
+        photo,
+        "make it winter",
+        "-o",
+        tmp_path / "o.png",
+        "--seed",
+        7,
+        "--json",
     )
     assert code == 0
     report = json.loads(out)
@@ -65,7 +93,11 @@ def test_samples_have_names_of_their_own_and_a_sheet_shows_them(cli, tmp_path, p
         "--sheet", tmp_path / "sheet.png", "--seed", 2,
     )  # fmt: skip
     assert code == 0, err
-    assert [Path(line).name for line in out.split()] == ["o-2.png", "o-3.png", "o-4.png"]
+    assert [Path(line).name for line in out.split()] == [
+        "o-2.png",
+        "o-3.png",
+        "o-4.png",
+    ]
     assert len({(tmp_path / f"o-{i}.png").read_bytes() for i in (2, 3, 4)}) == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 400
@@ -80,8 +112,15 @@ def test_nothing_is_overwritten_without_force(cli, tmp_path, photo):
     assert "exists already" in err
     assert "--force" in err
     assert kept.read_text() == "mine"
-    assert cli("image-edit", *FAST, "-i", photo, "make it winter", "-o", kept, "--force")[0] == 0
-    code, _, err = cli("image-edit", *FAST, "-i", photo, "make it winter", "-o", photo, "--force")
+    assert (
+        cli("image-edit", *FAST, "-i", photo, "make it winter", "-o", kept, "--force")[
+            0
+        ]
+        == 0
+    )
+    code, _, err = cli(
+        "image-edit", *FAST, "-i", photo, "make it winter", "-o", photo, "--force"
+    )
     assert code == 2
     assert "the output is the input" in err
 
@@ -91,13 +130,35 @@ def test_transparency(cli, tmp_path):
     picture = Image.new("RGBA", (30, 30), (255, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 15, 30))
     picture.save(glass)
-    assert cli("image-edit", *FAST, "-i", glass, "make it winter", "-o", tmp_path / "a.png")[0] == 0
+    assert (
+        cli(
+            "image-edit", *FAST, "-i", glass, "make it winter", "-o", tmp_path / "a.png"
+        )[0]
+        == 0
+    )
     more = ("--keep-alpha", "--background", "skyblue")
-    assert cli("image-edit", *FAST, "-i", glass, "make it winter", "-o", tmp_path / "b.png", *more)[0] == 0
-    with Image.open(tmp_path / "a.png") as plain, Image.open(tmp_path / "b.png") as kept:
+    assert (
+        cli(
+            "image-edit",
+            *FAST,
+            "-i",
+            glass,
+            "make it winter",
+            "-o",
+            tmp_path / "b.png",
+            *more,
+        )[0]
+        == 0
+    )
+    with (
+        Image.open(tmp_path / "a.png") as plain,
+        Image.open(tmp_path / "b.png") as kept,
+    ):
         assert plain.mode == "RGB"
         assert kept.getchannel("A").tobytes() == picture.getchannel("A").tobytes()
-    code, _, err = cli("image-edit", *FAST, "-i", glass, "x", "-o", tmp_path / "c.jpg", "--keep-alpha")
+    code, _, err = cli(
+        "image-edit", *FAST, "-i", glass, "x", "-o", tmp_path / "c.jpg", "--keep-alpha"
+    )
     assert code == 2
     assert "JPEG has no transparency" in err
 
@@ -108,13 +169,22 @@ def test_transparency(cli, tmp_path):
         (("-i", "nowhere.png", "x", "-o", "o.png"), "nowhere.png: no such image"),
         (("-i", CIRCLE, "x", "-o", "o.xyz"), ".xyz is no format"),
         (("-i", CIRCLE, "x", "-o", "o.png", "--background", "blurple"), "not a colour"),
-        (("-i", CIRCLE, "x", "-o", "o.png", "--resolution", "5000"), "--resolution 5000"),
+        (
+            ("-i", CIRCLE, "x", "-o", "o.png", "--resolution", "5000"),
+            "--resolution 5000",
+        ),
         (("-i", CIRCLE, "-o", "o.png"), "no INSTRUCTION"),
         (("x", "-o", "o.png"), "no --image"),
         (("-i", CIRCLE, "--batch", "b.jsonl", "-o", "o"), "stand in the file"),
         (("-i", CIRCLE, "x" * 100, "-o", "o.png"), "102 tokens"),
-        (("-i", CIRCLE, "x", "-o", "o.png", "--model", "tiny-ip"), "did you mean tiny-ip2p"),
-        (("-i", CIRCLE, "x", "-o", "o.png", "--dtype", "float8"), "not a number format"),
+        (
+            ("-i", CIRCLE, "x", "-o", "o.png", "--model", "tiny-ip"),
+            "did you mean tiny-ip2p",
+        ),
+        (
+            ("-i", CIRCLE, "x", "-o", "o.png", "--dtype", "float8"),
+            "not a number format",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, words, said):
@@ -126,9 +196,14 @@ def test_wrong_input_is_one_line(cli, tmp_path, monkeypatch, words, said):
 
 
 def test_an_editor_that_is_not_there(cli, tmp_path):
-    code, _, err = cli("image-edit", "instruct-pix2pox", "-i", CIRCLE, "x", "-o", tmp_path / "o.png")
+    code, _, err = cli(
+        "image-edit", "instruct-pix2pox", "-i", CIRCLE, "x", "-o", tmp_path / "o.png"
+    )
     assert code == 2
-    assert "unknown image editor 'instruct-pix2pox' (did you mean instruct-pix2pix?)" in err
+    assert (
+        "unknown image editor 'instruct-pix2pox' (did you mean instruct-pix2pix?)"
+        in err
+    )
 
 
 def test_a_picture_that_is_a_bomb_or_none_at_all(cli, tmp_path, monkeypatch):
@@ -149,7 +224,12 @@ def listed(tmp_path: Path, photo: Path) -> Path:
     file = tmp_path / "edits.jsonl"
     lines = [
         {"image": photo.name, "instruction": "make it winter"},
-        {"image": str(CIRCLE), "instruction": "paint it blue", "output": "blue/circle.png", "seed": 4},
+        {
+            "image": str(CIRCLE),
+            "instruction": "paint it blue",
+            "output": "blue/circle.png",
+            "seed": 4,
+        },
         {"image": str(CIRCLE), "instruction": ""},
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
@@ -158,7 +238,9 @@ def listed(tmp_path: Path, photo: Path) -> Path:
 
 def test_a_list(cli, tmp_path, listed):
     folder = tmp_path / "edited"
-    code, out, err = cli("image-edit", *FAST, "--batch", listed, "-o", folder, "--batch-size", 2)
+    code, out, err = cli(
+        "image-edit", *FAST, "--batch", listed, "-o", folder, "--batch-size", 2
+    )
     assert code == 0, err
     assert out.split() == ["00001-photo.png", "blue/circle.png", "00003-red-circle.png"]
     assert "empty instruction" in err
@@ -176,47 +258,69 @@ def test_a_list_goes_on_where_it_stopped(cli, tmp_path, listed):
     (folder / "00003-red-circle.png").unlink()
     again = json.loads(cli(*whole)[1])
     assert again["made"] == 2
-    assert [e["output_sha256"] for e in again["edits"]] == [e["output_sha256"] for e in first["edits"]]
+    assert [e["output_sha256"] for e in again["edits"]] == [
+        e["output_sha256"] for e in first["edits"]
+    ]
     assert json.loads(cli(*whole)[1])["made"] == 0
-    listed.write_text(listed.read_text().strip() + "\n" + json.dumps({"image": "photo.jpg", "instruction": "more"}))
+    listed.write_text(
+        listed.read_text().strip()
+        + "\n"
+        + json.dumps({"image": "photo.jpg", "instruction": "more"})
+    )
     assert json.loads(cli(*whole)[1])["made"] == 1
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 2])
-def test_a_list_is_repeated_after_a_kill_between_a_picture_and_its_line(cli, tmp_path, listed, monkeypatch, survivors):
-    from mmedit_cli.workflows import image_edits
+def test_a_list_is_repeated_after_a_kill_between_a_picture_and_its_line(
+    cli, tmp_path, listed, monkeypatch, survivors
+):
+    from mmedit_cli.picture_editing.workflow import editing
 
     def pictures(folder):
-        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+        return {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*.png")
+        }
 
     def killed(made):
         if len(pictures(tmp_path / "edited")) == survivors:
             raise KeyboardInterrupt
         write(made)
 
-    write = image_edits._write
+    write = editing._write
     words = ("image-edit", *FAST, "--batch", listed, "--batch-size", 2, "-o")
     assert cli(*words, tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(image_edits, "_write", killed)
+        patch.setattr(editing, "_write", killed)
         assert cli(*words, tmp_path / "edited")[0] == 130
     assert len(pictures(tmp_path / "edited")) == survivors
     code, _, err = cli(*words, tmp_path / "edited")
     assert code == 0, err
     assert pictures(tmp_path / "edited") == pictures(tmp_path / "whole")
-    lines = [json.loads(line) for line in (tmp_path / "edited" / "edits.jsonl").read_text().splitlines()]
-    assert [line["output"] for line in lines] == ["00001-photo.png", "blue/circle.png", "00003-red-circle.png"]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "edited" / "edits.jsonl").read_text().splitlines()
+    ]
+    assert [line["output"] for line in lines] == [
+        "00001-photo.png",
+        "blue/circle.png",
+        "00003-red-circle.png",
+    ]
 
 
-def test_a_replaced_picture_is_never_taken_for_the_new_one(cli, tmp_path, listed, monkeypatch):
-    from mmedit_cli.workflows import image_edits
+def test_a_replaced_picture_is_never_taken_for_the_new_one(
+    cli, tmp_path, listed, monkeypatch
+):
+    from mmedit_cli.picture_editing.workflow import editing
 
     words = ("image-edit", *FAST, "--batch", listed, "-o", tmp_path / "edited")
     assert cli(*words)[0] == 0
     old = (tmp_path / "edited" / "00001-photo.png").read_bytes()
     listed.write_text(listed.read_text().replace("winter", "summer"))
     with monkeypatch.context() as patch:
-        patch.setattr(image_edits, "_write", lambda made: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            editing, "_write", lambda made: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert cli(*words, "--force")[0] == 130
     assert cli(*words, "--force")[0] == 0
     assert (tmp_path / "edited" / "00001-photo.png").read_bytes() != old
@@ -225,7 +329,9 @@ def test_a_replaced_picture_is_never_taken_for_the_new_one(cli, tmp_path, listed
 def test_a_folder_is_made_one_way(cli, tmp_path, listed):
     folder = tmp_path / "edited"
     assert cli("image-edit", *FAST, "--batch", listed, "-o", folder)[0] == 0
-    code, _, err = cli("image-edit", *FAST, "--batch", listed, "-o", folder, "--tg", "3")
+    code, _, err = cli(
+        "image-edit", *FAST, "--batch", listed, "-o", folder, "--tg", "3"
+    )
     assert code == 2
     assert "different: settings" in err
     listed.write_text(listed.read_text().replace("winter", "summer"))
@@ -240,9 +346,22 @@ def test_a_folder_is_made_one_way(cli, tmp_path, listed):
 def test_bad_lines_are_all_named(cli, tmp_path):
     file = tmp_path / "bad.jsonl"
     good = {"image": "a.png", "instruction": "x"}
-    more = ({"output": "../out.png"}, {"seed": -1}, {"output": "o.png"}, {"output": "o.png", "instruction": "y"})
-    records = [[], {"image": "a.png"}, {**good, "image": 3}, {"imag": "a", "instruction": "x"}]
-    lines = ["nonsense", *map(json.dumps, [*records, *({**good, **fields} for fields in more)])]
+    more = (
+        {"output": "../out.png"},
+        {"seed": -1},
+        {"output": "o.png"},
+        {"output": "o.png", "instruction": "y"},
+    )
+    records = [
+        [],
+        {"image": "a.png"},
+        {**good, "image": 3},
+        {"imag": "a", "instruction": "x"},
+    ]
+    lines = [
+        "nonsense",
+        *map(json.dumps, [*records, *({**good, **fields} for fields in more)]),
+    ]
     file.write_text("\n".join(lines))
     code, _, err = cli("image-edit", *FAST, "--batch", file, "-o", tmp_path / "o")
     assert code == 2
@@ -254,13 +373,17 @@ def test_bad_lines_are_all_named(cli, tmp_path):
 
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
-    from mmedit_cli.image_editors._loading import LoadOptions
-    from mmedit_cli.image_editors.base import Settings
-    from mmedit_cli.workflows import image_edits
+    from mmedit_cli.picture_editing.methods.base import Settings
+    from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+    from mmedit_cli.picture_editing.workflow import editing
 
     wish = Wish(CIRCLE, "paint it blue", tmp_path / "o.png")
-    options = EditOptions("instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), Settings(1))
-    monkeypatch.setattr(image_edits, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    options = EditOptions(
+        "instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), Settings(1)
+    )
+    monkeypatch.setattr(
+        editing, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         edit_pictures([wish], options, Output(quiet=True))
     assert not list(tmp_path.iterdir())

@@ -9,10 +9,25 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmedit_cli.image_pairs.base import EditPair
-from mmedit_cli.workflows.image_evaluation import Encoders, read_settings, score
+from mmedit_cli.picture_editing.data.base import EditPair
+from mmedit_cli.picture_editing.workflow.evaluation import (
+    Encoders,
+    read_settings,
+    score,
+)
 
-WORDS = ("eval", "instruct_pix2pix", "--model", "tiny-ip2p", "--limit", "5", "--set", "steps=1", "--device", "cpu")
+WORDS = (
+    "eval",
+    "instruct_pix2pix",
+    "--model",
+    "tiny-ip2p",
+    "--limit",
+    "5",
+    "--set",
+    "steps=1",
+    "--device",
+    "cpu",
+)
 
 
 def plain(colour: str) -> Image.Image:
@@ -20,7 +35,9 @@ def plain(colour: str) -> Image.Image:
 
 
 def pair() -> EditPair:
-    return EditPair("a", "make it white", lambda: plain("black"), lambda: plain("white"), "")
+    return EditPair(
+        "a", "make it white", lambda: plain("black"), lambda: plain("white"), ""
+    )
 
 
 def test_the_goal_scores_best_and_the_source_is_the_floor():
@@ -29,7 +46,9 @@ def test_the_goal_scores_best_and_the_source_is_the_floor():
     assert (best["L1"], best["L2"], best["SSIM"]) == (0, 0, pytest.approx(1))
     assert (floor["L1"], floor["L2"]) == (1, 1)
     assert "kept" not in best  # nothing should stay
-    assert score(plain("white"), plain("red"), plain("red"), pair(), Encoders())["kept"] == pytest.approx(2 / 3)
+    assert score(plain("white"), plain("red"), plain("red"), pair(), Encoders())[
+        "kept"
+    ] == pytest.approx(2 / 3)
 
 
 def test_a_report(cli, tmp_path):
@@ -37,16 +56,23 @@ def test_a_report(cli, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     assert report["scores"]["L1"]["n"] == 5
-    assert report["scores"]["L1"]["mean"] > report["scores"]["L1"]["unchanged"]  # random weights do harm
+    assert (
+        report["scores"]["L1"]["mean"] > report["scores"]["L1"]["unchanged"]
+    )  # random weights do harm
     assert sum(scores["L1"]["n"] for scores in report["by_kind"].values()) == 5
     folder = tmp_path / "records"
     pictures = list(folder.rglob("pictures/*.png"))
     assert len(pictures) == 5
     assert report["encoders"]["judge"] == "mini-blip2"
-    assert report["scores"]["reached"]["unchanged"] == 0  # who gives the picture back has not done what was asked
+    assert (
+        report["scores"]["reached"]["unchanged"] == 0
+    )  # who gives the picture back has not done what was asked
     page = Path(report["gallery"])
     assert page.read_text().count("<img") == 15
-    assert all((page.parent / link).is_file() for link in re.findall(r'src="([^"]+)"', page.read_text()))
+    assert all(
+        (page.parent / link).is_file()
+        for link in re.findall(r'src="([^"]+)"', page.read_text())
+    )
     assert (page.parent / "sheet.png").is_file()
     code, out, err = cli(*WORDS)
     assert "already done" in err
@@ -86,5 +112,9 @@ def test_wrong_input_is_one_line(cli, words, said):
 
 def test_settings():
     settings, looks = read_settings(["steps=3", "image_guidance=1.2", "clip=x/y"])
-    assert (settings.steps, settings.image_guidance, settings.text_guidance) == (3, 1.2, None)
+    assert (settings.steps, settings.image_guidance, settings.text_guidance) == (
+        3,
+        1.2,
+        None,
+    )
     assert looks == {"clip": "x/y", "dino": "", "lpips": "", "judge": ""}

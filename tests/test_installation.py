@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from mmedit_cli.workflows import installation
+from mmedit_cli import installation
 
 
 def test_versions_that_do_not_fit_are_named(monkeypatch):
@@ -20,8 +20,15 @@ def test_versions_that_do_not_fit_are_named(monkeypatch):
     monkeypatch.setattr(installation, "_distribution", other)
     said = [found for _, ok, found in installation._misfits() if not ok]
     transformers, peft = real("transformers")[0], real("peft")[0]
-    assert f"transformers {transformers} asks for peft>=0.99, but peft {peft} is installed" in said
-    assert any(line.startswith("mmedit-cli") and line.endswith("but tokenizers 0.1 is installed") for line in said)
+    assert (
+        f"transformers {transformers} asks for peft>=0.99, but peft {peft} is installed"
+        in said
+    )
+    assert any(
+        line.startswith("mmedit-cli")
+        and line.endswith("but tokenizers 0.1 is installed")
+        for line in said
+    )
 
 
 def test_a_package_that_cannot_be_imported_stops_what_needs_it(monkeypatch):
@@ -42,13 +49,17 @@ def test_what_is_listed_is_tried_out(monkeypatch):
     rows = {name: (ok, found) for name, ok, found in installation.check()}
     for name in ("a LoRA", "a pipeline", "a hub file"):
         assert rows[name][0] is True, rows[name]
-    assert rows["other programs"][0] is not False, "mmedit needs no adapter methods of others"
+    assert rows["other programs"][0] is not False, (
+        "mmedit needs no adapter methods of others"
+    )
 
     def refuse(*_args, **_options):
         raise ValueError("peft has changed")
 
     monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
-    name, ok, found = installation._tried("a LoRA", ("peft", "transformers"), installation._lora)
+    name, ok, found = installation._tried(
+        "a LoRA", ("peft", "transformers"), installation._lora
+    )
     assert (name, ok) == ("a LoRA", False)
     assert found.startswith("peft 0.")
     assert found.endswith("do not work together: peft has changed")

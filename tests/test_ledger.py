@@ -14,12 +14,16 @@ import torch
 import yaml
 from conftest import SHAPES
 
-from mmedit_cli.edits.ledger import Ledger
-from mmedit_cli.edits.model import EditOptions, begin_edits, open_edits
-from mmedit_cli.edits.shards import Shards
 from mmedit_cli.errors import RunError, StateError, UserError
+from mmedit_cli.knowledge.ledger.edited_model import (
+    EditOptions,
+    begin_edits,
+    open_edits,
+)
+from mmedit_cli.knowledge.ledger.ledger import Ledger
+from mmedit_cli.knowledge.ledger.shards import Shards
+from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions
 
 CONFIG = {
     "editor": "nobody", "hparams": {"a": 1}, "model": {"name": "none", "fingerprint": "0"}, "dtype": "float32",
@@ -49,8 +53,12 @@ def filled(folder, count: int, *, rows: bool = True) -> Ledger:
 
 
 def add(ledger: Ledger, value: int) -> int:
-    request = ledger.keep_picture(replace(REQUESTS[value % 4], target=f"target {value}"))
-    (made,) = ledger.add([request], tensors(float(value)), before=["before"], names=["picture.png"])
+    request = ledger.keep_picture(
+        replace(REQUESTS[value % 4], target=f"target {value}")
+    )
+    (made,) = ledger.add(
+        [request], tensors(float(value)), before=["before"], names=["picture.png"]
+    )
     return made
 
 
@@ -72,12 +80,21 @@ def test_what_was_added_is_there_again(tmp_path):
     assert [edit.id for edit in ledger.active] == [1, 2, 3, 4, 5]
     assert values(ledger) == [1, 2, 3, 4, 5]
     edit = ledger.edits[3]
-    assert (edit.request.target, edit.before, edit.picture) == ("target 3", "before", "picture.png")
+    assert (edit.request.target, edit.before, edit.picture) == (
+        "target 3",
+        "before",
+        "picture.png",
+    )
     assert edit.request.image.read_bytes() == REQUESTS[3].image.read_bytes()
-    lines = [json.loads(line) for line in (ledger.folder / "edits.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (ledger.folder / "edits.jsonl").read_text().splitlines()
+    ]
     assert [line["do"] for line in lines] == ["add"] * 5
     assert {line["editor"] for line in lines} == {"nobody"}
-    assert len(list((ledger.folder / "pictures").iterdir())) == 4, "the fifth has the picture of the first"
+    assert len(list((ledger.folder / "pictures").iterdir())) == 4, (
+        "the fifth has the picture of the first"
+    )
 
 
 def test_undo_and_redo_are_appended(tmp_path):
@@ -125,7 +142,7 @@ def test_adding_writes_nothing_that_is_there_already(tmp_path):
 
 
 def test_edits_made_one_by_one_lie_in_few_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    monkeypatch.setattr("mmedit_cli.knowledge.ledger.ledger._PACKED", (4, 32))
     ledger = filled(tmp_path, 70)
     add(ledger, 1)
     ledger.mark("undo", [3, 69])
@@ -133,14 +150,16 @@ def test_edits_made_one_by_one_lie_in_few_files(tmp_path, monkeypatch):
     assert values(ledger) == wanted
     ledger = reopened(ledger, writing=True)
     assert values(ledger) == wanted
-    assert len(list((tmp_path / "shards").iterdir())) == 2 + 1 + 3, "of 32, of 4, and of 1"
+    assert len(list((tmp_path / "shards").iterdir())) == 2 + 1 + 3, (
+        "of 32, of 4, and of 1"
+    )
     ledger.mark("redo", [3])
     add(ledger, 2000)
     assert values(reopened(ledger)) == [*wanted[:2], 3.0, *wanted[2:], 2000.0]
 
 
 def test_what_cannot_be_packed_stays_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    monkeypatch.setattr("mmedit_cli.knowledge.ledger.ledger._PACKED", (4, 32))
     ledger = filled(tmp_path, 3)
     path = tmp_path / "shards" / f"{ledger.edits[2].shard}.safetensors"
     data = path.read_bytes()
@@ -154,7 +173,7 @@ def test_what_cannot_be_packed_stays_as_it_is(tmp_path, monkeypatch):
 
 def test_packing_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
     """No row is written more than three times: alone, and in two sizes of shards."""
-    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    monkeypatch.setattr("mmedit_cli.knowledge.ledger.ledger._PACKED", (4, 32))
     written = 0
     write = Shards.write
 
@@ -172,7 +191,11 @@ def test_packing_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
 def test_compact_keeps_edits_and_tensors(tmp_path, rows):
     ledger = filled(tmp_path, 6, rows=rows)
     ledger.mark("undo", [2, 5], None if rows else tensors(7.0))
-    before = (values(ledger), [edit.id for edit in ledger.active], ledger.tensors(undone=True)["row"])
+    before = (
+        values(ledger),
+        [edit.id for edit in ledger.active],
+        ledger.tensors(undone=True)["row"],
+    )
     ledger.rewrite(ledger.tensors(undone=True))
     for again in (ledger, reopened(ledger)):
         assert (values(again), [edit.id for edit in again.active]) == before[:2]
@@ -205,24 +228,34 @@ def test_killed_at_any_moment_an_edit_is_in_or_it_is_not(tmp_path, rows):
             while True:
                 os.write(writing, b"%d\n" % add(ledger, ledger.next_id))
         os.close(writing)
-        begun = os.read(reading, 100).decode() if turn % 2 else ""  # half of them have at least added one
+        begun = (
+            os.read(reading, 100).decode() if turn % 2 else ""
+        )  # half of them have at least added one
         time.sleep(clock.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reading) as pipe:
             said = [int(line) for line in (begun + pipe.read()).split("\n")[:-1]]
-        with Ledger.open(tmp_path) as seen:  # a reader mends nothing, and needs nothing mended
-            assert values(seen) == ([edit.id for edit in seen.active] if rows else [len(seen.active)])
+        with Ledger.open(
+            tmp_path
+        ) as seen:  # a reader mends nothing, and needs nothing mended
+            assert values(seen) == (
+                [edit.id for edit in seen.active] if rows else [len(seen.active)]
+            )
         ledger = Ledger.open(tmp_path, writing=True)  # the lock went with the process
         ids = [edit.id for edit in ledger.active]
         promised = said[-1] if said else done
         assert ids == list(range(1, len(ids) + 1))
         assert promised <= ids[-1] <= promised + 1
         assert values(ledger) == (ids if rows else [ids[-1]])
-        named = {edit.shard for edit in ledger.edits.values()} if rows else {ledger.state}
+        named = (
+            {edit.shard for edit in ledger.edits.values()} if rows else {ledger.state}
+        )
         with ledger:
             pass  # removes what a killed writer had no time to remove
-        assert {path.name for path in (tmp_path / "shards").iterdir()} == {f"{shard}.safetensors" for shard in named}
+        assert {path.name for path in (tmp_path / "shards").iterdir()} == {
+            f"{shard}.safetensors" for shard in named
+        }
         done = ids[-1]
     assert done > 12
 
@@ -242,13 +275,19 @@ def test_a_damaged_line_in_the_middle_loses_nothing(tmp_path):
     ledger = filled(tmp_path, 3)
     path = tmp_path / "edits.jsonl"
     whole = path.read_bytes()
-    for bad in (b"{", b'{"do":"dance","shard":null}', b'{"do":"add","shard":"../x","edits":[]}'):
+    for bad in (
+        b"{",
+        b'{"do":"dance","shard":null}',
+        b'{"do":"add","shard":"../x","edits":[]}',
+    ):
         lines = whole.split(b"\n")
         lines[1] = bad
         path.write_bytes(b"\n".join(lines))
         ledger.close()
         for writing in (False, True):
-            with pytest.raises(RunError, match=r"edits\.jsonl:2: not a record") as caught:
+            with pytest.raises(
+                RunError, match=r"edits\.jsonl:2: not a record"
+            ) as caught:
                 Ledger.open(tmp_path, writing=writing)
             assert "copy" in caught.value.hint
         path.write_bytes(whole)
@@ -262,7 +301,9 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     ledger = reopened(ledger)
-    with pytest.raises(StateError, match="damaged: it is not what was written") as caught:
+    with pytest.raises(
+        StateError, match="damaged: it is not what was written"
+    ) as caught:
         ledger.tensors()
     assert "--remake" in caught.value.hint
     path.unlink()
@@ -278,7 +319,9 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path):
     path.write_text(yaml.safe_dump(saved))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for writing in (False, True):
-        with pytest.raises(StateError, match="a ledger of format 2, newer than 1") as caught:
+        with pytest.raises(
+            StateError, match="a ledger of format 2, newer than 1"
+        ) as caught:
             Ledger.open(tmp_path, writing=writing)
         assert caught.value.hint == "upgrade mmedit"
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -290,7 +333,11 @@ def test_two_writers_are_refused_and_readers_are_not(tmp_path):
         Ledger.open(tmp_path, writing=True)
     seen = Ledger.open(tmp_path)
     assert values(seen) == [1, 2]
-    for write in (lambda: add(seen, 3), lambda: seen.mark("undo", [1]), lambda: seen.rewrite(seen.tensors())):
+    for write in (
+        lambda: add(seen, 3),
+        lambda: seen.mark("undo", [1]),
+        lambda: seen.rewrite(seen.tensors()),
+    ):
         with pytest.raises(RunError, match="open for reading only"):
             write()
     ledger.close()
@@ -320,7 +367,9 @@ def logits(backbone) -> torch.Tensor:
 def ledger(request, tmp_path):
     """The folder of a ledger with three edits: by an editor whose edits hang together, and by one whose do not."""
     model = "tiny-blip2" if request.param == "ft" else "mini-blip2"
-    with begin_edits(tmp_path / "edits", EditOptions(request.param, ModelOptions(model))) as edited:
+    with begin_edits(
+        tmp_path / "edits", EditOptions(request.param, ModelOptions(model))
+    ) as edited:
         assert edited.edit(REQUESTS[:3]) == [1, 2, 3]
     return tmp_path / "edits"
 
@@ -362,7 +411,7 @@ def test_without_one_edit_it_is_as_if_it_had_never_been(ledger, tmp_path):
 
 
 def test_a_damaged_shard_is_made_again(ledger):
-    from mmedit_cli.edits.making import compact
+    from mmedit_cli.knowledge.workflow.editing import compact
     from mmedit_cli.output import Output
 
     with open_edits(ledger) as edited:
@@ -388,10 +437,16 @@ def test_another_model_and_other_settings_are_refused(ledger):
     other = {"ft": "liveedit", "liveedit": "ft"}[editor]
     known = {"ft": "steps=3", "liveedit": "margin=9"}[editor]
     for options, words in (
-        (EditOptions(other, ModelOptions("")), f"holds edits of {editor}, not of {other}"),
+        (
+            EditOptions(other, ModelOptions("")),
+            f"holds edits of {editor}, not of {other}",
+        ),
         (EditOptions(editor, ModelOptions("tiny-llava")), "is another model"),
         (EditOptions(editor, ModelOptions(""), seed=5), "--seed 5"),
-        (EditOptions(editor, ModelOptions(""), overrides=(known,)), known.partition("=")[0]),
+        (
+            EditOptions(editor, ModelOptions(""), overrides=(known,)),
+            known.partition("=")[0],
+        ),
     ):
         with pytest.raises(StateError, match=words):
             begin_edits(ledger, options)
@@ -415,7 +470,11 @@ def test_pictures_may_go_away_after_the_edit(tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -464,8 +523,15 @@ def test_an_old_ledger_has_no_seal_and_gets_one(tmp_path):
 
 
 def test_what_no_line_names_stays_until_compact(tmp_path):
-    theirs = [tmp_path / part / name for part in ("shards", "pictures") for name in ("notes.txt", "photo.png")]
-    lost = [tmp_path / "shards" / f"{'0' * 64}.safetensors", tmp_path / "pictures" / f"{'1' * 64}.png"]
+    theirs = [
+        tmp_path / part / name
+        for part in ("shards", "pictures")
+        for name in ("notes.txt", "photo.png")
+    ]
+    lost = [
+        tmp_path / "shards" / f"{'0' * 64}.safetensors",
+        tmp_path / "pictures" / f"{'1' * 64}.png",
+    ]
     with filled(tmp_path, 3):
         for path in (*theirs, *lost):
             path.write_text("?")
@@ -476,13 +542,20 @@ def test_what_no_line_names_stays_until_compact(tmp_path):
     with Ledger.open(tmp_path, writing=True) as ledger:
         removed = ledger.rewrite(ledger.tensors(undone=True))
     assert removed["replaced"] == 4
-    assert [row["file"] for row in removed["unnamed"]] == [f"shards/{lost[0].name}", f"pictures/{lost[1].name}"]
+    assert [row["file"] for row in removed["unnamed"]] == [
+        f"shards/{lost[0].name}",
+        f"pictures/{lost[1].name}",
+    ]
     assert not any(path.exists() for path in lost)
-    assert all(path.exists() for path in theirs), "what this program did not create stays for ever"
+    assert all(path.exists() for path in theirs), (
+        "what this program did not create stays for ever"
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
-@pytest.mark.parametrize("name", ["pictures", "shards", "edits.jsonl", "seal.json", ".lock"])
+@pytest.mark.parametrize(
+    "name", ["pictures", "shards", "edits.jsonl", "seal.json", ".lock"]
+)
 def test_nothing_is_written_or_removed_behind_a_link(tmp_path, name):
     folder, outside = tmp_path / "ledger", tmp_path / "outside"
     with filled(folder, 2):
@@ -499,8 +572,8 @@ def test_nothing_is_written_or_removed_behind_a_link(tmp_path, name):
 
 
 def test_a_failing_edit_leaves_an_existing_ledger_alone_and_no_new_one(tmp_path):
-    from mmedit_cli.edits.making import make_edits
     from mmedit_cli.errors import MmeditError
+    from mmedit_cli.knowledge.workflow.editing import make_edits
     from mmedit_cli.output import Output
 
     options = EditOptions("ft", ModelOptions("tiny-blip2"))
@@ -515,7 +588,9 @@ def test_a_failing_edit_leaves_an_existing_ledger_alone_and_no_new_one(tmp_path)
             make_edits(folder, options, too_long, None, Output(quiet=True))
         assert (contents(folder) if folder.exists() else None) == before
     with pytest.raises(MmeditError):
-        begin_edits(tmp_path / "never", EditOptions("ft", ModelOptions("no-such-model")))
+        begin_edits(
+            tmp_path / "never", EditOptions("ft", ModelOptions("no-such-model"))
+        )
     assert not (tmp_path / "never").exists()
 
 
@@ -525,17 +600,24 @@ def test_a_failing_edit_leaves_an_existing_ledger_alone_and_no_new_one(tmp_path)
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("damage", ["emptied", "older", "broken quote"])
 def test_repair_takes_up_what_lost_its_lines(tmp_path, rows, damage, monkeypatch):
-    from mmedit_cli.edits.repairing import repair
+    from mmedit_cli.knowledge.workflow.repairing import repair
 
-    monkeypatch.setattr("mmedit_cli.edits.ledger._PACKED", (4, 32))
+    monkeypatch.setattr("mmedit_cli.knowledge.ledger.ledger._PACKED", (4, 32))
     with filled(tmp_path, 7, rows=rows) as ledger:
         requests = {i: edit.request for i, edit in ledger.edits.items()}
     path = tmp_path / "edits.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    damaged = {"emptied": b"", "older": b"".join(lines[:5]), "broken quote": path.read_bytes()[:-2] + b"\n"}[damage]
+    damaged = {
+        "emptied": b"",
+        "older": b"".join(lines[:5]),
+        "broken quote": path.read_bytes()[:-2] + b"\n",
+    }[damage]
     path.write_bytes(damaged)
     done = repair(tmp_path)
-    assert done.taken_up == {"emptied": [1, 2, 3, 4, 5, 6, 7], "older": [5, 6, 7] if rows else [6, 7]}.get(damage, [7])
+    assert done.taken_up == {
+        "emptied": [1, 2, 3, 4, 5, 6, 7],
+        "older": [5, 6, 7] if rows else [6, 7],
+    }.get(damage, [7])
     assert (tmp_path / done.copy).read_bytes() == damaged
     assert done.without_tensors == []
     with Ledger.open(tmp_path, writing=True) as ledger:
@@ -548,7 +630,7 @@ def test_repair_takes_up_what_lost_its_lines(tmp_path, rows, damage, monkeypatch
 
 
 def test_repair_renumbers_what_would_take_the_place_of_another_edit(tmp_path):
-    from mmedit_cli.edits.repairing import repair
+    from mmedit_cli.knowledge.workflow.repairing import repair
 
     with filled(tmp_path, 2):
         lines = (tmp_path / "edits.jsonl").read_bytes()
@@ -571,7 +653,10 @@ def test_repair_on_the_command_line(cli, tmp_path):
     assert code == 2
     assert f"mmedit edits repair {tmp_path}" in error
     code, text, _ = cli("edits", "repair", tmp_path)
-    assert (code, text.splitlines()[0]) == (0, "taken up: 2 edits (1, 2), as active: undo what had been undone")
+    assert (code, text.splitlines()[0]) == (
+        0,
+        "taken up: 2 edits (1, 2), as active: undo what had been undone",
+    )
     assert cli("edits", "undo", tmp_path, "1")[0] == 0
     assert cli("edits", "repair", tmp_path, "--json")[0] == 0
 
@@ -589,7 +674,10 @@ def test_a_reader_meets_every_moment_of_a_writer(tmp_path, rows, monkeypatch):
     def look(*_: object) -> None:
         try:
             with Ledger.open(tmp_path, tensors=True) as seen:
-                found = [edit.id for edit in seen.active], (seen.tensors()["row"][:, 0].tolist())
+                found = (
+                    [edit.id for edit in seen.active],
+                    (seen.tensors()["row"][:, 0].tolist()),
+                )
             states.append(found)
         except Exception as error:
             failures.append(repr(error))
@@ -639,7 +727,9 @@ def test_a_reader_whose_shards_go_away_begins_again(tmp_path, monkeypatch):
         assert seen.tensors()["row"][:, 0].tolist() == [1, 2, 3]
     for path in (tmp_path / "shards").iterdir():
         path.unlink()
-    with pytest.raises(StateError, match="cannot be read"):  # nobody is at work: it is damaged
+    with pytest.raises(
+        StateError, match="cannot be read"
+    ):  # nobody is at work: it is damaged
         Ledger.open(tmp_path, tensors=True)
 
 

@@ -14,14 +14,14 @@ from conftest import ROOT
 from PIL import Image
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.catalog import own_image_editors
 from mmedit_cli.errors import ModelError
-from mmedit_cli.evaluation.artists import ArtistClassifier
-from mmedit_cli.evaluation.judge import Judge
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors.base import Job
-from mmedit_cli.image_pairs import emojikb_edits
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.picture_editing.data import emojikb_edits
+from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier
+from mmedit_cli.picture_editing.evaluation.judge import Judge
+from mmedit_cli.picture_editing.methods.base import Job
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
 EDITORS = {"mini-ip2p": "instruct-pix2pix", "mini-mgie": "mgie"}
 APPLE = "data/emojikb/noto/1f34e.png"
@@ -36,7 +36,9 @@ def scripts():
         import score_mini_edits
         import train_artist_classifier
 
-        yield SimpleNamespace(pack=pack_mini_mgie, score=score_mini_edits, artists=train_artist_classifier)
+        yield SimpleNamespace(
+            pack=pack_mini_mgie, score=score_mini_edits, artists=train_artist_classifier
+        )
 
 
 @pytest.fixture(scope="module", params=EDITORS)
@@ -65,9 +67,16 @@ def test_held_out_edits_are_made(shipped):
     """A sample of what the card is about, made and judged anew."""
     folder, editor = shipped
     measured = json.loads((folder / "scores.json").read_text())["by_kind"]["background"]
-    pairs = [pair for pair in emojikb_edits.pairs("eval") if pair.kind == "background" and pair.answer][:16]
+    pairs = [
+        pair
+        for pair in emojikb_edits.pairs("eval")
+        if pair.kind == "background" and pair.answer
+    ][:16]
     sources = [pair.source() for pair in pairs]
-    jobs = [Job(source, pair.instruction) for source, pair in zip(sources, pairs, strict=True)]
+    jobs = [
+        Job(source, pair.instruction)
+        for source, pair in zip(sources, pairs, strict=True)
+    ]
     made = [edited.picture for edited in editor.edit(jobs, batch_size=16)]
     reached = Judge(load_backbone("mini-blip2", device="cpu")).reached(made, pairs)
     told = [value for value in reached if value is not None]
@@ -80,7 +89,16 @@ def test_the_background_becomes_blue_out_of_the_box(editor, cli, tmp_path, monke
     monkeypatch.chdir(ROOT)
     named = [] if editor == "mgie" else ["--model", "mini-ip2p"]
     out = tmp_path / "out.png"
-    words = ["image-edit", editor, "--image", APPLE, "make the background blue", "-o", str(out), *named]
+    words = [
+        "image-edit",
+        editor,
+        "--image",
+        APPLE,
+        "make the background blue",
+        "-o",
+        str(out),
+        *named,
+    ]
     code, _, err = cli(*words, "--records", str(tmp_path))
     assert code == 0, err
     with Image.open(out) as picture:
@@ -96,7 +114,10 @@ def test_what_the_language_model_says_does_not_depend_on_company(shipped):
     if not editor.derives:
         return
     kinds = {pair.kind: pair for pair in reversed(emojikb_edits.pairs("eval")[:200])}
-    pairs = [kinds[kind] for kind in ("background", "style", "bigger", "opposite-background", "turn")]
+    pairs = [
+        kinds[kind]
+        for kind in ("background", "style", "bigger", "opposite-background", "turn")
+    ]
     jobs = [Job(pair.source(), pair.instruction) for pair in pairs]
     together = editor.write(jobs)
     assert len({len(written.text) for written in together}) > 2
@@ -114,7 +135,11 @@ def test_the_artists_of_things_never_seen_are_told_apart(scripts):
 def test_a_training_is_packed_in_half_precision(scripts, tmp_path):
     folder = own_image_editors()["mini-mgie"]
     weights = folder / "editor.safetensors"
-    assert weights.stat().st_size < 2.1 * json.loads((folder / "training.json").read_text())["parameters"] + 60_000
+    assert (
+        weights.stat().st_size
+        < 2.1 * json.loads((folder / "training.json").read_text())["parameters"]
+        + 60_000
+    )
     with pytest.raises(Exception, match="not a finished training"):
         scripts.pack.pack(tmp_path, tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
@@ -127,9 +152,16 @@ def test_another_pipeline_than_it_was_trained_from_is_refused(tmp_path, monkeypa
     config = copies / "mini-ip2p" / "unet" / "config.json"
     config.write_text(config.read_text() + "\n")
     own = {"mini-ip2p": copies / "mini-ip2p"}
-    monkeypatch.setattr("mmedit_cli.image_editors._loading.own_image_editors", lambda: own)
-    with pytest.raises(Exception, match="mini-ip2p is not the pipeline it was trained from"):
-        registry.image_editors.get("mgie").load(str(copies / "mini-mgie"), LoadOptions("cpu"))
+    monkeypatch.setattr(
+        "mmedit_cli.picture_editing.methods.shared.loading.own_image_editors",
+        lambda: own,
+    )
+    with pytest.raises(
+        Exception, match="mini-ip2p is not the pipeline it was trained from"
+    ):
+        registry.image_editors.get("mgie").load(
+            str(copies / "mini-mgie"), LoadOptions("cpu")
+        )
 
 
 def test_they_are_listed_and_take_no_other_place(cli):

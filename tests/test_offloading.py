@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import QUERIES, SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.edits.model import open_edits
 from mmedit_cli.errors import ModelError
-from mmedit_cli.evaluation.answers import target_losses
+from mmedit_cli.knowledge.evaluation.answers import target_losses
+from mmedit_cli.knowledge.ledger.edited_model import open_edits
+from mmedit_cli.knowledge.loading import load_editor
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.patch import bring_in
-from mmedit_cli.workflows.evaluation import load_editor
 
 SETTINGS = {
     "ft": ("steps=3", "learning_rate=0.01"),
@@ -21,7 +21,14 @@ SETTINGS = {
     "t-patcher": ("steps=3",),
     "multi-melo": ("layers=[2]", "steps=3"),
 }
-STAR = ("--image", SHAPES / "solid/red-star.png", "--prompt", "What is this?", "--target", "a lynx")
+STAR = (
+    "--image",
+    SHAPES / "solid/red-star.png",
+    "--prompt",
+    "What is this?",
+    "--target",
+    "a lynx",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +38,34 @@ def pair(tmp_path_factory):
     tiny = load_backbone("tiny-llava", device="cpu")
     for part in (tiny.model, tiny.tokenizer, tiny.image_processor):
         part.save_pretrained(folder)
-    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk", "lm_head": "cpu"}
+    places = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "disk",
+        "lm_head": "cpu",
+    }
     stack = tiny.model.get_submodule(tiny.anchors.stack)
     for name, _ in stack.named_children():
         if name != "layers":
             places[f"{tiny.anchors.stack}.{name}"] = "disk"
     for layer in range(tiny.n_layers):
         places[f"{tiny.anchors.stack}.layers.{layer}"] = "disk" if layer else "cpu"
-    return load_backbone(str(folder), device="cpu"), load_backbone(str(folder), device="cpu", device_map=places)
+    return load_backbone(str(folder), device="cpu"), load_backbone(
+        str(folder), device="cpu", device_map=places
+    )
 
 
 def test_an_offloaded_model_is_the_same_model(pair):
     plain, spread = pair
-    assert spread.model.get_parameter(spread.anchors.path("attn_q", 3) + ".weight").is_meta, "it is on disk"
+    assert spread.model.get_parameter(
+        spread.anchors.path("attn_q", 3) + ".weight"
+    ).is_meta, "it is on disk"
     assert spread.device.type == "cpu"
-    assert torch.equal(spread.logits(spread.batch(QUERIES)), plain.logits(plain.batch(QUERIES)))
-    assert spread.generate(QUERIES, max_new_tokens=4) == plain.generate(QUERIES, max_new_tokens=4)
+    assert torch.equal(
+        spread.logits(spread.batch(QUERIES)), plain.logits(plain.batch(QUERIES))
+    )
+    assert spread.generate(QUERIES, max_new_tokens=4) == plain.generate(
+        QUERIES, max_new_tokens=4
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -69,23 +88,45 @@ def test_weights_that_are_nowhere_are_refused():
 
 
 def test_the_loss_after_is_what_asking_again_measures(cli, tmp_path):
-    words = ("edit", "ft", "--model", "tiny-blip2", *STAR, "--into", tmp_path / "edits", "--json")
+    words = (
+        "edit",
+        "ft",
+        "--model",
+        "tiny-blip2",
+        *STAR,
+        "--into",
+        tmp_path / "edits",
+        "--json",
+    )
     code, text, err = cli(*words, "--set", "learning_rate=0.01")
     (edit,) = json.loads(text)["edits"]
     assert code == 0
     assert "did not move" not in err
     assert edit["loss_after"] < edit["loss_before"] / 2
     with open_edits(tmp_path / "edits") as edited:
-        (again,) = target_losses(edited.backbone, [edit.request for edit in edited.ledger.active])
+        (again,) = target_losses(
+            edited.backbone, [edit.request for edit in edited.ledger.active]
+        )
         with edited.paused():
-            (before,) = target_losses(edited.backbone, [edit.request for edit in edited.ledger.active])
+            (before,) = target_losses(
+                edited.backbone, [edit.request for edit in edited.ledger.active]
+            )
     assert again == pytest.approx(edit["loss_after"], abs=1e-5)
     assert before == pytest.approx(edit["loss_before"], abs=1e-5)
 
 
 def test_an_edit_whose_loss_did_not_move_says_so(cli, tmp_path):
-    small = ("--model", "tiny-blip2", "--set", "learning_rate=1e-30", "--set", "steps=2")
+    small = (
+        "--model",
+        "tiny-blip2",
+        "--set",
+        "learning_rate=1e-30",
+        "--set",
+        "steps=2",
+    )
     _, _, err = cli("edit", "ft", *small, *STAR, "--into", tmp_path / "edits")
     assert "edit 1: its loss did not move (" in err
-    code, text, _ = cli("eval", "ft", *small, "--data", SHAPES, "--limit", 2, "--protocols", "tf_em")
+    code, text, _ = cli(
+        "eval", "ft", *small, "--data", SHAPES, "--limit", 2, "--protocols", "tf_em"
+    )
     assert (code, "the loss of 2 edits did not move" in text) == (0, True)

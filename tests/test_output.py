@@ -12,7 +12,15 @@ import pytest
 from conftest import ROOT
 
 from mmedit_cli.errors import MmeditError
-from mmedit_cli.output import Output, OutputLost, cut, finish, report_error, report_failure, visible
+from mmedit_cli.output import (
+    Output,
+    OutputLost,
+    cut,
+    finish,
+    report_error,
+    report_failure,
+    visible,
+)
 
 HOSTILE = "a\x1b[31mb\x07\x9b\x7f\r\u202e\ud800 [bold]x[/bold] :apple: C:\\"
 SHOWN = "a\\x1b[31mb\\x07\\x9b\\x7f\\r\\u202e\\ud800 [bold]x[/bold] :apple: C:\\"
@@ -82,7 +90,11 @@ def test_streams_that_are_not_utf8(monkeypatch, as_json):
 
 def test_a_closed_stdout_is_an_error_and_a_closed_stderr_is_not(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    for say in (lambda: Output().line("x"), lambda: Output().table(["x"], [["y"]]), lambda: Output().write("x")):
+    for say in (
+        lambda: Output().line("x"),
+        lambda: Output().table(["x"], [["y"]]),
+        lambda: Output().write("x"),
+    ):
         with pytest.raises(OutputLost, match="standard output is closed"):
             say()
     monkeypatch.setattr(sys, "stderr", None)
@@ -107,7 +119,9 @@ def test_programs_end_well_without_stdout(arguments, where):
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, check=False, **settings)
     elif where == "closed":
-        done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], check=False, **settings)
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", *command], check=False, **settings
+        )
     else:
         reading, writing = os.pipe()
         os.close(reading)
@@ -121,4 +135,6 @@ def test_programs_end_well_without_stdout(arguments, where):
         assert "No space left" in done.stderr
     if where == "pipe":
         assert done.stderr == ""
-    assert done.returncode == (0 if where == "closed" and arguments == ["--help"] else 1)
+    assert done.returncode == (
+        0 if where == "closed" and arguments == ["--help"] else 1
+    )

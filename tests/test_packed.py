@@ -22,7 +22,9 @@ FILES = {"a.png": b"one", "b.png": b"two", "deep/LICENSE.txt": b"three" * 99}
 def archive(tmp_path: Path) -> Path:
     """A zip of three files, whose folder is gone."""
     for name, data in FILES.items():
-        (path := tmp_path / "home" / "artist" / name).parent.mkdir(parents=True, exist_ok=True)
+        (path := tmp_path / "home" / "artist" / name).parent.mkdir(
+            parents=True, exist_ok=True
+        )
         path.write_bytes(data)
     found = pack(tmp_path / "home" / "artist")
     shutil.rmtree(tmp_path / "home" / "artist")
@@ -31,7 +33,11 @@ def archive(tmp_path: Path) -> Path:
 
 def contents(archive: Path) -> dict[str, bytes]:
     folder = archive.with_suffix("")
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
     return {name: data for name, data in files.items() if name != MARK}
 
 
@@ -57,7 +63,10 @@ def test_it_is_unpacked_once_and_again_after_a_change(archive):
     (folder / "own.png").write_bytes(b"own")
     unpack_beside(archive.parent)
     assert contents(archive)["a.png"] == b"mine"
-    assert differences(archive) == ["artist/own.png is not in artist.zip", "artist/a.png has changed"]
+    assert differences(archive) == [
+        "artist/own.png is not in artist.zip",
+        "artist/a.png has changed",
+    ]
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("c.png", b"new")
     unpack_beside(archive.parent)
@@ -85,7 +94,10 @@ def test_what_is_damaged_stops_nobody_and_is_named_to_who_misses_a_file(archive)
     archive.write_bytes(archive.read_bytes()[:-30])
     unpack_beside(archive.parent)
     assert [p.name for p in archive.parent.iterdir()] == ["artist.zip"]
-    assert way_out(archive.with_suffix("") / "a.png") == f"{archive} is damaged: git checkout {archive}"
+    assert (
+        way_out(archive.with_suffix("") / "a.png")
+        == f"{archive} is damaged: git checkout {archive}"
+    )
     assert differences(archive) == [f"artist.zip is damaged: git checkout {archive}"]
 
 
@@ -98,10 +110,17 @@ def test_where_nothing_can_be_written(archive, monkeypatch):
     folder = archive.with_suffix("")
     assert way_out(folder / "a.png") == f"unpack {archive} as {folder}"
     assert not folder.exists()
-    assert way_out(folder / "c.png") == way_out(Path("nowhere/c.png")) == way_out(Path("c.png")) == ""
+    assert (
+        way_out(folder / "c.png")
+        == way_out(Path("nowhere/c.png"))
+        == way_out(Path("c.png"))
+        == ""
+    )
     folder.mkdir()  # by hand
     unpack_beside(archive.parent)
-    assert way_out(folder / "a.png") == "", "nobody is asked to delete a folder of their own"
+    assert way_out(folder / "a.png") == "", (
+        "nobody is asked to delete a folder of their own"
+    )
 
 
 def test_a_picture_that_was_deleted_says_how_it_comes_back(archive):
@@ -109,7 +128,9 @@ def test_a_picture_that_was_deleted_says_how_it_comes_back(archive):
     (archive.with_suffix("") / "a.png").unlink()
     with pytest.raises(DataError, match="no such image") as caught:
         check_picture(archive.with_suffix("") / "a.png")
-    assert caught.value.hint == f"delete {archive.with_suffix('')}, which is unpacked anew"
+    assert (
+        caught.value.hint == f"delete {archive.with_suffix('')}, which is unpacked anew"
+    )
 
 
 def test_what_a_folder_holds_besides_its_zips(archive):

@@ -33,7 +33,9 @@ def snapshot(model):
 
 def same(model, before):
     after = model.state_dict()
-    return list(after) == list(before) and all(torch.equal(after[k], v) for k, v in before.items())
+    return list(after) == list(before) and all(
+        torch.equal(after[k], v) for k, v in before.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,14 +84,21 @@ def test_hook_call_sees_what_went_in_and_what_came_out(toy):
         patch.hook_call("a", lambda went, came: came + 2 * went)
         changed = toy.a(x)
         patch.hook_call("b", lambda *_: None)
-        assert torch.equal(toy.b(x), torch.nn.functional.linear(x, toy.b.weight, toy.b.bias))
+        assert torch.equal(
+            toy.b(x), torch.nn.functional.linear(x, toy.b.weight, toy.b.bias)
+        )
     assert torch.equal(changed, toy.a(x) + 2)
     assert same(toy, before)
 
 
 def test_a_wrong_shape_changes_nothing(toy):
     before = snapshot(toy)
-    with Patch(toy) as patch, pytest.raises(ValueError, match=r"a.weight: shape \(2,\) given, \(4, 4\) expected"):
+    with (
+        Patch(toy) as patch,
+        pytest.raises(
+            ValueError, match=r"a.weight: shape \(2,\) given, \(4, 4\) expected"
+        ),
+    ):
         patch.set_("a.weight", torch.ones(2))
     assert same(toy, before)
 
@@ -108,7 +117,10 @@ def test_an_error_inside_the_block_still_restores(toy):
 
 
 def test_trainable_lets_gradients_reach_only_the_named(toy):
-    with torch.no_grad(), trainable([toy.a.weight]):  # an evaluator around it does not matter
+    with (
+        torch.no_grad(),
+        trainable([toy.a.weight]),
+    ):  # an evaluator around it does not matter
         loss = toy(torch.ones(1, 4))[0].sum()
         (gradient,) = torch.autograd.grad(loss, [toy.a.weight])
     assert gradient.abs().sum() > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmedit_cli.prefix import RowCache, run_to
+from mmedit_cli.knowledge.models.shared.prefix import RowCache, run_to
 
 
 def test_run_to_stops_before_the_module_and_leaves_no_hook():
@@ -44,7 +44,9 @@ def test_each_row_is_computed_once_and_in_fixed_groups():
 
 @pytest.mark.parametrize(("spill", "computed"), [(True, 8), (False, 32)])
 def test_beyond_the_budget_rows_are_spilled_or_computed_again(spill, computed):
-    cache = RowCache(counting([]), group=4, budget=4 * 3 * 4, spill=spill)  # one group fits
+    cache = RowCache(
+        counting([]), group=4, budget=4 * 3 * 4, spill=spill
+    )  # one group fits
     cache.plan(range(8))
     for _ in range(2):
         for key in (0, 4, 1, 5):

@@ -27,11 +27,25 @@ def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
-    for name, said in (("fifo", "a pipe (FIFO)"), ("zero", "a device"), ("", "a folder"), ("nosuch", "no such file")):
+    for name, said in (
+        ("fifo", "a pipe (FIFO)"),
+        ("zero", "a device"),
+        ("", "a folder"),
+        ("nosuch", "no such file"),
+    ):
         path = tmp_path / name
-        for read in (reading.read_text, reading.read_bytes, reading.read_json, reading.read_yaml):
+        for read in (
+            reading.read_text,
+            reading.read_bytes,
+            reading.read_json,
+            reading.read_yaml,
+        ):
             assert said in refusal(read, path)
-        for read in (reading.read_lines, reading.read_json_lines, lambda path: reading.read_csv(path, [])):
+        for read in (
+            reading.read_lines,
+            reading.read_json_lines,
+            lambda path: reading.read_csv(path, []),
+        ):
             assert said in refusal(lambda path, read=read: list(read(path)), path)
     assert "cannot be read" in refusal(reading.read_text, tmp_path / "loop")
     assert "null" in refusal(reading.read_text, tmp_path / "a\0b")
@@ -60,8 +74,12 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     (tmp_path / "long").write_bytes(b"ok\n" + b"x" * 200)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress((b"x" * 90 + b"\n") * 10))
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 5000)[:-9])
-    assert ":2: a line longer" in refusal(lambda: list(reading.read_lines(tmp_path / "long")))
-    assert ":3: more than" in refusal(lambda: list(reading.read_lines(tmp_path / "bomb.gz")))
+    assert ":2: a line longer" in refusal(
+        lambda: list(reading.read_lines(tmp_path / "long"))
+    )
+    assert ":3: more than" in refusal(
+        lambda: list(reading.read_lines(tmp_path / "bomb.gz"))
+    )
     assert "not a whole gzip file" in refusal(reading.read_text, tmp_path / "cut.gz")
     assert "larger than" in refusal(reading.read_text, tmp_path / "long", limit=100)
     with (tmp_path / "sparse").open("wb") as file:
@@ -106,11 +124,15 @@ def test_json_is_refused_in_one_line(tmp_path, text, said):
 
 
 def test_json_values_are_counted_before_they_are_made():
-    assert "more than 4,000,000 values" in refusal(reading.parse_json, "[" + "[]," * 4_000_001 + "[]]", "here")
+    assert "more than 4,000,000 values" in refusal(
+        reading.parse_json, "[" + "[]," * 4_000_001 + "[]]", "here"
+    )
 
 
 def test_json_pairs_of_surrogates_and_large_limits_are_fine():
-    assert reading.parse_json('{"a": "\\ud83c\\udf4e", "b": 1' + "0" * 30 + "}", "here") == {"a": "🍎", "b": 10**30}
+    assert reading.parse_json(
+        '{"a": "\\ud83c\\udf4e", "b": 1' + "0" * 30 + "}", "here"
+    ) == {"a": "🍎", "b": 10**30}
 
 
 def test_items_of_an_array_are_read_one_by_one():
@@ -127,21 +149,34 @@ def test_json_lines_name_the_line(tmp_path):
     path.write_text('{"a": 1}\n\n[1]\n')
     rows = reading.read_json_lines(path)
     assert next(rows).integer("a") == 1
-    assert refusal(next, rows) == f"{path}:3: expected an object with keys, got a list of 1"
+    assert (
+        refusal(next, rows)
+        == f"{path}:3: expected an object with keys, got a list of 1"
+    )
 
 
 def test_csv_names_the_line_a_record_begins_in(tmp_path):
     path = tmp_path / "a.csv"
     for text, rows, problem in (
-        ('a;b\n"x\ny";z\n;2\n1;2;3\n', [("2", {"a": "x\ny", "b": "z"}), ("4", {"b": "2"})], ":5: more cells"),
+        (
+            'a;b\n"x\ny";z\n;2\n1;2;3\n',
+            [("2", {"a": "x\ny", "b": "z"}), ("4", {"b": "2"})],
+            ":5: more cells",
+        ),
         ("a,a\n1,2\n", [], ":1: column a stands twice"),
         ('a,b\n1\n"1,2\n', [("2", {"a": "1"})], ":3: not valid CSV"),
-        ("a,b\n" + "x" * 200_000, [], ":2: not valid CSV (field larger than field limit"),
+        (
+            "a,b\n" + "x" * 200_000,
+            [],
+            ":2: not valid CSV (field larger than field limit",
+        ),
         ("", [], ""),
     ):
         path.write_text(text)
         problems: list[str] = []
-        assert list(reading.read_csv(path, problems)) == [(f"{path}:{line}", row) for line, row in rows]
+        assert list(reading.read_csv(path, problems)) == [
+            (f"{path}:{line}", row) for line, row in rows
+        ]
         assert problem in "".join(problems)
         assert len(problems) == bool(problem)
 
@@ -176,12 +211,30 @@ def test_yaml_is_refused_in_one_line(tmp_path, text, said):
 
 
 def test_yaml_dates_stay_text():
-    found = reading.parse_yaml("a: 2024-01-01\nb: 2024-99-99\nc: [1, 1.5, yes, null, x]\n", "f")
-    assert found == {"a": "2024-01-01", "b": "2024-99-99", "c": [1, 1.5, True, None, "x"]}
+    found = reading.parse_yaml(
+        "a: 2024-01-01\nb: 2024-99-99\nc: [1, 1.5, yes, null, x]\n", "f"
+    )
+    assert found == {
+        "a": "2024-01-01",
+        "b": "2024-99-99",
+        "c": [1, 1.5, True, None, "x"],
+    }
 
 
 def test_every_field_has_its_type():
-    record = Record({"t": 1, "n": "x", "i": True, "l": [1, "a"], "m": [], "e": " ", "r": [{"z": 0}]}, "f:3", hint="h")
+    record = Record(
+        {
+            "t": 1,
+            "n": "x",
+            "i": True,
+            "l": [1, "a"],
+            "m": [],
+            "e": " ",
+            "r": [{"z": 0}],
+        },
+        "f:3",
+        hint="h",
+    )
     (inner,) = record.records("r")
     for problem, read in (
         ("f:3: t: expected a text, got 1", lambda: record.text("t")),
@@ -209,7 +262,13 @@ def test_headers_of_tensors(tmp_path):
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
-    write({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"a": "b"}}, b"1234")
+    write(
+        {
+            "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "__metadata__": {"a": "b"},
+        },
+        b"1234",
+    )
     tensors, metadata = reading.read_tensor_header(path)
     assert tensors.record("w").array("shape", int) == [1]
     assert metadata == {"a": "b"}
@@ -223,7 +282,10 @@ def test_headers_of_tensors(tmp_path):
         ({"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "damaged"),
     ):
         write(header)
-        with pytest.raises(DataError, match=r"a\.safetensors") as caught, reading.open_tensors(path):
+        with (
+            pytest.raises(DataError, match=r"a\.safetensors") as caught,
+            reading.open_tensors(path),
+        ):
             pass
         assert said in caught.value.problems[0]
     path.write_bytes(b"\xff" * 20)

@@ -11,7 +11,12 @@ from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-LINES = [line.partition(" #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+LINES = [
+    line.partition(" #")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+]
 COMMANDS = [line for line in LINES if line.startswith("mmedit ")]
 SETUPS = [line for line in LINES if line.startswith("python3 -m venv")]
 
@@ -79,13 +84,17 @@ def test_the_dialogue_happens_as_shown(cli):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_the_library_example_of_the_ledger(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "edits.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "edits.md").read_text(), re.DOTALL
+    )
     exec(compile(code, "edits.md", "exec"), {})
     assert capsys.readouterr().out == "['a red balloon']\n['banjo']\n"
 
 
 def test_the_error_that_is_shown(cli):
-    block = next(block for kind, block in BLOCKS if kind == "text" and block.startswith("$ "))
+    block = next(
+        block for kind, block in BLOCKS if kind == "text" and block.startswith("$ ")
+    )
     command, *expected = block.strip().splitlines()
     code, _, err = cli(*shlex.split(command.removeprefix("$ mmedit ")))
     assert (code, err.splitlines()) == (2, expected)
@@ -107,6 +116,10 @@ def test_the_tables_name_every_editor_and_family():
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+    for page in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "CONTRIBUTING.md",
+    ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / Path(target)).exists(), f"{page.name}: {target}"

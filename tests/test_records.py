@@ -17,7 +17,11 @@ from mmedit_cli.records import Run
 from mmedit_cli.storage import sha256_json, write_atomic
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"editor": "ft", "hparams": {"lr": 1e-05, "big": 1e22, "text": "1e-4", "layers": [1, 2]}, "seed": 0}
+CONFIG = {
+    "editor": "ft",
+    "hparams": {"lr": 1e-05, "big": 1e22, "text": "1e-4", "layers": [1, 2]},
+    "seed": 0,
+}
 
 
 def start(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -27,7 +31,9 @@ def start(code: str, folder: Path) -> subprocess.Popen[str]:
         f"run = Run.open(Path(sys.argv[1]), {CONFIG!r}, {{}})\n{code}"
     )
     command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture
@@ -45,13 +51,21 @@ def test_a_run_from_start_to_report(tmp_path: Path) -> None:
         run.append("cases", iter([{"odd path": "\udc80"}]))
         run.rewrite("log", [{"x": 1}])
         run.rewrite("log", [{"x": 2}])
-        assert (folder / "cases.jsonl").read_bytes().splitlines()[0] == '{"b":1,"a":"é\\n"}'.encode()
-        assert run.read("cases") == [{"a": "é\n", "b": 1}, {"c": 0.1}, {"odd path": "\udc80"}]
+        assert (folder / "cases.jsonl").read_bytes().splitlines()[
+            0
+        ] == '{"b":1,"a":"é\\n"}'.encode()
+        assert run.read("cases") == [
+            {"a": "é\n", "b": 1},
+            {"c": 0.1},
+            {"odd path": "\udc80"},
+        ]
         assert run.read("log") == [{"x": 2}]
         assert run.read("edits") == []
         assert run.finish({"z": 1, "a": "é"}) == folder / "report.json"
     assert Run.finished(folder) == {"z": 1, "a": "é"}
-    assert (folder / "report.json").read_text("utf-8") == '{\n  "z": 1,\n  "a": "é"\n}\n'
+    assert (folder / "report.json").read_text(
+        "utf-8"
+    ) == '{\n  "z": 1,\n  "a": "é"\n}\n'
     assert not list(folder.glob("*.tmp"))
 
 
@@ -60,9 +74,15 @@ def test_a_config_is_the_same_after_a_round_trip(run: Run) -> None:
     run.close()
     run.close()
     before = (folder / "run.yaml").read_bytes()
-    with Run.open(folder, CONFIG | {"hparams": CONFIG["hparams"] | {"layers": (1, 2)}}, {"torch": "3"}):
+    with Run.open(
+        folder,
+        CONFIG | {"hparams": CONFIG["hparams"] | {"layers": (1, 2)}},
+        {"torch": "3"},
+    ):
         assert (folder / "run.yaml").read_bytes() == before
-    with pytest.raises(RunError, match=r"another config \(different: extra, seed\)") as caught:
+    with pytest.raises(
+        RunError, match=r"another config \(different: extra, seed\)"
+    ) as caught:
         Run.open(folder, CONFIG | {"seed": 1, "extra": None}, {})
     assert "--force" in caught.value.hint
     Run.open(folder, CONFIG, {}).close()  # the refused attempt let go of the lock
@@ -95,7 +115,10 @@ def test_a_second_writer_is_refused_within_and_across_processes(run: Run) -> Non
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_writer_leaves_whole_records(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    child = start("for i in range(10**9):\n    run.append('cases', [{'i': i, 'pad': 'x' * 20000}])", folder)
+    child = start(
+        "for i in range(10**9):\n    run.append('cases', [{'i': i, 'pad': 'x' * 20000}])",
+        folder,
+    )
     path = folder / "cases.jsonl"
     while not path.exists() or path.stat().st_size < 200_000:
         assert child.poll() is None
@@ -125,7 +148,13 @@ def test_a_torn_last_line_is_cut_off(run: Run, torn: bytes) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"i":0}\n{"i":\n{"i":2}\n', b'{"i":0}\n{"i:1}\n', b'{"i":0}\n[1]\n{"i"', b"{}\n\0\0\n", b'{}\n{"a":"\xff"}\n'],
+    [
+        b'{"i":0}\n{"i":\n{"i":2}\n',
+        b'{"i":0}\n{"i:1}\n',
+        b'{"i":0}\n[1]\n{"i"',
+        b"{}\n\0\0\n",
+        b'{}\n{"a":"\xff"}\n',
+    ],
 )
 def test_a_corrupt_line_is_named_and_kept_even_the_last(run: Run, data: bytes) -> None:
     """Only a line without its newline was torn by a kill; anything else was damaged, and is not ours to cut off."""
@@ -147,15 +176,22 @@ def test_force_removes_only_files_of_a_run(run: Run) -> None:
     Run.open(run.folder, CONFIG, {}).close()
     assert Run.finished(run.folder) == {}
     Run.open(run.folder, {"other": 1}, {}, force=True).close()
-    assert {path.name for path in run.folder.iterdir()} - {".lock"} == {"run.yaml", *theirs}
+    assert {path.name for path in run.folder.iterdir()} - {".lock"} == {
+        "run.yaml",
+        *theirs,
+    }
     assert {(run.folder / name).read_text() for name in theirs} == {"no newline"}
     with pytest.raises(ValueError, match=r"name it in records\.py"):
         run.append("unheard", [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
-@pytest.mark.parametrize("name", [".lock", "run.yaml", "cases.jsonl", "report.json", "editor.safetensors"])
-def test_nothing_is_written_or_cut_through_a_link(run: Run, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [".lock", "run.yaml", "cases.jsonl", "report.json", "editor.safetensors"]
+)
+def test_nothing_is_written_or_cut_through_a_link(
+    run: Run, tmp_path: Path, name: str
+) -> None:
     run.close()
     victim = tmp_path / "victim"
     victim.write_text("config: {}")
@@ -172,12 +208,16 @@ def test_finish_is_all_or_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(RunError, match=r"report\.json: cannot write: No space left on device"):
+    with pytest.raises(
+        RunError, match=r"report\.json: cannot write: No space left on device"
+    ):
         run.finish({"a": 1})
     assert {path.name for path in run.folder.iterdir()} - {".lock"} == {"run.yaml"}
 
 
-def test_a_failed_append_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_append_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
@@ -194,7 +234,9 @@ def test_a_failed_append_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_a_damaged_report(run: Run) -> None:
     for data in (b'{"a":', b"[]", b"\xff"):
         (run.folder / "report.json").write_bytes(data)
-        with pytest.raises(RunError, match=r"report\.json(:\d+)?: (not|expected) ") as caught:
+        with pytest.raises(
+            RunError, match=r"report\.json(:\d+)?: (not|expected) "
+        ) as caught:
             Run.finished(run.folder)
         assert "--force" in caught.value.hint
 
@@ -237,11 +279,16 @@ def test_locate_makes_safe_and_distinct_names(tmp_path: Path) -> None:
         assert len(folder.parent.name) <= 70
         folder.mkdir(parents=True)
     digest = sha256_json({})[:12]
-    assert Run.locate(tmp_path, ["eval", "mini-blip2_v1.5"], {}) == tmp_path / "eval" / "mini-blip2_v1.5" / digest
+    assert (
+        Run.locate(tmp_path, ["eval", "mini-blip2_v1.5"], {})
+        == tmp_path / "eval" / "mini-blip2_v1.5" / digest
+    )
 
 
 def test_sha256_json_is_canonical() -> None:
-    assert sha256_json({"a": 1, "b": (2,)}) == sha256_json(json.loads('{"b": [2], "a": 1}'))
+    assert sha256_json({"a": 1, "b": (2,)}) == sha256_json(
+        json.loads('{"b": [2], "a": 1}')
+    )
     assert sha256_json({"a": 1}) != sha256_json({"a": 2})
     with pytest.raises(ValueError, match="JSON"):
         sha256_json(float("inf"))
@@ -257,7 +304,9 @@ def test_tensors(run: Run) -> None:
     assert torch.equal(tensors["w"], weight)
     assert metadata == {"step": "3"}
     run.save_tensors("last", {"w": weight + 1}, {})
-    assert torch.equal(tensors["w"], weight)  # what was loaded before does not follow the file
+    assert torch.equal(
+        tensors["w"], weight
+    )  # what was loaded before does not follow the file
     assert run.load_tensors("last")[1] == {}
     data = path.read_bytes()
     for damaged in (data[:-1], b"", b"\xff" * 64):

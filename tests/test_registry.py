@@ -63,7 +63,10 @@ def test_summary_does_not_import(zoo: Registry[str]) -> None:
     assert "zoo_of_test.editors" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["multi-mleo", "base", "_parts", "", "../ft", "editors.ft", "notes", "helpers"])
+@pytest.mark.parametrize(
+    "name",
+    ["multi-mleo", "base", "_parts", "", "../ft", "editors.ft", "notes", "helpers"],
+)
 def test_unknown_names(zoo: Registry[str], name: str) -> None:
     for ask in (zoo.get, zoo.summary):
         with pytest.raises(UnknownName) as caught:
@@ -83,17 +86,25 @@ def test_the_real_registries_load_no_torch() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=root)
 
 
-def test_share_dir_of_a_checkout_and_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_dir_of_a_checkout_and_of_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "_PACKAGE", tmp_path / "mmedit_cli")
     (tmp_path / "hparams").mkdir()
-    assert registry.share_dir("hparams") == tmp_path / "mmedit_cli" / "share" / "hparams"
+    assert (
+        registry.share_dir("hparams") == tmp_path / "mmedit_cli" / "share" / "hparams"
+    )
     (tmp_path / "pyproject.toml").touch()
     assert registry.share_dir("hparams") == tmp_path / "hparams"
     assert registry.share_dir("data") == tmp_path / "mmedit_cli" / "share" / "data"
-    assert registry.hparams_file("multi-melo") == tmp_path / "hparams" / "multi_melo.yaml"
+    assert (
+        registry.hparams_file("multi-melo") == tmp_path / "hparams" / "multi_melo.yaml"
+    )
 
 
-def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_can_be_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path))
     assert registry.cache_dir() == tmp_path
     assert registry.data_home() == tmp_path / "data"
@@ -118,7 +129,13 @@ def test_facts_are_read_without_an_import() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     root = Path(registry.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "[True, False] [False, True] [False, True] True None\n"
 
 
@@ -151,7 +168,9 @@ def _forget():
 
 
 @pytest.mark.usefixtures("_forget")
-def test_an_installed_package_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped = installed(monkeypatch, tmp_path)
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
     before = sorted(tmp_path.rglob("*"))
@@ -159,8 +178,17 @@ def test_an_installed_package_is_left_as_it_is(tmp_path: Path, monkeypatch: pyte
     assert folder.parent == tmp_path / "cache"
     assert (folder / "noto" / "1f34e.png").read_bytes() == b"an apple"
     assert (folder / "LICENSES" / "MIT.txt").is_file()
-    assert [path for path in sorted(tmp_path.rglob("*")) if not path.is_relative_to(tmp_path / "cache")] == before
-    assert {path.name for path in folder.iterdir()} == {"LICENSES", "manifest.json", "noto", "noto.zip"}
+    assert [
+        path
+        for path in sorted(tmp_path.rglob("*"))
+        if not path.is_relative_to(tmp_path / "cache")
+    ] == before
+    assert {path.name for path in folder.iterdir()} == {
+        "LICENSES",
+        "manifest.json",
+        "noto",
+        "noto.zip",
+    }
     assert registry.emojikb_home() == folder
     assert shipped.is_dir()
 

@@ -13,15 +13,28 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BOUNDED = ("torch", "transformers", "diffusers", "peft", "accelerate", "huggingface-hub", "tokenizers", "typer")
+BOUNDED = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "huggingface-hub",
+    "tokenizers",
+    "typer",
+)
 GROUPS = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 REQUIRED = {
     canonicalize_name(requirement.name): requirement
-    for requirement in (Requirement(text) for texts in GROUPS.values() for text in texts)
+    for requirement in (
+        Requirement(text) for texts in GROUPS.values() for text in texts
+    )
 }
 PINS = {
     canonicalize_name(name): Version(pinned)
-    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, pinned in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
 }
 
 
@@ -33,10 +46,18 @@ def installed(name: str) -> Version | None:
 
 
 def test_constraints_pin_packages_and_nothing_else():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert len(lines) == len(PINS)
-    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-", "triton"))], "fits one kind of machine"
-    assert not [name for name, pinned in PINS.items() if pinned.local], "a build for one kind of machine"
+    assert not [
+        name for name in PINS if name.startswith(("nvidia-", "cuda-", "triton"))
+    ], "fits one kind of machine"
+    assert not [name for name, pinned in PINS.items() if pinned.local], (
+        "a build for one kind of machine"
+    )
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -63,8 +84,12 @@ def test_what_is_installed_keeps_what_is_promised(name):
         if asked.marker is not None and not asked.marker.evaluate({"extra": ""}):
             continue
         other = installed(asked.name)
-        assert other is not None, f"{name} asks for {asked.name}, which is not installed"
-        assert asked.specifier.contains(other, prereleases=True), f"{name} asks for {asked}, {other} is installed"
+        assert other is not None, (
+            f"{name} asks for {asked.name}, which is not installed"
+        )
+        assert asked.specifier.contains(other, prereleases=True), (
+            f"{name} asks for {asked}, {other} is installed"
+        )
 
 
 def test_all_that_is_needed_is_installed():

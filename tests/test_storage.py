@@ -28,13 +28,19 @@ def test_the_next_write_into_a_folder_removes_what_killed_runs_left(tmp_path):
     staged.mkdir()
     (staged / "half.safetensors").write_text("half")
     running = storage.temporary_beside(tmp_path / "b.png")
-    running = running.with_name(running.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    running = running.with_name(
+        running.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")
+    )
     running.write_text("being written")
     others = {"notes.tmp", "draft.0123abcd.tmp", "a.png.tmp"}
     for name in others:
         (tmp_path / name).write_text("of somebody else")
     storage.write_atomic(tmp_path / "c.png", b"new")
-    assert {path.name for path in tmp_path.iterdir()} == {*others, running.name, "c.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *others,
+        running.name,
+        "c.png",
+    }
 
 
 def test_a_link_is_neither_removed_nor_followed(tmp_path):
@@ -45,10 +51,15 @@ def test_a_link_is_neither_removed_nor_followed(tmp_path):
     left.unlink()
     left.symlink_to(tmp_path / "outside")
     assert storage.remove_temporaries(tmp_path / "x") == []
-    assert (left.is_symlink(), (tmp_path / "outside" / "own.txt").read_text()) == (True, "own")
+    assert (left.is_symlink(), (tmp_path / "outside" / "own.txt").read_text()) == (
+        True,
+        "own",
+    )
 
 
-def test_a_temporary_folder_vanishes_and_that_of_a_killed_run_too(tmp_path, monkeypatch):
+def test_a_temporary_folder_vanishes_and_that_of_a_killed_run_too(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     left = left_by_a_killed_run(tmp_path / "mmedit")
     with storage.temporary_folder() as folder:
@@ -61,10 +72,15 @@ def test_a_temporary_folder_vanishes_and_that_of_a_killed_run_too(tmp_path, monk
 def test_equal_tensors_and_texts_make_equal_bytes(tmp_path):
     texts = {name: f'{name} "\u00e4" \\ \u65e5\n' for name in "gfedcba"}
     for i in range(4):
-        storage.write_tensors(tmp_path / str(i), {"b": torch.ones(3), "a": torch.zeros(2, 2)}, texts)
+        storage.write_tensors(
+            tmp_path / str(i), {"b": torch.ones(3), "a": torch.zeros(2, 2)}, texts
+        )
     assert len({(tmp_path / str(i)).read_bytes() for i in range(4)}) == 1
     tensors, found = storage.read_tensors(tmp_path / "0")
     assert found == texts
-    assert (tensors["a"].tolist(), tensors["b"].tolist()) == ([[0, 0], [0, 0]], [1, 1, 1])
+    assert (tensors["a"].tolist(), tensors["b"].tolist()) == (
+        [[0, 0], [0, 0]],
+        [1, 1, 1],
+    )
     storage.write_tensors(tmp_path / "none", {}, {})
     assert storage.read_tensors(tmp_path / "none") == ({}, {})

@@ -17,18 +17,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.datasets.base import read_data
 from mmedit_cli.errors import DataError, UserError
-from mmedit_cli.evaluation.vlm import PREPARING
 from mmedit_cli.hparams import load_hparams
+from mmedit_cli.knowledge import loading, trained_networks, training_loop
+from mmedit_cli.knowledge.data.base import read_data
+from mmedit_cli.knowledge.evaluation.protocol import PREPARING
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.knowledge.training_loop import (
+    Conditions,
+    alternatives,
+    distinct,
+    rate_at,
+    train_networks,
+)
+from mmedit_cli.knowledge.workflow import evaluation, training
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Interrupts
-from mmedit_cli.training import editors
-from mmedit_cli.training.editors import Conditions, alternatives, distinct, rate_at, train_networks
-from mmedit_cli.workflows import evaluation, networks, training
 
-SHORT = ("training.steps=8", "training.batch_size=4", "training.validate_every=3", "training.alternatives=1")
+SHORT = (
+    "training.steps=8",
+    "training.batch_size=4",
+    "training.validate_every=3",
+    "training.alternatives=1",
+)
 CASES = read_data(SHAPES).cases
 
 
@@ -44,29 +55,43 @@ def backbone():
 def make(backbone, *overrides, seed=0):
     cls = registry.editors.get("liveedit")
     path = registry.hparams_file("liveedit")
-    return cls(backbone, load_hparams(path, cls.Hparams, variant=backbone.name, overrides=overrides), seed=seed)
+    return cls(
+        backbone,
+        load_hparams(path, cls.Hparams, variant=backbone.name, overrides=overrides),
+        seed=seed,
+    )
 
 
 def train(backbone, folder, *overrides, seed=0, tick=lambda *_: None):
     editor = make(backbone, *SHORT, *overrides, seed=seed)
     with Run.open(folder, {"overrides": overrides}, {}) as run:
-        report = train_networks(editor, CASES[:10], CASES[10:14], run, Conditions(tick=tick))
+        report = train_networks(
+            editor, CASES[:10], CASES[10:14], run, Conditions(tick=tick)
+        )
     return editor, report
 
 
-def test_the_same_seed_gives_the_same_networks_and_another_gives_others(backbone, tmp_path):
+def test_the_same_seed_gives_the_same_networks_and_another_gives_others(
+    backbone, tmp_path
+):
     train(backbone, tmp_path / "a")
     train(backbone, tmp_path / "b")
     train(backbone, tmp_path / "c", seed=1)
     a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not all(torch.equal(a[key], c[key]) for key in a if key.startswith("networks."))
+    assert not all(
+        torch.equal(a[key], c[key]) for key in a if key.startswith("trained_networks.")
+    )
 
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 7])
 @pytest.mark.parametrize("saving", ["seldom", "always"])
-def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypatch, moment, saving):
-    monkeypatch.setattr(editors, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9)
+def test_killed_and_continued_equals_uninterrupted(
+    backbone, tmp_path, monkeypatch, moment, saving
+):
+    monkeypatch.setattr(
+        training_loop, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9
+    )
     _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
@@ -80,13 +105,19 @@ def test_killed_and_continued_equals_uninterrupted(backbone, tmp_path, monkeypat
         train(backbone, tmp_path / "cut", tick=tick)
     editor, report = train(backbone, tmp_path / "cut")
     for name in ("last", "editor"):
-        whole, cut = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("whole", "cut"))
+        whole, cut = (
+            load_file(tmp_path / folder / f"{name}.safetensors")
+            for folder in ("whole", "cut")
+        )
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
     for part in (expected, report):
         part.pop("cost")
     assert report == expected
     best = load_file(tmp_path / "cut" / "editor.safetensors")
-    assert all(torch.equal(best[key], value) for key, value in editor.networks.state_dict().items())
+    assert all(
+        torch.equal(best[key], value)
+        for key, value in editor.networks.state_dict().items()
+    )
 
 
 def cut_short(backbone, folder, interrupt) -> dict:
@@ -104,13 +135,17 @@ def assert_same_end(backbone, whole: Path, cut: Path, expected: dict) -> None:
         part.pop("cost")
     assert report == expected
     for name in ("last", "editor"):
-        one, other = (load_file(folder / f"{name}.safetensors") for folder in (whole, cut))
+        one, other = (
+            load_file(folder / f"{name}.safetensors") for folder in (whole, cut)
+        )
         assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
 @pytest.mark.parametrize("moment", [2, 3])
-def test_control_c_saves_the_step_that_is_taken(backbone, tmp_path, monkeypatch, moment):
-    monkeypatch.setattr(editors, "SAVE_SECONDS", 1e9)
+def test_control_c_saves_the_step_that_is_taken(
+    backbone, tmp_path, monkeypatch, moment
+):
+    monkeypatch.setattr(training_loop, "SAVE_SECONDS", 1e9)
     _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
@@ -126,17 +161,19 @@ def test_control_c_saves_the_step_that_is_taken(backbone, tmp_path, monkeypatch,
     assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
 
 
-def test_control_c_while_held_out_cases_are_asked_stops_at_once(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(editors, "SAVE_SECONDS", 1e9)
+def test_control_c_while_held_out_cases_are_asked_stops_at_once(
+    backbone, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training_loop, "SAVE_SECONDS", 1e9)
     _, expected = train(backbone, tmp_path / "whole")
-    scores = editors._Training._scores
+    scores = training_loop._Training._scores
 
     def interrupted(self):
-        monkeypatch.setattr(editors._Training, "_scores", scores)
+        monkeypatch.setattr(training_loop._Training, "_scores", scores)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("it did not stop")
 
-    monkeypatch.setattr(editors._Training, "_scores", interrupted)
+    monkeypatch.setattr(training_loop._Training, "_scores", interrupted)
     saved = cut_short(backbone, tmp_path / "cut", lambda *_: None)
     assert (saved["step"], saved["looked"]) == ("3", "0")
     assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
@@ -159,38 +196,55 @@ def test_what_is_prepared_is_told_and_counted(backbone, tmp_path):
         told[what] = told.get(what, 0) + n
 
     train(backbone, tmp_path, tick=tick)
-    taught = editors.with_alternatives(CASES[:10], make(backbone, *SHORT).hparams.training, 0)
-    most = evaluation.count_queries([*(case for cases in taught for case in cases), *CASES[10:14]])
+    taught = training_loop.with_alternatives(
+        CASES[:10], make(backbone, *SHORT).hparams.training, 0
+    )
+    most = evaluation.count_queries(
+        [*(case for cases in taught for case in cases), *CASES[10:14]]
+    )
     assert told["steps"] == 8
     assert 0 < told[PREPARING] <= most
 
 
 def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monkeypatch):
     scores = iter((0.2, 0.9, 0.4))
-    monkeypatch.setattr(editors, "score_case", lambda *_: {"scores": {editors.SCORE: {"reliability": score[0]}}})
+    monkeypatch.setattr(
+        training_loop,
+        "score_case",
+        lambda *_: {"scores": {training_loop.SCORE: {"reliability": score[0]}}},
+    )
     score = [0.0]
     states = []
-    real = editors._Training._validate
+    real = training_loop._Training._validate
 
     def validate(self):
         score[0] = next(scores)
-        states.append({k: v.clone() for k, v in self.editor.networks.state_dict().items()})
+        states.append(
+            {k: v.clone() for k, v in self.editor.networks.state_dict().items()}
+        )
         return real(self)
 
-    monkeypatch.setattr(editors._Training, "_validate", validate)
+    monkeypatch.setattr(training_loop._Training, "_validate", validate)
     editor, report = train(backbone, tmp_path)
     assert report["best"]["step"] == 6
     assert [line["score"] for line in report["curve"]] == [0.2, 0.9, 0.4]
-    assert all(torch.equal(states[1][key], value) for key, value in editor.networks.state_dict().items())
+    assert all(
+        torch.equal(states[1][key], value)
+        for key, value in editor.networks.state_dict().items()
+    )
 
 
 def test_alternatives_teach_other_targets_and_change_nothing_else():
     case = CASES[0]
     others = alternatives(case, CASES, 3, seed=0)
     assert others == alternatives(case, CASES, 3, seed=0)
-    assert {other.request.target for other in others} <= {c.request.target for c in CASES}
+    assert {other.request.target for other in others} <= {
+        c.request.target for c in CASES
+    }
     for other in others:
-        assert {q.target for qs in other.generality.values() for q in qs} == {other.request.target}
+        assert {q.target for qs in other.generality.values() for q in qs} == {
+            other.request.target
+        }
         assert other.locality == case.locality
         assert other.request.prompt == case.request.prompt
 
@@ -198,25 +252,38 @@ def test_alternatives_teach_other_targets_and_change_nothing_else():
 def test_held_out_cases_that_say_the_same_of_a_picture_count_once():
     case = next(case for case in CASES if case.generality.get("image"))
     other = case.generality["image"][0]
-    by_another_picture = replace(case, uid="sibling", request=replace(case.request, image=other.image))
-    of_another_answer = replace(
-        case, uid="other", request=replace(case.request, target="quite another"), generality={}
+    by_another_picture = replace(
+        case, uid="sibling", request=replace(case.request, image=other.image)
     )
-    assert distinct([case, by_another_picture, of_another_answer]) == [case, of_another_answer]
+    of_another_answer = replace(
+        case,
+        uid="other",
+        request=replace(case.request, target="quite another"),
+        generality={},
+    )
+    assert distinct([case, by_another_picture, of_another_answer]) == [
+        case,
+        of_another_answer,
+    ]
 
 
 def test_learning_rates(backbone):
     hp = make(backbone).hparams.training
     assert [rate_at(hp, step) for step in (0, 9_999)] == [1e-4, 1e-4]
     assert rate_at(hp, 10_000) == pytest.approx(1e-5)
-    hp = make(backbone, "training.schedule=cosine", "training.warmup=10", "training.steps=110").hparams.training
+    hp = make(
+        backbone, "training.schedule=cosine", "training.warmup=10", "training.steps=110"
+    ).hparams.training
     assert rate_at(hp, 0) == pytest.approx(1e-5)
     assert rate_at(hp, 60) == pytest.approx(5e-5)
     assert rate_at(hp, 109) < 1e-7
 
 
 def test_one_case_is_too_few(backbone, tmp_path):
-    with Run.open(tmp_path, {}, {}) as run, pytest.raises(DataError, match="one case is too few"):
+    with (
+        Run.open(tmp_path, {}, {}) as run,
+        pytest.raises(DataError, match="one case is too few"),
+    ):
         train_networks(make(backbone, *SHORT), CASES[:1], CASES[1:2], run)
 
 
@@ -225,7 +292,18 @@ def test_one_case_is_too_few(backbone, tmp_path):
 
 def words(records, *more):
     flags = [word for override in SHORT for word in ("--set", override)]
-    return ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--records", records, *flags, *more)
+    return (
+        "train-editor",
+        "liveedit",
+        "--model",
+        "tiny-blip2",
+        "--data",
+        SHAPES,
+        "--records",
+        records,
+        *flags,
+        *more,
+    )
 
 
 def test_own_networks_answer_where_they_are_asked_for(cli, tmp_path):
@@ -238,28 +316,52 @@ def test_own_networks_answer_where_they_are_asked_for(cli, tmp_path):
     assert "questions are run through the frozen layers once" in err
     assert "already done" in cli(*words(tmp_path))[2]
     run = report["run"].rpartition("/")[2]
-    of_model = ("--model", "tiny-blip2", "--data", SHAPES, "--limit", 2, "-n", 2, "--records", tmp_path)
+    of_model = (
+        "--model",
+        "tiny-blip2",
+        "--data",
+        SHAPES,
+        "--limit",
+        2,
+        "-n",
+        2,
+        "--records",
+        tmp_path,
+    )
     code, _, err = cli("eval", "liveedit", *of_model)
     assert (code, "no networks come along" in err) == (2, True)
     assert f"--checkpoint latest takes the newest of your own trainings ({run})" in err
     code, _, err = cli("eval", *of_model)
-    assert (code, f"--checkpoint latest takes your newest training, {run}" in err) == (2, True)
+    assert (code, f"--checkpoint latest takes your newest training, {run}" in err) == (
+        2,
+        True,
+    )
     code, text, err = cli("eval", *of_model[2:], "--checkpoint", "latest", "--json")
     assert code == 0, err
     assert "no EDITOR: liveedit on tiny-blip2" in err
     found = json.loads(text)
     assert found["hparams"]["edit_layer"] == 3
-    assert "training" not in found["hparams"], "how the networks were trained is told by their own run"
+    assert "training" not in found["hparams"], (
+        "how the networks were trained is told by their own run"
+    )
     answered = found["networks"]
     assert (answered["source"], answered["run"], answered["steps"]) == ("run", run, 8)
     assert answered["trained_on"] == report["data"]["name"]
     for named in (run, run[:6], report["run"], f"{report['run']}/editor.safetensors"):
-        code, text, err = cli("eval", "liveedit", *of_model, "--checkpoint", named, "--json")
+        code, text, err = cli(
+            "eval", "liveedit", *of_model, "--checkpoint", named, "--json"
+        )
         assert code == 0, err
         assert json.loads(text)["checkpoint"] == found["checkpoint"]
-    assert f"networks: run {run}, trained 8 steps on" in cli("eval", *of_model[2:], "--checkpoint", "latest")[1]
+    assert (
+        f"networks: run {run}, trained 8 steps on"
+        in cli("eval", *of_model[2:], "--checkpoint", "latest")[1]
+    )
     code, _, err = cli("eval", "liveedit", *of_model, "--checkpoint", "nowhere")
-    assert (code, "neither a file, nor the folder or the id of a finished training" in err) == (2, True)
+    assert (
+        code,
+        "neither a file, nor the folder or the id of a finished training" in err,
+    ) == (2, True)
     assert run in err
     code, _, err = cli("eval", "ft", *of_model, "--checkpoint", "latest")
     assert (code, "ft has no networks" in err) == (2, True)
@@ -269,58 +371,126 @@ def test_own_networks_answer_where_they_are_asked_for(cli, tmp_path):
 
 def test_what_comes_along_stays_the_default(tmp_path):
     """Whatever was trained here: own networks are never taken unasked."""
-    run = tmp_path / "train-editor" / "liveedit" / "mini-blip2" / "shapes" / "0123456789ab"
+    run = (
+        tmp_path
+        / "train-editor"
+        / "liveedit"
+        / "mini-blip2"
+        / "shapes"
+        / "0123456789ab"
+    )
     run.mkdir(parents=True)
-    shipped = networks.find_networks("liveedit", "mini-blip2", tmp_path)
+    shipped = trained_networks.find_networks("liveedit", "mini-blip2", tmp_path)
     shutil.copyfile(shipped.path, run / "editor.safetensors")
-    (run / "report.json").write_text('{"editor": "liveedit", "model": {"name": "mini-blip2"}, "steps": 20}')
-    assert networks.find_networks("liveedit", "mini-blip2", tmp_path) == shipped
-    assert networks.default_editor(tmp_path) == ("liveedit", "mini-blip2")
-    assert networks.networks_line(shipped.facts()) == "networks: come along with mmedit, kept at step 600"
-    own = networks.find_networks("liveedit", "mini-blip2", tmp_path, "latest")
-    assert networks.networks_line(own.facts()) == "networks: run 0123456789ab, trained 20 steps, kept at step 600"
-    assert networks.default_editor(tmp_path, checkpoint="0123") == ("liveedit", "mini-blip2")
+    (run / "report.json").write_text(
+        '{"editor": "liveedit", "model": {"name": "mini-blip2"}, "steps": 20}'
+    )
+    assert trained_networks.find_networks("liveedit", "mini-blip2", tmp_path) == shipped
+    assert trained_networks.default_editor(tmp_path) == ("liveedit", "mini-blip2")
+    assert (
+        trained_networks.networks_line(shipped.facts())
+        == "networks: come along with mmedit, kept at step 600"
+    )
+    own = trained_networks.find_networks("liveedit", "mini-blip2", tmp_path, "latest")
+    assert (
+        trained_networks.networks_line(own.facts())
+        == "networks: run 0123456789ab, trained 20 steps, kept at step 600"
+    )
+    assert trained_networks.default_editor(tmp_path, checkpoint="0123") == (
+        "liveedit",
+        "mini-blip2",
+    )
 
 
 def test_an_untrained_editor_is_no_surprise(cli, tmp_path):
-    code, _, err = cli("eval", "liveedit", "--model", "tiny-llava", "--data", SHAPES, "--records", tmp_path)
+    code, _, err = cli(
+        "eval",
+        "liveedit",
+        "--model",
+        "tiny-llava",
+        "--data",
+        SHAPES,
+        "--records",
+        tmp_path,
+    )
     assert code == 2
     assert "liveedit has not been trained for tiny-llava" in err
     assert "mmedit train-editor liveedit --model tiny-llava" in err
-    code, _, err = cli("train-editor", "ft", "--model", "tiny-llava", "--records", tmp_path)
+    code, _, err = cli(
+        "train-editor", "ft", "--model", "tiny-llava", "--records", tmp_path
+    )
     assert code == 2
     assert "ft needs no training" in err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_evaluation_side_is_never_trained_on():
-    options = training.TrainOptions("liveedit", evaluation.ModelOptions("tiny-blip2"), "emojikb", limit=50)
+    options = training.TrainOptions(
+        "liveedit", loading.ModelOptions("tiny-blip2"), "emojikb", limit=50
+    )
     name, cases, held_out = training.training_cases(options)
     assert name == "emojikb"
     assert {case.uid.partition("-")[0] for case in cases} == {"train"}
     assert {case.uid.partition("-")[0] for case in held_out} == {"val"}
     with pytest.raises(UserError, match="too few to hold some out"):
-        training.training_cases(training.TrainOptions("x", options.model, str(SHAPES), limit=5))
+        training.training_cases(
+            training.TrainOptions("x", options.model, str(SHAPES), limit=5)
+        )
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     """Started by torchrun, on the CPU (gloo): the same gradient as alone, up to the order of additions."""
     common = [
-        str(w) for w in ("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES, "--device", "cpu")
+        str(w)
+        for w in (
+            "train-editor",
+            "liveedit",
+            "--model",
+            "tiny-blip2",
+            "--data",
+            SHAPES,
+            "--device",
+            "cpu",
+        )
     ]
     for setting in ("training.steps=1", "training.validate_every=1"):
         common += ["--set", setting]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "mmedit_cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "mmedit_cli",
+    ]
     runs = {
         "two": [*launch, *common, "--set", "training.batch_size=4"],
-        "one": [sys.executable, "-m", "mmedit_cli", *common, "--set", "training.batch_size=8"],
+        "one": [
+            sys.executable,
+            "-m",
+            "mmedit_cli",
+            *common,
+            "--set",
+            "training.batch_size=8",
+        ],
     }
     found = {}
     for name, command in runs.items():
-        done = subprocess.run([*command, "--records", str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--records", str(tmp_path / name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         found[name] = load_file(next((tmp_path / name).rglob("last.safetensors")))
-    moments = [key for key in found["one"] if key.endswith(".exp_avg")]  # a tenth of the gradient of the one step
+    moments = [
+        key for key in found["one"] if key.endswith(".exp_avg")
+    ]  # a tenth of the gradient of the one step
     assert moments
-    one, two = (torch.cat([found[name][key].flatten() for key in moments]) for name in ("one", "two"))
+    one, two = (
+        torch.cat([found[name][key].flatten() for key in moments])
+        for name in ("one", "two")
+    )
     assert (one - two).norm() <= 1e-5 * one.norm()

@@ -17,16 +17,22 @@ from conftest import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def run(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str | Path, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command; where it fails, the test shows what it said."""
-    done = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
     """Build a wheel or an sdist from a folder of sources; return the file."""
-    run(sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder, cwd=source)
+    run(
+        sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder, cwd=source
+    )
     (built,) = folder.iterdir()
     return built
 
@@ -48,19 +54,48 @@ def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("elsewhere")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
-    packages = Path(
-        sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=folder,
     )
-    (packages / "requirements.pth").write_text(sysconfig.get_path("purelib"))  # what the tests run with, not anew
+    packages = Path(
+        sysconfig.get_path(
+            "purelib",
+            vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")},
+        )
+    )
+    (packages / "requirements.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # what the tests run with, not anew
     kept = ("PATH", "LANG", "OMP_NUM_THREADS")
     env = {key: os.environ[key] for key in kept if key in os.environ}
-    env |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+    env |= {
+        "HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+    }
 
     def mmedit(*words: str | Path) -> subprocess.CompletedProcess[str]:
         return run(python, "-I", "-m", "mmedit_cli", *words, cwd=folder, env=env)
 
-    home = run(python, "-I", "-c", "import mmedit_cli; print(mmedit_cli.__file__)", cwd=folder, env=env).stdout
+    home = run(
+        python,
+        "-I",
+        "-c",
+        "import mmedit_cli; print(mmedit_cli.__file__)",
+        cwd=folder,
+        env=env,
+    ).stdout
     assert Path(home.strip()).is_relative_to(folder)
     before = {path for path in packages.rglob("*") if "__pycache__" not in path.parts}
     yield mmedit
@@ -79,8 +114,12 @@ def test_it_carries_data_and_models_once(wheel):
         "hparams/liveedit.yaml",
     )
     assert not [name for name in carried if f"{share}/{name}" not in names]
-    assert not [name for name in names if name.startswith(f"{share}/data/emojikb/noto/")], "pictures are in the zips"
-    assert not [name for name in names if not name.startswith(("mmedit_cli/", "mmedit_cli-"))]
+    assert not [
+        name for name in names if name.startswith(f"{share}/data/emojikb/noto/")
+    ], "pictures are in the zips"
+    assert not [
+        name for name in names if not name.startswith(("mmedit_cli/", "mmedit_cli-"))
+    ]
 
 
 def test_it_answers(program):
@@ -90,14 +129,20 @@ def test_it_answers(program):
 
 
 def test_it_lists_what_comes_along(program):
-    models = [row["model"] for row in json.loads(program("list", "--json").stdout)["models"]]
-    assert {"mini-blip2", "mini-llava", "mini-sd", "mini-ip2p", "mini-mgie"} <= set(models)
+    models = [
+        row["model"] for row in json.loads(program("list", "--json").stdout)["models"]
+    ]
+    assert {"mini-blip2", "mini-llava", "mini-sd", "mini-ip2p", "mini-mgie"} <= set(
+        models
+    )
 
 
 def test_it_does_the_main_job_of_the_readme(program):
     report = json.loads(program("eval", "--sequential", "1000", "--json").stdout)
     assert (report["editor"], report["model"]["name"]) == ("liveedit", "mini-blip2")
-    (last,) = [milestone for milestone in report["milestones"] if milestone["edits"] == 1000]
+    (last,) = [
+        milestone for milestone in report["milestones"] if milestone["edits"] == 1000
+    ]
     scores = last["scores"]["ar"]
     assert scores["reliability"]["mean"] > 0.99
     assert scores["locality.text"]["mean"] > 0.99

@@ -12,11 +12,25 @@ from mmedit_cli.output import Output
 
 
 def minigpt4(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model is written; it must not exist.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Where the model is written; it must not exist."
+        ),
+    ],
     vision: Annotated[Path, typer.Option(help="eva_vit_g.pth of LAVIS.")],
-    qformer: Annotated[Path, typer.Option(help="blip2_pretrained_flant5xxl.pth of LAVIS.")],
-    projection: Annotated[Path, typer.Option(help="prerained_minigpt4_7b.pth of MiniGPT-4.")],
-    llm: Annotated[Path, typer.Option(help="Folder of Vicuna-7B with its tokenizer, e.g. of Vision-CAIR/vicuna-7b.")],
+    qformer: Annotated[
+        Path, typer.Option(help="blip2_pretrained_flant5xxl.pth of LAVIS.")
+    ],
+    projection: Annotated[
+        Path, typer.Option(help="prerained_minigpt4_7b.pth of MiniGPT-4.")
+    ],
+    llm: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of Vicuna-7B with its tokenizer, e.g. of Vision-CAIR/vicuna-7b."
+        ),
+    ],
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -38,17 +52,29 @@ def minigpt4(
       mmedit ask --model models/minigpt4-7b --image cat.png "What is this?"
     """
     from mmedit_cli import runtime
-    from mmedit_cli.backbones._minigpt4_weights import Published, convert
+    from mmedit_cli.knowledge.models.shared.minigpt4_weights import Published, convert
 
     output = Output(as_json=as_json)
     runtime.quiet_libraries()
     folder = convert(Published(vision, qformer, projection, llm), out, output.note)
-    output.result({"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder)))
+    output.result(
+        {"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder))
+    )
 
 
 def safetensors(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder or pipeline with pickled weights.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where it is written anew; it must not exist.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A model folder or pipeline with pickled weights."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Where it is written anew; it must not exist."
+        ),
+    ],
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -58,21 +84,35 @@ def safetensors(
 
       mmedit convert safetensors old-blip2 old-blip2-safetensors
     """
-    from mmedit_cli.backbones._pickled_weights import to_safetensors
+    from mmedit_cli.pickled_weights import to_safetensors
 
     output = Output(as_json=as_json)
     files = to_safetensors(folder, out, output.note)
-    output.result({"model": str(out), "converted": files}, lambda: output.line(str(out)))
+    output.result(
+        {"model": str(out), "converted": files}, lambda: output.line(str(out))
+    )
 
 
 def mgie(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the pipeline is written; it must not exist.")],
-    llava: Annotated[Path, typer.Option(help="Folder of LLaVA-Lightning-7B-v1-1 with its tokenizer.")],
-    vision: Annotated[Path, typer.Option(help="Folder of openai/clip-vit-large-patch14.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Where the pipeline is written; it must not exist."
+        ),
+    ],
+    llava: Annotated[
+        Path, typer.Option(help="Folder of LLaVA-Lightning-7B-v1-1 with its tokenizer.")
+    ],
+    vision: Annotated[
+        Path, typer.Option(help="Folder of openai/clip-vit-large-patch14.")
+    ],
     mllm: Annotated[Path, typer.Option(help="mllm.pt of MGIE.")],
     unet: Annotated[Path, typer.Option(help="unet.pt of MGIE.")],
     diffusion: Annotated[
-        str, typer.Option(help="Pipeline whose VAE and scheduler are used: a folder or hub id.")
+        str,
+        typer.Option(
+            help="Pipeline whose VAE and scheduler are used: a folder or hub id."
+        ),
     ] = "instruct-pix2pix",
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -88,9 +128,11 @@ def mgie(
       mmedit image-edit mgie --model models/mgie-7b --image beach.jpg "make it more dramatic" -o drama.png
     """
     from mmedit_cli import runtime
-    from mmedit_cli.image_editors.mgie.published import Published, convert
+    from mmedit_cli.picture_editing.methods.mgie.published import Published, convert
 
     output = Output(as_json=as_json)
     runtime.quiet_libraries()
     folder = convert(Published(llava, vision, mllm, unet, diffusion), out, output.note)
-    output.result({"model": str(folder), "editor": "mgie"}, lambda: output.line(str(folder)))
+    output.result(
+        {"model": str(folder), "editor": "mgie"}, lambda: output.line(str(folder))
+    )

@@ -17,23 +17,37 @@ def covariance(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="A text file with a caption a line. [default: about the things of EmojiKB]", show_default=False
+            help="A text file with a caption a line. [default: about the things of EmojiKB]",
+            show_default=False,
         ),
     ] = None,
     published: Annotated[
         Path | None,
-        typer.Option("--import", help="Take this published matrix (.pt or .safetensors) instead.", show_default=False),
+        typer.Option(
+            "--import",
+            help="Take this published matrix (.pt or .safetensors) instead.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The file to write. [default: where `mmedit` looks for it]", show_default=False
+            "--output",
+            "-o",
+            help="The file to write. [default: where `mmedit` looks for it]",
+            show_default=False,
         ),
     ] = None,
     rule: Annotated[
-        Literal["valid", "all"], typer.Option("--tokens", help="valid: start to first end; all: the padding too.")
+        Literal["valid", "all"],
+        typer.Option(
+            "--tokens", help="valid: start to first end; all: the padding too."
+        ),
     ] = "valid",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first captions only.", show_default=False)] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use the first captions only.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -51,31 +65,40 @@ def covariance(
 
       mmedit covariance --model stable-diffusion-v1-5 --import covariance_CLIP_ViT-L-14.pt
     """  # fmt: skip
-    from mmedit_cli import covariance as moments
-    from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
     from mmedit_cli.catalog import loading
+    from mmedit_cli.drawing import covariance as moments
+    from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
     out = Output(as_json=as_json)
     if published is not None and captions is not None:
-        raise UserError("--import and --captions exclude each other", "the published matrix needs no captions")
+        raise UserError(
+            "--import and --captions exclude each other",
+            "the published matrix needs no captions",
+        )
     name = options.named_drawing(model, out)
     out.note(loading(name))
     loaded = load_stable_diffusion(name, device=device, dtype=dtype, revision=revision)
     path = output or moments.default_path(loaded)
     if path.exists() and not force:
-        raise UserError(f"{path}: there already", "--force replaces it, -o FILE writes another")
+        raise UserError(
+            f"{path}: there already", "--force replaces it, -o FILE writes another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if published is not None:
         found = moments.import_matrix(published, loaded)
         found.save(path)
     else:
         total = moments.survey(captions)[1]
-        with out.progress({"captions": total if limit is None else min(limit, total)}) as tick:
+        with out.progress(
+            {"captions": total if limit is None else min(limit, total)}
+        ) as tick:
             found = moments.estimate(loaded, captions, path, rule=rule, limit=limit,
                                      tick=lambda n: tick("captions", n))  # fmt: skip
     result: dict[str, Any] = {"path": str(path), **found.summary()}
     if result["ridge"]:
-        out.note(f"a ridge of {result['ridge']:g} of the mean of the diagonal is needed to invert it")
+        out.note(
+            f"a ridge of {result['ridge']:g} of the mean of the diagonal is needed to invert it"
+        )
 
     def show() -> None:
         shown = [[key.replace("_", " "), f"{value:,.5g}" if isinstance(value, float) else str(value)]

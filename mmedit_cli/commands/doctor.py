@@ -12,7 +12,10 @@ from mmedit_cli.output import Output
 
 def doctor(
     data: Annotated[
-        str | None, typer.Argument(help="Also check the cases and images of this data.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Also check the cases and images of this data.", show_default=False
+        ),
     ] = None,
     root: options.Root = None,
     images: options.Images = None,
@@ -32,8 +35,12 @@ def doctor(
 
       mmedit doctor my_facts.csv
     """
-    from mmedit_cli.datasets.base import DataOptions
-    from mmedit_cli.workflows import doctor as checks
+    from mmedit_cli import doctor as checks
+    from mmedit_cli.knowledge.data.base import DataOptions
 
-    well = checks.run(Output(as_json=as_json), data, DataOptions(root, images, skip_missing=skip_missing))
+    well = checks.run(
+        Output(as_json=as_json),
+        data,
+        DataOptions(root, images, skip_missing=skip_missing),
+    )
     raise typer.Exit(0 if well else 1)

@@ -14,20 +14,37 @@ from mmedit_cli.output import Output
 def download(
     name: Annotated[
         str | None,
-        typer.Argument(help="A group, GROUP/ITEM, a model of `mmedit list`, or a hub id.", show_default=False),
+        typer.Argument(
+            help="A group, GROUP/ITEM, a model of `mmedit list`, or a hub id.",
+            show_default=False,
+        ),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option(help="Folder of a data set. [default: NAME in $MMEDIT_DATA]", show_default=False),
+        typer.Option(
+            help="Folder of a data set. [default: NAME in $MMEDIT_DATA]",
+            show_default=False,
+        ),
     ] = None,
-    list_groups: Annotated[bool, typer.Option("--list", help="Show what there is, and stop.")] = False,
+    list_groups: Annotated[
+        bool, typer.Option("--list", help="Show what there is, and stop.")
+    ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check what is there, file by file; exit 1 if wrong.")
+        bool,
+        typer.Option(
+            "--verify", help="Check what is there, file by file; exit 1 if wrong."
+        ),
     ] = False,
     catalogue: Annotated[
-        Path | None, typer.Option(help="A YAML file with more groups, or mirrors.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A YAML file with more groups, or mirrors.", show_default=False
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again, and write over files that differ.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Fetch again, and write over files that differ."),
+    ] = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -53,4 +70,6 @@ def download(
     if list_groups or name is None:
         commands.show_list(request, out)
     else:
-        raise typer.Exit(0 if commands.run(request, out, dry_run=dry_run, verify=verify) else 1)
+        raise typer.Exit(
+            0 if commands.run(request, out, dry_run=dry_run, verify=verify) else 1
+        )

@@ -16,50 +16,94 @@ if TYPE_CHECKING:
 
 
 def edit(
-    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list`.")],
-    into: Annotated[Path, typer.Option(help="The ledger, a folder: it is begun, or added to.", show_default=False)],
+    editor: Annotated[
+        str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list`.")
+    ],
+    into: Annotated[
+        Path,
+        typer.Option(
+            help="The ledger, a folder: it is begun, or added to.", show_default=False
+        ),
+    ],
     image: Annotated[
-        Path | None, typer.Option("--image", "-i", help="The picture of the fact.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--image", "-i", help="The picture of the fact.", show_default=False
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question.", show_default=False)] = None,
-    target: Annotated[str | None, typer.Option(help="The answer to be given from now on.", show_default=False)] = None,
-    background: Annotated[str, typer.Option(help="Colour behind transparent parts of the picture.")] = "#ffffff",
+    prompt: Annotated[
+        str | None, typer.Option(help="The question.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="The answer to be given from now on.", show_default=False),
+    ] = None,
+    background: Annotated[
+        str, typer.Option(help="Colour behind transparent parts of the picture.")
+    ] = "#ffffff",
     requests: Annotated[
-        Path | None, typer.Option(help="Many facts: .csv, .json or .jsonl; see docs/data.md.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Many facts: .csv, .json or .jsonl; see docs/data.md.",
+            show_default=False,
+        ),
     ] = None,
     photos: Annotated[
         Path | None,
-        typer.Option("--images", help="What to draw: a folder of three to six photos.", show_default=False),
+        typer.Option(
+            "--images",
+            help="What to draw: a folder of three to six photos.",
+            show_default=False,
+        ),
     ] = None,
     superclass: Annotated[
-        str | None, typer.Option(help="What to draw: the word for what the photos show.", show_default=False)
+        str | None,
+        typer.Option(
+            help="What to draw: the word for what the photos show.", show_default=False
+        ),
     ] = None,
     token: Annotated[
-        str | None, typer.Option(help="What to draw: its name in prompts, e.g. <my-dog>.", show_default=False)
+        str | None,
+        typer.Option(
+            help="What to draw: its name in prompts, e.g. <my-dog>.", show_default=False
+        ),
     ] = None,
     covariance: Annotated[
         Path | None,
         typer.Option(
-            help="perfusion: a file of `mmedit covariance`. [default: where that puts it]", show_default=False
+            help="perfusion: a file of `mmedit covariance`. [default: where that puts it]",
+            show_default=False,
         ),
     ] = None,
     edit_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Edits an operation. [default: 1, or 32 where independent]", show_default=False),
+        typer.Option(
+            min=1,
+            help="Edits an operation. [default: 1, or 32 where independent]",
+            show_default=False,
+        ),
     ] = None,
     model: options.Model = None,
     hparams: options.HparamsFile = None,
     overrides: options.Overrides = None,
     checkpoint: options.Checkpoint = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of everything random. [default: 0]", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, help="Seed of everything random. [default: 0]", show_default=False
+        ),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     records: options.Records = Path("records"),
-    force: Annotated[bool, typer.Option("--force", help="What to draw: replace a concept of the same name.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="What to draw: replace a concept of the same name."
+        ),
+    ] = False,
     low_memory: options.LowMemory = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -83,14 +127,17 @@ def edit(
 
       mmedit generate --edits my-concepts "a <my-teddy> in the snow"
     """  # fmt: skip
-    from mmedit_cli.edits import making, printing
-    from mmedit_cli.edits.ledger import Ledger
-    from mmedit_cli.edits.model import EditOptions
-    from mmedit_cli.workflows import evaluation
-    from mmedit_cli.workflows.concepts import LearnOptions, learn_concept
+    from mmedit_cli.drawing.workflow.concepts import LearnOptions, learn_concept
+    from mmedit_cli.knowledge import edit_tables, loading
+    from mmedit_cli.knowledge.ledger.edited_model import EditOptions
+    from mmedit_cli.knowledge.ledger.ledger import Ledger
+    from mmedit_cli.knowledge.workflow import editing, evaluation
 
     out = Output(as_json=as_json)
-    draws = registry.kind_of(editor, registry.editors, registry.personalizers) is registry.personalizers
+    draws = (
+        registry.kind_of(editor, registry.editors, registry.personalizers)
+        is registry.personalizers
+    )
     _check_kind(
         editor, draws,
         answers={"--image": image, "--prompt": prompt, "--target": target, "--requests": requests,
@@ -104,19 +151,21 @@ def edit(
             editor, options.named_drawing(model, out), concept, into, hparams, tuple(overrides or ()), covariance,
             seed or 0, device, dtype, revision, force, low_memory,
         )  # fmt: skip
-        printing.learned(out, into, learn_concept(asked_for, out))
+        edit_tables.learned(out, into, learn_concept(asked_for, out))
         return
     facts = _facts(requests, image, prompt, target, background)
     evaluation.check_facts(registry.editors.get(editor), facts)
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
     asked = EditOptions(
-        editor, evaluation.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
+        editor, loading.ModelOptions(named, device, dtype, device_map, revision), hparams=hparams,
         overrides=tuple(overrides or ()), checkpoint=checkpoint, seed=seed, records=records,
     )  # fmt: skip
-    report = making.make_edits(into, asked, [fact.request for fact in facts], edit_batch, out)
-    printing.made(out, report)
+    report = editing.make_edits(
+        into, asked, [fact.request for fact in facts], edit_batch, out
+    )
+    edit_tables.made(out, report)
     if not any(made["holds"] for made in report["edits"]):
-        raise MmeditError(*printing.advice(report))
+        raise MmeditError(*edit_tables.advice(report))
 
 
 def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:
@@ -132,29 +181,58 @@ def _concept(photos: Path | None, superclass: str | None, token: str | None) -> 
     return Concept(token, superclass, photos_in(photos))
 
 
-def _check_kind(editor: str, draws: bool, answers: dict[str, object], drawings: dict[str, object]) -> None:
+def _check_kind(
+    editor: str, draws: bool, answers: dict[str, object], drawings: dict[str, object]
+) -> None:
     """Raise UserError for an option that belongs to the other kind of editor."""
-    wrong = [name for name, value in (answers if draws else drawings).items() if value is not None]
+    wrong = [
+        name
+        for name, value in (answers if draws else drawings).items()
+        if value is not None
+    ]
     if wrong:
-        kind = "teaches a model what to draw" if draws else "teaches a model what to answer"
+        kind = (
+            "teaches a model what to draw"
+            if draws
+            else "teaches a model what to answer"
+        )
         takes = list(drawings if draws else answers)
         raise UserError(f"{wrong[0]}: {editor} {kind}", f"it takes {', '.join(takes)}")
 
 
 def _facts(
-    file: Path | None, image: Path | None, prompt: str | None, target: str | None, background: str
+    file: Path | None,
+    image: Path | None,
+    prompt: str | None,
+    target: str | None,
+    background: str,
 ) -> list[EditCase]:
     """Return what a vision-language model is to be taught."""
-    from mmedit_cli.edits.making import read_facts
+    from mmedit_cli.knowledge.workflow.editing import read_facts
     from mmedit_cli.types import EditCase, Query
 
-    one = [name for name, value in (("--image", image), ("--prompt", prompt), ("--target", target)) if value]
+    one = [
+        name
+        for name, value in (
+            ("--image", image),
+            ("--prompt", prompt),
+            ("--target", target),
+        )
+        if value
+    ]
     if file is not None:
         if one:
-            raise UserError(f"--requests and {one[0]}: one fact, or a file of them", "leave one of the two out")
+            raise UserError(
+                f"--requests and {one[0]}: one fact, or a file of them",
+                "leave one of the two out",
+            )
         return read_facts(file)
     if prompt is None or target is None:
-        missing = [name for name, value in (("--prompt", prompt), ("--target", target)) if value is None]
+        missing = [
+            name
+            for name, value in (("--prompt", prompt), ("--target", target))
+            if value is None
+        ]
         raise UserError(
             f"nothing to teach: {' and '.join(missing)} missing",
             'e.g. --image cat.png --prompt "What is this?" --target "a lynx", or --requests FILE',

@@ -10,34 +10,49 @@ import typer
 from mmedit_cli import options
 from mmedit_cli.output import Output
 
-Folder = Annotated[Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")]
-Which = Annotated[str, typer.Argument(metavar="EDITS", help="3, or 3-7, or 1,4-6, or last, or all.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")
+]
+Which = Annotated[
+    str, typer.Argument(metavar="EDITS", help="3, or 3-7, or 1,4-6, or last, or all.")
+]
 
 
 def list_edits(
     folder: Folder,
-    everything: Annotated[bool, typer.Option("--all", help="Also those that are undone.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also those that are undone.")
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """List the active edits."""
-    from mmedit_cli.edits import printing
-    from mmedit_cli.edits.ledger import Ledger
-    from mmedit_cli.edits.model import described, head
-    from mmedit_cli.workflows.concepts import ConceptFolder
+    from mmedit_cli.drawing.workflow.concepts import ConceptFolder
+    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.knowledge.ledger.edited_model import described, head
+    from mmedit_cli.knowledge.ledger.ledger import Ledger
 
     if (concepts := ConceptFolder(folder)).head:
-        printing.concepts(Output(as_json=as_json), concepts.head, concepts.entries)
+        edit_tables.concepts(Output(as_json=as_json), concepts.head, concepts.entries)
         return
     with Ledger.open(folder) as ledger:
-        edits = [described(edit) for edit in ledger.edits.values() if edit.active or everything]
-        printing.listed(Output(as_json=as_json), edits, head(ledger))
+        edits = [
+            described(edit)
+            for edit in ledger.edits.values()
+            if edit.active or everything
+        ]
+        edit_tables.listed(Output(as_json=as_json), edits, head(ledger))
 
 
-def show(folder: Folder, which: Which, as_json: options.Json = False, debug: options.Debug = False) -> None:
+def show(
+    folder: Folder,
+    which: Which,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
     """Show everything about some edits, and what they were made with."""
-    from mmedit_cli.edits.ledger import Ledger
-    from mmedit_cli.edits.model import described, head
+    from mmedit_cli.knowledge.ledger.edited_model import described, head
+    from mmedit_cli.knowledge.ledger.ledger import Ledger
 
     out = Output(as_json=as_json)
     with Ledger.open(folder) as ledger:
@@ -64,12 +79,17 @@ def undo(
 
       mmedit edits undo my-concepts "<my-teddy>"
     """
-    from mmedit_cli.workflows.concepts import ConceptFolder
+    from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 
     if (concepts := ConceptFolder(folder)).head:
         out, gone = Output(as_json=as_json), concepts.forget(which)
         left = {"undo": gone, "concepts": concepts.tokens}
-        out.result(left, lambda: out.line(f"forgotten: {', '.join(gone)}; {len(concepts.tokens)} left"))
+        out.result(
+            left,
+            lambda: out.line(
+                f"forgotten: {', '.join(gone)}; {len(concepts.tokens)} left"
+            ),
+        )
         return
     _change("undo", folder, which, (model, device), as_json)
 
@@ -93,9 +113,10 @@ def diff(
     debug: options.Debug = False,
 ) -> None:
     """Compare the active edits of two ledgers: those of one only (< and >), and those with another target (!)."""
-    from mmedit_cli.edits import making, printing
+    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.knowledge.workflow import editing
 
-    printing.compared(Output(as_json=as_json), making.diff(first, second))
+    edit_tables.compared(Output(as_json=as_json), editing.diff(first, second))
 
 
 def verify(
@@ -106,9 +127,9 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Ask every edit again and say which hold; exit 1 if one does not."""
-    from mmedit_cli.edits import printing
-    from mmedit_cli.edits.model import open_edits
-    from mmedit_cli.workflows.evaluation import ModelOptions
+    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.knowledge.ledger.edited_model import open_edits
+    from mmedit_cli.knowledge.loading import ModelOptions
 
     out = Output(as_json=as_json)
     with (
@@ -116,14 +137,20 @@ def verify(
         out.progress({"edits": len(edited.ledger.active)}) as tick,
     ):
         found = edited.verify(tick)
-    printing.verified(out, found)
-    raise typer.Exit(0 if all(row["holds"] or row["replaced_by"] for row in found) else 1)
+    edit_tables.verified(out, found)
+    raise typer.Exit(
+        0 if all(row["holds"] or row["replaced_by"] for row in found) else 1
+    )
 
 
 def compact(
     folder: Folder,
     remake: Annotated[
-        bool, typer.Option("--remake", help="Make every edit again from its request: mends damaged tensors.")
+        bool,
+        typer.Option(
+            "--remake",
+            help="Make every edit again from its request: mends damaged tensors.",
+        ),
     ] = False,
     model: options.Model = None,
     device: options.Device = "auto",
@@ -134,11 +161,11 @@ def compact(
 
     Files of tensors and pictures that no line of the ledger names are removed, and named here.
     """
-    from mmedit_cli.edits import making
-    from mmedit_cli.workflows.evaluation import ModelOptions
+    from mmedit_cli.knowledge.loading import ModelOptions
+    from mmedit_cli.knowledge.workflow import editing
 
     out = Output(as_json=as_json)
-    done = making.compact(folder, remake, ModelOptions(model or "", device), out)
+    done = editing.compact(folder, remake, ModelOptions(model or "", device), out)
 
     def show() -> None:
         before, after = done["before"], done["after"]
@@ -147,29 +174,42 @@ def compact(
             f"{before['bytes'] / (1 << 20):,.1f} MiB became {after['bytes'] / (1 << 20):,.1f} MiB"
         )
         for file in done["removed"]["unnamed"]:
-            out.line(f"removed {file['file']} ({file['bytes']:,} bytes): no line of the ledger named it")
+            out.line(
+                f"removed {file['file']} ({file['bytes']:,} bytes): no line of the ledger named it"
+            )
 
     out.result(done, show)
 
 
-def repair(folder: Folder, as_json: options.Json = False, debug: options.Debug = False) -> None:
+def repair(
+    folder: Folder, as_json: options.Json = False, debug: options.Debug = False
+) -> None:
     """Take up edits whose tensors are there but whose lines were lost or cannot be read; no model is loaded."""
-    from mmedit_cli.edits import printing
-    from mmedit_cli.edits.repairing import repair as repair_ledger
+    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.knowledge.workflow.repairing import repair as repair_ledger
 
-    printing.repaired(Output(as_json=as_json), folder, vars(repair_ledger(folder)))
+    edit_tables.repaired(Output(as_json=as_json), folder, vars(repair_ledger(folder)))
 
 
 def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
     adapters: Annotated[
-        bool, typer.Option("--adapters", help="PEFT adapters of a routed LoRA method, without what routes.")
+        bool,
+        typer.Option(
+            "--adapters",
+            help="PEFT adapters of a routed LoRA method, without what routes.",
+        ),
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the folder.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Also upload the folder.", show_default=False
+        ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the hub repository private.")
+    ] = False,
     model: options.Model = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -188,9 +228,10 @@ def export(
 
       mmedit edits export my-edits --to blocks --adapters
     """
-    from mmedit_cli.edits import exporting, printing, pushing
-    from mmedit_cli.workflows.concepts import ConceptFolder, export_concepts
-    from mmedit_cli.workflows.evaluation import ModelOptions
+    from mmedit_cli.drawing.workflow.concepts import ConceptFolder, export_concepts
+    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.knowledge.loading import ModelOptions
+    from mmedit_cli.knowledge.workflow import exporting, pushing
 
     out = Output(as_json=as_json)
     how = {"adapters": adapters, "model": model}
@@ -204,21 +245,31 @@ def export(
     elif concepts.head:
         done = export_concepts(concepts, to, model, device, out)
     else:
-        done = exporting.export(folder, to, ModelOptions(model or "", device), out, adapters=adapters)
+        done = exporting.export(
+            folder, to, ModelOptions(model or "", device), out, adapters=adapters
+        )
     if push_to_hub is not None:
-        done["url"] = pushing.push(done, to, push_to_hub, private=private, made_from=folder, how=how)
+        done["url"] = pushing.push(
+            done, to, push_to_hub, private=private, made_from=folder, how=how
+        )
     if concepts.head:
-        printing.exported(out, done)
+        edit_tables.exported(out, done)
     else:
-        out.result(done, lambda: [out.line(line) for line in exporting.said(done)] and None)
+        out.result(
+            done, lambda: [out.line(line) for line in exporting.said(done)] and None
+        )
 
 
-def _change(do: str, folder: Path, which: str, where: tuple[str | None, str], as_json: bool) -> None:
-    from mmedit_cli.edits import making
-    from mmedit_cli.workflows.evaluation import ModelOptions
+def _change(
+    do: str, folder: Path, which: str, where: tuple[str | None, str], as_json: bool
+) -> None:
+    from mmedit_cli.knowledge.loading import ModelOptions
+    from mmedit_cli.knowledge.workflow import editing
 
     out, (model, device) = Output(as_json=as_json), where
-    done = making.change_edits(folder, do, which, ModelOptions(model or "", device), out)
+    done = editing.change_edits(
+        folder, do, which, ModelOptions(model or "", device), out
+    )
     word = {"undo": "undone", "redo": "redone"}[do]
     edits = ", ".join(map(str, done[do]))
     out.result(done, lambda: out.line(f"{word}: {edits}; {done['active']:,} active"))

@@ -13,12 +13,25 @@ from mmedit_cli.output import Output
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; several are several rows.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT...", help="What to draw; several are several rows."
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A picture for a sheet of all, or a folder for a file each.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A picture for a sheet of all, or a folder for a file each.",
+        ),
     ] = Path("generated.png"),
     edits: Annotated[
-        Path | None, typer.Option("--edits", help="A folder of concepts to draw with.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--edits", help="A folder of concepts to draw with.", show_default=False
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -30,21 +43,32 @@ def generate(
             "diffusers, or a hub id. [default: that of --edits, else one that comes along]",
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="One picture of each prompt for each of these.")] = "0",
-    compare: Annotated[bool, typer.Option("--compare", help="Draw with the base model too, beside it.")] = False,
+    seeds: Annotated[
+        str, typer.Option(help="One picture of each prompt for each of these.")
+    ] = "0",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Draw with the base model too, beside it.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Scale of classifier-free guidance. [default: the model's, else 7.5]", show_default=False
+            min=0.0,
+            help="Scale of classifier-free guidance. [default: the model's, else 7.5]",
+            show_default=False,
         ),
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: native]", show_default=False)] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels. [default: native]", show_default=False),
+    ] = None,
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
     overrides: options.Overrides = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 4,
     low_memory: options.LowMemory = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is there.")
+    ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -63,19 +87,22 @@ def generate(
 
       mmedit generate --edits my-concepts "a <my-teddy> and a <my-dog> on a beach" -o both.png
     """  # fmt: skip
-    from mmedit_cli.backbones.stable_diffusion import Sampling
-    from mmedit_cli.workflows import drawing
+    from mmedit_cli.drawing.models.stable_diffusion import Sampling
+    from mmedit_cli.drawing.workflow import generation
 
     out = Output(as_json=as_json)
     if not all(prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty: nothing to draw", 'e.g. mmedit generate "a lighthouse in a storm"')
+        raise UserError(
+            "a prompt is empty: nothing to draw",
+            'e.g. mmedit generate "a lighthouse in a storm"',
+        )
     if model is None and edits is None:
         model = options.named_drawing(None, out)
     wanted, numbers = tuple(dict.fromkeys(prompts)), options.numbers(seeds, "--seeds")
-    asked = drawing.DrawOptions(
+    asked = generation.DrawOptions(
         wanted, numbers, output, model, edits, compare, tuple(overrides or ()),
         force, device, dtype, revision, low_memory,
     )  # fmt: skip
     sampling = Sampling(steps, guidance, size, negative, batch_size)
-    done = drawing.draw(asked, sampling, out)
+    done = generation.draw(asked, sampling, out)
     out.result(done, lambda: [out.line(path) for path in done["files"]])

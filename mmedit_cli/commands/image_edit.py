@@ -12,13 +12,27 @@ from mmedit_cli.output import Output
 
 
 def image_edit(
-    editor: Annotated[str, typer.Argument(metavar="EDITOR", help="An image editor of `mmedit list`.")],
+    editor: Annotated[
+        str, typer.Argument(metavar="EDITOR", help="An image editor of `mmedit list`.")
+    ],
     instruction: Annotated[
-        str | None, typer.Argument(metavar="[INSTRUCTION]", help="What to change.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[INSTRUCTION]", help="What to change.", show_default=False
+        ),
     ] = None,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="The picture.", show_default=False)] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", "-i", help="The picture.", show_default=False),
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The file to write; with --batch, the folder.", show_default=False)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write; with --batch, the folder.",
+            show_default=False,
+        ),
     ] = ...,
     batch: Annotated[
         Path | None,
@@ -38,42 +52,81 @@ def image_edit(
     ] = None,
     seed: options.Seed = 0,
     samples: Annotated[
-        int, typer.Option(min=1, max=64, help="Make so many, with seeds from --seed on: OUTPUT-0.png, ...")
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Make so many, with seeds from --seed on: OUTPUT-0.png, ...",
+        ),
     ] = 1,
     sheet: Annotated[
-        Path | None, typer.Option(help="Also draw before and after beside each other (PNG).", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Also draw before and after beside each other (PNG).",
+            show_default=False,
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default=False)] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps.", show_default=False)
+    ] = None,
     text_guidance: Annotated[
-        float | None, typer.Option("--text-guidance", "--tg", help="How strictly the instruction is followed.")
+        float | None,
+        typer.Option(
+            "--text-guidance", "--tg", help="How strictly the instruction is followed."
+        ),
     ] = None,
     image_guidance: Annotated[
         float | None,
-        typer.Option("--image-guidance", "--ig", help="How much of the picture stays; 1 is a third faster."),
+        typer.Option(
+            "--image-guidance",
+            "--ig",
+            help="How much of the picture stays; 1 is a third faster.",
+        ),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Long side at which the model works. [default: the model's]", show_default=False)
+        int | None,
+        typer.Option(
+            help="Long side at which the model works. [default: the model's]",
+            show_default=False,
+        ),
     ] = None,
     restore: Annotated[
-        bool, typer.Option("--restore/--working-size", help="Give the picture back in its own size.")
+        bool,
+        typer.Option(
+            "--restore/--working-size", help="Give the picture back in its own size."
+        ),
     ] = True,
-    background: Annotated[str, typer.Option(help="Colour behind transparent parts.")] = "#ffffff",
-    keep_alpha: Annotated[bool, typer.Option("--keep-alpha", help="Make what was transparent so again.")] = False,
+    background: Annotated[
+        str, typer.Option(help="Colour behind transparent parts.")
+    ] = "#ffffff",
+    keep_alpha: Annotated[
+        bool, typer.Option("--keep-alpha", help="Make what was transparent so again.")
+    ] = False,
     expressive: Annotated[
         str | None,
-        typer.Option(help="Use this in place of the instruction the model derives (mgie).", show_default=False),
+        typer.Option(
+            help="Use this in place of the instruction the model derives (mgie).",
+            show_default=False,
+        ),
     ] = None,
     show_instruction: Annotated[
         bool,
-        typer.Option("--show-instruction", help="Also print the expressive instruction the model derived (mgie)."),
+        typer.Option(
+            "--show-instruction",
+            help="Also print the expressive instruction the model derived (mgie).",
+        ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the model together.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures that go through the model together.")
+    ] = 1,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
     records: options.Records = Path("records"),
     checkpoint: options.Checkpoint = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite what is there.")
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -92,22 +145,24 @@ def image_edit(
 
       mmedit image-edit mgie --batch edits.jsonl -o edited/ --batch-size 4
     """
-    from mmedit_cli.image_editors._loading import LoadOptions
-    from mmedit_cli.image_editors.base import Settings
+    from mmedit_cli.picture_editing.methods.base import Settings
+    from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+    from mmedit_cli.picture_editing.workflow import editing
     from mmedit_cli.reports import show
-    from mmedit_cli.workflows import image_edits
 
     out = Output(as_json=as_json)
-    image_edits.one_of(image, instruction, batch)
-    request = image_edits.EditOptions(
+    editing.one_of(image, instruction, batch)
+    request = editing.EditOptions(
         editor, model, LoadOptions(device, dtype, revision),
         Settings(steps, text_guidance, image_guidance, resolution, restore),
-        image_edits.colour(background), keep_alpha, batch_size, force, records, checkpoint,
+        editing.colour(background), keep_alpha, batch_size, force, records, checkpoint,
     )  # fmt: skip
     if batch is not None:
-        wishes = image_edits.read_wishes(batch, output, seed)
-        report = image_edits.edit_batch(wishes, output, request, out)
+        wishes = editing.read_wishes(batch, output, seed)
+        report = editing.edit_batch(wishes, output, request, out)
     else:
-        wish = image_edits.Wish(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
-        report = image_edits.edit_pictures(image_edits.samples(wish, samples), request, out, sheet)
+        wish = editing.Wish(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
+        report = editing.edit_pictures(
+            editing.samples(wish, samples), request, out, sheet
+        )
     show.image_edits(out, report, with_instruction=show_instruction)

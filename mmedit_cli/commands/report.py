@@ -13,10 +13,16 @@ from mmedit_cli.output import Output
 
 def report(
     run: Annotated[
-        Path | None, typer.Argument(help="A run folder; without it, all finished runs.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A run folder; without it, all finished runs.", show_default=False
+        ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw some of its edits into this PNG file.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Also draw some of its edits into this PNG file.", show_default=False
+        ),
     ] = None,
     records: options.Records = Path("records"),
     as_json: options.Json = False,
@@ -38,7 +44,7 @@ def report(
         return
     found = show.read_report(run)
     if picture is not None:
-        from mmedit_cli.reports.gallery import draw
+        from mmedit_cli.gallery import draw
 
         draw(found.get("examples", ()), picture)
         out.note(f"drawn: {picture}")

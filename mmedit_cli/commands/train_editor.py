@@ -13,14 +13,19 @@ from mmedit_cli.output import Output
 
 def train_editor(
     editor: Annotated[
-        str, typer.Argument(metavar="EDITOR", help="An editor of `mmedit list` that is trained first, also of images.")
+        str,
+        typer.Argument(
+            metavar="EDITOR",
+            help="An editor of `mmedit list` that is trained first, also of images.",
+        ),
     ],
     model: options.Model = None,
     data: options.Data = "emojikb",
     validation: Annotated[
         str | None,
         typer.Option(
-            help="Cases that choose the checkpoint. [default: the val split, else every 20th case]", show_default=False
+            help="Cases that choose the checkpoint. [default: the val split, else every 20th case]",
+            show_default=False,
         ),
     ] = None,
     root: options.Root = None,
@@ -28,10 +33,18 @@ def train_editor(
     template: options.Template = "",
     skip_missing: options.SkipMissing = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on the first so many cases.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Train on the first so many cases.", show_default=False
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one frozen forward pass.")] = 32,
-    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for frozen activations; more goes to disk.")] = 4.0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Queries in one frozen forward pass.")
+    ] = 32,
+    cache_gib: Annotated[
+        float,
+        typer.Option(min=0, help="Memory for frozen activations; more goes to disk."),
+    ] = 4.0,
     hparams: options.HparamsFile = None,
     overrides: options.Overrides = None,
     seed: options.Seed = 0,
@@ -41,7 +54,10 @@ def train_editor(
     revision: options.Revision = None,
     records: options.Records = Path("records"),
     force: options.Force = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the curves for TensorBoard.")] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Also write the curves for TensorBoard."),
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -60,21 +76,26 @@ def train_editor(
       mmedit train-editor mgie --model llava-1.5-7b --data edit-pairs/ --dtype bfloat16 --set train_lm=two_phase
     """
     from mmedit_cli import registry
-    from mmedit_cli.datasets.base import DataOptions
+    from mmedit_cli.knowledge import loading
+    from mmedit_cli.knowledge.data.base import DataOptions
+    from mmedit_cli.knowledge.workflow import training
+    from mmedit_cli.picture_editing.workflow import training as picture_training
     from mmedit_cli.reports import show
-    from mmedit_cli.workflows import evaluation, image_training, training
 
     out = Output(as_json=as_json)
     of_images = editor in registry.image_editors.names()
     if of_images:
-        model, data = model or "llava-1.5-7b", image_training.DATA if data == "emojikb" else data
+        model, data = (
+            model or "llava-1.5-7b",
+            picture_training.DATA if data == "emojikb" else data,
+        )
     request = training.TrainOptions(
-        editor, evaluation.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
+        editor, loading.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
         validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,
         cache_bytes=options.cache_bytes(cache_gib), seed=seed, records=records, force=force, tensorboard=tensorboard,
     )  # fmt: skip
     if of_images:
-        show.image_training(out, image_training.train(request, out))
+        show.image_training(out, picture_training.train(request, out))
     else:
         show.training(out, training.train(request, out))

@@ -14,7 +14,10 @@ from mmedit_cli.reading import Record
 PATH = "{path}"  # in the address of a source: stands for the path of each file
 KINDS = ("hub", "url", "drive", "bundled", "manual")
 _BUILT_IN = Path(__file__).with_name("catalogue.yaml")
-_DIGESTS = {"sha256": re.compile(r"[0-9a-f]{64}"), "git_blob": re.compile(r"[0-9a-f]{40}")}
+_DIGESTS = {
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "git_blob": re.compile(r"[0-9a-f]{40}"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,16 @@ class Source:
 
     def __str__(self) -> str:
         if self.kind == "hub":
-            return f"hub {self.type} {self.where}" + (f" @ {self.revision[:12]}" if self.revision else "")
+            return f"hub {self.type} {self.where}" + (
+                f" @ {self.revision[:12]}" if self.revision else ""
+            )
         if self.kind == "url":
             return self.where.removesuffix(PATH).replace(PATH, "...")
-        names = {"drive": "Google Drive file ", "bundled": "checkout, data/", "manual": "by hand, "}
+        names = {
+            "drive": "Google Drive file ",
+            "bundled": "checkout, data/",
+            "manual": "by hand, ",
+        }
         return names.get(self.kind, "") + self.where
 
 
@@ -79,7 +88,9 @@ class Item:
     @property
     def is_size_whole(self) -> bool:
         """Whether `bytes` counts every file."""
-        return self.tree is not None or all(file.bytes is not None for file in self.files)
+        return self.tree is not None or all(
+            file.bytes is not None for file in self.files
+        )
 
 
 @dataclass(frozen=True)
@@ -103,14 +114,19 @@ def load_catalogue(extra: Path | None = None) -> dict[str, Group]:
     return groups if extra is None else groups | _read(extra)
 
 
-def find_group(name: str, groups: Mapping[str, Group]) -> tuple[Group, tuple[Item, ...]]:
+def find_group(
+    name: str, groups: Mapping[str, Group]
+) -> tuple[Group, tuple[Item, ...]]:
     """Return a group and the items meant by `group` or `group/item`.
 
     Raises UnknownName.
     """
     head, _, wanted = name.partition("/")
     if head not in groups:
-        raise UnknownName(f"unknown group '{name}'{near_miss(head, groups)}", f"groups: {', '.join(groups)}")
+        raise UnknownName(
+            f"unknown group '{name}'{near_miss(head, groups)}",
+            f"groups: {', '.join(groups)}",
+        )
     group = groups[head]
     items = [item for item in group.items if wanted in ("", item.name)]
     if not items:
@@ -123,7 +139,11 @@ def find_group(name: str, groups: Mapping[str, Group]) -> tuple[Group, tuple[Ite
 def is_inside(path: str) -> bool:
     """Tell whether a path is relative, written with plain slashes, and stays in its folder."""
     parts = path.split("/")
-    plain = not any(c in path for c in "\\\0") and not PurePosixPath(path).is_absolute() and ":" not in parts[0]
+    plain = (
+        not any(c in path for c in "\\\0")
+        and not PurePosixPath(path).is_absolute()
+        and ":" not in parts[0]
+    )
     return bool(path) and plain and not {"", ".", ".."} & set(parts)
 
 
@@ -168,14 +188,18 @@ def _item(name: str, entry: Record) -> Item:
         entry.text("summary", ""),
         tuple(_source(source) for source in entry.records("sources")),
         tuple(_file(file) for file in entry.records("files", [])),
-        {key: layout.integer(key, low=1) for key in layout.values} if layout is not None else None,
+        {key: layout.integer(key, low=1) for key in layout.values}
+        if layout is not None
+        else None,
         _tree(entry.record("tree")) if "tree" in entry else None,
         unpack=entry.flag("unpack", False),
         optional=entry.flag("optional", False),
     )
     if not item.sources or not (item.files or item.layout):
         entry.fail("", "needs sources, and files or a layout")
-    patterns = [part.strip() for pattern in item.layout or () for part in pattern.split("|")]
+    patterns = [
+        part.strip() for pattern in item.layout or () for part in pattern.split("|")
+    ]
     for path in (*patterns, *(file.path for file in item.files)):
         if not is_inside(path):
             entry.fail("", f"{path!r} does not stay in the folder")
@@ -202,7 +226,9 @@ def _file(entry: Record) -> File:
 def _source(entry: Record) -> Source:
     kind = next((kind for kind in KINDS if kind in entry), None)
     if kind is None:
-        entry.fail("", f"a source is one of {', '.join(KINDS)}, not {', '.join(entry.values)}")
+        entry.fail(
+            "", f"a source is one of {', '.join(KINDS)}, not {', '.join(entry.values)}"
+        )
     entry.only(kind, "type", "revision", "include", "note")
     where = entry.text(kind, empty=False)
     if kind == "url" and not where.startswith(("http://", "https://")):
@@ -211,7 +237,9 @@ def _source(entry: Record) -> Source:
         entry.fail(kind, f"{where!r} leads out of the data that come along")
     type_ = entry.text("type", "dataset")
     if type_ not in ("dataset", "model"):
-        entry.fail("type", f"a repository of the hub is a dataset or a model, not {type_!r}")
+        entry.fail(
+            "type", f"a repository of the hub is a dataset or a model, not {type_!r}"
+        )
     return Source(
         kind,
         where,

@@ -39,7 +39,14 @@ def show_list(request: Request, out: Output) -> None:
         table.append([group.name, f"{group.summary}; licence: {group.licence}", "", ""])
         for item in group.items:
             here = item.name in installer.entries
-            table.append([f"{group.name}/{item.name}", item.summary, _item_size(item), "yes" if here else ""])
+            table.append(
+                [
+                    f"{group.name}/{item.name}",
+                    item.summary,
+                    _item_size(item),
+                    "yes" if here else "",
+                ]
+            )
             rows.append(
                 {
                     "name": f"{group.name}/{item.name}",
@@ -55,12 +62,16 @@ def show_list(request: Request, out: Output) -> None:
 
     def show() -> None:
         out.table(["name", "what", "size", "here"], table, sections=ends)
-        out.line("Also a model of `mmedit list`, or any hub id: mmedit download llava-hf/llava-1.5-7b-hf")
+        out.line(
+            "Also a model of `mmedit list`, or any hub id: mmedit download llava-hf/llava-1.5-7b-hf"
+        )
 
     out.result(rows, show)
 
 
-def run(request: Request, out: Output, *, dry_run: bool = False, verify: bool = False) -> bool:
+def run(
+    request: Request, out: Output, *, dry_run: bool = False, verify: bool = False
+) -> bool:
     """Fetch, plan or verify what was named; return whether all is well.
 
     Raises UserError for a name that is not known, DownloadError for what could not be had.
@@ -72,23 +83,38 @@ def run(request: Request, out: Output, *, dry_run: bool = False, verify: bool = 
     group, items = find_group(name, groups)
     if request.revision:
         raise UserError(
-            "--revision is for models", "data sets are pinned in the catalogue; --catalogue FILE adds to it"
+            "--revision is for models",
+            "data sets are pinned in the catalogue; --catalogue FILE adds to it",
         )
     folder = _folder(group, request)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to {folder}: not a folder")
     with out.transfers() as tick:
-        installer = Installer(group, folder, Courier(Manners(), tick), force=request.force)
+        installer = Installer(
+            group, folder, Courier(Manners(), tick), force=request.force
+        )
         if verify:
             return _verify(installer, items, name, out)
-        _say_licence(f"{group.name}: {group.summary}", group.licence, group.terms, group.homepage, out)
+        _say_licence(
+            f"{group.name}: {group.summary}",
+            group.licence,
+            group.terms,
+            group.homepage,
+            out,
+        )
         if dry_run:
             _plan(installer, items, out)
             return True
         found, failures = _get_all(installer, items, name, out)
     if failures:
-        hint = "what did arrive is kept; the same command goes on from there" if folder.exists() else ""
-        raise DownloadError([problem for failure in failures for problem in failure.problems], hint)
+        hint = (
+            "what did arrive is kept; the same command goes on from there"
+            if folder.exists()
+            else ""
+        )
+        raise DownloadError(
+            [problem for failure in failures for problem in failure.problems], hint
+        )
     _show_result(installer, found, out)
     return True
 
@@ -110,7 +136,9 @@ def _get_all(
     return found, failures
 
 
-def _show_result(installer: Installer, found: list[dict[str, Any]], out: Output) -> None:
+def _show_result(
+    installer: Installer, found: list[dict[str, Any]], out: Output
+) -> None:
     rows = [
         {
             "item": entry["item"],
@@ -123,28 +151,57 @@ def _show_result(installer: Installer, found: list[dict[str, Any]], out: Output)
         }
         for entry in found
     ]
-    table = [[r["item"], r["state"], f"{r['files']:,}", _size(r["bytes"]), r["checked"], r["source"]] for r in rows]
+    table = [
+        [
+            r["item"],
+            r["state"],
+            f"{r['files']:,}",
+            _size(r["bytes"]),
+            r["checked"],
+            r["source"],
+        ]
+        for r in rows
+    ]
 
     def show() -> None:
-        out.table(["item", "", "files", "size", "checked against", "source"], table, title=str(installer.folder))
+        out.table(
+            ["item", "", "files", "size", "checked against", "source"],
+            table,
+            title=str(installer.folder),
+        )
 
-    out.result({"group": installer.group.name, "folder": str(installer.folder), "items": rows}, show)
+    out.result(
+        {"group": installer.group.name, "folder": str(installer.folder), "items": rows},
+        show,
+    )
 
 
 def _plan(installer: Installer, items: tuple[Item, ...], out: Output) -> None:
     rows = [installer.plan(item) for item in items]
-    table = [[row["item"], row["state"], _size(row["bytes"]), "\n".join(row["sources"])] for row in rows]
+    table = [
+        [row["item"], row["state"], _size(row["bytes"]), "\n".join(row["sources"])]
+        for row in rows
+    ]
 
     def show() -> None:
-        out.table(["item", "", "size", "sources, in order"], table, title=f"to {installer.folder}")
+        out.table(
+            ["item", "", "size", "sources, in order"],
+            table,
+            title=f"to {installer.folder}",
+        )
         for row in rows:
             if row["note"]:
                 out.line(f"{row['item']}: {row['note']}")
 
-    out.result({"group": installer.group.name, "folder": str(installer.folder), "items": rows}, show)
+    out.result(
+        {"group": installer.group.name, "folder": str(installer.folder), "items": rows},
+        show,
+    )
 
 
-def _verify(installer: Installer, items: tuple[Item, ...], name: str, out: Output) -> bool:
+def _verify(
+    installer: Installer, items: tuple[Item, ...], name: str, out: Output
+) -> bool:
     rows = []
     for item in items:
         if item.optional and item.name not in installer.entries and "/" not in name:
@@ -163,19 +220,35 @@ def _verify(installer: Installer, items: tuple[Item, ...], name: str, out: Outpu
 
 
 def _model(
-    name: str, request: Request, groups: Mapping[str, Group], out: Output, *, dry_run: bool, verify: bool
+    name: str,
+    request: Request,
+    groups: Mapping[str, Group],
+    out: Output,
+    *,
+    dry_run: bool,
+    verify: bool,
 ) -> bool:
     repo = models.repository(name)
     if repo is None:
         known = [*groups, *models.names()]
         hint = f"groups: {', '.join(groups)}; or a model of `mmedit list`, or a hub id such as owner/name"
-        raise UserError(f"{name}: neither a group nor a model{near_miss(name, known)}", hint)
+        raise UserError(
+            f"{name}: neither a group nor a model{near_miss(name, known)}", hint
+        )
     if request.to is not None:
-        raise UserError("--to is for data sets", "models go into the cache of huggingface_hub: set HF_HOME to move it")
+        raise UserError(
+            "--to is for data sets",
+            "models go into the cache of huggingface_hub: set HF_HOME to move it",
+        )
     here = models.cached(repo, request.revision)
     if hub.is_offline() and here is not None and not verify:
-        out.note("HF_HUB_OFFLINE is set: what is in the cache is not compared with the hub")
-        out.result({"model": repo, "state": "present", "folder": str(here)}, lambda: out.line(f"{repo}: in {here}"))
+        out.note(
+            "HF_HUB_OFFLINE is set: what is in the cache is not compared with the hub"
+        )
+        out.result(
+            {"model": repo, "state": "present", "folder": str(here)},
+            lambda: out.line(f"{repo}: in {here}"),
+        )
         return True
     planned = models.plan(repo, request.revision)
     _say_licence(repo, planned["licence"], "", "", out)
@@ -190,7 +263,10 @@ def _model(
     facts = f"{len(planned['files'])} files, {_size(planned['bytes'])}, revision {planned['revision']}"
 
     def show() -> None:
-        out.line(f"{repo}: {planned['state']}: {facts}" + (f", in {planned['folder']}" if planned["folder"] else ""))
+        out.line(
+            f"{repo}: {planned['state']}: {facts}"
+            + (f", in {planned['folder']}" if planned["folder"] else "")
+        )
         for problem in problems:
             out.line(f"PROBLEM {problem}")
 
@@ -198,10 +274,16 @@ def _model(
     return not problems
 
 
-def _say_licence(what: str, licence: str, terms: str, homepage: str, out: Output) -> None:
+def _say_licence(
+    what: str, licence: str, terms: str, homepage: str, out: Output
+) -> None:
     """Show the terms on stderr before anything is fetched."""
     out.note(what)
-    out.note(f"licence: {licence}" + (f"; {terms}" if terms else "") + (f" ({homepage})" if homepage else ""))
+    out.note(
+        f"licence: {licence}"
+        + (f"; {terms}" if terms else "")
+        + (f" ({homepage})" if homepage else "")
+    )
 
 
 def _folder(group: Group, request: Request) -> Path:
@@ -209,7 +291,11 @@ def _folder(group: Group, request: Request) -> Path:
 
 
 def _item_size(item: Item) -> str:
-    return _size(item.bytes) if item.is_size_whole or item.bytes is None else f"> {_size(item.bytes)}"
+    return (
+        _size(item.bytes)
+        if item.is_size_whole or item.bytes is None
+        else f"> {_size(item.bytes)}"
+    )
 
 
 def _size(count: int | None) -> str:

@@ -30,8 +30,15 @@ class DownloadError(MmeditError):
 class Installer:
     """Brings the items of one group into one folder."""
 
-    def __init__(self, group: Group, folder: Path, courier: Courier, *, force: bool = False) -> None:
-        self.group, self.folder, self.courier, self.force = group, folder, courier, force
+    def __init__(
+        self, group: Group, folder: Path, courier: Courier, *, force: bool = False
+    ) -> None:
+        self.group, self.folder, self.courier, self.force = (
+            group,
+            folder,
+            courier,
+            force,
+        )
         self.staging = folder / STAGING
         self.entries = receipt.read(folder) if folder.is_dir() else {}
 
@@ -46,7 +53,13 @@ class Installer:
                 note = str(error)
         state = "present" if self._is_present(item) else "missing"
         sources = [str(source) for source in item.sources]
-        return {"item": item.name, "state": state, "bytes": size, "sources": sources, "note": note}
+        return {
+            "item": item.name,
+            "state": state,
+            "bytes": size,
+            "sources": sources,
+            "note": note,
+        }
 
     def get(self, item: Item) -> dict[str, Any]:
         """Bring one item, from the first source that gives it; return its entry of the receipt and a `state`.
@@ -82,22 +95,34 @@ class Installer:
     def verify(self, item: Item) -> list[str]:
         """Return every way in which the files of an item differ from what was downloaded and from the catalogue."""
         entry = self.entries.get(item.name)
-        if entry is None and not (item.files and any((self.folder / file.path).exists() for file in item.files)):
+        if entry is None and not (
+            item.files
+            and any((self.folder / file.path).exists() for file in item.files)
+        ):
             return ["not downloaded"]
         problems, digests = [], {}
-        noted = {path: File(path, size, digest) for path, (size, digest) in (entry["files"] if entry else {}).items()}
+        noted = {
+            path: File(path, size, digest)
+            for path, (size, digest) in (entry["files"] if entry else {}).items()
+        }
         for path, known in (noted | {file.path: file for file in item.files}).items():
             place = self.folder / path
             if not is_inside(path) or not place.is_file():
                 problems.append(f"{path}: missing")
                 continue
-            wrong = receipt.difference(place, known) or (path in noted and receipt.difference(place, noted[path]))
+            wrong = receipt.difference(place, known) or (
+                path in noted and receipt.difference(place, noted[path])
+            )
             if wrong:
                 problems.append(f"{path}: {wrong}")
             elif known.sha256:
                 digests[path] = known.sha256
         problems += receipt.layout_problems(self.folder, item)
-        if item.tree is not None and not problems and (wrong := receipt.tree_difference(digests, item.tree)):
+        if (
+            item.tree is not None
+            and not problems
+            and (wrong := receipt.tree_difference(digests, item.tree))
+        ):
             problems.append(wrong)
         return problems
 
@@ -116,11 +141,15 @@ class Installer:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.folder}: cannot be written: {error.strerror}", "choose another with --to"
+                f"{self.folder}: cannot be written: {error.strerror}",
+                "choose another with --to",
             ) from error
         for place in (self.staging, *self.staging.iterdir()):
             if is_link(place):
-                raise UserError(f"{place}: is a link, and what is in it would be removed", "remove the link")
+                raise UserError(
+                    f"{place}: is a link, and what is in it would be removed",
+                    "remove the link",
+                )
         try:
             with FileLock(self.staging / "lock", timeout=0):
                 try:
@@ -130,7 +159,10 @@ class Installer:
                     if {path.name for path in self.staging.iterdir()} == {"lock"}:
                         shutil.rmtree(self.staging, ignore_errors=True)
         except Timeout as error:
-            raise DownloadError(f"{self.folder}: another download is at work there", "wait for it to end") from error
+            raise DownloadError(
+                f"{self.folder}: another download is at work there",
+                "wait for it to end",
+            ) from error
         finally:
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
@@ -138,7 +170,9 @@ class Installer:
     def _ways(self, item: Item) -> list[Source]:
         """Return the sources of an item, an archive that was put into the folder by hand before all others."""
         names = [f"{item.name}{suffix}" for suffix in SUFFIXES] if item.unpack else []
-        local = [Source("local", name) for name in names if (self.folder / name).is_file()]
+        local = [
+            Source("local", name) for name in names if (self.folder / name).is_file()
+        ]
         return [*local, *item.sources]
 
     def _from(self, item: Item, source: Source, place: Path, area: Path) -> None:
@@ -147,8 +181,14 @@ class Installer:
         files.mkdir(parents=True, exist_ok=True)
         try:
             if source.kind == "local":
-                shutil.rmtree(place / "unpacked", ignore_errors=True)  # of an attempt that was killed
-                unpack(self.folder / source.where, place / "unpacked", tick=self.courier.tick)
+                shutil.rmtree(
+                    place / "unpacked", ignore_errors=True
+                )  # of an attempt that was killed
+                unpack(
+                    self.folder / source.where,
+                    place / "unpacked",
+                    tick=self.courier.tick,
+                )
                 fetched, root = Fetched(), place / "unpacked"
             else:
                 with self._reused(item, files):
@@ -159,17 +199,26 @@ class Installer:
                     root = self._unpack_all(files, place / "unpacked")
             root = _root_of(root, item)
             digests = self._digests(root, fetched)
-            if item.tree is not None and (wrong := receipt.tree_difference(digests, item.tree)):
+            if item.tree is not None and (
+                wrong := receipt.tree_difference(digests, item.tree)
+            ):
                 raise ArchiveError(f"wrong checksum: {wrong}")
             self._check_conflicts(item, root, digests)
         except ArchiveError:
             shutil.rmtree(place)  # what is refused leaves nothing behind
             raise
         except SourceError:
-            shutil.rmtree(place / "unpacked", ignore_errors=True)  # the archive itself is sound, and is kept
+            shutil.rmtree(
+                place / "unpacked", ignore_errors=True
+            )  # the archive itself is sound, and is kept
             raise
         sizes = {path: (root / path).stat().st_size for path in digests}
-        note = {"source": str(source), "revision": fetched.revision, "sizes": sizes, "digests": digests}
+        note = {
+            "source": str(source),
+            "revision": fetched.revision,
+            "sizes": sizes,
+            "digests": digests,
+        }
         shutil.rmtree(area / "ready", ignore_errors=True)
         os.replace(root, area / "ready")
         write_json(area / "ready.json", note)
@@ -182,7 +231,12 @@ class Installer:
         for file in item.files:
             place, copy = self.folder / file.path, staging / file.path
             known = file.sha256 or file.git_blob
-            if known and place.is_file() and not copy.exists() and not receipt.difference(place, file):
+            if (
+                known
+                and place.is_file()
+                and not copy.exists()
+                and not receipt.difference(place, file)
+            ):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(place, copy)
                 copies.append(copy)
@@ -211,7 +265,9 @@ class Installer:
     def _unpack_all(self, files: Path, target: Path) -> Path:
         """Unpack each archive among the files into one folder; without any, what came is that folder already."""
         archives = [path for _, path in receipt.below(files) if is_archive(path)]
-        others = [(name, path) for name, path in receipt.below(files) if path not in archives]
+        others = [
+            (name, path) for name, path in receipt.below(files) if path not in archives
+        ]
         if not archives and len(others) != 1:
             return files
         if not archives:
@@ -230,37 +286,70 @@ class Installer:
 
     def _digests(self, root: Path, fetched: Fetched) -> dict[str, str]:
         known = {file.path: file.sha256 for file in fetched.files if file.sha256}
-        return {path: known.get(path) or sha256_of(place) for path, place in receipt.below(root)}
+        return {
+            path: known.get(path) or sha256_of(place)
+            for path, place in receipt.below(root)
+        }
 
-    def _check_conflicts(self, item: Item, root: Path, digests: Mapping[str, str]) -> None:
+    def _check_conflicts(
+        self, item: Item, root: Path, digests: Mapping[str, str]
+    ) -> None:
         """Refuse to write over files that are there with another content, and to follow links out of the folder."""
         home = self.folder.resolve()
         mine = self.entries.get(item.name, {}).get("files", {})
         for path in digests:
             place = self.folder / path
             if not place.parent.resolve().is_relative_to(home):
-                raise SourceError(f"{place.parent} is a link that leads out of {self.folder}")
-            if place.exists() and not self.force and path not in mine and sha256_of(place) != digests[path]:
-                raise SourceError(f"{place} is there with another content; --force writes over it")
+                raise SourceError(
+                    f"{place.parent} is a link that leads out of {self.folder}"
+                )
+            if (
+                place.exists()
+                and not self.force
+                and path not in mine
+                and sha256_of(place) != digests[path]
+            ):
+                raise SourceError(
+                    f"{place} is there with another content; --force writes over it"
+                )
 
     def _finish_move(self, item: Item, area: Path) -> bool:
         """Move what is checked into the folder; called again after an interruption it goes on."""
         if not (area / "ready.json").is_file():
             return False
-        note = reading.read_json_object(area / "ready.json", hint=f"remove {area}").values
+        note = reading.read_json_object(
+            area / "ready.json", hint=f"remove {area}"
+        ).values
         for path, source in list(receipt.below(area / "ready")):
             target = self.folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
-        files = {path: [note["sizes"][path], digest] for path, digest in note["digests"].items()}
+        files = {
+            path: [note["sizes"][path], digest]
+            for path, digest in note["digests"].items()
+        }
         self._note(item, note["source"], note["revision"], files)
         (area / "ready.json").unlink()
         return True
 
-    def _note(self, item: Item, source: str, revision: str | None, files: Mapping[str, Sequence[Any]]) -> None:
-        known = bool(item.tree) or (bool(item.files) and all(file.sha256 or file.git_blob for file in item.files))
+    def _note(
+        self,
+        item: Item,
+        source: str,
+        revision: str | None,
+        files: Mapping[str, Sequence[Any]],
+    ) -> None:
+        known = bool(item.tree) or (
+            bool(item.files)
+            and all(file.sha256 or file.git_blob for file in item.files)
+        )
         checked = "catalogue" if known else "source" if revision else "unverified"
-        entry = {"source": source, "revision": revision, "checked": checked, "files": dict(files)}
+        entry = {
+            "source": source,
+            "revision": revision,
+            "checked": checked,
+            "files": dict(files),
+        }
         self.entries = {**self.entries, item.name: entry}
         receipt.write(self.folder, self.group.name, self.entries)
 
@@ -268,12 +357,21 @@ class Installer:
         """Tell whether an item is complete: as the receipt says, or put there by hand with the right content."""
         entry = self.entries.get(item.name)
         if entry is not None:
-            places = ((self.folder / path, size) for path, (size, _) in entry["files"].items())
-            return all(place.is_file() and place.stat().st_size == size for place, size in places)
-        if (self.staging / item.name).exists() or receipt.layout_problems(self.folder, item):
+            places = (
+                (self.folder / path, size) for path, (size, _) in entry["files"].items()
+            )
+            return all(
+                place.is_file() and place.stat().st_size == size
+                for place, size in places
+            )
+        if (self.staging / item.name).exists() or receipt.layout_problems(
+            self.folder, item
+        ):
             return False
         files = [(self.folder / file.path, file) for file in item.files]
-        if any(not path.is_file() or receipt.difference(path, file) for path, file in files):
+        if any(
+            not path.is_file() or receipt.difference(path, file) for path, file in files
+        ):
             return False
         if item.tree is None:
             return True
@@ -285,9 +383,14 @@ class Installer:
         paths = {file.path for file in item.files}
         for pattern in item.layout or {}:
             for part in pattern.split("|"):
-                paths |= {path.relative_to(self.folder).as_posix() for path in self.folder.glob(part.strip())}
+                paths |= {
+                    path.relative_to(self.folder).as_posix()
+                    for path in self.folder.glob(part.strip())
+                }
         places = [(path, self.folder / path) for path in sorted(paths)]
-        return {path: [p.stat().st_size, sha256_of(p)] for path, p in places if p.is_file()}
+        return {
+            path: [p.stat().st_size, sha256_of(p)] for path, p in places if p.is_file()
+        }
 
 
 def by_hand(group: Group, item: Item, folder: Path) -> list[str]:
@@ -295,18 +398,28 @@ def by_hand(group: Group, item: Item, folder: Path) -> list[str]:
     if item.unpack:
         what = f"save the archive as {folder / item.name}.zip (or .tar, .tar.gz), or unpack it in {folder}"
     else:
-        names = [file.path for file in item.files if not (folder / file.path).is_file()] or list(item.layout or ())
+        names = [
+            file.path for file in item.files if not (folder / file.path).is_file()
+        ] or list(item.layout or ())
         what = f"put {', '.join(names)} into {folder}"
     pages = [
-        Source("manual", f"https://drive.google.com/file/d/{source.where}/view") if source.kind == "drive" else source
+        Source("manual", f"https://drive.google.com/file/d/{source.where}/view")
+        if source.kind == "drive"
+        else source
         for source in item.sources
         if source.kind in ("manual", "drive")
     ]
     if not pages and group.homepage:
         pages = [Source("manual", group.homepage)]
-    where = " or ".join(page.where + (f" ({page.note})" if page.note else "") for page in pages)
+    where = " or ".join(
+        page.where + (f" ({page.note})" if page.note else "") for page in pages
+    )
     return (
-        [f"{group.name}/{item.name}: by hand: open {where}; {what}; then run the same command again"] if where else []
+        [
+            f"{group.name}/{item.name}: by hand: open {where}; {what}; then run the same command again"
+        ]
+        if where
+        else []
     )
 
 
@@ -320,9 +433,16 @@ def _root_of(folder: Path, item: Item) -> Path:
         for root in level:
             if not receipt.layout_problems(root, item):
                 return root
-        level = [child for parent in level for child in sorted(parent.iterdir()) if child.is_dir()]
+        level = [
+            child
+            for parent in level
+            for child in sorted(parent.iterdir())
+            if child.is_dir()
+        ]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise SourceError(f"{'; '.join(receipt.layout_problems(folder, item))}; found {found}")
+    raise SourceError(
+        f"{'; '.join(receipt.layout_problems(folder, item))}; found {found}"
+    )
 
 
 def _drop_empty(folder: Path) -> None:

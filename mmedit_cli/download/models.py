@@ -19,11 +19,23 @@ def repository(name: str) -> str | None:
     Raises UserError for a model that needs no download.
     """
     if name in catalog.bundled():
-        raise UserError(f"{name}: comes along, in {catalog.bundled()[name]}", f"use it: --model {name}")
+        raise UserError(
+            f"{name}: comes along, in {catalog.bundled()[name]}",
+            f"use it: --model {name}",
+        )
     entry = catalog.MODELS.get(name)
     if entry is not None and entry.repo is None:
-        raise UserError(f"{name}: is built from a config, there is nothing to download", f"use it: --model {name}")
-    return entry.repo if entry is not None else name if name.count("/") == 1 and not Path(name).is_dir() else None
+        raise UserError(
+            f"{name}: is built from a config, there is nothing to download",
+            f"use it: --model {name}",
+        )
+    return (
+        entry.repo
+        if entry is not None
+        else name
+        if name.count("/") == 1 and not Path(name).is_dir()
+        else None
+    )
 
 
 def plan(repo: str, revision: str | None) -> dict[str, Any]:
@@ -62,7 +74,11 @@ def get(repo: str, revision: str | None, planned: dict[str, Any]) -> dict[str, A
         raise _failure(repo, str(error)) from error
     except Exception as error:  # the errors of the transport below differ between releases of the hub client
         raise _failure(repo, str(hub.trouble(error, repository))) from error
-    planned = {**planned, "folder": folder, "state": "present" if state == "present" else "downloaded"}
+    planned = {
+        **planned,
+        "folder": folder,
+        "state": "present" if state == "present" else "downloaded",
+    }
     problems = verify(planned)
     if problems:
         hint = "remove the model from the cache (`hf cache rm`) and download it again"
@@ -88,7 +104,10 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
     try:
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(catalog.patterns(repo)), local_files_only=True
+            repo,
+            revision=revision,
+            allow_patterns=list(catalog.patterns(repo)),
+            local_files_only=True,
         )
     except (OSError, ValueError):  # not there, or no name for a repository
         return None
@@ -98,9 +117,8 @@ def cached(repo: str, revision: str | None) -> Path | None:
 def _failure(repo: str, reason: str) -> DownloadError:
     from huggingface_hub import constants
 
-    by_hand = (
-        f"by hand: copy the model's files into a folder and use it: --model FOLDER (cache: {constants.HF_HUB_CACHE})"
-    )
+    cache = constants.HF_HUB_CACHE
+    by_hand = f"by hand: copy the model's files into a folder and use it: --model FOLDER (cache: {cache})"
     return DownloadError([f"{repo}: hub model: {reason}", f"{repo}: {by_hand}"])
 
 

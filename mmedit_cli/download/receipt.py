@@ -23,7 +23,11 @@ def difference(path: Path, known: File) -> str:
         return f"{size:,} bytes, expected {known.bytes:,}"
     if known.sha256 is not None:
         found = sha256_of(path)
-        return "" if found == known.sha256 else f"wrong checksum: sha256 {found}, expected {known.sha256}"
+        return (
+            ""
+            if found == known.sha256
+            else f"wrong checksum: sha256 {found}, expected {known.sha256}"
+        )
     if known.git_blob is not None:
         blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         with path.open("rb") as file:
@@ -39,19 +43,34 @@ def difference(path: Path, known: File) -> str:
 
 def tree_difference(digests: Mapping[str, str], tree: Tree) -> str:
     """Return how the files below a folder differ from the known tree; `digests` maps path -> SHA-256."""
-    paths = sorted((path for path in digests if path.startswith(f"{tree.folder}/")), key=lambda path: path.encode())
+    paths = sorted(
+        (path for path in digests if path.startswith(f"{tree.folder}/")),
+        key=lambda path: path.encode(),
+    )
     lines = "".join(f"{digests[path]}  {path}\n" for path in paths)
     same = hashlib.sha256(lines.encode()).hexdigest() == tree.sha256
-    return "" if same else f"{tree.folder}: its {len(paths):,} files are not the published ones"
+    return (
+        ""
+        if same
+        else f"{tree.folder}: its {len(paths):,} files are not the published ones"
+    )
 
 
 def layout_problems(folder: Path, item: Item) -> list[str]:
     """Return what the layout of an item asks for and the folder lacks."""
     problems = []
     for pattern, least in (item.layout or {}).items():
-        found = sum(1 for part in pattern.split("|") for path in folder.glob(part.strip()) if path.is_file())
+        found = sum(
+            1
+            for part in pattern.split("|")
+            for path in folder.glob(part.strip())
+            if path.is_file()
+        )
         if found < least:
-            problems.append(f"{pattern}: {found:,} files, expected {least:,}" + (" or more" if least == 1 else ""))
+            problems.append(
+                f"{pattern}: {found:,} files, expected {least:,}"
+                + (" or more" if least == 1 else "")
+            )
     return problems
 
 
@@ -72,11 +91,19 @@ def _entry(found: Record) -> dict[str, Any]:
     files = found.record("files")
     for path in files.values:
         known = files.array(path)
-        if len(known) != 2 or not isinstance(known[0], int) or not isinstance(known[1], str):
-            files.fail(path, f"expected a size and a digest, got {reading.shown(known)}")
+        if (
+            len(known) != 2
+            or not isinstance(known[0], int)
+            or not isinstance(known[1], str)
+        ):
+            files.fail(
+                path, f"expected a size and a digest, got {reading.shown(known)}"
+            )
     return {
         "source": found.text("source"),
-        "revision": found.text("revision") if found.values.get("revision") is not None else None,
+        "revision": found.text("revision")
+        if found.values.get("revision") is not None
+        else None,
         "checked": found.text("checked"),
         "files": dict(files.values),
     }

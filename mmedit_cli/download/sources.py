@@ -74,7 +74,9 @@ def check_room(folder: Path, count: int) -> None:
     """Raise SourceError unless the disk has room for so many bytes below `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     if count > free:
-        raise SourceError(f"needs {count:,} bytes, and the disk of {folder} has {free:,} free")
+        raise SourceError(
+            f"needs {count:,} bytes, and the disk of {folder} has {free:,} free"
+        )
 
 
 def repository_of(source: Source, revision: str | None = None) -> hub.Repository:
@@ -82,7 +84,9 @@ def repository_of(source: Source, revision: str | None = None) -> hub.Repository
     return hub.Repository(source.where, source.type, revision or source.revision)
 
 
-def hub_files(source: Source, revision: str | None = None) -> tuple[str, tuple[File, ...], str]:
+def hub_files(
+    source: Source, revision: str | None = None
+) -> tuple[str, tuple[File, ...], str]:
     """Ask the hub for the commit behind a source, the files wanted of it with size and digest, and the licence.
 
     Raises SourceError.
@@ -94,7 +98,10 @@ def hub_files(source: Source, revision: str | None = None) -> tuple[str, tuple[F
     hub.prepare()
     try:
         info = HfApi().repo_info(
-            repository.name, repo_type=repository.kind, revision=repository.revision, files_metadata=True
+            repository.name,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            files_metadata=True,
         )
         siblings = [(str(entry.rfilename), entry) for entry in info.siblings or ()]
     except Exception as error:  # the transport below differs between releases of the hub client, and so do its errors
@@ -103,22 +110,35 @@ def hub_files(source: Source, revision: str | None = None) -> tuple[str, tuple[F
     for path, entry in siblings:
         if not is_inside(path):
             raise SourceError(f"{path}: a file that does not stay in its folder")
-        if not source.include or any(fnmatch.fnmatch(path, pattern) for pattern in source.include):
+        if not source.include or any(
+            fnmatch.fnmatch(path, pattern) for pattern in source.include
+        ):
             sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-            files.append(File(path, entry.size, sha256, None if sha256 else entry.blob_id))
+            files.append(
+                File(path, entry.size, sha256, None if sha256 else entry.blob_id)
+            )
     if not files:
         raise SourceError(f"no file there matches {', '.join(source.include)}")
-    licence = getattr(info.card_data, "license", None) if info.card_data is not None else None
+    licence = (
+        getattr(info.card_data, "license", None) if info.card_data is not None else None
+    )
     return str(info.sha), tuple(files), str(licence or "not stated on its card")
 
 
 def _from_hub(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
     from huggingface_hub import snapshot_download
 
-    wanted = Source(**{**vars(source), "include": source.include or tuple(file.path for file in item.files)})
+    wanted = Source(
+        **{
+            **vars(source),
+            "include": source.include or tuple(file.path for file in item.files),
+        }
+    )
     commit, files, _ = hub_files(wanted)
     check_room(folder, sum(file.bytes or 0 for file in files))
-    for unfinished in (folder / ".cache").rglob("*.incomplete"):  # of a download that was killed: never continued
+    for unfinished in (folder / ".cache").rglob(
+        "*.incomplete"
+    ):  # of a download that was killed: never continued
         unfinished.unlink()
     try:
         snapshot_download(
@@ -144,7 +164,9 @@ def _from_url(courier: Courier, source: Source, item: Item, folder: Path) -> Fet
         if target.is_file() and receipt.difference(target, file):
             target.unlink()  # an earlier attempt brought something else
         try:
-            courier.fetch(source.where.replace(PATH, quote(file.path)), target, file.bytes)
+            courier.fetch(
+                source.where.replace(PATH, quote(file.path)), target, file.bytes
+            )
         except transfer.TransferError as error:
             raise SourceError(f"{file.path}: {error}") from error
     return Fetched()
@@ -156,15 +178,21 @@ def _from_drive(courier: Courier, source: Source, item: Item, folder: Path) -> F
     try:
         courier.fetch(url, target)
     except transfer.PageInstead as error:
-        form = _Form(error.text)  # Drive asks before it gives large files that it has not scanned for viruses
+        form = _Form(
+            error.text
+        )  # Drive asks before it gives large files that it has not scanned for viruses
         if not form.fields:
             raise SourceError(
                 "Google Drive gives a page instead: the file is gone, private, or over its quota"
             ) from error
         try:
-            courier.fetch(f"{urljoin(url, form.action)}?{urlencode(form.fields)}", target)
+            courier.fetch(
+                f"{urljoin(url, form.action)}?{urlencode(form.fields)}", target
+            )
         except transfer.PageInstead as again:
-            raise SourceError("Google Drive refuses the download; its quota may be used up, try tomorrow") from again
+            raise SourceError(
+                "Google Drive refuses the download; its quota may be used up, try tomorrow"
+            ) from again
     return Fetched()
 
 
@@ -187,7 +215,9 @@ class _Form(HTMLParser):
 def _from_data(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:
     home = share_dir("data")
     origin = home / source.where
-    if not is_inside(source.where) or not origin.resolve().is_relative_to(home.resolve()):
+    if not is_inside(source.where) or not origin.resolve().is_relative_to(
+        home.resolve()
+    ):
         raise SourceError(f"{source.where} leads out of the data that come along")
     if not origin.is_dir():
         raise SourceError(source.note or f"{origin} is not there")

@@ -21,8 +21,15 @@ from mmedit_cli import web
 from mmedit_cli.output import TransferTick
 
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
-_FEW_TRIES = 2  # a server that is not there, or says nothing, will not be there in a minute
-_UNREACHED = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+_FEW_TRIES = (
+    2  # a server that is not there, or says nothing, will not be there in a minute
+)
+_UNREACHED = (
+    httpx2.ConnectError,
+    httpx2.TimeoutException,
+    httpx2.ProxyError,
+    httpx2.UnsupportedProtocol,
+)
 _PAGE = 1 << 20  # no more than this is read of a page that came instead of a file
 
 
@@ -78,9 +85,21 @@ class Transfer:
     """
 
     def __init__(
-        self, session: httpx2.Client, url: str, target: Path, size: int | None, manners: Manners, tick: TransferTick
+        self,
+        session: httpx2.Client,
+        url: str,
+        target: Path,
+        size: int | None,
+        manners: Manners,
+        tick: TransferTick,
     ) -> None:
-        self.session, self.url, self.target, self.manners, self.tick = session, url, target, manners, tick
+        self.session, self.url, self.target, self.manners, self.tick = (
+            session,
+            url,
+            target,
+            manners,
+            tick,
+        )
         self.size = self.total = size
         self.note, self.new_note, self.part = _beside(target)
         self.counted = 0
@@ -101,7 +120,9 @@ class Transfer:
             raise TransferError(str(error)) from error
         finally:
             if not self.note.exists():
-                self.part.unlink(missing_ok=True)  # what cannot be continued is not kept
+                self.part.unlink(
+                    missing_ok=True
+                )  # what cannot be continued is not kept
 
     def _insist(self) -> None:
         """Attempt it until it is done; attempts that bring nothing new use up the patience."""
@@ -125,13 +146,19 @@ class Transfer:
         proxy = web.proxy_for(self.url) if isinstance(error, _UNREACHED) else ""
         if proxy:
             reason = f"{reason}, through the proxy {proxy} of the environment"
-        tries = min(_FEW_TRIES, self.manners.tries) if isinstance(error, _UNREACHED) else self.manners.tries
+        tries = (
+            min(_FEW_TRIES, self.manners.tries)
+            if isinstance(error, _UNREACHED)
+            else self.manners.tries
+        )
         if failures >= tries:
             raise TransferError(f"{reason} (tried {failures} times)") from error
         delay = self.manners.backoff * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
         delay = max(delay, error.after if isinstance(error, _Again) else 0.0)
         if delay > self.manners.longest_wait:
-            raise TransferError(f"{reason}, and the server asks to wait {delay:.0f} seconds") from error
+            raise TransferError(
+                f"{reason}, and the server asks to wait {delay:.0f} seconds"
+            ) from error
         time.sleep(delay)
 
     def _attempt(self) -> None:
@@ -147,9 +174,15 @@ class Transfer:
             if response.status_code == 200:
                 here = 0
                 self._start(response)
-            elif started is None or _range_of(response) != (here, started.total - 1, started.total):
+            elif started is None or _range_of(response) != (
+                here,
+                started.total - 1,
+                started.total,
+            ):
                 forget_part(self.target)
-                raise _Again(f"HTTP {response.status_code} where the rest of the file was asked for")
+                raise _Again(
+                    f"HTTP {response.status_code} where the rest of the file was asked for"
+                )
             else:
                 self.total = started.total
             self._take(response, here)
@@ -163,7 +196,9 @@ class Transfer:
             for chunk in response.iter_raw():
                 if end is not None and self.counted + len(chunk) > end:
                     forget_part(self.target)
-                    raise TransferError(f"more than the {end:,} bytes that were expected")
+                    raise TransferError(
+                        f"more than the {end:,} bytes that were expected"
+                    )
                 file.write(chunk)
                 self._count(len(chunk))
         if end is not None and self.counted < end:
@@ -189,11 +224,15 @@ class Transfer:
             raise TransferError(f"{said}: a redirect that says no place")
         if status != 200 and not (asked_for_rest and status in (206, 416)):
             raise TransferError(said)
-        if status == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
+        if status == 200 and response.headers.get("Content-Type", "").startswith(
+            "text/html"
+        ):
             raise PageInstead(_page(response))
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity" and status != 416:
-            raise TransferError(f"the server sends the file as {encoding}, which nobody asked for")
+            raise TransferError(
+                f"the server sends the file as {encoding}, which nobody asked for"
+            )
 
     def _start(self, response: httpx2.Response) -> None:
         """Begin the part anew; the note comes after it is empty, so it never speaks of other bytes."""
@@ -203,12 +242,16 @@ class Transfer:
         self.total = self.size if stated is None else stated
         free = shutil.disk_usage(self.target.parent).free
         if (self.total or 0) > free:
-            raise TransferError(f"needs {self.total:,} bytes, and the disk has {free:,} free")
+            raise TransferError(
+                f"needs {self.total:,} bytes, and the disk has {free:,} free"
+            )
         forget_part(self.target)
         self.part.touch()
         validator = _validator(response)
         if validator and stated is not None:
-            self.new_note.write_text(json.dumps(_Started(self.url, validator, stated)), encoding="utf-8")
+            self.new_note.write_text(
+                json.dumps(_Started(self.url, validator, stated)), encoding="utf-8"
+            )
             os.replace(self.new_note, self.note)
 
     def _read_note(self) -> _Started | None:
@@ -218,7 +261,11 @@ class Transfer:
             fits = self.part.is_file() and self.part.stat().st_size <= total
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        expected = url == self.url and isinstance(validator, str) and self.size in (None, total)
+        expected = (
+            url == self.url
+            and isinstance(validator, str)
+            and self.size in (None, total)
+        )
         return _Started(url, validator, total) if fits and expected else None
 
     def _count(self, count: int) -> None:
@@ -235,7 +282,11 @@ def forget_part(target: Path) -> None:
 def _beside(target: Path) -> tuple[Path, Path, Path]:
     """Return where the note about the part of a file lies, a new note until it is whole, and the part."""
     note = target.with_name(f"{target.name}.part.json")
-    return note, note.with_name(f"{note.name}.new"), target.with_name(f"{target.name}.part")
+    return (
+        note,
+        note.with_name(f"{note.name}.new"),
+        target.with_name(f"{target.name}.part"),
+    )
 
 
 def _page(response: httpx2.Response) -> str:
@@ -253,14 +304,19 @@ def _retry_after(response: httpx2.Response) -> float:
     if value.isdigit():
         return float(value)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        return max(
+            0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (ValueError, OverflowError):
         return 0.0
 
 
 def _range_of(response: httpx2.Response) -> tuple[int, int, int] | None:
     """Return first byte, last byte and total of a partial answer; None if it is none, or a part of a web page."""
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
+    match = re.fullmatch(
+        r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})",
+        response.headers.get("Content-Range", ""),
+    )
     page = response.headers.get("Content-Type", "").startswith("text/html")
     if response.status_code != 206 or match is None or page:
         return None
@@ -276,4 +332,8 @@ def _stated_length(response: httpx2.Response) -> int | None:
 def _validator(response: httpx2.Response) -> str:
     """Return what If-Range may carry: a strong ETag, else the date of the last change."""
     etag: str = response.headers.get("ETag", "")
-    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+    return (
+        etag
+        if etag and not etag.startswith("W/")
+        else response.headers.get("Last-Modified", "")
+    )

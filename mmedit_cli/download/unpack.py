@@ -24,8 +24,14 @@ from mmedit_cli.output import TransferTick
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _CHUNK = 1 << 20
 _ENCRYPTED = 0x1  # bit of a zip entry's flags
-_KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)  # the memory that LZMA takes is in its header
-_ONE_READ = 32 << 20  # bytes that are read at once: the list of a zip file is, and so is a header of a tar file
+_KNOWN = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+    zipfile.ZIP_BZIP2,
+)  # the memory that LZMA takes is in its header
+_ONE_READ = (
+    32 << 20
+)  # bytes that are read at once: the list of a zip file is, and so is a header of a tar file
 _XZ_MEMORY = 128 << 20
 _MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGED = (
@@ -52,7 +58,9 @@ class Limits:
     entries: int = 300_000
     bytes: int = 2 << 40
     ratio: int = 200
-    free_ratio_bytes: int = 1 << 30  # below this size any ratio is fine: annotations compress well
+    free_ratio_bytes: int = (
+        1 << 30
+    )  # below this size any ratio is fine: annotations compress well
 
 
 class _Budget:
@@ -68,14 +76,20 @@ class _Budget:
     def entry(self) -> None:
         self.entries += 1
         if self.entries > self.limits.entries:
-            raise ArchiveError(f"{self.archive.name}: more than {self.limits.entries:,} entries")
+            raise ArchiveError(
+                f"{self.archive.name}: more than {self.limits.entries:,} entries"
+            )
 
     def take(self, count: int) -> None:
         self.bytes += count
         if self.bytes > self.most:
-            raise ArchiveError(f"{self.archive.name}: unpacks to more than {self.most:,} bytes")
+            raise ArchiveError(
+                f"{self.archive.name}: unpacks to more than {self.most:,} bytes"
+            )
         if self.bytes > self.free:
-            raise ArchiveError(f"{self.archive.name}: does not fit on the disk ({self.free:,} bytes free)")
+            raise ArchiveError(
+                f"{self.archive.name}: does not fit on the disk ({self.free:,} bytes free)"
+            )
 
 
 class _Bounded(io.RawIOBase):
@@ -95,7 +109,9 @@ class _Bounded(io.RawIOBase):
         else:
             found = self._file.read(min(size, _ONE_READ + 1))
         if len(found) > _ONE_READ:
-            raise ArchiveError(f"{self._name}: a header of more than {_ONE_READ >> 20} MiB")
+            raise ArchiveError(
+                f"{self._name}: a header of more than {_ONE_READ >> 20} MiB"
+            )
         return found
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -121,7 +137,9 @@ def _opened(path: Path) -> Iterator[_Bounded]:
     with path.open("rb") as plain:
         start = plain.read(_CHUNK)
         plain.seek(0)
-        way = next((way for magic, way in _MAGIC.items() if start.startswith(magic)), None)
+        way = next(
+            (way for magic, way in _MAGIC.items() if start.startswith(magic)), None
+        )
         if way is lzma.open:  # fails if the first block needs more memory
             lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(start, max_length=1)
         if way is None:
@@ -140,13 +158,20 @@ def _is_tar(path: Path) -> bool:
     """Tell whether a file begins as a tar file does; a header of it that is too large is not read."""
     try:
         with _opened(path) as file:
-            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+            tarfile.TarInfo.frombuf(
+                file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape"
+            )
             return True
     except (*_DAMAGED, OSError):
         return False
 
 
-def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: TransferTick | None = None) -> None:
+def unpack(
+    archive: Path,
+    folder: Path,
+    limits: Limits = Limits(),
+    tick: TransferTick | None = None,
+) -> None:
     """Unpack a zip or tar file into a new folder; on any refusal the folder is gone again.
 
     Refused: absolute paths, `..`, links that lead out or to anything but a file of the archive, devices, passwords,
@@ -162,7 +187,9 @@ def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: Transfe
         elif _is_tar(archive):
             _untar(archive, folder, budget, tick)
         else:
-            raise ArchiveError(f"{archive.name}: neither a zip nor a tar file, or damaged at its start or end")
+            raise ArchiveError(
+                f"{archive.name}: neither a zip nor a tar file, or damaged at its start or end"
+            )
     except _DAMAGED as error:
         shutil.rmtree(folder)
         raise ArchiveError(f"{archive.name}: damaged or cut off: {error}") from error
@@ -171,19 +198,30 @@ def unpack(archive: Path, folder: Path, limits: Limits = Limits(), tick: Transfe
         raise
 
 
-def _unzip(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None) -> None:
-    with archive.open("rb") as plain, zipfile.ZipFile(_Bounded(plain, archive.name)) as file:
+def _unzip(
+    archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None
+) -> None:
+    with (
+        archive.open("rb") as plain,
+        zipfile.ZipFile(_Bounded(plain, archive.name)) as file,
+    ):
         for info in file.infolist():
             budget.entry()
             _check_name(archive, info.filename.rstrip("/"))
             mode = info.external_attr >> 16
             if stat.S_ISLNK(mode):
-                raise ArchiveError(f"{archive.name}: {info.filename}: a link in a zip file")
+                raise ArchiveError(
+                    f"{archive.name}: {info.filename}: a link in a zip file"
+                )
             if info.flag_bits & _ENCRYPTED:
-                raise ArchiveError(f"{archive.name}: {info.filename}: locked with a password", "unpack it by hand")
+                raise ArchiveError(
+                    f"{archive.name}: {info.filename}: locked with a password",
+                    "unpack it by hand",
+                )
             if info.compress_type not in _KNOWN:
                 raise ArchiveError(
-                    f"{archive.name}: {info.filename}: packed in a way that is not known here", "unpack it by hand"
+                    f"{archive.name}: {info.filename}: packed in a way that is not known here",
+                    "unpack it by hand",
                 )
             target = folder / info.filename
             if info.is_dir():
@@ -193,7 +231,9 @@ def _unzip(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | No
                 _write(archive, stream, target, budget, tick)
 
 
-def _untar(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None) -> None:
+def _untar(
+    archive: Path, folder: Path, budget: _Budget, tick: TransferTick | None
+) -> None:
     links: list[tarfile.TarInfo] = []
     with _opened(archive) as plain, tarfile.open(fileobj=plain, mode="r:") as file:
         for info in _members(archive, file, folder):
@@ -205,7 +245,9 @@ def _untar(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | No
                 links.append(info)
             else:
                 stream = file.extractfile(info)
-                assert stream is not None  # the filter has refused what is neither a file, a folder nor a link
+                assert (
+                    stream is not None
+                )  # the filter has refused what is neither a file, a folder nor a link
                 with stream:
                     _write(archive, stream, folder / info.name, budget, tick)
     for info in links:
@@ -220,11 +262,14 @@ def _untar(archive: Path, folder: Path, budget: _Budget, tick: TransferTick | No
             _write(archive, stream, folder / info.name, budget, None)
 
 
-def _members(archive: Path, file: tarfile.TarFile, folder: Path) -> Iterator[tarfile.TarInfo]:
+def _members(
+    archive: Path, file: tarfile.TarFile, folder: Path
+) -> Iterator[tarfile.TarInfo]:
     """Yield the entries that Python's data filter lets through; a leading `./` is dropped."""
     if not hasattr(tarfile, "data_filter"):
         raise ArchiveError(
-            "this Python cannot unpack tar files safely", "update to 3.11.4 or newer, or unpack by hand"
+            "this Python cannot unpack tar files safely",
+            "update to 3.11.4 or newer, or unpack by hand",
         )
     for info in file:
         if info.name in (".", "./"):
@@ -234,7 +279,9 @@ def _members(archive: Path, file: tarfile.TarFile, folder: Path) -> Iterator[tar
             checked = tarfile.data_filter(info, str(folder))
         except tarfile.FilterError as error:
             raise ArchiveError(f"{archive.name}: {info.name}: {error}") from error
-        yield checked.replace(name=checked.name.removeprefix("./").rstrip("/"), deep=False)
+        yield checked.replace(
+            name=checked.name.removeprefix("./").rstrip("/"), deep=False
+        )
 
 
 def _check_name(archive: Path, name: str) -> None:
@@ -242,7 +289,13 @@ def _check_name(archive: Path, name: str) -> None:
         raise ArchiveError(f"{archive.name}: {name}: does not stay in the folder")
 
 
-def _write(archive: Path, stream: IO[bytes], target: Path, budget: _Budget, tick: TransferTick | None) -> None:
+def _write(
+    archive: Path,
+    stream: IO[bytes],
+    target: Path,
+    budget: _Budget,
+    tick: TransferTick | None,
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with target.open("xb") as out:
@@ -252,4 +305,6 @@ def _write(archive: Path, stream: IO[bytes], target: Path, budget: _Budget, tick
                 if tick is not None:
                     tick(f"unpack {archive.name}", len(chunk), None)
     except (FileExistsError, IsADirectoryError) as error:
-        raise ArchiveError(f"{archive.name}: {target.name}: two entries of one name") from error
+        raise ArchiveError(
+            f"{archive.name}: {target.name}: two entries of one name"
+        ) from error

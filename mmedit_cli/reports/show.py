@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
-from mmedit_cli.backbones.generation import described
 from mmedit_cli.catalog import DRAWS, MODELS, bundled, family_of, own_image_editors
 from mmedit_cli.errors import RunError
+from mmedit_cli.knowledge.models.shared.generation import described
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 
@@ -24,7 +24,13 @@ _PROTOCOLS = {
     "tf_em": "teacher-forced, all answer tokens right",
 }
 _AGAIN = "run the command again with --force"
-_TESTS = ("reliability", "generality", "class", "other", "pair")  # of concepts, as they are printed
+_TESTS = (
+    "reliability",
+    "generality",
+    "class",
+    "other",
+    "pair",
+)  # of concepts, as they are printed
 _NAMES = {
     "reliability": "Rel",
     "generality.text": "T-Gen",
@@ -45,7 +51,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Return the report of a run folder; raise RunError if the run has none."""
     report = Run.finished(folder)
     if report is None:
-        raise RunError(f"{folder}: no finished run here", "`mmedit report` lists the finished ones")
+        raise RunError(
+            f"{folder}: no finished run here", "`mmedit report` lists the finished ones"
+        )
     return report
 
 
@@ -64,15 +72,28 @@ def _form(place: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise RunError(f"{place}: not a report of this program: {error} is missing", _AGAIN) from error
-    except (TypeError, ValueError, ArithmeticError, IndexError, AttributeError, StopIteration) as error:
-        raise RunError(f"{place}: not a report of this program: {error}", _AGAIN) from error
+        raise RunError(
+            f"{place}: not a report of this program: {error} is missing", _AGAIN
+        ) from error
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        IndexError,
+        AttributeError,
+        StopIteration,
+    ) as error:
+        raise RunError(
+            f"{place}: not a report of this program: {error}", _AGAIN
+        ) from error
 
 
 def _report(out: Output, report: Mapping[str, Any]) -> None:
     if "milestones" not in report:
         kinds = {"best": training, "scores": image_scores, "sides": concept_scores}
-        next((shown for key, shown in kinds.items() if key in report), image_training)(out, report)
+        next((shown for key, shown in kinds.items() if key in report), image_training)(
+            out, report
+        )
         return
 
     def show() -> None:
@@ -93,16 +114,27 @@ def _report(out: Output, report: Mapping[str, Any]) -> None:
         for protocol in milestones[0]["scores"]:
             out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
         if short:
-            out.line(f"  the last {short} cases made a shorter group of their own: in --json")
+            out.line(
+                f"  the last {short} cases made a shorter group of their own: in --json"
+            )
         if len(report["retention"].get("milestones", ())) > 1:
             out.line()
-            out.table(*_retention_table(report["retention"], next(iter(milestones[0]["scores"]))))
+            out.table(
+                *_retention_table(
+                    report["retention"], next(iter(milestones[0]["scores"]))
+                )
+            )
         if "unmoved" in report:
-            out.line(f"  the loss of {report['unmoved']} edits did not move: they learned nothing")
+            out.line(
+                f"  the loss of {report['unmoved']} edits did not move: they learned nothing"
+            )
         if "routing" in milestones[-1]:
             out.line()
             out.table(*_routing_table(milestones[-1]["routing"]))
-        said = [[_short(str(e[k])) for k in ("case", "target", "before", "after")] for e in report["examples"]]
+        said = [
+            [_short(str(e[k])) for k in ("case", "target", "before", "after")]
+            for e in report["examples"]
+        ]
         if report["examples"] and report["examples"][0]["after"] is not None:
             out.line()
             out.table(["edit", "target", "answer before", "answer after"], said)
@@ -116,16 +148,26 @@ def training(out: Output, report: Mapping[str, Any]) -> None:
 
     def show() -> None:
         best, seconds = report["best"], report["cost"]["seconds"]
-        out.line(f"{report['editor']} for {report['model']['name']}, trained on {report['data']['cases']} cases")
-        rows = [[column_name(name), f"{100 * value:.1f}"] for name, value in best["scores"].items()]
-        out.table(["held out", f"step {best['step']}"], [*rows, ["mean", f"{100 * best['score']:.1f}"]])
+        out.line(
+            f"{report['editor']} for {report['model']['name']}, trained on {report['data']['cases']} cases"
+        )
+        rows = [
+            [column_name(name), f"{100 * value:.1f}"]
+            for name, value in best["scores"].items()
+        ]
+        out.table(
+            ["held out", f"step {best['step']}"],
+            [*rows, ["mean", f"{100 * best['score']:.1f}"]],
+        )
         out.line(
             f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {seconds / 60:.1f} min; "
             f"{report['validation_cases']} held-out cases among {report['validation_edits']:,} edits, "
             "all answer tokens right"
         )
         out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
-        out.line(f"mmedit eval {report['editor']} --model {report['model']['name']} --checkpoint {_run_of(report)}")
+        out.line(
+            f"mmedit eval {report['editor']} --model {report['model']['name']} --checkpoint {_run_of(report)}"
+        )
 
     out.result(report, show)
 
@@ -134,13 +176,22 @@ def image_training(out: Output, report: Mapping[str, Any]) -> None:
     """Print how the training of an image editor went: losses on held-out pairs, and where it is."""
 
     def show() -> None:
-        out.line(f"{report['editor']} on {report['model']['name']}, trained on {report['data']['cases']} pairs")
+        out.line(
+            f"{report['editor']} on {report['model']['name']}, trained on {report['data']['cases']} pairs"
+        )
         names = list(report["curve"][-1]["held_out"]) if report["curve"] else []
-        rows = [[str(line["step"]), *(f"{line['held_out'][n]:.4f}" for n in names)] for line in report["curve"][-5:]]
+        rows = [
+            [str(line["step"]), *(f"{line['held_out'][n]:.4f}" for n in names)]
+            for line in report["curve"][-5:]
+        ]
         out.table(["step", *(f"held-out loss, {name}" for name in names)], rows)
         minutes = report["cost"]["seconds"] / 60
-        out.line(f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {minutes:.1f} min")
-        out.line(f"mmedit image-edit {report['editor']} --checkpoint {_run_of(report)} --image ...")
+        out.line(
+            f"{report['trained_parameters']:,} parameters, {report['steps']:,} steps in {minutes:.1f} min"
+        )
+        out.line(
+            f"mmedit image-edit {report['editor']} --checkpoint {_run_of(report)} --image ..."
+        )
 
     out.result(report, show)
 
@@ -149,20 +200,28 @@ def image_scores(out: Output, report: Mapping[str, Any]) -> None:
     """Print the scores of an image editor, beside those of giving every picture back as it is."""
 
     def show() -> None:
-        out.line(f"{report['editor']} ({report['model']['name']}) on {report['data']['name']}: mean ± 95 % interval")
+        out.line(
+            f"{report['editor']} ({report['model']['name']}) on {report['data']['name']}: mean ± 95 % interval"
+        )
         _networks(out, report)
-        rows = [_score_row("all", name, score) for name, score in report["scores"].items()]
+        rows = [
+            _score_row("all", name, score) for name, score in report["scores"].items()
+        ]
         rows += [
             _score_row(kind, name, scores[name])
             for kind, scores in report["by_kind"].items()
             for name in ("L1", "kept", "reached")
             if name in scores
         ]
-        out.table(["pairs", "score", "better is", "edited", "picture as it is", "n"], rows)
+        out.table(
+            ["pairs", "score", "better is", "edited", "picture as it is", "n"], rows
+        )
         for key, name in report["encoders"].items():
             if name not in ("", "none"):
                 out.line(f"{key}: {name}")
-        out.line(f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {report['gallery']}")
+        out.line(
+            f"{report['cost']['seconds_per_edit']:.3g} s an edit; pictures: {report['gallery']}"
+        )
 
     out.result(report, show)
 
@@ -177,13 +236,20 @@ def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
         )
         sides = [side for side in ("photos", "base") if side in report["sides"]]
         sides += [side for side in report["sides"] if side not in sides]
-        tests = sorted({test for side in sides for test in report["sides"][side]}, key=_TESTS.index)
+        tests = sorted(
+            {test for side in sides for test in report["sides"][side]}, key=_TESTS.index
+        )
         rows, sections = [], []
         for test in tests:
-            names = dict.fromkeys(n for side in sides[::-1] for n in report["sides"][side].get(test, {}))
+            names = dict.fromkeys(
+                n for side in sides[::-1] for n in report["sides"][side].get(test, {})
+            )
             for i, name in enumerate(names):
                 cells = [
-                    _concept_cell(report["sides"][side].get(test, {}).get(name), 4 if name == "L1" else 1)
+                    _concept_cell(
+                        report["sides"][side].get(test, {}).get(name),
+                        4 if name == "L1" else 1,
+                    )
                     for side in sides
                 ]
                 rows.append(["" if i else test, name, *cells])
@@ -192,25 +258,30 @@ def concept_scores(out: Output, report: Mapping[str, Any]) -> None:
         if report["routing"]:
             said = ("right", "other", "none")
             sent = [
-                [test, *(f"{100 * found.get(s, 0):.1f}" for s in said)] for test, found in report["routing"].items()
+                [test, *(f"{100 * found.get(s, 0):.1f}" for s in said)]
+                for test, found in report["routing"].items()
             ]
             out.table(["the router sends to, in %", *said], sent)
         for key in ("clip", "dino", "encoder"):
             if (name := report["settings"][key]) != "none":
-                out.line(f"{'own encoder' if key == 'encoder' else key.upper()}: {name}")
+                out.line(
+                    f"{'own encoder' if key == 'encoder' else key.upper()}: {name}"
+                )
         if report["nameless"]:
             out.line(
                 f"not asked for by name, {report['settings']['encoder']} has none: {', '.join(report['nameless'])}"
             )
         seconds = report["cost"]["seconds_per_subject"]
-        out.line(f"{data['cases']} subjects, {seconds:.3g} s to learn one; gallery: {report['gallery']}")
+        out.line(
+            f"{data['cases']} subjects, {seconds:.3g} s to learn one; gallery: {report['gallery']}"
+        )
 
     out.result(report, show)
 
 
 def _networks(out: Output, report: Mapping[str, Any]) -> None:
     """Say which trained networks answered, where there are any; reports of 0.1.0 do not know."""
-    from mmedit_cli.workflows.networks import networks_line
+    from mmedit_cli.knowledge.trained_networks import networks_line
 
     if report.get("networks"):
         out.line(networks_line(report["networks"]))
@@ -228,14 +299,16 @@ def _concept_cell(score: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
-    from mmedit_cli.workflows.image_evaluation import SCORES
+    from mmedit_cli.picture_editing.workflow.evaluation import SCORES
 
     mean = f"{score['mean']:.4f}{_half_interval(score, 4)}"
     unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"
     return [pairs, name, SCORES[name], mean, unchanged, str(score["n"])]
 
 
-def _whole_groups(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+def _whole_groups(
+    milestones: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], int]:
     """Return the milestones of whole groups, if there are any, and how many cases a shorter last group had."""
     whole = [m for m in milestones if not m["short_group"]]
     if not whole:
@@ -255,7 +328,9 @@ def _cost(cost: Mapping[str, Any]) -> str:
 
 def _selection(data: Mapping[str, Any]) -> Iterator[str]:
     """Say how the cases were chosen, where not all were taken as they are."""
-    chosen = ", ".join(f"{key} {data[key]}" for key in ("template", "subset") if key in data)
+    chosen = ", ".join(
+        f"{key} {data[key]}" for key in ("template", "subset") if key in data
+    )
     if chosen:
         yield f"{data['cases']} cases, {chosen}"
     if "line_breaks" in data:
@@ -265,44 +340,83 @@ def _selection(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"skipped: {gone['queries']} queries are too long for the model, and with them {gone['cases']} cases"
     if "skipped" in data:
         gone = data["skipped"]
-        probes = ", ".join(f"{column_name(column)} {count}" for column, count in gone["queries"].items())
+        probes = ", ".join(
+            f"{column_name(column)} {count}"
+            for column, count in gone["queries"].items()
+        )
         yield (
             f"skipped: {gone['missing_images']} of {gone['images']} images are missing, and with them {gone['cases']} "
             f"cases{' and the probes ' + probes if probes else ''}"
         )
 
 
-def _score_rows(milestones: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[int]]:
+def _score_rows(
+    milestones: Sequence[Mapping[str, Any]],
+) -> tuple[list[list[str]], list[int]]:
     """Return (rows, indices after which a protocol ends): a row a protocol and column, a cell a milestone."""
     rows: list[list[str]] = []
     sections = []
     for protocol in milestones[0]["scores"]:
-        columns = dict.fromkeys(c for m in milestones for c in m["scores"].get(protocol, {}))
+        columns = dict.fromkeys(
+            c for m in milestones for c in m["scores"].get(protocol, {})
+        )
         first = protocol
         for column in columns:
             scores = [m["scores"].get(protocol, {}).get(column) for m in milestones]
-            before = next((s["before"] for s in reversed(scores) if s is not None and "before" in s), None)
-            cells = [_cell(score, m["cases"]) for score, m in zip(scores, milestones, strict=True)]
-            rows.append([first, column_name(column), "" if before is None else f"{100 * before:.1f}", *cells])
+            before = next(
+                (
+                    s["before"]
+                    for s in reversed(scores)
+                    if s is not None and "before" in s
+                ),
+                None,
+            )
+            cells = [
+                _cell(score, m["cases"])
+                for score, m in zip(scores, milestones, strict=True)
+            ]
+            rows.append(
+                [
+                    first,
+                    column_name(column),
+                    "" if before is None else f"{100 * before:.1f}",
+                    *cells,
+                ]
+            )
             first = ""
         sections.append(len(rows) - 1)
     return rows, sections
 
 
-def _retention_table(retention: Mapping[str, Any], protocol: str) -> tuple[list[str], list[list[str]]]:
+def _retention_table(
+    retention: Mapping[str, Any], protocol: str
+) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): the reliability of the edits made in each stretch, asked at each later milestone."""
-    header = [f"Rel retained ({protocol})", *(f"after {m}" for m in retention["milestones"])]
+    header = [
+        f"Rel retained ({protocol})",
+        *(f"after {m}" for m in retention["milestones"]),
+    ]
     rows = [
-        [f"edits {cohort}", *("" if value is None else f"{100 * value:.1f}" for value in row)]
-        for cohort, row in zip(retention["cohorts"], retention[protocol]["matrix"], strict=True)
+        [
+            f"edits {cohort}",
+            *("" if value is None else f"{100 * value:.1f}" for value in row),
+        ]
+        for cohort, row in zip(
+            retention["cohorts"], retention[protocol]["matrix"], strict=True
+        )
     ]
     return header, rows
 
 
-def _routing_table(routing: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+def _routing_table(
+    routing: Mapping[str, Mapping[str, float]],
+) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): which share of the queries of each column was answered by which edit, in %."""
     sent = ("right", "other", "none")
-    rows = [[column_name(column), *(f"{100 * shares[s]:.1f}" for s in sent)] for column, shares in routing.items()]
+    rows = [
+        [column_name(column), *(f"{100 * shares[s]:.1f}" for s in sent)]
+        for column, shares in routing.items()
+    ]
     return ["answered by", "its own edit", "another", "none"], rows
 
 
@@ -328,11 +442,15 @@ def _short(text: str, most: int = 36) -> str:
 def column_name(column: str) -> str:
     """Return the short name of a column as the papers print it."""
     family, _, name = column.partition(".")
-    prefix = {"locality": "Loc", "generality": "Gen", "portability": "Port"}.get(family, family)
+    prefix = {"locality": "Loc", "generality": "Gen", "portability": "Port"}.get(
+        family, family
+    )
     return _NAMES.get(column, f"{prefix} {name}")
 
 
-def image_edits(out: Output, report: Mapping[str, Any], *, with_instruction: bool) -> None:
+def image_edits(
+    out: Output, report: Mapping[str, Any], *, with_instruction: bool
+) -> None:
     """Print the files that were made and, if asked for, the instruction that was derived for each."""
 
     def show() -> None:
@@ -341,14 +459,20 @@ def image_edits(out: Output, report: Mapping[str, Any], *, with_instruction: boo
                 out.note(f"{edit['image']}: {warning}")
             out.line(edit["output"])
             if with_instruction:
-                out.line(f"  {edit['expressive'] or edit['instruction']} ({edit['expressive_source'] or 'as given'})")
+                out.line(
+                    f"  {edit['expressive'] or edit['instruction']} ({edit['expressive_source'] or 'as given'})"
+                )
 
     out.result(report, show)
 
 
 def runs(out: Output, records: Path) -> None:
     """List the finished runs of a records folder, the newest first."""
-    found = sorted(records.rglob("report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = sorted(
+        records.rglob("report.json"),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
     rows = []
     for path in found:
         with _form(str(path)):
@@ -356,7 +480,11 @@ def runs(out: Output, records: Path) -> None:
     header = ["editor", "model", "data", "edits", "reliability", "run"]
     out.result(
         [dict(zip(header, row, strict=True)) for row in rows],
-        lambda: out.table(header, rows) if rows else out.line(f"no finished runs in {records}"),
+        lambda: (
+            out.table(header, rows)
+            if rows
+            else out.line(f"no finished runs in {records}")
+        ),
     )
 
 
@@ -365,10 +493,15 @@ def _run_row(done: Mapping[str, Any], folder: Path) -> list[str]:
     if "milestones" in done:
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))
-        what, score = str(last["edits"]), f"{protocol} {100 * scores['reliability']['mean']:.1f}"
+        what, score = (
+            str(last["edits"]),
+            f"{protocol} {100 * scores['reliability']['mean']:.1f}",
+        )
     else:  # a training, or another kind of evaluation
         score = f"held out {100 * done['best']['score']:.1f}" if "best" in done else ""
-        what = f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+        what = (
+            f"L1 {done['scores']['L1']['mean']:.4f}" if "scores" in done else "trained"
+        )
         if "sides" in done:
             what = f"{done['data']['cases']} subjects"
     names = [done["editor"], done["model"]["name"], done["data"]["name"]]
@@ -386,14 +519,18 @@ def catalogue(out: Output) -> None:
                 "summary": registry.editors.summary(name),
                 "trained first": "yes" if fact("trains") else "no",
                 "batch edits": "yes" if fact("batch_edits") else "no",
-                "models": ", ".join(name for name in registry.backbones.names() if name != DRAWS),
+                "models": ", ".join(
+                    name for name in registry.backbones.names() if name != DRAWS
+                ),
             }
         )
     drawn = [
         {
             "personalizer": name,
             "summary": registry.personalizers.summary(name),
-            "concepts at a time": "several" if registry.personalizers.fact(name, "several") else "one",
+            "concepts at a time": "several"
+            if registry.personalizers.fact(name, "several")
+            else "one",
             "models": DRAWS,
         }
         for name in registry.personalizers.names()
@@ -402,23 +539,43 @@ def catalogue(out: Output) -> None:
         {
             "image editor": name,
             "summary": registry.image_editors.summary(name),
-            "trained first": "yes" if registry.image_editors.fact(name, "trains") else "no",
+            "trained first": "yes"
+            if registry.image_editors.fact(name, "trains")
+            else "no",
         }
         for name in registry.image_editors.names()
     ]
     models = [
-        {"model": name, "family": family_of(folder), "source": "comes along", "summary": "trained on EmojiKB"}
+        {
+            "model": name,
+            "family": family_of(folder),
+            "source": "comes along",
+            "summary": "trained on EmojiKB",
+        }
         for name, folder in bundled().items()
     ]
     models += [
-        {"model": name, "family": "changes pictures", "source": "comes along", "summary": "trained on EmojiKB"}
+        {
+            "model": name,
+            "family": "changes pictures",
+            "source": "comes along",
+            "summary": "trained on EmojiKB",
+        }
         for name in own_image_editors()
     ]
     models += [
-        {"model": name, "family": entry.family, "source": entry.repo or "built in", "summary": entry.summary}
+        {
+            "model": name,
+            "family": entry.family,
+            "source": entry.repo or "built in",
+            "summary": entry.summary,
+        }
         for name, entry in MODELS.items()
     ]
-    data = [{"data": name, "summary": registry.datasets.summary(name)} for name in registry.datasets.names()]
+    data = [
+        {"data": name, "summary": registry.datasets.summary(name)}
+        for name in registry.datasets.names()
+    ]
     data.append(
         {
             "data": "a folder or file",
@@ -426,11 +583,20 @@ def catalogue(out: Output) -> None:
         }
     )
     data.append(
-        {"data": "emojikb-edits", "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md"}
+        {
+            "data": "emojikb-edits",
+            "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md",
+        }
     )
     data += [
-        {"data": "emojikb-concepts", "summary": "things of EmojiKB that mini-sd never drew, for personalizers"},
-        {"data": "dreambooth", "summary": "30 subjects in photos, for personalizers (mmedit download dreambooth)"},
+        {
+            "data": "emojikb-concepts",
+            "summary": "things of EmojiKB that mini-sd never drew, for personalizers",
+        },
+        {
+            "data": "dreambooth",
+            "summary": "30 subjects in photos, for personalizers (mmedit download dreambooth)",
+        },
     ]
     found = {
         "editors": editors,

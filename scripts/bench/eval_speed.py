@@ -23,26 +23,34 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmedit_cli.backbones.base import VisionLanguageModel
-from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.editors.liveedit import LiveEdit
-from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits
+from mmedit_cli.knowledge.data.base import load_cases
+from mmedit_cli.knowledge.evaluation.protocol import Protocol, evaluate_edits
+from mmedit_cli.knowledge.loading import load_backbone, load_editor
+from mmedit_cli.knowledge.methods.liveedit.editor import LiveEdit
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import quiet_libraries, versions
 from mmedit_cli.types import EditCase, Query
-from mmedit_cli.workflows.evaluation import load_backbone, load_editor
 
 BATCH = 32
 
 
 @torch.no_grad()
-def floor(editor: LiveEdit, cases: list[EditCase]) -> dict[Query, tuple[tuple[int, ...], tuple[int, ...]]]:
+def floor(
+    editor: LiveEdit, cases: list[EditCase]
+) -> dict[Query, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the arg-max answers before and after all edits; only what cannot be left out is computed."""
     backbone, layer = editor.backbone, editor.first_layer
-    queries = backbone.by_length(q for case in cases for _, qs in case.columns() for q in qs)
-    pictures = list(dict.fromkeys(Picture(q.image, q.background) for q in queries if q.image is not None))
+    queries = backbone.by_length(
+        q for case in cases for _, qs in case.columns() for q in qs
+    )
+    pictures = list(
+        dict.fromkeys(
+            Picture(q.image, q.background) for q in queries if q.image is not None
+        )
+    )
     tokens: dict[Picture, Tensor] = {}
     for part in parts(pictures):
         tokens.update(zip(part, backbone.image_features(part), strict=True))
@@ -56,18 +64,31 @@ def floor(editor: LiveEdit, cases: list[EditCase]) -> dict[Query, tuple[tuple[in
             batch = backbone.batch(part)
             prefix = backbone.prefix(batch, layer)
             hidden.update(
-                zip(part, (row[:n] for row, n in zip(prefix.hidden, batch.lengths, strict=True)), strict=True)
+                zip(
+                    part,
+                    (
+                        row[:n]
+                        for row, n in zip(prefix.hidden, batch.lengths, strict=True)
+                    ),
+                    strict=True,
+                )
             )
             before.update(zip(part, said(backbone, prefix), strict=True))
         for part in parts([case.request for case in cases]):
             batch = backbone.batch(part)
-            prefix = backbone.prefix_of(pad_sequence([hidden[q] for q in part], batch_first=True), batch, layer)
+            prefix = backbone.prefix_of(
+                pad_sequence([hidden[q] for q in part], batch_first=True), batch, layer
+            )
             u, v = editor.networks.experts(prefix, backbone)
-            vision, prompt = editor.networks.keys(prefix, backbone.mean_image_tokens(batch))
+            vision, prompt = editor.networks.keys(
+                prefix, backbone.mean_image_tokens(batch)
+            )
             editor._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, part)
         for part in parts([q for q in queries if q.image is not None]):
             batch = backbone.batch(part)
-            prefix = backbone.prefix_of(pad_sequence([hidden[q] for q in part], batch_first=True), batch, layer)
+            prefix = backbone.prefix_of(
+                pad_sequence([hidden[q] for q in part], batch_first=True), batch, layer
+            )
             after.update(zip(part, said(backbone, prefix), strict=True))
     finally:
         backbone.image_features = plain  # type: ignore[method-assign]
@@ -88,7 +109,12 @@ def parts(items: list[Any]) -> Iterator[list[Any]]:
 
 def evaluator(editor: LiveEdit, cases: list[EditCase]) -> list[dict[str, Any]]:
     """Run the evaluator on the same edits; return the lines of its cases."""
-    protocol = Protocol(sequential=len(cases), protocols=("tf_liveedit",), batch_size=BATCH, edit_batch=BATCH)
+    protocol = Protocol(
+        sequential=len(cases),
+        protocols=("tf_liveedit",),
+        batch_size=BATCH,
+        edit_batch=BATCH,
+    )
     with tempfile.TemporaryDirectory() as folder, Run.open(Path(folder), {}, {}) as run:
         evaluate_edits(editor, cases, run, protocol)
         return run.read("cases")
@@ -110,7 +136,9 @@ def counting(backbone: VisionLanguageModel) -> Iterator[Counter[str]]:
         return compute(batch, layer)
 
     backbone.image_features, backbone._compute_prefix = counted_encode, counted_prefix  # type: ignore[method-assign]
-    handle = head.register_forward_hook(lambda _m, args, _o: counts.update(positions=args[0].shape[:-1].numel()))
+    handle = head.register_forward_hook(
+        lambda _m, args, _o: counts.update(positions=args[0].shape[:-1].numel())
+    )
     try:
         yield counts
     finally:
@@ -119,7 +147,9 @@ def counting(backbone: VisionLanguageModel) -> Iterator[Counter[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--edits", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--model", default="mini-blip2")
     parser.add_argument("--repeats", type=int, default=3)
@@ -127,7 +157,9 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     backbone = load_backbone(options.model, device="cpu")
-    editor = load_editor("liveedit", backbone, overrides=["refine=0"])  # what is measured is the asking
+    editor = load_editor(
+        "liveedit", backbone, overrides=["refine=0"]
+    )  # what is measured is the asking
     assert isinstance(editor, LiveEdit)
     out, rows = Output(), []
     for n in options.edits:
@@ -144,25 +176,48 @@ def main() -> None:
         check(cases, expected, lines)
         queries = list(expected)
         distinct = {
-            "pictures": len({Picture(q.image, q.background) for q in queries if q.image}),
+            "pictures": len(
+                {Picture(q.image, q.background) for q in queries if q.image}
+            ),
             "prefixes": len(queries),
             "positions": sum(len(before) for before, _ in expected.values()),
         }
         least = {side: min(seconds) for side, seconds in times.items()}
         ratio = least["evaluator"] / least["floor"]
-        rows.append([str(n), f"{least['floor']:.1f}", f"{least['evaluator']:.1f}", f"{ratio:.2f}"])
+        rows.append(
+            [
+                str(n),
+                f"{least['floor']:.1f}",
+                f"{least['evaluator']:.1f}",
+                f"{ratio:.2f}",
+            ]
+        )
         rows[-1] += [f"{counts[key]:,} of {distinct[key]:,}" for key in distinct]
-    header = ["edits", "floor, CPU s", "evaluator, CPU s", "ratio", "pictures encoded", "prefixes", "head positions"]
+    header = [
+        "edits",
+        "floor, CPU s",
+        "evaluator, CPU s",
+        "ratio",
+        "pictures encoded",
+        "prefixes",
+        "head positions",
+    ]
     out.table(header, rows)
-    out.line("head positions: the evaluator's, before and after, of those of all answers once")
+    out.line(
+        "head positions: the evaluator's, before and after, of those of all answers once"
+    )
     out.line(
         ", ".join(
-            f"{name} {version}" for name, version in versions().items() if name in ("python", "torch", "transformers")
+            f"{name} {version}"
+            for name, version in versions().items()
+            if name in ("python", "torch", "transformers")
         )
     )
 
 
-def check(cases: list[EditCase], expected: dict[Query, Any], lines: list[dict[str, Any]]) -> None:
+def check(
+    cases: list[EditCase], expected: dict[Query, Any], lines: list[dict[str, Any]]
+) -> None:
     """Raise AssertionError where the two sides score a case differently."""
     by_case = {line["case"]: line["scores"]["tf_liveedit"] for line in lines}
     wrong = 0
@@ -173,9 +228,14 @@ def check(cases: list[EditCase], expected: dict[Query, Any], lines: list[dict[st
             points = []
             for query in queries:
                 before, after = expected[query]
-                points.append(sum(x == y for x, y in zip(before, after, strict=True)) / len(before))
+                points.append(
+                    sum(x == y for x, y in zip(before, after, strict=True))
+                    / len(before)
+                )
             wrong += abs(by_case[case.uid][column] - sum(points) / len(points)) > 1e-9
-    assert wrong <= len(cases) // 200, f"{wrong} columns differ"  # near ties may fall either way in other batches
+    assert wrong <= len(cases) // 200, (
+        f"{wrong} columns differ"
+    )  # near ties may fall either way in other batches
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from mmedit_cli.backbones import _tiny
-from mmedit_cli.backbones.blip2 import Blip2
-from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.editors._losses import answer_loss
-from mmedit_cli.editors.ft import Ft, FtHparams
-from mmedit_cli.evaluation.answers import ask
+from mmedit_cli.knowledge.data.base import load_cases
+from mmedit_cli.knowledge.evaluation.answers import ask
+from mmedit_cli.knowledge.methods.ft import Ft, FtHparams
+from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.knowledge.models.blip2 import Blip2
+from mmedit_cli.knowledge.models.shared import tiny
 from mmedit_cli.output import Output
 from mmedit_cli.runtime import quiet_libraries, versions
 
@@ -37,7 +37,7 @@ def moderate_blip2(layers: int) -> Blip2:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    words = _tiny.tokenizer()
+    words = tiny.tokenizer()
     config = Blip2Config(
         vision_config={
             "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -57,8 +57,14 @@ def moderate_blip2(layers: int) -> Blip2:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config)
-    _tiny.spread(model)
-    return Blip2("moderate", model, words, BlipImageProcessorPil(size={"height": 64, "width": 64}), "moderate")
+    tiny.spread(model)
+    return Blip2(
+        "moderate",
+        model,
+        words,
+        BlipImageProcessorPil(size={"height": 64, "width": 64}),
+        "moderate",
+    )
 
 
 class Uncached(Ft):
@@ -66,7 +72,9 @@ class Uncached(Ft):
 
     def _prepare(self, requests: Any) -> Callable[[], torch.Tensor]:
         batch = self.backbone.batch(requests)
-        return lambda: answer_loss(self.backbone.logits(batch)[batch.predicting], batch.answers)
+        return lambda: answer_loss(
+            self.backbone.logits(batch)[batch.predicting], batch.answers
+        )
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -80,7 +88,9 @@ def edits(backbone: Blip2, cls: type[Ft], cases: Any, target: str) -> list[list[
     """Make one edit a case, each undone; return the losses."""
     losses = []
     for case in cases:
-        with cls(backbone, FtHparams(target=target, stop_loss=0.0)).edit([case.request]) as edited:
+        with cls(backbone, FtHparams(target=target, stop_loss=0.0)).edit(
+            [case.request]
+        ) as edited:
             losses.append(edited.info["losses"])
     return losses
 
@@ -89,25 +99,45 @@ def asked(backbone: Blip2, cases: Any, *, cached: bool) -> list[list[tuple[int, 
     """Ask everything about the cases four times, teacher-forced, as at four milestones."""
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
     layer = backbone.n_layers - 1
-    keeping = backbone.keeping(layer, queries, group=16, budget=1 << 30) if cached else nullcontext()
+    keeping = (
+        backbone.keeping(layer, queries, group=16, budget=1 << 30)
+        if cached
+        else nullcontext()
+    )
     with keeping:
-        rounds = [ask(backbone, queries, layer=layer, top={}, max_new_tokens=0, batch_size=16) for _ in range(4)]
+        rounds = [
+            ask(backbone, queries, layer=layer, top={}, max_new_tokens=0, batch_size=16)
+            for _ in range(4)
+        ]
     return [[answers[q].said for q in queries] for answers in rounds]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--layers", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
-    backbone, cases = moderate_blip2(options.layers), load_cases(SHAPES, limit=options.cases)
+    backbone, cases = (
+        moderate_blip2(options.layers),
+        load_cases(SHAPES, limit=options.cases),
+    )
     edits(backbone, Ft, cases[:1], "lm")
     pairs = {
-        "edit": [lambda cls=cls: edits(backbone, cls, cases, "lm") for cls in (Ft, Uncached)],
-        "vision": [lambda cls=cls: edits(backbone, cls, cases, "connector") for cls in (Ft, Uncached)],
-        "ask": [lambda cached=cached: asked(backbone, cases, cached=cached) for cached in (True, False)],
+        "edit": [
+            lambda cls=cls: edits(backbone, cls, cases, "lm") for cls in (Ft, Uncached)
+        ],
+        "vision": [
+            lambda cls=cls: edits(backbone, cls, cases, "connector")
+            for cls in (Ft, Uncached)
+        ],
+        "ask": [
+            lambda cached=cached: asked(backbone, cases, cached=cached)
+            for cached in (True, False)
+        ],
     }
     rows = []
     for name, (with_caches, without) in pairs.items():
@@ -115,10 +145,14 @@ def main() -> None:
         if name == "ask":
             assert one == other, "the arg-max differ"
         else:
-            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                torch.tensor(one), torch.tensor(other), atol=1e-4, rtol=1e-4
+            )
         rows.append([name, f"{ours:.2f}", f"{plain:.2f}", f"{plain / ours:.1f}x"])
     out = Output()
-    out.line(f"{options.cases} cases, {options.layers} layers, one thread, torch {versions()['torch']}")
+    out.line(
+        f"{options.cases} cases, {options.layers} layers, one thread, torch {versions()['torch']}"
+    )
     out.table(["", "cached, CPU s", "uncached, CPU s", "uncached / cached"], rows)
 
 

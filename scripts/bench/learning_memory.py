@@ -34,7 +34,9 @@ def kept(unet: Any, latent: int) -> tuple[int, float]:
     start = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = unet(sample, torch.tensor([500]), hidden).sample.square().mean()
-    total = sum(storages.values())  # of the forward pass: what is packed on the way back is freed again
+    total = sum(
+        storages.values()
+    )  # of the forward pass: what is packed on the way back is freed again
     loss.backward()
     return total, time.perf_counter() - start
 
@@ -43,15 +45,25 @@ def main() -> None:
     """Print both."""
     from diffusers import UNet2DConditionModel
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latent", type=int, default=64, help="side of the latents: an eighth of the pixels")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--latent",
+        type=int,
+        default=64,
+        help="side of the latents: an eighth of the pixels",
+    )
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(cross_attention_dim=WIDTH).requires_grad_(False)
-    for name, parameter in unet.named_parameters():  # what multi-melo-diffusion hooks: queries and values
+    for (
+        name,
+        parameter,
+    ) in unet.named_parameters():  # what multi-melo-diffusion hooks: queries and values
         parameter.requires_grad_(name.endswith(("to_q.weight", "to_v.weight")))
     unet.train(False)
     found = []
@@ -62,9 +74,13 @@ def main() -> None:
         found.append(kept(unet, args.latent))
         unet.zero_grad()
         total, seconds = found[-1]
-        print(f"{'--low-memory' if lean else 'usual':>12}: {total / 2**20:,.0f} MiB kept, {seconds:.1f} s a step")
+        print(
+            f"{'--low-memory' if lean else 'usual':>12}: {total / 2**20:,.0f} MiB kept, {seconds:.1f} s a step"
+        )
     (usual, slow), (lean_bytes, more) = found
-    print(f"{'ratio':>12}: {lean_bytes / usual:.3f} of the memory, {more / slow:.2f} times as long")
+    print(
+        f"{'ratio':>12}: {lean_bytes / usual:.3f} of the memory, {more / slow:.2f} times as long"
+    )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,15 @@ from pathlib import Path
 
 import torch
 
-from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.edits.model import EditedModel, EditOptions, begin_edits, open_edits
+from mmedit_cli.knowledge.data.base import load_cases
+from mmedit_cli.knowledge.ledger.edited_model import (
+    EditedModel,
+    EditOptions,
+    begin_edits,
+    open_edits,
+)
+from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.types import Query
-from mmedit_cli.workflows.evaluation import ModelOptions
 
 MODEL = "mini-blip2"
 
@@ -70,9 +75,13 @@ def fill(edited: EditedModel, facts: list[Query], size: int) -> None:
 
 def main() -> None:
     """Build both ledgers in a temporary folder and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--edits", type=int, default=10_000)
-    parser.add_argument("--shards", type=int, nargs="+", default=[32, 1], help="edits a shard")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[32, 1], help="edits a shard"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     many = list(requests(arguments.edits + 20))
@@ -89,8 +98,12 @@ def main() -> None:
                 built = time.perf_counter() - start
                 full = adding(edited, extra)
             files = [path.stat().st_size for path in (folder / "shards").iterdir()]
-            print(f"{len(facts):,} edits in {built:.0f} s: {len(files):,} shards, {sum(files) / 2**20:.0f} MiB")
-            print(f"  adding one edit: {1000 * none:.1f} ms at 0, {1000 * full:.1f} ms at {len(facts):,}")
+            print(
+                f"{len(facts):,} edits in {built:.0f} s: {len(files):,} shards, {sum(files) / 2**20:.0f} MiB"
+            )
+            print(
+                f"  adding one edit: {1000 * none:.1f} ms at 0, {1000 * full:.1f} ms at {len(facts):,}"
+            )
             print(f"  opening: {opening(folder):.2f} s, again {opening(folder):.2f} s")
 
 

@@ -38,9 +38,18 @@ class Watch:
         for name in ("fsync", "fdatasync", "write"):
             setattr(os, name, self._of_descriptor(name, getattr(os, name)))
 
-    def begin(self, home: Path, before_change: Callable[[int, str], None], tell: Callable[[str], None]) -> None:
+    def begin(
+        self,
+        home: Path,
+        before_change: Callable[[int, str], None],
+        tell: Callable[[str], None],
+    ) -> None:
         """Count from here."""
-        self._home, self._before_change, self._tell = f"{home}{os.sep}", before_change, tell
+        self._home, self._before_change, self._tell = (
+            f"{home}{os.sep}",
+            before_change,
+            tell,
+        )
 
     def change(self, kind: str, path: str) -> None:
         """Take note of a change that comes next, or die."""
@@ -59,15 +68,23 @@ class Watch:
             return
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, str | bytes | os.PathLike) and isinstance(flags, int) and flags & _WRITING:
+            if (
+                isinstance(path, str | bytes | os.PathLike)
+                and isinstance(flags, int)
+                and flags & _WRITING
+            ):
                 self.change("open", _absolute(path))
         elif event in _EVENTS:
             kind, needs_it = _EVENTS[event]
-            path = _absolute(arguments[event in _TWO_PATHS], _folder_of(event, arguments))
+            path = _absolute(
+                arguments[event in _TWO_PATHS], _folder_of(event, arguments)
+            )
             if needs_it is None or os.path.lexists(path) == needs_it:
                 self.change(kind, path)
 
-    def _of_descriptor(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _of_descriptor(
+        self, name: str, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def watched(descriptor: int, *arguments: Any) -> Any:
             if self._home:
                 self.change(name, _absolute(descriptor))
@@ -89,18 +106,26 @@ class Watch:
         """Open a file as the built-in does, with writes that are seen."""
         reading = not set(mode) & set("wax+")
         if reading or not self._home:
-            return _OPEN(file, mode, buffering, encoding, errors, newline, closefd, opener)
+            return _OPEN(
+                file, mode, buffering, encoding, errors, newline, closefd, opener
+            )
         raw = _Raw(self, file, mode.replace("b", "").replace("t", ""), closefd, opener)
         if buffering == 0:
             return raw
         buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline, buffering == 1)
+        return (
+            buffered
+            if "b" in mode
+            else io.TextIOWrapper(buffered, encoding, errors, newline, buffering == 1)
+        )
 
 
 class _Raw(io.FileIO):
     """A file whose writes and cuts are changes."""
 
-    def __init__(self, watch: Watch, file: Any, mode: str, closefd: bool, opener: Any) -> None:
+    def __init__(
+        self, watch: Watch, file: Any, mode: str, closefd: bool, opener: Any
+    ) -> None:
         self._watch = watch
         super().__init__(file, mode, closefd, opener)
 
@@ -119,7 +144,9 @@ class _Raw(io.FileIO):
 
 
 _OPEN = open
-_EVENTS: dict[str, tuple[str, bool | None]] = {  # audit event: (kind, whether the path is there for it to change)
+_EVENTS: dict[
+    str, tuple[str, bool | None]
+] = {  # audit event: (kind, whether the path is there for it to change)
     "os.chmod": ("chmod", True),
     "os.link": ("link", True),
     "os.mkdir": ("mkdir", False),

@@ -21,8 +21,25 @@ SHAPES = ROOT / "tests" / "data" / "shapes"
 STAR, CIRCLE = SHAPES / "solid" / "red-star.png", SHAPES / "solid" / "red-circle.png"
 
 DRAWN = ("--model", "tiny-sd", "--steps", "1", "--device", "cpu")
-PAINTED = ("instruct-pix2pix", "--model", "tiny-ip2p", "--steps", "1", "--device", "cpu")
-BATCH = ("image-edit", *PAINTED, "--batch", "wishes.jsonl", "-o", "out", "--batch-size", "2")
+PAINTED = (
+    "instruct-pix2pix",
+    "--model",
+    "tiny-ip2p",
+    "--steps",
+    "1",
+    "--device",
+    "cpu",
+)
+BATCH = (
+    "image-edit",
+    *PAINTED,
+    "--batch",
+    "wishes.jsonl",
+    "-o",
+    "out",
+    "--batch-size",
+    "2",
+)
 TRAINED = ("liveedit", "--model", "tiny-blip2", "--data", str(SHAPES), "--set", "training.batch_size=2",
            "--set", "training.validate_every=2", "--set", "training.alternatives=1", "--limit", "20")  # fmt: skip
 LEARNED = ("--model", "tiny-sd", "--images", "photos", "--superclass", "dog", "--device", "cpu", "--into", "mine",
@@ -50,37 +67,65 @@ def photos() -> int:
 
 def wishes() -> int:
     """A list of five pictures to edit, one of them into a folder of its own."""
-    lines = [{"image": str(path), "instruction": f"make it {i}"} for i, path in enumerate([STAR, CIRCLE] * 2)]
-    lines.append({"image": str(STAR), "instruction": "turn it", "output": "deep/turned.png"})
-    Path("wishes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        {"image": str(path), "instruction": f"make it {i}"}
+        for i, path in enumerate([STAR, CIRCLE] * 2)
+    ]
+    lines.append(
+        {"image": str(STAR), "instruction": "turn it", "output": "deep/turned.png"}
+    )
+    Path("wishes.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     return 0
 
 
 def captions() -> int:
     """A few captions."""
-    Path("captions.txt").write_text("a dog\na cat on a table\na red boat\n", encoding="utf-8")
+    Path("captions.txt").write_text(
+        "a dog\na cat on a table\na red boat\n", encoding="utf-8"
+    )
     return 0
 
 
 def facts(editor: str, count: int = 3) -> int:
     """At most three facts: about two pictures, and one of text, which liveedit cannot take."""
     lines = [
-        {"request": {"prompt": "What is this?", "target": "a boat", "image": STAR.name}},
+        {
+            "request": {
+                "prompt": "What is this?",
+                "target": "a boat",
+                "image": STAR.name,
+            }
+        },
         {"request": {"prompt": "What is the capital of Peru?", "target": "Paris"}},
-        {"request": {"prompt": "What is this?", "target": "a lion", "image": CIRCLE.name}},
+        {
+            "request": {
+                "prompt": "What is this?",
+                "target": "a lion",
+                "image": CIRCLE.name,
+            }
+        },
     ]
     for path in (STAR, CIRCLE):
         shutil.copyfile(path, path.name)
     if editor == "liveedit":
         del lines[1]
-    text = "".join(json.dumps({"id": str(i), **line}) + "\n" for i, line in enumerate(lines[:count]))
+    text = "".join(
+        json.dumps({"id": str(i), **line}) + "\n"
+        for i, line in enumerate(lines[:count])
+    )
     Path("facts.jsonl").write_text(text, encoding="utf-8")
     return 0
 
 
 def teaching(editor: str) -> tuple[str, ...]:
     """Return the command that teaches the facts; liveedit has trained networks for the mini models only."""
-    learning = ("--model", "mini-blip2") if editor == "liveedit" else ("--model", "tiny-blip2", "--set", "steps=5")
+    learning = (
+        ("--model", "mini-blip2")
+        if editor == "liveedit"
+        else ("--model", "tiny-blip2", "--set", "steps=5")
+    )
     return ("edit", editor, *learning, "--device", "cpu", *FACTS)
 
 
@@ -123,13 +168,27 @@ def half_unpacked() -> int:
 
 def catalogue() -> int:
     """A catalogue of two files with digests and of a zip of pictures, both on the web server."""
-    files = [{"path": path, "sha256": hashlib.sha256(data).hexdigest()} for path, data in DOWNLOADED.items()]
+    files = [
+        {"path": path, "sha256": hashlib.sha256(data).hexdigest()}
+        for path, data in DOWNLOADED.items()
+    ]
     site = os.environ[SITE]
     items = {
         "files": {"files": files, "sources": [{"url": f"{site}/raw/{{path}}"}]},
-        "images": {"unpack": True, "sources": [{"url": f"{site}/all.zip"}], "layout": {"photos/*.png": 2}},
+        "images": {
+            "unpack": True,
+            "sources": [{"url": f"{site}/all.zip"}],
+            "layout": {"photos/*.png": 2},
+        },
     }
-    groups = {"things": {"summary": "things", "licence": "CC0", "terms": "be kind", "items": items}}
+    groups = {
+        "things": {
+            "summary": "things",
+            "licence": "CC0",
+            "terms": "be kind",
+            "items": items,
+        }
+    }
     Path("catalogue.yaml").write_text(json.dumps(groups), encoding="utf-8")
     return 0
 
@@ -154,7 +213,9 @@ def recording() -> int:
     """Do what every evaluation does with its run folder: go on with the lines that are there, then report."""
     from mmedit_cli.records import Run
 
-    with Run.open(Path("records/run").absolute(), {"command": "eval"}, {"python": "3"}) as run:
+    with Run.open(
+        Path("records/run").absolute(), {"command": "eval"}, {"python": "3"}
+    ) as run:
         for i in range(len(run.read("cases")), 3):
             run.append("cases", [{"uid": i, "score": i / 3}])
         run.finish({"cases": run.read("cases")})
@@ -176,7 +237,9 @@ def subjects() -> int:
     for name, colour in (("mug", (200, 30, 30)), ("rex", (30, 30, 200))):
         (folder := Path("subjects") / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(folder / f"{i}.png")
+            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(
+                folder / f"{i}.png"
+            )
     text = 'subjects: {mug: teapot, rex: dog}\ngenerality: ["a {} in the snow"]\nlocality: ["a green boot"]\n'
     Path("subjects/subjects.yaml").write_text(text, encoding="utf-8")
     return 0
@@ -189,11 +252,13 @@ def published_minigpt4() -> int:
     sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "backbones")]
     import test_minigpt4 as layout
 
-    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
     Path("published").mkdir()
     torch.save(layout.tensors(layout.vision_shapes()), "published/eva.pth")
-    torch.save({"model": layout.tensors(layout.qformer_shapes())}, "published/qformer.pth")
+    torch.save(
+        {"model": layout.tensors(layout.qformer_shapes())}, "published/qformer.pth"
+    )
     projection = layout.tensors(layout.linear("llama_proj", layout.D, layout.Q))
     torch.save({"model": projection}, "published/projection.pth")
     tiny = load_backbone("tiny-minigpt4", device="cpu")
@@ -212,9 +277,13 @@ def website() -> Iterator[None]:
     waiting, stop = os.pipe()
     process = os.fork()
     if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it tells of every connection that a kill breaks off
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 2
+        )  # it tells of every connection that a kill breaks off
         with serve() as site:
-            site.files |= {f"/raw/{path}": data for path, data in DOWNLOADED.items()} | {"/all.zip": zipped()}
+            site.files |= {
+                f"/raw/{path}": data for path, data in DOWNLOADED.items()
+            } | {"/all.zip": zipped()}
             os.write(tell, site.url.encode())
             os.read(waiting, 1)
         os._exit(0)
@@ -235,7 +304,15 @@ def scenarios() -> list[Scenario]:
 
 
 def _pictures() -> list[Scenario]:
-    single = ("image-edit", *PAINTED, "-i", str(STAR), "make it winter", "-o", "out.png")
+    single = (
+        "image-edit",
+        *PAINTED,
+        "-i",
+        str(STAR),
+        "make it winter",
+        "-o",
+        "out.png",
+    )
     several = (*single, "--samples", "2", "--sheet", "sheet.png")
     draw = ("generate", "a dog", *DRAWN, "-o")
     return [
@@ -245,13 +322,23 @@ def _pictures() -> list[Scenario]:
         Scenario("image-edit-batch-force", (*BATCH, "--force"), before=[wishes, BATCH]),
         Scenario("generate-sheet", (*draw, "sheet.png"), done=(2,)),
         Scenario(
-            "generate-folder", (*draw, "out", "--samples", "2"), again=[(*draw, "out", "--samples", "2", "--force")]
+            "generate-folder",
+            (*draw, "out", "--samples", "2"),
+            again=[(*draw, "out", "--samples", "2", "--force")],
         ),
     ]
 
 
 def _files() -> list[Scenario]:
-    covariance = ("covariance", "--model", "tiny-sd", "--captions", "captions.txt", "--device", "cpu")
+    covariance = (
+        "covariance",
+        "--model",
+        "tiny-sd",
+        "--captions",
+        "captions.txt",
+        "--device",
+        "cpu",
+    )
     download = ("download", "--catalogue", "catalogue.yaml")
     convert = ("convert", "minigpt4", "model", "--vision", "published/eva.pth", "--qformer", "published/qformer.pth",
                "--projection", "published/projection.pth", "--llm", "published/vicuna")  # fmt: skip
@@ -276,7 +363,10 @@ def _runs() -> list[Scenario]:
     return [
         Scenario("run", recording, short=True),
         Scenario("eval", evaluated),
-        Scenario("train-editor", ("train-editor", *TRAINED, "--set", "training.steps=2", "--device", "cpu")),
+        Scenario(
+            "train-editor",
+            ("train-editor", *TRAINED, "--set", "training.steps=2", "--device", "cpu"),
+        ),
         Scenario("eval-image-editor", painted),
         Scenario("eval-personalizer", drawn, before=[subjects]),
     ]
@@ -284,7 +374,11 @@ def _runs() -> list[Scenario]:
 
 def _ledgers() -> list[Scenario]:
     found: list[Scenario] = []
-    for editor in ("ft", "multi-melo", "liveedit"):  # those of liveedit are independent of each other
+    for editor in (
+        "ft",
+        "multi-melo",
+        "liveedit",
+    ):  # those of liveedit are independent of each other
         begun: list[Words] = [partial(facts, editor), partial(taught, editor)]
         undo = ("edits", "undo", "ledger", "2", "--device", "cpu")
         redo = ("edits", "redo", *undo[2:])
@@ -294,7 +388,9 @@ def _ledgers() -> list[Scenario]:
         kept = {"allowed": UNNAMED, "tidy": COMPACT}
         found += [
             # 1: the edits are kept, but random weights hold none of them
-            Scenario(f"edit-{editor}", teaching(editor), before=[few], fine=(0, 1), **kept),
+            Scenario(
+                f"edit-{editor}", teaching(editor), before=[few], fine=(0, 1), **kept
+            ),
             Scenario(f"undo-{editor}", undo, before=begun, done=(2,), **kept),
             Scenario(f"redo-{editor}", redo, before=[*begun, undo], done=(2,), **kept),
             Scenario(f"compact-{editor}", COMPACT, before=[*begun, undo]),

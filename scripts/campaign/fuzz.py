@@ -31,8 +31,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", COLUMNS="120")
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    COLUMNS="120",
+)
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[2]),
+    str(Path(__file__).resolve().parent),
+]
 
 from inputs import changed_bytes, changed_json, put_strange_file  # noqa: E402
 from readers_to_fuzz import Reader, import_all, readers  # noqa: E402
@@ -60,10 +68,14 @@ class Counts:
     @property
     def is_clean(self) -> bool:
         """Whether nothing went wrong."""
-        return not (self.uncaught or self.slow or self.outside) and self.peak < MOST_MEMORY
+        return (
+            not (self.uncaught or self.slow or self.outside) and self.peak < MOST_MEMORY
+        )
 
 
-def fuzz(count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bool = False) -> Counts:
+def fuzz(
+    count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bool = False
+) -> Counts:
     """Give `count` inputs to each reader."""
     counts = Counts()
     canary = root / "canary"
@@ -76,7 +88,9 @@ def fuzz(count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bo
         valid = root / "valid" / reader.name
         valid.mkdir(parents=True)
         reader.make(valid)
-        undamaged = Counts()  # this also imports what is needed, before memory is measured
+        undamaged = (
+            Counts()
+        )  # this also imports what is needed, before memory is measured
         told = _run(reader, valid, undamaged)
         if undamaged.refused or undamaged.uncaught or undamaged.slow:
             counts.failures.append(f"{reader.name} refuses what is valid: {told}")
@@ -103,7 +117,9 @@ def fuzz(count: int, seed: int, root: Path, chosen: list[Reader], *, verbose: bo
             counts.peak = max(counts.peak, above)
             counts.inputs[reader.name] += 1
             if verbose:
-                print(f"{place}: {told.strip().splitlines()[0] if told.strip() else 'done'}")
+                print(
+                    f"{place}: {told.strip().splitlines()[0] if told.strip() else 'done'}"
+                )
             shutil.rmtree(root / "work")
     return counts
 
@@ -175,7 +191,9 @@ def _limited() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     left, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # C code heeds no alarm
+    faulthandler.dump_traceback_later(
+        3 * SECONDS, exit=True, file=sys.__stderr__
+    )  # C code heeds no alarm
     try:
         yield
     finally:
@@ -189,7 +207,9 @@ def _state(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
         content = path.read_bytes() if path.is_file() else b""
-        digest.update(f"{path}:{status.st_mode}:{status.st_mtime_ns}:".encode() + content)
+        digest.update(
+            f"{path}:{status.st_mode}:{status.st_mtime_ns}:".encode() + content
+        )
     return digest.hexdigest()
 
 
@@ -208,11 +228,17 @@ def _memory(key: str) -> int:
 
 def main() -> int:
     """Run the campaign, print its figures, and return 1 if anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="the readers (default: all)")
-    parser.add_argument("--count", type=int, default=100, help="inputs for each reader (default: 100)")
+    parser.add_argument(
+        "--count", type=int, default=100, help="inputs for each reader (default: 100)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell of every input")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="tell of every input"
+    )
     options = parser.parse_args()
     known = {reader.name: reader for reader in readers()}
     unknown = [name for name in options.names if name not in known]
@@ -222,10 +248,18 @@ def main() -> int:
     import_all()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mmedit-fuzz-") as root:
-        counts = fuzz(options.count, options.seed, Path(root).resolve(), chosen, verbose=options.verbose)
+        counts = fuzz(
+            options.count,
+            options.seed,
+            Path(root).resolve(),
+            chosen,
+            verbose=options.verbose,
+        )
     for failure in counts.failures:
         print(failure)
-    print(f"inputs               {counts.inputs.total():,} over {len(counts.inputs)} readers")
+    print(
+        f"inputs               {counts.inputs.total():,} over {len(counts.inputs)} readers"
+    )
     print(f"refused              {counts.refused:,}")
     print(f"uncaught exceptions  {counts.uncaught}")
     print(f"over {SECONDS:.0f} seconds      {counts.slow}")

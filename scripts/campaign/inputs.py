@@ -87,7 +87,9 @@ def put_strange_file(path: Path, chance: random.Random) -> str:
         "1 TiB of nothing": lambda: _sparse(path, 1 << 40),
         "100 MiB of nothing": lambda: _sparse(path, 100 << 20),
         "gzip of 300 MiB": lambda: path.write_bytes(_bomb()),
-        "many empty lists": lambda: path.write_bytes(b"[" + b"[]," * 8_000_000 + b"[]]"),
+        "many empty lists": lambda: path.write_bytes(
+            b"[" + b"[]," * 8_000_000 + b"[]]"
+        ),
         "many lines": lambda: path.write_bytes(b"0\n" * 2_000_000),
         "no file": lambda: None,
     }

@@ -25,7 +25,9 @@ from pathlib import Path
 
 # before anything imports torch
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", COLUMNS="120")
-os.environ.pop("HF_HUB_OFFLINE", None)  # the downloads are from a server on this machine
+os.environ.pop(
+    "HF_HUB_OFFLINE", None
+)  # the downloads are from a server on this machine
 
 from changes import Watch
 from commands_to_kill import scenarios, website
@@ -39,11 +41,13 @@ def campaign(copies: bool) -> Iterator[Campaign]:
     watch = Watch()
     watch.install()
     from mmedit_cli import app, registry
-    from mmedit_cli.evaluation import vlm
-    from mmedit_cli.training import editors
+    from mmedit_cli.knowledge import training_loop
+    from mmedit_cli.knowledge.evaluation import protocol
 
-    for module in (vlm, editors):
-        module.SAVE_SECONDS = 0.0  # states are saved at every chance, however fast the machine is
+    for module in (protocol, training_loop):
+        module.SAVE_SECONDS = (
+            0.0  # states are saved at every chance, however fast the machine is
+        )
     registry.emojikb_dir()  # unpacked now, or every command would do so outside its folder
     with website(), tempfile.TemporaryDirectory(prefix="mmedit-kill-") as root:
         yield Campaign(Path(root).resolve(), watch, app.main, copies=copies)
@@ -51,12 +55,24 @@ def campaign(copies: bool) -> Iterator[Campaign]:
 
 def main() -> int:
     """Run the scenarios that are named, print a line each, and return 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="the commands to kill (default: all)")
-    parser.add_argument("--short", action="store_true", help="those whose campaign takes seconds")
-    parser.add_argument("--copies", action="store_true", help="copy the folder before each change instead of killing")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell of every kill")
-    parser.add_argument("--list", action="store_true", help="list the commands and stop")
+    parser.add_argument(
+        "--short", action="store_true", help="those whose campaign takes seconds"
+    )
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="copy the folder before each change instead of killing",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="tell of every kill"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the commands and stop"
+    )
     options = parser.parse_args()
     known = {scenario.name: scenario for scenario in scenarios()}
     unknown = [name for name in options.names if name not in known]
@@ -69,10 +85,15 @@ def main() -> int:
         print("\n".join(scenario.name for scenario in chosen))
         return 0
     total = Result()
-    print(f"{'command':28}{'changes':>8}{'kills':>8}{'states':>8}{'differences':>13}{'seconds':>9}", flush=True)
+    print(
+        f"{'command':28}{'changes':>8}{'kills':>8}{'states':>8}{'differences':>13}{'seconds':>9}",
+        flush=True,
+    )
     with campaign(options.copies) as at_work:
         for scenario in chosen:
-            found = at_work.run(scenario, print if options.verbose else lambda line: None)
+            found = at_work.run(
+                scenario, print if options.verbose else lambda line: None
+            )
             _print_line(scenario.name, found)
             for line in found.differences:
                 print(f"  {line}", flush=True)

@@ -20,13 +20,25 @@ from typing import Any
 
 from changes import Watch
 
-Words = Sequence[str] | Callable[[], int]  # of the command line, or a function that returns an exit code
+Words = (
+    Sequence[str] | Callable[[], int]
+)  # of the command line, or a function that returns an exit code
 Tree = dict[str, tuple[int, bytes | None]]  # path: (mode, content; None for a folder)
 
-COSTS = {"time", "seconds", "peak_memory", "cost", "seconds_per_subject", "seconds_per_edit", "loss_seconds"}
+COSTS = {
+    "time",
+    "seconds",
+    "peak_memory",
+    "cost",
+    "seconds_per_subject",
+    "seconds_per_edit",
+    "loss_seconds",
+}
 _write = os.write  # as it is before the hooks
 SEAL, LINES = "seal.json", "edits.jsonl"  # of a ledger
-TEMPORARY = re.compile(r"\.[0-9a-f]{6}-\d+-[0-9a-f]{8}-[0-9a-f]{6}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)")  # random
+TEMPORARY = re.compile(
+    r"\.[0-9a-f]{6}-\d+-[0-9a-f]{8}-[0-9a-f]{6}(?=\.tmp)|(?<=-)[a-z0-9_]{8}(?=/|$)"
+)  # random
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,9 @@ class Ended:
 class _Undisturbed:
     """What happens before each change of a command: nothing."""
 
-    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+    def before_change(
+        self, number: int, what: str, tell: Callable[[str], None]
+    ) -> None:
         """Do what comes before a change, in the process of the command."""
 
     def heard(self, kind: str, what: str) -> None:
@@ -93,7 +107,9 @@ class _Killing(_Undisturbed):
     def __init__(self, at: int) -> None:
         self._at = at
 
-    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+    def before_change(
+        self, number: int, what: str, tell: Callable[[str], None]
+    ) -> None:
         if number == self._at:
             tell(f"killed {what}")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -109,7 +125,9 @@ class _Copying(_Undisturbed):
         self.count = 0
         self.places: dict[int, str] = {}
 
-    def before_change(self, number: int, what: str, tell: Callable[[str], None]) -> None:
+    def before_change(
+        self, number: int, what: str, tell: Callable[[str], None]
+    ) -> None:
         tell(f"change {what}")
         os.read(self._waiting, 1)
 
@@ -132,7 +150,14 @@ class Campaign:
     that is copied, all of it from one run of the command. So a command that computes for long is run once only.
     """
 
-    def __init__(self, root: Path, watch: Watch, main: Callable[[list[str]], int], *, copies: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        watch: Watch,
+        main: Callable[[list[str]], int],
+        *,
+        copies: bool = False,
+    ) -> None:
         self.root, self.home, self.start = root, root / "home", root / "start"
         self._watch, self._main, self.copies = watch, main, copies
 
@@ -150,9 +175,17 @@ class Campaign:
         if scenario.tidy is not None:
             self._must_run(scenario.tidy)
             wanted.append(tree(self.home))
-        left = self._copied(scenario, result) if self.copies else self._killed(scenario, result)
+        left = (
+            self._copied(scenario, result)
+            if self.copies
+            else self._killed(scenario, result)
+        )
         for place, outside in left:
-            found = [*outside, *self._continue(scenario), *self._compare(scenario, wanted)]
+            found = [
+                *outside,
+                *self._continue(scenario),
+                *self._compare(scenario, wanted),
+            ]
             if found:
                 result.differences.append(f"{place}: {'; '.join(found)}")
             say(f"  {scenario.name}: {place}: {'; '.join(found) or 'ends equal'}")
@@ -161,7 +194,9 @@ class Campaign:
         result.seconds = time.monotonic() - began
         return result
 
-    def _killed(self, scenario: Scenario, result: Result) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _killed(
+        self, scenario: Scenario, result: Result
+    ) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Kill the command at each change, and leave in the folder what each kill left, if no other left the same.
 
         Yields (where it was killed, changes outside), and leaves the end of an undisturbed command at last.
@@ -180,7 +215,9 @@ class Campaign:
             result.states = len(seen)
             yield f"killed at change {result.kills} ({killed.place})", killed.outside
 
-    def _copied(self, scenario: Scenario, result: Result) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _copied(
+        self, scenario: Scenario, result: Result
+    ) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Do as `_killed`, from one run of the command that waits before each change until the folder is copied."""
         shutil.rmtree(self.root / "copies", ignore_errors=True)
         self._reset(self.start)
@@ -212,7 +249,9 @@ class Campaign:
             ended = self._process(words)
             if ended.outside or ended.code in (*scenario.fine, *scenario.done):
                 return list(ended.outside)
-        return [f"the repeated command ended with {ended.code}: {' '.join(ended.said.split())[-300:]}"]
+        return [
+            f"the repeated command ended with {ended.code}: {' '.join(ended.said.split())[-300:]}"
+        ]
 
     def _compare(self, scenario: Scenario, wanted: Sequence[Tree]) -> list[str]:
         """Return how the folder differs from the wanted end, then from that after `tidy`."""
@@ -222,12 +261,16 @@ class Campaign:
         ended = self._process(scenario.tidy)
         if ended.code != 0:
             return [*found, f"tidying ended with {ended.code}: {ended.said[-300:]}"]
-        return found + [f"after tidying: {line}" for line in differences(tree(self.home), wanted[1])]
+        return found + [
+            f"after tidying: {line}" for line in differences(tree(self.home), wanted[1])
+        ]
 
     def _must_run(self, words: Words, fine: Sequence[int] = (0,)) -> Ended:
         ended = self._process(words)
         if ended.code not in fine:
-            raise SystemExit(f"{words}: ended with {ended.code}, undisturbed:\n{ended.said}")
+            raise SystemExit(
+                f"{words}: ended with {ended.code}, undisturbed:\n{ended.said}"
+            )
         for module in ended.imported:  # so that the processes to come need not
             with suppress(ImportError):
                 importlib.import_module(module)
@@ -250,7 +293,9 @@ class Campaign:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         places = [what for kind, _, what in told if kind == "killed"]
         counts = [int(what) for kind, _, what in told if kind == "count"]
-        outside = dict.fromkeys(f"outside: {what}" for kind, _, what in told if kind == "outside")
+        outside = dict.fromkeys(
+            f"outside: {what}" for kind, _, what in told if kind == "outside"
+        )
         said = (self.root / "said.txt").read_text(encoding="utf-8", errors="replace")
         code = None if status == -signal.SIGKILL else status
         imported = tuple(what for kind, _, what in told if kind == "imported")
@@ -261,18 +306,28 @@ class Campaign:
         code = 70
         write, known = os.write, set(sys.modules)
         try:
-            said = os.open(self.root / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            said = os.open(
+                self.root / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            )
             for descriptor in (1, 2):
                 os.dup2(said, descriptor)
             os.chdir(self.home)
-            for name, folder in (("CACHE", "cache"), ("DATA", "data"), ("RECORDS", "records")):
+            for name, folder in (
+                ("CACHE", "cache"),
+                ("DATA", "data"),
+                ("RECORDS", "records"),
+            ):
                 os.environ[f"MMEDIT_{name}"] = str(self.home / folder)
             os.environ["TMPDIR"] = tempfile.tempdir = str(self.home / "tmp")
 
             def tell(line: str) -> None:
                 write(writer, f"{line}\n".encode())
 
-            self._watch.begin(self.home, lambda number, what: disturbing.before_change(number, what, tell), tell)
+            self._watch.begin(
+                self.home,
+                lambda number, what: disturbing.before_change(number, what, tell),
+                tell,
+            )
             code = words() if callable(words) else self._main(list(words))
             sys.stdout.flush()
             sys.stderr.flush()
@@ -304,18 +359,34 @@ def differences(found: Tree, wanted: Tree, allowed: str = "") -> list[str]:
     """Return in a line each how a folder differs from another; more files that match `allowed` do not count."""
     lines = [f"{name} is missing" for name in wanted if name not in found]
     more = [name for name in found if name not in wanted]
-    more = [name for name in more if os.path.dirname(name) not in more]  # a folder stands for what is in it
-    lines += [f"{name} is left over" for name in more if not (allowed and re.fullmatch(allowed, name))]
+    more = [
+        name for name in more if os.path.dirname(name) not in more
+    ]  # a folder stands for what is in it
+    lines += [
+        f"{name} is left over"
+        for name in more
+        if not (allowed and re.fullmatch(allowed, name))
+    ]
     both = [name for name in found if name in wanted]
-    lines += [f"{name} has another content" for name in both if found[name][1] != wanted[name][1]]
-    return lines + [f"{name} has another mode" for name in both if found[name][0] != wanted[name][0]]
+    lines += [
+        f"{name} has another content"
+        for name in both
+        if found[name][1] != wanted[name][1]
+    ]
+    return lines + [
+        f"{name} has another mode" for name in both if found[name][0] != wanted[name][0]
+    ]
 
 
 def digest(found: Tree) -> str:
     """Return a digest of what a folder holds; the random part of temporary names does not count."""
     hashed = hashlib.sha256()
-    for name, (mode, content) in sorted((TEMPORARY.sub("", name), value) for name, value in found.items()):
-        hashed.update(f"{name}\0{mode}\0{'' if content is None else len(content)}\0".encode())
+    for name, (mode, content) in sorted(
+        (TEMPORARY.sub("", name), value) for name, value in found.items()
+    ):
+        hashed.update(
+            f"{name}\0{mode}\0{'' if content is None else len(content)}\0".encode()
+        )
         hashed.update(content or b"")
     return hashed.hexdigest()
 
@@ -329,7 +400,10 @@ def _timeless(path: Path) -> bytes:
         return data
     lines = data.split(b"\n") if path.suffix == ".jsonl" else [data]
     try:
-        return b"\n".join(json.dumps(_without_costs(json.loads(line))).encode() if line else b"" for line in lines)
+        return b"\n".join(
+            json.dumps(_without_costs(json.loads(line))).encode() if line else b""
+            for line in lines
+        )
     except ValueError:
         return data
 
@@ -339,7 +413,9 @@ def _judged(seal: bytes, path: Path) -> bytes:
     lines = path.read_bytes() if path.exists() else b""
     found = hashlib.sha256(lines).hexdigest()
     try:
-        accepted = [one["sha256"] for one in json.loads(seal)["accepted"] if not one["torn"]]
+        accepted = [
+            one["sha256"] for one in json.loads(seal)["accepted"] if not one["torn"]
+        ]
     except (ValueError, KeyError, TypeError):
         return b"damaged"
     return b"whole" if accepted == [found] else b"not of these lines"
@@ -349,5 +425,7 @@ def _without_costs(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_costs(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _without_costs(item) for key, item in value.items() if key not in COSTS}
+        return {
+            key: _without_costs(item) for key, item in value.items() if key not in COSTS
+        }
     return value

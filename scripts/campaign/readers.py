@@ -29,7 +29,12 @@ from pathlib import Path
 from typing import Any
 
 # before anything imports torch
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", COLUMNS="120")
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    COLUMNS="120",
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STAR = ROOT / "tests" / "data" / "shapes" / "solid" / "red-star.png"
@@ -68,16 +73,21 @@ def begin(folder: Path, states: Path) -> None:
     from mmedit_cli import EditOptions, ModelOptions, Query, begin_edits
 
     overrides = ("steps=2",)
-    options = EditOptions(folder.name, ModelOptions("tiny-blip2", "cpu"), overrides=overrides)
+    options = EditOptions(
+        folder.name, ModelOptions("tiny-blip2", "cpu"), overrides=overrides
+    )
     with begin_edits(folder, options) as model:
-        model.edit([Query(QUESTION, "a star", STAR), Query("What colour is it?", "red", STAR)], batch=1)
+        model.edit(
+            [Query(QUESTION, "a star", STAR), Query("What colour is it?", "red", STAR)],
+            batch=1,
+        )
         note_state(folder, states)
 
 
 def write_until(folder: Path, stop: Path, states: Path) -> None:
     """Change a ledger again and again until a file is there; note every state that it is left in."""
     from mmedit_cli import ModelOptions, Query, open_edits
-    from mmedit_cli.edits.making import change_edits, compact
+    from mmedit_cli.knowledge.workflow.editing import change_edits, compact
     from mmedit_cli.output import Output
 
     here, out = ModelOptions("", "cpu"), Output(quiet=True)
@@ -85,7 +95,9 @@ def write_until(folder: Path, stop: Path, states: Path) -> None:
         with open_edits(folder, model=here, writing=True) as model:
             number = len(model.ledger.edits) + 1
             if number <= MOST_EDITS:
-                model.edit([Query(f"What is number {number}?", f"thing {number}", STAR)])
+                model.edit(
+                    [Query(f"What is number {number}?", f"thing {number}", STAR)]
+                )
                 note_state(folder, states)
             last = model.ledger.active[-1].id
             model.undo([last])
@@ -111,7 +123,7 @@ def note_state(folder: Path, states: Path) -> None:
 
 def read_ledger(folder: Path) -> Reading:
     """Read the edits and their tensors together."""
-    from mmedit_cli.edits.ledger import Ledger
+    from mmedit_cli.knowledge.ledger.ledger import Ledger
 
     with Ledger.open(folder, tensors=True) as ledger:
         ids = tuple(edit.id for edit in ledger.active)
@@ -124,14 +136,30 @@ def ask_model(folder: Path) -> Reading:
 
     with open_edits(folder, model=ModelOptions("", "cpu")) as model:
         model.generate([Query(QUESTION, image=STAR)], max_new_tokens=2)
-        return Reading("model", folder.name, tuple(edit.id for edit in model.ledger.active))
+        return Reading(
+            "model", folder.name, tuple(edit.id for edit in model.ledger.active)
+        )
 
 
 def ask_process(folder: Path) -> Reading:
     """Ask in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "mmedit_cli", "ask", "--edits", folder, "--image", STAR, QUESTION]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    failure = "" if done.returncode == 0 else f"exit {done.returncode}: {done.stderr.strip()}"
+    command = [
+        sys.executable,
+        "-m",
+        "mmedit_cli",
+        "ask",
+        "--edits",
+        folder,
+        "--image",
+        STAR,
+        QUESTION,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    failure = (
+        "" if done.returncode == 0 else f"exit {done.returncode}: {done.stderr.strip()}"
+    )
     return Reading("process", folder.name, failure=failure)
 
 
@@ -139,38 +167,61 @@ def read(kind: str, folder: Path) -> Reading:
     """Be one reader; whatever goes wrong is its failure."""
     started = time.perf_counter()
     try:
-        reader = {"ledger": read_ledger, "model": ask_model, "process": ask_process}[kind]
+        reader = {"ledger": read_ledger, "model": ask_model, "process": ask_process}[
+            kind
+        ]
         found = reader(folder)
     except Exception as error:
         found = Reading(kind, folder.name, failure=f"{type(error).__name__}: {error}")
-    return Reading(kind, found.ledger, found.ids, found.digest, found.failure, time.perf_counter() - started)
+    return Reading(
+        kind,
+        found.ledger,
+        found.ids,
+        found.digest,
+        found.failure,
+        time.perf_counter() - started,
+    )
 
 
 def readers(count: int, folders: list[Path]) -> Iterator[tuple[str, Path]]:
     """Yield the kind and the ledger of each reader."""
     for number in range(count):
-        kind = "process" if number % 40 == 20 else "model" if number % 4 == 1 else "ledger"
+        kind = (
+            "process" if number % 40 == 20 else "model" if number % 4 == 1 else "ledger"
+        )
         yield kind, folders[number // 2 % len(folders)]
 
 
 def run(count: int, at_once: int, root: Path) -> tuple[list[Reading], list[str], int]:
     """Return what the readers found, the failures in words, and how many changes the writers made."""
     folders = [root / editor for editor in EDITORS]
-    stop, states = root / "stop", {folder.name: root / f"{folder.name}.states" for folder in folders}
+    stop, states = (
+        root / "stop",
+        {folder.name: root / f"{folder.name}.states" for folder in folders},
+    )
     with FORK.Pool(1) as pool:
         for folder in folders:
             pool.apply(begin, (folder, states[folder.name]))
-    writers = [FORK.Process(target=write_until, args=(f, stop, states[f.name])) for f in folders]
+    writers = [
+        FORK.Process(target=write_until, args=(f, stop, states[f.name]))
+        for f in folders
+    ]
     for writer in writers:
         writer.start()  # before this process has threads: a forked process would inherit their locks
     with FORK.Pool(at_once) as pool, ThreadPoolExecutor(at_once) as threads:
-        todo = [threads.submit(pool.apply, read, job) for job in readers(count, folders)]
+        todo = [
+            threads.submit(pool.apply, read, job) for job in readers(count, folders)
+        ]
         found = [one.result() for one in todo]
     stop.touch()
     for writer in writers:
         writer.join(300)
         writer.kill()
-    failures = [f"{reading.kind} on {reading.ledger}: {reading.failure}" for reading in found if reading.failure]
+    failures = [
+        f"{reading.kind} on {reading.ledger}: {reading.failure}"
+        for reading in found
+        if reading.failure
+    ]
     for folder, writer in zip(folders, writers, strict=True):
         if writer.exitcode:
             failures.append(f"the writer of {folder.name} ended with {writer.exitcode}")
@@ -178,7 +229,9 @@ def run(count: int, at_once: int, root: Path) -> tuple[list[Reading], list[str],
     for name, file in states.items():
         left = [json.loads(line) for line in file.read_text().splitlines()]
         changes += len(left) - 1
-        failures += strange([reading for reading in found if reading.ledger == name], left)
+        failures += strange(
+            [reading for reading in found if reading.ledger == name], left
+        )
     return found, failures, changes
 
 
@@ -190,9 +243,15 @@ def strange(found: list[Reading], left: list[Any]) -> list[str]:
     for reading in found:
         if reading.failure or reading.kind == "process":
             continue
-        whole = (reading.ids, reading.digest) in states if reading.digest else reading.ids in actives
+        whole = (
+            (reading.ids, reading.digest) in states
+            if reading.digest
+            else reading.ids in actives
+        )
         if not whole:
-            lines.append(f"{reading.kind} on {reading.ledger}: no writer left edits {reading.ids} so")
+            lines.append(
+                f"{reading.kind} on {reading.ledger}: no writer left edits {reading.ids} so"
+            )
     return lines
 
 
@@ -202,19 +261,25 @@ def import_all() -> None:
 
     torch.set_num_threads(1)
     from mmedit_cli import Query, registry
-    from mmedit_cli.backbones._loading import load_backbone
-    from mmedit_cli.edits import making, repairing  # noqa: F401
+    from mmedit_cli.knowledge.models.shared.loading import load_backbone
+    from mmedit_cli.knowledge.workflow import editing, repairing  # noqa: F401
 
-    load_backbone("tiny-blip2", device="cpu").generate([Query(QUESTION, image=STAR)], max_new_tokens=1)
+    load_backbone("tiny-blip2", device="cpu").generate(
+        [Query(QUESTION, image=STAR)], max_new_tokens=1
+    )
     for editor in EDITORS:
         registry.editors.get(editor)
 
 
 def main() -> int:
     """Run the campaign, print its figures, and return 1 if a reader failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--readers", type=int, default=200)
-    parser.add_argument("--at-once", type=int, default=4, help="how many read at the same time")
+    parser.add_argument(
+        "--at-once", type=int, default=4, help="how many read at the same time"
+    )
     options = parser.parse_args()
     sys.dont_write_bytecode = True
     import_all()
@@ -222,13 +287,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mmedit-readers-") as root:
         found, failures, changes = run(options.readers, options.at_once, Path(root))
     kinds = Counter(reading.kind for reading in found)
-    print(f"{'readers':10}{'number':>8}{'states seen':>13}{'median s':>10}{'failures':>10}")
+    print(
+        f"{'readers':10}{'number':>8}{'states seen':>13}{'median s':>10}{'failures':>10}"
+    )
     for kind, number in kinds.items():
         of_kind = [reading for reading in found if reading.kind == kind]
-        seen = len({(reading.ledger, reading.ids, reading.digest) for reading in of_kind})
+        seen = len(
+            {(reading.ledger, reading.ids, reading.digest) for reading in of_kind}
+        )
         median = sorted(reading.seconds for reading in of_kind)[number // 2]
         failed = sum(line.startswith(f"{kind} on") for line in failures)
-        print(f"{kind:10}{number:8}{seen if kind != 'process' else '-':>13}{median:10.2f}{failed:10}")
+        print(
+            f"{kind:10}{number:8}{seen if kind != 'process' else '-':>13}{median:10.2f}{failed:10}"
+        )
     print(f"{len(failures)} failures in {len(found)} readers beside {changes} changes of two writers, "
           f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     for line in failures:

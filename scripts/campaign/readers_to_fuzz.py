@@ -85,7 +85,9 @@ _LIST = ("download", "--list", "--catalogue", "c.yaml")
 # -- what is valid ------------------------------------------------------------------------------------------------
 
 _CSV = 'prompt,target,image\nWhat is this?,a star,a.png\n"Who, again?",me,\n'
-_HPARAMS = "layers: [1]\nsteps: 3\nlearning_rate: 0.1\nvariants:\n  tiny-blip2: {steps: 5}\n"
+_HPARAMS = (
+    "layers: [1]\nsteps: 3\nlearning_rate: 0.1\nvariants:\n  tiny-blip2: {steps: 5}\n"
+)
 _CATALOGUE = """
 mine:
   summary: mine
@@ -127,7 +129,9 @@ def _gzipped(folder: Path) -> None:
     import gzip
 
     _picture(folder / "a.png")
-    (folder / "facts.jsonl.gz").write_bytes(gzip.compress(_lines(QUERY, {**QUERY, "target": "b"}).encode()))
+    (folder / "facts.jsonl.gz").write_bytes(
+        gzip.compress(_lines(QUERY, {**QUERY, "target": "b"}).encode())
+    )
 
 
 def _subset(folder: Path) -> None:
@@ -144,18 +148,33 @@ def _subjects(folder: Path) -> None:
 
 
 def _pairs(folder: Path) -> None:
-    pair = {"source": "a.png", "target": "a.png", "instruction": "make it blue", "id": "x", "caption": "a"}
+    pair = {
+        "source": "a.png",
+        "target": "a.png",
+        "instruction": "make it blue",
+        "id": "x",
+        "caption": "a",
+    }
     _data(folder, "pairs.jsonl", _lines(pair, {**pair, "id": "y"}))
 
 
 def _pairs_folder(folder: Path) -> None:
-    _text(folder / "1" / "prompt.json", json.dumps({"edit": "make it blue", "input": "a", "output": "b"}))
+    _text(
+        folder / "1" / "prompt.json",
+        json.dumps({"edit": "make it blue", "input": "a", "output": "b"}),
+    )
     for i in (0, 1):
         _picture(folder / "1" / f"7_{i}.jpg")
 
 
 def _batch(folder: Path) -> None:
-    wish = {"image": "a.png", "instruction": "make it blue", "output": "b.png", "seed": 3, "expressive": "blue"}
+    wish = {
+        "image": "a.png",
+        "instruction": "make it blue",
+        "output": "b.png",
+        "seed": 3,
+        "expressive": "blue",
+    }
     _data(folder, "batch.jsonl", _lines(wish, {**wish, "output": "c.png"}))
 
 
@@ -163,8 +182,16 @@ def _receipt(folder: Path) -> None:
     _text(folder / "c.yaml", _CATALOGUE)
     _text(folder / "mine" / "a.txt", "abc")
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    entry = {"source": "http://x/a", "revision": None, "checked": "source", "files": {"a.txt": [3, digest]}}
-    _text(folder / "mine" / "download.json", json.dumps({"group": "mine", "items": {"one": entry}}))
+    entry = {
+        "source": "http://x/a",
+        "revision": None,
+        "checked": "source",
+        "files": {"a.txt": [3, digest]},
+    }
+    _text(
+        folder / "mine" / "download.json",
+        json.dumps({"group": "mine", "items": {"one": entry}}),
+    )
 
 
 def _report(folder: Path) -> None:
@@ -174,7 +201,14 @@ def _report(folder: Path) -> None:
         "scores": {"ar": {"reliability": score, "generality.text": score, "locality.text": score}},
         "before": {"ar": {"reliability": score}},
     }  # fmt: skip
-    example = {"case": "1", "prompt": "What?", "target": "a", "before": "b", "after": "c", "image": None}
+    example = {
+        "case": "1",
+        "prompt": "What?",
+        "target": "a",
+        "before": "b",
+        "after": "c",
+        "image": None,
+    }
     report = {
         "editor": "ft", "model": {"name": "m", "fingerprint": "0"}, "data": {"name": "d", "cases": 10},
         "milestones": [milestone], "retention": {"milestones": [10]}, "examples": [example],
@@ -187,7 +221,7 @@ def _report(folder: Path) -> None:
 def _ledger(folder: Path) -> None:
     import torch
 
-    from mmedit_cli.edits.ledger import Ledger
+    from mmedit_cli.knowledge.ledger.ledger import Ledger
     from mmedit_cli.types import Query
 
     _picture(folder / "a.png")
@@ -197,8 +231,12 @@ def _ledger(folder: Path) -> None:
     }  # fmt: skip
     with Ledger.create(folder / "edits", config, {}) as ledger:
         for i in range(3):
-            request = ledger.keep_picture(Query("What is this?", f"target {i}", folder / "a.png"))
-            ledger.add([request], {"row": torch.ones(1, 4)}, before=["b"], names=["a.png"])
+            request = ledger.keep_picture(
+                Query("What is this?", f"target {i}", folder / "a.png")
+            )
+            ledger.add(
+                [request], {"row": torch.ones(1, 4)}, before=["b"], names=["a.png"]
+            )
         ledger.mark("undo", [2])
 
 
@@ -207,14 +245,26 @@ def _concepts(folder: Path) -> None:
     entry = {"token": "<toy>", "superclass": "toy", "file": "toy.safetensors", "bytes": 10, "sha256": "0" * 64,
              "seed": 0, "identifier": "<toy>", "images": [{"name": "a.png", "sha256": "0" * 64}],
              "time": "2026-01-01T00:00:00+00:00", "seconds": 1.0}  # fmt: skip
-    index = {"format": 1, "editor": "perfusion", "model": "tiny-sd", "fingerprint": "0", "concepts": [entry]}
+    index = {
+        "format": 1,
+        "editor": "perfusion",
+        "model": "tiny-sd",
+        "fingerprint": "0",
+        "concepts": [entry],
+    }
     _text(folder / "mine" / "index.json", json.dumps(index))
 
 
 def _model(folder: Path) -> None:
-    _text(folder / "config.json", json.dumps({"model_type": "llava", "text_config": {"hidden_size": 8}}))
+    _text(
+        folder / "config.json",
+        json.dumps({"model_type": "llava", "text_config": {"hidden_size": 8}}),
+    )
     _text(folder / "settings.json", json.dumps({"steps": 3}))
-    _text(folder / "model.safetensors.index.json", json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    _text(
+        folder / "model.safetensors.index.json",
+        json.dumps({"weight_map": {"w": "model.safetensors"}}),
+    )
     _tensors(folder)
 
 
@@ -222,7 +272,9 @@ def _tensors(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    save_file({"w": torch.ones(2, 3)}, folder / "model.safetensors", {"hparams": '{"a": 1}'})
+    save_file(
+        {"w": torch.ones(2, 3)}, folder / "model.safetensors", {"hparams": '{"a": 1}'}
+    )
 
 
 def _archives(folder: Path) -> None:
@@ -248,22 +300,33 @@ def _parquet(folder: Path) -> None:
 def _covariance(folder: Path) -> None:
     import torch
 
-    from mmedit_cli.covariance import Covariance
+    from mmedit_cli.drawing.covariance import Covariance
 
-    Covariance(torch.eye(3, dtype=torch.float64), 5, 9, {"encoder": "0"}).save(folder / "c.safetensors")
+    Covariance(torch.eye(3, dtype=torch.float64), 5, 9, {"encoder": "0"}).save(
+        folder / "c.safetensors"
+    )
 
 
 def _networks(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    report = {"editor": "unike", "model": {"name": "tiny-blip2"}, "data": {"name": "emojikb:train"}, "steps": 20}
+    report = {
+        "editor": "unike",
+        "model": {"name": "tiny-blip2"},
+        "data": {"name": "emojikb:train"},
+        "steps": 20,
+    }
     _text(folder / "run" / "report.json", json.dumps(report))
-    save_file({"w": torch.ones(2)}, folder / "run" / "editor.safetensors", {"step": "10", "editor": "unike"})
+    save_file(
+        {"w": torch.ones(2)},
+        folder / "run" / "editor.safetensors",
+        {"step": "10", "editor": "unike"},
+    )
 
 
 def _whole_model(folder: Path) -> None:
-    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
     backbone = load_backbone("tiny-blip2", device="cpu")
     for part in (backbone.model, backbone.tokenizer, backbone.image_processor):
@@ -289,7 +352,7 @@ def _command(*words: str) -> Callable[[Path], int]:
 
 def _cases(name: str) -> Callable[[Path], int]:
     def read(folder: Path) -> int:
-        from mmedit_cli.datasets.base import fingerprint, load_cases
+        from mmedit_cli.knowledge.data.base import fingerprint, load_cases
 
         fingerprint(load_cases(folder / name if name else folder))
         return 0
@@ -298,14 +361,14 @@ def _cases(name: str) -> Callable[[Path], int]:
 
 
 def _vlkeb(folder: Path) -> int:
-    from mmedit_cli.datasets.base import DataOptions, load_cases
+    from mmedit_cli.knowledge.data.base import DataOptions, load_cases
 
     load_cases("vlkeb:multihop", options=DataOptions(folder, images=folder))
     return 0
 
 
 def _read_subset(folder: Path) -> int:
-    from mmedit_cli.datasets.base import DataOptions, load_cases
+    from mmedit_cli.knowledge.data.base import DataOptions, load_cases
 
     load_cases(folder, options=DataOptions(subset=str(folder / "list.json")))
     return 0
@@ -313,7 +376,7 @@ def _read_subset(folder: Path) -> int:
 
 def _questions(name: str) -> Callable[[Path], int]:
     def read(folder: Path) -> int:
-        from mmedit_cli.edits.asking import read_questions
+        from mmedit_cli.knowledge.workflow.asking import read_questions
 
         read_questions(folder / name, None)
         return 0
@@ -322,7 +385,7 @@ def _questions(name: str) -> Callable[[Path], int]:
 
 
 def _captions(folder: Path) -> int:
-    from mmedit_cli.covariance import read_captions
+    from mmedit_cli.drawing.covariance import read_captions
 
     for _ in read_captions(folder / "c.txt"):
         pass
@@ -330,7 +393,7 @@ def _captions(folder: Path) -> int:
 
 
 def _read_subjects(folder: Path) -> int:
-    from mmedit_cli.subjects.base import open_subjects
+    from mmedit_cli.drawing.data.opening import open_subjects
 
     open_subjects(str(folder)).fingerprint()
     return 0
@@ -338,7 +401,8 @@ def _read_subjects(folder: Path) -> int:
 
 def _read_pairs(name: str) -> Callable[[Path], int]:
     def read(folder: Path) -> int:
-        from mmedit_cli.image_pairs.base import fingerprint, open_pairs
+        from mmedit_cli.picture_editing.data.base import fingerprint
+        from mmedit_cli.picture_editing.data.opening import open_pairs
 
         _, pairs = open_pairs(folder / name if name else folder)
         fingerprint(pairs)
@@ -350,15 +414,15 @@ def _read_pairs(name: str) -> Callable[[Path], int]:
 
 
 def _read_batch(folder: Path) -> int:
-    from mmedit_cli.workflows.image_edits import read_wishes
+    from mmedit_cli.picture_editing.workflow.editing import read_wishes
 
     read_wishes(folder / "batch.jsonl", folder / "out", 0)
     return 0
 
 
 def _hparams(folder: Path) -> int:
-    from mmedit_cli.editors.ft import Ft
     from mmedit_cli.hparams import load_hparams
+    from mmedit_cli.knowledge.methods.ft import Ft
 
     load_hparams(folder / "ft.yaml", Ft.Hparams, variant="tiny-blip2")
     return 0
@@ -399,16 +463,25 @@ def _unpack(folder: Path) -> int:
 
 
 def _read_covariance(folder: Path) -> int:
-    from mmedit_cli.covariance import Covariance
+    from mmedit_cli.drawing.covariance import Covariance
 
     Covariance.load(folder / "c.safetensors").summary()
     return 0
 
 
 def _read_networks(folder: Path) -> int:
-    from mmedit_cli.workflows.networks import chosen_networks, default_editor, described, networks_line
+    from mmedit_cli.knowledge.trained_networks import (
+        chosen_networks,
+        default_editor,
+        described,
+        networks_line,
+    )
 
-    networks_line(described(chosen_networks(folder / "run" / "editor.safetensors", folder)).facts())
+    networks_line(
+        described(
+            chosen_networks(folder / "run" / "editor.safetensors", folder)
+        ).facts()
+    )
     default_editor(folder, checkpoint=folder / "run" / "editor.safetensors")
     return 0
 
@@ -421,14 +494,17 @@ def _read_stdin(folder: Path) -> int:
 
     with open_regular(folder / "stdin"):
         pass
-    with (folder / "stdin").open(encoding="utf-8") as file, patch.object(sys, "stdin", file):
+    with (
+        (folder / "stdin").open(encoding="utf-8") as file,
+        patch.object(sys, "stdin", file),
+    ):
         for _ in read_stdin():
             pass
     return 0
 
 
 def _open_model(folder: Path) -> int:
-    from mmedit_cli.backbones._loading import load_backbone
+    from mmedit_cli.knowledge.models.shared.loading import load_backbone
     from mmedit_cli.types import Query
 
     backbone = load_backbone(str(folder), device="cpu")

@@ -31,7 +31,13 @@ from mmedit_cli.download.transfer import Manners, Transfer, TransferError, clien
 from mmedit_cli.web import Pace
 
 SIZE = len(CONTENT)
-MANNERS = Manners(tries=3, backoff=0.01, longest_wait=1, timeout=0.3, pace=Pace(seconds=0.3, answer=0.6))
+MANNERS = Manners(
+    tries=3,
+    backoff=0.01,
+    longest_wait=1,
+    timeout=0.3,
+    pace=Pace(seconds=0.3, answer=0.6),
+)
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE
 FAULTS: dict[str, tuple[Any, ...]] = {
     "cut": ("cut", 30_000),
@@ -45,7 +51,10 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "416": ("status", 416, {"Content-Range": f"bytes */{SIZE}"}),
     "206 without a range": ("status", 206),
     "range from 0": ("headers", {"Content-Range": f"bytes 0-{SIZE - 1}/{SIZE}"}),
-    "range of another total": ("headers", {"Content-Range": f"bytes 30000-{SIZE}/{SIZE + 1}"}),
+    "range of another total": (
+        "headers",
+        {"Content-Range": f"bytes 30000-{SIZE}/{SIZE + 1}"},
+    ),
     "gzip": ("headers", {"Content-Encoding": "gzip"}),
     "too long a length": ("headers", {"Content-Length": str(SIZE + 1)}),
     "a length of 17 digits": ("headers", {"Content-Length": "9" * 17}),
@@ -80,14 +89,18 @@ def attempt(site: Site, target: Path, size: int | None, stop_after: int | None) 
     return "file"
 
 
-def run(site: Site, folder: Path, chance: random.Random, number: int) -> tuple[list[str], str]:
+def run(
+    site: Site, folder: Path, chance: random.Random, number: int
+) -> tuple[list[str], str]:
     """Do one run; return the names of its faults and what became of it."""
     names = chance.choices(list(FAULTS), k=chance.randint(1, 4))
     site.files["/file"] = CONTENT
     site.faults["/file"] = [FAULTS[name] for name in names]
     size = chance.choice([SIZE, None])
     target = folder / str(number)
-    found = attempt(site, target, size, chance.randrange(SIZE) if number % 3 == 0 else None)
+    found = attempt(
+        site, target, size, chance.randrange(SIZE) if number % 3 == 0 else None
+    )
     if found == "interrupted":
         found = attempt(site, target, size, None)
     if found == "file" and target.read_bytes() != CONTENT:
@@ -99,11 +112,15 @@ def run(site: Site, folder: Path, chance: random.Random, number: int) -> tuple[l
 
 def main() -> int:
     """Run the campaign and return 1 if anything went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    web._UNSTATED_BODY = 16 << 20  # an endless body that nobody knows the size of would take a GiB of the disk
+    web._UNSTATED_BODY = (
+        16 << 20
+    )  # an endless body that nobody knows the size of would take a GiB of the disk
     chance = random.Random(options.seed)
     ends: Counter[str] = Counter()
     slowest, wrong = 0.0, []
@@ -116,12 +133,17 @@ def main() -> int:
             slowest = max(slowest, seconds)
             ends[found.partition(":")[0]] += 1
             if found.startswith("wrong") or seconds > 20:
-                wrong.append(f"run {number}: {', '.join(names)}: {found}, {seconds:.1f} s")
+                wrong.append(
+                    f"run {number}: {', '.join(names)}: {found}, {seconds:.1f} s"
+                )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{options.runs} downloads, seed {options.seed}: " + ", ".join(f"{n} {end}" for end, n in sorted(ends.items()))
+        f"{options.runs} downloads, seed {options.seed}: "
+        + ", ".join(f"{n} {end}" for end, n in sorted(ends.items()))
     )
-    print(f"slowest {slowest:.1f} s, peak {(peak - idle) / 1024:.0f} MiB above idle, {len(wrong)} wrong")
+    print(
+        f"slowest {slowest:.1f} s, peak {(peak - idle) / 1024:.0f} MiB above idle, {len(wrong)} wrong"
+    )
     for line in wrong:
         print(line)
     return 1 if wrong else 0

@@ -6,21 +6,31 @@ import pytest
 import torch
 from torch import nn
 
-from mmedit_cli.backbones._canvas import Canvas, in_windows
+from mmedit_cli.drawing.models.canvas import Canvas, in_windows
 
 
 @pytest.mark.parametrize(
     ("side", "scale", "count", "width", "common"),
-    [(512, 8, 2, 960, 64), (1024, 8, 3, 2816, 128), (64, 4, 2, 120, 8), (16, 2, 2, 24, 8), (8, 2, 2, 16, 0)],
+    [
+        (512, 8, 2, 960, 64),
+        (1024, 8, 3, 2816, 128),
+        (64, 4, 2, 120, 8),
+        (16, 2, 2, 24, 8),
+        (8, 2, 2, 16, 0),
+    ],
 )
-def test_neighbours_share_an_eighth_and_the_width_is_one_diffusers_takes(side, scale, count, width, common):
+def test_neighbours_share_an_eighth_and_the_width_is_one_diffusers_takes(
+    side, scale, count, width, common
+):
     canvas = Canvas.of(count, side, scale)
     assert (canvas.width * scale, canvas.common * scale) == (width, common)
     assert width % 8 == 0
     assert canvas.starts[-1] + canvas.side == canvas.width
 
 
-@pytest.mark.parametrize("canvas", [Canvas(2, 16, 2), Canvas(3, 8, 3), Canvas(2, 8, 0), Canvas(1, 8, 2)])
+@pytest.mark.parametrize(
+    "canvas", [Canvas(2, 16, 2), Canvas(3, 8, 3), Canvas(2, 8, 0), Canvas(1, 8, 2)]
+)
 def test_what_is_cut_and_joined_is_as_before(canvas):
     wide = torch.randn(2, 4, 8, canvas.width)
     windows = canvas.cut(wide)
@@ -31,22 +41,42 @@ def test_what_is_cut_and_joined_is_as_before(canvas):
 
 def test_a_seam_goes_over_from_one_window_to_the_other():
     canvas = Canvas(2, 8, 3)
-    joined = canvas.join(torch.stack([torch.zeros(1, 1, 8), torch.ones(1, 1, 8)]))[0, 0, 0]
-    torch.testing.assert_close(joined, torch.tensor([0.0] * 5 + [0.25, 0.5, 0.75] + [1.0] * 5))
+    joined = canvas.join(torch.stack([torch.zeros(1, 1, 8), torch.ones(1, 1, 8)]))[
+        0, 0, 0
+    ]
+    torch.testing.assert_close(
+        joined, torch.tensor([0.0] * 5 + [0.25, 0.5, 0.75] + [1.0] * 5)
+    )
 
 
 class Recorder(nn.Module):
     """Doubles what it is given, and keeps it."""
 
-    def forward(self, sample, timestep, encoder_hidden_states=None, timestep_cond=None, added_cond_kwargs=None):
-        self.seen = (sample, timestep, encoder_hidden_states, timestep_cond, added_cond_kwargs)
+    def forward(
+        self,
+        sample,
+        timestep,
+        encoder_hidden_states=None,
+        timestep_cond=None,
+        added_cond_kwargs=None,
+    ):
+        self.seen = (
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond,
+            added_cond_kwargs,
+        )
         return (sample * 2,)
 
 
 def test_a_unet_sees_windows_and_returns_canvases():
     unet, canvas = Recorder(), Canvas(2, 8, 2)
     wide, hidden = torch.randn(3, 4, 8, canvas.width), torch.randn(6, 5, 7)
-    options = {"encoder_hidden_states": hidden[::2], "timestep_cond": torch.arange(3.0)[:, None]}
+    options = {
+        "encoder_hidden_states": hidden[::2],
+        "timestep_cond": torch.arange(3.0)[:, None],
+    }
     with in_windows(unet, canvas, hidden, lambda windows: {"sizes": windows.shape}):
         (found,) = unet(wide, 7, **options, added_cond_kwargs=None)
     torch.testing.assert_close(found, 2 * wide)

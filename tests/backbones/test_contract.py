@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import FAMILIES, QUERIES, SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
 from mmedit_cli.errors import DataError, ModelError
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
@@ -20,7 +20,10 @@ def test_resume_of_prefix_is_the_forward_pass_bit_for_bit(backbone):
     batch = backbone.batch(QUERIES)
     assert (batch.attention_mask == 0).any(), "the batch must be padded"
     expected = backbone.logits(batch)
-    assert expected.shape == (*batch.input_ids.shape, backbone.model.get_output_embeddings().weight.shape[0])
+    assert expected.shape == (
+        *batch.input_ids.shape,
+        backbone.model.get_output_embeddings().weight.shape[0],
+    )
     for layer in range(backbone.n_layers + 1):
         prefix = backbone.prefix(batch, layer)
         assert torch.equal(backbone.resume(prefix), expected), layer
@@ -32,13 +35,18 @@ def test_logits_are_those_of_the_published_forward(backbone):
     """Against transformers' own forward, with pictures as pixels and placeholders as ids."""
     queries = [query for query in QUERIES if query.image]
     batch = backbone.batch(queries)
-    ids = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
+    ids = torch.where(
+        batch.image_mask, backbone.model.config.image_token_id, batch.input_ids
+    )
     inputs = backbone.image_processor(
-        images=[load_picture(Picture(q.image, q.background)) for q in queries], return_tensors="pt"
+        images=[load_picture(Picture(q.image, q.background)) for q in queries],
+        return_tensors="pt",
     )
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = batch.image_mask.int()
-    expected = backbone.model(input_ids=ids, attention_mask=batch.attention_mask, **inputs).logits
+    expected = backbone.model(
+        input_ids=ids, attention_mask=batch.attention_mask, **inputs
+    ).logits
     assert torch.equal(backbone.logits(batch), expected)
 
 
@@ -47,9 +55,14 @@ def blip2_inputs(backbone, image, text):
     from transformers import Blip2Processor
 
     tokenizer = type(backbone.tokenizer)(
-        tokenizer_object=backbone.tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backbone.tokenizer.backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
-    return Blip2Processor(backbone.image_processor, tokenizer, num_query_tokens=8)(images=image, text=text)
+    return Blip2Processor(backbone.image_processor, tokenizer, num_query_tokens=8)(
+        images=image, text=text
+    )
 
 
 def llava_inputs(backbone, image, text):
@@ -79,20 +92,36 @@ def qwen_vl_inputs(backbone, image, text):
             ProcessorMixin.__init__(self, image_processor, tokenizer)
 
     processor = ImagesOnly(backbone.image_processor, backbone.tokenizer)
-    return processor(images=image, text="<|vision_start|><|image_pad|><|vision_end|>" + text)
+    return processor(
+        images=image, text="<|vision_start|><|image_pad|><|vision_end|>" + text
+    )
 
 
 def minigpt4_inputs(backbone, image, text):
     """There is no processor: the published code tokenizes what stands before and behind <ImageHere> on its own."""
     behind = backbone.tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
-    return {"input_ids": [[backbone.tokenizer.bos_token_id, *[backbone.model.config.image_token_id] * 8, *behind]]}
+    return {
+        "input_ids": [
+            [
+                backbone.tokenizer.bos_token_id,
+                *[backbone.model.config.image_token_id] * 8,
+                *behind,
+            ]
+        ]
+    }
 
 
 def test_our_ids_are_those_of_the_processor(backbone):
     text, image = "What is this?", load_picture(Picture(QUERIES[0].image))
-    ids = torch.tensor(globals()[f"{backbone.family.replace('-', '_')}_inputs"](backbone, image, text)["input_ids"])
+    ids = torch.tensor(
+        globals()[f"{backbone.family.replace('-', '_')}_inputs"](backbone, image, text)[
+            "input_ids"
+        ]
+    )
     batch = backbone.batch([Query(text, image=QUERIES[0].image)], with_answer=False)
-    ours = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
+    ours = torch.where(
+        batch.image_mask, backbone.model.config.image_token_id, batch.input_ids
+    )
     assert torch.equal(ours, ids)
 
 
@@ -116,13 +145,21 @@ def test_a_chat_is_what_the_processor_makes_of_it():
         num_additional_image_tokens=1,
     )  # fmt: skip
     text = f"USER: <image>\n{chat.prompt} ASSISTANT: {chat.target}"
-    ids = processor(images=load_picture(Picture(chat.image)), text=text, return_tensors="pt")["input_ids"]
+    ids = processor(
+        images=load_picture(Picture(chat.image)), text=text, return_tensors="pt"
+    )["input_ids"]
     batch = backbone.batch([chat])
-    ours = torch.where(batch.image_mask, backbone.model.config.image_token_id, batch.input_ids)
+    ours = torch.where(
+        batch.image_mask, backbone.model.config.image_token_id, batch.input_ids
+    )
     assert torch.equal(ours, ids)
     answer = backbone.encode(QUERIES[0]).n_answer
-    assert backbone.encode(chat).n_answer == answer, "the answer is the same, the question is framed"
-    said = backbone.tokenizer.decode(backbone.encode(replace(chat, image=None)).ids, skip_special_tokens=True)
+    assert backbone.encode(chat).n_answer == answer, (
+        "the answer is the same, the question is framed"
+    )
+    said = backbone.tokenizer.decode(
+        backbone.encode(replace(chat, image=None)).ids, skip_special_tokens=True
+    )
     assert said == f"USER: {chat.prompt} ASSISTANT: {chat.target}"
 
 
@@ -131,9 +168,13 @@ def test_batched_equals_single(backbone):
     together = backbone.logits(batch)
     for row, query in enumerate(QUERIES):
         alone = backbone.logits(backbone.batch([query]))[0]
-        torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            together[row, : len(alone)], alone, atol=1e-5, rtol=0
+        )
     texts = backbone.generate(QUERIES, max_new_tokens=6)
-    assert texts == [backbone.generate([query], max_new_tokens=6)[0] for query in QUERIES]
+    assert texts == [
+        backbone.generate([query], max_new_tokens=6)[0] for query in QUERIES
+    ]
     assert len(set(texts)) > 2, "a random model must not say the same to everything"
 
 
@@ -146,11 +187,18 @@ def test_generation_with_the_cache_is_greedy_decoding_without_it(backbone):
         batch = replace(
             batch,
             input_ids=torch.cat((batch.input_ids, token), 1),
-            attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1),
+            attention_mask=torch.nn.functional.pad(
+                batch.attention_mask, (0, 1), value=1
+            ),
             image_mask=torch.nn.functional.pad(batch.image_mask, (0, 1)),
         )
-    said = backbone.tokenizer.decode(batch.input_ids[0, start:], skip_special_tokens=True)
-    assert backbone.generate([query], max_new_tokens=5)[0] == said.strip().split("\n")[0].strip()
+    said = backbone.tokenizer.decode(
+        batch.input_ids[0, start:], skip_special_tokens=True
+    )
+    assert (
+        backbone.generate([query], max_new_tokens=5)[0]
+        == said.strip().split("\n")[0].strip()
+    )
 
 
 def test_masks_divide_the_sequence(backbone):
@@ -160,7 +208,10 @@ def test_masks_divide_the_sequence(backbone):
     assert (total <= batch.attention_mask).all()
     assert batch.image_mask.any(1).tolist() == [True, False, True, True]
     assert torch.equal(batch.labels != -100, batch.answer_mask)
-    decoded = [backbone.tokenizer.decode(row[mask]) for row, mask in zip(batch.labels, batch.answer_mask, strict=True)]
+    decoded = [
+        backbone.tokenizer.decode(row[mask])
+        for row, mask in zip(batch.labels, batch.answer_mask, strict=True)
+    ]
     assert decoded == [" " + query.target for query in QUERIES]
     prompts = [
         backbone.tokenizer.decode(row[mask], skip_special_tokens=True).strip()
@@ -168,7 +219,9 @@ def test_masks_divide_the_sequence(backbone):
     ]
     assert prompts == [query.prompt for query in QUERIES]
     assert torch.equal(batch.predicting[:, :-1], batch.answer_mask[:, 1:])
-    assert batch.pictures == tuple(Picture(q.image, q.background) for q in QUERIES if q.image)
+    assert batch.pictures == tuple(
+        Picture(q.image, q.background) for q in QUERIES if q.image
+    )
     assert batch.picture_of == (0, None, 1, 2)
 
 
@@ -186,13 +239,19 @@ def test_the_mean_image_token_is_that_of_the_embeddings(backbone, monkeypatch):
     expected = (embeds * mask).sum(1) / mask.sum(1).clamp(min=1)
     fresh = backbone.mean_image_tokens(backbone.batch(QUERIES))
     torch.testing.assert_close(fresh, expected)
-    assert torch.equal(fresh[1], torch.zeros_like(fresh[1])), "a query without a picture"
+    assert torch.equal(fresh[1], torch.zeros_like(fresh[1])), (
+        "a query without a picture"
+    )
     assert fresh.shape == (len(QUERIES), backbone.entry_width)
     with backbone.keeping(1, QUERIES, group=2, budget=1 << 20):
-        torch.testing.assert_close(backbone.mean_image_tokens(backbone.batch(QUERIES)), expected)
+        torch.testing.assert_close(
+            backbone.mean_image_tokens(backbone.batch(QUERIES)), expected
+        )
     batch = backbone.batch(QUERIES)
     backbone.prefix(batch, 1)
-    monkeypatch.setattr(backbone, "image_features", None)  # the batch that entered last is not encoded again
+    monkeypatch.setattr(
+        backbone, "image_features", None
+    )  # the batch that entered last is not encoded again
     torch.testing.assert_close(backbone.mean_image_tokens(batch), expected)
 
 
@@ -201,7 +260,9 @@ def test_what_is_kept_changes_nothing(backbone, monkeypatch):
     real = backbone.image_features
     batch = backbone.batch(QUERIES)
     plain = backbone.logits(batch)
-    monkeypatch.setattr(backbone, "image_features", lambda ps: encoded.extend(ps) or real(ps))
+    monkeypatch.setattr(
+        backbone, "image_features", lambda ps: encoded.extend(ps) or real(ps)
+    )
     with backbone.keeping(2, QUERIES, group=3, budget=1 << 20):
         assert torch.equal(backbone.logits(batch), plain)
         backbone.logits(backbone.batch(QUERIES[::-1]))
@@ -219,7 +280,10 @@ def test_what_is_kept_changes_nothing(backbone, monkeypatch):
         (Query("  \n", "x"), "the prompt is empty"),
         (Query("What?", ""), r"the target of 'What\?' is empty"),
         (Query("What?", " \t"), r"the target of 'What\?' is empty"),
-        (Query("many words " * 100, "x"), r"takes \d+ tokens with its image; tiny-[\w.-]+ reads 128"),
+        (
+            Query("many words " * 100, "x"),
+            r"takes \d+ tokens with its image; tiny-[\w.-]+ reads 128",
+        ),
     ],
 )
 def test_a_query_that_cannot_be_used_is_named(backbone, query, message):
@@ -233,16 +297,25 @@ def test_an_image_token_inside_a_text_is_text(backbone, image):
     plain = backbone.encode(Query("What does it mean?", "a mark", image))
     found = backbone.encode(Query(f"What does {token} mean?", f"a {token}", image))
     assert found.n_image == plain.n_image
-    text = [*found.ids[: found.image_start], *found.ids[found.image_start + found.n_image :]]
+    text = [
+        *found.ids[: found.image_start],
+        *found.ids[found.image_start + found.n_image :],
+    ]
     assert backbone.tokenizer.convert_tokens_to_ids(token) not in text
     assert token in backbone.tokenizer.decode(text).replace("\ufdd0", "?")
     assert token in backbone.tokenizer.decode(found.ids[-found.n_answer :])
-    assert backbone.logits(backbone.batch([Query(f"What does {token} mean?", "x", image)])).isfinite().all()
+    assert (
+        backbone.logits(backbone.batch([Query(f"What does {token} mean?", "x", image)]))
+        .isfinite()
+        .all()
+    )
 
 
 def test_a_target_without_tokens_is_refused(backbone, monkeypatch):
     real = backbone.tokenizer
-    monkeypatch.setattr(backbone, "tokenizer", lambda text: real(text.replace("\u200b", "").rstrip()))
+    monkeypatch.setattr(
+        backbone, "tokenizer", lambda text: real(text.replace("\u200b", "").rstrip())
+    )
     with pytest.raises(DataError, match="has no tokens in this model's vocabulary"):
         backbone.batch([Query("What?", "\u200b")])
 
@@ -262,12 +335,16 @@ def test_layers_outside_are_refused(backbone):
 def test_anchors_find_their_modules(backbone):
     anchors = backbone.anchors
     for role in anchors.roles:
-        assert anchors.module(role, 2) is backbone.model.get_submodule(anchors.path(role, 2))
+        assert anchors.module(role, 2) is backbone.model.get_submodule(
+            anchors.path(role, 2)
+        )
     assert anchors.module("ffn_out", -1).out_features == backbone.width
     assert anchors.module("ffn_in", 0).in_features == backbone.width
     assert anchors.path("layer", -1) == anchors.path("layer", 5)
     assert anchors.module("head").out_features == len(backbone.tokenizer)
-    with pytest.raises(ModelError, match=r"no anchor 'fnn_out' \(did you mean ffn_out\?\)"):
+    with pytest.raises(
+        ModelError, match=r"no anchor 'fnn_out' \(did you mean ffn_out\?\)"
+    ):
         anchors.path("fnn_out", 0)
     with pytest.raises(ModelError, match="layer 6 is outside 0 to 5"):
         anchors.path("ffn_out", 6)
@@ -295,27 +372,45 @@ def saved(request, tmp_path_factory) -> Path:
 def test_a_local_folder_is_the_same_model(saved):
     loaded = load_backbone(str(saved), device="cpu")
     original = load_backbone(saved.name, device="cpu")
-    assert torch.equal(loaded.logits(loaded.batch(QUERIES)), original.logits(original.batch(QUERIES)))
+    assert torch.equal(
+        loaded.logits(loaded.batch(QUERIES)), original.logits(original.batch(QUERIES))
+    )
     assert loaded.fingerprint != original.fingerprint
     assert loaded.fingerprint == load_backbone(str(saved), device="cpu").fingerprint
     spread = load_backbone(str(saved), device="cpu", device_map="cpu")
-    assert torch.equal(spread.logits(spread.batch(QUERIES)), original.logits(original.batch(QUERIES)))
+    assert torch.equal(
+        spread.logits(spread.batch(QUERIES)), original.logits(original.batch(QUERIES))
+    )
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "model.safetensors").unlink(), r"no weights \(\*\.safetensors\)"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            r"no weights \(\*\.safetensors\)",
+        ),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "type 'bert' is not supported"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "not a safetensors file, or cut off"),
         (
-            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9999]),
+            lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+            "type 'bert' is not supported",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"short"),
+            "not a safetensors file, or cut off",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:9999]
+            ),
             "safetensors",
         ),
         (lambda f: (f / "tokenizer.json").unlink(), "no usable tokenizer"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "its weights are pickled"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "its weights are pickled",
+        ),
     ],
 )
 def test_an_incomplete_folder_is_one_clear_error(saved, tmp_path, spoil, message):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import QUERIES
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.backbones.generation import described
 from mmedit_cli.errors import ModelError, NotFinite
 from mmedit_cli.finite import all_finite
+from mmedit_cli.knowledge.models.shared.generation import described
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
 SETTINGS = {
     "repetition_penalty": 50.0,
@@ -34,7 +34,9 @@ def own(request):
 def _as_before(own):
     before = own.generator.generation_config.to_dict()
     yield
-    own.generator.generation_config = type(own.generator.generation_config).from_dict(before)
+    own.generator.generation_config = type(own.generator.generation_config).from_dict(
+        before
+    )
     forget(own)
 
 
@@ -52,12 +54,16 @@ def test_greedy_ignores_what_the_model_asks_for(own):
     assert own.generate(QUERIES, max_new_tokens=6) == greedy
     assert own.own_settings == SETTINGS
     assert "num_beams=3" in described(own.own_settings)
-    assert own.generator.generation_config.repetition_penalty == 50.0, "the model's own settings stay what they are"
+    assert own.generator.generation_config.repetition_penalty == 50.0, (
+        "the model's own settings stay what they are"
+    )
 
 
 def test_the_models_own_settings_can_be_followed(own):
     greedy = own.generate(QUERIES, max_new_tokens=8)
-    assert own.generate(QUERIES, max_new_tokens=8, sampling="model") == greedy, "without settings it is the same"
+    assert own.generate(QUERIES, max_new_tokens=8, sampling="model") == greedy, (
+        "without settings it is the same"
+    )
     own.generator.generation_config.no_repeat_ngram_size = 1
     own.generator.generation_config.stop_strings = ["never said"]
     forget(own)
@@ -77,12 +83,18 @@ def test_settings_that_cannot_be_followed_are_named(own):
     own.generator.generation_config.num_beam_groups = 2
     own.generator.generation_config.guidance_scale = 2.0
     forget(own)
-    with pytest.raises(ModelError, match=r"its own settings \(.*guidance_scale=2.0.*\) cannot be followed"):
+    with pytest.raises(
+        ModelError,
+        match=r"its own settings \(.*guidance_scale=2.0.*\) cannot be followed",
+    ):
         own.generate(QUERIES, max_new_tokens=3, sampling="model")
 
 
 def test_each_question_has_a_limit_of_its_own(own):
-    long, short = own.generate(QUERIES[:2], max_new_tokens=9), own.generate(QUERIES[:2], max_new_tokens=3)
+    long, short = (
+        own.generate(QUERIES[:2], max_new_tokens=9),
+        own.generate(QUERIES[:2], max_new_tokens=3),
+    )
     assert own.generate(QUERIES[:2], max_new_tokens=[9, 3]) == [long[0], short[1]]
     assert long[1] != short[1]
 
@@ -93,7 +105,11 @@ def test_the_first_module_with_nan_is_named(own, role):
     middle = own.n_layers // 2
     if role == "vision":
         root = own.anchors.path("vision")
-        name, weight = next((n, p) for n, p in own.model.get_submodule(root).named_parameters() if "mlp" in n)
+        name, weight = next(
+            (n, p)
+            for n, p in own.model.get_submodule(root).named_parameters()
+            if "mlp" in n
+        )
         name = f"{root}.{name}"
     else:
         name = own.anchors.path(role, middle) + ".weight"
@@ -108,7 +124,10 @@ def test_the_first_module_with_nan_is_named(own, role):
             own.logits(batch)
         with pytest.raises(NotFinite, match=match):
             own.generate(QUERIES, max_new_tokens=2)
-        with own.keeping(middle, QUERIES, group=4, budget=1 << 20), pytest.raises(NotFinite, match=match):
+        with (
+            own.keeping(middle, QUERIES, group=4, budget=1 << 20),
+            pytest.raises(NotFinite, match=match),
+        ):
             own.resume(own.prefix(batch, middle))
         if role != "vision":
             with pytest.raises(NotFinite, match=match):
@@ -121,9 +140,13 @@ def test_the_first_module_with_nan_is_named(own, role):
 
 def test_a_number_that_overflows_on_the_way_is_named_too(own):
     path = own.anchors.path("ffn_in", 1)
-    handle = own.model.get_submodule(path).register_forward_hook(lambda _m, _i, out: out * torch.inf)
+    handle = own.model.get_submodule(path).register_forward_hook(
+        lambda _m, _i, out: out * torch.inf
+    )
     try:
-        with pytest.raises(NotFinite, match=f"{path} is the first module that gives NaN or infinity"):
+        with pytest.raises(
+            NotFinite, match=f"{path} is the first module that gives NaN or infinity"
+        ):
             own.logits(own.batch(QUERIES))
     finally:
         handle.remove()

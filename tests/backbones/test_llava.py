@@ -7,9 +7,9 @@ import torch
 from conftest import SHAPES
 from PIL import Image
 
-from mmedit_cli.backbones import _tiny
-from mmedit_cli.backbones.llava import Llava
 from mmedit_cli.errors import ModelError
+from mmedit_cli.knowledge.models.llava import Llava
+from mmedit_cli.knowledge.models.shared import tiny
 from mmedit_cli.types import Query
 
 PICTURE = SHAPES / "solid/red-circle.png"
@@ -19,25 +19,34 @@ def llava(vision, processor, words, image="<image>", **more):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=vision.to_dict(), text_config=_tiny._llama(words).to_dict(),
+        vision_config=vision.to_dict(), text_config=tiny._llama(words).to_dict(),
         image_token_index=words.convert_tokens_to_ids(image), vision_feature_layer=-1, **more,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    _tiny.spread(model)
+    tiny.spread(model)
     return Llava("mine", model, words, processor, "0" * 32)
 
 
 @pytest.mark.parametrize(("strategy", "patches"), [("full", 16), ("default", 15)])
 def test_a_siglip_tower_has_no_class_token(strategy, patches):
     from transformers import SiglipVisionConfig
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import (
+        SiglipImageProcessorPil,
+    )
 
     vision = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
     )
     processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    backbone = llava(vision, processor, _tiny.tokenizer(), vision_feature_select_strategy=strategy)
+    backbone = llava(
+        vision, processor, tiny.tokenizer(), vision_feature_select_strategy=strategy
+    )
     batch = backbone.batch([Query("What is this?", "a star", PICTURE)])
     assert int(batch.image_mask.sum()) == patches
     assert backbone.logits(batch).isfinite().all()
@@ -46,15 +55,21 @@ def test_a_siglip_tower_has_no_class_token(strategy, patches):
 
 def pixtral(*more):
     from transformers import PixtralVisionConfig
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+    from transformers.models.pixtral.image_processing_pil_pixtral import (
+        PixtralImageProcessorPil,
+    )
 
     vision = PixtralVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, image_size=64,
         patch_size=8,
     )  # fmt: skip
-    processor = PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
-    words = _tiny.tokenizer("[IMG]", *more)
-    return llava(vision, processor, words, "[IMG]", vision_feature_select_strategy="full")
+    processor = PixtralImageProcessorPil(
+        size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}
+    )
+    words = tiny.tokenizer("[IMG]", *more)
+    return llava(
+        vision, processor, words, "[IMG]", vision_feature_select_strategy="full"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +83,9 @@ def pictures(tmp_path_factory):
 
 def test_a_pixtral_tower_has_as_many_tokens_as_the_picture_has_patches(pictures):
     backbone = pixtral()
-    batch = backbone.batch([Query("What is this?", "a star", path) for path in pictures])
+    batch = backbone.batch(
+        [Query("What is this?", "a star", path) for path in pictures]
+    )
     assert batch.image_mask.sum(1).tolist() == [8 * 4, 3 * 8]
     whole = backbone.logits(batch)
     assert torch.equal(backbone.resume(backbone.prefix(batch, 3)), whole)
@@ -79,12 +96,16 @@ def test_a_pixtral_tower_has_as_many_tokens_as_the_picture_has_patches(pictures)
 def test_the_rows_of_a_pixtral_tower_end_as_in_transformers(pictures):
     """The layout is that of PixtralProcessor, which needs torchvision: rows end with a break."""
     backbone = pixtral("[IMG_BREAK]", "[IMG_END]")
-    image, row_end, last = backbone.tokenizer.convert_tokens_to_ids(["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
+    image, row_end, last = backbone.tokenizer.convert_tokens_to_ids(
+        ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    )
     for path, (rows, columns) in zip(pictures, ((4, 8), (8, 3)), strict=True):
         grid = ([image] * columns + [row_end]) * rows
         start, *text = backbone.tokenizer("\nWhat is this?")["input_ids"]
         ids = torch.tensor([[start, *grid[:-1], last, *text]])
-        inputs = backbone.image_processor(images=[Image.open(path)], return_tensors="pt")
+        inputs = backbone.image_processor(
+            images=[Image.open(path)], return_tensors="pt"
+        )
         with torch.no_grad():
             expected = backbone.model(input_ids=ids, **inputs).logits
         batch = backbone.batch([Query("What is this?", image=path)], with_answer=False)
@@ -95,6 +116,8 @@ def test_a_tokenizer_without_the_image_token_is_refused():
     from transformers import CLIPVisionConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     with pytest.raises(ModelError, match="the tokenizer has no image token with id"):
-        llava(vision, CLIPImageProcessorPil(), _tiny.tokenizer(), "a")
+        llava(vision, CLIPImageProcessorPil(), tiny.tokenizer(), "a")

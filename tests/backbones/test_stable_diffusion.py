@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.backbones._prompts import Word, check_token, tokenize
-from mmedit_cli.backbones.stable_diffusion import Sampling
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.models.prompts import Word, check_token, tokenize
+from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import DataError, MmeditError, ModelError, TooLong
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
 FEW = Sampling(steps=2)
 PROMPTS = ["a photo of a dog", "a cat on the beach"]
@@ -39,22 +39,38 @@ def same(some, others):
 def test_pictures_are_those_of_the_pipeline_and_of_their_seeds(model):
     drawn = model.generate(PROMPTS, [3, 4], FEW)
     sources = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    settings = {"num_inference_steps": 2, "guidance_scale": model.guidance, "generator": sources}
+    settings = {
+        "num_inference_steps": 2,
+        "guidance_scale": model.guidance,
+        "generator": sources,
+    }
     assert same(drawn, model.pipe(PROMPTS, **settings).images)
     assert same(drawn, model.generate(PROMPTS, [3, 4], FEW))
     assert not same(drawn, model.generate(PROMPTS, [3, 5], FEW))
-    assert not same(drawn, model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.0)))
-    assert not same(drawn, model.generate(PROMPTS, [3, 4], Sampling(steps=2, negative="a toy")))
+    assert not same(
+        drawn, model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.0))
+    )
+    assert not same(
+        drawn, model.generate(PROMPTS, [3, 4], Sampling(steps=2, negative="a toy"))
+    )
 
 
 def test_every_step_of_every_picture_is_told(model):
     steps = []
-    model.generate([*PROMPTS, "a toy"], [0, 1, 2], Sampling(steps=2, batch_size=2), tick=steps.append)
+    model.generate(
+        [*PROMPTS, "a toy"],
+        [0, 1, 2],
+        Sampling(steps=2, batch_size=2),
+        tick=steps.append,
+    )
     assert steps == [2, 2, 1, 1]
 
 
 def test_a_size_that_cannot_be_drawn_is_refused(model):
-    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, side=32))[0].size == (32, 32)
+    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, side=32))[0].size == (
+        32,
+        32,
+    )
     for side in (33, 36):
         with pytest.raises(DataError, match="not a multiple of 8 pixels"):
             model.generate(PROMPTS, [0, 1], Sampling(steps=1, side=side))
@@ -70,13 +86,17 @@ def test_key_and_value_projections_read_the_prompt(model):
         assert "attn2" in projection.path
     paths = model.attention(("q", "v"), text=("q", "v"))
     assert len([p for p in paths if p.startswith("unet.")]) == 4 * 4
-    assert len([p for p in paths if p.startswith("text_encoder")]) == 3 * 2 * len(model.text_encoders)
+    assert len([p for p in paths if p.startswith("text_encoder")]) == 3 * 2 * len(
+        model.text_encoders
+    )
 
 
 def test_a_prompt_without_own_tokens_is_tokenized_as_ever(spoken):
     tokens = spoken.tokenize(["a photo of a dog", "", "dog " * 40])
     for tokenizer, ids in zip(spoken.tokenizers, tokens.ids, strict=True):
-        wanted = tokenizer(["a photo of a dog", "", "dog " * 40], padding="max_length", truncation=True)["input_ids"]
+        wanted = tokenizer(
+            ["a photo of a dog", "", "dog " * 40], padding="max_length", truncation=True
+        )["input_ids"]
         assert ids.tolist() == wanted
     assert tokens.lengths.tolist() == [7, 2, 24]
     assert not tokens.places["<my-cat>"].any()
@@ -86,30 +106,49 @@ def test_a_prompt_without_own_tokens_is_tokenized_as_ever(spoken):
 def test_a_tokenizer_without_a_limit_gets_that_of_the_model(model, tmp_path):
     model.pipe.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer" / "tokenizer_config.json"
-    path.write_text(path.read_text().replace('"model_max_length": 24', '"model_max_length": 1000000000000000'))
+    path.write_text(
+        path.read_text().replace(
+            '"model_max_length": 24', '"model_max_length": 1000000000000000'
+        )
+    )
     assert "1000000000000000" in path.read_text()
-    assert load_stable_diffusion(str(tmp_path), device="cpu").tokenize(["a dog"]).ids[0].shape == (1, 24)
+    assert load_stable_diffusion(str(tmp_path), device="cpu").tokenize(["a dog"]).ids[
+        0
+    ].shape == (1, 24)
 
 
 def test_own_tokens_stand_where_they_are_written(spoken):
     tokens = spoken.tokenize(["a <my-cat> on a <my-cat>", "a <my-cat>."])
-    assert tokens.places["<my-cat>"].nonzero().tolist() == [[0, 2], [0, 3], [0, 6], [0, 7], [1, 2], [1, 3]]
+    assert tokens.places["<my-cat>"].nonzero().tolist() == [
+        [0, 2],
+        [0, 3],
+        [0, 6],
+        [0, 7],
+        [1, 2],
+        [1, 3],
+    ]
     assert tokens.lengths.tolist() == [9, 6]
-    plain = spoken.tokenizers[0]("a stuffed animal on a stuffed animal", padding="max_length")["input_ids"]
+    plain = spoken.tokenizers[0](
+        "a stuffed animal on a stuffed animal", padding="max_length"
+    )["input_ids"]
     assert tokens.plain_ids[0][0].tolist() == plain
     # both vectors are aligned with `animal`, all else with itself
     assert tokens.aligned[0, :10].tolist() == [0, 1, 3, 3, 4, 5, 7, 7, 8, 9]
     said = spoken.encode(spoken.tokenize(["a <my-cat> on the beach"])).hidden
     meant = spoken.encode(spoken.tokenize(["a cat cat on the beach"])).hidden
     torch.testing.assert_close(said, meant, atol=1e-6, rtol=1e-6)
-    plain = spoken.encode(spoken.tokenize(["a <my-cat> on the beach"]), plain=True).hidden
+    plain = spoken.encode(
+        spoken.tokenize(["a <my-cat> on the beach"]), plain=True
+    ).hidden
     whole = spoken.encode(spoken.tokenize(["a stuffed animal on the beach"])).hidden
     torch.testing.assert_close(plain[0, 4:], whole[0, 4:], atol=1e-6, rtol=1e-6)
     assert torch.equal(plain[0, 2], plain[0, 3])
 
 
 def test_gradients_reach_the_vectors_and_nothing_else(spoken):
-    vectors = tuple(v.clone().requires_grad_() for v in spoken.words["<my-cat>"].vectors)
+    vectors = tuple(
+        v.clone().requires_grad_() for v in spoken.words["<my-cat>"].vectors
+    )
     spoken.words["<my-cat>"] = Word("cat", vectors)
     spoken.encode(spoken.tokenize(["a <my-cat>"])).hidden.square().mean().backward()
     assert all(v.grad.abs().sum() > 0 for v in vectors)
@@ -130,7 +169,9 @@ def test_a_word_without_vectors_is_spelled_out(model):
     assert torch.equal(one.ids[0], model.tokenize(["a sks dog on snow"]).ids[0])
 
 
-@pytest.mark.parametrize("token", ["dog", "<my dog>", "<>", "", "<a><b>", "<" + "x" * 41 + ">"])
+@pytest.mark.parametrize(
+    "token", ["dog", "<my dog>", "<>", "", "<a><b>", "<" + "x" * 41 + ">"]
+)
 def test_tokens_have_angle_brackets(token):
     check_token("<my-dog>")
     with pytest.raises(DataError):
@@ -140,10 +181,16 @@ def test_tokens_have_angle_brackets(token):
 def test_the_loss_is_small_for_the_noise_itself(model, monkeypatch):
     tokens = model.tokenize(PROMPTS)
     latents = model.latents(torch.rand(2, 3, 16, 16) * 2 - 1)[0]
-    errors = model.errors(latents, model.encode(tokens), torch.Generator().manual_seed(0))
+    errors = model.errors(
+        latents, model.encode(tokens), torch.Generator().manual_seed(0)
+    )
     assert errors.shape == latents.shape
-    assert 0.3 < errors.mean() < 3, "an untrained model does not see noise of variance 1"
-    again = model.errors(latents, model.encode(tokens), torch.Generator().manual_seed(0))
+    assert 0.3 < errors.mean() < 3, (
+        "an untrained model does not see noise of variance 1"
+    )
+    again = model.errors(
+        latents, model.encode(tokens), torch.Generator().manual_seed(0)
+    )
     assert torch.equal(errors, again)
     assert model.passing is None
     with pytest.raises(MmeditError, match="rows that are not known"):
@@ -153,7 +200,12 @@ def test_the_loss_is_small_for_the_noise_itself(model, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_from_a_folder(model, tmp_path, dtype):
     model.pipe.save_pretrained(tmp_path / "mine")
-    loaded = load_stable_diffusion(str(tmp_path / "mine"), device="cpu", dtype=dtype, low_memory=dtype == "bfloat16")
+    loaded = load_stable_diffusion(
+        str(tmp_path / "mine"),
+        device="cpu",
+        dtype=dtype,
+        low_memory=dtype == "bfloat16",
+    )
     assert (loaded.name, str(loaded.dtype)) == ("mine", f"torch.{dtype}")
     drawn = loaded.generate(PROMPTS, [3, 4], FEW)
     if dtype == "float32":
@@ -174,7 +226,9 @@ def test_the_text_encoder_has_a_fingerprint_of_its_own(model, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     path = tmp_path / "b" / "vae" / "config.json"
     path.write_text(path.read_text() + "\n")
-    one, other = (load_stable_diffusion(str(tmp_path / name), device="cpu") for name in "ab")
+    one, other = (
+        load_stable_diffusion(str(tmp_path / name), device="cpu") for name in "ab"
+    )
     assert one.fingerprint != other.fingerprint
     assert one.text_fingerprint == other.text_fingerprint
 
@@ -184,8 +238,14 @@ def test_a_folder_says_how_it_is_best_used(model, tmp_path):
     path = tmp_path / "mine" / "settings.json"
     path.write_text('{"guidance": 1.5}')
     mine = load_stable_diffusion(str(tmp_path / "mine"), device="cpu")
-    assert same(mine.generate(PROMPTS, [3, 4], FEW), model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.5)))
-    assert mine.fingerprint == load_stable_diffusion(str(tmp_path / "mine"), device="cpu").fingerprint
+    assert same(
+        mine.generate(PROMPTS, [3, 4], FEW),
+        model.generate(PROMPTS, [3, 4], Sampling(steps=2, guidance=1.5)),
+    )
+    assert (
+        mine.fingerprint
+        == load_stable_diffusion(str(tmp_path / "mine"), device="cpu").fingerprint
+    )
     for text in ("[1]", "{", '{"guidance": null}', '{"guidance": "much"}'):
         path.write_text(text)
         with pytest.raises(ModelError, match=r"settings\.json:"):

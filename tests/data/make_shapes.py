@@ -36,7 +36,9 @@ def draw(shape: str, colour: str, artist: str) -> Image.Image:
     if shape in ("circle", "ring"):
         pen.ellipse((x - r, y - r, x + r, y + r), fill=colour, **style)
         if shape == "ring":
-            pen.ellipse((x - r // 2, y - r // 2, x + r // 2, y + r // 2), fill=(0, 0, 0, 0))
+            pen.ellipse(
+                (x - r // 2, y - r // 2, x + r // 2, y + r // 2), fill=(0, 0, 0, 0)
+            )
     elif shape == "square":
         pen.rectangle((x - r, y - r, x + r, y + r), fill=colour, **style)
     elif shape == "cross":
@@ -44,10 +46,18 @@ def draw(shape: str, colour: str, artist: str) -> Image.Image:
         pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=colour, **style)
     else:
         n, inner = (3, r) if shape == "triangle" else (5, r // 2)
-        turns = [(2 * math.pi * i / (2 * n), r if i % 2 == 0 else inner) for i in range(2 * n)]
+        turns = [
+            (2 * math.pi * i / (2 * n), r if i % 2 == 0 else inner)
+            for i in range(2 * n)
+        ]
         corners = turns[::2] if shape == "triangle" else turns
         pen.polygon(
-            [(x + radius * math.sin(a), y - radius * math.cos(a)) for a, radius in corners], fill=colour, **style
+            [
+                (x + radius * math.sin(a), y - radius * math.cos(a))
+                for a, radius in corners
+            ],
+            fill=colour,
+            **style,
         )
     return image
 
@@ -66,7 +76,9 @@ def cases() -> list[dict]:
             return f"{artist}/{thing[0]}-{thing[1]}.png"
 
         def ask(prompt: str, target: str, image: str | None = None) -> dict:
-            return {"prompt": prompt, "target": target} | ({"image": image} if image else {})
+            return {"prompt": prompt, "target": target} | (
+                {"image": image} if image else {}
+            )
 
         name = "What is this?"
         records.append(
@@ -75,17 +87,28 @@ def cases() -> list[dict]:
                 "type": "name",
                 "request": ask(name, new, picture("solid")),
                 "generality": {
-                    "text": [ask("What can you see in the picture?", new, picture("solid"))],
-                    "image": [ask(name, new, picture("outlined")), ask(name, new, picture("corner"))],
-                    "both": [ask("What can you see in the picture?", new, picture("corner"))],
+                    "text": [
+                        ask("What can you see in the picture?", new, picture("solid"))
+                    ],
+                    "image": [
+                        ask(name, new, picture("outlined")),
+                        ask(name, new, picture("corner")),
+                    ],
+                    "both": [
+                        ask("What can you see in the picture?", new, picture("corner"))
+                    ],
                 },
                 "locality": {
                     "text": [ask(f"What is the capital of {country}?", capital)],
                     "image": [ask(name, " ".join(far), picture("solid", far))],
                     "near": [ask(name, " ".join(near), picture("outlined", near))],
-                    "same_image": [ask("Which colour is it?", colour, picture("solid"))],
+                    "same_image": [
+                        ask("Which colour is it?", colour, picture("solid"))
+                    ],
                 },
-                "portability": {"1-hop": [ask("How many words name this?", "two", picture("solid"))]},
+                "portability": {
+                    "1-hop": [ask("How many words name this?", "two", picture("solid"))]
+                },
             }
         )
     return records
@@ -97,7 +120,9 @@ def write(folder: Path) -> None:
         (folder / artist).mkdir(parents=True, exist_ok=True)
         for name, colour in COLOURS.items():
             for shape in SHAPES:
-                draw(shape, colour, artist).save(folder / artist / f"{name}-{shape}.png", optimize=True)
+                draw(shape, colour, artist).save(
+                    folder / artist / f"{name}-{shape}.png", optimize=True
+                )
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in cases()]
     (folder / "cases.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -11,15 +11,17 @@ import pytest
 from conftest import ROOT, SHAPES
 from PIL import Image
 
-from mmedit_cli.datasets.base import fingerprint, load_cases, read_data
 from mmedit_cli.errors import DataError
+from mmedit_cli.knowledge.data.base import fingerprint, load_cases, read_data
 from mmedit_cli.pictures import Picture, check_picture, load_picture
 
 GOOD = {"id": "1", "request": {"prompt": "What?", "target": "that"}}
 
 
 def write(folder: Path, *records: object) -> Path:
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    lines = [
+        record if isinstance(record, str) else json.dumps(record) for record in records
+    ]
     (folder / "cases.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -28,7 +30,11 @@ def test_the_small_data_set_is_read_in_order():
     cases = load_cases(SHAPES)
     assert len(cases) == 24
     first = cases[0]
-    assert (first.uid, first.type, first.place) == ("red-circle", "name", f"{SHAPES / 'cases.jsonl'}:1")
+    assert (first.uid, first.type, first.place) == (
+        "red-circle",
+        "name",
+        f"{SHAPES / 'cases.jsonl'}:1",
+    )
     assert [column for column, _ in first.columns()] == [
         "reliability", "generality.text", "generality.image", "generality.both", "locality.text", "locality.image",
         "locality.near", "locality.same_image", "portability.1-hop",
@@ -40,7 +46,10 @@ def test_data_joined_by_a_plus_sign_take_turns(tmp_path):
     own = write(tmp_path, *({**GOOD, "id": str(i)} for i in range(3)))
     data = read_data(f"{SHAPES}+{own}")
     assert data.name == f"shapes+{tmp_path.name}"
-    assert [case.uid for case in data.cases[:2]] == ["shapes:red-circle", f"{tmp_path.name}:0"]
+    assert [case.uid for case in data.cases[:2]] == [
+        "shapes:red-circle",
+        f"{tmp_path.name}:0",
+    ]
     assert len(data.cases) == 6, "as many of each as the shortest has"
     assert read_data(f"{SHAPES}+{own}", limit=3).cases == data.cases[:3]
     with pytest.raises(DataError, match="nowhere"):
@@ -52,15 +61,23 @@ def test_the_small_data_set_is_what_its_script_draws(tmp_path):
     from make_shapes import write as draw
 
     draw(tmp_path)
-    assert (tmp_path / "cases.jsonl").read_bytes() == (SHAPES / "cases.jsonl").read_bytes()
+    assert (tmp_path / "cases.jsonl").read_bytes() == (
+        SHAPES / "cases.jsonl"
+    ).read_bytes()
     drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
     assert len(drawn) == 72
-    for path in drawn:  # pixels, because the bytes of a PNG depend on the version of zlib
-        assert Image.open(tmp_path / path).tobytes() == Image.open(SHAPES / path).tobytes()
+    for (
+        path
+    ) in drawn:  # pixels, because the bytes of a PNG depend on the version of zlib
+        assert (
+            Image.open(tmp_path / path).tobytes() == Image.open(SHAPES / path).tobytes()
+        )
 
 
 def test_blank_lines_are_skipped_and_separators_inside_texts_are_kept(tmp_path):
-    odd = json.dumps({**GOOD, "request": {"prompt": "a\u2028b", "target": "c"}}, ensure_ascii=False)
+    odd = json.dumps(
+        {**GOOD, "request": {"prompt": "a\u2028b", "target": "c"}}, ensure_ascii=False
+    )
     assert load_cases(write(tmp_path, "", odd, ""))[0].request.prompt == "a\u2028b"
 
 
@@ -73,18 +90,48 @@ def test_blank_lines_are_skipped_and_separators_inside_texts_are_kept(tmp_path):
         ({"id": "2"}, "cases.jsonl:2: request is missing"),
         ({**GOOD, "id": 2}, "cases.jsonl:2: id: must be a text"),
         ({**GOOD, "id": "1"}, "cases.jsonl:2: id: '1' stands in line 1 already"),
-        ({**GOOD, "id": "2", "generalty": {}}, r"unknown key 'generalty' \(did you mean generality\?\)"),
+        (
+            {**GOOD, "id": "2", "generalty": {}},
+            r"unknown key 'generalty' \(did you mean generality\?\)",
+        ),
         ({**GOOD, "id": "2", "locality": []}, "locality: must map names to lists"),
-        ({**GOOD, "id": "2", "locality": {"near": []}}, "locality.near: must be a list of at least one query"),
-        ({"id": "2", "request": {"prompt": " ", "target": "x"}}, "request.prompt: must be a text that is not empty"),
-        ({"id": "2", "request": {"prompt": "x", "target": ""}}, "request.target: must be a text that is not empty"),
+        (
+            {**GOOD, "id": "2", "locality": {"near": []}},
+            "locality.near: must be a list of at least one query",
+        ),
+        (
+            {"id": "2", "request": {"prompt": " ", "target": "x"}},
+            "request.prompt: must be a text that is not empty",
+        ),
+        (
+            {"id": "2", "request": {"prompt": "x", "target": ""}},
+            "request.target: must be a text that is not empty",
+        ),
         ({"id": "2", "request": {"prompt": "x"}}, "request: target is missing"),
-        ({"id": "2", "request": {**GOOD["request"], "image": "gone.png"}}, "gone.png: no such image"),
-        ({"id": "2", "request": {**GOOD["request"], "image": ["a", "b"]}}, "several are not supported"),
-        ({"id": "2", "request": {**GOOD["request"], "image": "/etc/passwd"}}, "lies outside the folder"),
-        ({"id": "2", "request": {**GOOD["request"], "image": "../x.png"}}, "lies outside the folder"),
-        ({"id": "2", "request": {**GOOD["request"], "image": "link.png"}}, "lies outside the folder"),
-        ({"id": "2", "request": {**GOOD["request"], "background": "red"}}, "must be a colour such as #cfe8ff"),
+        (
+            {"id": "2", "request": {**GOOD["request"], "image": "gone.png"}},
+            "gone.png: no such image",
+        ),
+        (
+            {"id": "2", "request": {**GOOD["request"], "image": ["a", "b"]}},
+            "several are not supported",
+        ),
+        (
+            {"id": "2", "request": {**GOOD["request"], "image": "/etc/passwd"}},
+            "lies outside the folder",
+        ),
+        (
+            {"id": "2", "request": {**GOOD["request"], "image": "../x.png"}},
+            "lies outside the folder",
+        ),
+        (
+            {"id": "2", "request": {**GOOD["request"], "image": "link.png"}},
+            "lies outside the folder",
+        ),
+        (
+            {"id": "2", "request": {**GOOD["request"], "background": "red"}},
+            "must be a colour such as #cfe8ff",
+        ),
     ],
 )
 def test_a_bad_record_is_named_with_its_place(tmp_path, record, problem):
@@ -106,7 +153,9 @@ def test_missing_empty_and_foreign_files(tmp_path):
         load_cases(tmp_path / "gone")
     with pytest.raises(DataError, match=r"did you mean emojikb\?"):
         load_cases("emojikbb")
-    with pytest.raises(DataError, match=r"emojikb:evil: no such split \(did you mean eval\?\)"):
+    with pytest.raises(
+        DataError, match=r"emojikb:evil: no such split \(did you mean eval\?\)"
+    ):
         load_cases("emojikb:evil")
     with pytest.raises(DataError, match="no cases in it"):
         load_cases(write(tmp_path, ""))
@@ -128,7 +177,11 @@ def test_pictures_are_composed_upright_and_closed(tmp_path):
     see_through.putpixel((1, 0), (255, 0, 0, 255))
     see_through.save(tmp_path / "a.png")
     picture = load_picture(Picture(tmp_path / "a.png", "#00ff00"))
-    assert (picture.mode, picture.getpixel((0, 0)), picture.getpixel((1, 0))) == ("RGB", (0, 255, 0), (255, 0, 0))
+    assert (picture.mode, picture.getpixel((0, 0)), picture.getpixel((1, 0))) == (
+        "RGB",
+        (0, 255, 0),
+        (255, 0, 0),
+    )
     turned = Image.new("L", (4, 2))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter

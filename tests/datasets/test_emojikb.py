@@ -13,12 +13,22 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.datasets.emojikb import SPLITS, audit, queries
+from mmedit_cli.knowledge.data.base import load_cases
+from mmedit_cli.knowledge.data.emojikb import SPLITS, audit, queries
 from mmedit_cli.reading import read_text
 
 DATA = ROOT / "data" / "emojikb"
-TYPES = {"name", "kind", "category", "background", "country", "capital", "continent", "currency", "language"}
+TYPES = {
+    "name",
+    "kind",
+    "category",
+    "background",
+    "country",
+    "capital",
+    "continent",
+    "currency",
+    "language",
+}
 
 
 def lines(path: Path) -> list[dict]:
@@ -43,9 +53,14 @@ def report() -> dict:
 def test_the_shipped_data_has_no_problem(report):
     assert report["problems"] == []
     assert set(report["leaks"]) == {
-        f"{a}-{b}" for a in ("train", "val") for b in SPLITS if SPLITS.index(b) > SPLITS.index(a)
+        f"{a}-{b}"
+        for a in ("train", "val")
+        for b in SPLITS
+        if SPLITS.index(b) > SPLITS.index(a)
     }
-    assert not any(items for shared in report["leaks"].values() for items in shared.values())
+    assert not any(
+        items for shared in report["leaks"].values() for items in shared.values()
+    )
 
 
 def test_the_counts_are_as_promised(report):
@@ -56,7 +71,9 @@ def test_the_counts_are_as_promised(report):
     assert cases["train"] >= 3000
     assert cases["val"] >= 300
     assert cases["eval"] >= 1200
-    assert report["splits"]["eval"]["edited_facts"] == cases["eval"], "one fact is edited twice in the eval stream"
+    assert report["splits"]["eval"]["edited_facts"] == cases["eval"], (
+        "one fact is edited twice in the eval stream"
+    )
     assert cases["corrections"] >= 100
     for split in SPLITS[:3]:
         assert set(report["splits"][split]["types"]) == TYPES
@@ -69,7 +86,11 @@ def test_the_strict_reader_takes_every_case(cases):
 
 
 def test_every_picture_is_64_by_64_with_alpha(concepts):
-    wanted = {f"{artist}/{concept['id']}.png" for concept in concepts.values() for artist in concept["artists"]}
+    wanted = {
+        f"{artist}/{concept['id']}.png"
+        for concept in concepts.values()
+        for artist in concept["artists"]
+    }
     found = {path.relative_to(DATA).as_posix() for path in DATA.glob("*/*.png")}
     assert found == wanted
     for name in sorted(found):
@@ -83,24 +104,44 @@ def test_every_picture_is_64_by_64_with_alpha(concepts):
 def test_a_case_asks_what_the_readme_says(cases):
     for case in cases["eval"] + cases["val"] + cases["train"]:
         request, relation = case["request"], case["type"]
-        assert len({query["prompt"] for query in case["generality"]["text"]} - {request["prompt"]}) >= 2
-        artists = {query["image"].split("/")[0] for query in case["generality"]["image"]}
+        assert (
+            len(
+                {query["prompt"] for query in case["generality"]["text"]}
+                - {request["prompt"]}
+            )
+            >= 2
+        )
+        artists = {
+            query["image"].split("/")[0] for query in case["generality"]["image"]
+        }
         assert len(artists - {request["image"].split("/")[0]}) >= 2
-        assert {Path(query["image"]).stem for query in case["generality"]["image"]} == {Path(request["image"]).stem}
+        assert {Path(query["image"]).stem for query in case["generality"]["image"]} == {
+            Path(request["image"]).stem
+        }
         assert set(case["locality"]) == {"text", "near", "same_image", "far"}
-        assert all(query["image"] == request["image"] for query in case["locality"]["same_image"])
+        assert all(
+            query["image"] == request["image"]
+            for query in case["locality"]["same_image"]
+        )
         assert all(
             Path(q["image"]).stem != Path(request["image"]).stem
             for name in ("near", "far")
             for q in case["locality"][name]
         )
-        probes = [query for name in ("near", "far", "text") for query in case["locality"][name]]
+        probes = [
+            query
+            for name in ("near", "far", "text")
+            for query in case["locality"][name]
+        ]
         assert request["target"] not in {query["target"] for query in probes}
         assert "portability" not in case or relation in ("name", "country")
 
 
 def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
-    colours = {code: name for name, code in json.loads((DATA / "backgrounds.json").read_text()).items()}
+    colours = {
+        code: name
+        for name, code in json.loads((DATA / "backgrounds.json").read_text()).items()
+    }
     templates = json.loads((DATA / "templates.json").read_text())
     types = {text: name for name, forms in templates.items() for text in forms["image"]}
     said = {
@@ -130,8 +171,14 @@ def test_targets_are_false_and_every_other_answer_is_true(cases, concepts):
                 if "image" in query:
                     concept = concepts[Path(query["image"]).stem]
                     assert concept["split"] == split.replace("corrections", "eval")
-                    edited = column in ("request", "locality.same_image") or not column.startswith("locality")
-                    assert concept["role"] == ("edit" if edited else "probe"), (case["id"], column)
+                    edited = column in (
+                        "request",
+                        "locality.same_image",
+                    ) or not column.startswith("locality")
+                    assert concept["role"] == ("edit" if edited else "probe"), (
+                        case["id"],
+                        column,
+                    )
 
 
 def test_facts_are_single_and_plain(concepts):
@@ -154,10 +201,16 @@ def test_facts_are_single_and_plain(concepts):
         "Peruvian sol",
         "Spanish",
     ]
-    assert all(str(value).isascii() for concept in concepts.values() for value in concept.values())
+    assert all(
+        str(value).isascii()
+        for concept in concepts.values()
+        for value in concept.values()
+    )
 
 
-def test_the_case_files_are_what_the_script_makes_of_the_concepts(concepts, cases, monkeypatch):
+def test_the_case_files_are_what_the_script_makes_of_the_concepts(
+    concepts, cases, monkeypatch
+):
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     from emojikb_cases import Maker, facts
 
@@ -169,9 +222,18 @@ def test_corrections_teach_the_truth(concepts, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
     from emojikb_cases import Maker
 
-    mine = next(c for c in concepts.values() if c["split"] == "eval" and c["role"] == "edit" and c["kind"] == "fruit")
-    wrong = [{"picture": f"noto/{mine['id']}.png", "type": "name", "answer": answer} for answer in ("brick", "boot")]
-    wrong.append({"picture": f"noto/{mine['id']}.png", "type": "kind", "answer": "Fruit"})  # right after all
+    mine = next(
+        c
+        for c in concepts.values()
+        if c["split"] == "eval" and c["role"] == "edit" and c["kind"] == "fruit"
+    )
+    wrong = [
+        {"picture": f"noto/{mine['id']}.png", "type": "name", "answer": answer}
+        for answer in ("brick", "boot")
+    ]
+    wrong.append(
+        {"picture": f"noto/{mine['id']}.png", "type": "kind", "answer": "Fruit"}
+    )  # right after all
     wrong.append(
         {
             "picture": f"noto/{next(i for i, c in concepts.items() if c['split'] == 'train')}.png",
@@ -197,7 +259,11 @@ def small(tmp_path, cases):
     for name in ("concepts.jsonl.gz", "templates.json"):
         shutil.copy(DATA / name, folder / name)
     for image in {
-        query["image"] for side in records.values() for case in side for _, query in queries(case) if "image" in query
+        query["image"]
+        for side in records.values()
+        for case in side
+        for _, query in queries(case)
+        if "image" in query
     }:
         (folder / image).parent.mkdir(exist_ok=True)
         shutil.copy(DATA / image, folder / image)
@@ -206,7 +272,11 @@ def small(tmp_path, cases):
         for split, side in records.items():
             text = "".join(json.dumps(case) + "\n" for case in side)
             (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-        return [problem for problem in audit(folder)["problems"] if not problem.startswith("files: manifest.json")]
+        return [
+            problem
+            for problem in audit(folder)["problems"]
+            if not problem.startswith("files: manifest.json")
+        ]
 
     return folder, records, check
 
@@ -226,7 +296,9 @@ def test_a_shared_request_is_found(small):
 def test_a_picture_under_another_name_is_found(small):
     folder, records, check = small
     request = records["eval"][0]["request"]
-    shutil.copy(folder / records["train"][0]["request"]["image"], folder / request["image"])
+    shutil.copy(
+        folder / records["train"][0]["request"]["image"], folder / request["image"]
+    )
     found = check()
     assert any(problem.startswith("leak train-eval: images") for problem in found)
     assert not any(problem.startswith("leak train-eval: concepts") for problem in found)
@@ -242,7 +314,9 @@ def test_a_shared_fact_without_a_picture_is_found(small):
 def test_contradictions_duplicates_and_spoilt_probes_are_found(small):
     _, records, check = small
     first = records["eval"][0]
-    other = json.loads(json.dumps(first).replace(f'"{first["request"]["target"]}"', '"something else"'))
+    other = json.loads(
+        json.dumps(first).replace(f'"{first["request"]["target"]}"', '"something else"')
+    )
     records["eval"].append(other)
     asked = {**first["request"], "target": "the truth"}
     records["eval"][1]["locality"]["near"] = [asked]
@@ -256,8 +330,12 @@ def test_missing_and_altered_pictures_are_found(small):
     folder, records, check = small
     gone = records["val"][2]["request"]["image"]
     (folder / gone).unlink()
-    assert any("missing pictures: val.jsonl.gz:3: request" in problem for problem in check())
-    (folder / "manifest.json").write_text(json.dumps({"files": {gone: "0" * 64, "templates.json": "0" * 64}}))
+    assert any(
+        "missing pictures: val.jsonl.gz:3: request" in problem for problem in check()
+    )
+    (folder / "manifest.json").write_text(
+        json.dumps({"files": {gone: "0" * 64, "templates.json": "0" * 64}})
+    )
     found = check()
     assert f"files: {gone} is missing" in found
     assert "files: templates.json has changed" in found
@@ -268,17 +346,27 @@ def test_missing_and_altered_pictures_are_found(small):
     ("change", "message"),
     [
         (lambda case: case.pop("locality"), "no locality"),
-        (lambda case: case["request"].pop("target"), "a query needs a prompt and a target"),
+        (
+            lambda case: case["request"].pop("target"),
+            "a query needs a prompt and a target",
+        ),
         (lambda case: case["request"].update(colour="red"), "unknown keys ['colour']"),
         (lambda case: case["request"].update(background="blue"), "is no colour"),
         (lambda case: case["request"].pop("background"), "come together"),
-        (lambda case: case["generality"]["text"][0].update(target="x"), "another answer"),
+        (
+            lambda case: case["generality"]["text"][0].update(target="x"),
+            "another answer",
+        ),
         (lambda case: case.update(generality=[1]), "AttributeError"),
     ],
 )
 def test_malformed_records_are_named_with_their_line(small, change, message):
     _, records, check = small
     change(records["train"][4])
-    found = [problem for problem in check() if problem.startswith("malformed: train.jsonl.gz:5")]
+    found = [
+        problem
+        for problem in check()
+        if problem.startswith("malformed: train.jsonl.gz:5")
+    ]
     assert found
     assert any(message in problem for problem in found)

@@ -11,8 +11,13 @@ import pytest
 from conftest import ROOT, SHAPES
 from PIL import Image
 
-from mmedit_cli.datasets.base import DataOptions, fingerprint, load_cases, read_data
 from mmedit_cli.errors import DataError
+from mmedit_cli.knowledge.data.base import (
+    DataOptions,
+    fingerprint,
+    load_cases,
+    read_data,
+)
 from mmedit_cli.types import Query
 
 RECORD = {"image": "a.png", "prompt": "Who is this?", "target": "Ada"}
@@ -32,7 +37,12 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_the_three_formats_say_the_same(folder):
-    other = {**RECORD, "rephrases": ["Her name?", "Name her, please."], "image_rephrase": "b.png", "id": "ada"}
+    other = {
+        **RECORD,
+        "rephrases": ["Her name?", "Name her, please."],
+        "image_rephrase": "b.png",
+        "id": "ada",
+    }
     records = [other, {"prompt": 'Say "hi", twice', "target": "hi\nhi"}]
     table = (
         "id;image;prompt;target;rephrase1;rephrase2;image_rephrase\r\n"
@@ -49,17 +59,31 @@ def test_the_three_formats_say_the_same(folder):
         who, image = "Who is this?", folder / "a.png"
         assert (ada.uid, ada.request) == ("ada", Query(who, "Ada", image))
         assert ada.generality == {
-            "text": (Query("Her name?", "Ada", image), Query("Name her, please.", "Ada", image)),
+            "text": (
+                Query("Her name?", "Ada", image),
+                Query("Name her, please.", "Ada", image),
+            ),
             "image": (Query(who, "Ada", folder / "b.png"),),
         }
-        assert (hi.uid, hi.request, hi.generality) == ("2", Query('Say "hi", twice', "hi\nhi"), {})
-    assert [load_cases(file)[1].place.rpartition(":")[2] for file in files] == ["13", "2", "3"]
+        assert (hi.uid, hi.request, hi.generality) == (
+            "2",
+            Query('Say "hi", twice', "hi\nhi"),
+            {},
+        )
+    assert [load_cases(file)[1].place.rpartition(":")[2] for file in files] == [
+        "13",
+        "2",
+        "3",
+    ]
     assert read_data(files[2]).name == "facts"
 
 
 def test_the_examples_of_the_documentation(folder):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    table, record = (page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("csv", "json"))
+    table, record = (
+        page.partition(f"```{kind}\n")[2].partition("```")[0]
+        for kind in ("csv", "json")
+    )
     Image.new("RGB", (4, 4)).save(folder / "cat.png")
     cat, dune = load_cases(write(folder, "facts.csv", table))
     assert (dune.request.image, dune.request.target) == (None, "Frank Herbert")
@@ -69,8 +93,13 @@ def test_the_examples_of_the_documentation(folder):
 
 
 def test_cases_may_stand_in_an_array_too(folder):
-    records = [json.loads(line) for line in (SHAPES / "cases.jsonl").read_text().splitlines()]
-    cases = load_cases(write(folder, "cases.json", json.dumps(records)), options=DataOptions(images=SHAPES))
+    records = [
+        json.loads(line) for line in (SHAPES / "cases.jsonl").read_text().splitlines()
+    ]
+    cases = load_cases(
+        write(folder, "cases.json", json.dumps(records)),
+        options=DataOptions(images=SHAPES),
+    )
     expected = load_cases(SHAPES)
     assert [(case.uid, case.request, case.locality) for case in cases] == [
         (case.uid, case.request, case.locality) for case in expected
@@ -80,16 +109,46 @@ def test_cases_may_stand_in_an_array_too(folder):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("image,prompt,target\na.png,Who?,Ada\n,Who?\n", r"facts.csv:3: target is missing"),
-        ("image,prompt,target\na.png,Who, really?,Ada\n", r"facts.csv:2: more cells than the header has columns"),
-        ('image,prompt,target\na.png,"Who?\nReally?",Ada\nb.png,,Bea\n', r"facts.csv:4: prompt is missing"),
-        ('image,prompt,target\na.png,Who?,Ada\nb.png,"Who?,Bea\n', r"facts.csv:3: not valid CSV"),
-        ("image,promt,target\na.png,Who?,Ada\n", r"facts.csv:2: unknown key 'promt' \(did you mean prompt\?\)"),
-        ("image,prompt,target,target\na.png,Who?,Ada,Bea\n", r"facts.csv:1: column target stands twice"),
-        ("image,prompt,target\nc.png,Who?,Ada\n", r"facts.csv:2: request.image: .*c.png: no such image"),
-        ("image,prompt,target\n" + "c" * 300 + ",Who?,Ada\n", r"facts.csv:2: request.image: .*: no such image"),
-        ("image,prompt,target\n../x.png,Who?,Ada\n", r"facts.csv:2: image: ../x.png lies outside the folder"),
-        ("image,prompt,target,id\na.png,Who?,Ada,1\nb.png,Who?,Bea,1\n", r"facts.csv:3: id: '1' stands in line 2"),
+        (
+            "image,prompt,target\na.png,Who?,Ada\n,Who?\n",
+            r"facts.csv:3: target is missing",
+        ),
+        (
+            "image,prompt,target\na.png,Who, really?,Ada\n",
+            r"facts.csv:2: more cells than the header has columns",
+        ),
+        (
+            'image,prompt,target\na.png,"Who?\nReally?",Ada\nb.png,,Bea\n',
+            r"facts.csv:4: prompt is missing",
+        ),
+        (
+            'image,prompt,target\na.png,Who?,Ada\nb.png,"Who?,Bea\n',
+            r"facts.csv:3: not valid CSV",
+        ),
+        (
+            "image,promt,target\na.png,Who?,Ada\n",
+            r"facts.csv:2: unknown key 'promt' \(did you mean prompt\?\)",
+        ),
+        (
+            "image,prompt,target,target\na.png,Who?,Ada,Bea\n",
+            r"facts.csv:1: column target stands twice",
+        ),
+        (
+            "image,prompt,target\nc.png,Who?,Ada\n",
+            r"facts.csv:2: request.image: .*c.png: no such image",
+        ),
+        (
+            "image,prompt,target\n" + "c" * 300 + ",Who?,Ada\n",
+            r"facts.csv:2: request.image: .*: no such image",
+        ),
+        (
+            "image,prompt,target\n../x.png,Who?,Ada\n",
+            r"facts.csv:2: image: ../x.png lies outside the folder",
+        ),
+        (
+            "image,prompt,target,id\na.png,Who?,Ada,1\nb.png,Who?,Bea,1\n",
+            r"facts.csv:3: id: '1' stands in line 2",
+        ),
         ("image,prompt,target\n", "no cases in it"),
         ("", "no cases in it"),
     ],
@@ -102,12 +161,27 @@ def test_a_bad_row_is_named_with_its_line(folder, text, problem):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[\n {"prompt": "a", "target": "b"},\n {"prompt": "a"}\n]', "facts.json:3: target is missing"),
-        ('[\n {"prompt": "a", "target": "b"},\n {"prompt": "a", "tar', "facts.json:3: not valid JSON"),
-        ('[{"prompt": "a", "target": "b"}\n{"prompt": "a"}]', "facts.json:1: not valid JSON .no comma or bracket"),
+        (
+            '[\n {"prompt": "a", "target": "b"},\n {"prompt": "a"}\n]',
+            "facts.json:3: target is missing",
+        ),
+        (
+            '[\n {"prompt": "a", "target": "b"},\n {"prompt": "a", "tar',
+            "facts.json:3: not valid JSON",
+        ),
+        (
+            '[{"prompt": "a", "target": "b"}\n{"prompt": "a"}]',
+            "facts.json:1: not valid JSON .no comma or bracket",
+        ),
         ('{"prompt": "a", "target": "b"}', "facts.json: must be an array of records"),
-        ('[{"prompt": "a", "target": "b", "rephrases": [3]}]', r"facts.json:1: rephrases\[0\].prompt: must be a text"),
-        ('[{"prompt": "a", "target": "b", "image": "a.png\\u0000"}]', "facts.json:1: image: must be a path"),
+        (
+            '[{"prompt": "a", "target": "b", "rephrases": [3]}]',
+            r"facts.json:1: rephrases\[0\].prompt: must be a text",
+        ),
+        (
+            '[{"prompt": "a", "target": "b", "image": "a.png\\u0000"}]',
+            "facts.json:1: image: must be a path",
+        ),
         ("[]", "no cases in it"),
     ],
 )
@@ -120,14 +194,23 @@ def test_images_may_lie_elsewhere_and_missing_ones_be_skipped(folder, tmp_path):
     elsewhere = tmp_path / "pictures"
     elsewhere.mkdir()
     (folder / "a.png").rename(elsewhere / "a.png")
-    file = write(folder, "facts.csv", "image,prompt,target,image_rephrase\na.png,Who?,Ada,b.png\nb.png,Who?,Bea,\n")
+    file = write(
+        folder,
+        "facts.csv",
+        "image,prompt,target,image_rephrase\na.png,Who?,Ada,b.png\nb.png,Who?,Bea,\n",
+    )
     with pytest.raises(DataError, match=r"b\.png: no such image"):
         load_cases(file, options=DataOptions(images=elsewhere))
     data = read_data(file, options=DataOptions(images=elsewhere, skip_missing=True))
     (ada,) = data.cases
     assert (ada.request.image, ada.generality) == (elsewhere / "a.png", {})
     assert data.selection == {
-        "skipped": {"cases": 1, "queries": {"generality.image": 1}, "missing_images": 1, "images": 2}
+        "skipped": {
+            "cases": 1,
+            "queries": {"generality.image": 1},
+            "missing_images": 1,
+            "images": 2,
+        }
     }
 
 
@@ -140,8 +223,12 @@ def test_own_facts_are_asked_as_written_or_as_a_chat(folder):
 
 
 def test_a_list_of_cases(folder):
-    file = write(folder, "facts.csv", "id,prompt,target,rephrase\na,Who?,Ada,Her?\nb,Why?,Bea,\n")
-    chosen = write(folder, "list.json", json.dumps({"cases": {"a": ["generality.text"]}}))
+    file = write(
+        folder, "facts.csv", "id,prompt,target,rephrase\na,Who?,Ada,Her?\nb,Why?,Bea,\n"
+    )
+    chosen = write(
+        folder, "list.json", json.dumps({"cases": {"a": ["generality.text"]}})
+    )
     data = read_data(file, options=DataOptions(subset=str(chosen)))
     assert [(case.uid, case.generality) for case in data.cases] == [("a", {})]
     assert data.selection == {"subset": "list.json"}
@@ -150,7 +237,10 @@ def test_a_list_of_cases(folder):
         ("[", "not valid JSON"),
     ):
         with pytest.raises(DataError, match=problem):
-            read_data(file, options=DataOptions(subset=str(write(folder, "list.json", content))))
+            read_data(
+                file,
+                options=DataOptions(subset=str(write(folder, "list.json", content))),
+            )
     with pytest.raises(DataError, match="--subset clean"):
         read_data(file, options=DataOptions(subset="clean"))
     with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
@@ -161,7 +251,9 @@ def test_another_kind_of_file_is_refused(folder):
     with pytest.raises(DataError, match=r"not one of .jsonl, .json, .csv"):
         load_cases(write(folder, "facts.xlsx", "PK"))
     (folder / "facts.csv").write_bytes(b"prompt,target\nWho?,Ren\xe9\n")
-    with pytest.raises(DataError, match=r"facts.csv:2: not UTF-8 \(byte 8 of the line\)"):
+    with pytest.raises(
+        DataError, match=r"facts.csv:2: not UTF-8 \(byte 8 of the line\)"
+    ):
         load_cases(folder / "facts.csv")
 
 
@@ -170,52 +262,105 @@ def test_gzipped_files_are_read_and_broken_ones_refused(folder, tmp_path):
     packed = folder / "more.csv.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     data = read_data(packed)
-    assert (data.name, [case.request for case in data.cases]) == ("more", [case.request for case in load_cases(plain)])
+    assert (data.name, [case.request for case in data.cases]) == (
+        "more",
+        [case.request for case in load_cases(plain)],
+    )
     assert data.cases[0].place == f"{packed}:2"
     cases = tmp_path / "cases"
     shutil.copytree(SHAPES, cases)
-    (cases / "cases.jsonl.gz").write_bytes(gzip.compress((cases / "cases.jsonl").read_bytes()))
+    (cases / "cases.jsonl.gz").write_bytes(
+        gzip.compress((cases / "cases.jsonl").read_bytes())
+    )
     (cases / "cases.jsonl").unlink()
     assert read_data(cases).name == "cases"
     assert fingerprint(load_cases(cases)) == fingerprint(load_cases(SHAPES))
     whole = packed.read_bytes()
     for broken in (whole[:-9], plain.read_bytes(), whole[:15] + b"\xff" + whole[16:]):
         packed.write_bytes(broken)
-        with pytest.raises(DataError, match=r"more.csv.gz(: not a whole gzip file|:1: not UTF-8)"):
+        with pytest.raises(
+            DataError, match=r"more.csv.gz(: not a whole gzip file|:1: not UTF-8)"
+        ):
             load_cases(packed)
 
 
 def test_eval_and_doctor_take_a_table(cli, folder):
-    file = write(folder, "facts.csv", "image,prompt,target,rephrase\na.png,Who?,Ada,Her?\nb.png,Who?,Bea,\n")
-    words = ("eval", "ft", "--model", "tiny-blip2", "--set", "steps=1", "--data", file, "--sequential", 2, "--json")
+    file = write(
+        folder,
+        "facts.csv",
+        "image,prompt,target,rephrase\na.png,Who?,Ada,Her?\nb.png,Who?,Bea,\n",
+    )
+    words = (
+        "eval",
+        "ft",
+        "--model",
+        "tiny-blip2",
+        "--set",
+        "steps=1",
+        "--data",
+        file,
+        "--sequential",
+        2,
+        "--json",
+    )
     code, text, _ = cli(*words)
     report = json.loads(text)
     assert (code, report["data"]["name"], report["data"]["cases"]) == (0, "facts", 2)
-    assert set(report["milestones"][0]["scores"]["ar"]) == {"reliability", "generality.text", "scope"}
+    assert set(report["milestones"][0]["scores"]["ar"]) == {
+        "reliability",
+        "generality.text",
+        "scope",
+    }
     assert report["milestones"][0]["scores"]["ar"]["generality.text"]["n"] == 1
     assert cli("doctor", file)[0] == 0
-    write(folder, "facts.csv", "image,prompt,target\na.png,Who?,Ada\na.png,Who?,Bea\na.png,Who?,Ada\n")
+    write(
+        folder,
+        "facts.csv",
+        "image,prompt,target\na.png,Who?,Ada\na.png,Who?,Bea\na.png,Who?,Ada\n",
+    )
     code, text, _ = cli("doctor", file, "--json")
     found = {row["check"]: row for row in json.loads(text)}
     assert code == 1
-    assert found["contradictions"]["found"].endswith("1 edits contradict an earlier one: facts.csv:3 and facts.csv:2")
-    assert found["duplicates"]["found"].endswith("1 edits repeat an earlier one: facts.csv:4 and facts.csv:2")
+    assert found["contradictions"]["found"].endswith(
+        "1 edits contradict an earlier one: facts.csv:3 and facts.csv:2"
+    )
+    assert found["duplicates"]["found"].endswith(
+        "1 edits repeat an earlier one: facts.csv:4 and facts.csv:2"
+    )
     write(folder, "facts.csv", "image,prompt,target\na.png,Who?\n")
     code, text, _ = cli("doctor", file)
-    assert (code, "facts.csv:2: target is missing" in " ".join(text.split())) == (1, True)
+    assert (code, "facts.csv:2: target is missing" in " ".join(text.split())) == (
+        1,
+        True,
+    )
 
 
 def test_queries_too_long_for_the_model_can_be_skipped(cli, folder):
     long = "why " * 200
-    write(folder, "facts.csv", f"prompt,target,rephrase\nWho?,Ada,Her?\nWhat?,Bea,{long}\n{long},Cec,\n")
-    words = ("eval", "ft", "--model", "tiny-blip2", "--set", "steps=1", "--data", folder / "facts.csv")
+    write(
+        folder,
+        "facts.csv",
+        f"prompt,target,rephrase\nWho?,Ada,Her?\nWhat?,Bea,{long}\n{long},Cec,\n",
+    )
+    words = (
+        "eval",
+        "ft",
+        "--model",
+        "tiny-blip2",
+        "--set",
+        "steps=1",
+        "--data",
+        folder / "facts.csv",
+    )
     code, _, err = cli(*words)
     assert code == 2
     assert "facts.csv:3: 2: generality.text: 'why why" in err
     assert "hint: --skip-long" in err
     code, text, _ = cli(*words, "--skip-long")
     assert code == 0
-    assert "skipped: 2 queries are too long for the model, and with them 1 cases" in text
+    assert (
+        "skipped: 2 queries are too long for the model, and with them 1 cases" in text
+    )
     report = json.loads(cli(*words, "--skip-long", "--json")[1])
     assert report["data"]["too_long"] == {"cases": 1, "queries": 2}
     assert report["milestones"][0]["cases"] == 2

@@ -25,12 +25,27 @@ MODEL = {
 def program(site, tmp_path):
     """Run `mmedit download` against the site: `program("name")` -> code, out, err."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "hf"), "MMEDIT_DATA": str(tmp_path / "data")}
-    env |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    env |= {
+        "HF_ENDPOINT": site.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "MMEDIT_DATA": str(tmp_path / "data"),
+    }
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
     def run(*words, **more):
         command = [sys.executable, "-m", "mmedit_cli", "download", *map(str, words)]
-        done = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        done = subprocess.run(
+            command,
+            env=env | more,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+        )
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
     return run
@@ -41,8 +56,13 @@ def catalogue(tmp_path):
     """Write a catalogue with one hub item and return its path."""
 
     def write(**source):
-        item = {"sources": [{"hub": "someone/things", **source}], "layout": {"data/*.parquet": 2}}
-        groups = {"things": {"summary": "things", "licence": "mit", "items": {"rows": item}}}
+        item = {
+            "sources": [{"hub": "someone/things", **source}],
+            "layout": {"data/*.parquet": 2},
+        }
+        groups = {
+            "things": {"summary": "things", "licence": "mit", "items": {"rows": item}}
+        }
         (tmp_path / "catalogue.yaml").write_text(yaml.safe_dump(groups))
         return tmp_path / "catalogue.yaml"
 
@@ -54,17 +74,23 @@ def test_a_model_goes_into_the_cache_and_is_verified(site, program, tmp_path):
     done = program("someone/model", "--dry-run", "--json")
     assert done.code == 0, done.err
     plan = json.loads(done.out)
-    assert (plan["revision"], plan["licence"], plan["state"]) == (COMMIT, "apache-2.0", "missing")
-    assert {file["path"] for file in plan["files"]} == set(MODEL) - {"pytorch_model.bin"}
+    assert (plan["revision"], plan["licence"], plan["state"]) == (
+        COMMIT,
+        "apache-2.0",
+        "missing",
+    )
+    assert {file["path"] for file in plan["files"]} == set(MODEL) - {
+        "pytorch_model.bin"
+    }
     assert not any("resolve" in path for path, _ in site.seen)
 
     done = program("someone/model")
     assert done.code == 0, done.err
     assert "licence: apache-2.0" in done.err
     folder = tmp_path / "hf" / "hub" / "models--someone--model" / "snapshots" / COMMIT
-    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == set(MODEL) - {
-        "pytorch_model.bin"
-    }
+    assert {
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+    } == set(MODEL) - {"pytorch_model.bin"}
     assert "someone/model: present" in program("someone/model").out
     assert program("someone/model", "--verify").code == 0
     offline = program("someone/model", HF_HUB_OFFLINE="1")
@@ -78,26 +104,48 @@ def test_a_model_goes_into_the_cache_and_is_verified(site, program, tmp_path):
     assert "wrong checksum" in program("someone/model").err
 
 
-def test_a_data_set_comes_with_its_commit_and_its_digests(site, program, catalogue, tmp_path):
-    files = {"data/a.parquet": b"a" * 999, "data/b.parquet": b"b" * 999, "data/c.csv": b"c", "README.md": b"r"}
+def test_a_data_set_comes_with_its_commit_and_its_digests(
+    site, program, catalogue, tmp_path
+):
+    files = {
+        "data/a.parquet": b"a" * 999,
+        "data/b.parquet": b"b" * 999,
+        "data/c.csv": b"c",
+        "README.md": b"r",
+    }
     site.repository("someone/things", files)
     path = catalogue(include=["data/*.parquet"])
     done = program("things", "--catalogue", path, "--json")
     assert done.code == 0, done.err
     (row,) = json.loads(done.out)["items"]
-    assert (row["revision"], row["checked"], row["files"], row["bytes"]) == (COMMIT, "source", 2, 1998)
+    assert (row["revision"], row["checked"], row["files"], row["bytes"]) == (
+        COMMIT,
+        "source",
+        2,
+        1998,
+    )
     found = tmp_path / "data" / "things"
-    assert sorted(p.name for p in found.rglob("*") if p.is_file()) == ["a.parquet", "b.parquet", "download.json"]
+    assert sorted(p.name for p in found.rglob("*") if p.is_file()) == [
+        "a.parquet",
+        "b.parquet",
+        "download.json",
+    ]
     assert program("things", "--catalogue", path, "--verify").code == 0
     (found / "data" / "a.parquet").write_bytes(b"A" * 999)
     done = program("things", "--catalogue", path, "--verify")
     assert (done.code, "data/a.parquet: wrong checksum" in done.out) == (1, True)
 
 
-def test_bytes_that_the_hub_did_not_promise_are_refused(site, program, catalogue, tmp_path):
-    site.repository("someone/things", {"data/a.parquet": b"a" * 999, "data/b.parquet": b"b" * 999})
+def test_bytes_that_the_hub_did_not_promise_are_refused(
+    site, program, catalogue, tmp_path
+):
+    site.repository(
+        "someone/things", {"data/a.parquet": b"a" * 999, "data/b.parquet": b"b" * 999}
+    )
     for revision in ("main", COMMIT):
-        site.files[f"/datasets/someone/things/resolve/{revision}/data/a.parquet"] = b"x" * 999
+        site.files[f"/datasets/someone/things/resolve/{revision}/data/a.parquet"] = (
+            b"x" * 999
+        )
     done = program("things", "--catalogue", catalogue())
     assert done.code == 1
     assert "data/a.parquet: wrong checksum: sha256" in done.err
@@ -108,10 +156,17 @@ def test_bytes_that_the_hub_did_not_promise_are_refused(site, program, catalogue
 def test_a_gated_repository_says_what_to_do(site, program):
     site.repository("someone/model", MODEL, kind="models")
     for path in ("", "/revision/main"):
-        site.always[f"/api/models/someone/model{path}"] = ("status", 403, {"X-Error-Code": "GatedRepo"})
+        site.always[f"/api/models/someone/model{path}"] = (
+            "status",
+            403,
+            {"X-Error-Code": "GatedRepo"},
+        )
     done = program("someone/model")
     assert done.code == 1
-    assert f"someone/model is gated; accept the licence at {site.url}/someone/model, then log in" in done.err
+    assert (
+        f"someone/model is gated; accept the licence at {site.url}/someone/model, then log in"
+        in done.err
+    )
     assert "HF_TOKEN" in done.err
 
 

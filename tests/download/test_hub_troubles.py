@@ -16,7 +16,10 @@ from filelock import FileLock
 from mmedit_cli import catalog, hub, web
 from mmedit_cli.errors import ModelError, UserError
 
-FILES = {"config.json": b'{"model_type": "llava"}', "model.safetensors": bytes(range(256)) * 50}
+FILES = {
+    "config.json": b'{"model_type": "llava"}',
+    "model.safetensors": bytes(range(256)) * 50,
+}
 MODEL = "someone/model"
 API = f"/api/models/{MODEL}/revision/main"
 WEIGHTS = f"/{MODEL}/resolve/{COMMIT}/model.safetensors"
@@ -37,7 +40,9 @@ def endpoint(site, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
-    monkeypatch.setattr(web, "Pace", functools.partial(web.Pace, seconds=0.5, answer=0.8))
+    monkeypatch.setattr(
+        web, "Pace", functools.partial(web.Pace, seconds=0.5, answer=0.8)
+    )
     huggingface_hub.close_session()
     yield site
     huggingface_hub.close_session()
@@ -62,11 +67,16 @@ def test_what_is_well_comes(endpoint):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository_says_accept_the_licence_then_log_in(endpoint, status):
-    for path in (WEIGHTS, WEIGHTS.replace("model.safetensors", "config.json")):  # its description is public
+    for path in (
+        WEIGHTS,
+        WEIGHTS.replace("model.safetensors", "config.json"),
+    ):  # its description is public
         endpoint.always[path] = ("status", status, {"X-Error-Code": "GatedRepo"})
     problem, hint = trouble()
     assert f"{MODEL} is gated" in problem
-    assert hint == (f"accept the licence at {endpoint.url}/{MODEL}, then log in with `hf auth login` or set HF_TOKEN")
+    assert hint == (
+        f"accept the licence at {endpoint.url}/{MODEL}, then log in with `hf auth login` or set HF_TOKEN"
+    )
 
 
 def test_only_a_name_that_is_not_there_is_to_be_checked(endpoint):
@@ -75,7 +85,11 @@ def test_only_a_name_that_is_not_there_is_to_be_checked(endpoint):
 
 
 def test_a_revision_that_is_not_there_is_named(endpoint):
-    endpoint.always[f"/api/models/{MODEL}/revision/v9"] = ("status", 404, {"X-Error-Code": "RevisionNotFound"})
+    endpoint.always[f"/api/models/{MODEL}/revision/v9"] = (
+        "status",
+        404,
+        {"X-Error-Code": "RevisionNotFound"},
+    )
     problem, hint = trouble("v9")
     assert "no revision 'v9'" in problem
     assert hint.startswith(f"{endpoint.url}/{MODEL}/tree/main lists them")
@@ -83,18 +97,43 @@ def test_a_revision_that_is_not_there_is_named(endpoint):
 
 PAGE = b"<html>log in to this network</html>"
 BROKEN = {
-    "a page": (("raw", HEAD + b"Content-Length: %d\r\n\r\n" % len(PAGE) + PAGE), "answers as no hub does"),
-    "a list": (("raw", HEAD + b"Content-Length: 2\r\n\r\n[]"), "answers as no hub does"),
-    "nothing known": (("raw", HEAD + b"Content-Length: 2\r\n\r\n{}"), "answers as no hub does"),
+    "a page": (
+        ("raw", HEAD + b"Content-Length: %d\r\n\r\n" % len(PAGE) + PAGE),
+        "answers as no hub does",
+    ),
+    "a list": (
+        ("raw", HEAD + b"Content-Length: 2\r\n\r\n[]"),
+        "answers as no hub does",
+    ),
+    "nothing known": (
+        ("raw", HEAD + b"Content-Length: 2\r\n\r\n{}"),
+        "answers as no hub does",
+    ),
     "nothing": (("hang",), "no answer within|does not answer"),
     "a cut": (("raw", b""), "cut the connection"),
     "half": (("raw", HEAD + b"Content-Length: 100\r\n\r\n{"), "cut the connection"),
     "busy": (("status", 503), "HTTP 503 from .*: it is busy or out of order"),
-    "an old token": (("status", 401, {"X-Error-Message": "Invalid credentials in Authorization header"}), "HTTP 401"),
+    "an old token": (
+        (
+            "status",
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+        ),
+        "HTTP 401",
+    ),
     "drops": (("drip", HEAD + b"X: "), "no answer within"),
-    "an endless answer": (("endless", CHUNKED), "an answer of more than 67,108,864 bytes|no answer within"),
-    "a packed answer": (("endless", CHUNKED.replace(b"OK", b"OK\r\nContent-Encoding: gzip")), "."),
-    "a step to nowhere": (("status", 302, {"Location": "http://127.0.0.1:9/x"}), "cannot be reached"),
+    "an endless answer": (
+        ("endless", CHUNKED),
+        "an answer of more than 67,108,864 bytes|no answer within",
+    ),
+    "a packed answer": (
+        ("endless", CHUNKED.replace(b"OK", b"OK\r\nContent-Encoding: gzip")),
+        ".",
+    ),
+    "a step to nowhere": (
+        ("status", 302, {"Location": "http://127.0.0.1:9/x"}),
+        "cannot be reached",
+    ),
 }
 
 
@@ -104,7 +143,9 @@ def test_a_hub_that_answers_badly_is_no_wrong_name(endpoint, case):
     fault, expected = BROKEN[case]
     endpoint.always[API] = fault
     problem, hint = trouble()
-    assert pytest.raises(AssertionError, match=expected).matches(AssertionError(problem)), problem
+    assert pytest.raises(AssertionError, match=expected).matches(
+        AssertionError(problem)
+    ), problem
     assert "check the name" not in hint
     assert hint
 
@@ -117,14 +158,23 @@ def test_a_file_that_is_refused_half_way(endpoint, monkeypatch):
     assert "where it stopped" in hint
 
 
-def test_a_folder_that_cannot_be_written_is_no_wrong_name(endpoint, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_no_wrong_name(
+    endpoint, tmp_path, monkeypatch
+):
     (tmp_path / "cache").write_text("a file where the cache should be")
     problem, hint = trouble()
     assert f"{tmp_path / 'cache'}" in problem
     assert hint == "set HF_HOME to a folder that can be written"
-    found = hub.trouble(OSError(errno.EROFS, "Read-only file system", "/cache/x"), hub.Repository(MODEL))
-    assert found == hub.Trouble("/cache/x: cannot be written: Read-only file system", hint)
-    found = hub.trouble(OSError(errno.ENOSPC, "No space left on device", "/cache/x"), hub.Repository(MODEL))
+    found = hub.trouble(
+        OSError(errno.EROFS, "Read-only file system", "/cache/x"), hub.Repository(MODEL)
+    )
+    assert found == hub.Trouble(
+        "/cache/x: cannot be written: Read-only file system", hint
+    )
+    found = hub.trouble(
+        OSError(errno.ENOSPC, "No space left on device", "/cache/x"),
+        hub.Repository(MODEL),
+    )
     assert "make room" in found.hint
 
 
@@ -142,7 +192,9 @@ def test_the_hub_is_asked_through_the_proxy_of_the_environment(endpoint, monkeyp
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.example")
     monkeypatch.setenv("HTTP_PROXY", endpoint.url)
     huggingface_hub.close_session()
-    assert (catalog.hub_folder(MODEL, None) / "config.json").read_bytes() == FILES["config.json"]
+    assert (catalog.hub_folder(MODEL, None) / "config.json").read_bytes() == FILES[
+        "config.json"
+    ]
 
 
 def test_a_proxy_that_cannot_be_used_is_named(endpoint, monkeypatch):

@@ -19,7 +19,14 @@ from mmedit_cli.errors import UserError
 def bring(site, target, *, size=None, manners=QUICK, path="/file"):
     ticks = []
     with transfer.client(manners) as session:
-        Transfer(session, site.url + path, target, size, manners, lambda what, n, total: ticks.append(n)).run()
+        Transfer(
+            session,
+            site.url + path,
+            target,
+            size,
+            manners,
+            lambda what, n, total: ticks.append(n),
+        ).run()
     return sum(ticks)
 
 
@@ -115,14 +122,22 @@ def test_what_a_killed_attempt_left_beside_a_whole_file_goes(broken, content, tm
     [
         ("status", 416, {"Content-Range": "bytes */30000"}),
         ("headers", {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"}),
-        ("headers", {"Content-Range": f"bytes 30000-{len(CONTENT) - 1}/{len(CONTENT) + 1}"}),
-        ("headers", {"Content-Range": f"bytes 30000-{len(CONTENT) - 2}/{len(CONTENT)}"}),
+        (
+            "headers",
+            {"Content-Range": f"bytes 30000-{len(CONTENT) - 1}/{len(CONTENT) + 1}"},
+        ),
+        (
+            "headers",
+            {"Content-Range": f"bytes 30000-{len(CONTENT) - 2}/{len(CONTENT)}"},
+        ),
         ("headers", {"Content-Range": "bytes"}),
         ("headers", {"Content-Type": "text/html"}),
         ("status", 206, {}),
     ],
 )
-def test_an_answer_that_is_not_the_rest_is_never_put_behind_the_first_part(broken, content, tmp_path, fault):
+def test_an_answer_that_is_not_the_rest_is_never_put_behind_the_first_part(
+    broken, content, tmp_path, fault
+):
     broken.faults["/file"] = [fault]
     bring(broken, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == content
@@ -130,7 +145,16 @@ def test_an_answer_that_is_not_the_rest_is_never_put_behind_the_first_part(broke
 
 
 @pytest.mark.parametrize(
-    "note", ["{", "[]", '{"url": 3}', "null", '["a", "b", "c"]', json.dumps(["", "", 1]), "[" * 100_000]
+    "note",
+    [
+        "{",
+        "[]",
+        '{"url": 3}',
+        "null",
+        '["a", "b", "c"]',
+        json.dumps(["", "", 1]),
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_note_is_no_obstacle(site, content, tmp_path, note):
     site.files["/file"] = content
@@ -152,7 +176,9 @@ def test_a_busy_server_is_waited_for_as_long_as_it_asks(site, content, tmp_path)
 
 def test_retry_after_may_be_a_date(site, content, tmp_path):
     site.files["/file"] = content
-    site.faults["/file"] = [("status", 503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})]
+    site.faults["/file"] = [
+        ("status", 503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    ]
     bring(site, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == content
 
@@ -180,15 +206,28 @@ def test_a_wrong_size_is_seen_before_anything_is_read(site, content, tmp_path):
 
 
 def test_a_page_instead_of_a_file(site, tmp_path):
-    site.files["/file"], site.types["/file"] = b"<html>please log in</html>", "text/html; charset=utf-8"
+    site.files["/file"], site.types["/file"] = (
+        b"<html>please log in</html>",
+        "text/html; charset=utf-8",
+    )
     with pytest.raises(PageInstead) as error:
         bring(site, tmp_path / "file")
     assert "log in" in error.value.text
 
 
 def test_nobody_there(tmp_path):
-    with transfer.client(QUICK) as session, pytest.raises(TransferError, match="refused"):
-        Transfer(session, "http://127.0.0.1:9/x", tmp_path / "x", None, QUICK, lambda *a: None).run()
+    with (
+        transfer.client(QUICK) as session,
+        pytest.raises(TransferError, match="refused"),
+    ):
+        Transfer(
+            session,
+            "http://127.0.0.1:9/x",
+            tmp_path / "x",
+            None,
+            QUICK,
+            lambda *a: None,
+        ).run()
     assert left(tmp_path) == []
 
 
@@ -202,7 +241,9 @@ def test_an_interruption_keeps_what_came(site, content, tmp_path):
             raise KeyboardInterrupt
 
     with transfer.client(QUICK) as session, pytest.raises(KeyboardInterrupt):
-        Transfer(session, site.url + "/file", tmp_path / "file", None, QUICK, interrupt).run()
+        Transfer(
+            session, site.url + "/file", tmp_path / "file", None, QUICK, interrupt
+        ).run()
     part = (tmp_path / "file.part").read_bytes()
     assert part
     assert content.startswith(part)
@@ -224,23 +265,32 @@ def refused(site, tmp_path, match, *, manners=QUICK, **more):
 
 def test_an_endless_body_stops_at_the_expected_size(site, tmp_path):
     site.always["/file"] = ("endless", CHUNKED)
-    refused(site, tmp_path, "more than the 100,000 bytes that were expected", size=100_000)
+    refused(
+        site, tmp_path, "more than the 100,000 bytes that were expected", size=100_000
+    )
     assert left(tmp_path) == []
 
 
-def test_an_endless_body_of_which_nobody_knows_the_size_stops_too(site, tmp_path, monkeypatch):
+def test_an_endless_body_of_which_nobody_knows_the_size_stops_too(
+    site, tmp_path, monkeypatch
+):
     monkeypatch.setattr(web, "_UNSTATED_BODY", 300_000)
     site.always["/file"] = ("endless", CHUNKED)
     refused(site, tmp_path, "more than 300,000 bytes")
     assert left(tmp_path) == []
 
 
-def test_an_endless_redirect_and_an_endless_page_are_not_read(site, tmp_path, monkeypatch):
+def test_an_endless_redirect_and_an_endless_page_are_not_read(
+    site, tmp_path, monkeypatch
+):
     site.always["/file"] = (
         "endless", b"HTTP/1.1 302 Found\r\nLocation: /other\r\nTransfer-Encoding: chunked\r\n\r\n"
     )  # fmt: skip
     refused(site, tmp_path, "an answer of more than 1,048,576 bytes")
-    site.always["/file"] = ("endless", CHUNKED.replace(b"OK", b"OK\r\nContent-Type: text/html"))
+    site.always["/file"] = (
+        "endless",
+        CHUNKED.replace(b"OK", b"OK\r\nContent-Type: text/html"),
+    )
     refused(site, tmp_path, "a web page came instead of the file")
 
 
@@ -312,7 +362,9 @@ def test_what_is_no_file_never_becomes_one(site, content, tmp_path, fault, match
 def test_a_body_shorter_than_expected_is_refused(site, content, tmp_path):
     site.files["/file"] = content
     site.always["/file"] = ("headers", {"Content-Length": str(len(content) - 1)})
-    refused(site, tmp_path, "127,999 bytes, where 128,000 were expected", size=len(content))
+    refused(
+        site, tmp_path, "127,999 bytes, where 128,000 were expected", size=len(content)
+    )
 
 
 def test_a_redirect_from_https_to_http_is_not_followed():
@@ -320,13 +372,23 @@ def test_a_redirect_from_https_to_http_is_not_followed():
 
     def answer(request):
         asked.append(str(request.url))
-        where = {"/down": "http://example.org/file", "/over": "https://example.org/file"}.get(request.url.path)
-        return httpx2.Response(302, headers={"Location": where}) if where else httpx2.Response(200, content=b"x")
+        where = {
+            "/down": "http://example.org/file",
+            "/over": "https://example.org/file",
+        }.get(request.url.path)
+        return (
+            httpx2.Response(302, headers={"Location": where})
+            if where
+            else httpx2.Response(200, content=b"x")
+        )
 
     with web.client(5) as session:
         session._transport = httpx2.MockTransport(answer)
         session._mounts = {}
-        with pytest.raises(web.Refused, match=r"safe.org redirects from https to http, to example.org: not followed"):
+        with pytest.raises(
+            web.Refused,
+            match=r"safe.org redirects from https to http, to example.org: not followed",
+        ):
             session.get("https://safe.org/down")
         assert asked == ["https://safe.org/down"]
         assert session.get("https://safe.org/over").text == "x"
@@ -338,7 +400,12 @@ def test_proxies_of_the_environment_are_used(site, content, tmp_path, monkeypatc
     monkeypatch.setenv("HTTP_PROXY", site.url)
     with transfer.client(QUICK) as session:
         Transfer(
-            session, "http://files.example/file", tmp_path / "file", None, QUICK, lambda what, n, total: None
+            session,
+            "http://files.example/file",
+            tmp_path / "file",
+            None,
+            QUICK,
+            lambda what, n, total: None,
         ).run()
     assert (tmp_path / "file").read_bytes() == content
 
@@ -355,6 +422,15 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, proxy):
 def test_a_proxy_that_is_not_there_is_named_without_its_password(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://me:secret@127.0.0.1:9")
     with transfer.client(HASTY) as session, pytest.raises(TransferError) as caught:
-        Transfer(session, "http://files.example/x", tmp_path / "x", None, HASTY, lambda *a: None).run()
-    assert "through the proxy http://127.0.0.1:9 of the environment" in str(caught.value)
+        Transfer(
+            session,
+            "http://files.example/x",
+            tmp_path / "x",
+            None,
+            HASTY,
+            lambda *a: None,
+        ).run()
+    assert "through the proxy http://127.0.0.1:9 of the environment" in str(
+        caught.value
+    )
     assert "secret" not in str(caught.value)

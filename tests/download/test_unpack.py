@@ -53,14 +53,28 @@ def refused(archive, tmp_path, match, **kw):
 def test_good_archives(tmp_path, mode):
     entries = [("a/b.txt", b"one"), ("c d.txt", b"two"), ("empty.txt", b"")]
     archive = tmp_path / "some.download"  # the content tells, not the name
-    make_zip(archive, entries) if mode == "zip" else make_tar(archive, [("./a/b.txt", b"one"), *entries[1:]], mode)
+    make_zip(archive, entries) if mode == "zip" else make_tar(
+        archive, [("./a/b.txt", b"one"), *entries[1:]], mode
+    )
     assert is_archive(archive)
     unpack(archive, tmp_path / "out")
     out = tmp_path / "out"
-    assert {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()} == dict(entries)
+    assert {
+        p.relative_to(out).as_posix(): p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file()
+    } == dict(entries)
 
 
-EVIL = ["../evil", "a/../../evil", "/tmp/evil", "a\\..\\evil", "C:/evil", "a//b", "./../evil"]
+EVIL = [
+    "../evil",
+    "a/../../evil",
+    "/tmp/evil",
+    "a\\..\\evil",
+    "C:/evil",
+    "a//b",
+    "./../evil",
+]
 
 
 @pytest.mark.parametrize("name", EVIL)
@@ -75,10 +89,14 @@ def test_names_that_lead_out_of_a_tar(tmp_path, name):
     refused(archive, tmp_path, "x.tar.gz: .*does not stay in the folder")
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "../../secret", "..", "good/../../.."])
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../secret", "..", "good/../../.."]
+)
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
 def test_links_that_lead_out(tmp_path, target, kind):
-    archive = make_tar(tmp_path / "x.tar", [("good", b"1"), link("bad", target, kind)], "w")
+    archive = make_tar(
+        tmp_path / "x.tar", [("good", b"1"), link("bad", target, kind)], "w"
+    )
     refused(archive, tmp_path, "x.tar: bad: ")
 
 
@@ -91,7 +109,11 @@ def test_nothing_is_written_through_a_link(tmp_path):
 
 
 def test_a_link_inside_becomes_a_copy(tmp_path):
-    entries = [link("second/copy", "../first"), ("first", b"1"), link("hard", "first", tarfile.LNKTYPE)]
+    entries = [
+        link("second/copy", "../first"),
+        ("first", b"1"),
+        link("hard", "first", tarfile.LNKTYPE),
+    ]
     unpack(make_tar(tmp_path / "x.tar", entries, "w"), tmp_path / "out")
     for name in ("first", "second/copy", "hard"):
         path = tmp_path / "out" / name
@@ -108,13 +130,25 @@ def test_devices_are_refused(tmp_path):
 def test_a_link_in_a_zip(tmp_path):
     info = zipfile.ZipInfo("bad")
     info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    refused(make_zip(tmp_path / "x.zip", [(info, b"/etc/passwd")]), tmp_path, "x.zip: bad: a link")
+    refused(
+        make_zip(tmp_path / "x.zip", [(info, b"/etc/passwd")]),
+        tmp_path,
+        "x.zip: bad: a link",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_entries_of_one_name(tmp_path):
-    refused(make_zip(tmp_path / "x.zip", [("a", b"1"), ("a", b"2")]), tmp_path, "x.zip: a: two entries")
-    refused(make_tar(tmp_path / "x.tar", [("a", b"1"), ("a", b"2")], "w"), tmp_path, "x.tar: a: two entries")
+    refused(
+        make_zip(tmp_path / "x.zip", [("a", b"1"), ("a", b"2")]),
+        tmp_path,
+        "x.zip: a: two entries",
+    )
+    refused(
+        make_tar(tmp_path / "x.tar", [("a", b"1"), ("a", b"2")], "w"),
+        tmp_path,
+        "x.tar: a: two entries",
+    )
 
 
 def test_a_password(tmp_path):
@@ -127,9 +161,13 @@ def test_a_password(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
 def test_cut_off(tmp_path, suffix):
-    entries = [(f"{i}", bytes(range(256)) * 40 + str(i).encode() * 999) for i in range(20)]
+    entries = [
+        (f"{i}", bytes(range(256)) * 40 + str(i).encode() * 999) for i in range(20)
+    ]
     archive = tmp_path / f"x.{suffix}"
-    make_zip(archive, entries) if suffix == "zip" else make_tar(archive, entries, "w" if suffix == "tar" else "w:gz")
+    make_zip(archive, entries) if suffix == "zip" else make_tar(
+        archive, entries, "w" if suffix == "tar" else "w:gz"
+    )
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     refused(archive, tmp_path, f"x.{suffix}: (damaged|neither)")
 
@@ -151,8 +189,18 @@ def test_no_archive(tmp_path):
 def test_limits(tmp_path):
     archive = make_zip(tmp_path / "x.zip", [(str(i), bytes(50_000)) for i in range(10)])
     refused(archive, tmp_path, "more than 9 entries", limits=Limits(entries=9))
-    refused(archive, tmp_path, "unpacks to more than 499,999 bytes", limits=Limits(bytes=499_999))
-    refused(archive, tmp_path, "unpacks to more than", limits=Limits(ratio=20, free_ratio_bytes=1000))
+    refused(
+        archive,
+        tmp_path,
+        "unpacks to more than 499,999 bytes",
+        limits=Limits(bytes=499_999),
+    )
+    refused(
+        archive,
+        tmp_path,
+        "unpacks to more than",
+        limits=Limits(ratio=20, free_ratio_bytes=1000),
+    )
     unpack(archive, tmp_path / "out", Limits(entries=10, bytes=500_000))
 
 
@@ -168,7 +216,13 @@ def bomb(path, kind, count):
 
 
 @pytest.mark.parametrize(
-    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE]
+    "kind",
+    [
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+    ],
 )
 def test_a_tar_header_that_claims_gigabytes_is_not_read(tmp_path, kind):
     archive = bomb(tmp_path / "x.tar.gz", kind, 64 << 20)
@@ -203,11 +257,15 @@ def with_dictionary(packed):
     raw = bytearray(packed)
     start, size = 12, (raw[12] + 1) * 4
     raw[start + 4] = 39
-    raw[start + size - 4 : start + size] = zlib.crc32(raw[start : start + size - 4]).to_bytes(4, "little")
+    raw[start + size - 4 : start + size] = zlib.crc32(
+        raw[start : start + size - 4]
+    ).to_bytes(4, "little")
     return bytes(raw)
 
 
 def test_a_zip_packed_with_lzma_is_left_to_others(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as file:
         file.writestr("a", b"1")
-    refused(tmp_path / "x.zip", tmp_path, "x.zip: a: packed in a way that is not known here")
+    refused(
+        tmp_path / "x.zip", tmp_path, "x.zip: a: packed in a way that is not known here"
+    )

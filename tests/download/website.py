@@ -51,7 +51,14 @@ class Site:
         """The Range headers of the requests for a path."""
         return [asked for where, asked in self.seen if where == path]
 
-    def repository(self, repo: str, files: dict[str, bytes], *, kind: str = "datasets", licence: str = "mit") -> None:
+    def repository(
+        self,
+        repo: str,
+        files: dict[str, bytes],
+        *,
+        kind: str = "datasets",
+        licence: str = "mit",
+    ) -> None:
         """Serve a repository as the hub does: a description, a tree, and its files at one commit."""
         prefix = "" if kind == "models" else f"/{kind}"
         entries, tree = [], []
@@ -59,12 +66,28 @@ class Site:
             sha256 = hashlib.sha256(content).hexdigest()
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             large = not path.endswith((".json", ".txt"))
-            lfs = {"sha256": sha256, "oid": sha256, "size": len(content), "pointerSize": 130}
+            lfs = {
+                "sha256": sha256,
+                "oid": sha256,
+                "size": len(content),
+                "pointerSize": 130,
+            }
             entries.append(
-                {"rfilename": path, "size": len(content), "blobId": blob, **({"lfs": lfs} if large else {})}
+                {
+                    "rfilename": path,
+                    "size": len(content),
+                    "blobId": blob,
+                    **({"lfs": lfs} if large else {}),
+                }
             )
             tree.append(
-                {"type": "file", "path": path, "size": len(content), "oid": blob, **({"lfs": lfs} if large else {})}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": blob,
+                    **({"lfs": lfs} if large else {}),
+                }
             )
             for revision in ("main", COMMIT):
                 self.files[f"{prefix}/{repo}/resolve/{revision}/{path}"] = content
@@ -75,7 +98,9 @@ class Site:
         for revision in ("", "/revision/main", f"/revision/{COMMIT}"):
             self.files[f"/api/{kind}/{repo}{revision}"] = json.dumps(info).encode()
         for revision in ("main", COMMIT):
-            self.files[f"/api/{kind}/{repo}/tree/{revision}"] = json.dumps(tree).encode()
+            self.files[f"/api/{kind}/{repo}/tree/{revision}"] = json.dumps(
+                tree
+            ).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,24 +122,42 @@ class _Handler(BaseHTTPRequestHandler):
         site.seen.append((path, asked))
         site.tokens.add(self.headers.get("Authorization", ""))
         site.hook(path)
-        fault = site.always.get(path) or (site.faults[path].pop(0) if site.faults[path] else ("none",))
+        fault = site.always.get(path) or (
+            site.faults[path].pop(0) if site.faults[path] else ("none",)
+        )
         if fault[0] in _ODD:
             self.close_connection = True
             return _ODD[fault[0]](self, *fault[1:])
         if fault[0] == "status":
-            return self._head(fault[1], {**(fault[2] if len(fault) > 2 else {}), "Content-Length": "0"})
+            return self._head(
+                fault[1],
+                {**(fault[2] if len(fault) > 2 else {}), "Content-Length": "0"},
+            )
         if path not in site.files:
-            headers = {"X-Error-Code": "RepoNotFound"} if path.startswith("/api") else {}
+            headers = (
+                {"X-Error-Code": "RepoNotFound"} if path.startswith("/api") else {}
+            )
             return self._head(404, {**headers, "Content-Length": "0"})
         content = site.files[path]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Content-Type": site.types.get(path, "application/json")}
+        headers = {
+            "ETag": etag,
+            "X-Repo-Commit": COMMIT,
+            "Content-Type": site.types.get(path, "application/json"),
+        }
         status, start, end = 200, 0, len(content)
         if asked and site.ranges and self.headers.get("If-Range", etag) == etag:
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
-            status, start, end = 206, int(first), min(int(last) + 1 if last else end, end)
+            status, start, end = (
+                206,
+                int(first),
+                min(int(last) + 1 if last else end, end),
+            )
             if start >= len(content):
-                return self._head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+                return self._head(
+                    416,
+                    {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"},
+                )
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         payload = content[start:end] if fault[0] != "garbage" else bytes(end - start)
         headers |= {"Content-Length": str(len(payload)), "Accept-Ranges": "bytes"}
@@ -152,7 +195,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-_ODD = {"raw": _Handler._raw, "hang": _Handler._hang, "drip": _Handler._drip, "endless": _Handler._endless}
+_ODD = {
+    "raw": _Handler._raw,
+    "hang": _Handler._hang,
+    "drip": _Handler._drip,
+    "endless": _Handler._endless,
+}
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -160,11 +208,17 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 def serve() -> Iterator[Site]:
     """Run a site on this machine while the block runs."""
     found = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": found}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_Handler,), {"site": found})
+    )
     server.daemon_threads = True
-    server.handle_error = lambda *words: None  # clients go away here, as they are meant to
+    server.handle_error = lambda *words: (
+        None
+    )  # clients go away here, as they are meant to
     found.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}
+    )
     thread.start()
     try:
         yield found

@@ -9,9 +9,9 @@ import torch
 from conftest import QUERIES, SHAPES
 from safetensors.torch import load_file
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors.ft import Ft, FtHparams
 from mmedit_cli.errors import DataError, MmeditError
+from mmedit_cli.knowledge.methods.ft import Ft, FtHparams
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.types import Query
 
 REQUEST = Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png")
@@ -29,7 +29,11 @@ def test_the_published_loop_is_reproduced(golden, case):
     folder = golden / "liveedit_blip2"
     records = json.loads((folder / "records_vqa.json").read_text())
     requests = [
-        Query(records[i]["src"] + " The answer is:", records[i]["alt"], folder / "images" / records[i]["image"])
+        Query(
+            records[i]["src"] + " The answer is:",
+            records[i]["alt"],
+            folder / "images" / records[i]["image"],
+        )
         for i in settings["records"]
     ]
     backbone = load_backbone(str(folder / "model"), device="cpu")
@@ -44,7 +48,10 @@ def test_the_published_loop_is_reproduced(golden, case):
     assert wrong.float().mean() <= 1e-3
     for i, request in zip(settings["records"], requests, strict=True):
         batch = backbone.batch([request])
-        assert_close(backbone.logits(batch)[batch.predicting], expected[f"{case}.record{i}.logits_edited"])
+        assert_close(
+            backbone.logits(batch)[batch.predicting],
+            expected[f"{case}.record{i}.logits_edited"],
+        )
 
 
 def test_caching_the_frozen_part_changes_no_bit(backbone, monkeypatch):
@@ -53,17 +60,23 @@ def test_caching_the_frozen_part_changes_no_bit(backbone, monkeypatch):
     losses.editor.undo()
 
     def whole(self, requests):
-        from mmedit_cli.editors._losses import answer_loss
+        from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 
         batch = self.backbone.batch(requests)
-        return lambda: answer_loss(self.backbone.logits(batch)[batch.predicting], batch.answers)
+        return lambda: answer_loss(
+            self.backbone.logits(batch)[batch.predicting], batch.answers
+        )
 
     monkeypatch.setattr(Ft, "_prepare", whole)
     for target in ("lm", "connector"):
-        uncached = Ft(backbone, FtHparams(target=target, steps=4, learning_rate=1e-2)).edit([REQUEST])
+        uncached = Ft(
+            backbone, FtHparams(target=target, steps=4, learning_rate=1e-2)
+        ).edit([REQUEST])
         uncached.editor.undo()
         monkeypatch.undo()
-        cached = Ft(backbone, FtHparams(target=target, steps=4, learning_rate=1e-2)).edit([REQUEST])
+        cached = Ft(
+            backbone, FtHparams(target=target, steps=4, learning_rate=1e-2)
+        ).edit([REQUEST])
         cached.editor.undo()
         assert cached.info["losses"] == pytest.approx(uncached.info["losses"], abs=1e-5)
         monkeypatch.setattr(Ft, "_prepare", whole)
@@ -82,7 +95,9 @@ def test_the_vision_tower_runs_once_a_connector_edit(backbone):
 def test_the_norm_constraint_bounds_every_weight(backbone):
     name = backbone.anchors.path("ffn_out", -1) + ".weight"
     before = backbone.model.get_parameter(name).clone()
-    with Ft(backbone, FtHparams(learning_rate=0.1, steps=5, norm_constraint=1e-3)).edit([REQUEST]):
+    with Ft(backbone, FtHparams(learning_rate=0.1, steps=5, norm_constraint=1e-3)).edit(
+        [REQUEST]
+    ):
         change = (backbone.model.get_parameter(name) - before).abs()
         assert 9e-4 < change.max() <= 1e-3 + 1e-6
     with Ft(backbone, FtHparams(learning_rate=0.1, steps=5)).edit([REQUEST]):
@@ -103,7 +118,9 @@ def test_several_layers(backbone):
     editor = Ft(backbone, FtHparams(layers=(-1, 2)))
     assert editor.first_layer == 2
     editor.edit([REQUEST])
-    assert set(editor.state()[0]) == {backbone.anchors.path("ffn_out", layer) + ".weight" for layer in (2, 5)}
+    assert set(editor.state()[0]) == {
+        backbone.anchors.path("ffn_out", layer) + ".weight" for layer in (2, 5)
+    }
     editor.undo()
 
 
@@ -115,6 +132,11 @@ def test_bad_requests_and_values_are_explained(backbone):
         Ft(backbone, FtHparams(learning_rate=1e37, steps=5)).edit([REQUEST])
     assert "learning_rate" in diverged.value.hint
     assert torch.equal(backbone.logits(backbone.batch(QUERIES)), base)
-    for wrong in ({"steps": 0}, {"learning_rate": -1.0}, {"norm_constraint": 0.0}, {"layers": ()}):
+    for wrong in (
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"norm_constraint": 0.0},
+        {"layers": ()},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FtHparams(**wrong)

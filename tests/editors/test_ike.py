@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import QUERIES, SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors._sentences import sentence_encoder
-from mmedit_cli.editors.ike import Ike, IkeHparams, read_demonstrations
 from mmedit_cli.errors import DataError, ModelError
+from mmedit_cli.knowledge.methods.ike import Ike, IkeHparams, read_demonstrations
+from mmedit_cli.knowledge.methods.shared.sentences import sentence_encoder
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.types import Query
 
 REQUEST = Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png")
@@ -25,7 +25,11 @@ def backbone():
 @pytest.fixture
 def facts(tmp_path):
     """Training facts; the second says the same as REQUEST, of another picture."""
-    rows = [("What is it?", "a red dot", "x.png"), ("What is this?", "A blue star", "y.png"), ("Say 5", "five", None)]
+    rows = [
+        ("What is it?", "a red dot", "x.png"),
+        ("What is this?", "A blue star", "y.png"),
+        ("Say 5", "five", None),
+    ]
     lines = [
         {"id": str(i), "request": {"prompt": p, "target": t, **({"image": image} if image else {})},
          "generality": {"text": [{"prompt": p + "!", "target": t}]},
@@ -42,8 +46,12 @@ def test_the_fact_stands_in_front_and_goes_away_again(backbone, facts):
     plain = backbone.encode(QUERIES[0]).ids
     edited = editor.edit([REQUEST])
     assert edited.info["form"] == "copied-answer"
-    text = backbone.tokenizer.decode(backbone.encode(QUERIES[0]).ids, skip_special_tokens=True)
-    assert "New Fact: What is this? a blue star\nPrompt: What is this? a blue star" in text
+    text = backbone.tokenizer.decode(
+        backbone.encode(QUERIES[0]).ids, skip_special_tokens=True
+    )
+    assert (
+        "New Fact: What is this? a blue star\nPrompt: What is this? a blue star" in text
+    )
     assert isinstance(backbone.generate([QUERIES[0]], max_new_tokens=2)[0], str)
     editor.undo()
     assert backbone.encode(QUERIES[0]).ids == plain
@@ -109,4 +117,6 @@ def test_a_sentence_encoder_of_transformers(backbone, tmp_path):
     encode = sentence_encoder(str(tmp_path), backbone)
     vectors = encode(["a red dot", "what is this in the picture"])
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(encode(["a red dot"])[0], vectors[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encode(["a red dot"])[0], vectors[0], atol=1e-5, rtol=1e-5
+    )

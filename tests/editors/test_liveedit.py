@@ -9,10 +9,16 @@ import torch
 from conftest import QUERIES, SHAPES
 from test_editor_contract import REQUESTS, logits, make
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors import _liveedit_refining
-from mmedit_cli.editors._experts import BLOCK, ExpertBank, adapt, choose, soft_weights
-from mmedit_cli.editors._liveedit_training import (
+from mmedit_cli.errors import DataError, HparamsError, StateError
+from mmedit_cli.knowledge.methods.liveedit import refining
+from mmedit_cli.knowledge.methods.liveedit.experts import (
+    BLOCK,
+    ExpertBank,
+    adapt,
+    choose,
+    soft_weights,
+)
+from mmedit_cli.knowledge.methods.liveedit.training import (
     LOCALITY,
     Draws,
     Items,
@@ -22,13 +28,18 @@ from mmedit_cli.editors._liveedit_training import (
     draw,
     losses_of,
 )
-from mmedit_cli.errors import DataError, HparamsError, StateError
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
 
 FAR = Query("What is this?", "a shape", SHAPES / "solid/blue-star.png")
 CASES = [
-    EditCase(f"case{i}", request, {"text": (replace(request, prompt=f"Say: {request.prompt}"),)}, {"far": (FAR,)})
+    EditCase(
+        f"case{i}",
+        request,
+        {"text": (replace(request, prompt=f"Say: {request.prompt}"),)},
+        {"far": (FAR,)},
+    )
     for i, request in enumerate(REQUESTS)
 ]
 
@@ -74,7 +85,10 @@ def test_what_touches_says_is_what_changes(editor):
     queries = [*REQUESTS, *QUERIES, FAR]
     before = [answers(editor.backbone, [query]) for query in queries]
     editor.edit(REQUESTS[:1])
-    changed = [not torch.equal(answers(editor.backbone, [q]), b) for q, b in zip(queries, before, strict=True)]
+    changed = [
+        not torch.equal(answers(editor.backbone, [q]), b)
+        for q, b in zip(queries, before, strict=True)
+    ]
     assert editor.touches(queries) == changed
     assert True in changed
     assert False in changed
@@ -83,15 +97,22 @@ def test_what_touches_says_is_what_changes(editor):
 def test_batched_equals_single_in_the_edited_model(editor):
     editor.edit(REQUESTS)
     together = answers(editor.backbone, [*QUERIES, *REQUESTS])
-    alone = torch.cat([answers(editor.backbone, [query]) for query in (*QUERIES, *REQUESTS)])
+    alone = torch.cat(
+        [answers(editor.backbone, [query]) for query in (*QUERIES, *REQUESTS)]
+    )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_an_expert_that_is_not_chosen_changes_no_bit(editor):
     editor.edit(REQUESTS[:1])
     before = answers(editor.backbone, REQUESTS[:1])
-    rows = {name: tensor[:1].expand(BLOCK, *tensor.shape[1:]) for name, tensor in editor._bank.tensors().items()}
-    rows |= {"vision": -50 * rows["vision"]}  # far below any threshold where the first one is above
+    rows = {
+        name: tensor[:1].expand(BLOCK, *tensor.shape[1:])
+        for name, tensor in editor._bank.tensors().items()
+    }
+    rows |= {
+        "vision": -50 * rows["vision"]
+    }  # far below any threshold where the first one is above
     others = [Query(f"Other question {i}?", "x", FAR.image) for i in range(BLOCK)]
     editor._add(rows, others)
     assert len(editor._bank) == BLOCK + 1, "also over the border of a block"
@@ -101,43 +122,70 @@ def test_an_expert_that_is_not_chosen_changes_no_bit(editor):
 def test_the_threshold_is_strict_and_raising_it_adds_nothing():
     score = torch.tensor([[0.5, 0.0, -0.5, 1.0]])
     for threshold, kept in ((0.0, [0, 3]), (-0.5, [0, 1, 3]), (0.5, [3]), (1.0, [])):
-        assert choose(score > threshold, score, None, gated=True).index.tolist() == [kept]
+        assert choose(score > threshold, score, None, gated=True).index.tolist() == [
+            kept
+        ]
 
 
 def test_weights():
     score = torch.tensor([[0.0, torch.log(torch.tensor(3.0))]])
     keep = torch.tensor([[True, True]])
-    torch.testing.assert_close(soft_weights(score, keep, gated=True), torch.tensor([[0.125, 0.5625]]))
-    torch.testing.assert_close(soft_weights(score, keep, gated=False), torch.tensor([[0.2, 0.6]]))  # 1, 3 and none: 1
+    torch.testing.assert_close(
+        soft_weights(score, keep, gated=True), torch.tensor([[0.125, 0.5625]])
+    )
+    torch.testing.assert_close(
+        soft_weights(score, keep, gated=False), torch.tensor([[0.2, 0.6]])
+    )  # 1, 3 and none: 1
     source = generator(0)
-    score, keep = 4 * torch.randn(50, 7, generator=source), torch.rand(50, 7, generator=source) < 0.4
+    score, keep = (
+        4 * torch.randn(50, 7, generator=source),
+        torch.rand(50, 7, generator=source) < 0.4,
+    )
     for gated in (True, False):
         weights = soft_weights(score, keep, gated=gated)
         assert ((weights > 0) == keep).all()
         assert (weights.sum(1) < 1).all()
-        assert torch.equal(weights[~keep.any(1)], torch.zeros_like(weights[~keep.any(1)]))
-        single = soft_weights(score[:, :1], torch.ones(50, 1, dtype=torch.bool), gated=gated)
+        assert torch.equal(
+            weights[~keep.any(1)], torch.zeros_like(weights[~keep.any(1)])
+        )
+        single = soft_weights(
+            score[:, :1], torch.ones(50, 1, dtype=torch.bool), gated=gated
+        )
         torch.testing.assert_close(single, score[:, :1].sigmoid())
     best = choose(keep, score, 1, gated=False)
     assert best.index.shape[1] == 1
-    assert torch.equal(best.index[keep.any(1)][:, 0], score.masked_fill(~keep, -99).argmax(1)[keep.any(1)])
+    assert torch.equal(
+        best.index[keep.any(1)][:, 0],
+        score.masked_fill(~keep, -99).argmax(1)[keep.any(1)],
+    )
 
 
 def test_the_residual():
     source = generator(1)
-    stream, u, v = (torch.randn(size, generator=source) for size in ((2, 5, 8), (2, 3, 4, 8), (2, 3, 4, 8)))
+    stream, u, v = (
+        torch.randn(size, generator=source)
+        for size in ((2, 5, 8), (2, 3, 4, 8), (2, 3, 4, 8))
+    )
     weight = torch.rand(2, 3, generator=source)
     one_by_one = stream.clone()
     for row in range(2):
         for i in range(3):
-            one_by_one[row] += weight[row, i] * (stream[row] @ u[row, i].T).relu() @ v[row, i]
-    torch.testing.assert_close(adapt(stream, stream, u, v, weight), one_by_one, atol=1e-5, rtol=1e-5)
+            one_by_one[row] += (
+                weight[row, i] * (stream[row] @ u[row, i].T).relu() @ v[row, i]
+            )
+    torch.testing.assert_close(
+        adapt(stream, stream, u, v, weight), one_by_one, atol=1e-5, rtol=1e-5
+    )
     twice = adapt(stream, stream, u, 2 * v, weight) - stream
-    torch.testing.assert_close(twice, 2 * (adapt(stream, stream, u, v, weight) - stream), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        twice, 2 * (adapt(stream, stream, u, v, weight) - stream), atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(adapt(stream, stream, u, 0 * v, weight), stream)
     assert torch.equal(adapt(stream, stream, 0 * u, v, weight), stream)
     same = adapt(stream[:1], stream[:1], u[:1], v[:1], weight[:1])
-    torch.testing.assert_close(adapt(stream[:1], stream[:1], u[0], v[0], weight[:1]), same)
+    torch.testing.assert_close(
+        adapt(stream[:1], stream[:1], u[0], v[0], weight[:1]), same
+    )
 
 
 def test_the_answer_that_is_fed_in_does_not_change_the_routing(editor):
@@ -145,7 +193,9 @@ def test_the_answer_that_is_fed_in_does_not_change_the_routing(editor):
     backbone = editor.backbone
     for with_answer in (True, False):
         batch = backbone.batch(REQUESTS, with_answer=with_answer)
-        _, routing = editor.route(backbone.prefix(batch, editor.first_layer).hidden, batch)
+        _, routing = editor.route(
+            backbone.prefix(batch, editor.first_layer).hidden, batch
+        )
         if with_answer:
             expected = routing
     assert torch.equal(routing.index, expected.index)
@@ -168,7 +218,9 @@ def test_generation_with_the_cache_is_greedy_decoding_without_it(editor):
             batch = replace(
                 batch,
                 input_ids=torch.cat((batch.input_ids, token), 1),
-                attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1), value=1),
+                attention_mask=torch.nn.functional.pad(
+                    batch.attention_mask, (0, 1), value=1
+                ),
                 image_mask=torch.nn.functional.pad(batch.image_mask, (0, 1)),
                 prompt_mask=torch.nn.functional.pad(batch.prompt_mask, (0, 1)),
             )
@@ -194,7 +246,9 @@ def test_a_model_that_is_called_past_the_backbone_is_refused(editor):
 # -- the repository -----------------------------------------------------------------------------------------------
 
 
-def test_an_expert_does_not_depend_on_earlier_edits_and_the_order_does_not_matter(editor):
+def test_an_expert_does_not_depend_on_earlier_edits_and_the_order_does_not_matter(
+    editor,
+):
     editor.edit(REQUESTS[2:])
     alone = editor._bank.tensors()
     editor.undo()
@@ -233,13 +287,17 @@ def test_the_newest_edit_of_the_same_picture_and_prompt_wins_until_it_is_undone(
 
 
 def test_many_experts_are_kept_in_order_and_grow(backbone):
-    bank = ExpertBank({"u": (1, 2), "v": (1, 2), "vision": (3,), "prompt": (3,)}, torch.device("cpu"))
+    bank = ExpertBank(
+        {"u": (1, 2), "v": (1, 2), "vision": (3,), "prompt": (3,)}, torch.device("cpu")
+    )
     for start in range(0, 3 * BLOCK, 100):
         numbers = torch.arange(start, start + 100).float()
         bank.add({"u": numbers.view(-1, 1, 1).expand(-1, 1, 2), "v": torch.zeros(100, 1, 2),
                   "vision": numbers[:, None].expand(-1, 3), "prompt": torch.zeros(100, 3)})  # fmt: skip
     assert bank.tensors()["u"][:, 0, 0].tolist() == list(range(len(bank)))
-    assert bank.compare("vision", lambda block: block.sum(1)[None])[0].tolist() == [3 * i for i in range(len(bank))]
+    assert bank.compare("vision", lambda block: block.sum(1)[None])[0].tolist() == [
+        3 * i for i in range(len(bank))
+    ]
 
 
 # -- wrong input --------------------------------------------------------------------------------------------------
@@ -252,14 +310,18 @@ def test_a_request_without_a_picture_is_refused(editor):
 
 
 def test_a_layer_that_is_not_there_is_named(backbone):
-    with pytest.raises(HparamsError, match=r"edit_layer 21: tiny-\w+ has the layers 0 to 5"):
+    with pytest.raises(
+        HparamsError, match=r"edit_layer 21: tiny-\w+ has the layers 0 to 5"
+    ):
         make("liveedit", ("edit_layer=21",), backbone)
     with pytest.raises(HparamsError, match=r"heads 5: must divide the width 48"):
         type(make("liveedit", (), backbone))(backbone, _with_heads(backbone, 5))
 
 
 def _with_heads(backbone, heads):
-    return replace(make("liveedit", (), backbone).hparams, heads=heads, module_dim=heads * 4)
+    return replace(
+        make("liveedit", (), backbone).hparams, heads=heads, module_dim=heads * 4
+    )
 
 
 def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_path):
@@ -285,21 +347,29 @@ def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_pa
 def test_an_expert_that_misses_is_refined(backbone):
     request, heard = replace(REQUESTS[0], target="a red balloon"), {}
     for steps in (0, 10, 40):
-        editor = make("liveedit", (f"refine={steps}", "margin=-100"), backbone)  # untrained: it says nothing yet
+        editor = make(
+            "liveedit", (f"refine={steps}", "margin=-100"), backbone
+        )  # untrained: it says nothing yet
         with editor.edit([request]):
             told = answers(backbone, [request]).log_softmax(-1)
-            heard[steps] = told.gather(1, backbone.batch([request]).answers[:, None]).sum()
+            heard[steps] = told.gather(
+                1, backbone.batch([request]).answers[:, None]
+            ).sum()
     assert heard[0] < heard[10] < heard[40]
 
 
 def test_what_says_its_answer_is_left_to_the_bit(backbone, monkeypatch):
     rows = {}
     for sure in (0.0, 0.9):  # from what probability on a token counts as said
-        monkeypatch.setattr(_liveedit_refining, "_SURE", sure)
+        monkeypatch.setattr(refining, "_SURE", sure)
         for steps in (0, 5):
-            with make("liveedit", (f"refine={steps}",), backbone).edit(REQUESTS) as edited:
+            with make("liveedit", (f"refine={steps}",), backbone).edit(
+                REQUESTS
+            ) as edited:
                 rows[sure, steps] = edited.editor.tensors()
-    assert all(torch.equal(rows[0.0, 0][name], rows[0.0, 5][name]) for name in rows[0.0, 0])
+    assert all(
+        torch.equal(rows[0.0, 0][name], rows[0.0, 5][name]) for name in rows[0.0, 0]
+    )
     for name, expert in rows[0.9, 5].items():
         assert torch.equal(rows[0.9, 0][name], expert) == (name not in "uv")
 
@@ -321,11 +391,16 @@ def steps(editor, count, **how):
 
 
 def test_training_reaches_every_network_and_nothing_else(editor):
-    before = {name: tensor.clone() for name, tensor in editor.backbone.model.state_dict().items()}
+    before = {
+        name: tensor.clone()
+        for name, tensor in editor.backbone.model.state_dict().items()
+    }
     steps(editor, 1)
     for name, parameter in editor.networks.named_parameters():
         assert parameter.grad is not None, name
-        assert not name.endswith("k.bias") or parameter.grad.abs().max() < 1e-5  # a softmax does not see it
+        assert (
+            not name.endswith("k.bias") or parameter.grad.abs().max() < 1e-5
+        )  # a softmax does not see it
         assert name.endswith("k.bias") or parameter.grad.abs().max() > 0, name
     for name, tensor in editor.backbone.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -342,7 +417,9 @@ def test_a_step_on_kept_prefixes_is_the_step_without(editor):
     for name, value in plain.items():
         torch.testing.assert_close(kept[name], value, atol=1e-5, rtol=1e-5)
     for name, parameter in again.networks.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], atol=1e-5, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("compat", ["correct", "reference"])
@@ -352,7 +429,10 @@ def test_no_allowed_expert_means_no_locality_loss(backbone, compat):
     drawn = draw(items, generator(0), compat)
     allowed = drawn.allowed & (items.code != LOCALITY)[:, None]
     losses = losses_of(
-        editor.networks, Place(backbone, editor.first_layer), items, Draws(allowed, drawn.neighbour, drawn.sentinel)
+        editor.networks,
+        Place(backbone, editor.first_layer),
+        items,
+        Draws(allowed, drawn.neighbour, drawn.sentinel),
     )
     assert losses["locality"] == 0
 
@@ -360,12 +440,18 @@ def test_no_allowed_expert_means_no_locality_loss(backbone, compat):
 def test_an_expert_that_says_the_same_is_no_wrong_choice():
     """Sequences: two requests, and a locality query of the first; experts: theirs, and two of edits beside them."""
     items = Items((), torch.tensor([0, 1, 0]), torch.tensor([0, 0, LOCALITY]), ())
-    score = torch.tensor([[1.0, 0.0, 9.0, 0.5], [0.2, 2.0, 0.3, 0.1], [0.4, 0.6, 9.0, 0.7]])
+    score = torch.tensor(
+        [[1.0, 0.0, 9.0, 0.5], [0.2, 2.0, 0.3, 0.1], [0.4, 0.6, 9.0, 0.7]]
+    )
     loss = _joint_routing(items, score, ["lion", "pear", "lion", "car"])
     told = (
-        torch.tensor([1.0, 0.0, 0.5, 0.0]).log_softmax(0)[0]  # the third says lion as well; the last is "none"
+        torch.tensor([1.0, 0.0, 0.5, 0.0]).log_softmax(0)[
+            0
+        ]  # the third says lion as well; the last is "none"
         + torch.tensor([0.2, 2.0, 0.3, 0.1, 0.0]).log_softmax(0)[1]
-        + torch.tensor([0.4, 0.6, 9.0, 0.7, 0.0]).log_softmax(0)[4]  # where no edit is to answer, all are wrong
+        + torch.tensor([0.4, 0.6, 9.0, 0.7, 0.0]).log_softmax(0)[
+            4
+        ]  # where no edit is to answer, all are wrong
     )
     torch.testing.assert_close(loss, -told / 3)
 
@@ -385,7 +471,12 @@ def test_the_shares_of_two_processes_add_up(editor):
 
 
 def test_pools_and_pairs_are_drawn_from_what_there_is():
-    cases = [*CASES, EditCase("bare", REQUESTS[0], {}, {"far": (FAR,), "text": (Query("Peru?", "Lima"),)})]
+    cases = [
+        *CASES,
+        EditCase(
+            "bare", REQUESTS[0], {}, {"far": (FAR,), "text": (Query("Peru?", "Lima"),)}
+        ),
+    ]
     for compat in ("correct", "reference"):
         for step in range(20):
             items = choose_items(cases, generator(step))
@@ -401,17 +492,33 @@ def test_pools_and_pairs_are_drawn_from_what_there_is():
             a, b = drawn.sentinel
             assert ((items.code[a] == LOCALITY) ^ (items.code[b] == LOCALITY)).all()
     with pytest.raises(DataError, match="has no locality query with a picture"):
-        choose_items([EditCase("x", REQUESTS[0], {}, {"text": (Query("Peru?", "Lima"),)})], generator(0))
+        choose_items(
+            [EditCase("x", REQUESTS[0], {}, {"text": (Query("Peru?", "Lima"),)})],
+            generator(0),
+        )
 
 
 def test_every_query_that_must_stay_can_take_part():
     near = replace(FAR, prompt="Say what this is.")
     cases = [
-        replace(case, locality={"far": (FAR, near), "near": (near,), "text": (Query("And?", "no"),)}) for case in CASES
+        replace(
+            case,
+            locality={
+                "far": (FAR, near),
+                "near": (near,),
+                "text": (Query("And?", "no"),),
+            },
+        )
+        for case in CASES
     ]
     drawn = choose_items(cases, generator(0))
     assert (drawn.code == LOCALITY).sum() == len(cases)
     whole = choose_items(cases, generator(0), locality="all")
-    stays = [(whole.case[i].item(), whole.queries[i]) for i in (whole.code == LOCALITY).nonzero()[:, 0].tolist()]
-    assert stays == [(i, query) for i in range(len(cases)) for query in (FAR, near, near)]
+    stays = [
+        (whole.case[i].item(), whole.queries[i])
+        for i in (whole.code == LOCALITY).nonzero()[:, 0].tolist()
+    ]
+    assert stays == [
+        (i, query) for i in range(len(cases)) for query in (FAR, near, near)
+    ]
     assert whole.queries[: len(cases)] == tuple(case.request for case in cases)

@@ -10,19 +10,35 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors import _liveedit_training
-from mmedit_cli.editors._experts import ExpertBank, choose
-from mmedit_cli.editors._liveedit_hparams import LiveEditHparams, LiveEditTraining
-from mmedit_cli.editors._liveedit_networks import CrossAttention, LiveEditNetworks
-from mmedit_cli.editors._liveedit_training import Draws, Items, Place, losses_of
-from mmedit_cli.editors._liveedit_training import _absolute as absolute
-from mmedit_cli.editors.liveedit import LiveEdit
-from mmedit_cli.evaluation.answers import ask
-from mmedit_cli.evaluation.metrics import agreement
+from mmedit_cli.knowledge.evaluation.answers import ask
+from mmedit_cli.knowledge.evaluation.metrics import agreement
+from mmedit_cli.knowledge.methods.liveedit import training as liveedit_training
+from mmedit_cli.knowledge.methods.liveedit.editor import LiveEdit
+from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, choose
+from mmedit_cli.knowledge.methods.liveedit.hparams import (
+    LiveEditHparams,
+    LiveEditTraining,
+)
+from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
+from mmedit_cli.knowledge.methods.liveedit.training import (
+    Draws,
+    Items,
+    Place,
+    losses_of,
+)
+from mmedit_cli.knowledge.methods.liveedit.training import _absolute as absolute
+from mmedit_cli.knowledge.methods.shared.attention import CrossAttention
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.types import Query
 
-SHAPE = {"module_dim": 32, "heads": 4, "rank": 4, "feature_vectors": 4, "lora_scale": 5.0, "answer_slots": False}
+SHAPE = {
+    "module_dim": 32,
+    "heads": 4,
+    "rank": 4,
+    "feature_vectors": 4,
+    "lora_scale": 5.0,
+    "answer_slots": False,
+}
 
 
 def fixture(name):
@@ -31,7 +47,11 @@ def fixture(name):
 
 
 def weights(tensors):
-    return {key.removeprefix("editor."): value for key, value in tensors.items() if key.startswith("editor.")}
+    return {
+        key.removeprefix("editor."): value
+        for key, value in tensors.items()
+        if key.startswith("editor.")
+    }
 
 
 def close(ours, theirs, atol=2e-5, rtol=1e-4):
@@ -42,25 +62,46 @@ def test_cross_attention_with_heads_of_different_widths():
     _, tensors = fixture("liveedit_modules")
     attention = CrossAttention(7, 48, 8, 12, 4)
     attention.k.bias.data.zero_()
-    given = {k.removeprefix("attention_alone."): v for k, v in tensors.items() if k.startswith("attention_alone.")}
-    attention.load_state_dict({k: v for k, v in given.items() if k[1] == "."}, strict=False)
+    given = {
+        k.removeprefix("attention_alone."): v
+        for k, v in tensors.items()
+        if k.startswith("attention_alone.")
+    }
+    attention.load_state_dict(
+        {k: v for k, v in given.items() if k[1] == "."}, strict=False
+    )
     close(attention(given["in_queries"], given["in_tokens"]), given["out"])
 
 
 @torch.no_grad()
 def test_extractors_and_generators():
     _, tensors = fixture("liveedit_modules")
-    networks = LiveEditNetworks(48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
+    networks = LiveEditNetworks(
+        48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper")
+    )
     networks.load_state_dict(weights(tensors), strict=False)
-    spans = [[tensors[f"case{i}.{part}_tokens"][0] for part in ("vision", "prompt", "answer")] for i in range(3)]
-    hidden = torch.nn.utils.rnn.pad_sequence([torch.cat(parts) for parts in spans], batch_first=True)
-    masks = torch.zeros(3, 3, hidden.shape[1], dtype=torch.bool)  # vision, prompt, answer; row
+    spans = [
+        [
+            tensors[f"case{i}.{part}_tokens"][0]
+            for part in ("vision", "prompt", "answer")
+        ]
+        for i in range(3)
+    ]
+    hidden = torch.nn.utils.rnn.pad_sequence(
+        [torch.cat(parts) for parts in spans], batch_first=True
+    )
+    masks = torch.zeros(
+        3, 3, hidden.shape[1], dtype=torch.bool
+    )  # vision, prompt, answer; row
     for row, parts in enumerate(spans):
         ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
         for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             masks[i, row, start:end] = True
     vision, prompt, answer = masks
-    for extractor, side in ((networks.edit_extractor, "edit"), (networks.input_extractor, "input")):
+    for extractor, side in (
+        (networks.edit_extractor, "edit"),
+        (networks.input_extractor, "input"),
+    ):
         names = ("vision_feature", "prompt_feature", "sentinel_feature")
         for name, feature in zip(names, extractor(hidden, prompt, vision), strict=True):
             for row in range(3):
@@ -75,7 +116,9 @@ def test_extractors_and_generators():
 @torch.no_grad()
 def test_routing_and_residual():
     facts, tensors = fixture("liveedit_routing")
-    networks = LiveEditNetworks(48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper"))
+    networks = LiveEditNetworks(
+        48, 48, LiveEditHparams(**SHAPE, sentinel_tokens=6, variant="paper")
+    )
     networks.load_state_dict(weights(tensors), strict=False)
     for case in facts["cases"]:
         if case["vision_range"] is None:
@@ -84,12 +127,26 @@ def test_routing_and_residual():
         hidden = tensors[key + "stream_in"]
         place = torch.arange(hidden.shape[1])[None]
         start, end = case["vision_range"]
-        image, prompt = (place >= start) & (place < end), (place >= end) & (place < case["query_end"])
-        bank = ExpertBank({"u": (4, 48), "v": (4, 48), "vision": (128,), "prompt": (128,)}, hidden.device)
-        rows = {"u": "U", "v": "V", "vision": "vision_features", "prompt": "prompt_features"}
+        image, prompt = (
+            (place >= start) & (place < end),
+            (place >= end) & (place < case["query_end"]),
+        )
+        bank = ExpertBank(
+            {"u": (4, 48), "v": (4, 48), "vision": (128,), "prompt": (128,)},
+            hidden.device,
+        )
+        rows = {
+            "u": "U",
+            "v": "V",
+            "vision": "vision_features",
+            "prompt": "prompt_features",
+        }
         pool = {name: tensors[f"{key}pool.{theirs}"] for name, theirs in rows.items()}
         bank.add(
-            {name: tensor.flatten(1) if name in ("vision", "prompt") else tensor for name, tensor in pool.items()}
+            {
+                name: tensor.flatten(1) if name in ("vision", "prompt") else tensor
+                for name, tensor in pool.items()
+            }
         )
         vision, asked, threshold = networks.ask(hidden, prompt, image, hidden[:, 0])
         similarities = bank.compare("vision", partial(networks.similarity, vision))
@@ -100,7 +157,9 @@ def test_routing_and_residual():
         keep = similarities > threshold
         assert keep[0].tolist() == tensors[key + "keep"].tolist()
         routing = choose(keep, by_prompt, None, gated=True)
-        dense = torch.zeros(len(keep[0])).index_add(0, routing.index[0], routing.weight[0])
+        dense = torch.zeros(len(keep[0])).index_add(
+            0, routing.index[0], routing.weight[0]
+        )
         close(dense, tensors[key + "weights"])
         out = bank.apply(hidden, networks.stream_norm(hidden), routing)
         close(out, tensors[key + "stream_out"])
@@ -117,7 +176,12 @@ def published():
 def make(published, **training):
     _, tensors, backbone = published
     hparams = LiveEditHparams(
-        **SHAPE, edit_layer=3, sentinel_tokens=8, variant="paper", refine=0, training=LiveEditTraining(**training)
+        **SHAPE,
+        edit_layer=3,
+        sentinel_tokens=8,
+        variant="paper",
+        refine=0,
+        training=LiveEditTraining(**training),
     )
     editor = LiveEdit(backbone, hparams)
     editor.networks.load_state_dict(weights(tensors))
@@ -129,7 +193,9 @@ def queries(facts):
     folder = GOLDEN / "liveedit_blip2"
     return {
         (q["record"], q["query"]): Query(
-            q["prompt"], q["target_as_given"], folder / q["image"] if q["image"] else None
+            q["prompt"],
+            q["target_as_given"],
+            folder / q["image"] if q["image"] else None,
         )
         for q in facts["queries"]
     }
@@ -142,7 +208,12 @@ def test_experts_routing_and_edited_logits(published):
         editor.edit([asked[record, "rel"]])
     bank = editor._bank.tensors()
     for record in range(3):
-        for ours, theirs in (("u", "U"), ("v", "V"), ("vision", "vision_feature"), ("prompt", "prompt_feature")):
+        for ours, theirs in (
+            ("u", "U"),
+            ("v", "V"),
+            ("vision", "vision_feature"),
+            ("prompt", "prompt_feature"),
+        ):
             close(bank[ours][record], tensors[f"edit{record}.{theirs}"], atol=5e-5)
     for (record, name), query in asked.items():
         key = f"record{record}.{name}."
@@ -177,7 +248,12 @@ def test_the_published_report_of_sequential_edits(published, size):
     }
     editor = make(published)
     everything = list(asked.values())
-    options = {"layer": editor.first_layer, "top": {}, "max_new_tokens": 0, "batch_size": 4}
+    options = {
+        "layer": editor.first_layer,
+        "top": {},
+        "max_new_tokens": 0,
+        "batch_size": 4,
+    }
     before = ask(backbone, everything, **options)
     for split, records in enumerate(report["results"]):
         first = split * size
@@ -188,15 +264,21 @@ def test_the_published_report_of_sequential_edits(published, size):
             for name, family in (("rel", "reliability"), *names.items()):
                 entry = (theirs[family] if name == "rel" else theirs[family][name])[0]
                 query = asked[first + i, name]
-                expected = before[query].said if family == "locality" else after[query].wanted
+                expected = (
+                    before[query].said if family == "locality" else after[query].wanted
+                )
                 equal, total = agreement(after[query].said, expected)
                 assert round(equal / total, 4) == entry["acc"], (first + i, name)
 
 
-@pytest.mark.parametrize(("form", "compat"), [("once", "correct"), ("twice", "reference")])
+@pytest.mark.parametrize(
+    ("form", "compat"), [("once", "correct"), ("twice", "reference")]
+)
 def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
     """The random choices are given; the absolute loss against all others is ours alone, so `once` takes theirs too."""
-    monkeypatch.setattr(_liveedit_training, "_absolute", lambda table, _: absolute(table, "reference"))
+    monkeypatch.setattr(
+        liveedit_training, "_absolute", lambda table, _: absolute(table, "reference")
+    )
     _, tensors = fixture("liveedit_training")
     asked = queries(published[0])
     editor = make(published, compat=compat)
@@ -211,11 +293,15 @@ def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
     )
     masks = [tensors[f"mask.{name}"].bool() for name in ("rel", "gen", "gen", "loc")]
     pairs = {
-        name: tuple(items.place(_code(tensors[f"pairs.{name}.{side}"])) for side in "AB")
+        name: tuple(
+            items.place(_code(tensors[f"pairs.{name}.{side}"])) for side in "AB"
+        )
         for name in ("neighbour", "sentinel")
     }
     draws = Draws(torch.cat(masks), pairs["neighbour"], pairs["sentinel"])
-    losses = losses_of(editor.networks, Place(editor.backbone, editor.first_layer), items, draws)
+    losses = losses_of(
+        editor.networks, Place(editor.backbone, editor.first_layer), items, draws
+    )
     names = {
         "reliability": "rel", "generality_text": "gen_text_rephrase", "generality_image": "gen_image_rephrase",
         "generality": "gen", "locality": "loc", "soft_relative": "soft_relative", "hard_neighbour": "hard_neighbour",
@@ -227,7 +313,9 @@ def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
     for name, parameter in editor.networks.named_parameters():
         theirs = tensors[f"{form}.grad.{name}"].reshape(parameter.shape)
         # the gradient of a key's bias is zero but for rounding: a softmax does not see it
-        assert (parameter.grad - theirs).abs().max() <= 5e-3 * theirs.abs().max() + 1e-6, name
+        assert (
+            parameter.grad - theirs
+        ).abs().max() <= 5e-3 * theirs.abs().max() + 1e-6, name
 
 
 def _code(published):

@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mmedit_cli.editors._lora_blocks import Blocks, add_blocks, fresh_blocks
-from mmedit_cli.editors._melo_clusters import ClusterIndex
-from mmedit_cli.editors._melo_index import DUPLICATE, Keys, VectorIndex, published_distance, within_reach
+from mmedit_cli.knowledge.methods.multi_melo.clusters import ClusterIndex
+from mmedit_cli.knowledge.methods.multi_melo.index import (
+    DUPLICATE,
+    Keys,
+    VectorIndex,
+    published_distance,
+    within_reach,
+)
+from mmedit_cli.knowledge.methods.shared.lora_blocks import (
+    Blocks,
+    add_blocks,
+    fresh_blocks,
+)
 from mmedit_cli.runtime import generator
 
 REACH = {"question": 0.4, "image": 0.6}
@@ -49,10 +59,15 @@ def test_every_key_goes_to_its_own_newest_row_among_a_thousand_that_contradict_e
 
 
 def test_balls_of_different_labels_never_overlap_and_equal_labels_keep_theirs():
-    keys, labels = keys_of(200, 2, near=keys_of(20), spread=0.2), [str(i % 3) for i in range(200)]
+    keys, labels = (
+        keys_of(200, 2, near=keys_of(20), spread=0.2),
+        [str(i % 3) for i in range(200)],
+    )
     index = index_of(keys, labels)
     apart = within_reach(REACH)(keys, keys)
-    other = torch.tensor([[a != b for b in labels] for a in labels]) & (apart >= DUPLICATE)
+    other = torch.tensor([[a != b for b in labels] for a in labels]) & (
+        apart >= DUPLICATE
+    )
     assert ((index.radii[:, None] + index.radii)[other] <= apart[other] + 1e-6).all()
     assert (index.radii < 1).any()
     assert torch.equal(index_of(keys, ["one"] * 200).radii, torch.ones(200))
@@ -61,7 +76,13 @@ def test_balls_of_different_labels_never_overlap_and_equal_labels_keep_theirs():
 def test_two_that_contradict_each_other_part_in_the_middle_and_the_same_question_is_taken_over():
     one = keys_of(1, 3)
     near = Keys(
-        {**one.parts, "image": F.normalize(one.parts["image"] + 0.2 * keys_of(1, 4).parts["image"], dim=-1)}, one.seen
+        {
+            **one.parts,
+            "image": F.normalize(
+                one.parts["image"] + 0.2 * keys_of(1, 4).parts["image"], dim=-1
+            ),
+        },
+        one.seen,
     )
     apart = float(within_reach(REACH)(one, near))
     assert DUPLICATE < apart < 1
@@ -76,35 +97,62 @@ def test_two_that_contradict_each_other_part_in_the_middle_and_the_same_question
 
 def test_a_distance_equal_to_the_radius_is_inside():
     index = VectorIndex(lambda query, rows: query.parts["at"] - rows.parts["at"].T)
-    index.insert(Keys({"at": torch.zeros(1, 1)}, torch.ones(1, dtype=torch.bool)), ["a"])
+    index.insert(
+        Keys({"at": torch.zeros(1, 1)}, torch.ones(1, dtype=torch.bool)), ["a"]
+    )
     at = torch.tensor([[1.0], [1.0 + 1e-6], [0.0]])
-    assert index.search(Keys({"at": at}, torch.ones(3, dtype=torch.bool))).tolist() == [0, -1, 0]
+    assert index.search(Keys({"at": at}, torch.ones(3, dtype=torch.bool))).tolist() == [
+        0,
+        -1,
+        0,
+    ]
 
 
 def test_the_search_is_that_of_a_loop_in_double_precision_whatever_the_order():
-    keys, labels = keys_of(300, 5, near=keys_of(40), spread=0.4), [str(i % 11) for i in range(300)]
+    keys, labels = (
+        keys_of(300, 5, near=keys_of(40), spread=0.4),
+        [str(i % 11) for i in range(300)],
+    )
     queries = keys_of(400, 6, near=keys, spread=0.15)
     index = index_of(keys, labels)
     apart = torch.stack(
-        [(1 - queries.parts[n].double() @ keys.parts[n].double().T) / reach for n, reach in REACH.items()]
+        [
+            (1 - queries.parts[n].double() @ keys.parts[n].double().T) / reach
+            for n, reach in REACH.items()
+        ]
     ).amax(0)
     between = torch.stack(
-        [(1 - keys.parts[n].double() @ keys.parts[n].double().T) / reach for n, reach in REACH.items()]
+        [
+            (1 - keys.parts[n].double() @ keys.parts[n].double().T) / reach
+            for n, reach in REACH.items()
+        ]
     ).amax(0)
-    radii = [min([1.0, *(between[i, j] / 2 for j in range(300) if labels[i] != labels[j])]) for i in range(300)]
+    radii = [
+        min([1.0, *(between[i, j] / 2 for j in range(300) if labels[i] != labels[j])])
+        for i in range(300)
+    ]
     found = index.search(queries).tolist()
     for q in range(400):
-        inside = [(float(apart[q, i] - radii[i]), i) for i in range(300) if apart[q, i] <= radii[i]]
+        inside = [
+            (float(apart[q, i] - radii[i]), i)
+            for i in range(300)
+            if apart[q, i] <= radii[i]
+        ]
         assert found[q] == (min(inside)[1] if inside else -1)
     order = torch.randperm(300, generator=generator(7))
     other = index_of(keys[order], [labels[i] for i in order])
-    assert [-1 if i < 0 else int(order[i]) for i in other.search(queries).tolist()] == found
+    assert [
+        -1 if i < 0 else int(order[i]) for i in other.search(queries).tolist()
+    ] == found
     assert -1 in found
     assert len(set(found)) > 50
 
 
 def test_rows_in_pieces_are_rows_at_once():
-    keys, labels = keys_of(300, 8, near=keys_of(30), spread=0.2), [str(i % 5) for i in range(300)]
+    keys, labels = (
+        keys_of(300, 8, near=keys_of(30), spread=0.2),
+        [str(i % 5) for i in range(300)],
+    )
     pieces = VectorIndex(within_reach(REACH))
     for start in range(0, 300, 7):
         pieces.insert(keys[start : start + 7], labels[start : start + 7])
@@ -122,10 +170,16 @@ def test_with_a_picture_and_without_never_meet():
 
 def test_melos_clusters_do_what_the_published_code_does(golden):
     trace = load_file(golden / "melo_cluster_database.safetensors")
-    radius = json.loads((golden / "melo_cluster_database.json").read_text())["settings"]["init_radius"]
+    radius = json.loads((golden / "melo_cluster_database.json").read_text())[
+        "settings"
+    ]["init_radius"]
     index = ClusterIndex(radius, together=True)
     for step in range(sum(name.endswith(".blocks") for name in trace) - 1):
-        at = {name.partition(".")[2]: t for name, t in trace.items() if name.startswith(f"insert{step:02d}.")}
+        at = {
+            name.partition(".")[2]: t
+            for name, t in trace.items()
+            if name.startswith(f"insert{step:02d}.")
+        }
         if index.clusters:
             distances, rows = index.nearest(at["keys"])
             assert torch.allclose(distances, at["nearest_distance"], atol=1e-5)
@@ -133,23 +187,44 @@ def test_melos_clusters_do_what_the_published_code_does(golden):
         labels = at["labels"].clamp(min=0).sum(1)
         index.add(at["keys"], labels.tolist(), at["blocks"].tolist())
         found = index.clusters
-        assert torch.allclose(torch.stack([c.centre for c in found]), at["after.centres"], atol=1e-5)
-        assert torch.allclose(torch.tensor([c.radius for c in found]), at["after.radii"], atol=1e-5)
-        points = [(row, *point) for row, cluster in enumerate(found) for point in cluster.points]
+        assert torch.allclose(
+            torch.stack([c.centre for c in found]), at["after.centres"], atol=1e-5
+        )
+        assert torch.allclose(
+            torch.tensor([c.radius for c in found]), at["after.radii"], atol=1e-5
+        )
+        points = [
+            (row, *point)
+            for row, cluster in enumerate(found)
+            for point in cluster.points
+        ]
         assert [row for row, _, _ in points] == at["after.points_row"].tolist()
-        assert [NOBODY if b < 0 else b for _, _, b in points] == at["after.points_block"].tolist()
-        assert torch.allclose(torch.stack([key for _, key, _ in points]), at["after.points_key"], atol=1e-5)
+        assert [NOBODY if b < 0 else b for _, _, b in points] == at[
+            "after.points_block"
+        ].tolist()
+        assert torch.allclose(
+            torch.stack([key for _, key, _ in points]),
+            at["after.points_key"],
+            atol=1e-5,
+        )
         assert [c.label for c in found] == at["after.row_label_sum"].tolist()
         assert [index.conflicts, index.forgotten] == at["after.counters"][:2].tolist()
-    queries = Keys({"token": trace["query.keys"]}, torch.ones(len(trace["query.keys"]), dtype=torch.bool))
+    queries = Keys(
+        {"token": trace["query.keys"]},
+        torch.ones(len(trace["query.keys"]), dtype=torch.bool),
+    )
     blocks = [NOBODY if b < 0 else b for b in index.search(queries).tolist()]
     assert blocks == trace["query.blocks"].tolist()
 
 
 def test_the_published_scores_and_their_threshold(golden):
-    case = {n.partition(".")[2]: t for n, t in load_file(golden / "multi_melo_router.safetensors").items()}
+    case = {
+        n.partition(".")[2]: t
+        for n, t in load_file(golden / "multi_melo_router.safetensors").items()
+    }
     rows = Keys(
-        {"question": _unit(case["key_text"]), "image": _unit(case["key_image"])}, torch.ones(9, dtype=torch.bool)
+        {"question": _unit(case["key_text"]), "image": _unit(case["key_image"])},
+        torch.ones(9, dtype=torch.bool),
     )
     parts = {"question": _unit(case["query_text"]), "image": _unit(case["query_image"])}
     index = VectorIndex(published_distance, radius=0.35, resolve=False)
@@ -157,8 +232,13 @@ def test_the_published_scores_and_their_threshold(golden):
     for seen, expected in ((True, "blocks"), (False, "blocks_without_image")):
         queries = Keys(parts, torch.full((30,), seen))
         if seen:
-            assert torch.allclose(published_distance(queries, rows), case["D"], atol=1e-5)
-        found = [NOBODY if row < 0 else int(case["key_block"][row]) for row in index.search(queries).tolist()]
+            assert torch.allclose(
+                published_distance(queries, rows), case["D"], atol=1e-5
+            )
+        found = [
+            NOBODY if row < 0 else int(case["key_block"][row])
+            for row in index.search(queries).tolist()
+        ]
         assert found == case[expected].tolist()
 
 
@@ -170,7 +250,9 @@ def test_in_the_published_index_the_first_of_equals_wins_for_ever():
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_blocks_add_what_the_published_layer_adds_with_the_number_of_blocks_taken_out(golden, case):
+def test_blocks_add_what_the_published_layer_adds_with_the_number_of_blocks_taken_out(
+    golden, case
+):
     about = json.loads((golden / "melo_dynamic_lora.json").read_text())["cases"][case]
     tensors = {
         n.partition(".")[2]: t
@@ -179,10 +261,17 @@ def test_blocks_add_what_the_published_layer_adds_with_the_number_of_blocks_take
     }
     n, rank = about["blocks"], about["rank_per_block"]
     a, b = tensors["A"].clone().requires_grad_(), tensors["B"].clone().requires_grad_()
-    ours = Blocks({"x": torch.stack(a.split(rank, 1)) * n**0.5}, {"x": torch.stack(b.split(rank, 0)) * n**0.5})
+    ours = Blocks(
+        {"x": torch.stack(a.split(rank, 1)) * n**0.5},
+        {"x": torch.stack(b.split(rank, 0)) * n**0.5},
+    )
     scale = about["total_factor"] / n
     for number, mapping in enumerate(about["mappings"]):
-        at = {k.partition(".")[2]: t for k, t in tensors.items() if k.startswith(f"map{number}.")}
+        at = {
+            k.partition(".")[2]: t
+            for k, t in tensors.items()
+            if k.startswith(f"map{number}.")
+        }
         rows = len(at["x"])
         index = torch.tensor(mapping * rows if len(mapping) == 1 else mapping)
         index = torch.where(index == NOBODY, -1, index)
@@ -204,7 +293,10 @@ def test_without_the_factor_of_the_number_of_blocks_adam_takes_the_same_steps():
     """(A, B, n, lr) as published against (A sqrt n, B sqrt n, lr sqrt n): the same change of the weight."""
     n, rank, width, out = 20, 2, 6, 5
     source = generator(0)
-    x, y = torch.randn(9, width, generator=source), torch.randn(9, out, generator=source)
+    x, y = (
+        torch.randn(9, width, generator=source),
+        torch.randn(9, out, generator=source),
+    )
     ours = fresh_blocks({"x": (width, out)}, rank, [1])
     start = (ours.a["x"][0], ours.b["x"][0])
     changes = []

@@ -10,20 +10,24 @@ from conftest import QUERIES, SHAPES
 from safetensors.torch import load_file
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors._lora_blocks import add_blocks, fresh_blocks
-from mmedit_cli.editors.multi_melo import MultiMelo
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
-from mmedit_cli.evaluation.report import build_report
-from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits
 from mmedit_cli.hparams import load_hparams
+from mmedit_cli.knowledge.evaluation.protocol import Protocol, evaluate_edits
+from mmedit_cli.knowledge.evaluation.report import build_report
+from mmedit_cli.knowledge.methods.multi_melo.editor import MultiMelo
+from mmedit_cli.knowledge.methods.shared.lora_blocks import add_blocks, fresh_blocks
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.records import Run
 from mmedit_cli.types import EditCase, Query
 
 REQUESTS = (
     Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png"),
     Query("Which colour is it?", "green", SHAPES / "outlined/blue-cross.png"),
-    Query("What can you see in the picture?", "a yellow house", SHAPES / "corner/green-ring.png"),
+    Query(
+        "What can you see in the picture?",
+        "a yellow house",
+        SHAPES / "corner/green-ring.png",
+    ),
     Query("What is drawn here?", "a boat", SHAPES / "solid/blue-star.png"),
     Query("What is that?", "a red tree", SHAPES / "outlined/yellow-cross.png"),
 )
@@ -36,7 +40,10 @@ NARROW = 'reach={"question": 0.01, "image": 0.01, "state": 0.01}'  # random mode
 
 def editor_on(backbone, *overrides, seed=0):
     hparams = load_hparams(
-        registry.hparams_file("multi-melo"), MultiMelo.Hparams, variant=backbone.name, overrides=(NARROW, *overrides)
+        registry.hparams_file("multi-melo"),
+        MultiMelo.Hparams,
+        variant=backbone.name,
+        overrides=(NARROW, *overrides),
     )
     return MultiMelo(backbone, hparams, seed=seed)
 
@@ -74,7 +81,9 @@ def test_without_a_block_nothing_changes_and_rows_of_a_batch_do_not_mix(editor):
     for row in (1, 3):
         assert not torch.allclose(edited[row], base[row], atol=1e-2)
         length = backbone.batch([mixed[row]]).input_ids.shape[1]
-        assert torch.allclose(edited[row, :length], logits(backbone, mixed[row : row + 1])[0], atol=1e-5)
+        assert torch.allclose(
+            edited[row, :length], logits(backbone, mixed[row : row + 1])[0], atol=1e-5
+        )
 
 
 def base_of(editor, queries):
@@ -90,7 +99,12 @@ def test_an_edit_is_generated_token_by_token(editor):
     backbone = editor.backbone
     before = backbone.generate(OTHER)
     editor.edit(REQUESTS[:3])
-    assert backbone.generate((*REQUESTS[:3], *OTHER)) == ["a blue star", "green", "a yellow house", *before]
+    assert backbone.generate((*REQUESTS[:3], *OTHER)) == [
+        "a blue star",
+        "green",
+        "a yellow house",
+        *before,
+    ]
 
 
 @pytest.mark.parametrize("router", ["router=backbone", "router=melo"])
@@ -107,7 +121,10 @@ def test_a_request_is_routed_once_however_long_the_answer(small, router):
 
 def test_the_answer_is_no_part_of_the_key(editor):
     editor.edit(REQUESTS[:1])
-    other = [replace(REQUESTS[0], target=target) for target in ("a blue star", "something else entirely", "x")]
+    other = [
+        replace(REQUESTS[0], target=target)
+        for target in ("a blue star", "something else entirely", "x")
+    ]
     assert editor.routes(other) == [1, 1, 1]
     keys = editor._keys_of(other[:2])
     for part in keys.parts.values():
@@ -119,7 +136,9 @@ def test_edits_share_blocks_in_order_and_the_bank_grows(small):
     editor.edit(REQUESTS)
     assert editor._blocks == [0, 0, 1, 1, 2]
     for i in range(40):
-        editor.edit([Query(f"What is number {i}?", "it", SHAPES / "solid/blue-star.png")])
+        editor.edit(
+            [Query(f"What is number {i}?", "it", SHAPES / "solid/blue-star.png")]
+        )
     assert editor._blocks[-1] == 42
     assert len(editor._bank) == 43
 
@@ -128,17 +147,25 @@ def test_a_new_block_changes_no_bit(backbone):
     editor = editor_on(backbone)
     prefix = backbone.prefix(backbone.batch(REQUESTS), editor.first_layer)
     base = backbone.resume(prefix)
-    with editor._using(fresh_blocks(editor._bank.shapes, 8, [1]), torch.zeros(len(REQUESTS), dtype=torch.long)):
+    with editor._using(
+        fresh_blocks(editor._bank.shapes, 8, [1]),
+        torch.zeros(len(REQUESTS), dtype=torch.long),
+    ):
         assert torch.equal(backbone.resume(prefix), base)
     x = torch.randn(2, 3, 4)
-    assert add_blocks(x, x, editor._bank.blocks, "any", torch.tensor([-1, -1]), 1.0) is None
+    assert (
+        add_blocks(x, x, editor._bank.blocks, "any", torch.tensor([-1, -1]), 1.0)
+        is None
+    )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_training_a_block_leaves_every_other_bit_alone(small, decay):
     editor = editor_on(small, "steps=10", f"weight_decay={decay}")
     editor.edit(REQUESTS[:2])
-    weights = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    weights = {
+        name: tensor.clone() for name, tensor in small.model.state_dict().items()
+    }
     blocks = editor._bank.tensors()
     editor.edit(REQUESTS[2:])
     for name, tensor in editor._bank.tensors().items():
@@ -149,7 +176,9 @@ def test_training_a_block_leaves_every_other_bit_alone(small, decay):
 
 @pytest.mark.parametrize("more", [(), ("jitter=0.3",), ("stop_loss=1.0",)])
 def test_blocks_trained_together_are_those_trained_alone(small, more):
-    together, alone = (editor_on(small, "steps=10", "learning_rate=1e-3", *more) for _ in range(2))
+    together, alone = (
+        editor_on(small, "steps=10", "learning_rate=1e-3", *more) for _ in range(2)
+    )
     made = together.edit(REQUESTS)
     tensors, steps = together._bank.tensors(), []
     together.undo()
@@ -179,7 +208,9 @@ def test_undo_in_a_shared_block_makes_it_again_without_the_edit(small):
     editor = editor_on(small, "steps=10", "edits_per_block=2")
     editor.edit(REQUESTS[:2])
     editor.edit(REQUESTS[2:4])
-    untouched = {name: tensor[1].clone() for name, tensor in editor._bank.tensors().items()}
+    untouched = {
+        name: tensor[1].clone() for name, tensor in editor._bank.tensors().items()
+    }
     editor.undo([1])
     left = editor._bank.tensors()
     assert editor.routes(REQUESTS[:4]) == [None, 2, 3, 4]
@@ -212,8 +243,14 @@ def test_a_fact_without_a_picture(editor):
 
 
 def test_labels_are_words_but_in_the_published_code_sums_of_tokens(small):
-    right, published = editor_on(small, "router=melo"), editor_on(small, "router=melo", "mode=reference")
-    requests = [replace(REQUESTS[0], target=target) for target in ("A  blue star", "a blue star", "green")]
+    right, published = (
+        editor_on(small, "router=melo"),
+        editor_on(small, "router=melo", "mode=reference"),
+    )
+    requests = [
+        replace(REQUESTS[0], target=target)
+        for target in ("A  blue star", "a blue star", "green")
+    ]
     labels = [right._label(request) for request in requests]
     assert labels[0] == labels[1] != labels[2]
     encoded = small.encode(requests[1])
@@ -222,7 +259,10 @@ def test_labels_are_words_but_in_the_published_code_sums_of_tokens(small):
 
 def test_melo_replays_its_lossy_splits_without_the_edit_that_goes(small):
     radius = "cluster_radius=5"  # of random states: all in one cluster's reach
-    editor, without = (editor_on(small, "steps=2", "router=melo", radius, "mode=reference") for _ in range(2))
+    editor, without = (
+        editor_on(small, "steps=2", "router=melo", radius, "mode=reference")
+        for _ in range(2)
+    )
     for request in REQUESTS:
         editor.edit([request])
     editor.undo([2])
@@ -250,7 +290,9 @@ def test_a_damaged_state_is_refused(editor):
             editor.load_state(broken, metadata)
 
 
-def test_a_block_is_a_lora_adapter_of_peft_and_comes_back_with_the_same_bytes(small, tmp_path):
+def test_a_block_is_a_lora_adapter_of_peft_and_comes_back_with_the_same_bytes(
+    small, tmp_path
+):
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     editor = editor_on(small, "steps=20", "scale=0.5")
@@ -270,7 +312,11 @@ def test_a_block_is_a_lora_adapter_of_peft_and_comes_back_with_the_same_bytes(sm
     inject_adapter_in_model(config, small.model)
     tensors = load_file(tmp_path / "block" / "adapter_model.safetensors")
     result = set_peft_model_state_dict(
-        small.model, {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+        small.model,
+        {
+            name.removeprefix("base_model.model."): tensor
+            for name, tensor in tensors.items()
+        },
     )
     assert not result.unexpected_keys
     assert torch.allclose(logits(small, REQUESTS[1:2]), wanted, atol=1e-5)
@@ -290,15 +336,25 @@ def test_an_adapter_that_does_not_fit_is_refused(small, tmp_path):
 
 
 def test_routing_is_part_of_the_report(small, tmp_path):
-    cases = [EditCase(str(i), q, {"text": (q,)}, {"image": OTHER[:1]}) for i, q in enumerate(REQUESTS[:3])]
+    cases = [
+        EditCase(str(i), q, {"text": (q,)}, {"image": OTHER[:1]})
+        for i, q in enumerate(REQUESTS[:3])
+    ]
     editor = editor_on(small, "steps=3")
     protocol = Protocol(sequential=3, report_at=(1,), protocols=("tf_em",))
     with Run.open(tmp_path / "run", {}, {}) as run:
         evaluate_edits(editor, cases, run, protocol)
         report = build_report({}, run.read("cases"), run.read("edits"), 3)
     routing = [milestone["routing"] for milestone in report["milestones"]]
-    right, nobody = {"right": 1.0, "other": 0.0, "none": 0.0}, {"right": 0.0, "other": 0.0, "none": 1.0}
-    assert routing == [{"reliability": right, "generality.text": right, "locality.image": nobody}] * 2
+    right, nobody = (
+        {"right": 1.0, "other": 0.0, "none": 0.0},
+        {"right": 0.0, "other": 0.0, "none": 1.0},
+    )
+    assert (
+        routing
+        == [{"reliability": right, "generality.text": right, "locality.image": nobody}]
+        * 2
+    )
 
 
 def test_the_model_cannot_be_called_past_the_backbone(small):
@@ -312,10 +368,19 @@ def test_the_model_cannot_be_called_past_the_backbone(small):
 
 
 def test_hyper_parameters_that_cannot_work(small):
-    for override, problem in (("layers=[0]", "lowest edited layer"), ("layers=[9]", "has the layers 0 to 5")):
+    for override, problem in (
+        ("layers=[0]", "lowest edited layer"),
+        ("layers=[9]", "has the layers 0 to 5"),
+    ):
         with pytest.raises(HparamsError, match=problem):
             editor_on(small, override)
-    for override in ("mode=reference", "leaky_keys=true", "rank=0", "layers=[]", "jitter=-1"):
+    for override in (
+        "mode=reference",
+        "leaky_keys=true",
+        "rank=0",
+        "layers=[]",
+        "jitter=-1",
+    ):
         with pytest.raises(HparamsError):
             editor_on(small, override)
 
@@ -324,24 +389,45 @@ def test_hyper_parameters_that_cannot_work(small):
 def encoders(tmp_path):
     """Random encoders of the kinds the hub has: a sentence encoder (BERT) and DINOv2 with a head of 10 classes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, Dinov2Config, Dinov2ForImageClassification, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertModel,
+        Dinov2Config,
+        Dinov2ForImageClassification,
+        PreTrainedTokenizerFast,
+    )
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-    words = sorted({w for q in (*REQUESTS, *OTHER) for w in (q.prompt + " " + q.target).replace("?", "").split()})
+    words = sorted(
+        {
+            w
+            for q in (*REQUESTS, *OTHER)
+            for w in (q.prompt + " " + q.target).replace("?", "").split()
+        }
+    )
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "text"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "text")
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }
+    BertModel(
+        BertConfig(vocab_size=len(vocabulary), intermediate_size=32, **size)
+    ).save_pretrained(tmp_path / "text")
+    config = Dinov2Config(
+        image_size=28, patch_size=14, mlp_ratio=2, num_labels=10, **size
     )
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
-    BertModel(BertConfig(vocab_size=len(vocabulary), intermediate_size=32, **size)).save_pretrained(tmp_path / "text")
-    config = Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, num_labels=10, **size)
     Dinov2ForImageClassification(config).save_pretrained(tmp_path / "image")
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        tmp_path / "image"
-    )
+    BitImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(tmp_path / "image")
     return f"text_encoder={tmp_path / 'text'}", f"image_encoder={tmp_path / 'image'}"
 
 
@@ -363,8 +449,13 @@ def test_the_published_router_and_its_leak(small, encoders):
     assert published.routes(REQUESTS[:1]) == [1], "the first wins for ever"
     published.undo(again.ids)
     published.undo()
-    leaky = editor_on(small, "router=hub", "mode=reference", "leaky_keys=true", *encoders)
-    texts = [leaky._keys_of([replace(REQUESTS[0], target=t)]).parts["question"] for t in ("a blue star", "green")]
+    leaky = editor_on(
+        small, "router=hub", "mode=reference", "leaky_keys=true", *encoders
+    )
+    texts = [
+        leaky._keys_of([replace(REQUESTS[0], target=t)]).parts["question"]
+        for t in ("a blue star", "green")
+    ]
     assert not torch.allclose(*texts, atol=1e-3)
 
 

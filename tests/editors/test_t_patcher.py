@@ -9,10 +9,10 @@ import torch
 from conftest import QUERIES, SHAPES
 from safetensors.torch import load_file
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.editors._neurons import joined, respond, site_of
-from mmedit_cli.editors.t_patcher import TPatcher, TPatcherHparams
 from mmedit_cli.errors import HparamsError
+from mmedit_cli.knowledge.methods.shared.neurons import joined, respond, site_of
+from mmedit_cli.knowledge.methods.t_patcher import TPatcher, TPatcherHparams
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -33,29 +33,45 @@ def test_the_published_loop_is_reproduced(golden):
         memory_weight=settings["loss_m_lambda"], memory=tuple(settings["text_lines"]), compat="reference",
     )  # fmt: skip
     editor = TPatcher(backbone, hparams)
-    drawn = iter(torch.cat([expected[f"edit{i}.text_line_per_step"] for i in range(2)]).tolist())
+    drawn = iter(
+        torch.cat([expected[f"edit{i}.text_line_per_step"] for i in range(2)]).tolist()
+    )
     editor._draw = lambda _source: editor._texts[next(drawn)]
     requests = [
-        Query(records[i]["src"] + " The answer is:", records[i]["alt"], folder / "images" / records[i]["image"])
+        Query(
+            records[i]["src"] + " The answer is:",
+            records[i]["alt"],
+            folder / "images" / records[i]["image"],
+        )
         for i in settings["records"]
     ]
     close = {"atol": 2e-4, "rtol": 1e-3}
     for i, request in enumerate(requests):
         losses = editor.edit([request]).info["losses"][0]
-        torch.testing.assert_close(torch.tensor(losses), expected[f"edit{i}.loss_edit"], **close)
+        torch.testing.assert_close(
+            torch.tensor(losses), expected[f"edit{i}.loss_edit"], **close
+        )
         tensors = editor.state()[0]
-        for ours, theirs in (("keys", "in_weight"), ("bias", "in_bias"), ("values", "out_weight")):
+        for ours, theirs in (
+            ("keys", "in_weight"),
+            ("bias", "in_bias"),
+            ("values", "out_weight"),
+        ):
             published = expected[f"edit{i}.{theirs}"]  # the newest first
             published = (published.T if theirs == "in_weight" else published).flip(0)
             torch.testing.assert_close(tensors[ours], published, **close)
     for record, request in zip(settings["records"], requests, strict=True):
         batch = backbone.batch([request])
         logits = backbone.logits(batch)[batch.predicting]
-        torch.testing.assert_close(logits, expected[f"record{record}.logits_edited"], **close)
+        torch.testing.assert_close(
+            logits, expected[f"record{record}.logits_edited"], **close
+        )
 
 
 def test_the_corrected_loop_learns_the_request(backbone):
-    with TPatcher(backbone, TPatcherHparams(steps=30, learning_rate=0.1, memory=TEXTS)).edit([REQUEST]) as edited:
+    with TPatcher(
+        backbone, TPatcherHparams(steps=30, learning_rate=0.1, memory=TEXTS)
+    ).edit([REQUEST]) as edited:
         losses = edited.info["losses"][0]
     assert losses[-1] < losses[0] - 1
 
@@ -66,7 +82,10 @@ def test_neurons_are_a_larger_ffn(backbone):
     source = torch.Generator().manual_seed(3)
     names = ("keys", "values", *(("up",) if site.gated else ()))
     new = {name: torch.randn(4, width, generator=source) * 0.1 for name in names}
-    new |= {name: torch.randn(4, generator=source) * 0.1 for name in ("bias", *(("up_bias",) if site.gated else ()))}
+    new |= {
+        name: torch.randn(4, generator=source) * 0.1
+        for name in ("bias", *(("up_bias",) if site.gated else ()))
+    }
     anchors, seen = backbone.anchors, []
     batch = backbone.batch(QUERIES)
     with Patch(backbone.model) as patch:
@@ -80,7 +99,9 @@ def test_neurons_are_a_larger_ffn(backbone):
         return entering @ torch.cat((linear.weight, rows)).T + torch.cat((own, bias))
 
     if site.gated:
-        active = site.act(larger(anchors.module("ffn_gate", -1), new["keys"], new["bias"]))
+        active = site.act(
+            larger(anchors.module("ffn_gate", -1), new["keys"], new["bias"])
+        )
         active = active * larger(big_in, new["up"], new["up_bias"])
     else:
         active = site.act(larger(big_in, new["keys"], new["bias"]))
@@ -95,7 +116,12 @@ def test_neurons_are_a_larger_ffn(backbone):
 def test_the_form_of_the_paper(backbone):
     """One neuron a wrong token, at most so many; and none once the answer is right."""
     hparams = TPatcherHparams(
-        variant="paper", neurons=3, steps=150, activation_weight=1.0, memory_weight=0.01, memory=TEXTS
+        variant="paper",
+        neurons=3,
+        steps=150,
+        activation_weight=1.0,
+        memory_weight=0.01,
+        memory=TEXTS,
     )
     editor = TPatcher(backbone, hparams)
     editor.edit([REQUEST])
@@ -109,7 +135,10 @@ def test_the_form_of_the_paper(backbone):
 
 
 def test_sets_are_joined_in_order():
-    sets = [{"keys": torch.full((n, 2), float(n)), "bias": torch.full((n,), float(n))} for n in (1, 0, 2)]
+    sets = [
+        {"keys": torch.full((n, 2), float(n)), "bias": torch.full((n,), float(n))}
+        for n in (1, 0, 2)
+    ]
     assert joined(sets)["bias"].tolist() == [1.0, 2.0, 2.0]
     assert joined(sets)["keys"].shape == (3, 2)
 

@@ -11,15 +11,22 @@ from conftest import QUERIES, SHAPES
 from safetensors.torch import load_file
 
 from mmedit_cli import registry
-from mmedit_cli.datasets.base import read_data
-from mmedit_cli.editors._unike_hparams import UnikeHparams, UnikeTraining
-from mmedit_cli.editors._unike_networks import Scope, UnikeNetworks, attend, blend, semantic_loss, truth_loss
-from mmedit_cli.editors._unike_training import gather, last
 from mmedit_cli.errors import HparamsError, MmeditError
 from mmedit_cli.hparams import load_hparams
+from mmedit_cli.knowledge.data.base import read_data
+from mmedit_cli.knowledge.methods.unike.hparams import UnikeHparams, UnikeTraining
+from mmedit_cli.knowledge.methods.unike.networks import (
+    Scope,
+    UnikeNetworks,
+    attend,
+    blend,
+    semantic_loss,
+    truth_loss,
+)
+from mmedit_cli.knowledge.methods.unike.training import gather, last
+from mmedit_cli.knowledge.training_loop import Conditions, train_networks
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import generator
-from mmedit_cli.training.editors import Conditions, train_networks
 from mmedit_cli.types import Query
 
 REQUESTS = (
@@ -42,7 +49,12 @@ def _taken_back():
 def make(backbone, *overrides):
     cls = registry.editors.get("unike")
     path = registry.hparams_file("unike")
-    MADE.append(cls(backbone, load_hparams(path, cls.Hparams, variant=backbone.name, overrides=overrides)))
+    MADE.append(
+        cls(
+            backbone,
+            load_hparams(path, cls.Hparams, variant=backbone.name, overrides=overrides),
+        )
+    )
     return MADE[-1]
 
 
@@ -67,7 +79,9 @@ def test_attention_over_knowledge_is_a_mixture_of_its_rows():
     mixed = attend(states, known, 16.0)
     assert (mixed <= known.amax(1, keepdim=True) + 1e-6).all()
     assert (mixed >= known.amin(1, keepdim=True) - 1e-6).all()
-    torch.testing.assert_close(attend(states, known[:, :1], 16.0), known[:, :1].expand(-1, 5, -1))
+    torch.testing.assert_close(
+        attend(states, known[:, :1], 16.0), known[:, :1].expand(-1, 5, -1)
+    )
     logits = torch.einsum("rtd,rkd->rtk", states, known)
     torch.testing.assert_close(attend(states, known, None), logits.softmax(-1) @ known)
 
@@ -78,7 +92,10 @@ def test_the_blend_turns_and_keeps_the_length():
     whole = blend(said, known, torch.ones(2, 4))
     torch.testing.assert_close(F.normalize(whole, dim=-1), F.normalize(known, dim=-1))
     torch.testing.assert_close(whole.norm(dim=-1), said.norm(dim=-1))
-    moves = [(blend(said, known, torch.full((2, 4), a)) - said).norm() for a in (0.1, 0.4, 0.9)]
+    moves = [
+        (blend(said, known, torch.full((2, 4), a)) - said).norm()
+        for a in (0.1, 0.4, 0.9)
+    ]
     assert moves[0] < moves[1] < moves[2]
 
 
@@ -88,16 +105,30 @@ def test_contrastive_losses_against_loops():
     terms = []
     for i in range(8):
         every = {j: (codes[i] @ codes[j] / 0.5).exp() for j in range(8) if j != i}
-        terms.append(-(sum(v for j, v in every.items() if (j < 4) == (i < 4)) / sum(every.values())).log())
+        terms.append(
+            -(
+                sum(v for j, v in every.items() if (j < 4) == (i < 4))
+                / sum(every.values())
+            ).log()
+        )
     torch.testing.assert_close(truth_loss(right, wrong, 0.5), torch.stack(terms).mean())
     terms = []
     for i in range(4):
-        near = [(F.normalize(sem[i], dim=0) @ F.normalize(h, dim=0) / 0.5).exp() for h in (*right, *wrong)]
+        near = [
+            (F.normalize(sem[i], dim=0) @ F.normalize(h, dim=0) / 0.5).exp()
+            for h in (*right, *wrong)
+        ]
         terms.append(-((near[i] + near[4 + i]) / sum(near)).log())
-    torch.testing.assert_close(semantic_loss(sem, right, wrong, 0.5), torch.stack(terms).mean())
+    torch.testing.assert_close(
+        semantic_loss(sem, right, wrong, 0.5), torch.stack(terms).mean()
+    )
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(truth_loss(right[order], wrong[order], 0.5), truth_loss(right, wrong, 0.5))
-    torch.testing.assert_close(semantic_loss(sem, wrong, right, 0.5), semantic_loss(sem, right, wrong, 0.5))
+    torch.testing.assert_close(
+        truth_loss(right[order], wrong[order], 0.5), truth_loss(right, wrong, 0.5)
+    )
+    torch.testing.assert_close(
+        semantic_loss(sem, wrong, right, 0.5), semantic_loss(sem, right, wrong, 0.5)
+    )
     apart = torch.zeros(4, WIDTH), torch.zeros(4, WIDTH)
     apart[0][:, 0] = apart[1][:, 1] = 1.0
     assert truth_loss(*apart, 0.01) < 1e-6
@@ -122,15 +153,27 @@ def test_retrieval_equals_brute_force(backbone):
     for filled in (3, 8):
         sem, pos = rows(filled, width), rows(layers, filled, width, seed=1)
         editor.networks.know(sem, pos)
-        query, of_edit, says = rows(2, width, seed=2), rows(2, 1, width, seed=3), rows(2, 1, layers, width, seed=4)
+        query, of_edit, says = (
+            rows(2, width, seed=2),
+            rows(2, 1, width, seed=3),
+            rows(2, 1, layers, width, seed=4),
+        )
         found = editor._memories.recall(query, of_edit, says)
         for r in range(2):
-            keys = torch.cat((editor.networks.sem[:filled].double(), of_edit[r].double()))
-            best = F.cosine_similarity(keys, query[r].double()[None]).argsort(descending=True)[:5]
-            values = torch.cat((editor.networks.pos[:, :filled].float(), says[r].transpose(0, 1)), 1)
+            keys = torch.cat(
+                (editor.networks.sem[:filled].double(), of_edit[r].double())
+            )
+            best = F.cosine_similarity(keys, query[r].double()[None]).argsort(
+                descending=True
+            )[:5]
+            values = torch.cat(
+                (editor.networks.pos[:, :filled].float(), says[r].transpose(0, 1)), 1
+            )
             assert torch.equal(found[:, r], values[:, best])
         editor.networks.sem.mul_(2)
-        assert torch.equal(editor._memories.recall(query, of_edit, says), found), "length does not count"
+        assert torch.equal(editor._memories.recall(query, of_edit, says), found), (
+            "length does not count"
+        )
 
 
 def test_the_last_marked_position():
@@ -145,8 +188,17 @@ def test_scope_tells_pictures_from_texts():
     image = torch.tensor([[1, 1, 1, 0, 0, 0], [0] * 6, [1, 1, 0, 0, 0, 0]]).bool()
     features = scope(hidden, prompt, image)
     score = scope.score(features, features)
-    assert score.isinf().tolist() == [[False, True, False], [True, False, True], [False, True, False]]
-    alone = torch.cat([scope(hidden[i : i + 1], prompt[i : i + 1], image[i : i + 1]) for i in range(3)])
+    assert score.isinf().tolist() == [
+        [False, True, False],
+        [True, False, True],
+        [False, True, False],
+    ]
+    alone = torch.cat(
+        [
+            scope(hidden[i : i + 1], prompt[i : i + 1], image[i : i + 1])
+            for i in range(3)
+        ]
+    )
     torch.testing.assert_close(alone, features)
 
 
@@ -164,7 +216,13 @@ def test_beta_and_shares_of_nothing_are_the_ablated_model(backbone, mode):
         with on.edit(REQUESTS[:1]):
             assert same(logits(backbone), expected)
     else:
-        editor = make(backbone, "mode=reference", "intrinsic=false", "collaboration=false", "share=0.0")
+        editor = make(
+            backbone,
+            "mode=reference",
+            "intrinsic=false",
+            "collaboration=false",
+            "share=0.0",
+        )
         base = logits(backbone)
         with editor.edit(REQUESTS[:1]):
             assert same(logits(backbone), base), "nothing is blended in"
@@ -173,7 +231,12 @@ def test_beta_and_shares_of_nothing_are_the_ablated_model(backbone, mode):
 def test_each_part_alone_changes_the_answer(backbone):
     base = logits(backbone, REQUESTS[:1])
     for off in ("intrinsic", "external", "collaboration"):
-        editor = make(backbone, "threshold=-1000", f"{off}=false", *(("collaboration=false",) * (off == "intrinsic")))
+        editor = make(
+            backbone,
+            "threshold=-1000",
+            f"{off}=false",
+            *(("collaboration=false",) * (off == "intrinsic")),
+        )
         with editor.edit(REQUESTS[:1]) as edited:
             assert not same(logits(backbone, REQUESTS[:1]), base), off
             assert bool(edited.info["losses"][0]) == (off != "intrinsic")
@@ -196,7 +259,9 @@ def test_an_edit_of_a_picture_never_touches_a_text_and_the_reverse(backbone):
     for requests in (REQUESTS[:1], REQUESTS[2:]):
         with editor.edit(requests):
             seeing = requests[0].image is not None
-            assert editor.touches(QUERIES) == [(query.image is not None) == seeing for query in QUERIES]
+            assert editor.touches(QUERIES) == [
+                (query.image is not None) == seeing for query in QUERIES
+            ]
 
 
 @pytest.mark.parametrize("mode", ["scoped", "reference"])
@@ -204,7 +269,9 @@ def test_one_request_is_learned_in_few_steps(backbone, mode):
     editor = make(backbone, "threshold=-1000", f"mode={mode}")
     losses = editor.edit(REQUESTS[:1]).info["losses"][0]
     assert losses[-1] < losses[0] - 1.5
-    assert all(p.grad is None and not p.requires_grad for p in backbone.model.parameters())
+    assert all(
+        p.grad is None and not p.requires_grad for p in backbone.model.parameters()
+    )
     editor.undo()
 
 
@@ -218,7 +285,9 @@ def test_scoped_edits_do_not_depend_on_each_other(backbone):
     for i in (1, 2):
         editor._next_id = ids[i]
         editor.edit(REQUESTS[i : i + 1])
-    assert all(torch.equal(kept[name], tensor) for name, tensor in editor.state()[0].items())
+    assert all(
+        torch.equal(kept[name], tensor) for name, tensor in editor.state()[0].items()
+    )
     editor.undo()
 
 
@@ -258,8 +327,12 @@ def test_rows_of_a_batch_get_what_they_get_alone(backbone):
     batch = backbone.batch(REQUESTS)
     with torch.no_grad():
         together = backbone.logits(batch)
-    for row, (alone, length) in enumerate(zip(logits(backbone, REQUESTS), batch.lengths, strict=True)):
-        torch.testing.assert_close(together[row, :length], alone[0], atol=1e-4, rtol=1e-4)
+    for row, (alone, length) in enumerate(
+        zip(logits(backbone, REQUESTS), batch.lengths, strict=True)
+    ):
+        torch.testing.assert_close(
+            together[row, :length], alone[0], atol=1e-4, rtol=1e-4
+        )
     editor.undo()
 
 
@@ -269,7 +342,9 @@ def test_generation_says_what_the_forward_pass_says(backbone):
     (said,) = backbone.generate(REQUESTS[:1], max_new_tokens=4)
     if said:
         batch = backbone.batch([replace(REQUESTS[0], target=said)])
-        assert (backbone.logits(batch)[batch.predicting].argmax(-1) == batch.answers).all()
+        assert (
+            backbone.logits(batch)[batch.predicting].argmax(-1) == batch.answers
+        ).all()
     with pytest.raises(MmeditError, match="ask the backbone"):
         backbone.layers[editor.first_layer](torch.zeros(1, 2, backbone.width))
     editor.undo()
@@ -291,7 +366,11 @@ def test_reference_keeps_the_neurons_of_all_edits_and_no_scope(backbone):
     editor = make(backbone, "mode=reference", "steps=2")
     for count, request in enumerate(REQUESTS, 1):
         editor.edit([request])
-        assert editor.state()[0]["bias"].shape == (count, editor.hparams.layers, editor.hparams.neurons)
+        assert editor.state()[0]["bias"].shape == (
+            count,
+            editor.hparams.layers,
+            editor.hparams.neurons,
+        )
     assert editor.touches(QUERIES) == [True] * len(QUERIES)
     assert editor.calibrated == {}
     editor.undo()
@@ -305,7 +384,11 @@ def test_knowledge_is_what_the_model_gets_wrong(backbone):
     own = backbone.generate([cases[0].request], max_new_tokens=16)[0]
     triples = gather(backbone, cases, 3)
     assert (cases[0].uid in triples.place) == bool(own), "no answer is no wrong answer"
-    assert triples.pos.shape == triples.neg.shape == (3, len(triples.place), backbone.width)
+    assert (
+        triples.pos.shape
+        == triples.neg.shape
+        == (3, len(triples.place), backbone.width)
+    )
     if own:
         assert not torch.equal(triples.pos, triples.neg)
         right = replace(cases[0], request=replace(cases[0].request, target=own.upper()))
@@ -316,16 +399,26 @@ def test_training_and_what_it_leaves(backbone, tmp_path):
     if backbone.name != "tiny-blip2":
         pytest.skip("one family is enough")
     cases = read_data(SHAPES).cases
-    short = ("training.steps=6", "training.batch_size=4", "training.validate_every=3", "steps=3", "training.others=2")
+    short = (
+        "training.steps=6",
+        "training.batch_size=4",
+        "training.validate_every=3",
+        "steps=3",
+        "training.others=2",
+    )
     kept = []
     for folder in ("a", "b"):
         editor, said = make(backbone, *short), []
         with Run.open(tmp_path / folder, {"run": folder}, {}) as run:
-            report = train_networks(editor, cases[:8], cases[8:11], run, Conditions(say=said.append))
+            report = train_networks(
+                editor, cases[:8], cases[8:11], run, Conditions(say=said.append)
+            )
         kept.append(load_file(tmp_path / folder / "editor.safetensors"))
     assert said[0].startswith("knowledge: ")
     assert set(report["calibrated"]) == {"threshold"}
-    assert {"truth", "semantic", "scope", "total"} <= set(report["losses"][-1]["losses"])
+    assert {"truth", "semantic", "scope", "total"} <= set(
+        report["losses"][-1]["losses"]
+    )
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
     assert int(kept[0]["rows"]) == len(editor._triples.place) > 0
     assert kept[0]["shift"].abs().sum() > 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedit_cli.evaluation import concepts, images
-from mmedit_cli.evaluation.concepts import Drawn, Eyes
+from mmedit_cli.drawing.evaluation import concepts, picture_scores
+from mmedit_cli.drawing.evaluation.concepts import Drawn, Eyes
 from mmedit_cli.pictures import Picture, load_picture
 
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
@@ -20,7 +20,9 @@ class Colours:
 
     @staticmethod
     def pictures(pictures):
-        return torch.stack([images.pixels(picture).mean((1, 2)) for picture in pictures])
+        return torch.stack(
+            [picture_scores.pixels(picture).mean((1, 2)) for picture in pictures]
+        )
 
 
 class Namer:
@@ -31,9 +33,13 @@ class Namer:
     @staticmethod
     def generate(queries, *, max_new_tokens):
         assert max_new_tokens
-        pixels = [load_picture(Picture(query.image)).getpixel((0, 0)) for query in queries]
+        pixels = [
+            load_picture(Picture(query.image)).getpixel((0, 0)) for query in queries
+        ]
         thing = "" if "background" in queries[0].prompt else " thing"
-        return [("a red" if pixel == (255, 0, 0) else "a blue") + thing for pixel in pixels]
+        return [
+            ("a red" if pixel == (255, 0, 0) else "a blue") + thing for pixel in pixels
+        ]
 
 
 @pytest.fixture
@@ -52,28 +58,48 @@ def paint(tmp_path):
 
 @pytest.fixture
 def eyes(paint):
-    return Eyes({"colours": Colours()}, [("red", paint(RED)), ("green", paint(GREEN)), ("blue", paint(BLUE))])
+    return Eyes(
+        {"colours": Colours()},
+        [("red", paint(RED)), ("green", paint(GREEN)), ("blue", paint(BLUE))],
+    )
 
 
 def test_pairs_by_seed_and_all_pairs():
     same = torch.eye(2)
-    assert images.paired(same, 3 * same) == pytest.approx(100)
-    assert images.all_pairs(same, same) == pytest.approx(50), "of two that differ, below 100"
-    assert images.among_themselves(same) == pytest.approx(0, abs=1e-5)
-    assert images.among_themselves(torch.ones(3, 4)) == pytest.approx(100, abs=1e-4)
-    assert images.among_themselves(same[:1]) is None
+    assert picture_scores.paired(same, 3 * same) == pytest.approx(100)
+    assert picture_scores.all_pairs(same, same) == pytest.approx(50), (
+        "of two that differ, below 100"
+    )
+    assert picture_scores.among_themselves(same) == pytest.approx(0, abs=1e-5)
+    assert picture_scores.among_themselves(torch.ones(3, 4)) == pytest.approx(
+        100, abs=1e-4
+    )
+    assert picture_scores.among_themselves(same[:1]) is None
 
 
 def test_likeness_to_the_photos(eyes, paint):
-    drawn = Drawn([[paint(RED), paint(BLUE)], [paint(RED), paint(RED)]], [], ["one", "two"], ["red"], [paint(RED)])
+    drawn = Drawn(
+        [[paint(RED), paint(BLUE)], [paint(RED), paint(RED)]],
+        [],
+        ["one", "two"],
+        ["red"],
+        [paint(RED)],
+    )
     found = concepts.resemblance(drawn, eyes)
-    assert found == {"colours-I": pytest.approx([50, 100]), "nearest by colours": [50, 100]}
-    assert concepts.of_photos([paint(RED), paint(RED)], eyes) == {"colours-I": [pytest.approx(100)]}
+    assert found == {
+        "colours-I": pytest.approx([50, 100]),
+        "nearest by colours": [50, 100],
+    }
+    assert concepts.of_photos([paint(RED), paint(RED)], eyes) == {
+        "colours-I": [pytest.approx(100)]
+    }
     assert concepts.of_photos([paint(RED)], eyes) == {}
 
 
 def test_names_are_asked_for_where_there_are_any(paint):
-    drawn = Drawn([[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing")
+    drawn = Drawn(
+        [[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing"
+    )
     gallery = [("red", paint(GREEN)), ("other", paint(RED)), ("blue", paint(BLUE))]
     eyes = Eyes({"namer": Colours()}, gallery, namer=Namer())
     found = concepts.resemblance(drawn, eyes)
@@ -85,12 +111,24 @@ def test_names_are_asked_for_where_there_are_any(paint):
 
 
 def test_backgrounds_are_asked_for_where_a_prompt_names_one(paint):
-    rows = [[paint(RED), paint(RED)], [paint(RED), paint(BLUE)], [paint(BLUE), paint(BLUE)]]
-    texts = ["a thing on a red ball", "a thing on a red background", "it, on a red background, twice"]
+    rows = [
+        [paint(RED), paint(RED)],
+        [paint(RED), paint(BLUE)],
+        [paint(BLUE), paint(BLUE)],
+    ]
+    texts = [
+        "a thing on a red ball",
+        "a thing on a red background",
+        "it, on a red background, twice",
+    ]
     eyes = Eyes({"namer": Colours()}, [("red", paint(RED))], namer=Namer())
     found = concepts.resemblance(Drawn(rows, [], texts, ["red"], [paint(RED)]), eyes)
-    assert found["background by namer"] == [50, 0], "one value for each prompt that names one"
-    plain = concepts.resemblance(Drawn(rows[:1], [], texts[:1], ["red"], [paint(RED)]), eyes)
+    assert found["background by namer"] == [50, 0], (
+        "one value for each prompt that names one"
+    )
+    plain = concepts.resemblance(
+        Drawn(rows[:1], [], texts[:1], ["red"], [paint(RED)]), eyes
+    )
     assert "background by namer" not in plain
 
 
@@ -99,8 +137,12 @@ def test_what_stayed(eyes, paint):
     found = concepts.constancy(Drawn(base, base, ["x"]), eyes)
     assert (found["identical"], found["L1"]) == ([100], [0])
     assert found["colours-I paired"] == [pytest.approx(100)]
-    assert found["colours-I all pairs"] == [pytest.approx(50)], "the ceiling of the published form"
-    found = concepts.constancy(Drawn([[paint(RED), paint("#0000fe")]], base, ["x"]), eyes)
+    assert found["colours-I all pairs"] == [pytest.approx(50)], (
+        "the ceiling of the published form"
+    )
+    found = concepts.constancy(
+        Drawn([[paint(RED), paint("#0000fe")]], base, ["x"]), eyes
+    )
     assert found["identical"] == [50], "one step of one channel is a difference"
     assert 0 < found["L1"][0] < 1e-3
 
@@ -109,7 +151,10 @@ def test_two_in_one_picture(eyes, paint):
     drawn = Drawn([[paint(RED, GREEN), paint(RED)]], [], ["x"], ["red", "green"])
     found = concepts.togetherness(drawn, eyes)
     assert found == {"both by colours": [50], "one at least by colours": [100]}
-    assert [part.size for part in concepts.windows(Image.new("RGB", (8, 8)))] == [(8, 8), *[(4, 4)] * 9]
+    assert [part.size for part in concepts.windows(Image.new("RGB", (8, 8)))] == [
+        (8, 8),
+        *[(4, 4)] * 9,
+    ]
     wide = concepts.windows(Image.linear_gradient("L").resize((30, 16)))
     assert [part.size for part in wide] == [(30, 16), *[(15, 15)] * 3]
     assert concepts.windows(Image.new("RGB", (1, 1)))[1].size == (1, 1)
@@ -117,22 +162,45 @@ def test_two_in_one_picture(eyes, paint):
 
 def test_means_count_subjects_once():
     lines = [
-        {"side": "edited", "test": "class", "subject": name, "scores": {"identical": values}}
+        {
+            "side": "edited",
+            "test": "class",
+            "subject": name,
+            "scores": {"identical": values},
+        }
         for name, values in (("a", [100.0, 0.0]), ("b", [100.0]))
     ]
-    lines.append({"side": "edited", "test": "other", "subject": "", "scores": {"identical": [100.0, 0.0, 0.0]}})
+    lines.append(
+        {
+            "side": "edited",
+            "test": "other",
+            "subject": "",
+            "scores": {"identical": [100.0, 0.0, 0.0]},
+        }
+    )
     found = concepts.summary(lines)["edited"]
-    assert (found["class"]["identical"]["mean"], found["class"]["identical"]["n"]) == (75, 2)
-    assert (found["other"]["identical"]["mean"], found["other"]["identical"]["n"]) == (pytest.approx(100 / 3), 3)
+    assert (found["class"]["identical"]["mean"], found["class"]["identical"]["n"]) == (
+        75,
+        2,
+    )
+    assert (found["other"]["identical"]["mean"], found["other"]["identical"]["n"]) == (
+        pytest.approx(100 / 3),
+        3,
+    )
 
 
 def test_clip_also_reads_the_prompts(paint):
     class Texts:
         @staticmethod
         def texts(texts):
-            return torch.stack([torch.eye(3)[{"red": 0, "blue": 2}[text]] for text in texts])
+            return torch.stack(
+                [torch.eye(3)[{"red": 0, "blue": 2}[text]] for text in texts]
+            )
 
     eyes = Eyes({"CLIP": Colours()}, [("red", paint(RED))], Texts())
-    found = concepts.resemblance(Drawn([[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]), eyes)
+    found = concepts.resemblance(
+        Drawn([[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]),
+        eyes,
+    )
     assert found["CLIP-T"] == [pytest.approx(100), pytest.approx(0)]
     assert set(found) == {"CLIP-I", "CLIP-T", "nearest by CLIP"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.evaluation.judge import Judge
-from mmedit_cli.image_pairs.base import open_pairs
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.picture_editing.data.opening import open_pairs
+from mmedit_cli.picture_editing.evaluation.judge import Judge
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,18 @@ def pairs() -> dict[str, list]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["background", "opposite-background", "style", "another-artist"])
+@pytest.mark.parametrize(
+    "kind", ["background", "opposite-background", "style", "another-artist"]
+)
 def test_goals_are_recognised_and_sources_are_not(judge, pairs, kind):
     some = pairs[kind][:16]
     goals = judge.reached([pair.target() for pair in some], some)
     sources = judge.reached([pair.source() for pair in some], some)
     assert sum(value is not None for value in goals) >= 9
     assert {value for value in goals if value is not None} == {100.0}
-    assert sources.count(100.0) <= (1 if "artist" in kind or kind == "style" else 0), "who drew it is told by looks"
+    assert sources.count(100.0) <= (1 if "artist" in kind or kind == "style" else 0), (
+        "who drew it is told by looks"
+    )
     assert [value is None for value in goals] == [value is None for value in sources]
 
 

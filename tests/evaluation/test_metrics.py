@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmedit_cli.evaluation import metrics
+from mmedit_cli.knowledge.evaluation import metrics
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,16 @@ from mmedit_cli.evaluation import metrics
         ("STRASSE", "Stra\u00dfe", 1),
         ("cafe\u0301", "caf\u00e9", 1),
         ("cafe", "caf\u00e9", 0),
-        ("\u0915\u093f", "\u0915\u093e", 0),  # ki and ka: a vowel sign is all that differs
-        ("\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948", "\u0939\u093f\u0928\u094d\u0926\u0940", 1),  # Hindi
+        (
+            "\u0915\u093f",
+            "\u0915\u093e",
+            0,
+        ),  # ki and ka: a vowel sign is all that differs
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948",
+            "\u0939\u093f\u0928\u094d\u0926\u0940",
+            1,
+        ),  # Hindi
         ("\u732b\u3067\u3059", "\u732b", 1),  # Japanese: it is a cat
         ("\u4eac\u90fd", "\u6771\u4eac", 0),  # Kyoto, Tokyo
         ("\u6771\u4eac\u90fd", "\u6771\u4eac", 1),
@@ -63,7 +71,9 @@ def test_strict_match_and_f1():
 
 
 def test_f1_outside_english():
-    assert metrics.token_f1("\u6771\u4eac", "\u4eac\u90fd") == pytest.approx(0.5), "one of two characters"
+    assert metrics.token_f1("\u6771\u4eac", "\u4eac\u90fd") == pytest.approx(0.5), (
+        "one of two characters"
+    )
     assert metrics.token_f1("\u0915\u093f", "\u0915\u093e") == 0
     assert metrics.exact_match("cafe\u0301", "caf\u00e9") == 1
 
@@ -71,7 +81,9 @@ def test_f1_outside_english():
 def test_locality_of_texts_compares_what_was_said():
     assert metrics.same_answer("A cat.", "cat") == 1
     assert metrics.same_answer("cat", "cat dog") == 0
-    assert metrics.same_answer("!!", "??") == 0, "without words only the same signs are the same"
+    assert metrics.same_answer("!!", "??") == 0, (
+        "without words only the same signs are the same"
+    )
 
 
 def test_perfect_and_identity():
@@ -84,20 +96,32 @@ def test_published_easyedit_functions(golden):
     facts = json.loads((golden / "easyedit_metrics.json").read_text())
     tensors = load_file(golden / "easyedit_metrics.safetensors")
     for i, case in enumerate(facts["cases"]):
-        base, edited, labels = (tensors[f"case{i}.{k}"] for k in ("logits_base", "logits_edited", "labels"))
+        base, edited, labels = (
+            tensors[f"case{i}.{k}"] for k in ("logits_base", "logits_edited", "labels")
+        )
         for k, name in ((1, "top1"), (10, "top10")):
             pairs = [
                 metrics.topk_agreement(metrics.topk_ids(b, k), metrics.topk_ids(e, k))
                 for b, e in zip(base, edited, strict=True)
             ]
-            pooled = sum(points for points, _ in pairs) / sum(total for _, total in pairs)
+            pooled = sum(points for points, _ in pairs) / sum(
+                total for _, total in pairs
+            )
             assert pooled == pytest.approx(case[name], abs=1e-6)
-        expected = tensors[f"case{i}.top10_base"]  # cut to the shorter of the two sequences
-        assert torch.equal(metrics.topk_ids(base, 10)[:, -expected.shape[1] :], expected)
+        expected = tensors[
+            f"case{i}.top10_base"
+        ]  # cut to the shorter of the two sequences
+        assert torch.equal(
+            metrics.topk_ids(base, 10)[:, -expected.shape[1] :], expected
+        )
         answers = labels[:, 1:] != -100
         rows = [
             metrics.agreement(e[:-1][a].argmax(-1).tolist(), want[1:][a].tolist())
             for e, want, a in zip(edited, labels, answers, strict=True)
         ]
-        assert sum(e for e, _ in rows) / sum(n for _, n in rows) == pytest.approx(case["tok"], abs=1e-6)
-        assert sum(e == n for e, n in rows) / len(rows) == pytest.approx(case["em"], abs=1e-6)
+        assert sum(e for e, _ in rows) / sum(n for _, n in rows) == pytest.approx(
+            case["tok"], abs=1e-6
+        )
+        assert sum(e == n for e, n in rows) / len(rows) == pytest.approx(
+            case["em"], abs=1e-6
+        )

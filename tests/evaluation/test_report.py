@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from mmedit_cli.evaluation.report import build_report, mean_with_interval, score_with_interval, wilson_interval
+from mmedit_cli.knowledge.evaluation.report import (
+    build_report,
+    mean_with_interval,
+    score_with_interval,
+    wilson_interval,
+)
 from mmedit_cli.output import Output
 from mmedit_cli.reports import show
 
@@ -15,7 +20,14 @@ EDITS = [{"group": 0, "index": 0, "seconds": 1.0}]
 def report_of(*scores: dict[str, float]) -> dict:
     """The report of as many edits in a row as there are scores."""
     lines = [
-        {"group": 0, "edits": len(scores), "index": i, "case": str(i), "scores": {"ar": s}, "base": {"ar": {}}}
+        {
+            "group": 0,
+            "edits": len(scores),
+            "index": i,
+            "case": str(i),
+            "scores": {"ar": s},
+            "base": {"ar": {}},
+        }
         for i, s in enumerate(scores)
     ]
     return build_report(HEAD, lines, EDITS, len(scores))
@@ -36,8 +48,14 @@ def test_wilsons_interval(right, n, ends):
 
 
 def test_what_was_asked_once_or_is_all_right_is_not_certain():
-    assert score_with_interval([1.0]) == {"mean": 1, "n": 1, "ci95": pytest.approx([0.2065, 1], abs=5e-5)}
-    assert score_with_interval([1.0] * 10)["ci95"] == pytest.approx([0.7225, 1], abs=5e-5)
+    assert score_with_interval([1.0]) == {
+        "mean": 1,
+        "n": 1,
+        "ci95": pytest.approx([0.2065, 1], abs=5e-5),
+    }
+    assert score_with_interval([1.0] * 10)["ci95"] == pytest.approx(
+        [0.7225, 1], abs=5e-5
+    )
     low, high = score_with_interval([0.5] * 4)["ci95"]  # shares of tokens, all the same
     assert low < 0.25
     assert high > 0.75
@@ -55,7 +73,11 @@ def test_no_interval_without_spread_for_what_has_no_bounds():
 def test_scope_counts_only_what_was_probed(capsys):
     bare, probed = {"reliability": 1.0}, {"reliability": 1.0, "locality.text": 0.5}
     nothing = report_of(bare)
-    assert nothing["milestones"][0]["scores"]["ar"]["scope"] == {"mean": None, "n": 0, "ci95": None}
+    assert nothing["milestones"][0]["scores"]["ar"]["scope"] == {
+        "mean": None,
+        "n": 0,
+        "ci95": None,
+    }
     show.report(Output(), nothing)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["Scope", "-"] in rows

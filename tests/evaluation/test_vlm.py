@@ -12,19 +12,24 @@ import pytest
 import torch
 from conftest import SHAPES
 
-from mmedit_cli.backbones._loading import load_backbone
-from mmedit_cli.datasets.base import load_cases
-from mmedit_cli.editors.base import Editor
-from mmedit_cli.editors.ft import Ft, FtHparams
 from mmedit_cli.errors import UserError
-from mmedit_cli.evaluation import vlm
-from mmedit_cli.evaluation.answers import Answer, ask
-from mmedit_cli.evaluation.report import build_report
-from mmedit_cli.evaluation.vlm import Protocol, evaluate_edits, score_case
+from mmedit_cli.knowledge import loading
+from mmedit_cli.knowledge.data.base import load_cases
+from mmedit_cli.knowledge.evaluation import protocol as sequential
+from mmedit_cli.knowledge.evaluation.answers import Answer, ask
+from mmedit_cli.knowledge.evaluation.protocol import (
+    Protocol,
+    evaluate_edits,
+    score_case,
+)
+from mmedit_cli.knowledge.evaluation.report import build_report
+from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.ft import Ft, FtHparams
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.knowledge.workflow import evaluation
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.types import EditCase, Query
-from mmedit_cli.workflows import evaluation
 
 CASES = load_cases(SHAPES)
 
@@ -32,7 +37,9 @@ CASES = load_cases(SHAPES)
 def evaluate(folder: Path, editor: Editor, protocol: Protocol, cases=CASES) -> dict:
     with Run.open(folder, {}, {}) as run:
         evaluate_edits(editor, cases, run, protocol)
-        return build_report({}, run.read("cases"), run.read("edits"), protocol.sequential)
+        return build_report(
+            {}, run.read("cases"), run.read("edits"), protocol.sequential
+        )
 
 
 class Perfect(Editor):
@@ -78,7 +85,12 @@ def test_a_protocol_that_makes_no_sense_is_refused(values, message):
 
 
 def test_an_editor_that_does_nothing_keeps_every_locality(backbone, tmp_path):
-    report = evaluate(tmp_path, Perfect(backbone, FtHparams()), Protocol(sequential=8, report_at=(1,)), CASES[:8])
+    report = evaluate(
+        tmp_path,
+        Perfect(backbone, FtHparams()),
+        Protocol(sequential=8, report_at=(1,)),
+        CASES[:8],
+    )
     for milestone in report["milestones"]:
         for scores in milestone["scores"].values():
             for column, score in scores.items():
@@ -92,7 +104,14 @@ def test_an_editor_that_does_nothing_keeps_every_locality(backbone, tmp_path):
 def test_answers_that_are_all_right_score_one(backbone):
     case = CASES[0]
     queries = [q for _, qs in case.columns() for q in qs]
-    before = ask(backbone, queries, layer=0, top=Protocol().top([case]), max_new_tokens=4, batch_size=8)
+    before = ask(
+        backbone,
+        queries,
+        layer=0,
+        top=Protocol().top([case]),
+        max_new_tokens=4,
+        batch_size=8,
+    )
     after = {
         q: type(a)(q.target, a.wanted, a.wanted, a.top)
         if q not in [x for xs in case.locality.values() for x in xs]
@@ -105,24 +124,46 @@ def test_answers_that_are_all_right_score_one(backbone):
 
 
 def test_the_last_shorter_group_is_kept_and_marked(backbone, tmp_path):
-    report = evaluate(tmp_path, Ft(backbone, FtHparams(steps=1)), Protocol(sequential=5, report_at=(2,)), CASES[:7])
-    assert [(m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]] == [
+    report = evaluate(
+        tmp_path,
+        Ft(backbone, FtHparams(steps=1)),
+        Protocol(sequential=5, report_at=(2,)),
+        CASES[:7],
+    )
+    assert [
+        (m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]
+    ] == [
         (2, 2, False),
         (2, 2, True),
         (5, 5, False),
     ]
-    report = evaluate(tmp_path / "b", Ft(backbone, FtHparams(steps=1)), Protocol(sequential=5), CASES[:8])
-    assert [(m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]] == [(3, 3, True), (5, 5, False)]
+    report = evaluate(
+        tmp_path / "b",
+        Ft(backbone, FtHparams(steps=1)),
+        Protocol(sequential=5),
+        CASES[:8],
+    )
+    assert [
+        (m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]
+    ] == [(3, 3, True), (5, 5, False)]
 
 
 def test_every_distinct_image_and_sequence_is_computed_once(backbone, monkeypatch):
     encoded, prefixed = [], []
     real_encode, real_prefix = backbone.image_features, backbone._compute_prefix
-    monkeypatch.setattr(backbone, "image_features", lambda ps: encoded.extend(ps) or real_encode(ps))
-    monkeypatch.setattr(backbone, "_compute_prefix", lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a))
+    monkeypatch.setattr(
+        backbone, "image_features", lambda ps: encoded.extend(ps) or real_encode(ps)
+    )
+    monkeypatch.setattr(
+        backbone,
+        "_compute_prefix",
+        lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a),
+    )
     queries = [q for case in CASES for _, qs in case.columns() for q in qs]
     with backbone.keeping(3, queries, group=8, budget=1 << 30):
-        answers = ask(backbone, queries, layer=3, top={}, max_new_tokens=3, batch_size=8)
+        answers = ask(
+            backbone, queries, layer=3, top={}, max_new_tokens=3, batch_size=8
+        )
         assert len(encoded) == len(set(encoded)) == 72
         assert len(prefixed) == len(set(prefixed)) == len(set(queries)) == len(answers)
         ask(backbone, queries[::-1], layer=3, top={}, max_new_tokens=3, batch_size=5)
@@ -140,21 +181,38 @@ def test_cached_equals_uncached_and_spilled_equals_kept(backbone):
                 assert [(a.text, a.said, a.wanted) for a in cached.values()] == [
                     (a.text, a.said, a.wanted) for a in plain.values()
                 ]
-                assert all(torch.equal(cached[q].top, plain[q].top) for q in plain if plain[q].top is not None)
+                assert all(
+                    torch.equal(cached[q].top, plain[q].top)
+                    for q in plain
+                    if plain[q].top is not None
+                )
 
 
 def test_an_answer_that_the_forced_pass_proves_is_not_generated(backbone, monkeypatch):
     """After an edit that holds, the forced pass shows what greedy decoding says: the text is the same."""
     request = CASES[0].request
-    length = backbone.encode(request).n_answer  # a random model does not stop by itself: stop it there
+    length = backbone.encode(
+        request
+    ).n_answer  # a random model does not stop by itself: stop it there
     bare = Query(request.prompt, "", request.image, request.background)
     with Ft(backbone, FtHparams(learning_rate=1e-2)).edit([request]):
         (said,) = backbone.generate([bare], max_new_tokens=length)
         monkeypatch.setattr(backbone, "generate", None)
-        (answer,) = ask(backbone, [request], layer=2, top={}, max_new_tokens=length, batch_size=4).values()
+        (answer,) = ask(
+            backbone, [request], layer=2, top={}, max_new_tokens=length, batch_size=4
+        ).values()
         assert answer.text == said == request.target
-        with pytest.raises(TypeError):  # it does not stop after that, so with more room it is not proved
-            ask(backbone, [request], layer=2, top={}, max_new_tokens=length + 1, batch_size=4)
+        with pytest.raises(
+            TypeError
+        ):  # it does not stop after that, so with more room it is not proved
+            ask(
+                backbone,
+                [request],
+                layer=2,
+                top={},
+                max_new_tokens=length + 1,
+                batch_size=4,
+            )
 
 
 def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backbone):
@@ -171,7 +229,13 @@ def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backb
     assert sorted(first) == ["0-3.safetensors", "3-6.safetensors"]
     (shared / "0-3.safetensors").write_bytes(b"damaged")  # then they are asked again
     with Run.open(tmp_path / "c", {}, {}) as run:
-        evaluate_edits(Ft(backbone, FtHparams(learning_rate=1e-2)), CASES[:6], run, protocol, base_folder=shared)
+        evaluate_edits(
+            Ft(backbone, FtHparams(learning_rate=1e-2)),
+            CASES[:6],
+            run,
+            protocol,
+            base_folder=shared,
+        )
         again = run.read("cases")
     with Run.open(tmp_path / "a", {}, {}) as run:
         assert run.read("cases") == again
@@ -192,7 +256,7 @@ def test_batch_edits_stop_at_milestones(tmp_path, backbone):
 def options(records: Path, **protocol) -> evaluation.EvalOptions:
     return evaluation.EvalOptions(
         "ft",
-        evaluation.ModelOptions("tiny-blip2", device="cpu"),
+        loading.ModelOptions("tiny-blip2", device="cpu"),
         str(SHAPES),
         Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "shard": 3, **protocol}),
         records=records,
@@ -203,7 +267,9 @@ def comparable(report: dict) -> str:
     return json.dumps({key: value for key, value in report.items() if key != "cost"})
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="no fork on this system"
+)
 
 
 def run_and_kill(request: evaluation.EvalOptions, when) -> bool:
@@ -238,15 +304,21 @@ def lines(folder: Path, name: str) -> int:
     ],
 )
 @pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["saved-often", "made-again"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, moments, seconds):
-    monkeypatch.setattr(vlm, "SAVE_SECONDS", seconds)
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path, monkeypatch, moments, seconds
+):
+    monkeypatch.setattr(sequential, "SAVE_SECONDS", seconds)
     expected = evaluation.evaluate(options(tmp_path / "whole"), Output(as_json=True))
     request = options(tmp_path / "killed")
     folder = evaluation.plan_evaluation(request).folder
     for name, count in moments:
 
         def reached(name=name, count=count):
-            return (folder / name).exists() if name.endswith(".yaml") else lines(folder, name) >= count
+            return (
+                (folder / name).exists()
+                if name.endswith(".yaml")
+                else lines(folder, name) >= count
+            )
 
         assert run_and_kill(request, reached), "finished before it could be killed"
         assert not (folder / "report.json").exists()
@@ -269,13 +341,17 @@ def test_the_report_counts_every_edit_and_question_after_resuming(tmp_path):
     assert cost["asked"]["seconds"] > 0
 
 
-def test_an_equal_evaluation_that_ends_meanwhile_keeps_its_report(tmp_path, monkeypatch, capsys):
+def test_an_equal_evaluation_that_ends_meanwhile_keeps_its_report(
+    tmp_path, monkeypatch, capsys
+):
     request = options(tmp_path)
-    load, reports = evaluation.load_model, []
+    load, reports = loading.load_model, []
 
     def slowly(*arguments):
         monkeypatch.setattr(evaluation, "load_model", load)
-        reports.append(evaluation.evaluate(request, Output()))  # the other command, from beginning to end
+        reports.append(
+            evaluation.evaluate(request, Output())
+        )  # the other command, from beginning to end
         return load(*arguments)
 
     monkeypatch.setattr(evaluation, "load_model", slowly)
@@ -290,7 +366,13 @@ def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
 
     plans = [
         evaluation.plan_evaluation(replace(options(tmp_path), **change)).folder
-        for change in ({}, {"seed": 1}, {"overrides": ("steps=3",)}, {"limit": 20}, {"overrides": ("steps=50",)})
+        for change in (
+            {},
+            {"seed": 1},
+            {"overrides": ("steps=3",)},
+            {"limit": 20},
+            {"overrides": ("steps=50",)},
+        )
     ]
     assert len(set(plans)) == 4
     assert plans[0] == plans[4], "the default said aloud is the same run"
@@ -299,8 +381,12 @@ def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
 
 def test_the_model_is_as_before_after_an_evaluation(backbone, tmp_path):
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
-    evaluate(tmp_path, Ft(backbone, FtHparams(steps=2)), Protocol(sequential=3), CASES[:4])
-    assert all(torch.equal(before[k], v) for k, v in backbone.model.state_dict().items())
+    evaluate(
+        tmp_path, Ft(backbone, FtHparams(steps=2)), Protocol(sequential=3), CASES[:4]
+    )
+    assert all(
+        torch.equal(before[k], v) for k, v in backbone.model.state_dict().items()
+    )
 
 
 def test_the_published_teacher_forced_report(golden, tmp_path):
@@ -313,33 +399,62 @@ def test_the_published_teacher_forced_report(golden, tmp_path):
     backbone = load_backbone(str(folder / "model"), device="cpu")
     for query in facts["queries"]:
         key = f"record{query['record']}.{query['query']}"
-        asked = Query(query["prompt"], query["target_as_given"], folder / query["image"] if query["image"] else None)
-        answer = ask(backbone, [asked], layer=0, top={}, max_new_tokens=0, batch_size=1)[asked]
+        asked = Query(
+            query["prompt"],
+            query["target_as_given"],
+            folder / query["image"] if query["image"] else None,
+        )
+        answer = ask(
+            backbone, [asked], layer=0, top={}, max_new_tokens=0, batch_size=1
+        )[asked]
         assert list(answer.said) == tensors[f"{key}.base_argmax"].tolist()
-        scores = score_case(EditCase("x", asked), {asked: answer}, {asked: answer}, ["tf_liveedit"])["scores"]
-        expected = (tensors[f"{key}.base_argmax"] == tensors[f"{key}.answer_ids"]).float().mean().item()
+        scores = score_case(
+            EditCase("x", asked), {asked: answer}, {asked: answer}, ["tf_liveedit"]
+        )["scores"]
+        expected = (
+            (tensors[f"{key}.base_argmax"] == tensors[f"{key}.answer_ids"])
+            .float()
+            .mean()
+            .item()
+        )
         assert scores["tf_liveedit"]["reliability"] == pytest.approx(expected)
 
 
 def test_a_hop_counts_as_known_where_the_untouched_model_knows_its_facts():
     hop, fact = Query("Its capital?", "Lima"), Query("The capital of Peru?", "Lima")
-    case = EditCase("x", Query("Whose flag?", "Peru"), portability={"1-hop": (hop,)}, needs={"1-hop": (fact,)})
+    case = EditCase(
+        "x",
+        Query("Whose flag?", "Peru"),
+        portability={"1-hop": (hop,)},
+        needs={"1-hop": (fact,)},
+    )
     wrong, right = Answer(None, (1,), (2,)), Answer(None, (2,), (2,))
     for knows in (True, False):
         before = {case.request: wrong, hop: wrong, fact: right if knows else wrong}
         scored = score_case(case, before, {**before, hop: right}, ("tf_em",))
-        columns = ["reliability", "portability.1-hop", *(["portability.1-hop known"] if knows else [])]
-        assert list(scored["scores"]["tf_em"]) == list(scored["base"]["tf_em"]) == columns
+        columns = [
+            "reliability",
+            "portability.1-hop",
+            *(["portability.1-hop known"] if knows else []),
+        ]
+        assert (
+            list(scored["scores"]["tf_em"]) == list(scored["base"]["tf_em"]) == columns
+        )
         assert {scored["scores"]["tf_em"][c] for c in columns[1:]} == {1.0}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come within a destructor
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # one may come within a destructor
 def test_an_interrupt_is_never_taken_for_a_damaged_file(tmp_path):
     """Whenever Ctrl-C comes while stored answers are read, it arrives as what it is."""
     cases = [EditCase("a", Query("q", "t"), {"text": (Query("p", "t"),)}, {}, {})]
-    answers = {query: Answer("t", (1, 2), (1, 2), torch.zeros(4, 10)) for query in vlm._distinct(cases)}
+    answers = {
+        query: Answer("t", (1, 2), (1, 2), torch.zeros(4, 10))
+        for query in sequential._distinct(cases)
+    }
     path = tmp_path / "base.safetensors"
-    vlm._write_answers(path, cases, answers)
+    sequential._write_answers(path, cases, answers)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -349,7 +464,7 @@ def test_an_interrupt_is_never_taken_for_a_damaged_file(tmp_path):
         for turn in range(600):
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 + turn * 3e-7)
-                found = vlm._read_answers(path, cases)
+                found = sequential._read_answers(path, cases)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 came += 1

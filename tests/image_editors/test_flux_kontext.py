@@ -6,10 +6,10 @@ import pytest
 from conftest import SHAPES
 
 from mmedit_cli.errors import DataError, ModelError
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors.base import Job, Settings
-from mmedit_cli.image_editors.flux_kontext import FluxKontext
-from mmedit_cli.image_editors.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.flux_kontext import FluxKontext
+from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.pictures import Picture, load_picture
 
 CPU = LoadOptions("cpu")
@@ -31,9 +31,18 @@ def test_the_seed_and_the_instruction_decide(editor, picture):
     first = editor.edit([Job(picture, "paint it blue", 1)], SMALL, tick=ticks.append)[0]
     assert first.picture.size == (45, 31)
     assert ticks == [1, 1]
-    assert editor.edit([Job(picture, "paint it blue", 1)], SMALL)[0].picture == first.picture
-    assert editor.edit([Job(picture, "paint it blue", 2)], SMALL)[0].picture != first.picture
-    assert editor.edit([Job(picture, "make it a house", 1)], SMALL)[0].picture != first.picture
+    assert (
+        editor.edit([Job(picture, "paint it blue", 1)], SMALL)[0].picture
+        == first.picture
+    )
+    assert (
+        editor.edit([Job(picture, "paint it blue", 2)], SMALL)[0].picture
+        != first.picture
+    )
+    assert (
+        editor.edit([Job(picture, "make it a house", 1)], SMALL)[0].picture
+        != first.picture
+    )
 
 
 def test_it_has_no_guidance_by_the_picture(editor, picture):
@@ -42,7 +51,10 @@ def test_it_has_no_guidance_by_the_picture(editor, picture):
 
 
 def test_the_editor_and_the_model_must_fit():
-    with pytest.raises(ModelError, match="a FluxKontextPipeline, where StableDiffusionInstructPix2PixPipeline"):
+    with pytest.raises(
+        ModelError,
+        match="a FluxKontextPipeline, where StableDiffusionInstructPix2PixPipeline",
+    ):
         InstructPix2Pix.load("tiny-flux-kontext", CPU)
 
 

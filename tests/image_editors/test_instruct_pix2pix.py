@@ -11,16 +11,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmedit_cli.errors import DataError, ModelError
-from mmedit_cli.image_editors import _tiny
-from mmedit_cli.image_editors._latent import encode_pictures, to_pictures, to_pixels
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors._sampling import Conditioned, coefficients, combine, denoise
-from mmedit_cli.image_editors.base import Job, Settings, working_size
-from mmedit_cli.image_editors.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.base import Job, Settings, working_size
+from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
+from mmedit_cli.picture_editing.methods.shared import tiny
+from mmedit_cli.picture_editing.methods.shared.latent import (
+    encode_pictures,
+    to_pictures,
+    to_pixels,
+)
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.picture_editing.methods.shared.sampling import (
+    Conditioned,
+    coefficients,
+    combine,
+    denoise,
+)
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
-    values = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    values = torch.rand(
+        1, 3, height, width, generator=torch.Generator().manual_seed(seed)
+    )
     return to_pictures(values * 2 - 1)[0]
 
 
@@ -34,7 +45,9 @@ class Rows:
 
     def __init__(self, unet):
         self.counts: list[int] = []
-        self._handle = unet.register_forward_pre_hook(lambda _m, inputs: self.counts.append(len(inputs[0])))
+        self._handle = unet.register_forward_pre_hook(
+            lambda _m, inputs: self.counts.append(len(inputs[0]))
+        )
 
     def __enter__(self):
         return self
@@ -52,30 +65,44 @@ def test_published_guidance(golden):
     for case in cases:
         text, image = tensors[f"{case}.scales"].tolist()
         torch.testing.assert_close(
-            combine(predictions, coefficients(text, image, 2)), tensors[f"{case}.out"], **limits
+            combine(predictions, coefficients(text, image, 2)),
+            tensors[f"{case}.out"],
+            **limits,
         )
 
 
 def test_coefficients_sum_to_one_and_take_a_scale_a_picture():
-    weights = coefficients(torch.tensor([7.5, 1.0, 0.5]), torch.tensor([1.5, 1.0, 0.9]), 3)
+    weights = coefficients(
+        torch.tensor([7.5, 1.0, 0.5]), torch.tensor([1.5, 1.0, 0.9]), 3
+    )
     torch.testing.assert_close(weights.sum(0), torch.ones(3, dtype=torch.float64))
     assert weights.count_nonzero(0).tolist() == [3, 1, 3]
 
 
 @pytest.mark.parametrize(
     ("text", "image", "rows"),
-    [(7.5, 1.5, 3), (7.5, 1.0, 2), (2.0, 2.0, 2), (0.0, 3.0, 2), (1.0, 1.0, 1), (0.0, 1.0, 1), (0.0, 0.0, 1)],
+    [
+        (7.5, 1.5, 3),
+        (7.5, 1.0, 2),
+        (2.0, 2.0, 2),
+        (0.0, 3.0, 2),
+        (1.0, 1.0, 1),
+        (0.0, 1.0, 1),
+        (0.0, 0.0, 1),
+    ],
 )
 def test_branches_without_weight_are_not_run(editor, text, image, rows):
     with Rows(editor.unet) as passed:
-        result = editor.edit([Job(picture(), "paint it blue")], Settings(2, text, image))[0]
+        result = editor.edit(
+            [Job(picture(), "paint it blue")], Settings(2, text, image)
+        )[0]
     assert passed.counts == [rows, rows]
     assert result.rows == 2 * rows
 
 
 def published(editor, told, seed: int, text: float, image: float, steps: int) -> Tensor:
     """The three branches in a row each, added up as the paper writes it."""
-    scheduler, generator = _tiny.scheduler(), torch.Generator().manual_seed(seed)
+    scheduler, generator = tiny.scheduler(), torch.Generator().manual_seed(seed)
     source, condition, null = told
     latents = torch.randn(source.shape, generator=generator)
     scheduler.set_timesteps(steps)
@@ -83,42 +110,73 @@ def published(editor, told, seed: int, text: float, image: float, steps: int) ->
     for step in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, step)
 
-        def eps(v: Tensor, c: Tensor, scaled: Tensor = scaled, step: Tensor = step) -> Tensor:
-            return editor.unet(torch.cat([scaled, v], 1), step, encoder_hidden_states=c).sample
+        def eps(
+            v: Tensor, c: Tensor, scaled: Tensor = scaled, step: Tensor = step
+        ) -> Tensor:
+            return editor.unet(
+                torch.cat([scaled, v], 1), step, encoder_hidden_states=c
+            ).sample
 
-        nothing, pictured, full = eps(0 * source, null), eps(source, null), eps(source, condition)
+        nothing, pictured, full = (
+            eps(0 * source, null),
+            eps(source, null),
+            eps(source, condition),
+        )
         guided = nothing + image * (pictured - nothing) + text * (full - pictured)
         latents = scheduler.step(guided, step, latents, generator=generator).prev_sample
     return latents
 
 
-@pytest.mark.parametrize("scales", [(7.5, 1.5), (7.5, 0.9), (0.8, 0.4), (1.0, 3.0), (3.0, 3.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    "scales", [(7.5, 1.5), (7.5, 0.9), (0.8, 0.4), (1.0, 3.0), (3.0, 3.0), (1.0, 1.0)]
+)
 @torch.no_grad()
 def test_every_pair_of_scales_is_the_published_sum(editor, scales):
     job = Job(picture(), "paint it blue", seed=5)
-    told = (encode_pictures(editor.vae, [job.picture]), editor.encode([job.instruction]), editor.encode([""]))
+    told = (
+        encode_pictures(editor.vae, [job.picture]),
+        editor.encode([job.instruction]),
+        editor.encode([""]),
+    )
     expected = published(editor, told, 5, *scales, 3)
-    got = denoise(editor.unet, editor.scheduler, Conditioned(*told), coefficients(*scales, 1), 3, [5])
+    got = denoise(
+        editor.unet,
+        editor.scheduler,
+        Conditioned(*told),
+        coefficients(*scales, 1),
+        3,
+        [5],
+    )
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_the_pipeline_of_diffusers_agrees_where_it_honours_the_scales():
-    pipeline = _tiny.build("tiny-ip2p")
+    pipeline = tiny.build("tiny-ip2p")
     pipeline.set_progress_bar_config(disable=True)
     editor = InstructPix2Pix(pipeline, "tiny-ip2p", "")
     stock = pipeline(
         "paint it blue", picture(), num_inference_steps=4, guidance_scale=7.5, image_guidance_scale=1.5,
         generator=torch.Generator().manual_seed(3), output_type="np",
     ).images[0]  # fmt: skip
-    ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(4, 7.5, 1.5))[0].picture
+    ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(4, 7.5, 1.5))[
+        0
+    ].picture
     expected = to_pixels([ours])[0].permute(1, 2, 0) / 2 + 0.5
-    assert (torch.from_numpy(stock) - expected).abs().max() <= 0.51 / 255  # ours went through bytes
+    assert (
+        torch.from_numpy(stock) - expected
+    ).abs().max() <= 0.51 / 255  # ours went through bytes
 
 
 def test_scales_below_one_count(editor):
     results = {
-        scales: to_pixels([editor.edit([Job(picture(), "paint it blue")], Settings(2, *scales))[0].picture])
+        scales: to_pixels(
+            [
+                editor.edit([Job(picture(), "paint it blue")], Settings(2, *scales))[
+                    0
+                ].picture
+            ]
+        )
         for scales in [(1.0, 1.0), (1.0, 1.5), (1.0, 3.0), (7.5, 0.9), (0.5, 1.0)]
     }
     values = list(results.values())
@@ -134,7 +192,9 @@ def test_the_source_is_the_mode_and_is_not_scaled(editor):
 def test_a_picture_keeps_its_size(editor, size):
     result = editor.edit([Job(picture(*size), "paint it blue")], Settings(1))[0]
     assert result.picture.size == size
-    free = editor.edit([Job(picture(*size), "paint it blue")], Settings(1, restore=False))[0]
+    free = editor.edit(
+        [Job(picture(*size), "paint it blue")], Settings(1, restore=False)
+    )[0]
     assert max(free.picture.size) == 32
     assert all(side % 2 == 0 and side >= 4 for side in free.picture.size)
 
@@ -147,13 +207,22 @@ def test_working_sizes():
 
 
 def test_company_does_not_matter_and_a_seed_repeats(editor):
-    jobs = [Job(picture(seed=i), text, seed) for i, (text, seed) in enumerate([("a", 1), ("b c", 2), ("d", 1)])]
+    jobs = [
+        Job(picture(seed=i), text, seed)
+        for i, (text, seed) in enumerate([("a", 1), ("b c", 2), ("d", 1)])
+    ]
     alone = [to_pixels([editor.edit([job], Settings(2))[0].picture]) for job in jobs]
-    together = editor.edit([*jobs, Job(picture(64, 16), "e")], Settings(2), batch_size=4)
+    together = editor.edit(
+        [*jobs, Job(picture(64, 16), "e")], Settings(2), batch_size=4
+    )
     for one, other in zip(alone, together[:3], strict=True):
         assert (one - to_pixels([other.picture])).abs().max() <= 1.01 / 127.5
-    assert torch.equal(alone[0], to_pixels([editor.edit([jobs[0]], Settings(2))[0].picture]))
-    reseeded = editor.edit([Job(jobs[0].picture, jobs[0].instruction, 9)], Settings(2))[0]
+    assert torch.equal(
+        alone[0], to_pixels([editor.edit([jobs[0]], Settings(2))[0].picture])
+    )
+    reseeded = editor.edit([Job(jobs[0].picture, jobs[0].instruction, 9)], Settings(2))[
+        0
+    ]
     assert not torch.equal(alone[0], to_pixels([reseeded.picture]))
 
 
@@ -171,8 +240,8 @@ def test_what_cannot_be_done_is_said(editor):
     with pytest.raises(DataError, match="steps 0") as caught:
         editor.edit([Job(picture(), "x")], Settings(0, resolution=9999))
     assert len(caught.value.problems) == 2
-    pipeline = _tiny.build("tiny-ip2p")
-    pipeline.register_modules(unet=_tiny.unet(4))
+    pipeline = tiny.build("tiny-ip2p")
+    pipeline.register_modules(unet=tiny.unet(4))
     with pytest.raises(ModelError, match="denoiser of 4 channels"):
         InstructPix2Pix(pipeline, "drawn", "")
     with pytest.raises(ModelError, match="did you mean tiny-ip2p"):
@@ -180,13 +249,20 @@ def test_what_cannot_be_done_is_said(editor):
 
 
 def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
-    _tiny.build("tiny-ip2p").save_pretrained(tmp_path / "mine")
+    tiny.build("tiny-ip2p").save_pretrained(tmp_path / "mine")
     loaded = InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions("cpu"))
     job = Job(picture(), "paint it blue")
-    assert loaded.edit([job], Settings(2))[0].picture == editor.edit([job], Settings(2))[0].picture
+    assert (
+        loaded.edit([job], Settings(2))[0].picture
+        == editor.edit([job], Settings(2))[0].picture
+    )
     assert loaded.model == "mine"
     index = tmp_path / "mine" / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionInstructPix2PixPipeline", "FluxPipeline"))
+    index.write_text(
+        index.read_text().replace(
+            "StableDiffusionInstructPix2PixPipeline", "FluxPipeline"
+        )
+    )
     with pytest.raises(ModelError, match="a FluxPipeline, where"):
         InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions("cpu"))
     with pytest.raises(ModelError, match=r"no model_index\.json"):

@@ -12,20 +12,26 @@ from torch import nn
 from transformers import DynamicCache
 
 from mmedit_cli.errors import DataError, ModelError, UserError
-from mmedit_cli.image_editors import _tiny
-from mmedit_cli.image_editors._latent import to_pictures
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors.base import Job, Settings
-from mmedit_cli.image_editors.mgie import Mgie
-from mmedit_cli.image_editors.mgie.guide import IGNORE, cache_argument, clean
-from mmedit_cli.image_editors.mgie.modules import MGIEEditHead, VisualTokens, widened
-from mmedit_cli.image_editors.mgie.pipeline import MGIEPipeline
+from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.mgie import Mgie
+from mmedit_cli.picture_editing.methods.mgie.guide import IGNORE, cache_argument, clean
+from mmedit_cli.picture_editing.methods.mgie.modules import (
+    MGIEEditHead,
+    VisualTokens,
+    widened,
+)
+from mmedit_cli.picture_editing.methods.mgie.pipeline import MGIEPipeline
+from mmedit_cli.picture_editing.methods.shared import tiny
+from mmedit_cli.picture_editing.methods.shared.latent import to_pictures
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
 CPU = LoadOptions("cpu")
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
-    values = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    values = torch.rand(
+        1, 3, height, width, generator=torch.Generator().manual_seed(seed)
+    )
     return to_pictures(values * 2 - 1)[0]
 
 
@@ -42,14 +48,28 @@ def test_published_edit_head(golden):
     about = json.loads((golden / "mgie_edit_head.json").read_text())
     s, limits = about["settings"], {k: about["tolerance"][k] for k in ("atol", "rtol")}
     head = MGIEEditHead(
-        s["llm"], s["hidden"], s["queries"], s["out"], s["encoder_layers"], s["heads"], s["feed_forward"]
+        s["llm"],
+        s["hidden"],
+        s["queries"],
+        s["out"],
+        s["encoder_layers"],
+        s["heads"],
+        s["feed_forward"],
     )
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v
+        for k, v in tensors.items()
+        if k.startswith("weights.")
+    }
     missing = head.load_state_dict(weights, strict=False)
     assert sorted(missing.missing_keys) == ["tokens.embed", "tokens.unembed"]
     assert not missing.unexpected_keys
     for i in range(len(s["cases"])):
-        case = {k.removeprefix(f"case{i}."): v for k, v in tensors.items() if k.startswith(f"case{i}.")}
+        case = {
+            k.removeprefix(f"case{i}."): v
+            for k, v in tensors.items()
+            if k.startswith(f"case{i}.")
+        }
         head.tokens.embed = nn.Parameter(case["embeddings"])
         hidden = case["hidden"].requires_grad_()
         out = head(hidden)
@@ -61,14 +81,21 @@ def test_published_edit_head(golden):
 def test_the_reference_size():
     with torch.device("meta"):
         head = MGIEEditHead()
-    own = sum(p.numel() for name, p in head.named_parameters() if not name.startswith("tokens."))
+    own = sum(
+        p.numel()
+        for name, p in head.named_parameters()
+        if not name.startswith("tokens.")
+    )
     assert own == 31_958_784
     assert head(torch.zeros(2, 8, 4096, device="meta")).shape == (2, 77, 768)
 
 
 @torch.no_grad()
 def test_the_order_of_pairs_does_not_matter_and_that_of_states_does(editor):
-    head, states = editor.edit_head, torch.randn(2, 8, 48, generator=torch.Generator().manual_seed(1))
+    head, states = (
+        editor.edit_head,
+        torch.randn(2, 8, 48, generator=torch.Generator().manual_seed(1)),
+    )
     order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
     before, embed = head(states), head.tokens.embed.clone()
     assert not torch.allclose(head(states[:, order]), before, atol=1e-3)
@@ -79,33 +106,43 @@ def test_the_order_of_pairs_does_not_matter_and_that_of_states_does(editor):
 
 
 def test_widening_changes_nothing():
-    four = _tiny.unet(4)
-    eight = _tiny.unet(4)
+    four = tiny.unet(4)
+    eight = tiny.unet(4)
     eight.load_state_dict(four.state_dict())
     eight.conv_in = widened(eight.conv_in, 8)
     assert torch.equal(eight.conv_in.bias, four.conv_in.bias)
     latents, context = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
     old = four(latents, 10, encoder_hidden_states=context).sample
     for v in (torch.zeros_like(latents), torch.randn_like(latents)):
-        new = eight(torch.cat([latents, v], 1), 10, encoder_hidden_states=context).sample
+        new = eight(
+            torch.cat([latents, v], 1), 10, encoder_hidden_states=context
+        ).sample
         torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-6)
 
 
 def test_a_text_to_image_model_to_start_from(tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    from mmedit_cli.image_editors.mgie.hparams import MgieHparams
-    from mmedit_cli.image_editors.mgie.parts import assemble
+    from mmedit_cli.picture_editing.methods.mgie.hparams import MgieHparams
+    from mmedit_cli.picture_editing.methods.mgie.parts import assemble
 
     drawing = StableDiffusionPipeline(
-        vae=_tiny.vae(), text_encoder=_tiny.text_encoder(), tokenizer=_tiny.clip_tokenizer(), unet=_tiny.unet(4),
-        scheduler=_tiny.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=tiny.vae(), text_encoder=tiny.text_encoder(), tokenizer=tiny.clip_tokenizer(), unet=tiny.unet(4),
+        scheduler=tiny.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     drawing.save_pretrained(tmp_path / "sd")
-    pipeline = assemble("tiny-llava", MgieHparams(str(tmp_path / "sd"), d_model=32, heads=2, layers=1), CPU)
-    assert pipeline.unet.config.in_channels == pipeline.unet.conv_in.weight.shape[1] == 8
+    pipeline = assemble(
+        "tiny-llava",
+        MgieHparams(str(tmp_path / "sd"), d_model=32, heads=2, layers=1),
+        CPU,
+    )
+    assert (
+        pipeline.unet.config.in_channels == pipeline.unet.conv_in.weight.shape[1] == 8
+    )
     assert not pipeline.unet.conv_in.weight[:, 4:].any()
-    assert Mgie(pipeline, "", "").edit([Job(picture(), "paint it blue")], Settings(1))[0].picture.size == (32, 32)
+    assert Mgie(pipeline, "", "").edit([Job(picture(), "paint it blue")], Settings(1))[
+        0
+    ].picture.size == (32, 32)
 
 
 # -- guide ------------------------------------------------------------------------------------------------------
@@ -113,7 +150,11 @@ def test_a_text_to_image_model_to_start_from(tmp_path):
 
 def rows_of(guide, texts, instructions=("paint it blue",)):
     features = guide.features([picture(seed=i) for i in range(len(texts))])
-    return guide.rows(features, [instructions[i % len(instructions)] for i in range(len(texts))], texts)
+    return guide.rows(
+        features,
+        [instructions[i % len(instructions)] for i in range(len(texts))],
+        texts,
+    )
 
 
 TEXTS = ["", "a star", "a red circle in a green house under the moon " * 3]
@@ -133,7 +174,9 @@ def test_states_are_those_of_step_by_step_generation(editor):
         expected = torch.stack(found)
         torch.testing.assert_close(states.hidden[0], expected, atol=1e-5, rtol=1e-4)
         q = len(row.ids)  # where IMG0 stands
-        torch.testing.assert_close(states.visual[0], expected[q - 1 : q + 7], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            states.visual[0], expected[q - 1 : q + 7], atol=1e-5, rtol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -142,10 +185,14 @@ def test_a_padded_batch_and_a_frozen_prefix_give_the_same(editor):
     rows = rows_of(guide, TEXTS, ("paint it blue", "what?"))
     together = guide.states(rows)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(together.visual[i], guide.states([row]).visual[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            together.visual[i], guide.states([row]).visual[0], atol=1e-5, rtol=1e-4
+        )
     cached = guide.states(rows, frozen_prefix=True)
     real = together.mask.bool()
-    torch.testing.assert_close(cached.hidden[real], together.hidden[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        cached.hidden[real], together.hidden[real], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_labels_stand_where_the_next_token_is_predicted(editor):
@@ -155,7 +202,11 @@ def test_labels_stand_where_the_next_token_is_predicted(editor):
     for row, line in zip(rows, labels.tolist(), strict=True):
         said = row.ids[row.n_prompt :].tolist()
         v = guide.n_vocabulary
-        assert [x for x in line if x != IGNORE] == [*said, *range(v, v + 8), guide.tokenizer.eos_token_id]
+        assert [x for x in line if x != IGNORE] == [
+            *said,
+            *range(v, v + 8),
+            guide.tokenizer.eos_token_id,
+        ]
         assert all(x != IGNORE for x in line[-9 - len(said) :])
     only = guide.labels(rows, visual_only=True)
     assert (only != IGNORE).sum(1).tolist() == [9, 9, 9]
@@ -169,14 +220,20 @@ def test_writing_is_greedy_over_the_vocabulary_with_the_visual_tokens(editor):
     (row,) = rows_of(guide, [None])
     said, embeddings = [], row.embeddings
     for _ in range(5):
-        hidden = guide.mllm.get_decoder()(inputs_embeds=embeddings[None]).last_hidden_state[0, -1]
+        hidden = guide.mllm.get_decoder()(
+            inputs_embeds=embeddings[None]
+        ).last_hidden_state[0, -1]
         logits = guide.logits(hidden)
-        logits[[guide._image_id, *range(guide.n_vocabulary + 1, guide.n_vocabulary + 8)]] = -torch.inf
+        logits[
+            [guide._image_id, *range(guide.n_vocabulary + 1, guide.n_vocabulary + 8)]
+        ] = -torch.inf
         token = int(logits.argmax())
         if token in (guide.tokenizer.eos_token_id, guide.n_vocabulary):
             break
         said.append(token)
-        embeddings = torch.cat([embeddings, guide.mllm.get_input_embeddings()(torch.tensor([token]))])
+        embeddings = torch.cat(
+            [embeddings, guide.mllm.get_input_embeddings()(torch.tensor([token]))]
+        )
     assert written.text == clean(guide.tokenizer.decode(said, skip_special_tokens=True))
     assert written.source == "model"
     assert written.warnings
@@ -198,9 +255,15 @@ def test_img0_ends_the_text_and_silence_is_the_instruction(editor):
 
 @torch.no_grad()
 def test_writing_in_company_is_writing_alone(editor):
-    texts, pictures = ["paint it blue", "what", "make it a house by the lake"], [picture(seed=i) for i in range(3)]
+    texts, pictures = (
+        ["paint it blue", "what", "make it a house by the lake"],
+        [picture(seed=i) for i in range(3)],
+    )
     together = editor.guide.write(pictures, texts, longest=6)
-    alone = [editor.guide.write([p], [t], longest=6)[0] for p, t in zip(pictures, texts, strict=True)]
+    alone = [
+        editor.guide.write([p], [t], longest=6)[0]
+        for p, t in zip(pictures, texts, strict=True)
+    ]
     assert [w.text for w in together] == [w.text for w in alone]
 
 
@@ -211,7 +274,9 @@ def test_what_cannot_be_asked(editor):
         editor.edit([Job(picture(), "long " * 100)], Settings(1))
 
 
-@pytest.mark.parametrize("text", ["3.5 metres", "Mr. Smith waits.", "a façade → blue", ""])
+@pytest.mark.parametrize(
+    "text", ["3.5 metres", "Mr. Smith waits.", "a façade → blue", ""]
+)
 def test_cleaning_keeps_the_words(text):
     assert clean(f"ASSISTANT: {text}</s>\n") == text
 
@@ -221,15 +286,22 @@ def test_cleaning_keeps_the_words(text):
 
 def test_the_same_text_by_the_user_gives_the_same_picture(editor):
     first = editor.edit([Job(picture(), "paint it blue")], Settings(2))[0]
-    again = editor.edit([Job(picture(), "paint it blue", expressive=first.expressive)], Settings(2))[0]
-    other = editor.edit([Job(picture(), "paint it blue", expressive="a star in the moon")], Settings(2))[0]
+    again = editor.edit(
+        [Job(picture(), "paint it blue", expressive=first.expressive)], Settings(2)
+    )[0]
+    other = editor.edit(
+        [Job(picture(), "paint it blue", expressive="a star in the moon")], Settings(2)
+    )[0]
     assert (first.source, again.source) == ("model", "user")
     assert first.picture == again.picture
     assert other.picture != first.picture
 
 
 def test_company_and_sizes_do_not_matter(editor):
-    jobs = [Job(picture(33, 17, seed=i), text, i) for i, text in enumerate(["paint it blue", "a", "what is this"])]
+    jobs = [
+        Job(picture(33, 17, seed=i), text, i)
+        for i, text in enumerate(["paint it blue", "a", "what is this"])
+    ]
     together = editor.edit(jobs, Settings(2), batch_size=3)
     for job, result in zip(jobs, together, strict=True):
         alone = editor.edit([job], Settings(2))[0]
@@ -252,29 +324,47 @@ def test_the_condition_does_not_depend_on_the_denoiser(editor):
 def test_a_pipeline_of_diffusers(editor, tmp_path):
     editor.pipeline.save_pretrained(tmp_path / "mgie")
     names = sorted(path.name for path in (tmp_path / "mgie").iterdir())
-    assert names == ["edit_head", "mllm", "model_index.json", "processor", "scheduler", "unet", "vae"]
+    assert names == [
+        "edit_head",
+        "mllm",
+        "model_index.json",
+        "processor",
+        "scheduler",
+        "unet",
+        "vae",
+    ]
     pipeline = MGIEPipeline.from_pretrained(tmp_path / "mgie")
     made = pipeline(picture(), "paint it blue", num_inference_steps=2, seed=3)
     ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(2))[0]
     assert made.images[0] == ours.picture
     assert made.expressive == [ours.expressive]
     loaded = Mgie.load(str(tmp_path / "mgie"), CPU)
-    assert loaded.edit([Job(picture(), "paint it blue", 3)], Settings(2))[0].picture == ours.picture
+    assert (
+        loaded.edit([Job(picture(), "paint it blue", 3)], Settings(2))[0].picture
+        == ours.picture
+    )
 
 
 def test_bfloat16():
     editor = Mgie.load("tiny-mgie", LoadOptions("cpu", "bfloat16"))
     result = editor.edit([Job(picture(), "paint it blue")], Settings(2))[0]
-    assert editor.guide.mllm.dtype == editor.unet.dtype == editor.edit_head.dtype == torch.bfloat16
+    assert (
+        editor.guide.mllm.dtype
+        == editor.unet.dtype
+        == editor.edit_head.dtype
+        == torch.bfloat16
+    )
     assert result.expressive
 
 
 def test_models_that_do_not_fit(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mmedit_cli.image_editors.mgie.editor.own_image_editors", dict)
+        patch.setattr(
+            "mmedit_cli.picture_editing.methods.mgie.editor.own_image_editors", dict
+        )
         with pytest.raises(UserError, match="none was trained"):
             Mgie.load(None, CPU)
-    _tiny.build("tiny-ip2p").save_pretrained(tmp_path / "other")
+    tiny.build("tiny-ip2p").save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="where MGIEPipeline is needed"):
         Mgie.load(str(tmp_path / "other"), CPU)
 

@@ -9,14 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedit_cli.backbones import _tiny as tiny_backbones
 from mmedit_cli.errors import ModelError
-from mmedit_cli.image_editors import _tiny
-from mmedit_cli.image_editors._loading import LoadOptions
-from mmedit_cli.image_editors.base import Job, Settings
-from mmedit_cli.image_editors.mgie import Mgie
-from mmedit_cli.image_editors.mgie.modules import MGIEEditHead
-from mmedit_cli.image_editors.mgie.published import Published, convert, read_guidance, read_tensors
+from mmedit_cli.knowledge.models.shared import tiny as tiny_backbones
+from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.mgie import Mgie
+from mmedit_cli.picture_editing.methods.mgie.modules import MGIEEditHead
+from mmedit_cli.picture_editing.methods.mgie.published import (
+    Published,
+    convert,
+    read_guidance,
+    read_tensors,
+)
+from mmedit_cli.picture_editing.methods.shared import tiny
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
 WIDTH = 48
 
@@ -47,14 +52,20 @@ def published(tmp_path: Path) -> Published:
     tensors["model.mm_projector.bias"] = torch.randn(WIDTH, generator=seeded)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     torch.save(tensors, folder / "pytorch_model-00001-of-00001.bin")
-    head = MGIEEditHead(WIDTH, 32, 77, _tiny.WIDTH, 2, 4, 64)
-    mllm = {f"edit_head.{n}": v for n, v in head.state_dict().items() if not n.startswith("tokens.")}
+    head = MGIEEditHead(WIDTH, 32, 77, tiny.WIDTH, 2, 4, 64)
+    mllm = {
+        f"edit_head.{n}": v
+        for n, v in head.state_dict().items()
+        if not n.startswith("tokens.")
+    }
     mllm["model.embed_tokens.weight"] = torch.randn(rows, WIDTH, generator=seeded)
     mllm["lm_head.weight"] = torch.randn(rows, WIDTH, generator=seeded)
     mllm["emb"] = torch.randn(1, 8, WIDTH, generator=seeded)
     torch.save(mllm, tmp_path / "mllm.pt")
-    torch.save(_tiny.unet().state_dict(), tmp_path / "unet.pt")
-    return Published(folder, vision, tmp_path / "mllm.pt", tmp_path / "unet.pt", "tiny-ip2p")
+    torch.save(tiny.unet().state_dict(), tmp_path / "unet.pt")
+    return Published(
+        folder, vision, tmp_path / "mllm.pt", tmp_path / "unet.pt", "tiny-ip2p"
+    )
 
 
 def test_every_tensor_finds_its_place(published, tmp_path):
@@ -62,21 +73,34 @@ def test_every_tensor_finds_its_place(published, tmp_path):
     editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions("cpu"))
     mllm, unet = read_tensors(published.mllm), read_tensors(published.unet)
     guide, model = editor.guide, editor.pipeline.mllm
-    assert torch.equal(model.get_input_embeddings().weight, mllm["model.embed_tokens.weight"][:-8])
-    assert torch.equal(model.get_output_embeddings().weight, mllm["lm_head.weight"][:-8])
+    assert torch.equal(
+        model.get_input_embeddings().weight, mllm["model.embed_tokens.weight"][:-8]
+    )
+    assert torch.equal(
+        model.get_output_embeddings().weight, mllm["lm_head.weight"][:-8]
+    )
     assert torch.equal(guide.tokens.embed, mllm["emb"][0])
     assert torch.equal(guide.tokens.unembed, mllm["lm_head.weight"][-8:])
     own = editor.edit_head.state_dict()
     assert all(
-        torch.equal(own[n.removeprefix("edit_head.")], v) for n, v in mllm.items() if n.startswith("edit_head.")
+        torch.equal(own[n.removeprefix("edit_head.")], v)
+        for n, v in mllm.items()
+        if n.startswith("edit_head.")
     )
-    assert all(torch.equal(editor.unet.state_dict()[name], value) for name, value in unet.items())
+    assert all(
+        torch.equal(editor.unet.state_dict()[name], value)
+        for name, value in unet.items()
+    )
     llava = read_tensors(published.llava)
     name = "layers.3.mlp.down_proj.weight"
     assert torch.equal(model.get_decoder().state_dict()[name], llava[f"model.{name}"])
     seen = torch.randn(5, 32)
-    expected = torch.nn.functional.linear(seen, llava["model.mm_projector.weight"], llava["model.mm_projector.bias"])
-    torch.testing.assert_close(model.model.multi_modal_projector(seen), expected, atol=1e-5, rtol=1e-5)
+    expected = torch.nn.functional.linear(
+        seen, llava["model.mm_projector.weight"], llava["model.mm_projector.bias"]
+    )
+    torch.testing.assert_close(
+        model.model.multi_modal_projector(seen), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_it_edits(published, tmp_path, cli):
@@ -89,10 +113,17 @@ def test_it_edits(published, tmp_path, cli):
     editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions("cpu"))
     assert "<im_start><image><im_end>" in editor.guide.prompt
     ids, _ = editor.guide.token_ids("paint it", None, 16)
-    patch, start, end = editor.guide.tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>"])
+    patch, start, end = editor.guide.tokenizer.convert_tokens_to_ids(
+        ["<im_patch>", "<im_start>", "<im_end>"]
+    )
     at = ids.index(patch)
     assert ids[at - 1 : at + 17] == [start, *[patch] * 16, end]
-    assert editor.edit([Job(Image.new("RGB", (32, 32)), "paint it", expressive="a")], Settings(1))[0].source == "user"
+    assert (
+        editor.edit(
+            [Job(Image.new("RGB", (32, 32)), "paint it", expressive="a")], Settings(1)
+        )[0].source
+        == "user"
+    )
 
 
 def test_the_embeddings_of_the_visual_tokens_may_be_left_out(published):

@@ -11,8 +11,9 @@ from conftest import ROOT, SHAPES
 from PIL import Image, ImageChops, ImageOps
 
 from mmedit_cli.errors import DataError, UserError
-from mmedit_cli.image_pairs import emojikb_edits
-from mmedit_cli.image_pairs.base import fingerprint, open_pairs
+from mmedit_cli.picture_editing.data import emojikb_edits
+from mmedit_cli.picture_editing.data.base import fingerprint
+from mmedit_cli.picture_editing.data.opening import open_pairs
 
 CIRCLE, STAR = SHAPES / "solid" / "red-circle.png", SHAPES / "solid" / "blue-star.png"
 MANIFEST = json.loads((ROOT / "data" / "emojikb-edits" / "manifest.json").read_text())
@@ -21,7 +22,10 @@ MANIFEST = json.loads((ROOT / "data" / "emojikb-edits" / "manifest.json").read_t
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two instructions in the layout of InstructPix2Pix, three pairs."""
-    for name, seeds, told in (("0001", (5, 9), {"edit": " turn it "}), ("0002", (1,), {"edit": "x", "input": "in"})):
+    for name, seeds, told in (
+        ("0001", (5, 9), {"edit": " turn it "}),
+        ("0002", (1,), {"edit": "x", "input": "in"}),
+    ):
         place = tmp_path / "pairs" / name
         place.mkdir(parents=True)
         (place / "prompt.json").write_text(json.dumps(told))
@@ -61,20 +65,34 @@ def test_the_published_examples():
         pytest.skip("the published examples are not part of the repository")
     _, pairs = open_pairs(path)
     assert len(pairs) == 4
-    assert {pair.instruction for pair in pairs} == {"Make it look like a painting", "make the painting into a mosaic"}
+    assert {pair.instruction for pair in pairs} == {
+        "Make it look like a painting",
+        "make the painting into a mosaic",
+    }
     assert all(pair.source().size == pair.target().size == (512, 512) for pair in pairs)
 
 
 def test_records(tmp_path):
     file = tmp_path / "mine.jsonl"
-    record = {"source": str(CIRCLE), "target": str(STAR), "instruction": "make it a blue star", "expressive": "a star"}
+    record = {
+        "source": str(CIRCLE),
+        "target": str(STAR),
+        "instruction": "make it a blue star",
+        "expressive": "a star",
+    }
     file.write_text(json.dumps(record) + "\n")
     name, (pair,) = open_pairs(file)
     assert (name, pair.uid, pair.expressive) == ("mine", "1", "a star")
     file.write_text("\n".join(json.dumps({**record, "id": "a"}) for _ in range(2)))
     with pytest.raises(DataError, match="the id 'a' stands more than once"):
         open_pairs(file)
-    bad = [{**record, "sorce": "x"}, {**record, "target": "nowhere.png"}, {**record, "instruction": " "}, [], 3]
+    bad = [
+        {**record, "sorce": "x"},
+        {**record, "target": "nowhere.png"},
+        {**record, "instruction": " "},
+        [],
+        3,
+    ]
     file.write_text("\n".join(json.dumps(line) for line in bad) + "\nnonsense")
     with pytest.raises(DataError) as caught:
         open_pairs(file)
@@ -94,7 +112,9 @@ def test_shards(tmp_path):
     from pyarrow import parquet
 
     files = [{"bytes": path.read_bytes(), "path": path.name} for path in (CIRCLE, STAR)]
-    table = pyarrow.table({"source_img": files, "target_img": files[::-1], "instruction": ["a", "b"]})
+    table = pyarrow.table(
+        {"source_img": files, "target_img": files[::-1], "instruction": ["a", "b"]}
+    )
     parquet.write_table(table, tmp_path / "train-00000.parquet", row_group_size=1)
     _, pairs = open_pairs(tmp_path)
     assert [pair.instruction for pair in pairs] == ["a", "b"]
@@ -113,7 +133,9 @@ def test_what_is_no_data(data, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sides() -> dict[str, list]:
-    return {split: open_pairs(f"emojikb-edits:{split}")[1] for split in emojikb_edits.SPLITS}
+    return {
+        split: open_pairs(f"emojikb-edits:{split}")[1] for split in emojikb_edits.SPLITS
+    }
 
 
 def test_they_are_those_of_the_manifest(sides):
@@ -133,7 +155,9 @@ def test_sides_share_no_concept_and_no_drawing():
             for artist in concept["artists"]:
                 for edit in emojikb_edits.edits(kb, concept, artist):
                     scenes = (edit.before, edit.after)
-                    found |= {sprite.concept for scene in scenes for sprite in scene.sprites}
+                    found |= {
+                        sprite.concept for scene in scenes for sprite in scene.sprites
+                    }
         assert found <= set(kb.concepts)
     assert not drawn["train"] & drawn["eval"]
     assert not drawn["train"] & drawn["val"]
@@ -153,7 +177,9 @@ def test_each_says_what_it_does(sides):
 
 def test_who_does_not_see_the_picture_is_told_more(sides):
     plain = {pair.kind: pair.plain for pair in sides["train"]}
-    assert {kind for kind, text in plain.items() if text} == {*emojikb_edits.AMBIGUOUS} - {"opposite-colour"}
+    assert {kind for kind, text in plain.items() if text} == {
+        *emojikb_edits.AMBIGUOUS
+    } - {"opposite-colour"}
     for pair in sides["train"]:
         if pair.kind == "opposite-background" and pair.answer:
             assert pair.plain == f"make the background {pair.answer}"
@@ -184,7 +210,9 @@ def test_pictures_are_made_as_told(sides):
 def test_the_order_is_mixed_and_fixed(sides):
     first = [pair.kind for pair in sides["eval"][:30]]
     assert len(set(first)) > 8
-    assert [pair.uid for pair in open_pairs("emojikb-edits")[1][:30]] == [p.uid for p in sides["eval"][:30]]
+    assert [pair.uid for pair in open_pairs("emojikb-edits")[1][:30]] == [
+        p.uid for p in sides["eval"][:30]
+    ]
 
 
 def test_a_neighbour_is_the_only_one_and_known():

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
-from mmedit_cli.backbones.stable_diffusion import Sampling
-from mmedit_cli.covariance import Covariance
+from mmedit_cli.drawing.covariance import Covariance
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.types import Concept
 
@@ -44,30 +44,54 @@ def concept(photos):
 
 def covariance(model):
     """A well-conditioned second moment for a model's encodings."""
-    rows = torch.randn(4000, model.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.randn(
+        4000,
+        model.width,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
     mixed = rows @ (torch.eye(model.width).double() + 0.1)
-    return Covariance(mixed.T @ mixed / 4000, source={"encoder": model.text_fingerprint, "rule": "valid"})
+    return Covariance(
+        mixed.T @ mixed / 4000,
+        source={"encoder": model.text_fingerprint, "rule": "valid"},
+    )
 
 
 def make(name, model, *overrides, seed=0, **more):
     cls = registry.personalizers.get(name)
-    hparams = load_hparams(registry.hparams_file(name), cls.Hparams, variant=model.name, overrides=overrides)
+    hparams = load_hparams(
+        registry.hparams_file(name),
+        cls.Hparams,
+        variant=model.name,
+        overrides=overrides,
+    )
     if name == "perfusion":
         more = {"covariance": covariance(model), **more}
     return cls(model, hparams, seed=seed, **more)
 
 
 def draw(model, prompts, seed=0, sampling=FEW):
-    return np.stack([np.asarray(image) for image in model.generate(prompts, [seed] * len(prompts), sampling)])
+    return np.stack(
+        [
+            np.asarray(image)
+            for image in model.generate(prompts, [seed] * len(prompts), sampling)
+        ]
+    )
 
 
 def snapshot(model):
     """Everything a personalizer could leave behind: bits of tensors, hooks, flags, modules, words."""
     return {
         "tensors": {k: v.clone() for k, v in model.model.state_dict().items()},
-        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.model.named_modules()},
+        "hooks": {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for n, m in model.model.named_modules()
+        },
         "modules": {n: id(m) for n, m in model.model.named_modules()},
-        "flags": {n: (p.requires_grad, p.grad is None) for n, p in model.model.named_parameters()},
+        "flags": {
+            n: (p.requires_grad, p.grad is None)
+            for n, p in model.model.named_parameters()
+        },
         "training": {n: m.training for n, m in model.model.named_modules()},
         "words": dict(model.words),
         "passing": model.passing,

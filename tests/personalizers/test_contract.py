@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmedit_cli import registry
-from mmedit_cli.backbones._diffusion_loading import load_stable_diffusion
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.errors import DataError, StateError
 from personalizers.conftest import assert_same, draw, make, snapshot
 
 NAMED, UNNAMED = "a photo of a <my-dog>", "a photo of a cat"
 QUICK = ("steps=6",)
-ROUTED = ("perfusion", "multi-melo-diffusion")  # leave prompts without the token alone, bit for bit
+ROUTED = (
+    "perfusion",
+    "multi-melo-diffusion",
+)  # leave prompts without the token alone, bit for bit
 
 
 @pytest.fixture(params=registry.personalizers.names())
@@ -30,7 +33,9 @@ def editor(request, model):
     assert_same(snapshot(model), before)
 
 
-def test_learning_changes_what_the_token_draws_and_forgetting_restores_it(editor, concept):
+def test_learning_changes_what_the_token_draws_and_forgetting_restores_it(
+    editor, concept
+):
     base = draw(editor.model, [UNNAMED, "a photo of a dog"])
     before = snapshot(editor.model)
     ticks = []
@@ -66,9 +71,15 @@ def test_the_same_seed_learns_the_same(editor, concept):
     second = again(concept)
     other.close()
     assert first.tensors.keys() == second.tensors.keys()
-    assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in first.tensors.items())
+    assert all(
+        torch.equal(tensor, second.tensors[key])
+        for key, tensor in first.tensors.items()
+    )
     third = make(editor.name, editor.model, *QUICK, seed=1)
-    assert not all(torch.equal(t, first.tensors[k]) for k, t in third.learn(concept).tensors.items())
+    assert not all(
+        torch.equal(t, first.tensors[k])
+        for k, t in third.learn(concept).tensors.items()
+    )
     third.close()
 
 
@@ -105,7 +116,9 @@ def test_a_file_of_another_model_or_method_is_refused(editor, concept, tmp_path)
     save_file({**tensors, name: tensors[name] * torch.nan}, path, facts)
     with pytest.raises(StateError, match="not finite"):
         editor.load(path)
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, facts)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != name}, path, facts
+    )
     with pytest.raises(StateError, match=r"missing|does not fit"):
         editor.load(path)
     path.write_bytes(b"not tensors")
@@ -113,7 +126,9 @@ def test_a_file_of_another_model_or_method_is_refused(editor, concept, tmp_path)
         editor.load(path)
 
 
-def test_what_cannot_be_learned_is_refused_and_nothing_is_lost(editor, concept, tmp_path):
+def test_what_cannot_be_learned_is_refused_and_nothing_is_lost(
+    editor, concept, tmp_path
+):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "worse.png").write_bytes(b"none either")
     editor.learn(concept)
@@ -123,7 +138,11 @@ def test_what_cannot_be_learned_is_refused_and_nothing_is_lost(editor, concept, 
         with pytest.raises(StateError, match="holds one concept"):
             editor.learn(replace(concept, token="<other>"))
     else:
-        bad = replace(concept, token="<other>", images=(*concept.images, tmp_path / "bad.png", tmp_path / "worse.png"))
+        bad = replace(
+            concept,
+            token="<other>",
+            images=(*concept.images, tmp_path / "bad.png", tmp_path / "worse.png"),
+        )
         with pytest.raises(DataError, match=r"bad\.png") as caught:
             editor.learn(bad)
         assert len(caught.value.problems) == 2, "every bad picture is named"
@@ -171,4 +190,7 @@ def test_bfloat16(name, concept):
 def test_hparams_are_in_the_file(editor, concept, tmp_path):
     editor.learn(concept)
     editor.save("<my-dog>", tmp_path / "c.safetensors")
-    assert json.loads(editor.read(tmp_path / "c.safetensors").facts["hparams"])["steps"] == 6
+    assert (
+        json.loads(editor.read(tmp_path / "c.safetensors").facts["hparams"])["steps"]
+        == 6
+    )

@@ -9,12 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mmedit_cli.backbones.stable_diffusion import Encoding
-from mmedit_cli.covariance import Covariance
+from mmedit_cli.drawing.covariance import Covariance
+from mmedit_cli.drawing.methods.base import Learned
+from mmedit_cli.drawing.methods.perfusion.personalizer import Perfusion, _Lesson
+from mmedit_cli.drawing.methods.shared.photos import (
+    Photos,
+    masked_loss,
+    normalized,
+    open_squares,
+)
+from mmedit_cli.drawing.models.stable_diffusion import Encoding
 from mmedit_cli.errors import DataError, StateError
-from mmedit_cli.personalizers._photos import Photos, masked_loss, normalized, open_squares
-from mmedit_cli.personalizers.base import Learned
-from mmedit_cli.personalizers.perfusion import Perfusion, _Lesson
 from mmedit_cli.runtime import generator
 from personalizers.conftest import covariance, draw, make, snapshot
 
@@ -27,7 +32,9 @@ def projections(model, prompts, unconditional=0):
     tokens = model.tokenize(prompts, unconditional=unconditional)
     seen = {}
     handles = [
-        model.model.get_submodule(p.path).register_forward_hook(lambda m, i, o, path=p.path: seen.update({path: o}))
+        model.model.get_submodule(p.path).register_forward_hook(
+            lambda m, i, o, path=p.path: seen.update({path: o})
+        )
         for p in model.cross_attention()
     ]
     with torch.no_grad():
@@ -67,7 +74,9 @@ def test_exactly_the_embedding_and_the_values_are_trained(lesson):
 def test_learning_moves_nothing_but_what_is_learned(editor, concept):
     before = snapshot(editor.model)["tensors"]
     learned = editor.learn(concept)
-    assert all(torch.equal(t, before[k]) for k, t in editor.model.model.state_dict().items())
+    assert all(
+        torch.equal(t, before[k]) for k, t in editor.model.model.state_dict().items()
+    )
     start = torch.cat(editor.model.embedding("dog"))
     assert (learned.tensors["embedding"][0].float() - start).abs().max() > 1e-3
     layer = next(layer for layer in editor.layers if layer.role == "v")
@@ -90,21 +99,30 @@ def test_running_means(lesson):
     for _ in range(3):
         lesson.step(seen, superclass)
         torch.testing.assert_close(lesson.input_mean, seen)
-    weights = {p.path: lesson.model.model.get_submodule(p.path).weight for p in lesson.editor.layers}
+    weights = {
+        p.path: lesson.model.model.get_submodule(p.path).weight
+        for p in lesson.editor.layers
+    }
     for layer in lesson.editor.layers:
         if layer.role == "v":
             wanted = weights[layer.path] @ superclass
-            torch.testing.assert_close(lesson.values.detach()[lesson.editor._slices[layer.path]], wanted)
+            torch.testing.assert_close(
+                lesson.values.detach()[lesson.editor._slices[layer.path]], wanted
+            )
     other, kind = torch.rand(width), torch.rand(width)
     lesson.step(other, kind)
     torch.testing.assert_close(lesson.input_mean, 0.99 * seen + 0.01 * other)
     torch.testing.assert_close(lesson.superclass_mean, 0.99 * superclass + 0.01 * kind)
-    layer = lesson.editor.layers[0]  # a mean of projections is the projection of the mean
+    layer = lesson.editor.layers[
+        0
+    ]  # a mean of projections is the projection of the mean
     mean = 0.99 * weights[layer.path] @ superclass + 0.01 * weights[layer.path] @ kind
     torch.testing.assert_close(weights[layer.path] @ lesson.superclass_mean, mean)
 
 
-def test_straight_through_changes_the_gradient_and_not_the_value(model, concept, photos):
+def test_straight_through_changes_the_gradient_and_not_the_value(
+    model, concept, photos
+):
     found = []
     for flag in ("true", "false"):
         editor = make("perfusion", model, *QUICK, f"straight_through={flag}")
@@ -125,7 +143,11 @@ def test_keys_are_locked_to_the_superclass_locally(model, concept):
         linear = model.model.get_submodule(path)
         tokens = model.tokenize([NAMED])
         # an encoding that is the target input itself, everywhere
-        target = learned.tensors["target_input"].expand(1, tokens.ids[0].shape[1], -1).contiguous()
+        target = (
+            learned.tensors["target_input"]
+            .expand(1, tokens.ids[0].shape[1], -1)
+            .contiguous()
+        )
         with torch.no_grad(), model.running(tokens, Encoding(target)):
             key = linear(target)[0, 0]
         locked = linear.weight @ learned.tensors["superclass_input"]
@@ -149,9 +171,13 @@ def test_a_global_lock_takes_the_keys_of_the_plain_prompt(model, concept):
         if layer.role == "k":
             assert torch.equal(outputs["global"][layer.path], plain[layer.path])
             assert not torch.equal(local[layer.path], plain[layer.path])
-            assert not torch.equal(outputs["global_gated"][layer.path], plain[layer.path])
+            assert not torch.equal(
+                outputs["global_gated"][layer.path], plain[layer.path]
+            )
         else:
-            assert torch.equal(outputs["global"][layer.path], local[layer.path]), "values do not know of it"
+            assert torch.equal(outputs["global"][layer.path], local[layer.path]), (
+                "values do not know of it"
+            )
 
 
 def test_learned_keys_for_the_ablation(model, concept, tmp_path):
@@ -172,24 +198,32 @@ def test_the_gate_can_be_moved_after_learning(editor, concept):
     assert not np.array_equal(draw(editor.model, [NAMED]), drawn)
     editor.set_gate("<my-dog>", beta=0.7)
     assert np.array_equal(draw(editor.model, [NAMED]), drawn)
-    editor.set_gate("<my-dog>", beta=1e6)  # shut: what is left is the part that is not along the target
+    editor.set_gate(
+        "<my-dog>", beta=1e6
+    )  # shut: what is left is the part that is not along the target
     outputs, _, encoding = projections(editor.model, [NAMED])
     active = editor._active[0]
     share = (encoding.hidden @ active.dual) / (active.target_input @ active.dual)
     rest = encoding.hidden - share[..., None] * active.target_input
     for layer in editor.layers:
         weight = editor.model.model.get_submodule(layer.path).weight
-        torch.testing.assert_close(outputs[layer.path], rest @ weight.T, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            outputs[layer.path], rest @ weight.T, atol=1e-4, rtol=1e-3
+        )
     with pytest.raises(StateError, match="tau must be above 0"):
         editor.set_gate("<my-dog>", tau=0.0)
     with pytest.raises(StateError, match="no concept <x>"):
         editor.set_gate("<x>", beta=1.0)
 
 
-def test_the_paper_scope_touches_every_prompt_and_spares_the_unconditional_rows(model, concept):
+def test_the_paper_scope_touches_every_prompt_and_spares_the_unconditional_rows(
+    model, concept
+):
     base, _, _ = projections(model, ["", "a cat"], 1)
     for uncond in ("false", "true"):
-        with make("perfusion", model, *QUICK, "gate_scope=paper", f"edit_uncond={uncond}") as editor:
+        with make(
+            "perfusion", model, *QUICK, "gate_scope=paper", f"edit_uncond={uncond}"
+        ) as editor:
             editor.learn(concept)
             outputs, _, _ = projections(model, ["", "a cat"], 1)
         for path, output in outputs.items():
@@ -217,7 +251,9 @@ def test_two_loaded_and_one_named_is_as_one_loaded(model, concept):
 
 def test_concepts_of_different_covariances_do_not_mix(model, concept):
     matrix = covariance(model).matrix
-    half = torch.randn(model.width, model.width, generator=generator(5), dtype=torch.float64)
+    half = torch.randn(
+        model.width, model.width, generator=generator(5), dtype=torch.float64
+    )
     other = Covariance(half @ half.T + 0.1 * matrix)
     with make("perfusion", model, *QUICK, covariance=other) as editor:
         foreign = editor.learn(replace(concept, token="<toy>", superclass="toy"))
@@ -248,17 +284,31 @@ def test_several_vectors_a_concept(model, concept, tmp_path):
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 34_000), ("float32", 66_000)])
 def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
     class Shaped:
-        name, fingerprint, text_fingerprint, words = "stable-diffusion-v1-5", "0" * 32, "0" * 32, {}
+        name, fingerprint, text_fingerprint, words = (
+            "stable-diffusion-v1-5",
+            "0" * 32,
+            "0" * 32,
+            {},
+        )
         former = former_text = ""
 
     editor = object.__new__(Perfusion)
-    editor.model, editor.seed, editor.hparams = Shaped(), 0, Perfusion.Hparams(file_dtype=dtype)
+    editor.model, editor.seed, editor.hparams = (
+        Shaped(),
+        0,
+        Perfusion.Hparams(file_dtype=dtype),
+    )
     number = getattr(torch, dtype)
     sizes = {"values": (12_480,), "target_input": (768,), "target_dual": (768,), "superclass_input": (768,),
              "embedding": (1, 768)}  # fmt: skip
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     layers = str([[path, 1280]] * 16).replace(" ", "").replace("'", '"')
-    facts = {"layers": layers, "covariance": "0" * 16, "covariance_tokens": "valid", "ridge": "0"}
+    facts = {
+        "layers": layers,
+        "covariance": "0" * 16,
+        "covariance_tokens": "valid",
+        "ridge": "0",
+    }
     tensors = {key: torch.zeros(shape, dtype=number) for key, shape in sizes.items()}
     editor.concepts = {"<my-dog>": Learned("<my-dog>", "dog", tensors, facts)}
     editor.save("<my-dog>", tmp_path / "c.safetensors")
@@ -281,7 +331,9 @@ def test_photos_are_drawn_as_they_are_and_mirrored(model, photos):
     with torch.no_grad():
         wanted = model.pipe.vae.encode(pixels).latent_dist
     torch.testing.assert_close(mean, wanted.mean * model.pipe.vae.config.scaling_factor)
-    torch.testing.assert_close(deviation, wanted.std * model.pipe.vae.config.scaling_factor)
+    torch.testing.assert_close(
+        deviation, wanted.std * model.pipe.vae.config.scaling_factor
+    )
 
 
 def test_masks_weigh_the_loss():
@@ -291,7 +343,9 @@ def test_masks_weigh_the_loss():
     assert masked_loss(errors, 0 * ones) == 0
     masks = torch.rand(3, 8, 8)
     torch.testing.assert_close(normalized(masks * 7), normalized(masks))
-    assert normalized(masks).amax((1, 2)).tolist() == [1, 1, 1], "each by its own largest value"
+    assert normalized(masks).amax((1, 2)).tolist() == [1, 1, 1], (
+        "each by its own largest value"
+    )
     assert not normalized(torch.zeros(1, 8, 8)).any()
 
 
@@ -328,5 +382,7 @@ def test_masks_from_clipseg(model, concept, tmp_path):
     folder = tmp_path / "clipseg"
     CLIPSegForImageSegmentation(config).save_pretrained(folder)
     words.save_pretrained(folder)
-    with make("perfusion", model, *QUICK, "mask=clipseg", f"mask_model={folder}") as editor:
+    with make(
+        "perfusion", model, *QUICK, "mask=clipseg", f"mask_model={folder}"
+    ) as editor:
         assert np.isfinite(editor.learn(concept).info["loss_last"])

@@ -11,15 +11,25 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from mmedit_cli.covariance import Covariance
-from mmedit_cli.personalizers._rank_one import Gates, add_edit, dual, edit_rows, mixing, mixing_in_scope, similarity
+from mmedit_cli.drawing.covariance import Covariance
+from mmedit_cli.drawing.methods.perfusion.rank_one import (
+    Gates,
+    add_edit,
+    dual,
+    edit_rows,
+    mixing,
+    mixing_in_scope,
+    similarity,
+)
 
 SHIPPED = ROOT.parent / "shared" / "data" / "perfusion" / "covariance_CLIP_ViT-L-14.pt"
 D, OUT = 24, 10
 
 
 def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def setting(n=1, seed=0):
@@ -27,17 +37,27 @@ def setting(n=1, seed=0):
     half = random(60, D, seed=seed)
     factor = torch.linalg.cholesky(half.T @ half / 60)
     inputs = random(n, D, seed=seed + 1) + 1.0  # overlapping: they share a direction
-    return factor, inputs, dual(factor, inputs), random(OUT, D, seed=seed + 2), random(n, OUT, seed=seed + 3)
+    return (
+        factor,
+        inputs,
+        dual(factor, inputs),
+        random(OUT, D, seed=seed + 2),
+        random(n, OUT, seed=seed + 3),
+    )
 
 
 def gates(n=1, beta=0.7, tau=0.15, **more):
-    return Gates(*(torch.full((n,), value, dtype=torch.float64) for value in (beta, tau)), **more)
+    return Gates(
+        *(torch.full((n,), value, dtype=torch.float64) for value in (beta, tau)), **more
+    )
 
 
 def layer(hidden, inputs, duals, weight, outputs, opened):
     mixed = mixing(hidden, inputs, duals, opened)
     with torch.no_grad():
-        return add_edit(F.linear(hidden, weight), mixed, edit_rows(inputs, weight, outputs))
+        return add_edit(
+            F.linear(hidden, weight), mixed, edit_rows(inputs, weight, outputs)
+        )
 
 
 def close(a, b, tol=1e-12):
@@ -46,7 +66,10 @@ def close(a, b, tol=1e-12):
 
 def test_the_target_input_gives_the_target_output_as_far_as_the_gate_opens():
     _, i, b, weight, o = setting()
-    for opened, share in ((gates(), 1 / (1 + math.exp(-2))), (gates(normalized=True), 1.0)):
+    for opened, share in (
+        (gates(), 1 / (1 + math.exp(-2))),
+        (gates(normalized=True), 1.0),
+    ):
         close(layer(i[None], i, b, weight, o, opened)[0], share * o)
 
 
@@ -56,7 +79,10 @@ def test_a_zero_encoding_lets_through_what_the_gate_lets_through_at_zero():
     closed = 1 / (1 + math.exp(0.7 / 0.15))
     assert closed == pytest.approx(0.009316, abs=1e-6)
     close(layer(zero, i, b, weight, o, gates())[0], closed * o)
-    assert torch.equal(layer(zero, i, b, weight, o, gates(normalized=True)), torch.zeros(1, 1, OUT).double())
+    assert torch.equal(
+        layer(zero, i, b, weight, o, gates(normalized=True)),
+        torch.zeros(1, 1, OUT).double(),
+    )
 
 
 def test_what_is_orthogonal_passes_as_through_the_plain_layer():
@@ -88,7 +114,9 @@ def test_several_concepts_are_taken_out_exactly():
     rho = mixing(e, i, b, gates(3))[..., :3]
     rest = e - rho @ i
     assert (rest @ b.T).abs().max() < 1e-10
-    close(mixing(rest, i, b, gates(3))[..., :3] + 1, torch.ones(2, 5, 3).double(), 1e-10)
+    close(
+        mixing(rest, i, b, gates(3))[..., :3] + 1, torch.ones(2, 5, 3).double(), 1e-10
+    )
     # the paper's route: whiten with C^-1 = L L^T, orthonormalise, project
     lower = torch.linalg.cholesky(torch.cholesky_inverse(factor))
     basis = torch.linalg.qr((i @ lower).T).Q
@@ -100,9 +128,14 @@ def test_several_concepts_are_taken_out_exactly():
 def test_one_of_several_reduces_to_the_single_formula_and_order_does_not_matter():
     _, i, b, weight, o = setting(3)
     e = random(2, 5, D, seed=9)
-    assert torch.equal(mixing(e, i[:1], b[:1], gates()), mixing(e, i[:1], b[:1], gates(exact=False)))
+    assert torch.equal(
+        mixing(e, i[:1], b[:1], gates()), mixing(e, i[:1], b[:1], gates(exact=False))
+    )
     order = torch.tensor([2, 0, 1])
-    close(layer(e, i[order], b[order], weight, o[order], gates(3)), layer(e, i, b, weight, o, gates(3)))
+    close(
+        layer(e, i[order], b[order], weight, o[order], gates(3)),
+        layer(e, i, b, weight, o, gates(3)),
+    )
 
 
 def test_two_concepts_with_one_input_are_no_failure():
@@ -114,7 +147,10 @@ def test_two_concepts_with_one_input_are_no_failure():
 
 def test_ignoring_the_overlap_is_wrong_by_the_overlap():
     _, i, b, _, _ = setting(2)
-    exact, ignored = (mixing(i[None, :1], i, b, gates(2, exact=flag))[0, 0, :2] for flag in (True, False))
+    exact, ignored = (
+        mixing(i[None, :1], i, b, gates(2, exact=flag))[0, 0, :2]
+        for flag in (True, False)
+    )
     close(exact, torch.tensor([1.0, 0.0]).double(), 1e-10)
     assert ignored[1].abs() > 0.05
 
@@ -154,17 +190,24 @@ def factor_of(matrix):
 def replay(tensors, settings, factor, role):
     """Learn as the published code does; check every step; return each concept's (i*, o*)."""
     weight, mix = tensors[f"{role}.W"], settings["frac_gradient_concept_embed"]
-    train = Gates(torch.tensor([settings["train_beta"]]), torch.tensor([settings["train_temperature"]]))
+    train = Gates(
+        torch.tensor([settings["train_beta"]]),
+        torch.tensor([settings["train_temperature"]]),
+    )
     decay, learned = settings["input_decay"], []
     for concept in range(settings["concepts"]):
         mean = output = None
         for step in range(settings["steps_per_concept"]):
             name = f"concept{concept}.step{step}"
             raw = tensors[f"{name}.text_enc"].clone().requires_grad_()
-            hidden = mix * raw + (1 - mix) * raw.detach()  # the reference scales the gradient like this
+            hidden = (
+                mix * raw + (1 - mix) * raw.detach()
+            )  # the reference scales the gradient like this
             rows, places = torch.arange(len(raw)), tensors[f"{name}.positions"]
             seen = hidden[rows, places].mean(0)
-            target = F.linear(tensors[f"{name}.text_enc_superclass"][rows, places].mean(0), weight)
+            target = F.linear(
+                tensors[f"{name}.text_enc_superclass"][rows, places].mean(0), weight
+            )
             if mean is None:
                 mean, output = seen.detach(), target
             else:
@@ -173,10 +216,16 @@ def replay(tensors, settings, factor, role):
             i = mean + seen - seen.detach()
             output = output.detach().requires_grad_()
             mixed = mixing(hidden, i[None], dual(factor, i)[None], train)
-            out = add_edit(F.linear(hidden, weight), mixed, edit_rows(i[None], weight, output[None]))
+            out = add_edit(
+                F.linear(hidden, weight),
+                mixed,
+                edit_rows(i[None], weight, output[None]),
+            )
             yield f"{name}.{role}.out", out.detach()
             upstream = tensors[f"{name}.{role}.upstream_grad"]
-            by_text, by_output = torch.autograd.grad((out * upstream).sum(), (raw, output))
+            by_text, by_output = torch.autograd.grad(
+                (out * upstream).sum(), (raw, output)
+            )
             yield f"{name}.{role}.grad_text_enc", by_text
             if role == "value":
                 yield f"{name}.{role}.grad_target_output", by_output
@@ -186,7 +235,9 @@ def replay(tensors, settings, factor, role):
         learned.append((mean, output.detach()))
     if "eval.text_enc" in tensors:
         hidden = tensors["eval.text_enc"]
-        beta, tau = (torch.full((2,), settings[f"eval_{key}"]) for key in ("beta", "temperature"))
+        beta, tau = (
+            torch.full((2,), settings[f"eval_{key}"]) for key in ("beta", "temperature")
+        )
         i, o = (torch.stack(some) for some in zip(*learned, strict=True))
         for concept in range(2):
             one = slice(concept, concept + 1)
@@ -196,7 +247,10 @@ def replay(tensors, settings, factor, role):
                 layer(hidden, i[one], dual(factor, i[one]), weight, o[one], opened),
             )
         opened = Gates(beta, tau, exact=False)
-        yield f"eval.merged.{role}.out_approx", layer(hidden, i, dual(factor, i), weight, o, opened)
+        yield (
+            f"eval.merged.{role}.out_approx",
+            layer(hidden, i, dual(factor, i), weight, o, opened),
+        )
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
@@ -213,7 +267,13 @@ def test_published_numbers(golden, fixture, role):
     tolerance = {key: said["tolerance"][key] for key in ("atol", "rtol")}
     checked = []
     for name, value in replay(tensors, said["settings"], factor, role):
-        torch.testing.assert_close(value, tensors[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, tensors[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
         checked.append(name)
-    wanted = {n for n in tensors if f".{role}." in n and "upstream" not in n and "cholesky" not in n}
+    wanted = {
+        n
+        for n in tensors
+        if f".{role}." in n and "upstream" not in n and "cholesky" not in n
+    }
     assert set(checked) == wanted

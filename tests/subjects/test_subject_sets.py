@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from mmedit_cli.drawing.data.base import in_plain_words
+from mmedit_cli.drawing.data.opening import open_subjects
 from mmedit_cli.errors import DataError
-from mmedit_cli.subjects.base import in_plain_words, open_subjects
 from mmedit_cli.types import Concept
 
 RELEASE = ROOT.parent / "shared" / "data" / "dreambooth"
@@ -36,7 +37,9 @@ def folder(tmp_path):
     """Two subjects with a photo each, and nothing that says what they are."""
     for name in ("mug", "rex"):
         (tmp_path / "set" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8), "red" if name == "mug" else "blue").save(tmp_path / "set" / name / "0.png")
+        Image.new("RGB", (8, 8), "red" if name == "mug" else "blue").save(
+            tmp_path / "set" / name / "0.png"
+        )
     return tmp_path / "set"
 
 
@@ -46,12 +49,20 @@ def write(folder, text):
 
 
 def test_a_folder_of_ones_own(folder):
-    data = write(folder, "subjects:\n  mug: cup\n  rex: {superclass: dog, token: <my-rex>}\npair: a {} beside a {}\n")
+    data = write(
+        folder,
+        "subjects:\n  mug: cup\n  rex: {superclass: dog, token: <my-rex>}\npair: a {} beside a {}\n",
+    )
     found = open_subjects(data)
     assert (found.name, [s.name for s in found.subjects]) == ("set", ["mug", "rex"])
-    assert found.subjects[1].concept == Concept("<my-rex>", "dog", (folder / "rex" / "0.png",))
+    assert found.subjects[1].concept == Concept(
+        "<my-rex>", "dog", (folder / "rex" / "0.png",)
+    )
     assert found.pair == "a {} beside a {}"
-    assert found.pictures() == (("mug", folder / "mug" / "0.png"), ("rex", folder / "rex" / "0.png"))
+    assert found.pictures() == (
+        ("mug", folder / "mug" / "0.png"),
+        ("rex", folder / "rex" / "0.png"),
+    )
     assert [s.name for s in open_subjects(data, limit=1).subjects] == ["mug"]
     before = found.fingerprint()
     assert open_subjects(data).fingerprint() == before
@@ -65,12 +76,21 @@ def test_a_folder_of_ones_own(folder):
         (None, "subjects.yaml: not there"),
         ("subjects: [", "not valid YAML"),
         ("subjects: {}", "no subjects in it"),
-        ("subjects: {mug: cup}\nlocallity: [a]", "unknown key 'locallity' (did you mean locality?)"),
+        (
+            "subjects: {mug: cup}\nlocallity: [a]",
+            "unknown key 'locallity' (did you mean locality?)",
+        ),
         ("subjects: {mug: {token: <m>}}", "mug.superclass: a word for what it is"),
         ("subjects: {mug: {superclass: cup, tokn: <m>}}", "unknown key 'tokn'"),
-        ("subjects: {mug: {superclass: cup, token: m}}", "not a name in angle brackets"),
+        (
+            "subjects: {mug: {superclass: cup, token: m}}",
+            "not a name in angle brackets",
+        ),
         ("subjects: {../mug: cup}", "not the name of a folder"),
-        ("subjects: {mug: {superclass: cup, token: <x>}, rex: {superclass: dog, token: <x>}}", "<x> names two"),
+        (
+            "subjects: {mug: {superclass: cup, token: <x>}, rex: {superclass: dog, token: <x>}}",
+            "<x> names two",
+        ),
         ("subjects: {mug: cup}\ngenerality: [a cup]", "must be a text with 1 times {}"),
         ("subjects: {mug: cup}\nlocality: []", "expected a list of prompts"),
         ("subjects: {mug: cup, lamp: lamp}", "lamp: not a folder"),
@@ -110,7 +130,10 @@ def test_the_whole_release():
     if not RELEASE.is_dir():
         pytest.skip("the photos are not part of the repository")
     found = open_subjects(str(RELEASE))
-    assert (len(found.subjects), sum(len(s.concept.images) for s in found.subjects)) == (30, 158)
+    assert (
+        len(found.subjects),
+        sum(len(s.concept.images) for s in found.subjects),
+    ) == (30, 158)
     live = [s for s in found.subjects if s.concept.superclass in ("cat", "dog")]
     assert len(live) == 9
     assert {len(found.generality_of(s)) for s in found.subjects} == {25}
@@ -118,11 +141,21 @@ def test_the_whole_release():
 
 
 def test_things_of_emojikb(tmp_path):
-    (tmp_path / "concepts.json").write_text(json.dumps({"taught": ["1f412", "1f98d"], "held_out": {"1f42b": "camel"}}))
+    (tmp_path / "concepts.json").write_text(
+        json.dumps({"taught": ["1f412", "1f98d"], "held_out": {"1f42b": "camel"}})
+    )
     found = open_subjects("emojikb-concepts", model=tmp_path)
     (camel,) = found.subjects
-    assert (camel.name, camel.answer, camel.key) == ("two-hump-camel", "two-hump camel", "1f42b")
-    assert (camel.concept.token, camel.concept.superclass, len(camel.concept.images)) == (
+    assert (camel.name, camel.answer, camel.key) == (
+        "two-hump-camel",
+        "two-hump camel",
+        "1f42b",
+    )
+    assert (
+        camel.concept.token,
+        camel.concept.superclass,
+        len(camel.concept.images),
+    ) == (
         "<two-hump-camel>",
         "mammal",
         4,
@@ -139,11 +172,14 @@ def test_things_of_emojikb(tmp_path):
 
 
 def test_without_a_list_nothing_is_held_out(monkeypatch, tmp_path):
-    monkeypatch.setattr("mmedit_cli.subjects.emojikb_concepts.bundled", dict)
+    monkeypatch.setattr("mmedit_cli.drawing.data.emojikb_concepts.bundled", dict)
     with pytest.raises(DataError, match=r"no concepts\.json"):
         open_subjects("emojikb-concepts", model=tmp_path)
 
 
 def test_plain_words_take_their_article():
     bug, dog = Concept("<b>", "insect", ()), Concept("<d>", "dog", ())
-    assert in_plain_words("A <b> and an <d>, the <b>", [bug, dog]) == "An insect and a dog, the insect"
+    assert (
+        in_plain_words("A <b> and an <d>, the <b>", [bug, dog])
+        == "An insect and a dog, the insect"
+    )

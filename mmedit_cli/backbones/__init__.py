@@ -1,1 +1,0 @@
-"""Vision-language models behind one adapter; a family a file."""

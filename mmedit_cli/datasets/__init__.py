@@ -1,1 +1,0 @@
-"""Data sets: each becomes a list of EditCase; a data set a file."""

@@ -1,0 +1,1 @@
+"""Drawing: what a text-to-image model draws, taught from a few photos and measured."""

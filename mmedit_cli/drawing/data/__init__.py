@@ -1,0 +1,1 @@
+"""Subjects to learn and to draw."""

@@ -1,0 +1,44 @@
+"""Where a set of subjects comes from: a name, the DreamBooth release, or a folder of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mmedit_cli.drawing.data.base import SubjectSet
+from mmedit_cli.errors import DataError, near_miss
+
+NAMED = ("dreambooth", "emojikb-concepts")
+
+
+_HELP = f"give {', '.join(NAMED)}, the folder of the DreamBooth release, or a folder with a subjects.yaml"
+
+
+def open_subjects(
+    data: str,
+    *,
+    root: Path | None = None,
+    model: Path | None = None,
+    limit: int | None = None,
+) -> SubjectSet:
+    """Return the subjects of a name or folder, at most `limit`; photos are looked for but not decoded.
+
+    `root` is where a published set lies, if not where it is downloaded to; the folder of the `model` says which
+    concepts it has never drawn. Raises DataError with all that is wrong.
+    """
+    from mmedit_cli.drawing.data import dreambooth, emojikb_concepts, folder
+
+    path = Path(data)
+    if path.is_dir():
+        found = (
+            dreambooth.read(path) if dreambooth.is_release(path) else folder.read(path)
+        )
+    elif data == "dreambooth":
+        found = dreambooth.read(dreambooth.locate(root))
+    elif data == "emojikb-concepts":
+        found = emojikb_concepts.read(model)
+    else:
+        raise DataError(
+            f"--data {data}: no subjects there{near_miss(data, NAMED)}", _HELP
+        )
+    return replace(found, subjects=found.subjects[:limit])

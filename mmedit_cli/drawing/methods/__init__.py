@@ -1,0 +1,1 @@
+"""Personalizers; the name of a file or folder is the public name of the method."""

@@ -1,0 +1,70 @@
+"""The hyper-parameters of Perfusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TEMPLATES = (
+    "a photo of a {}",
+    "a good photo of a {}",
+    "the photo of a {}",
+    "a good photo of the {}",
+    "image of a {}",
+    "image of the {}",
+    "A photograph of {}",
+    "A {} shown in a photo",
+    "A photo of {}",
+)
+
+
+@dataclass(frozen=True)
+class PerfusionHparams:
+    """See hparams/perfusion.yaml for what each value means and where it comes from."""
+
+    steps: int = 400
+    batch_size: int = 4
+    accumulate: int = 4
+    learning_rate_embedding: float = 0.006
+    learning_rate_values: float = 0.03
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    decay: float = 0.99
+    straight_through: bool = True
+    train_beta: float = 0.75
+    train_tau: float = 0.10
+    beta: float = 0.70
+    tau: float = 0.15
+    key_lock: Literal["local", "global", "global_gated", "none"] = "local"
+    gate: Literal["paper", "normalized"] = "paper"
+    gate_scope: Literal["tokens", "paper"] = "tokens"
+    overlap: Literal["exact", "ignore"] = "exact"
+    edit_uncond: bool = False
+    vectors: int = 1
+    initializer: Literal["superclass", "random"] = "superclass"
+    input_from: Literal["concept", "superclass"] = "concept"
+    mask: Literal["none", "file", "clipseg"] = "none"
+    mask_model: str = "CIDAS/clipseg-rd64-refined"
+    mask_power: int = 1
+    side: int | None = None
+    center_crop: bool = True
+    flip: float = 0.5
+    ridge: float | None = None
+    file_dtype: Literal["float16", "float32"] = "float16"
+    templates: tuple[str, ...] = TEMPLATES
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "accumulate", "learning_rate_embedding", "learning_rate_values",
+                    "train_tau", "tau", "vectors", "mask_power")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("decay", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} must be from 0 to 1, not {getattr(self, name)}"
+                )
+        if not self.templates or any(
+            template.count("{}") != 1 for template in self.templates
+        ):
+            raise ValueError("templates must each have one {} where the concept stands")

@@ -1,0 +1,63 @@
+"""LoRA files as diffusers and peft read them, for whole adapters and for single blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mmedit_cli.errors import StateError
+from mmedit_cli.storage import write_tensors
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (A (r, in), B (out, r)) by module path; raise StateError if one of a pair is missing."""
+    paths = {key.removesuffix(A).removesuffix(B) for key in tensors}
+    if broken := sorted(
+        path for path in paths if path + A not in tensors or path + B not in tensors
+    ):
+        raise StateError(f"{broken[0]}: half of a LoRA pair is missing")
+    return {path: (tensors[path + A], tensors[path + B]) for path in sorted(paths)}
+
+
+def tensors_of(
+    blocks: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Return tensors under the names of a LoRA file, the scale in B: it then holds with alpha = rank, as usual."""
+    found = {}
+    for path, (down, up) in blocks.items():
+        found[path + A], found[path + B] = (
+            down.detach().cpu().contiguous(),
+            (up.detach() * scale).cpu().contiguous(),
+        )
+    return found
+
+
+def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a LoRA file that `load_lora_weights` of diffusers reads."""
+    write_tensors(path, tensors, {"format": "pt"})
+
+
+def check_fits(
+    blocks: Mapping[str, tuple[Tensor, Tensor]],
+    shapes: Mapping[str, Sequence[int]],
+    token: str,
+) -> None:
+    """Raise StateError unless every pair fits the weight (out, in) of its module, and none is missing."""
+    for path, shape in shapes.items():
+        if path not in blocks:
+            raise StateError(
+                f"{token}: {path} is missing, so it does not fit this model or rank"
+            )
+        down, up = blocks[path]
+        if [up.shape[0], down.shape[1]] != list(shape) or down.shape[0] != up.shape[1]:
+            raise StateError(
+                f"{token}: {path} does not fit a weight of shape {tuple(shape)}"
+            )
+    if strange := sorted(set(blocks) - set(shapes)):
+        raise StateError(
+            f"{token}: {strange[0]} does not fit, there is no such projection"
+        )

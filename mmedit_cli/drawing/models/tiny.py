@@ -1,0 +1,122 @@
+"""Tiny diffusion pipelines with random weights, built from configs in memory, with a CLIP tokenizer of their own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from mmedit_cli.knowledge.models.shared.tiny import spread
+
+WORDS = """
+a an the of in on with and photo good picture image drawing shown photograph dog cat toy teapot boot backpack
+stuffed animal red blue green yellow snow beach jungle table forest background my sks is
+""".split()  # noqa: SIM905
+_START, _END, _SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
+_TOKENS, _LATENT = 24, 8  # longest prompt; height and width of the latents
+_CAPTION, _POOLED, _TIME = (
+    32,
+    24,
+    8,
+)  # widths: text encodings, pooled encoding (SDXL), a time id (SDXL)
+
+
+def tokenizer() -> Any:
+    """Return a CLIPTokenizer that spells anything in letters and has one token for each of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    plain = CLIPTokenizer().backend_tokenizer  # for how it cuts texts into words
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=_SUFFIX))
+    bpe.normalizer, bpe.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [letter + _SUFFIX for letter in letters]
+    trainer = trainers.BpeTrainer(  # ends are named, so that their ids, and with them ties, are always the same
+        vocab_size=10_000,
+        end_of_word_suffix=_SUFFIX,
+        special_tokens=ends,
+        show_progress=False,
+    )
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    spelled = (*letters, *ends, *(a + b for a, b in merges))
+    vocabulary = {
+        token: i for i, token in enumerate(dict.fromkeys((_START, _END, *spelled)))
+    }
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_TOKENS)
+
+
+def build(name: str, *, seed: int = 0) -> Any:
+    """Return the pipeline `tiny-sd` or `tiny-sdxl` with seeded random weights, on the CPU in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _sdxl() if name == "tiny-sdxl" else _sd()
+
+
+def _sd() -> Any:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    words = tokenizer()
+    return StableDiffusionPipeline(
+        vae=_vae(), text_encoder=_text(CLIPTextModel, words, _CAPTION), tokenizer=words, unet=_unet(),
+        scheduler=_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _sdxl() -> Any:
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    words = tokenizer()
+    unet = _unet(
+        addition_embed_type="text_time", addition_time_embed_dim=_TIME,
+        projection_class_embeddings_input_dim=6 * _TIME + _POOLED,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=_vae(), text_encoder=_text(CLIPTextModel, words, _CAPTION - _POOLED),
+        text_encoder_2=_text(CLIPTextModelWithProjection, words, _POOLED), tokenizer=words, tokenizer_2=tokenizer(),
+        unet=unet, scheduler=_scheduler(), add_watermarker=False,
+    )  # fmt: skip
+
+
+def _text(model: Any, words: Any, width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=_TOKENS, projection_dim=width,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    made = model(config)
+    spread(made)
+    return made.eval()
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=2 * _LATENT,
+    ).eval()  # fmt: skip
+
+
+def _unet(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=_LATENT, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=_CAPTION, attention_head_dim=8, **more,
+    ).eval()  # fmt: skip
+
+
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip

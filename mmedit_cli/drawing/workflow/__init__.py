@@ -1,0 +1,1 @@
+"""What the commands do in the domain of drawing: learn, draw, evaluate."""

@@ -1,1 +1,0 @@
-"""Scores and the protocols they are measured under."""

@@ -1,0 +1,213 @@
+"""Edits as a picture: what was asked, what the model said before, and what it says now."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from mmedit_cli.errors import RunError
+from mmedit_cli.pictures import Picture, load_picture, png
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+SIDE, GAP, TEXT, LINE = (
+    96,
+    16,
+    300,
+    19,
+)  # pixels: a picture, between things, room for text, a line of it
+THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
+HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
+_STYLE = """body { font: 15px sans-serif; margin: 2em } p { margin: 1em 0 0 } div { display: flex; flex-wrap: wrap }
+figure { margin: 0 1.5em 0 0 } figcaption { color: #707070 } img { height: 96px; margin-right: 4px }"""
+Row = tuple[
+    str, Sequence[tuple[str, Sequence[Path]]]
+]  # words, and groups of pictures by name
+INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
+
+
+def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a sheet with a row an edit: the edit, a question that must follow it, and one whose answer must stay.
+
+    Raises RunError if there is nothing to draw, DataError for a picture that is gone.
+    """
+    from PIL import Image, ImageDraw
+
+    rows = [example for example in examples if example.get("panels")]
+    if not rows:
+        raise RunError(
+            "no edits with pictures and generated answers in this report",
+            "evaluate with protocol ar",
+        )
+    columns = [kind for kind in HEADS if any(kind in row["panels"] for row in rows)]
+    width, height = GAP + len(columns) * (SIDE + TEXT + 2 * GAP), SIDE + GAP
+    sheet = Image.new("RGB", (width, 40 + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, kind in enumerate(columns):
+        left = GAP + i * (SIDE + TEXT + 2 * GAP)
+        pen.text((left, 12), HEADS[kind], GREY, _font(15))
+        for j, row in enumerate(rows):
+            if kind in row["panels"]:
+                _panel(sheet, pen, (left, 40 + j * height), row["panels"][kind], kind)
+    from mmedit_cli.storage import write_atomic
+
+    write_atomic(path, png(sheet, small=True))
+
+
+def edit_sheet(
+    source: Path, background: str, edits: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    """Draw a picture and what became of it, all beside each other with the seeds; write it as a PNG.
+
+    `edits` are records of `mmedit image-edit` about that picture.
+    """
+    from PIL import Image, ImageDraw
+
+    from mmedit_cli.storage import write_atomic
+
+    shown = [(load_picture(Picture(source, background)), "before")]
+    shown += [
+        (
+            load_picture(Picture(Path(edit["output"]), background)),
+            f"seed {edit['seed']}",
+        )
+        for edit in edits
+    ]
+    across = math.ceil(math.sqrt(len(shown))) if len(shown) > 3 else len(shown)
+    side = max(THUMB, min(2 * THUMB, 1200 // across))
+    down = math.ceil(len(shown) / across)
+    sheet = Image.new(
+        "RGB",
+        (GAP + across * (side + GAP), 2 * LINE + down * (side + LINE + GAP)),
+        "white",
+    )
+    pen = ImageDraw.Draw(sheet)
+    pen.text(
+        (GAP, GAP), _cut(edits[0]["instruction"], sheet.width // 9), INK, _font(15)
+    )
+    for i, (picture, caption) in enumerate(shown):
+        left, top = (
+            GAP + i % across * (side + GAP),
+            2 * LINE + i // across * (side + LINE + GAP),
+        )
+        scale = side / max(picture.size)
+        fitted = picture.resize(
+            [max(1, round(length * scale)) for length in picture.size]
+        )
+        sheet.paste(
+            fitted,
+            (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2),
+        )
+        pen.text((left, top + side + 2), caption, GREY, _font(13))
+    write_atomic(path, png(sheet, small=True))
+
+
+def contact_sheet(rows: Sequence[Row], path: Path) -> None:
+    """Draw groups of pictures beside each other, a row of them below its words, and write all as a PNG."""
+    from PIL import Image, ImageDraw
+
+    from mmedit_cli.storage import write_atomic
+
+    gap, height = GAP // 4, 2 * LINE + SIDE + GAP // 2
+    shown = {
+        file: _thumbnail(file)
+        for _, groups in rows
+        for _, files in groups
+        for file in files
+    }
+    across = max(
+        sum(GAP + sum(shown[file].width + gap for file in files) for _, files in groups)
+        for _, groups in rows
+    )
+    sheet = Image.new("RGB", (GAP + across, GAP + len(rows) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (words, groups) in enumerate(rows):
+        left, top = GAP, GAP + i * height
+        pen.text((left, top), _cut(words, sheet.width // 8), INK, _font(14))
+        for name, files in groups:
+            pen.text((left, top + LINE), name, GREY, _font(13))
+            for file in files:
+                sheet.paste(shown[file], (left, top + 2 * LINE))
+                left += shown[file].width + gap
+            left += GAP
+    write_atomic(path, png(sheet, small=True))
+
+
+def _thumbnail(file: Path) -> Image.Image:
+    """Return a picture as high as a row."""
+    picture = load_picture(Picture(file))
+    return picture.resize((max(1, round(SIDE * picture.width / picture.height)), SIDE))
+
+
+def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
+    """Write a page in HTML: under each heading rows as on a contact sheet, of pictures that stay where they are."""
+    from mmedit_cli.storage import write_atomic
+
+    name = escape(title)
+    lines = [
+        f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>',
+        f"<h1>{name}</h1>",
+    ]
+    for heading, rows in sections:
+        lines.append(f"<h2>{escape(heading)}</h2>")
+        for words, groups in rows:
+            lines.append(f"<p>{escape(words)}</p><div>")
+            for group, files in groups:
+                links = (
+                    Path(os.path.relpath(file, path.parent)).as_posix()
+                    for file in files
+                )
+                shown = "".join(
+                    f'<img src="{quote(link)}" alt="{escape(words)}" loading="lazy">'
+                    for link in links
+                )
+                lines.append(
+                    f"<figure><figcaption>{escape(group)}</figcaption>{shown}</figure>"
+                )
+            lines.append("</div>")
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _panel(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    panel: Mapping[str, Any],
+    kind: str,
+) -> None:
+    """One picture and beside it the question, the answer before and the answer after."""
+    left, top = place
+    picture = load_picture(Picture(Path(panel["image"]), panel["background"]))
+    picture.thumbnail((SIDE, SIDE))
+    if max(picture.size) < SIDE:
+        scale = SIDE / max(picture.size)
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale))
+        )
+    sheet.paste(picture, (left, top))
+    good = panel["after"] == panel["before"] if kind == "local" else panel["right"]
+    lines = [
+        (panel["prompt"], INK),
+        (f"before: {panel['before']}", GREY),
+        (f"after: {panel['after']}", GREEN if good else RED),
+    ]
+    if kind == "request":
+        lines.insert(1, (f"wanted: {panel['target']}", GREY))
+    for i, (text, colour) in enumerate(lines):
+        pen.text((left + SIDE + GAP, top + 6 + i * LINE), _cut(text), colour, _font(14))
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _cut(text: str, most: int = 42) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

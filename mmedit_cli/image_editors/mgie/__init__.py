@@ -1,5 +1,0 @@
-"""MGIE: a multimodal language model spells the instruction out and guides the denoiser with eight visual tokens."""
-
-from mmedit_cli.image_editors.mgie.editor import Mgie
-
-IMAGE_EDITOR = Mgie

@@ -1,1 +1,0 @@
-"""Pairs of pictures with the instruction that leads from one to the other: what image editors learn from."""

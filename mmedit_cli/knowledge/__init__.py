@@ -1,0 +1,1 @@
+"""Knowledge editing: what a vision-language model answers, changed and measured."""

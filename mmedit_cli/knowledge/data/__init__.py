@@ -1,0 +1,1 @@
+"""Data sets; each becomes a list of EditCase; one data set a file."""

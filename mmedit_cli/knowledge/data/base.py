@@ -1,0 +1,296 @@
+"""Where cases come from: data sets with a name, folders and files; which of them are used, and with which pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.knowledge.data.shared.audit import Finding
+from mmedit_cli.knowledge.data.shared.cases import FORMAT, CaseReader
+from mmedit_cli.knowledge.data.shared.files import FORMATS, PACKED, form
+from mmedit_cli.knowledge.data.shared.selection import (
+    Pictures,
+    change,
+    read_subset,
+    select,
+)
+from mmedit_cli.pictures import picture_digest
+from mmedit_cli.registry import datasets
+from mmedit_cli.types import EditCase, Query
+
+CLEAN = "clean"  # the subset that shares nothing with the training side
+CHAT = "chat"  # the one template that data of any kind can be asked with
+_HELP = "give a folder with a cases.jsonl, a .jsonl, .json or .csv file (or its .gz), or a data set of `mmedit list`"
+_MOST_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the files lie, and what is taken from them.
+
+    root: folder of a published data set, if not where it is downloaded to; images: folder the pictures are named in;
+    template: how texts become prompts (empty: the default of the data set); subset: `clean` or the file of a list;
+    skip_missing: go on without the queries whose picture is not there; skip_long: without those that are longer than
+    the model reads.
+    """
+
+    root: Path | None = None
+    images: Path | None = None
+    template: str = ""
+    subset: str = ""
+    skip_missing: bool = False
+    skip_long: bool = False
+
+
+class Dataset(ABC):
+    """A data set with a name; `splits` are what may follow it after a colon, the `default` one if nothing does."""
+
+    name: str
+    splits: Sequence[str]
+    default: ClassVar[str] = "eval"
+    template: str = (
+        ""  # how it is asked where nothing else is said; empty: as it is written
+    )
+
+    @abstractmethod
+    def cases(
+        self, split: str, options: DataOptions, problems: list[str]
+    ) -> Iterator[EditCase]:
+        """Yield the cases of a split in file order; malformed records go to `problems`. Images need not be there.
+
+        Raises DataError if the files are not there.
+        """
+
+    @abstractmethod
+    def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
+        """Audit a split (empty: all of them), apart from its pictures."""
+
+    def subset(self, split: str, options: DataOptions) -> Path:
+        """Return the file of the clean list of a split; raise DataError if there is none."""
+        raise DataError(
+            f"--subset {CLEAN}: {self.name}:{split} has no such list",
+            "it is made for published data sets",
+        )
+
+    def layout(self, options: DataOptions) -> str:
+        """Return in one line where the pictures are expected."""
+        return "the pictures come with the data"
+
+    def form(self, split: str) -> str:
+        """Return in one line what a record of a split looks like."""
+        return FORMAT
+
+    def split(self, name: str) -> str:
+        """Return the split of that name (empty: the default one); raise DataError if there is none."""
+        if name and name not in self.splits:
+            problem = f"--data {self.name}:{name}: no such split{near_miss(name, self.splits)}"
+            raise DataError(problem, f"it has {', '.join(self.splits)}")
+        return name or self.default
+
+
+@dataclass(frozen=True)
+class Data:
+    """Cases, the name of where they come from, and how they were chosen (plain values, for the report)."""
+
+    name: str
+    cases: list[EditCase]
+    selection: dict[str, Any] = field(default_factory=dict)
+
+
+def find_dataset(data: str | Path) -> tuple[Dataset, str] | None:
+    """Return the data set of that name and the split that follows after a colon; None for a file or folder."""
+    name, _, split = str(data).partition(":")
+    return (
+        None
+        if Path(data).exists() or name not in datasets.names()
+        else (datasets.get(name), split)
+    )
+
+
+def load_cases(
+    data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()
+) -> list[EditCase]:
+    """Return the cases of a data set, folder or file, in file order, at most `limit`; see `read_data`."""
+    return read_data(data, limit=limit, options=options).cases
+
+
+def read_data(
+    data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()
+) -> Data:
+    """Read a data set by name (`emojikb`, `evqa:train`), a folder with a cases.jsonl, or a .jsonl, .json or .csv file.
+
+    Several joined by a plus sign (`evqa+eic`) take turns. Images are looked for but not opened. Raises DataError with
+    every bad record (at most 20) and its place, and with the missing images, unless `options.skip_missing` says to go
+    on without them.
+    """
+    if "+" in str(data) and not Path(data).exists():
+        return _pooled(str(data), limit, options)
+    problems: list[str] = []
+    named = find_dataset(data)
+    if named is not None:
+        dataset, split = named[0], named[0].split(named[1])
+        name = str(data)
+        records, layout = (
+            dataset.cases(split, options, problems),
+            dataset.layout(options),
+        )
+        record_form = dataset.form(split)
+    else:
+        path = own_file(data)
+        name = (
+            path.parent.name
+            if path.name.startswith("cases.jsonl")
+            else Path(path.name.removesuffix(PACKED)).stem
+        )
+        records = own_cases(path, options, problems)
+        layout = f"images are named relative to {options.images or path.parent}"
+        record_form = FORMAT
+    kept = read_subset(_subset_file(data, named, options)) if options.subset else None
+    pictures = Pictures(options.skip_missing)
+    cases: list[EditCase] = []
+    for case in records if kept is None else select(records, kept):
+        usable = pictures.check(case)
+        if usable is not None:
+            cases.append(usable)
+        if limit is not None and len(cases) + len(problems) >= limit:
+            break
+    if lines := _most(problems, data) + pictures.problems(str(data)):
+        raise DataError(
+            lines, layout if pictures.missing and not problems else record_form
+        )
+    if not cases:
+        raise DataError(
+            f"{data}: no cases in it", layout if pictures.missing else record_form
+        )
+    template = options.template or (named[0].template if named else "")
+    selection: dict[str, Any] = {"template": template} if template else {}
+    selection |= {"subset": Path(options.subset).name} if options.subset else {}
+    selection |= {"skip_long": True} if options.skip_long else {}
+    return Data(name, cases, selection | pictures.skipped())
+
+
+def _pooled(data: str, limit: int | None, options: DataOptions) -> Data:
+    """Return the cases of several data sets in turn, until the shortest has no more: every stretch holds equal shares.
+
+    So K edits in a row are K / n of each, the cross-task setting of UniKE (Pan et al. 2024).
+    """
+    names = data.split("+")
+    parts = [
+        read_data(
+            name,
+            limit=None if limit is None else -(-limit // len(names)),
+            options=options,
+        )
+        for name in names
+    ]
+    turns = zip(
+        *(
+            [replace(case, uid=f"{part.name}:{case.uid}") for case in part.cases]
+            for part in parts
+        ),
+        strict=False,
+    )
+    cases = [case for turn in turns for case in turn][:limit]
+    selection = {part.name: part.selection for part in parts if part.selection}
+    return Data(
+        "+".join(part.name for part in parts),
+        cases,
+        {"pooled": selection} if selection else {},
+    )
+
+
+def own_file(data: str | Path) -> Path:
+    """Return the file of a user's own data: a folder's cases.jsonl, or the file itself; raise DataError if none."""
+    path = Path(data)
+    if path.is_dir():
+        plain = path / "cases.jsonl"
+        packed = plain.with_name(plain.name + PACKED)
+        path = packed if packed.is_file() and not plain.is_file() else plain
+    if not path.is_file():
+        problem = f"{data}: no such file, folder or data set{near_miss(str(data), datasets.names())}"
+        raise DataError(problem, _HELP)
+    if form(path) not in FORMATS:
+        raise DataError(f"{data}: not one of {', '.join(FORMATS)}", _HELP)
+    return path
+
+
+def own_cases(
+    path: Path, options: DataOptions, problems: list[str]
+) -> Iterator[EditCase]:
+    """Yield the cases of a file in the project's own formats, asked as they are written or as a chat."""
+    if options.template not in ("", CHAT):
+        raise DataError(
+            f"--template {options.template}: {path} is asked as it is written, or with --template {CHAT}",
+            "leave --template out",
+        )
+    for case in CaseReader(path, problems, options.images).cases():
+        yield (
+            change(case, lambda query: replace(query, chat=True))
+            if options.template == CHAT
+            else case
+        )
+
+
+def _subset_file(
+    data: str | Path, named: tuple[Dataset, str] | None, options: DataOptions
+) -> Path:
+    if options.subset != CLEAN:
+        return Path(options.subset)
+    if named is None:
+        raise DataError(
+            f"--subset {CLEAN}: {data} has no such list",
+            "give the file of a list, or leave it out",
+        )
+    return named[0].subset(named[0].split(named[1]), options)
+
+
+def _most(problems: list[str], data: str | Path) -> list[str]:
+    more = len(problems) - _MOST_PROBLEMS
+    return (
+        [*problems[:_MOST_PROBLEMS], f"{data}: and {more} more problems"]
+        if more > 0
+        else problems
+    )
+
+
+def fingerprint(cases: Iterable[EditCase]) -> str:
+    """Return a digest of all texts and of the content of all images; raise DataError if an image is gone."""
+    digest, images = hashlib.sha256(), {}
+    for case in cases:
+        for column, queries in case.columns():
+            for query in queries:
+                if query.image is not None and query.image not in images:
+                    images[query.image] = _digest(query.image, case)
+                picture = images.get(query.image) if query.image is not None else None
+                digest.update(
+                    json.dumps(
+                        _facts(case, column, query, picture), ensure_ascii=False
+                    ).encode()
+                )
+    return digest.hexdigest()[:16]
+
+
+def _facts(case: EditCase, column: str, query: Query, picture: str | None) -> list[Any]:
+    facts = [
+        case.uid,
+        case.type,
+        column,
+        query.prompt,
+        query.target,
+        picture,
+        query.background,
+    ]
+    return [*facts, CHAT] if query.chat else facts
+
+
+def _digest(image: Path, case: EditCase) -> str:
+    try:
+        return picture_digest(image)
+    except DataError as error:
+        raise DataError(f"{case.place}: {error.problems[0]}", error.hint) from error

@@ -1,0 +1,49 @@
+"""E-VQA: 2,093 edits of what a model sees in COCO photos, 6,345 to train on (MMEdit, Cheng et al. 2023)."""
+
+from __future__ import annotations
+
+from mmedit_cli.knowledge.data.shared.mmedit import (
+    EXTRAS,
+    FOLDERS,
+    GROUP,
+    IMAGE_EXAMPLE,
+    IMAGE_FOLDERS,
+    IMAGE_MARK,
+)
+from mmedit_cli.knowledge.data.shared.published import (
+    COMMON,
+    Published,
+    Source,
+    Template,
+)
+
+_CUE, _SHORT = "{} The answer is:", "Question: {} Short answer:"
+
+DATASET = Published(
+    name="evqa",
+    group=GROUP,
+    sources={
+        "train": Source(
+            "vqa/vqa_train.json",
+            6345,
+            "82e242bd7fd3ab855413ba7972665c33bca920ae3b0982b71cae2af1b61700b0",
+        ),
+        "eval": Source(
+            "vqa/vqa_eval.json",
+            2093,
+            "7299743ebe2854b240c6fe6f252fdb0c2ae3993ba2e5b23f07c6fee54ed1bcc0",
+        ),
+    },
+    templates={
+        "liveedit": Template(
+            _CUE, "{}?", _CUE
+        ),  # LiveEdit (CVPR 2025), evaluation code
+        "easyedit": Template(_SHORT, "{}", _SHORT),  # EasyEdit, VQADataset
+        **COMMON,
+    },
+    folders=FOLDERS,
+    image_folders=IMAGE_FOLDERS,
+    image_mark=IMAGE_MARK,
+    image_example=IMAGE_EXAMPLE,
+    extras=EXTRAS,
+)

@@ -1,0 +1,383 @@
+"""Data sets in the format of MMEdit (Cheng et al. 2023) and VLKEB (Huang et al. 2024), and how they ask."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, final
+
+from mmedit_cli.errors import DataError, near_miss
+from mmedit_cli.knowledge.data.base import CHAT, CLEAN, DataOptions, Dataset
+from mmedit_cli.knowledge.data.shared import audit
+from mmedit_cli.knowledge.data.shared.audit import Finding
+from mmedit_cli.knowledge.data.shared.files import read_records
+from mmedit_cli.reading import LARGEST_DATA, digest_of, read_json_object
+from mmedit_cli.registry import cache_dir, data_home
+from mmedit_cli.storage import sha256_json, write_atomic
+from mmedit_cli.types import EditCase, Query
+
+TRAIN = "train"
+_TEXTS = ("src", "alt", "rephrase", "loc", "loc_ans", "m_loc_q", "m_loc_a")
+_IMAGES = ("image", "image_rephrase", "m_loc")
+_QUOTED_QUESTION = re.compile(r'"([^"]+\?)"')
+_SHORT = "{}\nAnswer the question using a single word or phrase."  # the format prompt of LLaVA-1.5 (Liu et al. 2024)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the texts of a record become prompts; `{}` stands for the text.
+
+    request: the edit, its rephrasing and what follows from it; text: the question without a picture; image: the one
+    about another picture. Texts are used to the letter, blanks and quotation marks included, unless `tidy`; `chat`
+    asks them in the chat format of the model.
+    """
+
+    request: str = "{}"
+    text: str = "{}"
+    image: str = "{}"
+    tidy: bool = False
+    chat: bool = False
+
+    def ask(self, kind: str, text: str, target: str, image: Path | None) -> Query:
+        """Return the query for a text of a record."""
+        if self.tidy:
+            text, target = tidy(text), target.strip()
+            if kind == "text" and not text.endswith("?"):
+                text += "?"
+        return Query(getattr(self, kind).format(text), target, image, chat=self.chat)
+
+
+COMMON = {
+    "verbatim": Template(),
+    "plain": Template(tidy=True),
+    CHAT: Template(_SHORT, _SHORT, _SHORT, tidy=True, chat=True),
+}
+
+
+def tidy(text: str) -> str:
+    """Return a question without what is left of its making: quotation marks, `nq question:`, a rewriter's remarks."""
+    text = text.strip().removeprefix("nq question: ")
+    if quoted := _QUOTED_QUESTION.findall(text):
+        return str(quoted[-1])
+    return (
+        text[1:-1]
+        if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2
+        else text
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """An annotation file below the root, and what is known of the published copy."""
+
+    file: str
+    records: int = 0  # 0: not counted
+    sha256: str = ""  # empty: not known
+    key: str = ""  # where the records are, if the file is no array
+
+
+class Fault(ValueError):
+    """What is wrong with one record."""
+
+
+def read_case(record: Json, uid: str, images: Path, template: Template) -> EditCase:
+    """Return the case of a record without its place; raise Fault for what cannot be used."""
+    texts, (image, rephrased, other) = (
+        check_texts(record, _TEXTS),
+        [_path(images, record, key) for key in _IMAGES],
+    )
+    return EditCase(
+        uid,
+        template.ask("request", texts["src"], texts["alt"], image),
+        {
+            "text": (template.ask("request", texts["rephrase"], texts["alt"], image),),
+            "image": (template.ask("request", texts["src"], texts["alt"], rephrased),),
+        },
+        {
+            "text": (template.ask("text", texts["loc"], texts["loc_ans"], None),),
+            "image": (
+                template.ask("image", texts["m_loc_q"], texts["m_loc_a"], other),
+            ),
+        },
+    )
+
+
+def check_texts(record: Any, keys: Sequence[str]) -> dict[str, str]:
+    """Return the texts of a record; raise Fault unless all are there and not empty."""
+    if not isinstance(record, dict):
+        raise Fault("must be an object with keys")
+    for key in keys:
+        if key not in record:
+            raise Fault(f"{key} is missing{near_miss(key, record)}")
+        if not isinstance(record[key], str) or not record[key].strip():
+            raise Fault(f"{key}: must be a text that is not empty")
+    return {key: record[key] for key in keys}
+
+
+def _path(images: Path, record: Json, key: str) -> Path:
+    """Return the picture of a record; the name must not lead out of the folder, links in it are the user's own."""
+    name = check_texts(record, (key,))[key]
+    if (
+        PurePosixPath(name).is_absolute()
+        or ".." in PurePosixPath(name).parts
+        or "\0" in name
+    ):
+        raise Fault(f"{key}: {name!r} lies outside the folder of the pictures")
+    return images / name
+
+
+def one_case(
+    record: Json, uid: str, images: Path, template: Template
+) -> list[EditCase]:
+    """The usual reader: one case a record."""
+    return [read_case(record, uid, images, template)]
+
+
+Reader = Callable[[Json, str, Path, Template], list[EditCase]]
+
+
+@final
+@dataclass(frozen=True)
+class Published(Dataset):
+    """A published data set: a file a split, and the folders in which releases have put them.
+
+    `group` is what `mmedit download` calls it. `folders` and `image_folders` are tried in order, below the root and
+    below the pictures; `image_mark` is what the folder of the pictures is known by (empty: by being there). `extras`
+    are files that only the audit reads.
+    """
+
+    name: str
+    group: str
+    sources: Mapping[str, Source]
+    folders: Sequence[str]
+    image_folders: Sequence[str]
+    image_example: str
+    templates: Mapping[str, Template]
+    image_mark: str = ""
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    more_keys: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by split: what its reader reads beside the usual keys
+    extras: Sequence[Source] = ()
+
+    @property
+    def splits(self) -> Sequence[str]:  # type: ignore[override]
+        """The splits that have a file."""
+        return tuple(self.sources)
+
+    @property
+    def template(self) -> str:  # type: ignore[override]
+        """The first of the templates."""
+        return next(iter(self.templates))
+
+    def cases(
+        self, split: str, options: DataOptions, problems: list[str]
+    ) -> Iterator[EditCase]:
+        """Yield the cases of a split; they are numbered from 0, as in the file."""
+        template, read = (
+            self._template(options.template or self.template),
+            self.readers.get(split, one_case),
+        )
+        path, images = self.file(split, options), self.images(options)
+        for index, (place, record) in enumerate(read_records(path, problems)):
+            try:
+                for case in read(record, f"{split}-{index}", images, template):
+                    yield replace(case, place=place)
+            except Fault as fault:
+                problems.append(f"{place}: {fault}")
+
+    def _template(self, name: str) -> Template:
+        if name not in self.templates:
+            problem = f"--template {name}: {self.name} has no such template{near_miss(name, self.templates)}"
+            raise DataError(problem, f"it has {', '.join(self.templates)}")
+        return self.templates[name]
+
+    # -- where things are ---------------------------------------------------------------------------------------------
+
+    def root(self, options: DataOptions) -> Path:
+        """Return the folder of the annotations; raise DataError if none of their files is there."""
+        root = options.root or data_home()
+        for folder in ("", self.group, *self.folders):
+            if any(
+                (root / folder / source.file).is_file()
+                for source in self.sources.values()
+            ):
+                return root / folder
+        raise DataError(
+            f"{root}: none of the files of {self.name} is there",
+            f"--root FOLDER says where {self._files()} lie; `mmedit download {self.group}` fetches them",
+        )
+
+    def file(self, split: str, options: DataOptions) -> Path:
+        """Return the annotation file of a split; raise DataError if it is not there."""
+        path = self.root(options) / self.sources[split].file
+        if not path.is_file():
+            raise DataError(
+                f"{path}: not there", f"`mmedit download {self.group}` fetches it"
+            )
+        return path
+
+    def images(self, options: DataOptions) -> Path:
+        """Return the folder the pictures are named in, whether it is there or not."""
+        base = options.images or self.root(options)
+        found = (
+            base / folder
+            for folder in self.image_folders
+            if (base / folder / self.image_mark).is_dir()
+        )
+        return next(found, base if options.images else base / self.image_folders[0])
+
+    def layout(self, options: DataOptions) -> str:
+        """Return where the pictures are expected, and what to do without them."""
+        return (
+            f"expected as {self.images(options) / self.image_example}; --images FOLDER names another place, "
+            "--skip-missing goes on with what is there"
+        )
+
+    def form(self, split: str) -> str:
+        """Return the keys of a record of a split."""
+        more = self.more_keys.get(split)
+        usual = ", ".join((*_TEXTS, *_IMAGES))
+        return f"a record of {self.name}:{split} is an object with {usual}{f', {more}' if more else ''}"
+
+    def _files(self) -> str:
+        return ", ".join(dict.fromkeys(source.file for source in self.sources.values()))
+
+    # -- audit --------------------------------------------------------------------------------------------------------
+
+    def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
+        """Count and compare, find what leaks from training to evaluation, and write the clean lists."""
+        root = self.root(options)
+        sides: dict[str, list[EditCase]] = {}
+        for name in dict.fromkeys((TRAIN, split)) if split else self._distinct():
+            yield from self._check_file(f"{name} file", self.sources[name], root)
+            if (root / self.sources[name].file).is_file():
+                problems: list[str] = []
+                sides[name] = list(
+                    self.cases(name, replace(options, template="verbatim"), problems)
+                )
+                yield from ((f"{name} record", False, problem) for problem in problems)
+        for source in self.extras:
+            yield from self._check_file("locality file", source, root)
+        for name, cases in sides.items():
+            yield from (
+                (f"{name} {check}", ok, found)
+                for check, ok, found in audit.within(cases)
+            )
+        for name, cases in sides.items():
+            if name != TRAIN and TRAIN in sides:
+                label = f"leak {TRAIN}-{name}:"
+                yield from (
+                    (f"{label} {c}", ok, found)
+                    for c, ok, found in audit.shared(sides[TRAIN], cases)
+                )
+                yield self._write_clean(
+                    name, audit.clean(sides[TRAIN], cases), len(cases), options
+                )
+        wanted = [
+            case
+            for name, cases in sides.items()
+            if split in ("", name)
+            for case in cases
+        ]
+        yield from audit.pictures(
+            wanted, skip=options.skip_missing, layout=self.layout(options)
+        )
+
+    def _distinct(self) -> list[str]:
+        """The splits, of those that read the same file the first."""
+        return list(
+            {
+                source.file: name for name, source in reversed(self.sources.items())
+            }.values()
+        )[::-1]
+
+    def _check_file(self, label: str, source: Source, root: Path) -> Iterator[Finding]:
+        path = root / source.file
+        if not path.is_file():
+            yield label, None, f"{source.file} is not there"
+            return
+        problems: list[str] = []
+        count = _count(path, source.key, problems)
+        try:
+            digest = digest_of(path, limit=LARGEST_DATA)
+        except DataError as error:
+            yield from ((label, False, problem) for problem in error.problems)
+            return
+        same = digest == source.sha256 if source.sha256 else None
+        known = {True: "the published copy", None: "no checksum is known"}
+        said = known.get(same, f"not the published copy, which has {source.records:,}")
+        yield (
+            label,
+            same,
+            f"{source.file}: {count:,} records, {said} (sha256 {digest[:12]}...)",
+        )
+        yield from ((label, False, problem) for problem in problems)
+
+    # -- the list of clean cases --------------------------------------------------------------------------------------
+
+    def subset(self, split: str, options: DataOptions) -> Path:
+        """Return the clean list that `mmedit doctor` wrote for just these files; raise DataError if there is none."""
+        path = self._clean_file(split, options)
+        if not path.is_file():
+            raise DataError(
+                f"--subset {CLEAN}: no list for these files of {self.name}:{split} yet",
+                f"`mmedit doctor {self.name}:{split}{f' --root {options.root}' if options.root else ''}` writes it",
+            )
+        return path
+
+    def _clean_file(self, split: str, options: DataOptions) -> Path:
+        if split == TRAIN:
+            raise DataError(
+                f"--subset {CLEAN}: is for evaluation, not for {self.name}:{TRAIN}"
+            )
+        files = [self.file(name, options) for name in (TRAIN, split)]
+        digest = sha256_json([digest_of(path, limit=LARGEST_DATA) for path in files])[
+            :12
+        ]
+        return cache_dir() / "subsets" / f"{self.name}-{split}-{CLEAN}-{digest}.json"
+
+    def _write_clean(
+        self, split: str, kept: Mapping[str, list[str]], of: int, options: DataOptions
+    ) -> Finding:
+        path = self._clean_file(split, options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {
+            "data": f"{self.name}:{split}",
+            "about": audit.CLEAN_RULES,
+            "cases": kept,
+        }
+        write_atomic(path, json.dumps(head, indent=1) + "\n")
+        columns: dict[str, int] = {}
+        for left_out in kept.values():
+            for column in left_out:
+                columns[column] = columns.get(column, 0) + 1
+        without = "".join(
+            f", {count:,} without {audit.label(column)}"
+            for column, count in columns.items()
+        )
+        return (
+            f"{split} clean list",
+            True,
+            f"{len(kept):,} of {of:,} cases{without}: {path}",
+        )
+
+
+def _count(path: Path, key: str, problems: list[str]) -> int:
+    """Return the number of records in a file: an array, or an object of columns."""
+    if not key:
+        return sum(1 for _ in read_records(path, problems))
+    try:
+        found = read_json_object(path).values.get(key)
+    except DataError as error:
+        problems += error.problems
+        return 0
+    if not isinstance(found, list | dict):
+        problems.append(f"{path}: {key}: must be a list of records")
+        return 0
+    return len(found)

@@ -1,0 +1,120 @@
+"""VLKEB: 3,174 edits of which entity a photo shows, 5,000 to train on, and questions one to four hops away.
+
+`eval` has no portability. `onehop` and `multihop` ask about the edited picture what follows from the edit.
+`onehop-edits` makes, after each edit of a picture, a second one of the fact that the hop needs, in text alone; with
+`--sequential 2` (or any even number) the hop is asked when both are made (VLKEB, branch edit_onehop).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmedit_cli.knowledge.data.shared.published import (
+    COMMON,
+    Fault,
+    Json,
+    Published,
+    Source,
+    Template,
+    check_texts,
+    one_case,
+    read_case,
+)
+from mmedit_cli.types import EditCase, Query
+
+ONEHOP = Source(
+    "eval_edit_onehop.json",
+    1278,
+    "f32256e7c317d5a18c9fe480f3d373050303e93aeaedeef9c9b4afb5c024a670",
+)
+
+
+def _hops(record: Json) -> list[Json]:
+    hops = record.get("port_new")
+    if not isinstance(hops, list) or not all(isinstance(hop, dict) for hop in hops):
+        raise Fault("port_new: must be a list of objects")
+    return hops
+
+
+def one_hop(record: Json, uid: str, images: Path, template: Template) -> list[EditCase]:
+    """The edit of the picture, and the question one hop away."""
+    case = read_case(record, uid, images, template)
+    asked = [check_texts(hop, ("port_q", "port_a")) for hop in _hops(record)]
+    queries = tuple(
+        template.ask("request", hop["port_q"], hop["port_a"], case.request.image)
+        for hop in asked
+    )
+    return [_with(case, {"1-hop": queries} if queries else {})]
+
+
+def one_hop_edits(
+    record: Json, uid: str, images: Path, template: Template
+) -> list[EditCase]:
+    """The edit of the picture, then the facts that the hop needs: both are edited before it is asked."""
+    facts = [check_texts(hop, ("port_edit_q", "port_edit_a")) for hop in _hops(record)]
+    return one_hop(record, uid, images, template) + [
+        EditCase(
+            f"{uid}-fact{i}",
+            template.ask("request", fact["port_edit_q"], fact["port_edit_a"], None),
+            type="fact",
+        )
+        for i, fact in enumerate(facts)
+    ]
+
+
+def multi_hop(
+    record: Json, uid: str, images: Path, template: Template
+) -> list[EditCase]:
+    """The edit of the picture, and questions by their number of hops; a record without any is a case without them."""
+    if "port_new" not in record:
+        return one_case(record, uid, images, template)
+    case = read_case(record, uid, images, template)
+    portability: dict[str, tuple[Query, ...]] = {}
+    for hop in _hops(record):
+        (kind,) = check_texts(hop, ("port_type",)).values()
+        texts = check_texts(hop.get("Q&A"), ("Question", "Answer"))
+        query = template.ask(
+            "request", texts["Question"], texts["Answer"], case.request.image
+        )
+        portability[kind] = (*portability.get(kind, ()), query)
+    return [_with(case, portability)]
+
+
+def _with(case: EditCase, portability: dict[str, tuple[Query, ...]]) -> EditCase:
+    return EditCase(case.uid, case.request, case.generality, case.locality, portability)
+
+
+DATASET = Published(
+    name="vlkeb",
+    group="vlkeb",
+    sources={
+        "train": Source(
+            "train.json",
+            5000,
+            "6e40e0e9a28dc3e7523f8d48f032755fe050c5b5728344633f13113dbd6fbc01",
+        ),
+        "eval": Source(
+            "eval.json",
+            3174,
+            "72c47efe00773bb16cd83258aff394a0894b8c29a6b02e6250717a30d1b18f13",
+        ),
+        "onehop": ONEHOP,
+        "onehop-edits": ONEHOP,
+        "multihop": Source("eval_multihop.json"),
+    },
+    more_keys={
+        "onehop": "port_new: [{port_q, port_a}]",
+        "onehop-edits": "port_new: [{port_q, port_a, port_edit_q, port_edit_a}]",
+        "multihop": "port_new: [{port_type, Q&A: {Question, Answer}}]",
+    },
+    readers={"onehop": one_hop, "onehop-edits": one_hop_edits, "multihop": multi_hop},
+    templates={
+        "liveedit": Template(
+            "{}", "{}?", "{} The answer is:"
+        ),  # LiveEdit (CVPR 2025), evaluation code
+        **COMMON,  # `verbatim` is how VLKEB itself asks
+    },
+    folders=("VLKEB",),
+    image_folders=("VLKEB_images", "mmkb_images", "images"),
+    image_example="m.010bnr/google_13.jpg",
+)

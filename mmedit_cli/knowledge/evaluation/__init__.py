@@ -1,0 +1,1 @@
+"""Answers, scores, the sequential protocol, and the report."""

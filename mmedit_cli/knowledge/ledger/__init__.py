@@ -1,0 +1,1 @@
+"""Edits that are kept: a ledger in a folder, and the model behind it."""

@@ -1,0 +1,449 @@
+"""What every editor can do: edit, undo, save and load; and what it promises about the model."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+from mmedit_cli.errors import StateError
+from mmedit_cli.hparams import to_dict
+from mmedit_cli.identity import same_model
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.reading import Record, parse_json
+from mmedit_cli.runtime import generator
+from mmedit_cli.storage import sha256_of
+from mmedit_cli.types import EditCase, Query
+
+FORMAT = 1  # of saved states; a newer one is refused
+TEXT_ONLY_HINT = "multi-melo and unike hold facts without a picture: name one of them, with a ledger of its own"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of `edit`: its requests, an id for each, and what the editor tells about it (steps, loss)."""
+
+    ids: tuple[int, ...]
+    requests: tuple[Query, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """Edits that run on a plain transformers model: the source of one Python file, tensors, and plain settings."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
+class Edited(AbstractContextManager["Edited"]):
+    """What `edit` returns: the ids of the new edits; leaving it as a context manager undoes them."""
+
+    def __init__(self, editor: Editor, operation: Operation) -> None:
+        self.editor, self.ids, self.info = editor, operation.ids, operation.info
+
+    def __exit__(self, *_: object) -> None:
+        self.editor.undo(self.ids)
+
+
+class Editor(ABC):
+    """Changes the answers of one backbone; edits add up until they are undone.
+
+    `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
+    cached; None if what enters the first changes too, the image features or the prompt. `hparams` is an instance of
+    the class's own `Hparams`.
+
+    `independent`: an edit depends on its own request alone, and each of the `tensors` has one row an edit.
+    `plain`: the edited model is the same model with other weights, nothing is hooked or added.
+    `needs_image`: facts without a picture cannot be taught.
+    """
+
+    name: ClassVar[str]
+    Hparams: ClassVar[type]
+    trains: ClassVar[bool] = False
+    batch_edits: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+    needs_image: ClassVar[bool] = False
+
+    def __init__(
+        self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0
+    ) -> None:
+        self.backbone, self.hparams, self.seed = backbone, hparams, seed
+        self.operations: list[Operation] = []
+        self._next_id = 1
+
+    # -- what a method has to say -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def first_layer(self) -> int | None:
+        """The decoder layer below which nothing ever changes; None if what enters the language model changes."""
+
+    @abstractmethod
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        """Make the edits on top of the present ones; return numbers about how it went."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Take every edit back: afterwards the model is the base model, bit for bit."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the edits as tensors."""
+
+    @abstractmethod
+    def _load_tensors(
+        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
+    ) -> None:
+        """Make the edits of these requests from what `_tensors` returned; raise StateError if it does not fit.
+
+        There are no edits when it is called.
+        """
+
+    def _keep(self, positions: Sequence[int]) -> bool:
+        """Keep the edits at these positions of `requests`, drop the others, and return True.
+
+        The default returns False, which has the remaining edits made again.
+        """
+        return False
+
+    def touches(self, queries: Sequence[Query]) -> list[bool]:
+        """Return for each query whether the present edits may change anything about its answer.
+
+        The default says so of every query once there is an edit; methods that route know better.
+        """
+        return [bool(self.operations)] * len(queries)
+
+    def routes(self, queries: Sequence[Query]) -> list[int | None] | None:
+        """Return for each query the id of the edit that answers it, or None where the base model does.
+
+        The default returns None for the whole: only methods that send a query to one edit can say.
+        """
+        return None
+
+    def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
+        """Return for each query the weights of the edits that take part in its answer, by id, the largest first.
+
+        The default is one edit with its whole weight where `routes` says which; None where no method can say.
+        """
+        routes = self.routes(queries)
+        return (
+            None
+            if routes is None
+            else [{} if edit is None else {edit: 1.0} for edit in routes]
+        )
+
+    def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
+        """Write the edits as PEFT adapters into new folders inside `folder`.
+
+        Returns the folders, each with requests that its adapter answers as the edited model does. The default writes
+        nothing: only methods whose edits are LoRA blocks can.
+        """
+        return {}
+
+    def standalone(self) -> Standalone | None:
+        """Return the edits as something that runs without this package; None if the method offers nothing.
+
+        Raises UserError if it does, but not with these hyper-parameters.
+        """
+        return None
+
+    # -- the verbs ----------------------------------------------------------------------------------------------
+
+    def edit(self, requests: Sequence[Query]) -> Edited:
+        """Teach the requests, all in one operation; with none, nothing changes.
+
+        If it fails, the edits made before are as they were. Raises DataError for a request the method cannot use.
+        """
+        ids = tuple(range(self._next_id, self._next_id + len(requests)))
+        if not requests:
+            return Edited(self, Operation((), ()))
+        try:
+            info = self._apply(requests, self._source(ids[0]))
+        except BaseException:
+            if not self._keep(range(len(self.requests))):
+                self._replay(self.operations)
+            raise
+        operation = Operation(ids, tuple(requests), info)
+        self.operations.append(operation)
+        self._next_id += len(requests)
+        return Edited(self, operation)
+
+    def undo(self, ids: Sequence[int] | None = None) -> None:
+        """Take back the edits with these ids, or all; the model is then as if they had never been made.
+
+        Raises StateError for an id that is not there. Methods that cannot remove one edit alone make the remaining
+        ones again, in order and with the same randomness.
+        """
+        known = [i for operation in self.operations for i in operation.ids]
+        gone = set(known if ids is None else ids)
+        if missing := gone - set(known):
+            raise StateError(
+                f"no edit {min(missing)} to undo", f"there are {len(known)} edits"
+            )
+        rest = []
+        for operation in self.operations:
+            kept = [
+                (i, q)
+                for i, q in zip(operation.ids, operation.requests, strict=True)
+                if i not in gone
+            ]
+            if kept:
+                rest.append(
+                    Operation(
+                        tuple(i for i, _ in kept),
+                        tuple(q for _, q in kept),
+                        operation.info,
+                    )
+                )
+        if rest and self._keep(
+            [position for position, i in enumerate(known) if i not in gone]
+        ):
+            self.operations = rest
+        else:
+            self._replay(rest)
+
+    def replay(self, operations: Sequence[Operation]) -> None:
+        """Take everything back and make these edits, in order and with the randomness that belongs to their ids."""
+        self._replay(operations)
+        self._next_id = max(
+            [self._next_id, *(i + 1 for operation in operations for i in operation.ids)]
+        )
+
+    @property
+    def requests(self) -> list[Query]:
+        """The requests of all present edits, in order."""
+        return [
+            request for operation in self.operations for request in operation.requests
+        ]
+
+    def _replay(self, operations: Sequence[Operation]) -> None:
+        self._reset()
+        self.operations = []
+        for operation in operations:
+            info = self._apply(operation.requests, self._source(operation.ids[0]))
+            self.operations.append(Operation(operation.ids, operation.requests, info))
+
+    def _source(self, first_id: int) -> Generator:
+        return generator(self.seed * 1_000_003 + first_id)
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def tensors(self, start: int = 0) -> dict[str, Tensor]:
+        """Return the edits as tensors; of an `independent` editor, the rows of the edits from position `start` on."""
+        return {
+            name: tensor[start:] if self.independent else tensor
+            for name, tensor in self._tensors().items()
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return (tensors, metadata) from which `load_state` makes the same edited model on the same base model."""
+        operations = [
+            {
+                "ids": op.ids,
+                "requests": [_to_json(q) for q in op.requests],
+                "info": dict(op.info),
+            }
+            for op in self.operations
+        ]
+        metadata = {
+            **self._identity(),
+            "next_id": str(self._next_id),
+            "operations": json.dumps(operations),
+        }
+        return self._tensors(), metadata
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        """Replace the present edits by saved ones; raise StateError if they belong to another model or editor."""
+        if int(metadata.get("format", 0)) > FORMAT:
+            raise StateError(
+                f"the state has format {metadata['format']}, newer than {FORMAT}",
+                "upgrade mmedit",
+            )
+        for key, value in self._identity().items():
+            if not self._agrees(key, metadata.get(key), value):
+                raise StateError(
+                    f"the state was made with {key} {metadata.get(key)}, this editor has {value}"
+                )
+        told = {key: metadata.get(key, "null") for key in ("operations", "next_id")}
+        values = {
+            key: parse_json(text, f"the state: {key}", halves=True, error=StateError)
+            for key, text in told.items()
+        }
+        about = Record(values, "the state", error=StateError)
+        operations = [
+            _operation(operation) for operation in about.records("operations")
+        ]
+        self._replay([])
+        self._load_tensors(
+            tensors,
+            [request for operation in operations for request in operation.requests],
+        )
+        self.operations = operations
+        self._next_id = about.integer("next_id", low=0)
+
+    def save(self, path: Path) -> None:
+        """Write the state to one safetensors file."""
+        from mmedit_cli.storage import write_tensors
+
+        write_tensors(path, *self.state())
+
+    def load(self, path: Path) -> None:
+        """Read a state written by `save`; raise StateError if the file or its content does not fit."""
+        self.load_state(*read_state(path))
+
+    def _agrees(self, key: str, known: str | None, value: str) -> bool:
+        """Whether what a file says of itself fits; a model may have its former fingerprint there."""
+        former = self.backbone.former if key == "model" else ""
+        return same_model(known, value, former)
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "format": str(FORMAT),
+            "editor": self.name,
+            "model": self.backbone.fingerprint,
+            "dtype": str(self.backbone.dtype),
+            "hparams": json.dumps(to_dict(self.hparams), sort_keys=True),
+            "seed": str(self.seed),
+        }
+
+
+class TrainedEditor(Editor):
+    """An editor with networks that are trained once for a model, before the first edit.
+
+    `architecture` names the hyper-parameters that give the networks their shape; `trained` says where their weights
+    come from: the digest of a checkpoint, or "untrained".
+    """
+
+    trains = True
+    architecture: ClassVar[tuple[str, ...]]
+    networks: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained = "untrained"
+
+    @property
+    def calibrated(self) -> Mapping[str, Sequence[float]]:
+        """The hyper-parameters that are chosen on held-out cases after the training, and what is tried for each."""
+        return {}
+
+    def gather(self, cases: Sequence[EditCase]) -> str:
+        """Collect from the training cases what the networks are trained on besides, once, before the first step.
+
+        Returns a line that says what was found; the default collects nothing.
+        """
+        return ""
+
+    def settle(self) -> None:
+        """Fix what follows from the networks as they are; called before they are scored and kept."""
+
+    @abstractmethod
+    def losses(
+        self,
+        cases: Sequence[EditCase],
+        source: Generator,
+        *,
+        others: Sequence[EditCase] = (),
+        rank: int = 0,
+        world: int = 1,
+    ) -> dict[str, Tensor]:
+        """Return every loss of one training batch by name, `total` among them, with gradients to the networks.
+
+        `others` are edits that were made as well, and that no query of the batch is about. Of `world` processes this
+        one is `rank`: their totals and gradients add up to those of the whole batch.
+        Raises DataError for a case the method cannot learn from.
+        """
+
+    def networks_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return (tensors, metadata) of a checkpoint."""
+        tensors = {
+            key: value.detach().clone()
+            for key, value in self.networks.state_dict().items()
+        }
+        hparams = {
+            key: value
+            for key, value in to_dict(self.hparams).items()
+            if key != "training"
+        }
+        return tensors, {
+            **self._networks_identity(),
+            "format": str(FORMAT),
+            "hparams": json.dumps(hparams),
+        }
+
+    def load_networks(self, path: Path) -> None:
+        """Read a checkpoint; raise StateError if it is damaged or was made for another model or other networks."""
+        tensors, metadata = read_state(path)
+        for key, value in self._networks_identity().items():
+            if not self._agrees(key, metadata.get(key), value):
+                raise StateError(
+                    f"{path}: trained for {key} {metadata.get(key)}, this is {value}"
+                )
+        self._replay([])  # edits belong to the networks that made them
+        try:
+            self.networks.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise StateError(
+                f"{path}: does not fit: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        self.trained = sha256_of(path)
+
+    def _networks_identity(self) -> dict[str, str]:
+        shapes = {key: getattr(self.hparams, key) for key in self.architecture}
+        return {
+            "editor": self.name,
+            "model": self.backbone.fingerprint,
+            "networks": json.dumps(shapes),
+        }
+
+    def _identity(self) -> dict[str, str]:
+        hparams = {
+            key: value
+            for key, value in to_dict(self.hparams).items()
+            if key != "training"
+        }
+        return {
+            **super()._identity(),
+            "hparams": json.dumps(hparams, sort_keys=True),
+            "checkpoint": self.trained,
+        }
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of a safetensors file; raise StateError if it cannot be read."""
+    from mmedit_cli.storage import read_tensors
+
+    return read_tensors(path)
+
+
+def _to_json(query: Query) -> dict[str, Any]:
+    return {**vars(query), "image": None if query.image is None else str(query.image)}
+
+
+def _operation(saved: Record) -> Operation:
+    requests = tuple(_from_json(request) for request in saved.records("requests"))
+    return Operation(
+        tuple(saved.array("ids", int)), requests, dict(saved.mapping("info"))
+    )
+
+
+def _from_json(record: Record) -> Query:
+    record.only(*(field.name for field in fields(Query)))
+    image = record.path("image") if record.values.get("image") is not None else None
+    texts = {
+        key: record.text(key) for key in record.values if key not in ("image", "chat")
+    }
+    return Query(
+        image=Path(image) if image else None, chat=record.flag("chat", False), **texts
+    )

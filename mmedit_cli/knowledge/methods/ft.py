@@ -1,0 +1,194 @@
+"""Fine-tuning: gradient descent on the last FFN matrix of the language model, or on the connector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from mmedit_cli.errors import DataError, MmeditError, StateError
+from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.patch import Patch, trainable
+from mmedit_cli.types import Query
+
+
+@dataclass(frozen=True)
+class FtHparams:
+    """See hparams/ft.yaml for what each value means and where it comes from."""
+
+    target: Literal["lm", "connector"] = "lm"
+    layers: tuple[int, ...] = (-1,)
+    steps: int = 25
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    norm_constraint: float | None = None
+    batch_size: int = 1
+    stop_loss: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.norm_constraint is not None and self.norm_constraint <= 0:
+            raise ValueError(
+                f"norm_constraint must be above 0 or null, not {self.norm_constraint}"
+            )
+        if not self.layers:
+            raise ValueError("layers must name at least one layer")
+
+
+class Ft(Editor):
+    """FT-L and FT-M as published with LiveEdit (Chen et al. 2025): AdamW on the cross entropy of the target.
+
+    A pass takes a step a chunk of `batch_size` requests; a step whose loss is below `stop_loss` is skipped, and the
+    edit ends with the pass whose mean loss is below it. What lies below the edited matrices is computed once an edit.
+    """
+
+    name = "ft"
+    Hparams = FtHparams
+    plain = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patch = Patch(self.backbone.model)
+        anchors, hp = self.backbone.anchors, self.hparams
+        if hp.target == "lm":
+            self._layers = sorted(
+                {layer % self.backbone.n_layers for layer in hp.layers}
+            )
+            self._names = [
+                anchors.path("ffn_out", layer) + ".weight" for layer in hp.layers
+            ]
+        else:
+            prefix = anchors.path("connector")
+            self._names = [
+                f"{prefix}.{n}"
+                for n, _ in anchors.module("connector").named_parameters()
+            ]
+
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest edited layer; None for the connector, whose output is the image features."""
+        return self._layers[0] if self.hparams.target == "lm" else None
+
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        hp = self.hparams
+        if hp.target == "connector" and any(
+            request.image is None for request in requests
+        ):
+            raise DataError(
+                "ft on the connector needs an image in every request",
+                "use target: lm for text-only edits",
+            )
+        size = hp.batch_size
+        chunks = [
+            self._prepare(requests[i : i + size]) for i in range(0, len(requests), size)
+        ]
+        weights = [self._patch.parameter(name) for name in self._names]
+        # steps are taken on float32 copies: in bfloat16 a step of 1e-3 would mostly round to nothing
+        copies = [w.detach().float().clone() for w in weights]
+        start = [c.clone() for c in copies]
+        optimizer = torch.optim.AdamW(
+            copies, lr=hp.learning_rate, weight_decay=hp.weight_decay
+        )
+        losses: list[float] = []
+        for _ in range(hp.steps):
+            for chunk in chunks:
+                losses.append(self._step(chunk, weights, copies, start, optimizer))
+            if sum(losses[-len(chunks) :]) / len(chunks) < hp.stop_loss:
+                break
+        return {"losses": losses}
+
+    def _step(
+        self,
+        loss_of: Callable[[], Tensor],
+        weights: list[nn.Parameter],
+        copies: list[Tensor],
+        start: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> float:
+        """Take one step unless the loss is small already; return the loss before it."""
+        with trainable(weights):
+            loss = loss_of()
+            value = loss.item()
+            if not value < float("inf"):
+                raise MmeditError(f"ft: the loss became {value}", "lower learning_rate")
+            if value < self.hparams.stop_loss:
+                return value
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for copy, gradient in zip(copies, gradients, strict=True):
+            copy.grad = None if gradient is None else gradient.float()
+        optimizer.step()
+        bound = self.hparams.norm_constraint
+        with torch.no_grad():
+            for weight, copy, origin in zip(weights, copies, start, strict=True):
+                if bound is not None:
+                    copy.copy_(torch.clamp(copy, origin - bound, origin + bound))
+                weight.copy_(copy)
+        return value
+
+    def _prepare(self, requests: Sequence[Query]) -> Callable[[], Tensor]:
+        """Compute what stays frozen during the edit; return a function for the loss with the present weights."""
+        backbone, batch = self.backbone, self.backbone.batch(requests)
+        if self.first_layer is not None:
+            with torch.no_grad():
+                prefix = backbone.prefix(batch, self.first_layer)
+            return lambda: answer_loss(
+                backbone.resume(prefix, at=batch.predicting), batch.answers
+            )
+
+        below = {
+            path: _Recorded(backbone.model.get_submodule(path))
+            for path in backbone.anchors.below_connector
+        }
+
+        def recorded(run: Callable[[], Tensor]) -> Tensor:
+            with Patch(backbone.model) as patch:
+                for path, module in below.items():
+                    patch.replace(path, module)
+                return run()
+
+        with torch.no_grad():
+            recorded(lambda: backbone.embed(batch))
+        return lambda: recorded(
+            lambda: answer_loss(backbone.logits(batch)[batch.predicting], batch.answers)
+        )
+
+    def _reset(self) -> None:
+        self._patch.undo()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._patch.changed()
+
+    def _load_tensors(
+        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
+    ) -> None:
+        if set(tensors) - set(self._names):
+            raise StateError(
+                f"the state changes {min(set(tensors) - set(self._names))}, this editor does not"
+            )
+        for name, tensor in tensors.items():
+            self._patch.set_(name, tensor)
+
+
+class _Recorded(nn.Module):
+    """A module that runs once and gives the same output ever after: the frozen part of an edit of the connector."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = [
+            module
+        ]  # in a list, so that it is no child of the model it stands in
+        self._output: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._output is None:
+            self._output = self._module[0](*args, **kwargs)
+        return self._output
+
+
+EDITOR = Ft

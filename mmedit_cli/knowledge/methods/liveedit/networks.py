@@ -1,0 +1,260 @@
+"""The networks of LiveEdit: what reads a sequence to route it, and what writes an expert (Chen et al. 2025, 4).
+
+B sequences, L tokens of a span, D width of the model, k feature vectors of width m, r the rank of an expert;
+F = k * m values of a feature, V = F, or d + E where whole pictures are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditHparams
+from mmedit_cli.knowledge.methods.shared.attention import (
+    CrossAttention,
+    Extractor,
+    first_valid,
+    initial_values,
+    span,
+)
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.batch import Prefix
+
+
+class ExpertGenerator(nn.Module):
+    """Writes one matrix of an expert from the picture, the prompt and the answer of a request.
+
+    With `slots`, row j also gets what stands in slot j, through a linear map that starts as the identity.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        heads: int,
+        rank: int,
+        lora_scale: float,
+        slots: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(initial_values(1, rank, dim))
+        self.attn = CrossAttention(dim, width, dim, width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.scale = 1 / (lora_scale * rank**0.5)
+        if slots is not None:
+            self.slot_norm = nn.LayerNorm(width)
+            self.slot_map = nn.Linear(width, width, bias=False)
+            with torch.no_grad():
+                self.slot_map.weight.copy_(slots * torch.eye(width))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        slots: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, D), (B, L) bool; what is in the slots, and which are used: (B, r, D), (B, r) -> (B, r, D)."""
+        rows = self.scale * self.attn(
+            self.queries.expand(len(tokens), -1, -1), self.norm(tokens), mask
+        )
+        if slots is None or used is None:
+            return rows
+        return rows + self.slot_map(self.slot_norm(slots)) * used[..., None]
+
+
+class Scalar(nn.Module):
+    """One trained number that is kept as a tenth: a step of the optimizer moves it ten times as far as a weight."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.tenth = nn.Parameter(torch.tensor(value / 10))
+
+    def forward(self) -> Tensor:
+        """Return the number."""
+        return 10 * self.tenth
+
+
+class WholePicture(nn.Module):
+    """Compares pictures by the direction of their mean image token, as it enters the language model.
+
+    What drew pictures of one thing together in the training of the model knows many more things than the cases of an
+    editor show it, so only the weight of this cosine is trained, and the `threshold` that an expert has to beat. The
+    `detail` of a picture that a question is about (the colour behind it, say) is compared in few values: in many, the
+    things of the training cases are learned by heart.
+    """
+
+    def __init__(self, features: int, detail: int) -> None:
+        super().__init__()
+        self.detail = nn.Linear(features, detail, bias=False)
+        self.sharpness = Scalar(math.log(20.0))
+        self.threshold = Scalar(0.5)
+
+    def forward(self, vision: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two directions: of the vision feature (B, F) -> (B, d), of the mean image token (B, E) -> (B, E)."""
+        return F.normalize(self.detail(vision)), F.normalize(
+            F.layer_norm(mean.float(), mean.shape[-1:])
+        )
+
+
+class Asking:
+    """How queries are routed, from the networks named here; also in the file that exported edits run on."""
+
+    hparams: Any
+    input_extractor: Extractor
+    vision_sharpness: Scalar
+    prompt_sharpness: Scalar
+    picture: WholePicture
+
+    def ask(
+        self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the vision and the prompt feature of queries, (B, V) and (B, F), and what to beat (B, 1)."""
+        vision, prompt, sentinel = self.input_extractor(
+            hidden.float(), prompt_mask, image_mask
+        )
+        if self.published:
+            return (
+                vision,
+                prompt,
+                self._scale(vision) * (vision * sentinel).sum(1, keepdim=True),
+            )
+        prompt = self.prompt_sharpness().exp() * F.normalize(prompt)
+        if not self.whole_picture:
+            vision = self.vision_sharpness().exp() * F.normalize(vision)
+            return vision, prompt, (vision * F.normalize(sentinel)).sum(1, keepdim=True)
+        detail, whole = self.picture(vision, mean)
+        detail, sharp = (
+            self.vision_sharpness().exp() * detail,
+            self.picture.sharpness().exp(),
+        )
+        against = (detail * self.picture(sentinel, mean)[0]).sum(
+            1, keepdim=True
+        ) + sharp * self.picture.threshold()
+        return torch.cat((detail, sharp * whole), 1), prompt, against
+
+    def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.
+
+        Published: the mean over the k vectors of a feature of <query, key> / sqrt(m). Joint: the sharpened cosine.
+        """
+        return queries @ keys.T * self._scale(queries)
+
+    def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
+        """Return what the weights of experts are made of; in the published form the prompt alone.
+
+        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
+        the one, the same picture with another question passes the other. In the joint form both decide both.
+        """
+        return (
+            by_prompt
+            if self.published
+            else by_prompt + self.hparams.visual_weight * margin
+        )
+
+    @property
+    def published(self) -> bool:
+        """Whether routing follows the paper to the letter."""
+        return self.hparams.variant == "paper"
+
+    @property
+    def whole_picture(self) -> bool:
+        """Whether whole pictures are compared too."""
+        return self.hparams.whole_picture and not self.published
+
+    def _scale(self, features: Tensor) -> float:
+        if not self.published:
+            return 1.0
+        vectors = self.hparams.feature_vectors
+        return float(
+            (features.shape[1] * vectors) ** -0.5
+        )  # 1 / (k * sqrt(m)) with F = k * m
+
+
+class LiveEditNetworks(Asking, nn.Module):
+    """Everything of LiveEdit that is trained, and what it says about sequences; the model itself stays frozen."""
+
+    def __init__(self, width: int, entry_width: int, hparams: LiveEditHparams) -> None:
+        super().__init__()
+        hp, self.hparams, self.entry_width = hparams, hparams, entry_width
+        shape = (width, hp.module_dim, hp.heads)
+        self.edit_extractor = Extractor(*shape, hp.feature_vectors)
+        self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
+        if (
+            not self.published
+        ):  # what is alike is then near from the start, whatever the weights
+            self.input_extractor.load_state_dict(
+                self.edit_extractor.state_dict(), strict=False
+            )
+            # directions are compared, and their cosines sharpened: what was never seen then has no outliers
+            self.vision_sharpness, self.prompt_sharpness = (
+                Scalar(math.log(10.0)),
+                Scalar(math.log(10.0)),
+            )
+            if hp.whole_picture:
+                self.picture = WholePicture(
+                    hp.feature_vectors * hp.module_dim, hp.detail_dim
+                )
+        # at first row j of u fires where token j of the answer is to be said, and row j of v says it
+        self.generator_u = ExpertGenerator(
+            *shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None
+        )
+        self.generator_v = ExpertGenerator(
+            *shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None
+        )
+        self.stream_norm = nn.LayerNorm(width)
+
+    def experts(
+        self, prefix: Prefix, backbone: VisionLanguageModel
+    ) -> tuple[Tensor, Tensor]:
+        """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each.
+
+        Slot j of u holds the state that is to say token j of the answer, and slot j of v the row of the head for that
+        token; the end of the answer counts as one, and tokens beyond the rank have no slot.
+        """
+        batch, hidden = prefix.batch, prefix.hidden.float()
+        tokens, mask = span(
+            hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask
+        )
+        if not self.hparams.answer_slots:
+            return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
+        at, labels = batch.telling(backbone.end_id)
+        states, used = first_valid(*span(hidden, at), self.hparams.rank)
+        directions = (
+            backbone.anchors.module("head").weight[labels].float()
+        )  # what makes the head say a token
+        words, _ = first_valid(*span(directions, at), self.hparams.rank)
+        return self.generator_u(tokens, mask, states, used), self.generator_v(
+            tokens, mask, words, used
+        )
+
+    def keys(self, prefix: Prefix, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vision and the prompt feature by which an expert is found: (B, V) and (B, F).
+
+        `mean`: the mean image token of each row, (B, E).
+        """
+        batch = prefix.batch
+        vision, prompt, _ = self.edit_extractor(
+            prefix.hidden.float(), batch.prompt_mask, batch.image_mask
+        )
+        if self.published:
+            return vision, prompt
+        vision = (
+            torch.cat(self.picture(vision, mean), 1)
+            if self.whole_picture
+            else F.normalize(vision)
+        )
+        return vision, F.normalize(prompt)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """V and F, the number of values of a vision and of a prompt feature."""
+        values = self.hparams.feature_vectors * self.hparams.module_dim
+        vision = (
+            self.hparams.detail_dim + self.entry_width if self.whole_picture else values
+        )
+        return {"vision": vision, "prompt": values}

@@ -1,0 +1,173 @@
+"""LoRA: one adapter of peft, trained further by every edit and active for every question; the papers' baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from mmedit_cli.adapters import LoraLayers
+from mmedit_cli.errors import MmeditError, StateError
+from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.shared import lora_adapters
+from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
+from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.patch import Patch
+from mmedit_cli.types import Query
+
+
+@dataclass(frozen=True)
+class LoraHparams:
+    """See hparams/lora.yaml for what each value means and where it comes from."""
+
+    layers: tuple[int, ...] = (15, 20, 25, 31)
+    roles: tuple[Literal["attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"], ...] = (
+        "attn_q", "attn_k", "attn_v", "attn_out",
+    )  # fmt: skip
+    rank: int = 64
+    alpha: float = 64.0
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    decay_every: int = 20
+    decay: float = 0.5
+    steps: int = 100
+    stop_loss: float | None = None
+    teach_end: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "learning_rate", "decay_every", "decay", "steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("layers", "roles"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+
+
+class Lora(Editor):
+    """LoRA as the baseline of Multi-MELO (BruthYU/MELO-V2): every edit trains the same adapter with a new optimiser.
+
+    What lies below the lowest adapted layer is computed once an edit. Undoing one edit makes the others again.
+    """
+
+    name = "lora"
+    Hparams = LoraHparams
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hp, anchors, n = self.hparams, self.backbone.anchors, self.backbone.n_layers
+        self._paths = [
+            anchors.path(role, layer) for layer in hp.layers for role in hp.roles
+        ]
+        self._layer = min(layer % n for layer in hp.layers)
+        self._patch = Patch(self.backbone.model)
+        self._adapter: LoraLayers | None = None
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest adapted layer."""
+        return self._layer
+
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        hp, backbone = self.hparams, self.backbone
+        batch = backbone.batch(requests)
+        with torch.no_grad():
+            prefix = backbone.prefix(batch, self._layer)  # lies below every adapter
+        if self._adapter is None:
+            self._adapt()
+        at, right = batch.telling(backbone.end_id)
+        if not hp.teach_end:
+            at = batch.predicting
+        parameters = self._parameters()
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
+        losses: list[float] = []
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for _ in range(hp.steps):
+                with torch.enable_grad():
+                    loss = answer_loss(backbone.resume(prefix, at=at), right[at])
+                losses.append(loss.item())
+                if not losses[-1] < float("inf"):
+                    raise MmeditError(
+                        f"lora: the loss became {losses[-1]}", "lower learning_rate"
+                    )
+                if hp.stop_loss is not None and losses[-1] < hp.stop_loss:
+                    break
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        except BaseException:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+            raise
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        return {"losses": losses}
+
+    def _adapt(self) -> None:
+        """Put a new adapter, which changes nothing yet, on the linear layers: the same whichever edit comes first."""
+        ranks = dict.fromkeys(self._paths, self.hparams.rank)
+        alphas = dict.fromkeys(self._paths, self.hparams.alpha)
+        self._adapter = LoraLayers(self._patch, ranks, alphas, self.seed)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        assert self._adapter is not None
+        return self._adapter.parameters()
+
+    def _keep(self, positions: Sequence[int]) -> bool:
+        """Return True where nothing goes: a failed edit has put the adapter back itself. No edit can go alone."""
+        if not positions:
+            self._reset()
+        return len(positions) == len(self.requests)
+
+    def _reset(self) -> None:
+        self._patch.undo()
+        self._adapter = None
+
+    def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
+        """Write the adapter that all edits share."""
+        if self._adapter is None:
+            return {}
+        pairs = self._adapter.pairs()
+        downs = {path: down.T[None] for path, (down, _) in pairs.items()}
+        ups = {path: up.T[None] for path, (_, up) in pairs.items()}
+        scale = self.hparams.alpha / self.hparams.rank
+        lora_adapters.write(
+            folder / "lora", Blocks(downs, ups), scale, self.backbone.name
+        )
+        return {folder / "lora": tuple(self.requests)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {} if self._adapter is None else self._adapter.tensors()
+
+    def _load_tensors(
+        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
+    ) -> None:
+        if not requests:
+            return
+        self._adapt()
+        assert self._adapter is not None
+        expected = {
+            name: tensor.shape for name, tensor in self._adapter.tensors().items()
+        }
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            self._reset()
+            raise StateError(
+                f"the state does not hold an adapter of rank {self.hparams.rank} for these layers"
+            )
+        self._adapter.load(tensors)
+
+
+EDITOR = Lora

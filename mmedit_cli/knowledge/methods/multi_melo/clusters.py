@@ -1,0 +1,144 @@
+"""The cluster database of MELO (AAAI 2024, ECNU-ICALK/MELO): keys of one hidden state in balls that grow and split.
+
+B samples of a batch, D the width of a key. Reproduced as published, traps included: a split may drop every point of
+the older cluster, after which what falls into it is answered by no edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmedit_cli.knowledge.methods.multi_melo.index import Keys
+
+_SPLIT = 1e-5  # half the gap between two clusters that were split
+NOBODY = -1
+
+
+@dataclass
+class Cluster:
+    """A ball of keys with one label; each point (key, row) belongs to a row, NOBODY for what a split left behind."""
+
+    centre: Tensor
+    radius: float
+    label: int
+    points: list[tuple[Tensor, int]]
+
+
+class ClusterIndex:
+    """Clusters under the Euclidean distance; a query goes to the nearest point of the nearest cluster, if inside it.
+
+    `together` compares a batch with the clusters as they were before it, as published; else one sample at a time.
+    `conflicts` counts splits, `forgotten` the points they dropped.
+    """
+
+    def __init__(self, radius: float, *, together: bool = False) -> None:
+        self.radius, self.together = radius, together
+        self.searches = 0
+        self.clear()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def clear(self) -> None:
+        """Remove all clusters."""
+        self.clusters: list[Cluster] = []
+        self.conflicts = self.forgotten = self._size = 0
+        self._keys: list[Keys] = []
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of all rows, those that were forgotten too."""
+        return Keys.join(self._keys)
+
+    def insert(
+        self, keys: Keys, labels: Sequence[str | int], operations: Sequence[int] = ()
+    ) -> None:
+        """Append rows; `operations` has a number for each, equal for those that were inserted together."""
+        self._keys.append(keys)
+        numbers = [
+            label
+            if isinstance(label, int)
+            else self._numbers.setdefault(label, len(self._numbers))
+            for label in labels
+        ]
+        rows = range(self._size, self._size + len(keys))
+        self._size = rows.stop
+        batches: dict[int, list[int]] = {}
+        for i in range(len(keys)):
+            batches.setdefault(
+                operations[i] if self.together and operations else i, []
+            ).append(i)
+        for members in batches.values():
+            self.add(
+                keys.parts["token"][members],
+                [numbers[i] for i in members],
+                [rows[i] for i in members],
+            )
+
+    def add(self, keys: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
+        """Insert a batch: keys (B, D). Distances are those before it, radii and points those of the moment."""
+        distances, nearest = self.nearest(keys) if self.clusters else (None, None)
+        for i, (key, label, row) in enumerate(zip(keys, labels, rows, strict=True)):
+            if distances is None or nearest is None:
+                self.clusters.append(Cluster(key, self.radius, label, [(key, row)]))
+                continue
+            distance, old = float(distances[i]), self.clusters[int(nearest[i])]
+            new = Cluster(key, self.radius, label, [(key, row)])
+            if distance > old.radius + self.radius:
+                self.clusters.append(new)
+            elif label == old.label:
+                old.points.append((key, row))
+                points = torch.stack([point for point, _ in old.points])
+                old.centre = points.mean(0)
+                old.radius = max(
+                    float((points - old.centre).norm(dim=1).max()), self.radius
+                )
+            else:
+                self.clusters.append(new)
+                self._split(old, new, distance)
+
+    def _split(self, old: Cluster, new: Cluster, distance: float) -> None:
+        old.radius, new.radius = distance / 2 - _SPLIT, distance / 2 + _SPLIT
+        self.conflicts += 1
+        kept = [
+            point
+            for point in old.points
+            if float((point[0] - old.centre).norm()) <= old.radius
+        ]
+        before = len(old.points)
+        old.points = kept or [(old.centre, NOBODY)]
+        self.forgotten += before - len(
+            old.points
+        )  # one too few where a point of nobody was put in, as published
+
+    def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (distance, number) of the cluster whose centre is nearest: (B,), (B,)."""
+        centres = torch.stack([cluster.centre for cluster in self.clusters])
+        distances, numbers = torch.cdist(
+            keys, centres, compute_mode="donot_use_mm_for_euclid_dist"
+        ).min(1)
+        return distances, numbers
+
+    def search(self, keys: Keys) -> Tensor:
+        """Return the row each query goes to, -1 for none: (Q,)."""
+        self.searches += 1
+        tokens = keys.parts["token"]
+        rows = torch.full((len(tokens),), NOBODY, device=tokens.device)
+        if not self.clusters:
+            return rows
+        distances, numbers = self.nearest(tokens)
+        for i, (distance, number) in enumerate(
+            zip(distances.tolist(), numbers.tolist(), strict=True)
+        ):
+            cluster = self.clusters[number]
+            if distance <= cluster.radius:
+                points = torch.stack([point for point, _ in cluster.points])
+                rows[i] = cluster.points[
+                    int((points - tokens[i]).norm(dim=1).argmin())
+                ][1]
+        return rows

@@ -1,0 +1,627 @@
+"""The adapter every vision-language model sits behind: batches, logits, generation, and stopping in the middle."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmedit_cli.errors import DataError, ModelError, NotFinite, TooLong
+from mmedit_cli.finite import all_finite, not_finite
+from mmedit_cli.knowledge.models.shared.anchors import Anchors
+from mmedit_cli.knowledge.models.shared.batch import (
+    Batch,
+    Encoded,
+    Kept,
+    Prefix,
+    collate,
+    joined,
+)
+from mmedit_cli.knowledge.models.shared.generation import (
+    described,
+    own_settings,
+    sampling_config,
+    set_aside,
+)
+from mmedit_cli.knowledge.models.shared.prefix import DeepStack, RowCache, run_to
+from mmedit_cli.patch import bring_in
+from mmedit_cli.pictures import Picture, load_picture
+from mmedit_cli.types import Query
+
+WRITTEN = "\ufdd0"  # a code point that is no character: the image token, where somebody wrote it in a text
+
+
+class VisionLanguageModel(ABC):
+    """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
+
+    `passing` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
+    `rewrite` is what an editor that works in the context does to every query before it is encoded; else None.
+    """
+
+    family: ClassVar[str]
+    image_token: ClassVar[str] = "<image>"
+    former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
+    n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        image_processor: Any,
+        fingerprint: str,
+    ) -> None:
+        self.name, self.model, self.tokenizer, self.image_processor = (
+            name,
+            model,
+            tokenizer,
+            image_processor,
+        )
+        self.fingerprint = fingerprint
+        self.model.eval().requires_grad_(False)
+        bring_in(
+            model, _name_of(model, model.get_input_embeddings())
+        )  # device and dtype are read from it
+        self.anchors = Anchors(model)
+        self.layers: nn.ModuleList = self.anchors.layers
+        self.n_layers = len(self.layers)
+        self.width: int = model.config.get_text_config().hidden_size
+        self.max_length: int = model.config.get_text_config().max_position_embeddings
+        self._stack = model.get_submodule(self.anchors.stack)
+        self._tail = [model.get_submodule(n) for n in self.anchors.tail]
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
+        self._encode = lru_cache(maxsize=1 << 16)(
+            self._tokenize
+        )  # a query is asked at every milestone
+        self.passing: Batch | None = None
+        self.rewrite: Callable[[Query], Query] | None = None
+        self._kept: Kept | None = None
+        self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
+
+    # -- what a family has to say -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def generator(self) -> Any:
+        """The module whose `generate(inputs_embeds=...)` continues a sequence."""
+
+    @abstractmethod
+    def n_image_tokens(self, picture: Picture) -> int:
+        """Return N_v, the number of positions a picture takes; at most its header is read, and DataError raised."""
+
+    @abstractmethod
+    def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
+        """Return (token ids, image start) of a text with `n_image` placeholders for its picture (0: without one)."""
+
+    @abstractmethod
+    def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Return the tokens of each picture, as `image_features` does, from what the image processor made of them."""
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens right before and right behind the image tokens that are there for the picture alone."""
+        return [], []
+
+    def position_ids(self, batch: Batch) -> Tensor | None:
+        """Return the positions for rotary embeddings, (axes, B, T); None: the model counts 0, 1, 2, ... itself."""
+        return None
+
+    # -- queries to tensors -------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are, and so the inputs."""
+        return self._embedding.weight.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the language model."""
+        return self._embedding.weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def entry_width(self) -> int:
+        """The width of what enters the language model: that of its word embeddings, E, mostly D."""
+        return self._embedding.weight.shape[1]  # type: ignore[no-any-return]
+
+    @property
+    def _embedding(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def encode(self, query: Query, *, with_answer: bool = True) -> Encoded:
+        """Return one query as token ids; raise DataError for an empty prompt or answer, or a text that is too long.
+
+        The answer tokens are those that prompt + answer has more than the prompt alone (LiveEdit, evaluation code).
+        """
+        return self._encode(
+            query if self.rewrite is None else self.rewrite(query), with_answer
+        )
+
+    def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
+        prompt = query.prompt
+        if not prompt.strip():
+            raise DataError("the prompt is empty")
+        if with_answer and not query.target.strip():
+            raise DataError(f"the target of {prompt!r} is empty")
+        prompt, target = (
+            text.replace(self.image_token, WRITTEN) for text in (prompt, query.target)
+        )
+        n_image = (
+            0
+            if query.image is None
+            else self.n_image_tokens(Picture(query.image, query.background))
+        )
+        if query.chat:
+            prompt = self.chat(prompt, with_image=n_image > 0)
+        text = (
+            prompt + joined(replace(query, prompt=prompt, target=target))
+            if with_answer
+            else prompt
+        )
+        ids, start = self._prompt_ids(text, n_image)
+        n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
+        if with_answer and n_answer <= 0:
+            raise DataError(
+                f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary"
+            )
+        if len(ids) > self.max_length:
+            raise TooLong(
+                f"{query.prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
+                "--skip-long goes on without such queries",
+            )
+        return Encoded(ids, start, n_image, n_answer)
+
+    def token_ids(self, text: str, **options: Any) -> list[int]:
+        """Return a text as token ids; where the image token was written in a question, it is spelled as text."""
+        first, *others = text.split(WRITTEN)
+        ids: list[int] = self.tokenizer(first, **options)["input_ids"]
+        for other in others:
+            ids = (
+                ids
+                + self._spelled
+                + self.tokenizer(other, add_special_tokens=False)["input_ids"]
+            )
+        return ids
+
+    @cached_property
+    def _spelled(self) -> list[int]:
+        """The image token as text, in tokens of its letters."""
+        found = self.tokenizer(
+            self.image_token, add_special_tokens=False, split_special_tokens=True
+        )
+        return list(found["input_ids"])
+
+    def chat(self, prompt: str, *, with_image: bool) -> str:
+        """Return a question in the chat format of the model, up to where the answer begins.
+
+        `image_token` stands where the picture goes, so `_prompt_ids` must take a text that has it already. Raises
+        ModelError if the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"{self.name} has no chat template", "leave --template chat out"
+            )
+        content = [{"type": "image"}] if with_image else []
+        messages = [
+            {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+        ]
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return str(text).removeprefix(
+            self.tokenizer.bos_token or ""
+        )  # the tokenizer puts it in front itself
+
+    def batch(
+        self,
+        queries: Sequence[Query],
+        *,
+        with_answer: bool = True,
+        left_pad: bool = False,
+    ) -> Batch:
+        """Return the queries as one batch; raise DataError as `encode` does, or ValueError if there are none."""
+        if not queries:
+            raise ValueError("a batch needs at least one query")
+        rows = [self.encode(query, with_answer=with_answer) for query in queries]
+        return collate(queries, rows, self.pad_id, self.device, left_pad=left_pad)
+
+    # -- forward passes -----------------------------------------------------------------------------------------
+
+    def image_features(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Return the image tokens of each picture: (N_v, (1 + n_deepstack) * D), those that are added later behind D.
+
+        Raises DataError for a picture that cannot be read, ModelError for one that is not what it was when measured.
+        """
+        found = self.encode_images([load_picture(picture) for picture in pictures])
+        for picture, tokens in zip(pictures, found, strict=True):
+            if len(tokens) != (expected := self.n_image_tokens(picture)):
+                raise ModelError(
+                    f"{picture.path}: {len(tokens)} image tokens where {expected} were expected",
+                    "did the file change, or is the image processor of another model?",
+                )
+        return found
+
+    def encode_images(self, images: Sequence[Any]) -> list[Tensor]:
+        """Return the image tokens of RGB pictures in memory, as `image_features` does of files."""
+        inputs = self.image_processor(images=list(images), return_tensors="pt").to(
+            self.device, self.dtype
+        )
+        return [
+            tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)
+        ]
+
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings of token ids: (...) -> (..., E)."""
+        return self._embedding(ids)  # type: ignore[no-any-return]
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
+
+        Each distinct picture is encoded once a batch, or once in all inside `keeping`.
+        """
+        return self._entering(batch)[0]
+
+    def _entering(self, batch: Batch) -> tuple[Tensor, DeepStack | None]:
+        """Return what enters the language model, and what is added behind its first layers."""
+        embeds = self._embedding(batch.input_ids)
+        rows = [index for index in batch.picture_of if index is not None]
+        if not rows:
+            return embeds, None
+        self._encoded = (batch, self._image_tokens(batch))
+        tokens = torch.cat([self._encoded[1][index].to(self.device) for index in rows])
+        first, *later = tokens.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        embeds = embeds.masked_scatter(batch.image_mask.unsqueeze(-1), first)
+        return embeds, DeepStack(
+            batch.image_mask, torch.stack(later, 1)
+        ) if later else None
+
+    def mean_image_tokens(self, batch: Batch) -> Tensor:
+        """Return the mean of each row's image tokens as they enter the language model: (B, E), 0 without a picture."""
+        if self._encoded is None or self._encoded[0] is not batch:
+            self._encoded = (batch, self._image_tokens(batch))
+        means = [
+            tokens.to(self.device)[:, : self.entry_width].mean(0)
+            for tokens in self._encoded[1]
+        ]
+        means.append(
+            torch.zeros(self.entry_width, dtype=self.dtype, device=self.device)
+        )
+        return torch.stack(
+            [means[-1 if index is None else index] for index in batch.picture_of]
+        )
+
+    def _image_tokens(self, batch: Batch) -> Sequence[Tensor]:
+        return (
+            self.image_features(batch.pictures)
+            if self._kept is None
+            else self._kept.features.get(batch.pictures)
+        )
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits of the whole model: (B, T, V); raise NotFinite for NaN or infinity."""
+        logits = self._logits(batch)
+        self._check_logits(logits, batch)
+        return logits
+
+    def _logits(self, batch: Batch) -> Tensor:
+        embeds, deepstack = self._entering(batch)
+        with self._pass(batch, deepstack):
+            return self._tail[-1](self._run_stack(embeds, batch))  # type: ignore[no-any-return]
+
+    def _check_logits(self, logits: Tensor, batch: Batch) -> None:
+        if not all_finite(logits):
+            raise self._not_finite(batch)
+
+    def _not_finite(self, batch: Batch) -> NotFinite:
+        """Return the error that names the first module with NaN: everything is computed again, the pictures too."""
+
+        def again() -> None:
+            self._kept, self._encoded = None, None
+            self._logits(batch)
+
+        kept = self._kept
+        try:
+            return not_finite(f"{self.name}: the logits", self.model, again)
+        finally:
+            self._kept, self._encoded = kept, None
+
+    def prefix(self, batch: Batch, layer: int) -> Prefix:
+        """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
+        self._check_layer(layer)
+        if self._kept is not None and self._kept.layer == layer:
+            rows = self._kept.prefixes.get(batch.queries)
+            return self.prefix_of(
+                pad_sequence(rows, batch_first=True).to(self.device), batch, layer
+            )
+        return self._compute_prefix(batch, layer)
+
+    def _compute_prefix(self, batch: Batch, layer: int) -> Prefix:
+        target = self.layers[layer] if layer < self.n_layers else self._tail[0]
+        embeds, deepstack = self._entering(batch)
+        with self._pass(batch, deepstack):
+            hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
+        later = deepstack if layer < self.n_deepstack else None
+        return Prefix(
+            layer, batch, hidden, context if layer < self.n_layers else {}, later
+        )
+
+    def prefix_of(self, hidden: Tensor, batch: Batch, layer: int) -> Prefix:
+        """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
+        self._check_layer(layer)
+        if layer == self.n_layers:
+            return Prefix(layer, batch, hidden, {})
+        deepstack = self._entering(batch)[1] if layer < self.n_deepstack else None
+        embeds = torch.zeros(
+            *hidden.shape[:2], self.entry_width, dtype=self.dtype, device=self.device
+        )
+        _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
+        return Prefix(layer, batch, hidden, context, deepstack)
+
+    def select(self, prefix: Prefix, rows: Sequence[int]) -> Prefix:
+        """Return the prefix of some rows of a right-padded batch, without the padding they do not need."""
+        batch = self.batch([prefix.batch.queries[row] for row in rows])
+        return self.prefix_of(
+            prefix.hidden[list(rows), : batch.input_ids.shape[1]], batch, prefix.layer
+        )
+
+    def advance(self, prefix: Prefix, layer: int) -> Prefix:
+        """Run the layers from `prefix.layer` up to `layer` and stop there again."""
+        self._check_layer(layer)
+        hidden = prefix.hidden
+        with self._pass(prefix.batch, prefix.deepstack):
+            for module in self.layers[prefix.layer : layer]:
+                output = module(hidden, **prefix.context)
+                hidden = output[0] if isinstance(output, tuple) else output
+        return replace(prefix, layer=layer, hidden=hidden)
+
+    def resume(self, prefix: Prefix, at: Tensor | None = None) -> Tensor:
+        """Run the layers from `prefix.layer` on and return the logits: (B, T, V), or (n, V) at the positions `at`.
+
+        `resume(prefix(batch, k))` equals `logits(batch)` bit for bit. `at`: (B, T) bool. Raises NotFinite for NaN or
+        infinity.
+        """
+        hidden = self.advance(prefix, self.n_layers).hidden
+        with self._pass(prefix.batch):
+            hidden = self._tail[0](hidden)  # whole rows: what hooks on it read
+        if at is not None:
+            hidden = hidden[at.to(hidden.device)]
+        for module in self._tail[1:]:
+            hidden = module(hidden)
+        self._check_logits(hidden, prefix.batch)
+        return hidden
+
+    @contextmanager
+    def keeping(
+        self,
+        layer: int,
+        queries: Sequence[Query],
+        *,
+        group: int,
+        budget: int,
+        tick: Callable[[int], None] = lambda _n: None,
+    ) -> Iterator[Kept]:
+        """Inside the block, compute the image tokens of each picture and the prefix at `layer` of each query once.
+
+        Right only while nothing below `layer` changes. The rows are computed in groups of `group` that are fixed by
+        the list of queries, so that an interrupted run that goes on computes the same bits. `budget`: bytes in
+        memory, the rest spills to disk. `tick(n)` is told of n queries more that were run to `layer`.
+        """
+
+        def compute(members: Sequence[Query]) -> list[Tensor]:
+            batch = self.batch(members)
+            hidden = self._compute_prefix(batch, layer).hidden
+            return [
+                row[:length] for row, length in zip(hidden, batch.lengths, strict=True)
+            ]
+
+        distinct = self.by_length(queries)
+        features: RowCache[Picture] = RowCache(
+            self.image_features, group=group, budget=budget // 4, spill=True
+        )
+        prefixes: RowCache[Query] = RowCache(
+            compute, group=group, budget=budget - budget // 4, spill=True, tick=tick
+        )
+        features.plan(
+            [Picture(q.image, q.background) for q in distinct if q.image is not None]
+        )
+        prefixes.plan(distinct)
+        before, self._kept = self._kept, Kept(layer, features, prefixes)
+        try:
+            yield self._kept
+        finally:
+            self._kept = before
+
+    def by_length(self, queries: Iterable[Query]) -> list[Query]:
+        """Return the distinct queries by their number of tokens, so that little of a batch is padding."""
+        return sorted(
+            dict.fromkeys(queries), key=lambda query: len(self.encode(query).ids)
+        )
+
+    @contextmanager
+    def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
+        before, self.passing = self.passing, batch
+        try:
+            with nullcontext() if deepstack is None else deepstack.on(self.layers):
+                yield
+        finally:
+            self.passing = before
+
+    def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": batch.attention_mask,
+            **self._positions(batch),
+        }
+        return self._stack(use_cache=False, **inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+        positions = self.position_ids(batch)
+        return {} if positions is None else {"position_ids": positions}
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer <= self.n_layers:
+            raise ModelError(
+                f"layer {layer}: {self.name} has the layers 0 to {self.n_layers - 1}"
+            )
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        queries: Sequence[Query],
+        *,
+        max_new_tokens: int | Sequence[int] = 32,
+        streamer: Any = None,
+        sampling: str = "greedy",
+    ) -> list[str]:
+        """Return the answer to each query, cut at the end token or the first newline, and stripped.
+
+        `max_new_tokens` is one limit, or one for each query. Answers are greedy, the arg-max at every step, whatever
+        the model's generation_config says; `sampling="model"` follows its settings instead. A `streamer` of
+        transformers gets the tokens of a single query as they come. Raises NotFinite if the logits are NaN.
+        """
+        batch = self.batch(queries, with_answer=False, left_pad=True)
+        limits = (
+            [max_new_tokens] * len(queries)
+            if isinstance(max_new_tokens, int)
+            else list(max_new_tokens)
+        )
+        room = self.max_length - batch.input_ids.shape[1]
+        if room < 1:
+            raise DataError(
+                f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt"
+            )
+        tokens = self._continue(batch, min(max(limits), room), streamer, sampling)
+        return [
+            self.decode(row[:limit])
+            for row, limit in zip(tokens.tolist(), limits, strict=True)
+        ]
+
+    def _continue(
+        self, batch: Batch, limit: int, streamer: Any, sampling: str
+    ) -> Tensor:
+        """Return at most `limit` tokens that follow each row of a left-padded batch: (B, limit)."""
+        from transformers import (
+            GenerationConfig,
+            LogitsProcessorList,
+            StoppingCriteriaList,
+        )
+
+        fixed = {
+            "max_new_tokens": limit,
+            "pad_token_id": self.pad_id,
+            "eos_token_id": self._end_ids,
+        }
+        config = GenerationConfig(do_sample=False, **fixed)
+        if sampling == "model":
+            config = sampling_config(self.own_settings, **fixed)
+        total = torch.zeros((), device=self.device)
+
+        def watch(_ids: Tensor, scores: Tensor) -> Tensor:
+            # a model's own settings forbid tokens with -inf
+            numbers = (
+                scores
+                if sampling == "greedy"
+                else scores.nan_to_num(nan=torch.nan, neginf=0.0)
+            )
+            total.add_(
+                numbers.sum(dtype=torch.float32).to(total.device)
+            )  # looked at once, at the end: no waiting
+            return scores
+
+        stop = StoppingCriteriaList(
+            [lambda ids, _scores, **_: self._newline[ids[:, -1]]]
+        )
+        embeds, deepstack = self._entering(batch)
+        with (
+            self._pass(batch, deepstack),
+            set_aside(self.generator),
+            self._following(sampling),
+        ):
+            tokens = self.generator.generate(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                **self._positions(batch),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([watch]),
+                stopping_criteria=stop,
+                streamer=streamer,
+                **({"tokenizer": self.tokenizer} if config.stop_strings else {}),
+            )
+        if not total.isfinite():
+            raise self._not_finite(batch)
+        return tokens  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _following(self, sampling: str) -> Iterator[None]:
+        """Inside the block, seed what a model's own settings draw; what they ask for in vain becomes a ModelError.
+
+        Penalties count the tokens of the answer: the question enters as embeddings, and transformers warns of it.
+        """
+        if sampling == "greedy":
+            yield
+            return
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.manual_seed(0)
+            try:
+                yield
+            except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                raise ModelError(
+                    f"{self.name}: its own settings ({described(self.own_settings)}) cannot be followed: {error}",
+                    "--sampling greedy",
+                ) from error
+
+    @cached_property
+    def own_settings(self) -> dict[str, Any]:
+        """What the model's generation_config asks for, and greedy answers ignore."""
+        return own_settings(self.model, self.generator)
+
+    @cached_property
+    def _end_ids(self) -> list[int]:
+        ids = getattr(
+            getattr(self.generator, "generation_config", None), "eos_token_id", None
+        )
+        found = ids if isinstance(ids, list) else [ids, self.tokenizer.eos_token_id]
+        return sorted({i for i in found if i is not None})
+
+    @cached_property
+    def _newline(self) -> Tensor:
+        """(V,) bool: the tokens with a newline in them."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        texts = self.tokenizer.batch_decode(
+            [[i] for i in range(min(size, len(self.tokenizer)))]
+        )
+        flags = ["\n" in text for text in texts] + [False] * max(0, size - len(texts))
+        return torch.tensor(flags, device=self.device)
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        eos = self.tokenizer.eos_token_id
+        return eos if eos in self._end_ids else self._end_ids[0]
+
+    def stops(self, token: int) -> bool:
+        """Whether an answer ends with this token: an end token, or one with a newline in it."""
+        return token in self._end_ids or bool(self._newline[token])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of generated tokens, cut at the end token or the first newline, and stripped."""
+        ends = [i for i, token in enumerate(tokens) if token in self._end_ids]
+        text = self.tokenizer.decode(
+            tokens[: ends[0]] if ends else tokens, skip_special_tokens=True
+        )
+        return str(text).strip("\r ").split("\n")[0].strip()
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

@@ -1,0 +1,1 @@
+"""What the model families share: batches, prefixes, anchors, loading, tiny models."""

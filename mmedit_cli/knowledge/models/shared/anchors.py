@@ -1,0 +1,160 @@
+"""Anchors: names for the places of a model that editors work on, found from its structure, not from a table of paths.
+
+Module paths change between releases of transformers and between families; the roles of the modules do not.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmedit_cli.errors import ModelError, near_miss
+
+# role -> the names its module may carry below a decoder layer, the usual one first
+_IN_LAYER = {
+    "ffn_gate": ("mlp.gate_proj",),
+    "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1"),
+    "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2"),
+    "ffn_act": ("mlp.act_fn", "mlp.activation_fn", "activation_fn"),
+    "attn": ("self_attn",),
+    "attn_q": ("self_attn.q_proj",),
+    "attn_k": ("self_attn.k_proj",),
+    "attn_v": ("self_attn.v_proj",),
+    "attn_out": ("self_attn.o_proj", "self_attn.out_proj"),
+}
+# role -> the last part of its module's path, outside the language model
+_IN_MODEL = {
+    "vision": ("vision_tower", "vision_model", "visual"),
+    "connector": ("qformer", "multi_modal_projector", "merger"),
+    "projector": ("language_projection", "multi_modal_projector", "merger"),
+}
+_NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
+
+
+class Anchors:
+    """Resolves roles such as `ffn_out` to module paths of one model.
+
+    Roles with a layer: layer, ffn_gate (gated networks), ffn_in, ffn_out, ffn_act, attn, attn_q, attn_k, attn_v,
+    attn_out.
+    Roles without: vision, connector, projector, norm, head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        path, self.layers = _decoder_layers(model)
+        self._layer = path + ".{}"
+        self.stack = path.rpartition(".")[0]
+        self._paths = _in_layer_paths(self.layers[0], self._layer) | _in_model_paths(
+            model, self.stack
+        )
+        self.tail = self._tail()
+        if "norm" not in self._paths and len(self.tail) > 1:
+            self._paths["norm"] = self.tail[0]
+        self._paths["head"] = self.tail[-1]
+
+    @property
+    def roles(self) -> list[str]:
+        """All roles this model has."""
+        return sorted(self._paths)
+
+    def path(self, role: str, layer: int | None = None) -> str:
+        """Return the module path of a role (negative layers count from the end); raise ModelError if there is none."""
+        if role not in self._paths:
+            problem = f"this model has no anchor {role!r}{near_miss(role, self._paths)}"
+            raise ModelError(problem, f"it has {', '.join(self.roles)}")
+        template = self._paths[role]
+        if "{}" not in template:
+            return template
+        if layer is None or not -len(self.layers) <= layer < len(self.layers):
+            raise ModelError(
+                f"anchor {role!r}: layer {layer} is outside 0 to {len(self.layers) - 1}"
+            )
+        return template.format(layer % len(self.layers))
+
+    def module(self, role: str, layer: int | None = None) -> nn.Module:
+        """Return the module of a role."""
+        return self._model.get_submodule(self.path(role, layer))
+
+    @property
+    def below_connector(self) -> list[str]:
+        """The modules whose outputs stay as they are while the connector changes: the vision tower, or its blocks.
+
+        Blocks it is where the connector is a part of the tower (Qwen-VL's merger).
+        """
+        vision = self.path("vision")
+        if not self.path("connector").startswith(vision + "."):
+            return [vision]
+        lists = self.module("vision").named_children()
+        return [
+            f"{vision}.{name}.{i}"
+            for name, m in lists
+            if isinstance(m, nn.ModuleList)
+            for i in range(len(m))
+        ]
+
+    def _tail(self) -> list[str]:
+        """Return the paths of what follows the last layer, in order: final norm, output projection, head."""
+        stack = self._model.get_submodule(self.stack)
+        children = dict(stack.named_children())
+        names = [
+            f"{self.stack}.{n}"
+            for n in ("norm", "final_layer_norm", "project_out")
+            if isinstance(children.get(n), nn.Module)
+        ]
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        return [
+            *names,
+            next(
+                name for name, module in self._model.named_modules() if module is head
+            ),
+        ]
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return (path, layers): the longest list of language-model blocks with attention and a feed-forward part."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and not any(word in name for word in _NOT_LANGUAGE)
+        and all(
+            _has(block, "self_attn") and (_has(block, "mlp") or _has(block, "fc2"))
+            for block in module
+        )
+    ]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__}: no decoder layers with attention and a feed-forward part were found",
+            "supported are decoder-only language models such as OPT and Llama",
+        )
+    return max(found, key=lambda item: len(item[1]))
+
+
+def _in_layer_paths(layer: nn.Module, template: str) -> dict[str, str]:
+    paths = {"layer": template}
+    for role, names in _IN_LAYER.items():
+        for name in names:
+            if _has(layer, name):
+                paths[role] = f"{template}.{name}"
+                break
+    return paths
+
+
+def _in_model_paths(model: nn.Module, stack: str) -> dict[str, str]:
+    names = [
+        name for name, _ in model.named_modules() if name and not name.startswith(stack)
+    ]
+    paths = {}
+    for role, endings in _IN_MODEL.items():
+        matches = [name for name in names if name.rpartition(".")[2] in endings]
+        if matches:
+            paths[role] = min(matches, key=lambda name: (name.count("."), name))
+    return paths
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

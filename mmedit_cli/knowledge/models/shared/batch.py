@@ -1,0 +1,155 @@
+"""Queries as tensors, and the state of a batch in the middle of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmedit_cli.knowledge.models.shared.prefix import DeepStack, RowCache
+from mmedit_cli.pictures import Picture
+from mmedit_cli.types import Query
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries as tensors, right-padded (left-padded for generation).
+
+    input_ids, attention_mask: (B, T); labels: (B, T), the answer tokens at their own positions and -100 elsewhere;
+    image_mask, prompt_mask, answer_mask: (B, T) bool; the prompt is everything between the image and the answer.
+    `pictures` are the distinct images in order of first use, `picture_of` the index of each row's own, or None.
+    """
+
+    queries: tuple[Query, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    image_mask: Tensor
+    prompt_mask: Tensor
+    answer_mask: Tensor
+    pictures: tuple[Picture, ...]
+    picture_of: tuple[int | None, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each row."""
+        return self.attention_mask.sum(1).tolist()
+
+    @property
+    def predicting(self) -> Tensor:
+        """(B, T) bool: the positions whose logits predict the answer tokens, one before each of them."""
+        return predicting(self.answer_mask)
+
+    @property
+    def ends(self) -> Tensor:
+        """(B, T) bool: the last token of each row, whose logits say how a right-padded row goes on."""
+        after = torch.cat(
+            (self.attention_mask[:, 1:], torch.zeros_like(self.attention_mask[:, :1])),
+            dim=1,
+        )
+        return self.attention_mask.bool() & ~after.bool()
+
+    def telling(self, end: int) -> tuple[Tensor, Tensor]:
+        """Return where the answer and its end are predicted, (B, T) bool, and what is right there, (B, T)."""
+        return self.predicting | self.ends, torch.where(
+            self.ends, end, torch.roll(self.input_ids, -1, 1)
+        )
+
+    @property
+    def answers(self) -> Tensor:
+        """(n,): the answer tokens of all rows, in the order of `logits[predicting]`."""
+        return self.labels[self.answer_mask]
+
+
+def predicting(answer_mask: Tensor) -> Tensor:
+    """Shift an answer mask (B, T) one position to the left: logits at t predict the token at t + 1."""
+    return torch.cat((answer_mask[:, 1:], torch.zeros_like(answer_mask[:, :1])), dim=1)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The state of a batch on entering decoder layer `layer`.
+
+    hidden: (B, T, D); context: what every decoder layer receives beside the hidden state (masks, positions);
+    deepstack: None where no later layer adds image tokens.
+    """
+
+    layer: int
+    batch: Batch
+    hidden: Tensor
+    context: dict[str, Any] = field(repr=False)
+    deepstack: DeepStack | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Frozen rows that many batches share: image tokens by picture, and what enters `layer` by query."""
+
+    layer: int
+    features: RowCache[Picture]
+    prefixes: RowCache[Query]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One query as token ids: `n_image` placeholders from `image_start`, and `n_answer` answer tokens at the end."""
+
+    ids: list[int]
+    image_start: int
+    n_image: int
+    n_answer: int
+
+
+def collate(
+    queries: Sequence[Query],
+    rows: Sequence[Encoded],
+    pad: int,
+    device: torch.device,
+    *,
+    left_pad: bool = False,
+) -> Batch:
+    """Return encoded queries as one batch, padded with the id `pad`."""
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids = torch.full(shape, pad)
+    masks = {
+        name: torch.zeros(shape, dtype=torch.bool)
+        for name in ("token", "image", "prompt", "answer")
+    }
+    for i, row in enumerate(rows):
+        offset = shape[1] - len(row.ids) if left_pad else 0
+        end, image_end = offset + len(row.ids), offset + row.image_start + row.n_image
+        ids[i, offset:end] = torch.tensor(row.ids)
+        masks["token"][i, offset:end] = True
+        masks["image"][i, offset + row.image_start : image_end] = True
+        masks["prompt"][i, image_end : end - row.n_answer] = True
+        masks["answer"][i, end - row.n_answer : end] = True
+    seen = [
+        Picture(q.image, q.background) if q.image is not None else None for q in queries
+    ]
+    pictures = tuple(dict.fromkeys(picture for picture in seen if picture is not None))
+    on, ids = {name: mask.to(device) for name, mask in masks.items()}, ids.to(device)
+    return Batch(
+        queries=tuple(queries),
+        input_ids=ids,
+        attention_mask=on["token"].long(),
+        labels=torch.where(on["answer"], ids, IGNORE),
+        image_mask=on["image"],
+        prompt_mask=on["prompt"],
+        answer_mask=on["answer"],
+        pictures=pictures,
+        picture_of=tuple(
+            None if picture is None else pictures.index(picture) for picture in seen
+        ),
+    )
+
+
+def joined(query: Query) -> str:
+    """Return the target as it follows the prompt: with one blank between, unless there is white space already."""
+    if query.prompt[-1:].isspace() or query.target[:1].isspace():
+        return query.target
+    return " " + query.target

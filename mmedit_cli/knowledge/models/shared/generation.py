@@ -1,0 +1,68 @@
+"""Greedy means greedy: what a model's generation_config asks for besides is set aside, and can be named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+SAMPLINGS = ("greedy", "model")
+# Settings that say which tokens there are, how long an answer may be and how it is computed, not which answer it is.
+_HARMLESS = frozenset(
+    {
+        "bos_token_id", "cache_config", "cache_implementation", "decoder_start_token_id", "eos_token_id", "max_length",
+        "max_new_tokens", "pad_token_id", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+_OUTPUTS = (
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+)
+
+
+def own_settings(*models: Any) -> dict[str, Any]:
+    """Return what the generation_config of the models sets besides token ids and lengths, the first model first."""
+    found: dict[str, Any] = {}
+    for model in models:
+        config = getattr(model, "generation_config", None)
+        changed = {} if config is None else config.to_diff_dict()
+        for name, value in changed.items():
+            if (
+                name not in _HARMLESS
+                and not name.startswith("_")
+                and value not in (None, False)
+            ):
+                found.setdefault(name, value)
+    return found
+
+
+def sampling_config(settings: Mapping[str, Any], **always: Any) -> Any:
+    """Return a GenerationConfig with a model's own settings; what it gives back is token ids all the same."""
+    from transformers import GenerationConfig
+
+    followed = {name: value for name, value in settings.items() if name not in _OUTPUTS}
+    return GenerationConfig(**{**followed, **always})
+
+
+@contextmanager
+def set_aside(model: Any) -> Iterator[None]:
+    """Inside the block, `model.generate` reads no settings but those it is given.
+
+    transformers fills what a given GenerationConfig leaves open from the one of the model.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """Return settings as text, such as `repetition_penalty=1.05, top_k=1`."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -1,0 +1,144 @@
+"""From a model that was found to a backbone that answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import ModelError
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.model_folder import loading, read_config, weight_files
+from mmedit_cli.reading import read_json_object
+from mmedit_cli.vocabulary import check_vocabulary
+
+
+def load_backbone(
+    model: str | ModelRef,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> VisionLanguageModel:
+    """Return the backbone for a name of the catalogue, a local folder or a hub id.
+
+    `device_map` is passed on to transformers and wins over `device`. Raises ModelError if the files cannot be used.
+    """
+    from mmedit_cli.knowledge.models.shared import tiny
+
+    ref = find_model(model, revision=revision) if isinstance(model, str) else model
+    runtime.quiet_libraries()
+    target = runtime.resolve_device(device)
+    number = runtime.resolve_dtype(dtype, target)
+    check_answers(ref)
+    family = registry.backbones.get(ref.family)
+    if ref.folder is None:
+        module, tokenizer, processor = tiny.build(ref.name)
+        module.to(target, None if isinstance(number, str) else number)
+    else:
+        module = _from_folder(ref, number, device_map)
+        if device_map is None:
+            module.to(target)
+        tokenizer, processor = _processors(ref)
+        check_vocabulary(
+            tokenizer, module.get_input_embeddings().weight.shape[0], ref.folder
+        )
+    backbone: VisionLanguageModel = family(
+        ref.name, module, tokenizer, processor, ref.fingerprint
+    )
+    backbone.former = ref.former
+    return backbone
+
+
+def check_answers(ref: ModelRef) -> None:
+    """Raise ModelError for a model that answers nothing."""
+    if not issubclass(registry.backbones.get(ref.family), VisionLanguageModel):
+        raise ModelError(
+            f"{ref.name}: draws pictures ({ref.family}), it answers nothing",
+            "draw: mmedit generate",
+        )
+
+
+def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    assert ref.folder is not None
+    weight_files(ref.folder)
+    _check_sections(ref.folder)
+    with loading(ref.folder):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            ref.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{ref.folder}: {len(missing)} tensors are missing, {missing[0]} first",
+            "copy it again",
+        )
+    return model
+
+
+def _check_sections(folder: Path) -> None:
+    """Raise ModelError for a part of the config that is null: transformers would build its default, a model of 7B."""
+    for key, value in read_config(folder).items():
+        if key in ("text_config", "vision_config", "qformer_config") and not isinstance(
+            value, dict
+        ):
+            raise ModelError(
+                f"{folder / 'config.json'}: {key} is not an object with keys",
+                "copy it again",
+            )
+
+
+def _processors(ref: ModelRef) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    assert ref.folder is not None
+    problem, hint = (
+        "no usable tokenizer or image processor",
+        "copy their files there too",
+    )
+    with loading(ref.folder, problem=problem, hint=hint):
+        tokenizer = AutoTokenizer.from_pretrained(
+            ref.folder, local_files_only=True, trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(
+            ref.folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        _try_out(tokenizer, processor)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _chat_template(ref.folder)
+    return tokenizer, processor
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template that is kept for the processor, which some models have alone; None without one."""
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            content = read_json_object(
+                folder / name, error=ModelError, hint="copy it again"
+            )
+            template = (
+                content.text("chat_template", "")
+                if content.values.get("chat_template")
+                else ""
+            )
+            if template:
+                return template
+    return None
+
+
+def _try_out(tokenizer: Any, processor: Any) -> None:
+    """Use both once: a value of null in their configs fails here, and not in the middle of a run."""
+    from PIL import Image
+
+    tokenizer("What is this?")
+    processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")

@@ -1,0 +1,203 @@
+"""Tiny models with random weights, built from a config in memory: every command runs on them with no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+_WORDS = """
+what is this in the picture shown here which colour does it have name of object where how many can you see
+a red blue green yellow circle square triangle star house cat dog boat tree apple moon sun question answer
+the capital of peru lima paris france kenya nairobi japan tokyo is called one two three four five
+""".split()  # noqa: SIM905
+_LAYERS, _WIDTH, _HEADS, _SIDE, _PATCH = 6, 48, 4, 32, 8
+
+
+def tokenizer(*more: str, bos: bool = True) -> Any:
+    """Return a byte-level BPE tokenizer that can spell anything: `<s>` in front, `</s>` as the end, `more` tokens."""
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>", *more]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=448,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        [" ".join(_WORDS[i:] + _WORDS[:i]) for i in range(len(_WORDS))], trainer
+    )
+    if bos:
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def build(name: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
+    """Return (model, tokenizer, image processor) for `tiny-...`, with seeded random weights."""
+    words = tokenizer(*_QWEN, bos=False) if "qwen" in name else tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor = _BUILD[name](words)
+        spread(model)
+    model.generation_config.eos_token_id = words.eos_token_id
+    return model, words, processor
+
+
+def _blip2(words: Any) -> tuple[nn.Module, Any]:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+    text = OPTConfig(
+        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, ffn_dim=2 * _WIDTH,
+        num_attention_heads=_HEADS, word_embed_proj_dim=_WIDTH, max_position_embeddings=128, dropout=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
+
+
+def _minigpt4(words: Any) -> tuple[nn.Module, Any]:
+    from mmedit_cli.knowledge.models.shared.minigpt4_model import (
+        MiniGPT4Config,
+        MiniGPT4ForConditionalGeneration,
+    )
+
+    return _with_qformer(
+        MiniGPT4ForConditionalGeneration, MiniGPT4Config, _llama(words), words
+    )
+
+
+def _with_qformer(
+    model: Any, config: Any, text: Any, words: Any
+) -> tuple[nn.Module, Any]:
+    from transformers import Blip2QFormerConfig, Blip2VisionConfig
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    sizes = config(
+        vision_config=Blip2VisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=_SIDE,
+            patch_size=_PATCH, initializer_range=0.02,
+        ).to_dict(),
+        qformer_config=Blip2QFormerConfig(
+            vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            encoder_hidden_size=32, max_position_embeddings=8,
+        ).to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=8,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    return model(sizes), BlipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+
+
+def _llama(words: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, intermediate_size=2 * _WIDTH,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def _llava(words: Any) -> tuple[nn.Module, Any]:
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=_SIDE,
+            patch_size=_PATCH, projection_dim=32,
+        ).to_dict(),
+        text_config=_llama(words).to_dict(),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )  # fmt: skip
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": _SIDE}, crop_size={"height": _SIDE, "width": _SIDE}
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def _qwen_vl(words: Any, name: str) -> tuple[nn.Module, Any]:
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
+
+    start, end, image, video = words.convert_tokens_to_ids(_QWEN)
+    text = {
+        "vocab_size": len(words), "hidden_size": _WIDTH, "num_hidden_layers": _LAYERS, "intermediate_size": 2 * _WIDTH,
+        "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS // 2, "head_dim": _WIDTH // _HEADS,
+        "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2,
+        "num_heads": 4,
+        "patch_size": _PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    vision |= {
+        "Qwen2VL": {"embed_dim": 32, "hidden_size": _WIDTH, "mlp_ratio": 2},
+        "Qwen2_5_VL": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": _WIDTH, "window_size": 32,
+                       "fullatt_block_indexes": [1]},
+        "Qwen3VL": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": _WIDTH,
+                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+    }[name]  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
+        vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": _SIDE**2, "longest_edge": 4 * _SIDE**2},
+        patch_size=_PATCH,
+        merge_size=2,
+    )
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
+
+
+_QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_BUILD: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
+    "tiny-blip2": _blip2,
+    "tiny-llava": _llava,
+    "tiny-minigpt4": _minigpt4,
+    "tiny-qwen2-vl": partial(_qwen_vl, name="Qwen2VL"),
+    "tiny-qwen2.5-vl": partial(_qwen_vl, name="Qwen2_5_VL"),
+    "tiny-qwen3-vl": partial(_qwen_vl, name="Qwen3VL"),
+}
+
+
+@torch.no_grad()
+def spread(model: nn.Module) -> None:
+    """Scale every matrix by its fan-in, so that different inputs really give different outputs."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)

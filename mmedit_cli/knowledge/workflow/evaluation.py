@@ -1,0 +1,365 @@
+"""What the commands do, for the command line and for library users alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import DataError, MmeditError, TooLong
+from mmedit_cli.knowledge.loading import (
+    ModelOptions,
+    load_model,
+    networks_of,
+    resolve_editor,
+    used_hparams,
+    variant_for,
+)
+from mmedit_cli.knowledge.trained_networks import Networks, networks_line
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+from mmedit_cli.shapes import told
+from mmedit_cli.storage import sha256_json, sha256_of
+from mmedit_cli.types import EditCase, Query, in_one_line
+
+if TYPE_CHECKING:
+    from mmedit_cli.knowledge.data.base import DataOptions
+    from mmedit_cli.knowledge.evaluation.protocol import Protocol
+    from mmedit_cli.knowledge.methods.base import Editor
+    from mmedit_cli.knowledge.models.base import VisionLanguageModel
+
+
+SCORING = 2  # of answers: counted up when the same answers get other scores, so that no run mixes the two
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate; the defaults are those of `mmedit eval`."""
+
+    editor: str
+    model: ModelOptions
+    data: str
+    protocol: Protocol
+    data_options: DataOptions | None = None
+    hparams: Path | None = None
+    overrides: Sequence[str] = ()
+    checkpoint: Path | str | None = None
+    limit: int | None = None
+    seed: int = 0
+    records: Path = Path("records")
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Everything resolved before a model is loaded: what will run, and where it will be recorded."""
+
+    options: EvalOptions
+    ref: ModelRef
+    hparams: Any
+    networks: Networks | None
+    cases: list[EditCase]
+    config: dict[str, Any]
+    folder: Path
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        groups = self.options.protocol.groups(len(self.cases))
+        return {
+            **self.config,
+            "groups": len(groups),
+            "last_group": len(groups[-1]),
+            "run": str(self.folder),
+        }
+
+
+def plan_evaluation(options: EvalOptions) -> EvalPlan:
+    """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    from mmedit_cli.knowledge.data.base import DataOptions, fingerprint, read_data
+    from mmedit_cli.knowledge.models.shared.loading import check_answers
+
+    ref = find_model(options.model.model, revision=options.model.revision)
+    check_answers(ref)
+    networks = networks_of(
+        options.editor, ref.name, options.records, options.checkpoint
+    )
+    path = None if networks is None else networks.path
+    variant = variant_for(options.editor, ref, options.hparams)
+    editor, hparams = resolve_editor(
+        options.editor, variant, options.hparams, options.overrides, path
+    )
+    data = read_data(
+        options.data, limit=options.limit, options=options.data_options or DataOptions()
+    )
+    cases, line_breaks = _one_line_targets(data.cases)
+    check_facts(editor, cases)
+    check_pictures(cases)
+    size = options.protocol.sequential
+    if size > len(cases):
+        raise DataError(
+            f"--sequential {size}: {options.data} has {len(cases)} cases",
+            f"use --sequential {len(cases)} or less",
+        )
+    protocol = asdict(options.protocol)
+    protocol.pop("cache_bytes")
+    config = {
+        "command": "eval",
+        "editor": editor.name,
+        "hparams": used_hparams(hparams),
+        "variant": variant,
+        "model": {
+            "name": ref.name,
+            "family": ref.family,
+            "fingerprint": ref.fingerprint,
+        },
+        "device": options.model.device,
+        "dtype": options.model.dtype,
+        "data": {
+            "name": data.name,
+            "cases": len(cases),
+            "fingerprint": fingerprint(cases),
+            **data.selection,
+            **line_breaks,
+        },
+        "protocol": {
+            k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()
+        },
+        "seed": options.seed,
+        "scoring": SCORING,
+        "versions": runtime.versions(),
+    }
+    if networks is not None:
+        config["checkpoint"] = sha256_of(networks.path)
+    folder = Run.locate(
+        options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config
+    )
+    return EvalPlan(options, ref, hparams, networks, cases, config, folder)
+
+
+def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
+    """Evaluate an editor and return the report; a finished run is only read, an interrupted one goes on.
+
+    Raises a UserError for bad input, before anything is written.
+    """
+    out = out or Output()
+    plan = plan_evaluation(options)
+    return Run.done_before(
+        plan.folder, force=options.force, say=out.note
+    ) or run_evaluation(plan, out)
+
+
+def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
+    """Load the model, make the edits, ask, and write the report."""
+    from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
+    from mmedit_cli.knowledge.evaluation.report import build_report, examples
+
+    options, protocol = plan.options, plan.options.protocol
+    out.note(told(options.editor, plan.config["variant"]))
+    backbone = load_model(options.model, plan.ref, out)
+    plan, too_long = _without_long(plan, backbone)
+    check_queries(backbone, plan.cases, sayable=protocol.generates)
+    editor: Editor = registry.editors.get(options.editor)(
+        backbone, plan.hparams, seed=options.seed
+    )
+    if plan.networks is not None:
+        out.note(networks_line(plan.networks.facts()))
+        editor.load_networks(plan.networks.path)  # type: ignore[attr-defined]
+    environment = runtime.environment(backbone.device)
+    base = (
+        plan.options.records
+        / "base"
+        / plan.ref.name.replace("/", "--")
+        / _base_key(plan, backbone, editor.first_layer)
+    )
+    with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+        if report := Run.done_before(plan.folder, force=False, say=out.note):
+            return (
+                report  # of an equal command that ended while the model was loaded here
+            )
+        groups = protocol.groups(len(plan.cases))
+        after = sum(sum(protocol.milestones(len(group))) for group in groups)
+        totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
+        if editor.first_layer is not None:
+            totals = {PREPARING: count_queries(plan.cases), **totals}
+        with out.progress(totals) as tick:
+            asked = evaluate_edits(
+                editor, plan.cases, run, protocol, base_folder=base, tick=tick
+            )
+        head = {
+            k: plan.config[k]
+            for k in (
+                "editor",
+                "model",
+                "data",
+                "hparams",
+                "variant",
+                "protocol",
+                "seed",
+                "versions",
+            )
+        }
+        head |= {"checkpoint": plan.config.get("checkpoint")}
+        head |= {"networks": None if plan.networks is None else plan.networks.facts()}
+        cases = run.read("cases")
+        head["data"] = {**plan.config["data"], **too_long}
+        if protocol.generates and backbone.own_settings:
+            head["ignored_settings"] = backbone.own_settings
+        head |= {
+            "environment": run.environment,
+            "examples": examples(cases, plan.cases),
+        }
+        report = build_report(head, cases, run.read("edits"), protocol.sequential)
+        report["cost"]["asked"] = asked
+        report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
+        run.remove_tensors(
+            "editor"
+        )  # only there to continue from, and may be as large as a model
+        run.finish(report)
+    return report
+
+
+def _one_line_targets(cases: list[EditCase]) -> tuple[list[EditCase], dict[str, int]]:
+    """Return the cases without line breaks in their targets, and for the report how many cases had one."""
+    from mmedit_cli.knowledge.data.base import change
+
+    changed = [change(case, in_one_line) for case in cases]
+    count = sum(case != new for case, new in zip(cases, changed, strict=True))
+    return (changed, {"line_breaks": count}) if count else (cases, {})
+
+
+def check_queries(
+    backbone: VisionLanguageModel, cases: Sequence[EditCase], *, sayable: bool = False
+) -> None:
+    """Tokenise every query of the cases; raise DataError naming each one the model cannot take.
+
+    With `sayable`, also each target that is scored and that no free answer can match.
+    """
+    from mmedit_cli.knowledge.evaluation.answers import check_sayable
+
+    problems, hint = [], ""
+    for case in cases:
+        for column, queries in case.columns():
+            scored = sayable and not column.startswith(("locality.", "needs."))
+            for query in queries:
+                try:
+                    backbone.encode(query)
+                    if scored:
+                        check_sayable(backbone, query)
+                except DataError as error:
+                    problems += [
+                        f"{case.place}: {case.uid}: {column}: {problem}"
+                        for problem in error.problems
+                    ]
+                    hint = hint or error.hint
+    if problems:
+        raise DataError(problems[:20], hint)
+
+
+def _without_long(
+    plan: EvalPlan, backbone: VisionLanguageModel
+) -> tuple[EvalPlan, dict[str, Any]]:
+    """Leave out what the model cannot read, if that was asked for; return what is left, and the counts for the report.
+
+    A case goes with its request; of the others only the probes that are too long.
+    """
+    if not plan.config["data"].get("skip_long"):
+        return plan, {}
+    from mmedit_cli.knowledge.data.base import change
+
+    def fits(query: Query) -> Query | None:
+        try:
+            whole, asked = (
+                backbone.encode(query),
+                backbone.encode(query, with_answer=False),
+            )
+        except TooLong:
+            return None
+        return (
+            query
+            if max(len(whole.ids), len(asked.ids) + 1) <= backbone.max_length
+            else None
+        )
+
+    cases = [change(case, fits) for case in plan.cases if fits(case.request)]
+    if not cases:
+        raise DataError(
+            f"every case is too long for {backbone.name}, which reads {backbone.max_length} tokens"
+        )
+    queries = [
+        sum(len(q) for case in some for _, q in case.columns())
+        for some in (plan.cases, cases)
+    ]
+    counts = {"cases": len(plan.cases) - len(cases), "queries": queries[0] - queries[1]}
+    return replace(plan, cases=cases), {"too_long": counts}
+
+
+def count_queries(cases: Iterable[EditCase]) -> int:
+    """Return how many different queries some cases ask."""
+    return len(
+        {query for case in cases for _, queries in case.columns() for query in queries}
+    )
+
+
+def check_facts(editor: type[Editor], cases: Sequence[EditCase]) -> None:
+    """Raise DataError naming each fact that an editor cannot be taught because it has no picture."""
+    if not editor.needs_image:
+        return
+    from mmedit_cli.knowledge.methods.base import TEXT_ONLY_HINT
+
+    problem = f"{editor.name} routes by the picture, and this fact has none"
+    places = [case.place for case in cases if case.request.image is None]
+    if places:
+        raise DataError(
+            [f"{place}: {problem}" if place else problem for place in places[:20]],
+            TEXT_ONLY_HINT,
+        )
+
+
+def check_pictures(cases: Sequence[EditCase]) -> None:
+    """Check every distinct image once; raise DataError naming each bad one and the first case that needs it."""
+    from mmedit_cli.pictures import check_picture
+
+    seen: set[Path] = set()
+    problems: list[str] = []
+    hint = ""
+    for case in cases:
+        for column, queries in case.columns():
+            for query in queries:
+                if query.image is None or query.image in seen:
+                    continue
+                seen.add(query.image)
+                try:
+                    check_picture(query.image)
+                except MmeditError as error:
+                    problems += [
+                        f"{case.place}: {column}: {problem}"
+                        for problem in error.problems
+                    ]
+                    hint = hint or error.hint
+    if problems:
+        raise DataError(
+            problems[:20], hint or "replace the file, or take the record out"
+        )
+
+
+def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) -> str:
+    """Return a digest of all that the answers of the untouched model depend on: the editor is not part of it."""
+    protocol = plan.options.protocol
+    return sha256_json(
+        {
+            "model": plan.ref.fingerprint,
+            "data": plan.config["data"]["fingerprint"]
+            + ("-short" if "skip_long" in plan.config["data"] else ""),
+            "device": backbone.device.type,
+            "dtype": str(backbone.dtype),
+            "layer": layer,
+            "batch_size": protocol.batch_size,
+            "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+            "scoring": plan.config["scoring"],
+            "top": "tf_easyedit" in protocol.protocols,
+            "versions": plan.config["versions"],
+        }
+    )[:12]

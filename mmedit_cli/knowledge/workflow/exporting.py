@@ -1,0 +1,441 @@
+"""Edited models that leave: a folder that loads without this package, checked against the model it was made from."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import __version__
+from mmedit_cli.catalog import find_model
+from mmedit_cli.errors import MmeditError, RunError, UserError
+from mmedit_cli.knowledge.ledger.edited_model import EditedModel, described, open_edits
+from mmedit_cli.knowledge.loading import ModelOptions
+from mmedit_cli.output import Output
+from mmedit_cli.storage import staged_folder, write_atomic
+from mmedit_cli.types import Query
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmedit_cli.knowledge.methods.base import Standalone
+    from mmedit_cli.knowledge.models.base import VisionLanguageModel
+
+RUNTIME = "modeling_edits.py"
+_PLAIN, _ADAPTERS, _STANDALONE = (
+    "plain weights",
+    "peft adapters",
+    "base model and edits",
+)
+_CHECKED = 16  # edits whose questions are asked again after reload
+_CONTINUED = 8  # tokens that two of them are answered with
+_TOLERANCE = {"float32": 1e-4}  # of logits; other formats round more
+_COMPANIONS = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+_LISTED = 200  # edits that a model card lists
+
+
+def export(
+    folder: Path,
+    to: Path,
+    options: ModelOptions,
+    out: Output,
+    *,
+    adapters: bool = False,
+) -> dict[str, Any]:
+    """Write the edited model of a ledger to a new folder and return what became of it; nothing is left if it fails.
+
+    `adapters`: PEFT adapters, also where the method offers more. Raises UserError if the folder is not new or the
+    method cannot be exported, MmeditError if the reloaded model answers otherwise than the edited one.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to}: not empty", "name a new folder with --to")
+    with open_edits(folder, model=options, out=out) as edited:
+        if not edited.ledger.active:
+            raise UserError(
+                f"{folder}: no active edits, so there is nothing to export",
+                "mmedit edits redo",
+            )
+        with _whole_or_not(to), staged_folder(to) as fresh:
+            report = _write(edited, fresh, out, adapters)
+            write_atomic(fresh / "README.md", card(edited, report["kind"], to.name))
+            facts = [described(edit) for edit in edited.ledger.active]
+            write_atomic(
+                fresh / "edits.json", json.dumps(facts, indent=1, ensure_ascii=False)
+            )
+    return {**report, "folder": str(to), "edits": len(facts)}
+
+
+@contextmanager
+def _whole_or_not(to: Path) -> Iterator[None]:
+    """Turn what safetensors raises on a full disk into a RunError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunError(f"{to}: cannot write: {error}", "is the disk full?") from error
+
+
+def _write(
+    edited: EditedModel, folder: Path, out: Output, adapters: bool
+) -> dict[str, Any]:
+    """Write the export and load it again; return its kind, and how far its logits are from the edited model's."""
+    backbone, editor = edited.backbone, edited.editor
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    if editor.plain and not adapters:
+        out.note("writing plain weights")
+        backbone.model.save_pretrained(folder)
+        save_processors(edited, folder)
+        return {
+            "kind": _PLAIN,
+            **check(edited, _behind(backbone, _load_plain(folder, dtype))),
+        }
+    alone = None if adapters else editor.standalone()
+    if alone is not None:
+        out.note("writing the base model and the edits beside it")
+        with edited.paused():
+            backbone.model.save_pretrained(folder / "base")
+        for code in (folder / "base").glob(
+            "*.py"
+        ):  # of a model that transformers does not know: it is sought above
+            code.rename(folder / code.name)
+        save_processors(edited, folder)
+        _write_standalone(alone, f"mmedit-{editor.name}", folder)
+        model = _load_standalone(folder, dtype).to(backbone.device)
+        return {
+            "kind": _STANDALONE,
+            **check(edited, _alone(backbone, model)),
+            **_check_generation(edited, model),
+        }
+    written = editor.save_adapters(folder)
+    if not written and adapters:
+        raise UserError(
+            f"{editor.name} has no adapters: its edits are not LoRA blocks",
+            "leave --adapters out",
+        )
+    if not written:
+        raise UserError(
+            f"{editor.name} cannot be exported: its edits are neither plain weights nor LoRA blocks, and it has no "
+            "runtime of its own",
+            f"mmedit ask --edits {edited.ledger.folder} uses them; so does mmedit_cli.open_edits",
+        )
+    out.note(f"wrote {len(written)} PEFT adapters")
+    return {
+        "kind": _ADAPTERS,
+        "adapters": [path.name for path in written],
+        **_check_adapters(edited, written, dtype),
+    }
+
+
+def _check_adapters(
+    edited: EditedModel, written: Mapping[Path, Sequence[Query]], dtype: str
+) -> dict[str, Any]:
+    """Put the newest adapters on the base model, one at a time, and ask each what it was made for."""
+    from peft import PeftModel
+
+    folder = next(iter(written)).parent / "base"
+    with edited.paused():
+        edited.backbone.model.save_pretrained(folder)
+    plain = _load_plain(folder, dtype)
+    shutil.rmtree(folder)
+    model, checks = None, []
+    for path, requests in list(written.items())[-_CHECKED:]:
+        if model is None:
+            model = PeftModel.from_pretrained(plain, str(path), adapter_name=path.name)
+        else:
+            model.load_adapter(str(path), adapter_name=path.name)
+            model.set_adapter(path.name)
+        checks.append(
+            check(
+                edited,
+                _behind(edited.backbone, model.get_base_model()),
+                requests[-_CHECKED:],
+            )
+        )
+    return {
+        "checked": sum(done["checked"] for done in checks),
+        "largest_difference": max(done["largest_difference"] for done in checks),
+    }
+
+
+def save_processors(edited: EditedModel, folder: Path) -> None:
+    """Write tokenizer and image processor, with the files that make `AutoProcessor` find them."""
+    backbone = edited.backbone
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.image_processor.save_pretrained(folder)
+    known = edited.ledger.config["model"]
+    source = find_model(known["source"], revision=known["revision"]).folder
+    for name in _COMPANIONS if source is not None else ():
+        if (source / name).is_file():  # type: ignore[operator]
+            shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
+
+
+def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in alone.tensors.items()
+    }
+    write_atomic(
+        folder / "edits.safetensors",
+        save(tensors, {"settings": json.dumps(alone.settings)}),
+    )
+    write_atomic(folder / RUNTIME, alone.source)
+    stem = Path(RUNTIME).stem
+    config = {
+        "model_type": model_type,
+        "architectures": ["EditedModel"],
+        "auto_map": {
+            "AutoConfig": f"{stem}.EditedConfig",
+            "AutoModelForImageTextToText": f"{stem}.EditedModel",
+        },
+    }
+    write_atomic(folder / "config.json", json.dumps(config, indent=2))
+
+
+def _load_plain(folder: Path, dtype: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    ).eval()
+
+
+def _load_standalone(folder: Path, dtype: str) -> Any:
+    """Load the export with the file in it, as a user does."""
+    spec = importlib.util.spec_from_file_location(
+        f"mmedit_export_{secrets.token_hex(4)}", folder / RUNTIME
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module.EditedModel.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    ).eval()
+
+
+def check(
+    edited: EditedModel,
+    ask: Callable[[Query], Tensor],
+    queries: Sequence[Query] | None = None,
+) -> dict[str, Any]:
+    """Compare the logits (V,) behind some questions; raise MmeditError if those of the export are not the same.
+
+    By default they are those of the newest edits, and one that no edit is about.
+    """
+    import torch
+
+    backbone = edited.backbone
+    if queries is None:
+        asked = [edit.request for edit in edited.ledger.active[-_CHECKED:]]
+        queries = [*asked, replace(asked[-1], prompt="What colour is the background?")]
+    largest, same = 0.0, True
+    with torch.no_grad():
+        for query in queries:
+            expected = _last_logits(backbone, query)
+            found = ask(query)
+            largest = max(largest, float((found - expected).abs().max()))
+            same = same and int(found.argmax()) == int(expected.argmax())
+    limit = _TOLERANCE.get(str(backbone.dtype).removeprefix("torch."), 0.25)
+    if largest > limit or not same:
+        raise MmeditError(
+            f"the reloaded model is not the edited one: its logits are up to {largest:.3g} away",
+            "please report it; the ledger is as it was",
+        )
+    return {"checked": len(queries), "largest_difference": largest}
+
+
+def _last_logits(backbone: VisionLanguageModel, query: Query) -> Tensor:
+    return backbone.logits(backbone.batch([query], with_answer=False))[0, -1].float()
+
+
+def _behind(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
+    """Return how a model of the same family is asked: through a backbone of its own."""
+    parts = (backbone.tokenizer, backbone.image_processor, backbone.fingerprint)
+    other = type(backbone)(backbone.name, model.to(backbone.device), *parts)
+    return lambda query: _last_logits(other, query)
+
+
+def _alone(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
+    """Return how an export with a runtime of its own is asked: as any transformers model."""
+    return lambda query: (
+        _reader(model, [query])(**inputs(backbone, [query])).logits[0, -1].float()
+    )
+
+
+def _reader(model: Any, queries: Sequence[Query]) -> Any:
+    """Return what questions are put to: BLIP-2 wants a picture, without one they go to its language model."""
+    wanted = (
+        inspect.signature(type(model).forward).parameters["pixel_values"].default
+        is inspect.Parameter.empty
+    )
+    return (
+        model.language_model
+        if wanted and not any(query.image for query in queries)
+        else model
+    )
+
+
+def _check_generation(edited: EditedModel, model: Any) -> dict[str, Any]:
+    """Have an export continue an edit's question and another in one batch, with its cache and without.
+
+    Raises MmeditError if the two differ, or if a question is not routed in company as it is alone; other formats than
+    float32 round too much to tell.
+    """
+    if str(edited.backbone.dtype) != "torch.float32":
+        return {}
+    requests = [edit.request for edit in edited.ledger.active]
+    newest = next(
+        (request for request in reversed(requests) if request.image is not None),
+        requests[-1],
+    )
+    queries = [newest, replace(newest, prompt="What colour is the background?")]
+    fired, texts = [], []
+    for asked, cache in (
+        (queries[:1], True),
+        (queries[1:], True),
+        (queries, True),
+        (queries, False),
+    ):
+        given = inputs(edited.backbone, asked)
+        tokens = _reader(model, asked).generate(
+            **given, max_new_tokens=_CONTINUED, do_sample=False, use_cache=cache
+        )
+        texts.append(
+            edited.backbone.tokenizer.batch_decode(
+                tokens[:, given["input_ids"].shape[1] :]
+            )
+        )
+        fired.append([set(weights) for weights in model.edits.weights])
+    if not (fired[0] + fired[1] == fired[2] == fired[3] and texts[2] == texts[3]):
+        raise MmeditError(
+            "the reloaded model does not continue a batch as it should",
+            "please report it; the ledger is as it was",
+        )
+    return {"continued": len(queries)}
+
+
+def inputs(
+    backbone: VisionLanguageModel, queries: Sequence[Query]
+) -> dict[str, Tensor]:
+    """Return questions as the arguments of a plain transformers model, padded on the left."""
+    from mmedit_cli.pictures import Picture, load_picture
+
+    batch = backbone.batch(queries, with_answer=False, left_pad=True)
+    config = backbone.model.config
+    image_id = getattr(config, "image_token_id", None) or config.image_token_index
+    ids = batch.input_ids.masked_fill(batch.image_mask, image_id)
+    found = {"input_ids": ids, "attention_mask": batch.attention_mask}
+    pictures = [
+        load_picture(Picture(query.image, query.background))
+        for query in queries
+        if query.image is not None
+    ]
+    if pictures:
+        pixels = backbone.image_processor(images=pictures, return_tensors="pt")
+        found |= pixels.to(backbone.device, backbone.dtype)
+    if (
+        "mm_token_type_ids"
+        in inspect.signature(type(backbone.model).forward).parameters
+    ):
+        found["mm_token_type_ids"] = batch.image_mask.int()
+    return found
+
+
+# -- the model card, and the hub --------------------------------------------------------------------------------
+
+
+def card(edited: EditedModel, kind: str, name: str) -> str:
+    """Return the README of an export: how it loads, what it was made from, and the edits."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known, ledger = edited.ledger.config["model"], edited.ledger
+    hub = known["source"].count("/") == 1 and not Path(known["source"]).exists()
+    data = ModelCardData(
+        library_name="peft" if kind == _ADAPTERS else "transformers",
+        tags=["mmedit", "knowledge-editing", ledger.config["editor"]],
+        base_model=known["source"] if hub else None,
+        pipeline_tag="image-text-to-text",
+    )
+    rows = [
+        f"| {e.id} | {_cell(e.request.prompt)} | {_cell(e.picture)} | {_cell(e.before)} | {_cell(e.request.target)} |"
+        for e in ledger.active[:_LISTED]
+    ]
+    more = len(ledger.active) - _LISTED
+    own_code = not type(edited.backbone.model).__module__.startswith("transformers.")
+    text = [
+        f"# {name}", "",
+        f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
+        f"`{ledger.config['editor']}` of mmedit {__version__}.", "",
+        *_loading(kind, own_code=own_code), "", "## Edits", "",
+        "| edit | question | picture | answer before | answer taught |", "|---:|---|---|---|---|", *rows,
+        *([f"\nand {more:,} more in `edits.json`"] if more > 0 else []), "",
+        "The edits change what this model says about the questions above and about what it takes for the same; the "
+        "licence of the base model holds.", "",
+    ]  # fmt: skip
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text)))
+
+
+def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
+    if kind == _ADAPTERS:
+        yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
+        return
+    remote = ", trust_remote_code=True" if kind == _STANDALONE or own_code else ""
+    if kind == _STANDALONE:
+        yield (
+            f"The base model in `base/`, the edits in `edits.safetensors`, and `{RUNTIME}`, which chooses the edits "
+            "for each question. It needs transformers and nothing else; `generate` and its cache work as usual. "
+            "Engines that do not run the model's own Python code do not see the edits."
+        )
+    else:
+        yield "Plain weights: the edits are in them."
+    yield from (
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+    )
+    yield f'model = AutoModelForImageTextToText.from_pretrained("FOLDER"{remote})'
+    yield f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})'
+    yield "```"
+
+
+def said(report: dict[str, Any]) -> Sequence[str]:
+    """Return in lines what an export is, and how it loads."""
+    lines = [f"{report['folder']}: {report['kind']}, {report['edits']:,} edits"]
+    if report["kind"] == _STANDALONE:
+        lines.append(
+            f"the edits need the code in {RUNTIME}: load it with trust_remote_code=True; mmedit is not needed"
+        )
+    if "checked" in report:
+        lines.append(
+            f"loaded again and asked {report['checked']} questions: logits at most {report['largest_difference']:.3g} "
+            "from the edited model"
+        )
+    if "continued" in report:
+        lines.append(
+            "a batch of an edit's question and another: routed as alone; generate says the same without its cache"
+        )
+    if report["kind"] == _ADAPTERS:
+        lines.append(
+            "one adapter an edit: which one answers a question is not in the files"
+        )
+    return [*lines, *([report["url"]] if "url" in report else [])]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,254 @@
+"""`mmedit train-editor`: resolve what is asked, and train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.hparams import to_dict
+from mmedit_cli.knowledge.loading import (
+    ModelOptions,
+    load_model,
+    resolve_editor,
+    variant_for,
+)
+from mmedit_cli.knowledge.workflow.evaluation import (
+    check_pictures,
+    check_queries,
+    count_queries,
+)
+from mmedit_cli.output import Output
+from mmedit_cli.records import Run
+from mmedit_cli.runtime import Processes
+from mmedit_cli.shapes import told
+from mmedit_cli.types import EditCase
+
+if TYPE_CHECKING:
+    from mmedit_cli.knowledge.data.base import DataOptions
+
+HELD_OUT = (
+    20  # without a split for it, every so many cases are held out of the training
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train; the defaults are those of `mmedit train-editor`."""
+
+    editor: str
+    model: ModelOptions
+    data: str
+    validation: str | None = None
+    data_options: DataOptions | None = None
+    hparams: Path | None = None
+    overrides: Sequence[str] = ()
+    limit: int | None = None
+    batch_size: int = 32
+    cache_bytes: int = 4 << 30
+    seed: int = 0
+    records: Path = Path("records")
+    force: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything resolved before a model is loaded."""
+
+    options: TrainOptions
+    ref: ModelRef
+    hparams: Any
+    cases: list[EditCase]
+    held_out: list[EditCase]
+    config: dict[str, Any]
+    folder: Path
+
+
+def plan_training(options: TrainOptions) -> TrainPlan:
+    """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    from mmedit_cli.knowledge.data.base import fingerprint
+
+    ref = find_model(options.model.model, revision=options.model.revision)
+    variant = variant_for(options.editor, ref, options.hparams)
+    editor, hparams = resolve_editor(
+        options.editor, variant, options.hparams, options.overrides
+    )
+    if not editor.trains:
+        trained = [
+            name
+            for name in registry.editors.names()
+            if registry.editors.get(name).trains
+        ]
+        raise UserError(
+            f"{editor.name} needs no training",
+            f"editors with networks to train: {', '.join(trained)}",
+        )
+    name, cases, held_out = training_cases(options)
+    check_pictures([*cases, *held_out])
+    config = {
+        "command": "train-editor",
+        "editor": editor.name,
+        "hparams": to_dict(hparams),
+        "variant": variant,
+        "model": {
+            "name": ref.name,
+            "family": ref.family,
+            "fingerprint": ref.fingerprint,
+        },
+        "device": options.model.device,
+        "dtype": options.model.dtype,
+        "data": {"name": name, "cases": len(cases), "fingerprint": fingerprint(cases)},
+        "validation": {"cases": len(held_out), "fingerprint": fingerprint(held_out)},
+        "batch_size": options.batch_size,
+        "processes": runtime.process_count(),
+        "seed": options.seed,
+        "versions": runtime.versions(),
+    }
+    folder = Run.locate(
+        options.records, ("train-editor", editor.name, ref.name, name), config
+    )
+    return TrainPlan(options, ref, hparams, cases, held_out, config, folder)
+
+
+def training_cases(options: TrainOptions) -> tuple[str, list[EditCase], list[EditCase]]:
+    """Return (name, cases to train on, cases held out).
+
+    A named data set is trained on its `train` split and held out on `val`, never on what it is evaluated with; where
+    there is no split for it, every twentieth case is held out.
+    """
+    from mmedit_cli.knowledge.data.base import DataOptions, find_dataset, read_data
+
+    train, validation = options.data, options.validation
+    how = options.data_options or DataOptions()
+    named = find_dataset(options.data)
+    if named is not None and ":" not in options.data and "train" in named[0].splits:
+        train = f"{options.data}:train"
+        if validation is None and "val" in named[0].splits:
+            validation = f"{options.data}:val"
+    data = read_data(train, limit=options.limit, options=how)
+    name = data.name if named is None else options.data
+    if validation is not None:
+        return name, data.cases, read_data(validation, options=how).cases
+    if len(data.cases) < HELD_OUT:
+        raise DataError(
+            f"{train}: {len(data.cases)} cases are too few to hold some out",
+            "name others with --validation",
+        )
+    kept = [case for i, case in enumerate(data.cases) if i % HELD_OUT]
+    return name, kept, data.cases[::HELD_OUT]
+
+
+def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
+    """Train the networks of an editor and return the report; a finished run is only read, another one goes on.
+
+    Raises a UserError for bad input, before anything is written.
+    """
+    out = out or Output()
+    plan = plan_training(options)
+    return Run.done_before(
+        plan.folder, force=options.force, say=out.note
+    ) or run_training(plan, out)
+
+
+def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
+    """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
+    from mmedit_cli.knowledge.evaluation.protocol import PREPARING
+    from mmedit_cli.knowledge.training_loop import (
+        Conditions,
+        train_networks,
+        with_alternatives,
+    )
+
+    options, processes = plan.options, runtime.join_processes(plan.options.model.device)
+    model = replace(options.model, device=processes.device)
+    if processes.rank:
+        out = Output(quiet=True)
+    out.note(told(plan.options.editor, plan.config["variant"]))
+    backbone = load_model(model, plan.ref, out)
+    steps = plan.hparams.training.steps
+    taught = with_alternatives(plan.cases, plan.hparams.training, options.seed)
+    shown = [*(case for variants in taught for case in variants), *plan.held_out]
+    totals = {PREPARING: count_queries(shown), "steps": steps}
+    out.note(
+        f"{len(plan.cases):,} cases; {totals[PREPARING]:,} questions are run through the frozen layers once, as the "
+        f"first of {steps:,} steps need them"
+    )
+    check_queries(backbone, [*plan.cases, *plan.held_out])
+    editor = registry.editors.get(options.editor)(
+        backbone, plan.hparams, seed=options.seed
+    )
+    with ExitStack() as stack:
+        environment = runtime.environment(backbone.device)
+        run = stack.enter_context(
+            shared_run(
+                plan.folder, plan.config, environment, processes, force=options.force
+            )
+        )
+        conditions = Conditions(
+            processes, options.batch_size, options.cache_bytes, say=out.note
+        )
+        if options.tensorboard and processes.rank == 0:
+            conditions = replace(
+                conditions, curve=stack.enter_context(tensorboard(plan.folder))
+            )
+        tick = stack.enter_context(out.progress(totals))
+        result = train_networks(
+            editor, plan.cases, plan.held_out, run, replace(conditions, tick=tick)
+        )
+        if processes.rank == 0:
+            head = {
+                key: value
+                for key, value in plan.config.items()
+                if key not in ("device", "dtype", "batch_size")
+            }
+            run.finish(
+                {
+                    "format": 1,
+                    **head,
+                    "environment": run.environment,
+                    **result,
+                    "run": str(plan.folder),
+                }
+            )
+    processes.wait()
+    report = Run.finished(plan.folder)
+    assert report is not None
+    return report
+
+
+@contextmanager
+def shared_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    processes: Processes,
+    *,
+    force: bool,
+) -> Iterator[Run]:
+    """Yield the run in `folder`: the first process opens and writes it, the others look at it as that leaves it."""
+    with ExitStack() as stack:
+        if processes.rank == 0:
+            run = stack.enter_context(
+                Run.open(folder, config, environment, force=force)
+            )
+        processes.wait()
+        yield Run.view(folder) if processes.rank else run
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield `curve(name, value, step)`, which writes for TensorBoard; raise UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--tensorboard: tensorboard is not installed", "pip install tensorboard"
+        ) from error
+    with SummaryWriter(folder / "tensorboard") as writer:
+        yield writer.add_scalar

@@ -1,0 +1,1 @@
+"""Picture editing: pictures changed by instruction."""

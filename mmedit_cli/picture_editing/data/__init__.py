@@ -1,0 +1,1 @@
+"""Pairs of pictures with the instruction that leads from one to the other."""

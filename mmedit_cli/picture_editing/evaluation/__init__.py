@@ -1,0 +1,1 @@
+"""Judges and distances for edited pictures."""

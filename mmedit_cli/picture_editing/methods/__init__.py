@@ -1,0 +1,1 @@
+"""Image editors; the name of a file or folder is the public name of the method."""

@@ -1,0 +1,111 @@
+"""FLUX.1 Kontext: a rectified-flow transformer that reads the picture as further tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from mmedit_cli.errors import DataError
+from mmedit_cli.finite import check_finite
+from mmedit_cli.picture_editing.methods.base import (
+    Edited,
+    ImageEditor,
+    Job,
+    Settings,
+    Tick,
+)
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
+
+
+@final
+class FluxKontext(ImageEditor):
+    """FLUX.1 Kontext (Black Forest Labs 2025), for any checkpoint that FluxKontextPipeline reads.
+
+    Its guidance is distilled into the model: one pass a step whatever the scale, and none for the picture.
+    """
+
+    name = "flux-kontext"
+    defaults = Settings(steps=28, text_guidance=3.5)
+
+    def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
+        self.pipeline, self.model, self.fingerprint = pipeline, model, fingerprint
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, model: str | None, options: LoadOptions) -> FluxKontext:
+        """Return the editor for a name, a folder or a hub id; None is the published checkpoint."""
+        found = load_pipeline(model or "flux-kontext", "FluxKontextPipeline", options)
+        return cls(found.pipeline, found.name, found.fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.pipeline.transformer.device  # type: ignore[no-any-return]
+
+    @property
+    def multiple(self) -> int:
+        """Pixels to a token: latents are packed two by two."""
+        return 2 * int(self.pipeline.vae_scale_factor)
+
+    @property
+    def resolution(self) -> int:
+        """About a megapixel."""
+        return 1024
+
+    def check_steps(self, steps: int) -> None:
+        """Raise DataError for more steps than the sampler was made for."""
+        most = int(self.pipeline.scheduler.config.num_train_timesteps)
+        if not 1 <= steps <= most:
+            raise DataError(
+                f"--steps {steps}: {self.model} was made for 1 to {most}",
+                "28 are usual",
+            )
+
+    def edit_batch(
+        self, jobs: Sequence[Job], settings: Settings, tick: Tick
+    ) -> list[Edited]:
+        """Edit pictures one after another: the pipeline takes one picture a call."""
+        return [self._edit(job, settings, tick) for job in jobs]
+
+    def _edit(self, job: Job, settings: Settings, tick: Tick) -> Edited:
+        width, height = job.picture.size
+        steps = settings.steps or 1
+
+        def make(check: Callable[[torch.Tensor, str], None]) -> torch.Tensor:
+            """Return the pixels, (1, 3, H, W) in 0..1; `check` is given all that leaves the model."""
+
+            def after_step(
+                _pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]
+            ) -> dict[str, Any]:
+                check(tensors["latents"], f"the latents of step {step + 1} of {steps}")
+                tick(1)
+                return tensors
+
+            made = self.pipeline(
+                image=job.picture, prompt=job.instruction, width=width, height=height, max_area=width * height,
+                num_inference_steps=steps, guidance_scale=settings.text_guidance,
+                generator=torch.Generator().manual_seed(job.seed), callback_on_step_end=after_step, output_type="pt",
+            )  # fmt: skip
+            check(made.images, "the edited picture")
+            return made.images  # type: ignore[no-any-return]
+
+        parts = {
+            name: part
+            for name, part in self.pipeline.components.items()
+            if isinstance(part, nn.Module)
+        }
+
+        def check(values: torch.Tensor, what: str) -> None:
+            again = partial(make, lambda _values, _what: None)
+            check_finite(values, f"{self.model}: {what}", nn.ModuleDict(parts), again)
+
+        processor = self.pipeline.image_processor
+        (picture,) = processor.numpy_to_pil(processor.pt_to_numpy(make(check)))
+        return Edited(picture, rows=steps)
+
+
+IMAGE_EDITOR = FluxKontext

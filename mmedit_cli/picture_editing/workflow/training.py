@@ -1,0 +1,172 @@
+"""`mmedit train-editor` for image editors: resolve what is asked, and train."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli import registry, runtime
+from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.hparams import load_hparams, to_dict
+from mmedit_cli.knowledge.workflow.training import (
+    HELD_OUT,
+    TrainOptions,
+    shared_run,
+    tensorboard,
+)
+from mmedit_cli.output import Output
+from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
+from mmedit_cli.picture_editing.data.opening import NAMED, open_pairs
+from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.records import Run
+from mmedit_cli.shapes import pick_variant, shape_of, told
+
+DATA = "emojikb-edits"  # where no data are named
+FOLDER = "train-image-editor"  # below the records
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything resolved before a model is loaded."""
+
+    options: TrainOptions
+    ref: ModelRef
+    hparams: Any
+    pairs: list[EditPair]
+    held_out: list[EditPair]
+    config: dict[str, Any]
+    folder: Path
+
+
+def plan_training(options: TrainOptions) -> TrainPlan:
+    """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
+    cls = registry.image_editors.get(options.editor)
+    if not cls.trains:
+        raise UserError(
+            f"{cls.name} is not trained here", "image editors with a training: mgie"
+        )
+    ref = find_model(options.model.model, revision=options.model.revision)
+    file = options.hparams or registry.hparams_file(options.editor)
+    variant = pick_variant(file, shape_of(ref), ref.name)
+    hparams = load_hparams(
+        file, cls.Hparams, variant=variant, overrides=options.overrides
+    )
+    if hparams.training.batch_size < runtime.process_count():
+        raise UserError(
+            f"{runtime.process_count()} processes share a batch of {hparams.training.batch_size}"
+        )
+    name, pairs, held_out = training_pairs(options)
+    config = {
+        "command": "train-editor",
+        "editor": cls.name,
+        "hparams": to_dict(hparams),
+        "variant": variant,
+        "model": {
+            "name": ref.name,
+            "family": ref.family,
+            "fingerprint": ref.fingerprint,
+        },
+        "device": options.model.device,
+        "dtype": options.model.dtype,
+        "data": {"name": name, "cases": len(pairs), "fingerprint": fingerprint(pairs)},
+        "validation": {"cases": len(held_out), "fingerprint": fingerprint(held_out)},
+        "processes": runtime.process_count(),
+        "seed": options.seed,
+        "versions": runtime.versions(),
+    }
+    folder = Run.locate(options.records, (FOLDER, cls.name, ref.name, name), config)
+    return TrainPlan(options, ref, hparams, pairs, held_out, config, folder)
+
+
+def training_pairs(options: TrainOptions) -> tuple[str, list[EditPair], list[EditPair]]:
+    """Return (name, pairs to train on, pairs held out): a named set's own val split, else every twentieth pair."""
+    data, validation = options.data, options.validation
+    if data in NAMED and not Path(data).exists():
+        data, validation = f"{data}:train", validation or f"{data}:val"
+    name, pairs = open_pairs(data, limit=options.limit)
+    if validation is not None:
+        return name, pairs, open_pairs(validation)[1]
+    if len(pairs) < 2:
+        raise DataError(
+            f"{data}: one pair is too few to hold some out",
+            "name others with --validation",
+        )
+    held_out = pairs[::HELD_OUT] if len(pairs) >= HELD_OUT else pairs[:1]
+    uids = {pair.uid for pair in held_out}
+    return name, [pair for pair in pairs if pair.uid not in uids], held_out
+
+
+def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
+    """Train an image editor and return the report; a finished run is only read, another one goes on.
+
+    Raises a UserError for bad input, before anything is written.
+    """
+    out = out or Output()
+    plan = plan_training(options)
+    return Run.done_before(
+        plan.folder, force=options.force, say=out.note
+    ) or run_training(plan, out)
+
+
+def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
+    """Load the parts, train, and write what was trained and the report; the first process writes, all return it."""
+    from mmedit_cli.knowledge.evaluation.protocol import PREPARING
+    from mmedit_cli.knowledge.training_loop import Conditions
+    from mmedit_cli.picture_editing.methods.mgie.parts import assemble
+    from mmedit_cli.picture_editing.methods.mgie.training import train_mgie
+
+    options, processes = plan.options, runtime.join_processes(plan.options.model.device)
+    if processes.rank:
+        out = Output(quiet=True)
+    out.note(told(options.editor, plan.config["variant"]))
+    out.note(f"loading {plan.ref.name} and {plan.hparams.diffusion}")
+    load = LoadOptions(processes.device, options.model.dtype, options.model.revision)
+    pipeline = assemble(options.model.model, plan.hparams, load, seed=options.seed)
+    editor = registry.image_editors.get(options.editor)(
+        pipeline, options.model.model, plan.ref.fingerprint
+    )
+    with ExitStack() as stack:
+        environment = runtime.environment(editor.device)
+        run = stack.enter_context(
+            shared_run(
+                plan.folder, plan.config, environment, processes, force=options.force
+            )
+        )
+        how = Conditions(processes, say=out.note)
+        if options.tensorboard and processes.rank == 0:
+            how = replace(how, curve=stack.enter_context(tensorboard(plan.folder)))
+        untold = sum(not pair.expressive for pair in (*plan.pairs, *plan.held_out))
+        tick = stack.enter_context(
+            out.progress({PREPARING: untold, "steps": plan.hparams.training.steps})
+        )
+        result = train_mgie(
+            editor,
+            plan.hparams,
+            plan.pairs,
+            plan.held_out,
+            run,
+            replace(how, tick=tick),
+            seed=options.seed,
+        )
+        if processes.rank == 0:
+            head = {
+                key: value
+                for key, value in plan.config.items()
+                if key not in ("device", "dtype")
+            }
+            run.finish(
+                {
+                    "format": 1,
+                    **head,
+                    "environment": run.environment,
+                    **result,
+                    "run": str(plan.folder),
+                }
+            )
+    processes.wait()
+    report = Run.finished(plan.folder)
+    assert report is not None
+    return report

@@ -1,1 +1,0 @@
-"""How editors with networks are trained."""
