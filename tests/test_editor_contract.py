@@ -267,7 +267,7 @@ def test_a_state_of_another_kind_is_refused(editor, tmp_path):
     with pytest.raises(StateError, match="format 99, newer"):
         editor.load_state(tensors, {**metadata, "format": "99"})
     (tmp_path / "bad").write_bytes(b"not tensors")
-    with pytest.raises(StateError, match="not a readable state"):
+    with pytest.raises(StateError, match="not a safetensors file"):
         editor.load(tmp_path / "bad")
 
 

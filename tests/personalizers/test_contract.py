@@ -122,7 +122,7 @@ def test_a_file_of_another_model_or_method_is_refused(editor, concept, tmp_path)
     with pytest.raises(StateError, match=r"missing|does not fit"):
         editor.load(path)
     path.write_bytes(b"not tensors")
-    with pytest.raises(StateError, match="not a readable state"):
+    with pytest.raises(StateError, match="not a safetensors file"):
         editor.load(path)
 
 
