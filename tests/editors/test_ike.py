@@ -95,7 +95,7 @@ def test_the_three_kinds_of_demonstrations(facts):
 
 
 def test_bad_files_are_named(backbone, tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         Ike(backbone, IkeHparams(facts=str(tmp_path / "none.jsonl")))
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:1"):
