@@ -331,7 +331,7 @@ def test_an_adapter_that_does_not_fit_is_refused(small, tmp_path):
     for overrides, problem in ((("rank=4",), "r 8"), (("layers=[4]",), "does not fit")):
         with pytest.raises(StateError, match=problem):
             editor_on(small, *overrides).import_block(tmp_path / "block", REQUESTS[0])
-    with pytest.raises(StateError, match="not a readable adapter config"):
+    with pytest.raises(StateError, match=r"adapter_config\.json: no such file"):
         editor.import_block(tmp_path, REQUESTS[0])
 
 
