@@ -157,6 +157,7 @@ image_editors: Registry[Any] = Registry(
     "mmedit_cli.picture_editing.methods", "IMAGE_EDITOR"
 )
 backbones: Registry[Any] = Registry("mmedit_cli.knowledge.models", "BACKBONE")
+drawing_models: Registry[Any] = Registry("mmedit_cli.drawing.models", "BACKBONE")
 datasets: Registry[Any] = Registry("mmedit_cli.knowledge.data", "DATASET")
 
 

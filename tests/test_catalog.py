@@ -41,7 +41,8 @@ def test_every_model_is_of_a_family_that_is_there():
     assert {entry.family for entry in catalog.MODELS.values()} == set(
         catalog.FAMILIES.values()
     )
-    assert set(registry.backbones.names()) == set(catalog.FAMILIES.values())
+    families = {*registry.backbones.names(), *registry.drawing_models.names()}
+    assert families == set(catalog.FAMILIES.values())
 
 
 def test_models_that_come_along_are_found_by_their_folder(tmp_path, monkeypatch, cli):

@@ -109,7 +109,11 @@ def test_the_library_example(capsys):
 def test_the_tables_name_every_editor_and_family():
     from mmedit_cli import registry
 
-    for name in (*registry.editors.names(), *registry.backbones.names()):
+    for name in (
+        *registry.editors.names(),
+        *registry.backbones.names(),
+        *registry.drawing_models.names(),
+    ):
         assert f"| `{name}` |" in TEXT
     for name in registry.personalizers.names():
         assert f"`{name}`" in TEXT

@@ -519,9 +519,7 @@ def catalogue(out: Output) -> None:
                 "summary": registry.editors.summary(name),
                 "trained first": "yes" if fact("trains") else "no",
                 "batch edits": "yes" if fact("batch_edits") else "no",
-                "models": ", ".join(
-                    name for name in registry.backbones.names() if name != DRAWS
-                ),
+                "models": ", ".join(registry.backbones.names()),
             }
         )
     drawn = [

@@ -282,5 +282,7 @@ def test_latents_that_are_no_numbers_stop_the_edit():
     editor = InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu"))
     with torch.no_grad():
         editor.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(MmeditError, match=r"step 1 of 3 are not finite: unet\.conv_out"):
+    with pytest.raises(
+        MmeditError, match=r"step 1 of 3 are not finite: unet\.conv_out"
+    ):
         editor.edit([Job(picture(), "paint it blue")], Settings(3))

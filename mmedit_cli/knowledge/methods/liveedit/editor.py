@@ -316,9 +316,7 @@ class LiveEdit(TrainedEditor):
         tensors = {**self._bank.tensors(), "hidden": ~self._bank.visible}
         tensors |= {f"networks.{key}": value for key, value in state.items()}
         settings = {name: getattr(self.hparams, name) for name in names}
-        return standalone(
-            self, "_liveedit_runtime.py", self._entered, tensors, settings
-        )
+        return standalone(self, self._entered, tensors, settings)
 
 
 EDITOR = LiveEdit

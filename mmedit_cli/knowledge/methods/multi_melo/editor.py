@@ -427,7 +427,7 @@ class MultiMelo(Editor):
             "frame": self.backbone.frame,
         }
         entered = self.backbone.anchors.path("layer", self._layer)
-        return standalone(self, "_multi_melo_runtime.py", entered, tensors, settings)
+        return standalone(self, entered, tensors, settings)
 
 
 EDITOR = MultiMelo

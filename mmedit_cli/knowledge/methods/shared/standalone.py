@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from mmedit_cli.knowledge.methods.shared.flatten import flatten
 
 def standalone(
     editor: Editor,
-    runtime: str,
     entered: str,
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
 ) -> Standalone:
-    """Return the edits of an editor for the file `runtime`, which stands beside this one.
+    """Return the edits of an editor for the file `runtime.py`, which stands beside the editor's own.
 
     `entered` is the path of the module on entering which a question is routed.
     """
@@ -32,5 +32,5 @@ def standalone(
         or config.image_token_index,
     }
     ids = torch.tensor([i for operation in editor.operations for i in operation.ids])
-    source = flatten(Path(__file__).with_name(runtime))
+    source = flatten(Path(inspect.getfile(type(editor))).with_name("runtime.py"))
     return Standalone(source, {**tensors, "ids": ids}, {**settings, **known})

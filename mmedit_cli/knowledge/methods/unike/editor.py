@@ -452,7 +452,7 @@ class Unike(TrainedEditor):
             "hidden": self._replaced,
             **{f"networks.{key}": t for key, t in known.items()},
         }
-        return standalone(self, "_unike_runtime.py", places.entered, tensors, settings)
+        return standalone(self, places.entered, tensors, settings)
 
 
 def _answer_losses(logits: Tensor, labels: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

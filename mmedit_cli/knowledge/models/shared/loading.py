@@ -54,7 +54,7 @@ def load_backbone(
 
 def check_answers(ref: ModelRef) -> None:
     """Raise ModelError for a model that answers nothing."""
-    if not issubclass(registry.backbones.get(ref.family), VisionLanguageModel):
+    if ref.family in registry.drawing_models.names():
         raise ModelError(
             f"{ref.name}: draws pictures ({ref.family}), it answers nothing",
             "draw: mmedit generate",
