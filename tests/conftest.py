@@ -16,6 +16,7 @@ os.environ.update(MMEDIT_CACHE=tempfile.mkdtemp(prefix="mmedit-cache-"))
 os.environ.pop("MMEDIT_RECORDS", None)
 os.environ.pop("MMEDIT_DATA", None)
 
+import signal
 import socket
 from pathlib import Path
 
@@ -39,6 +40,9 @@ FAMILIES = (
 )
 
 torch.set_num_threads(1)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell in the background ignores it
 emojikb_dir()  # unpacks the pictures that tests open by their paths
 
 

@@ -32,9 +32,7 @@ from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
 
 CPU = LoadOptions("cpu")
-TINY = load_hparams(
-    ROOT / "hparams" / "mgie_training.yaml", MgieHparams, variant="tiny-llava"
-)
+TINY = load_hparams(ROOT / "hparams" / "mgie.yaml", MgieHparams, variant="tiny-llava")
 PAIRS = [
     pair
     for pair in open_pairs("emojikb-edits:train")[1][:400]

@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_networks_and_another_gives_others(
     a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(
-        torch.equal(a[key], c[key]) for key in a if key.startswith("trained_networks.")
+        torch.equal(a[key], c[key]) for key in a if key.startswith("networks.")
     )
 
 
