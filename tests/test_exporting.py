@@ -223,7 +223,7 @@ def test_a_model_that_transformers_does_not_know_takes_its_code_along(tmp_path):
 def test_an_export_that_routes_every_token_anew_is_noticed(tmp_path, monkeypatch):
     with begun(tmp_path, "tiny-llava", "multi-melo") as edited:
         edited.edit(REQUESTS)
-    once = "(self._generating and self._begun)"
+    once = "self._generating and self._begun"
     real = standalone.flatten
     runtime = Path(standalone.__file__).parents[1] / "multi_melo" / "runtime.py"
     assert once in real(runtime)
