@@ -278,7 +278,7 @@ def test_bad_files(load: Load, tmp_path: Path) -> None:
     assert problem(tmp_path / "no" / "ft.yaml") == f"no{os.sep}ft.yaml: no such file"
     assert problem(tmp_path) == ".: is a folder, not a YAML file"
     assert problem(tmp_path.parent / "x.yaml").startswith(str(tmp_path.parent))
-    with pytest.raises(HparamsError, match=r"ft.yaml: not UTF-8 text \(byte 3\)"):
+    with pytest.raises(HparamsError, match=r"ft.yaml:1: not UTF-8 \(byte 3\)"):
         load(b"a: \xff")
     with pytest.raises(HparamsError, match="larger than 1 MiB"):
         load("#" * (1 << 20) + "\n")
