@@ -70,16 +70,16 @@ def _pairs(pairs: Sequence[EditPair]) -> Iterator[Finding]:
 
 
 def _data(data: str, options: DataOptions) -> Iterator[Finding]:
-    from mmedit_cli.drawing.data import opening
+    from mmedit_cli.drawing.data import opening as subjects
     from mmedit_cli.knowledge.data.base import find_dataset, own_cases, own_file
     from mmedit_cli.knowledge.data.shared import audit
-    from mmedit_cli.picture_editing.data import opening as picture_editing_opening
+    from mmedit_cli.picture_editing.data import opening as edit_pairs
 
-    if data in opening.NAMED or (Path(data) / "subjects.yaml").is_file():
-        yield from _subjects(opening.open_subjects(data, root=options.root))
+    if data in subjects.NAMED or (Path(data) / "subjects.yaml").is_file():
+        yield from _subjects(subjects.open_subjects(data, root=options.root))
         return
-    if data.partition(":")[0] in picture_editing_opening.NAMED:
-        yield from _pairs(picture_editing_opening.open_pairs(data)[1])
+    if data.partition(":")[0] in edit_pairs.NAMED:
+        yield from _pairs(edit_pairs.open_pairs(data)[1])
         return
     named = find_dataset(data)
     if named is not None:

@@ -17,6 +17,7 @@ from mmedit_cli.storage import (
     file_errors,
     remove_file,
     remove_temporaries,
+    sha256_of,
     sync_file,
     sync_folder,
     temporary_beside,
@@ -154,7 +155,7 @@ class Shards:
 
     def _is_whole(self, path: Path, digest: str) -> bool:
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest() == digest
+            return sha256_of(path) == digest
         except OSError:
             return False
 
