@@ -147,6 +147,14 @@ class ModelRef:
     folder: Path | None
     fingerprint: str
 
+    def described(self) -> dict[str, str]:
+        """Return what a run or a ledger keeps of the model it is about."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "fingerprint": self.fingerprint,
+        }
+
     @cached_property
     def former(self) -> str:
         """The fingerprint that version 0.1.0 gave to the same files, empty where it is the same one."""

@@ -198,11 +198,7 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
         "editor": options.editor,
         "hparams": to_dict(hparams),
         "variant": variant,
-        "model": {
-            "name": ref.name,
-            "family": ref.family,
-            "fingerprint": ref.fingerprint,
-        },
+        "model": ref.described(),
         "device": options.device,
         "dtype": options.dtype,
         "data": {

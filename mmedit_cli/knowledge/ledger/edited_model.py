@@ -321,9 +321,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedM
         "hparams": to_dict(hparams),
         "variant": variant,
         "model": {
-            "name": ref.name,
-            "family": ref.family,
-            "fingerprint": ref.fingerprint,
+            **ref.described(),
             "source": _source(options.model.model),
             "revision": options.model.revision,
         },

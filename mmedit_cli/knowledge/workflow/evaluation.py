@@ -110,11 +110,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "editor": editor.name,
         "hparams": used_hparams(hparams),
         "variant": variant,
-        "model": {
-            "name": ref.name,
-            "family": ref.family,
-            "fingerprint": ref.fingerprint,
-        },
+        "model": ref.described(),
         "device": options.model.device,
         "dtype": options.model.dtype,
         "data": {

@@ -96,11 +96,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
         "editor": editor.name,
         "hparams": to_dict(hparams),
         "variant": variant,
-        "model": {
-            "name": ref.name,
-            "family": ref.family,
-            "fingerprint": ref.fingerprint,
-        },
+        "model": ref.described(),
         "device": options.model.device,
         "dtype": options.model.dtype,
         "data": {"name": name, "cases": len(cases), "fingerprint": fingerprint(cases)},

@@ -64,11 +64,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
         "editor": cls.name,
         "hparams": to_dict(hparams),
         "variant": variant,
-        "model": {
-            "name": ref.name,
-            "family": ref.family,
-            "fingerprint": ref.fingerprint,
-        },
+        "model": ref.described(),
         "device": options.model.device,
         "dtype": options.model.dtype,
         "data": {"name": name, "cases": len(pairs), "fingerprint": fingerprint(pairs)},
