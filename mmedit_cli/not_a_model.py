@@ -9,6 +9,7 @@ from typing import NoReturn
 from mmedit_cli.errors import ModelError, near_miss
 from mmedit_cli.model_folder import config_file, read_object
 from mmedit_cli.reading import read_tensor_header
+from mmedit_cli.records import CONCEPT_INDEX
 
 _ADAPTER = "adapter_config.json"  # of peft
 _LORA = ("lora_", ".lora.", ".lora_A.", ".lora_B.")  # in the names of a LoRA's tensors
@@ -102,9 +103,8 @@ def _check_bare_folder(path: Path) -> None:
         raise ModelError(
             f"{path}: a ledger of edits, not a model", f"mmedit ask --edits {path}"
         )
-    if (path / "index.json").is_file() and "concepts" in read_object(
-        path / "index.json"
-    ):
+    index = path / CONCEPT_INDEX
+    if index.is_file() and "concepts" in read_object(index):
         raise ModelError(
             f"{path}: a folder of concepts, not a model",
             f"mmedit generate --edits {path}",

@@ -110,21 +110,39 @@ def private_imports(package: Path) -> list[str]:
     found = []
     for path in sorted(package.rglob("*.py")):
         here = module_name(path.parent / "__init__.py", package)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (
-                node.module or ""
-            ).startswith(package.name):
-                continue
-            module = node.module or ""
-            for name in (f"{module}.{alias.name}" for alias in node.names):
-                private = [
-                    i
-                    for i, part in enumerate(name.split("."))
-                    if part.startswith("_") and part[1] != "_"
-                ]
-                if private and ".".join(name.split(".")[: private[0]]) != here:
-                    found.append(f"{path.relative_to(package)}: {name}")
+        for name in _imported_names(path):
+            owner = _owner_of_private(name)
+            inside = name.startswith(f"{package.name}.")
+            if inside and owner not in (None, here):
+                found.append(f"{path.relative_to(package)}: {name}")
     return found
+
+
+def relative_imports(package: Path) -> list[str]:
+    """Return the files with a relative import, which `import_graph` does not see."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if any(isinstance(node, ast.ImportFrom) and node.level for node in nodes):
+            found.append(str(path.relative_to(package)))
+    return found
+
+
+def _imported_names(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file takes with `from ... import ...`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def _owner_of_private(name: str) -> str | None:
+    """Return the package that the first private part of a name belongs to, None where no part is private."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.startswith("_") and not part.startswith("__"):
+            return ".".join(parts[:place])
+    return None
 
 
 def _code_lines(source: str) -> set[int]:
@@ -133,6 +151,11 @@ def _code_lines(source: str) -> set[int]:
         if token.type not in _NO_CODE:
             code |= set(range(token.start[0], token.end[0] + 1))
     return code - _docstring_lines(ast.parse(source))
+
+
+def _count_comments(source: str) -> int:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
 
 
 def _docstring_lines(tree: ast.Module) -> set[int]:
@@ -165,34 +188,27 @@ def main() -> None:
     dense = [
         path for path, densities in by_file.items() if percentile(densities, 0.95) > 14
     ]
+    dense.sort(key=lambda path: -percentile(by_file[path], 0.95))
     code = sum(len(_code_lines(source)) for source in sources.values())
-    comments = sum(
-        token.type == tokenize.COMMENT
-        for source in sources.values()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-    )
-    folders = {path.parent for path in files}
-    print(f"files                                        {len(files)}")
-    print(f"folders                                      {len(folders)}")
-    print(f"code lines                                   {code}")
-    print(f"comments per 100 code lines                  {100 * comments / code:.1f}")
-    print(
-        f"nodes a line of a function, median           {statistics.median(everything):.1f}"
-    )
-    print(
-        f"nodes a line of a function, 95th percentile  {percentile(everything, 0.95):.1f}"
-    )
-    print(f"files whose 95th percentile is above 14      {len(dense)}")
-    print(
-        f"`# fmt: skip`                                {sum(s.count('# fmt: skip') for s in sources.values())}"
-    )
-    print(
-        f"private imports across folders               {len(private_imports(package))}"
-    )
-    print(
-        f"circles of imports                           {len(circles(import_graph(package)))}"
-    )
-    for path in sorted(dense, key=lambda path: -percentile(by_file[path], 0.95)):
+    comments = sum(_count_comments(source) for source in sources.values())
+    skips = sum(source.count("# fmt: skip") for source in sources.values())
+    median = statistics.median(everything)
+    high = percentile(everything, 0.95)
+    figures = {
+        "files": len(files),
+        "folders": len({path.parent for path in files}),
+        "code lines": code,
+        "comments per 100 code lines": f"{100 * comments / code:.1f}",
+        "nodes a line of a function, median": f"{median:.1f}",
+        "nodes a line of a function, 95th percentile": f"{high:.1f}",
+        "files whose 95th percentile is above 14": len(dense),
+        "`# fmt: skip`": skips,
+        "private imports across folders": len(private_imports(package)),
+        "circles of imports": len(circles(import_graph(package))),
+    }
+    for name, value in figures.items():
+        print(f"{name:45}{value}")
+    for path in dense:
         print(f"  {percentile(by_file[path], 0.95):5.1f}  {path.relative_to(package)}")
 
 

@@ -9,7 +9,13 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from measure_house import PACKAGE, circles, import_graph, private_imports
+from measure_house import (
+    PACKAGE,
+    circles,
+    import_graph,
+    private_imports,
+    relative_imports,
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 GRAPH = import_graph(PACKAGE)
@@ -68,60 +74,60 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def room_of(module: str) -> tuple[str, ...]:
+    """The parts of a module's dotted name below the package."""
+    return tuple(module.split(".")[1:])
+
+
 def goes_up(importer: str, imported: str) -> bool:
     """Tell whether an import points to a row above; both are dotted names of modules."""
-    here, there = importer.split(".")[1:], imported.split(".")[1:]
-    if here[0] != there[0]:
-        return ROW[there[0]] > ROW[here[0]]
-    inside = here[0] in DOMAINS and min(len(here), len(there)) > 1
-    return inside and DOMAIN_ROW[there[1]] > DOMAIN_ROW[here[1]]
+    here, there = room_of(importer), room_of(imported)
+    tower = here[0]
+    if tower != there[0]:
+        return ROW[there[0]] > ROW[tower]
+    if tower not in DOMAINS or len(here) < 2 or len(there) < 2:
+        return False
+    return DOMAIN_ROW[there[1]] > DOMAIN_ROW[here[1]]
+
+
+def method_of(module: str) -> tuple[str, str] | None:
+    """The domain and the method that a module belongs to, None for what is no method's own."""
+    room = room_of(module)
+    if len(room) < 3 or room[0] not in DOMAINS or room[1] != "methods":
+        return None
+    return None if room[2] in ("base", "shared") else (room[0], room[2])
 
 
 def test_every_module_has_a_row():
     assert {part_of(path) for path in FILES} - {"__init__"} == set(ROW)
-    rooms = {
-        module.split(".")[2]
-        for module in GRAPH
-        if module.count(".") > 1 and module.split(".")[1] in DOMAINS
-    }
-    assert rooms == set(DOMAIN_ROW)
+    rooms = [room_of(module) for module in GRAPH]
+    inside = {room[1] for room in rooms if room[0] in DOMAINS and len(room) > 1}
+    assert inside == set(DOMAIN_ROW)
+
+
+def test_imports_are_absolute():
+    assert relative_imports(PACKAGE) == []
 
 
 def test_imports_point_down():
-    assert [
-        f"{a} imports {b}"
-        for a, others in GRAPH.items()
-        for b in sorted(others)
-        if goes_up(a, b)
-    ] == []
+    edges = [(importer, name) for importer, names in GRAPH.items() for name in names]
+    assert sorted(edge for edge in edges if goes_up(*edge)) == []
 
 
 def test_imports_do_not_run_in_circles():
-    found = [
-        circle
-        for circle in circles(GRAPH)
-        if not all(name.startswith(tuple(KNOWN_CIRCLES)) for name in circle)
-    ]
-    assert found == []
+    known = tuple(KNOWN_CIRCLES)
+    for circle in circles(GRAPH):
+        assert all(name.startswith(known) for name in circle), " -> ".join(circle)
 
 
 def test_methods_share_through_the_room_for_what_is_shared():
-    """A method imports the base class, what is shared, and its own files; never another method."""
-    for importer, others in GRAPH.items():
-        here = importer.split(".")[1:]
-        if (
-            len(here) < 3
-            or here[0] not in DOMAINS
-            or here[1] != "methods"
-            or here[2] in ("base", "shared")
-        ):
-            continue
-        for imported in others:
-            there = imported.split(".")[1:]
-            if there[:2] == here[:2] and len(there) > 2:
-                assert there[2] in ("base", "shared", here[2]), (
-                    f"{importer} imports {imported}"
-                )
+    """A method imports the base class, what is shared, and its own files; never another method of its domain."""
+    for importer, names in GRAPH.items():
+        ours = method_of(importer)
+        for name in names:
+            theirs = method_of(name)
+            if ours and theirs and ours[0] == theirs[0]:
+                assert ours == theirs, f"{importer} imports {name}"
 
 
 def test_what_others_use_has_no_underscore():

@@ -251,7 +251,8 @@ def test_a_flattened_file_has_what_it_needs_once(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"shared\.lora_blocks and mmedit_cli\..*\.experts define _grown",
+        match=r"methods\.shared\.lora_blocks and "
+        r"mmedit_cli\.knowledge\.methods\.liveedit\.experts define _grown",
     ):
         flatten.flatten(file)
 

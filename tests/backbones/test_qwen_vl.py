@@ -120,7 +120,7 @@ def test_a_picture_that_lies_on_its_side_is_measured_upright(qwen, tmp_path):
 def test_a_picture_out_of_all_proportion_is_named(qwen, tmp_path):
     path = noise(tmp_path / "thin.png", 402, 2)
     with pytest.raises(
-        DataError, match=r"thin\.png: not a readable image .402 x 2 pixels"
+        DataError, match=r"thin\.png: not a readable image \(402 x 2 pixels"
     ):
         qwen.batch([Query("What is this?", "x", path)])
 
