@@ -132,7 +132,9 @@ def answer(
     answers = [""] * len(asked)
     started = time.monotonic()
     # the image tokens of each picture once; the prefixes are not used here
-    with backbone.keeping(0, [asked[i].query for i in order], group=64, budget=1 << 30):
+    with backbone.cached_activations(
+        0, [asked[i].query for i in order], group=64, budget=1 << 30
+    ):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             queries = [asked[i].query for i in part]

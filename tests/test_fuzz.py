@@ -40,7 +40,7 @@ def test_the_campaign_counts_what_goes_wrong(tmp_path):
         return 0
 
     counts = fuzz(
-        4, 0, tmp_path, [Reader("fails", make, fail), Reader("touches", make, touch)]
+        4, 0, tmp_path, [Reader("fails", make, fail), Reader("affects", make, touch)]
     )
     assert counts.uncaught + counts.refused > 0
     assert counts.outside == 1

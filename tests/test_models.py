@@ -149,5 +149,5 @@ def test_a_trained_editor_edits_what_it_never_saw(path, tmp_path):
     ]
     assert sum(held) / len(held) >= 0.9
     texts = [q for case in cases for q in case.locality["text"]]
-    assert editor.touches(texts) == [False] * len(texts)
+    assert editor.affects(texts) == [False] * len(texts)
     editor.undo()

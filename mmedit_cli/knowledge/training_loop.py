@@ -80,14 +80,14 @@ def train_networks(
     taught = with_alternatives(cases, hp, editor.seed)
     shown = [*(case for variants in taught for case in variants), *held_out]
     everything = [q for case in shown for _, qs in case.columns() for q in qs]
-    keeping = editor.backbone.keeping(
+    activations = editor.backbone.cached_activations(
         editor.first_layer,
         everything,
         group=how.batch_size,
         budget=how.cache_bytes,
         tick=lambda n: how.tick(PREPARING, n),
     )
-    with keeping:
+    with activations:
         if found := editor.gather(cases):
             how.say(found)
         training = _Training(editor, taught, held_out, run, how)
@@ -304,7 +304,7 @@ class _Training:
 
     def _validate(self) -> dict[str, float]:
         """Score the held-out cases; keep the networks if they are the best so far."""
-        self.editor.settle()
+        self.editor.finalize()
         progress, scores = self.progress, self._scores()
         score = statistics.fmean(scores.values())
         self.run.append(
@@ -333,7 +333,7 @@ class _Training:
         for start in range(0, len(edits), self.batch_size):
             editor.edit(edits[start : start + self.batch_size])
         touched = [
-            q for q, may in zip(queries, editor.touches(queries), strict=True) if may
+            q for q, may in zip(queries, editor.affects(queries), strict=True) if may
         ]
         answers = {**self._base, **self._ask(touched)}
         editor.undo()

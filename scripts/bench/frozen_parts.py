@@ -99,12 +99,12 @@ def asked(backbone: Blip2, cases: Any, *, cached: bool) -> list[list[tuple[int, 
     """Ask everything about the cases four times, teacher-forced, as at four milestones."""
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
     layer = backbone.n_layers - 1
-    keeping = (
-        backbone.keeping(layer, queries, group=16, budget=1 << 30)
+    activations = (
+        backbone.cached_activations(layer, queries, group=16, budget=1 << 30)
         if cached
         else nullcontext()
     )
-    with keeping:
+    with activations:
         rounds = [
             ask(backbone, queries, layer=layer, top={}, max_new_tokens=0, batch_size=16)
             for _ in range(4)

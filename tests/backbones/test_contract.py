@@ -243,7 +243,7 @@ def test_the_mean_image_token_is_that_of_the_embeddings(backbone, monkeypatch):
         "a query without a picture"
     )
     assert fresh.shape == (len(QUERIES), backbone.entry_width)
-    with backbone.keeping(1, QUERIES, group=2, budget=1 << 20):
+    with backbone.cached_activations(1, QUERIES, group=2, budget=1 << 20):
         torch.testing.assert_close(
             backbone.mean_image_tokens(backbone.batch(QUERIES)), expected
         )
@@ -263,7 +263,7 @@ def test_what_is_kept_changes_nothing(backbone, monkeypatch):
     monkeypatch.setattr(
         backbone, "image_features", lambda ps: encoded.extend(ps) or real(ps)
     )
-    with backbone.keeping(2, QUERIES, group=3, budget=1 << 20):
+    with backbone.cached_activations(2, QUERIES, group=3, budget=1 << 20):
         assert torch.equal(backbone.logits(batch), plain)
         backbone.logits(backbone.batch(QUERIES[::-1]))
         assert len(encoded) == 3

@@ -125,7 +125,7 @@ def test_the_first_module_with_nan_is_named(own, role):
         with pytest.raises(NotFinite, match=match):
             own.generate(QUERIES, max_new_tokens=2)
         with (
-            own.keeping(middle, QUERIES, group=4, budget=1 << 20),
+            own.cached_activations(middle, QUERIES, group=4, budget=1 << 20),
             pytest.raises(NotFinite, match=match),
         ):
             own.resume(own.prefix(batch, middle))

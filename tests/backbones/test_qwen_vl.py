@@ -72,7 +72,9 @@ def test_every_layer_resumes_bit_for_bit(qwen, queries):
     batch = qwen.batch(queries)
     expected = qwen.logits(batch)
     for layer in range(qwen.n_layers + 1):
-        with qwen.keeping(layer, queries, group=len(queries), budget=1 << 20):
+        with qwen.cached_activations(
+            layer, queries, group=len(queries), budget=1 << 20
+        ):
             kept = qwen.resume(qwen.prefix(batch, layer), batch.predicting)
         torch.testing.assert_close(kept, expected[batch.predicting], atol=1e-5, rtol=0)
         prefix = qwen.prefix(batch, layer)

@@ -192,7 +192,7 @@ def test_the_loss_is_small_for_the_noise_itself(model, monkeypatch):
         latents, model.encode(tokens), torch.Generator().manual_seed(0)
     )
     assert torch.equal(errors, again)
-    assert model.passing is None
+    assert model.current_prompts is None
     with pytest.raises(MmeditError, match="rows that are not known"):
         model.rows(2)
 

@@ -70,7 +70,7 @@ def test_where_no_expert_is_chosen_not_a_bit_changes(editor):
     editor.hparams = replace(editor.hparams, margin=1e9)
     editor.edit(REQUESTS)
     assert torch.equal(logits(editor.backbone), base)
-    assert editor.touches(REQUESTS) == [False] * 3
+    assert editor.affects(REQUESTS) == [False] * 3
 
 
 def test_text_alone_is_never_touched(editor):
@@ -78,7 +78,7 @@ def test_text_alone_is_never_touched(editor):
     before = answers(editor.backbone, [query])
     editor.edit(REQUESTS)
     assert torch.equal(answers(editor.backbone, [query]), before)
-    assert editor.touches([query, REQUESTS[0]])[0] is False
+    assert editor.affects([query, REQUESTS[0]])[0] is False
 
 
 def test_what_touches_says_is_what_changes(editor):
@@ -89,7 +89,7 @@ def test_what_touches_says_is_what_changes(editor):
         not torch.equal(answers(editor.backbone, [q]), b)
         for q, b in zip(queries, before, strict=True)
     ]
-    assert editor.touches(queries) == changed
+    assert editor.affects(queries) == changed
     assert True in changed
     assert False in changed
 
@@ -412,7 +412,9 @@ def test_a_step_on_kept_prefixes_is_the_step_without(editor):
     gradients = {name: p.grad.clone() for name, p in editor.networks.named_parameters()}
     again = make("liveedit", (f"variant={editor.hparams.variant}",), editor.backbone)
     queries = [q for case in CASES for _, qs in case.columns() for q in qs]
-    with editor.backbone.keeping(editor.first_layer, queries, group=4, budget=1 << 30):
+    with editor.backbone.cached_activations(
+        editor.first_layer, queries, group=4, budget=1 << 30
+    ):
         kept = steps(again, 1)[0]
     for name, value in plain.items():
         torch.testing.assert_close(kept[name], value, atol=1e-5, rtol=1e-5)

@@ -223,7 +223,7 @@ def test_experts_routing_and_edited_logits(published):
         assert logits.argmax(-1).tolist() == tensors[key + "edited_argmax"].tolist()
         prefix = backbone.prefix(batch, editor.first_layer)
         rows, routing = editor.route(prefix.hidden, batch)
-        assert editor.touches([query]) == [bool(routing.used.any())]
+        assert editor.affects([query]) == [bool(routing.used.any())]
         if query.image is None:
             assert len(rows) == 0
             continue

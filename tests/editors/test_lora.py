@@ -74,7 +74,7 @@ def test_every_edit_trains_the_same_adapter_which_every_question_meets(model):
         n: t.shape for n, t in first.items()
     }
     assert any(not torch.equal(second[name], first[name]) for name in first)
-    assert editor.touches(REQUESTS) == [True, True]
+    assert editor.affects(REQUESTS) == [True, True]
 
 
 def test_an_edit_that_breaks_off_leaves_the_adapter_as_it_was(model, monkeypatch):

@@ -74,7 +74,7 @@ def test_without_a_block_nothing_changes_and_rows_of_a_batch_do_not_mix(editor):
     base = logits(backbone, mixed)
     editor.edit(REQUESTS)
     assert editor.routes((*mixed, *OTHER)) == [None, 1, None, 3, None, None]
-    assert editor.touches(mixed) == [False, True, False, True]
+    assert editor.affects(mixed) == [False, True, False, True]
     edited = logits(backbone, mixed)
     assert torch.equal(edited[[0, 2]], base[[0, 2]])
     assert torch.equal(logits(backbone, OTHER), base_of(editor, OTHER))
@@ -198,7 +198,7 @@ def test_an_early_stop_keeps_the_block_as_it_was_then(small):
     blocks = editor._bank.blocks.select(range(len(REQUESTS)))
     for i, request in enumerate(REQUESTS):
         batch = small.batch([request])
-        at, right = batch.telling(small.end_id)
+        at, right = batch.target_positions(small.end_id)
         with editor._using(blocks, torch.tensor([i])), torch.no_grad():
             loss = torch.nn.functional.cross_entropy(small.logits(batch)[at], right[at])
         assert float(loss) == pytest.approx(info["losses"][i], abs=1e-4)

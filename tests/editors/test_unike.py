@@ -139,10 +139,10 @@ def test_the_direction_of_truthfulness():
     networks = UnikeNetworks(WIDTH, UnikeHparams(layers=LAYERS, encoder_dim=8, truth_dim=4, scope_dim=8, heads=2,
                                                  knowledge=4))  # fmt: skip
     base, lean = rows(LAYERS, 200, WIDTH), rows(LAYERS, 1, WIDTH, seed=1)
-    networks.settle(base + lean, base - lean)
+    networks.finalize(base + lean, base - lean)
     zeta, shift = networks.zeta.clone(), networks.shift.clone()
     assert (F.cosine_similarity(shift, lean[:, 0]) > 0.3).all()
-    networks.settle(base - lean, base + lean)
+    networks.finalize(base - lean, base + lean)
     torch.testing.assert_close(networks.zeta, -zeta)
     torch.testing.assert_close(networks.shift, -shift, atol=1e-5, rtol=1e-4)
 
@@ -250,7 +250,7 @@ def test_out_of_scope_not_a_bit_changes_in_logits_and_generation(backbone):
     editor.edit(REQUESTS)
     assert same(logits(backbone), base)
     assert backbone.generate(QUERIES, max_new_tokens=4) == texts
-    assert editor.touches(QUERIES) == [False] * len(QUERIES)
+    assert editor.affects(QUERIES) == [False] * len(QUERIES)
     editor.undo()
 
 
@@ -259,7 +259,7 @@ def test_an_edit_of_a_picture_never_touches_a_text_and_the_reverse(backbone):
     for requests in (REQUESTS[:1], REQUESTS[2:]):
         with editor.edit(requests):
             seeing = requests[0].image is not None
-            assert editor.touches(QUERIES) == [
+            assert editor.affects(QUERIES) == [
                 (query.image is not None) == seeing for query in QUERIES
             ]
 
@@ -371,7 +371,7 @@ def test_reference_keeps_the_neurons_of_all_edits_and_no_scope(backbone):
             editor.hparams.layers,
             editor.hparams.neurons,
         )
-    assert editor.touches(QUERIES) == [True] * len(QUERIES)
+    assert editor.affects(QUERIES) == [True] * len(QUERIES)
     assert editor.calibrated == {}
     editor.undo()
 

@@ -160,7 +160,7 @@ def test_every_distinct_image_and_sequence_is_computed_once(backbone, monkeypatc
         lambda b, *a: prefixed.extend(b.queries) or real_prefix(b, *a),
     )
     queries = [q for case in CASES for _, qs in case.columns() for q in qs]
-    with backbone.keeping(3, queries, group=8, budget=1 << 30):
+    with backbone.cached_activations(3, queries, group=8, budget=1 << 30):
         answers = ask(
             backbone, queries, layer=3, top={}, max_new_tokens=3, batch_size=8
         )
@@ -175,7 +175,7 @@ def test_cached_equals_uncached_and_spilled_equals_kept(backbone):
     options = {"top": Protocol().top(CASES[:6]), "max_new_tokens": 4, "batch_size": 8}
     plain = ask(backbone, queries, layer=0, **options)
     for budget in (1 << 30, 1 << 14):
-        with backbone.keeping(4, queries, group=8, budget=budget):
+        with backbone.cached_activations(4, queries, group=8, budget=budget):
             for _ in range(2):
                 cached = ask(backbone, queries, layer=4, **options)
                 assert [(a.text, a.said, a.wanted) for a in cached.values()] == [

@@ -94,7 +94,7 @@ def snapshot(model):
         },
         "training": {n: m.training for n, m in model.model.named_modules()},
         "words": dict(model.words),
-        "passing": model.passing,
+        "current_prompts": model.current_prompts,
         "windows": model.windows,
     }
 

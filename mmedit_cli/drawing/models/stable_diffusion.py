@@ -37,7 +37,7 @@ class Encoding(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Passing:
+class CurrentPrompts:
     """The prompts whose rows are in a forward pass; `encoding` is None while the text encoders run."""
 
     tokens: Tokens
@@ -73,7 +73,7 @@ class StableDiffusion:
 
     `words` are the tokens of one's own that prompts may name. `windows` may say that the picture of a prompt has
     several windows beside each other, and what each is told; it is wider then. While rows are in a forward pass
-    `passing` says what they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
+    `current_prompts` says what they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
     """
 
     family: ClassVar[str] = "stable-diffusion"
@@ -108,7 +108,7 @@ class StableDiffusion:
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
         self.windows: Callable[[str], Sequence[str]] | None = None
-        self.passing: Passing | None = None
+        self.current_prompts: CurrentPrompts | None = None
         self.guidance = 7.5
         pipe.set_progress_bar_config(disable=True)
 
@@ -238,20 +238,26 @@ class StableDiffusion:
         self, tokens: Tokens, encoding: Encoding | None = None
     ) -> Iterator[None]:
         """Say inside the block which prompts the rows of a forward pass belong to."""
-        before, self.passing = self.passing, Passing(tokens, encoding)
+        before, self.current_prompts = (
+            self.current_prompts,
+            CurrentPrompts(tokens, encoding),
+        )
         try:
             yield
         finally:
-            self.passing = before
+            self.current_prompts = before
 
-    def rows(self, of: int) -> Passing:
-        """Return what is passing, for a hook that sees `of` rows; raise MmeditError if it is something else."""
-        if self.passing is None or len(self.passing.tokens.prompts) != of:
+    def rows(self, of: int) -> CurrentPrompts:
+        """Return the current prompts, for a hook that sees `of` rows; raise MmeditError if it is something else."""
+        if (
+            self.current_prompts is None
+            or len(self.current_prompts.tokens.prompts) != of
+        ):
             raise MmeditError(
                 f"{self.name} with edits was called with {of} rows that are not known here",
                 "go through StableDiffusion.generate, or remove the edits first",
             )
-        return self.passing
+        return self.current_prompts
 
     @contextmanager
     def _speaking(self, encoder: Any, index: int, tokens: Tokens) -> Iterator[None]:

@@ -44,9 +44,9 @@ def ask(
 ) -> dict[Query, Answer]:
     """Ask every distinct query once and return the answers; the batches depend on the queries alone.
 
-    `layer` is where the forward passes are cut in two (see `VisionLanguageModel.keeping`); `top` names the queries for
-    which the k best ids at every position are wanted; `max_new_tokens` 0 skips the free answers, and `limits` (see
-    `answer_limits`) raises it for the questions it names.
+    `layer` is where the forward passes are cut in two (see `VisionLanguageModel.cached_activations`); `top` names the
+    queries for which the k best ids at every position are wanted; `max_new_tokens` 0 skips the free answers, and
+    `limits` (see `answer_limits`) raises it for the questions it names.
     """
 
     def limit_of(question: Query) -> int:

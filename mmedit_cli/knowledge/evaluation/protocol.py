@@ -154,14 +154,14 @@ def evaluate_edits(
         evaluation.all(groups)
         return evaluation.asked
     queries = [q for case in cases for _, qs in case.columns() for q in qs]
-    keeping = editor.backbone.keeping(
+    activations = editor.backbone.cached_activations(
         editor.first_layer,
         queries,
         group=protocol.batch_size,
         budget=protocol.cache_bytes,
         tick=lambda n: tick(PREPARING, n),
     )
-    with keeping:
+    with activations:
         evaluation.all(groups)
     return evaluation.asked
 
@@ -309,7 +309,7 @@ class _Evaluation:
         queries = _distinct(cases)
         touched = [
             q
-            for q, may in zip(queries, self.editor.touches(queries), strict=True)
+            for q, may in zip(queries, self.editor.affects(queries), strict=True)
             if may
         ]
         return {**before, **self._ask(touched, cases)}

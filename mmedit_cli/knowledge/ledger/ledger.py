@@ -686,7 +686,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         before = self.state
         self._seal.extend(self._run.append("edits", [record]))
         self.take(record)
-        self.files.settle()
+        self.files.finalize()
         if not self.rows and before is not None and before != self.state:
             with suppress(
                 OSError
@@ -699,7 +699,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._check_writing()
         try:
             yield
-            self.files.settle()
+            self.files.finalize()
         finally:
             self.files.drop()
 

@@ -31,7 +31,7 @@ _EDITS = "edits"  # the key of the metadata that says whose tensors they are
 class Shards:
     """The files `shards/<sha256>.safetensors` of a ledger.
 
-    `write` gives a file a temporary name only; `settle` gives it its own, after the line that names it is on disk. So
+    `write` gives a file a temporary name only; `finalize` gives it its own after the line that names it is on disk. So
     a kill leaves either a temporary file that no line names, which the next writer removes, or one that a line names,
     which readers find and the next writer settles.
     """
@@ -69,7 +69,7 @@ class Shards:
         self._pending[digest] = temporary
         return digest
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Give the files that were written their names."""
         for digest, temporary in self._pending.items():
             with file_errors(temporary, "rename"):

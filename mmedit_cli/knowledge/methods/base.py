@@ -115,7 +115,7 @@ class Editor(ABC):
         """
         return False
 
-    def touches(self, queries: Sequence[Query]) -> list[bool]:
+    def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether the present edits may change anything about its answer.
 
         The default says so of every query once there is an edit; methods that route know better.
@@ -345,7 +345,7 @@ class TrainedEditor(Editor):
         """
         return ""
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Fix what follows from the networks as they are; called before they are scored and kept."""
 
     @abstractmethod

@@ -78,7 +78,7 @@ class Lora(Editor):
             prefix = backbone.prefix(batch, self._layer)  # lies below every adapter
         if self._adapter is None:
             self._adapt()
-        at, right = batch.telling(backbone.end_id)
+        at, right = batch.target_positions(backbone.end_id)
         if not hp.teach_end:
             at = batch.predicting
         parameters = self._parameters()

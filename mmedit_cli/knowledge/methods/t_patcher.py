@@ -171,7 +171,7 @@ class TPatcher(Editor):
 
     def _taught(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return where tokens are taught, (B, T) bool, and which, (B, T)."""
-        at, labels = batch.telling(self.backbone.end_id)
+        at, labels = batch.target_positions(self.backbone.end_id)
         return (at if self.hparams.teach_end else batch.predicting), labels
 
     def _draw(self, source: Generator) -> tuple[Prefix, Tensor] | None:

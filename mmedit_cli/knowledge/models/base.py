@@ -42,7 +42,7 @@ WRITTEN = "\ufdd0"  # a code point that is no character: the image token, where 
 class VisionLanguageModel(ABC):
     """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
 
-    `passing` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
+    `current_batch` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
     `rewrite` is what an editor that works in the context does to every query before it is encoded; else None.
     """
 
@@ -82,7 +82,7 @@ class VisionLanguageModel(ABC):
         self._encode = lru_cache(maxsize=1 << 16)(
             self._tokenize
         )  # a query is asked at every milestone
-        self.passing: Batch | None = None
+        self.current_batch: Batch | None = None
         self.rewrite: Callable[[Query], Query] | None = None
         self._kept: Kept | None = None
         self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
@@ -265,7 +265,7 @@ class VisionLanguageModel(ABC):
     def embed(self, batch: Batch) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
 
-        Each distinct picture is encoded once a batch, or once in all inside `keeping`.
+        Each distinct picture is encoded once a batch, or once in all inside `cached_activations`.
         """
         return self._entering(batch)[0]
 
@@ -399,7 +399,7 @@ class VisionLanguageModel(ABC):
         return hidden
 
     @contextmanager
-    def keeping(
+    def cached_activations(
         self,
         layer: int,
         queries: Sequence[Query],
@@ -447,12 +447,12 @@ class VisionLanguageModel(ABC):
 
     @contextmanager
     def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
-        before, self.passing = self.passing, batch
+        before, self.current_batch = self.current_batch, batch
         try:
             with nullcontext() if deepstack is None else deepstack.on(self.layers):
                 yield
         finally:
-            self.passing = before
+            self.current_batch = before
 
     def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
         inputs = {

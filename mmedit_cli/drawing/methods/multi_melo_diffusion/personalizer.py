@@ -151,7 +151,7 @@ class MultiMeloDiffusion(Personalizer):
             self._router, self._seen = router, None
 
     def _rows(self, rows: int) -> dict[tuple[str, ...], Tensor]:
-        """Return which rows in passing get which blocks; decided once for the tokens, whatever layer asks."""
+        """Return which of the current rows get which blocks; decided once for the tokens, whatever layer asks."""
         tokens = self.model.rows(rows).tokens
         if tokens is not self._seen:
             routes = [tuple(route) for route in self._route(tokens)]

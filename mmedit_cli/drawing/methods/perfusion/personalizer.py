@@ -29,7 +29,7 @@ from mmedit_cli.drawing.methods.shared.photos import (
     open_squares,
 )
 from mmedit_cli.drawing.models.prompts import Word
-from mmedit_cli.drawing.models.stable_diffusion import Passing, Projection
+from mmedit_cli.drawing.models.stable_diffusion import CurrentPrompts, Projection
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.reading import parse_json
@@ -77,7 +77,7 @@ class Perfusion(Personalizer):
         self._patch = Patch(self.model.model)
         self._active: list[Active] = []
         self._lock = self.hparams.key_lock
-        self._seen: Passing | None = None
+        self._seen: CurrentPrompts | None = None
         self._mixed: Tensor | None = None
         self._plain: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
@@ -178,39 +178,39 @@ class Perfusion(Personalizer):
 
     def _superclass(self, inputs: Tensor) -> Tensor | None:
         """Give the keys of a global lock what the text encoder says of the prompt with the superclass."""
-        passing = self._prepare(len(inputs))
+        current = self._prepare(len(inputs))
         if self._mixed is None:
             return None
         if self._plain is None:
             with torch.no_grad():
-                self._plain = self.model.encode(passing.tokens, plain=True).hidden.to(
+                self._plain = self.model.encode(current.tokens, plain=True).hidden.to(
                     inputs.dtype
                 )
-        named = self._named(passing).any(1)[:, None, None]
+        named = self._named(current).any(1)[:, None, None]
         return torch.where(named, self._plain, inputs)
 
-    def _prepare(self, rows: int) -> Passing:
-        """Compute similarities and gates once for the prompts in passing: all layers share them."""
-        passing = self.model.rows(rows)
-        if passing is not self._seen:
-            if passing.encoding is None:
+    def _prepare(self, rows: int) -> CurrentPrompts:
+        """Compute similarities and gates once for the current prompts: all layers share them."""
+        current = self.model.rows(rows)
+        if current is not self._seen:
+            if current.encoding is None:
                 raise MmeditError(
                     "the UNet was called without an encoding",
                     "go through StableDiffusion.generate",
                 )
-            self._seen, self._plain = passing, None
+            self._seen, self._plain = current, None
             scope = self._scope()
             self._mixed = (
-                self._mix(passing.encoding.hidden.float(), scope)
+                self._mix(current.encoding.hidden.float(), scope)
                 if scope.any()
                 else None
             )
-        return passing
+        return current
 
     def prepare(self) -> None:
         """Compute all that layers share before the first asks for it: a checkpointed block would not keep it."""
-        assert self.model.passing is not None
-        self._prepare(len(self.model.passing.tokens.prompts))
+        assert self.model.current_prompts is not None
+        self._prepare(len(self.model.current_prompts.tokens.prompts))
         self._rows = {
             layer.path: self._layer_rows(layer).to(self.model.dtype)
             for layer in self._edited()
@@ -236,7 +236,7 @@ class Perfusion(Personalizer):
         )
 
     def _scope(self) -> Tensor:
-        """Return which prompts in passing know which concepts: (B, n)."""
+        """Return which of the current prompts know which concepts: (B, n)."""
         assert self._seen is not None
         if self.hparams.gate_scope == "tokens":
             return self._named(self._seen)
@@ -244,9 +244,9 @@ class Perfusion(Personalizer):
             ~self._seen.tokens.unconditional)  # fmt: skip
         return edited[:, None].expand(-1, len(self._active)).to(self.model.device)
 
-    def _named(self, passing: Passing) -> Tensor:
+    def _named(self, current: CurrentPrompts) -> Tensor:
         """Return which prompts name which concepts: (B, n)."""
-        places = [passing.tokens.places[active.token].any(1) for active in self._active]
+        places = [current.tokens.places[active.token].any(1) for active in self._active]
         return torch.stack(places, 1).to(self.model.device)
 
     def _layer_rows(self, layer: Projection) -> Tensor:

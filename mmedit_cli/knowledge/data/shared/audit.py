@@ -175,7 +175,7 @@ def _texts(cases: Sequence[EditCase]) -> Iterator[Finding]:
         f"{short / total:.1%} yes or no; the {_COMMONEST} commonest cover {common / total:.1%}",
     )
     told = sum(
-        bool(_telling(case.request.target) & _words(case.request.prompt))
+        bool(_content_words(case.request.target) & _words(case.request.prompt))
         for case in cases
     )
     yield (
@@ -214,7 +214,7 @@ def _words(text: str) -> set[str]:
     )
 
 
-def _telling(text: str) -> set[str]:
+def _content_words(text: str) -> set[str]:
     return {word for word in _words(text) if len(word) >= _TELLING}
 
 

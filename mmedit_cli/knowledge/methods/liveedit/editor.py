@@ -163,7 +163,7 @@ class LiveEdit(TrainedEditor):
         """Add the experts to the stream (B, T, D) that enters the layer after the edit layer."""
         if self._aside:
             return None
-        batch = self.backbone.passing
+        batch = self.backbone.current_batch
         if batch is None:
             raise MmeditError(
                 "liveedit must know where the picture is: ask the backbone, not the model inside",
@@ -207,7 +207,7 @@ class LiveEdit(TrainedEditor):
         keep = (decisive > self.hparams.margin) & bank.visible
         return rows, choose(keep, score, self.hparams.top_k, gated=networks.published)
 
-    def touches(self, queries: Sequence[Query]) -> list[bool]:
+    def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether any expert is chosen for it; without a picture none ever is."""
         return [bool(used) for used in self._routed(queries)]
 

@@ -222,7 +222,7 @@ class LiveEditNetworks(Asking, nn.Module):
         )
         if not self.hparams.answer_slots:
             return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
-        at, labels = batch.telling(backbone.end_id)
+        at, labels = batch.target_positions(backbone.end_id)
         states, used = first_valid(*span(hidden, at), self.hparams.rank)
         directions = (
             backbone.anchors.module("head").weight[labels].float()

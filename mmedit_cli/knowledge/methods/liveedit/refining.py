@@ -88,7 +88,7 @@ def _told(
     weight: Tensor,
 ) -> Tensor:
     """Return the log-probability of every answer token and of the end: (n,), in the order of the rows."""
-    at, labels = prefix.batch.telling(backbone.end_id)
+    at, labels = prefix.batch.target_positions(backbone.end_id)
     normed = networks.stream_norm(prefix.hidden.float())
     u, v = (matrix[:, None] for matrix in experts)
     logits = backbone.resume(
@@ -99,7 +99,7 @@ def _told(
 
 def _whole(right: Tensor, prefix: Prefix, backbone: VisionLanguageModel) -> Tensor:
     """Return for each row whether all its tokens are right: (n,) -> (B,)."""
-    at, _ = prefix.batch.telling(backbone.end_id)
+    at, _ = prefix.batch.target_positions(backbone.end_id)
     whole = torch.ones(len(at), dtype=torch.bool, device=at.device)
     whole[at.nonzero()[~right, 0]] = False
     return whole

@@ -273,7 +273,7 @@ def _edit_losses(
             again = backbone.prefix_of(prefix.hidden, batch, place.layer - 1)
             prefix = backbone.advance(again, place.layer)
     adapted_stream = adapt(prefix.hidden, normed, *experts, weight)
-    at, labels = batch.telling(backbone.end_id)
+    at, labels = batch.target_positions(backbone.end_id)
     if not hp.teach_end:
         at = batch.predicting
     at_local = at & (code == LOCALITY)[:, None]

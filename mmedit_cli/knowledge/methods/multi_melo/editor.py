@@ -258,7 +258,7 @@ class MultiMelo(Editor):
 
     def _enter(self, hidden: Tensor) -> None:
         """Decide which block each row has, when the whole question enters the lowest edited layer: (B, T, D)."""
-        batch = self.backbone.passing
+        batch = self.backbone.current_batch
         if batch is None:
             raise MmeditError(
                 "multi-melo must know the questions and pictures: ask the backbone, not the model inside",
@@ -277,7 +277,7 @@ class MultiMelo(Editor):
             return add_blocks(
                 x, out, self._given[0], path, self._given[1], self.hparams.scale
             )
-        if self._routed is None or self._routed[0] is not self.backbone.passing:
+        if self._routed is None or self._routed[0] is not self.backbone.current_batch:
             raise MmeditError(
                 "multi-melo met a part of a sequence whose beginning it has not seen"
             )
@@ -305,7 +305,7 @@ class MultiMelo(Editor):
             )
         return found
 
-    def touches(self, queries: Sequence[Query]) -> list[bool]:
+    def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether it is sent to a block."""
         rows = self._rows(queries)
         return [rows[query] != NONE for query in queries]

@@ -149,9 +149,9 @@ class VectorIndex:
         self._hidden[start : self._size] = False
         if self.resolve:
             for first in range(start, self._size, _CHUNK):
-                self._settle(first, min(first + _CHUNK, self._size))
+                self._finalize(first, min(first + _CHUNK, self._size))
 
-    def _settle(self, first: int, end: int) -> None:
+    def _finalize(self, first: int, end: int) -> None:
         """Fit the radii of the rows from `first` to `end`, and of all before `end`, to each other."""
         apart = self.distance(self.keys[first:end], self.keys[:end])
         new, every = (

@@ -97,7 +97,7 @@ def _losses(
 ) -> Tensor:
     """Return the mean cross entropy over the answer tokens of each block's rows: (n,), 0 for a block without rows."""
     batch = prefix.batch
-    at, right = batch.telling(backbone.end_id)
+    at, right = batch.target_positions(backbone.end_id)
     if not teach_end:
         at = batch.predicting
     with torch.enable_grad():

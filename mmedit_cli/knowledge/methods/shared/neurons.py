@@ -86,7 +86,9 @@ def site_of(backbone: VisionLanguageModel, layer: int) -> Site:
     anchors = backbone.anchors
 
     def rows() -> int:
-        return 1 if backbone.passing is None else len(backbone.passing.queries)
+        return (
+            1 if backbone.current_batch is None else len(backbone.current_batch.queries)
+        )
 
     paths = anchors.path("ffn_in", layer), anchors.path("ffn_out", layer)
     return Site(

@@ -103,7 +103,7 @@ class Unike(TrainedEditor):
     ) -> tuple[Neurons, list[list[float]]]:
         """Train the neurons of some requests (B, S, n, ...), each on its own; return them and the losses of each."""
         hp, backbone, batch = self.hparams, self.backbone, prefix.batch
-        at, labels = batch.telling(backbone.end_id)
+        at, labels = batch.target_positions(backbone.end_id)
         at = at if hp.teach_end else batch.predicting
         size = len(batch.queries)
         if not hp.intrinsic:
@@ -281,7 +281,7 @@ class Unike(TrainedEditor):
     @torch.no_grad()
     def _routed(self, hidden: Tensor) -> Route | None:
         """Return what a batch that enters the first edited layer is routed to, None if no edit is about any of it."""
-        batch = self.backbone.passing
+        batch = self.backbone.current_batch
         if batch is None:
             raise MmeditError(
                 "unike must know where the question ends: ask the backbone, not the model inside",
@@ -317,10 +317,10 @@ class Unike(TrainedEditor):
         newest = {key: i for i, key in enumerate(self._keys)}
         return torch.tensor([newest[key] != i for i, key in enumerate(self._keys)])
 
-    def touches(self, queries: Sequence[Query]) -> list[bool]:
+    def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether it is about an edit; as published every query is touched."""
         if not self._scoped:
-            return super().touches(queries)
+            return super().affects(queries)
         return [about >= 0 for about in self._about(queries)]
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
@@ -358,10 +358,10 @@ class Unike(TrainedEditor):
         wrong = len(self._triples.place)
         return f"knowledge: {wrong} requests answered otherwise than they should, {int(self.networks.rows)} kept"
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Fix the direction of truthfulness for the encoders as they are."""
         if self._triples is not None and self._triples.place:
-            self.networks.settle(self._triples.pos, self._triples.neg)
+            self.networks.finalize(self._triples.pos, self._triples.neg)
 
     def losses(
         self,

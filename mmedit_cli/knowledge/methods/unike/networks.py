@@ -123,7 +123,7 @@ class UnikeNetworks(nn.Module):
         self.rows.fill_(len(kept))
 
     @torch.no_grad()
-    def settle(self, pos: Tensor, neg: Tensor) -> None:
+    def finalize(self, pos: Tensor, neg: Tensor) -> None:
         """Fix the direction of truthfulness from states of right and wrong answers, (S, N', D) each (section 3.3).
 
         It is the difference of the mean encodings, read back by the linear map that best restores the states.

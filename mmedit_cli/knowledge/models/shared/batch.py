@@ -54,7 +54,7 @@ class Batch:
         )
         return self.attention_mask.bool() & ~after.bool()
 
-    def telling(self, end: int) -> tuple[Tensor, Tensor]:
+    def target_positions(self, end: int) -> tuple[Tensor, Tensor]:
         """Return where the answer and its end are predicted, (B, T) bool, and what is right there, (B, T)."""
         return self.predicting | self.ends, torch.where(
             self.ends, end, torch.roll(self.input_ids, -1, 1)
