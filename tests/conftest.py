@@ -39,6 +39,19 @@ FAMILIES = (
     "tiny-qwen3-vl",
 )
 
+# A test with one of these between the brackets of its name repeats a fast test for another family of models, or in
+# another number format: it is slow.
+REPEATED = (*FAMILIES[1:], "mini-llava", "tiny-sdxl", "bfloat16", "float16")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what repeats a fast test for another family of models."""
+    for item in items:
+        parameters = item.name.partition("[")[2]
+        if any(word in parameters for word in REPEATED):
+            item.add_marker(pytest.mark.slow)
+
+
 torch.set_num_threads(1)
 signal.signal(
     signal.SIGINT, signal.default_int_handler

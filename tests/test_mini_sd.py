@@ -399,7 +399,6 @@ def test_wishes_cover_every_drawing_once(scripts, drawn):
     assert {wish.source for wish in wanted} == {"", *scripts.score.SOURCES}
 
 
-@pytest.mark.slow
 def test_quick_mode_learns(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(
         scripts.runs.signal, "signal", lambda *_: None
