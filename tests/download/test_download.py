@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from filelock import FileLock
 
 from mmedit_cli.download import sources, transfer
@@ -19,9 +20,7 @@ from mmedit_cli.download.catalogue import find_group, is_inside, load_catalogue
 from mmedit_cli.download.install import Installer
 from mmedit_cli.download.receipt import difference
 
-ANNOTATIONS = (
-    Path(__file__).resolve().parents[2].parent / "shared" / "data" / "annotations"
-)
+ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"
 PHOTOS = {
     "wrapped/photos/a.png": b"A" * 500,
     "wrapped/photos/b.png": b"B" * 500,

@@ -18,6 +18,7 @@ from mmedit_cli import runtime
 from mmedit_cli.errors import UserError
 from mmedit_cli.pictures import Picture, load_picture
 
+pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "emojikb"
 CPU = torch.device("cpu")
 RECIPE = ROOT / "scripts" / "mini_sd.yaml"

@@ -23,6 +23,7 @@ from mmedit_cli.picture_editing.evaluation.judge import Judge
 from mmedit_cli.picture_editing.methods.base import Job
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
+pytestmark = pytest.mark.slow
 EDITORS = {"mini-ip2p": "instruct-pix2pix", "mini-mgie": "mgie"}
 APPLE = "data/emojikb/noto/1f34e.png"
 

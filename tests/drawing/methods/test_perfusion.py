@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from drawing.methods.conftest import covariance, draw, make, snapshot
 from mmedit_cli.drawing.covariance import Covariance
 from mmedit_cli.drawing.methods.base import Learned
 from mmedit_cli.drawing.methods.perfusion.personalizer import Perfusion, _Lesson
@@ -21,7 +22,6 @@ from mmedit_cli.drawing.methods.shared.photos import (
 from mmedit_cli.drawing.models.stable_diffusion import Encoding
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.runtime import generator
-from personalizers.conftest import covariance, draw, make, snapshot
 
 QUICK = ("steps=3", "batch_size=2")
 NAMED = "a photo of a <my-dog>"

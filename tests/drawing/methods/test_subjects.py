@@ -12,6 +12,7 @@ from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
+from drawing.methods.conftest import FEW, draw, make
 from mmedit_cli.drawing.methods.multi_melo_diffusion.routing import TokenTrie, nearest
 from mmedit_cli.drawing.methods.shared.photos import Photos, side_by_side
 from mmedit_cli.drawing.methods.shared.subject_training import (
@@ -24,7 +25,6 @@ from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import TooLong
 from mmedit_cli.runtime import generator
-from personalizers.conftest import FEW, draw, make
 
 QUICK = ("steps=4",)
 NAMED, UNNAMED, KIND = "a <my-dog> on the beach", "a photo of a cat", "a photo of a dog"

@@ -16,7 +16,7 @@ from mmedit_cli.errors import RunError
 from mmedit_cli.records import Run
 from mmedit_cli.storage import sha256_json, write_atomic
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "editor": "ft",
     "hparams": {"lr": 1e-05, "big": 1e22, "text": "1e-4", "layers": [1, 2]},

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drawing.methods.conftest import assert_same, draw, make, snapshot
 from mmedit_cli import registry
 from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.errors import DataError, StateError
-from personalizers.conftest import assert_same, draw, make, snapshot
 
 NAMED, UNNAMED = "a photo of a <my-dog>", "a photo of a cat"
 QUICK = ("steps=6",)

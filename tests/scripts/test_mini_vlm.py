@@ -22,6 +22,7 @@ from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
+pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "emojikb"
 CPU = torch.device("cpu")
 RECIPES = ("mini_blip2", "mini_llava")

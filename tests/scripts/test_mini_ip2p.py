@@ -15,6 +15,7 @@ from mmedit_cli import runtime
 from mmedit_cli.errors import UserError
 from mmedit_cli.picture_editing.data import emojikb_edits
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 

@@ -59,12 +59,14 @@ FAMILIES = (
 )  # one with each thing that is special
 
 
-def editors() -> Iterator[ParameterSet]:
+def editors() -> Iterator[pytest.ParameterSet]:
     """Every editor in each of its forms; all but the first form are slow."""
     for name in registry.editors.names():
         for i, overrides in enumerate(VARIANTS.get(name, ((),))):
             marks = [pytest.mark.slow] if i else []
-            yield pytest.param((name, overrides), id="-".join((name, *overrides)), marks=marks)
+            yield pytest.param(
+                (name, overrides), id="-".join((name, *overrides)), marks=marks
+            )
 
 
 EDITORS = list(editors())
