@@ -15,6 +15,7 @@ import io
 import statistics
 import tokenize
 from collections.abc import Iterator, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +30,12 @@ _NO_CODE = {
     tokenize.ENDMARKER,
 }
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Return every syntax node of a file, the module first; a file is parsed once."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def density_of_functions(source: str) -> list[float]:
@@ -65,8 +72,7 @@ def module_name(path: Path, package: Path) -> str:
 
 def imported_modules(path: Path, modules: set[str], *, lazily: bool = True) -> set[str]:
     """Return the modules of the package that a file imports; `lazily` counts those imported inside functions too."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if lazily else _at_the_top(tree)
+    nodes = nodes_of(path) if lazily else _at_the_top(nodes_of(path)[0])
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -122,15 +128,15 @@ def relative_imports(package: Path) -> list[str]:
     """Return the files with a relative import, which `import_graph` does not see."""
     found = []
     for path in sorted(package.rglob("*.py")):
-        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if any(isinstance(node, ast.ImportFrom) and node.level for node in nodes):
+        imports = [n for n in nodes_of(path) if isinstance(n, ast.ImportFrom)]
+        if any(node.level for node in imports):
             found.append(str(path.relative_to(package)))
     return found
 
 
 def _imported_names(path: Path) -> Iterator[str]:
     """Yield the dotted names that a file takes with `from ... import ...`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield f"{node.module}.{alias.name}"
@@ -169,8 +175,9 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
     return lines
 
 
-def _at_the_top(tree: ast.Module) -> Iterator[ast.AST]:
-    for node in tree.body:
+def _at_the_top(module: ast.AST) -> Iterator[ast.AST]:
+    assert isinstance(module, ast.Module)
+    for node in module.body:
         if isinstance(node, ast.If):  # `if TYPE_CHECKING:` makes no circle
             continue
         yield node

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -13,6 +14,7 @@ from measure_house import (
     PACKAGE,
     circles,
     import_graph,
+    nodes_of,
     private_imports,
     relative_imports,
 )
@@ -134,52 +136,72 @@ def test_what_others_use_has_no_underscore():
     assert private_imports(PACKAGE) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_functions_take_few_arguments_and_name_what_they_catch(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and part_of(path) != "commands":
-            arguments = [
-                a.arg
-                for a in (*node.args.args, *node.args.kwonlyargs)
-                if a.arg not in ("self", "cls")
-            ]
-            assert len(arguments) <= 7, f"{node.name}: {len(arguments)} arguments"
-        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
-            "bare except"
-        )
-        assert not (
-            isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names)
-        ), "star import"
+def place_of(path: Path) -> str:
+    """A file's path below the package, or its name where it lies outside."""
+    inside = path.is_relative_to(PACKAGE)
+    return path.relative_to(PACKAGE).as_posix() if inside else path.name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_public_names_are_explained(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the file has no docstring"
-    for scope in [
-        tree,
-        *(
-            n
-            for n in tree.body
-            if isinstance(n, ast.ClassDef) and not n.name.startswith("_")
-        ),
-    ]:
-        for node in scope.body:
-            if isinstance(
-                node, ast.ClassDef | ast.FunctionDef
-            ) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
+def nodes(*kinds: type[ast.AST], among: Sequence[Path] = FILES):
+    """Yield (path, node) for every syntax node of these kinds in the package."""
+    for path in among:
+        for node in nodes_of(path):
+            if isinstance(node, kinds):
+                yield path, node
+
+
+def at(path: Path, node: ast.AST) -> str:
+    return f"{place_of(path)}:{getattr(node, 'lineno', 1)}"
+
+
+def test_functions_take_few_arguments():
+    too_many = []
+    for path, function in nodes(ast.FunctionDef):
+        parameters = (*function.args.args, *function.args.kwonlyargs)
+        named = [p.arg for p in parameters if p.arg not in ("self", "cls")]
+        if len(named) > 7 and part_of(path) != "commands":
+            too_many.append(f"{at(path, function)}: {function.name}")
+    assert too_many == []
+
+
+def test_what_is_caught_and_imported_is_named():
+    bare = [at(*found) for found in nodes(ast.ExceptHandler) if found[1].type is None]
+    assert bare == []
+    starred = [
+        at(path, node)
+        for path, node in nodes(ast.ImportFrom)
+        if any(alias.name == "*" for alias in node.names)
+    ]
+    assert starred == []
+
+
+def public(scope: ast.Module | ast.ClassDef):
+    """Yield a scope and what it defines by a public name, methods of public classes too."""
+    yield scope
+    for node in scope.body:
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef)
+        if named and not node.name.startswith("_"):
+            of_a_module = isinstance(scope, ast.Module)
+            inner = isinstance(node, ast.ClassDef) and of_a_module
+            yield from public(node) if inner else (node,)
+
+
+def test_public_names_are_explained():
+    unexplained = [
+        f"{at(path, node)}: {getattr(node, 'name', 'the file')}"
+        for path, module in nodes(ast.Module)
+        for node in public(module)
+        if not ast.get_docstring(node) and not getattr(node, "name", "").startswith("_")
+    ]
+    assert unexplained == []
 
 
 def test_places_of_the_machine_are_named_in_one_file_only():
-    for path in FILES:
-        strings = [
-            n.value
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.Constant)
-        ]
-        if path.name not in ("runtime.py", "options.py"):
-            assert "cuda" not in strings, path
+    named = [at(*found) for found in nodes(ast.Constant) if found[1].value == "cuda"]
+    elsewhere = [
+        place for place in named if not place.startswith(("runtime.py", "options.py"))
+    ]
+    assert elsewhere == []
 
 
 def test_typer_is_known_to_the_command_line_only():
@@ -202,24 +224,16 @@ ITS_OWN_USER_SAYS = {
 }  # runs without mmedit
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*FILES, *sorted((ROOT / "scripts").rglob("*.py"))],
-    ids=lambda path: path.name,
-)
-def test_no_code_of_others_is_run(path):
+def test_no_code_of_others_is_run():
     """Whatever transformers or diffusers open is told `trust_remote_code=False`: left out, it asks on stdout."""
-    place = (
-        path.relative_to(PACKAGE).as_posix()
-        if path.is_relative_to(PACKAGE)
-        else path.name
-    )
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+    scripts = sorted((ROOT / "scripts").rglob("*.py"))
+    for path, node in nodes(ast.Call, among=[*FILES, *scripts]):
+        if not isinstance(node.func, ast.Attribute):
             continue
-        called = ast.unparse(node.func)
-        builds = node.func.attr == "from_config" and called.startswith("Auto")
-        if node.func.attr not in OPENS and not builds:
+        if node.func.attr not in (*OPENS, "from_config"):
+            continue
+        place, called = place_of(path), ast.unparse(node.func)
+        if node.func.attr == "from_config" and not called.startswith("Auto"):
             continue
         said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if (place, called) in ITS_OWN_USER_SAYS:
@@ -231,15 +245,14 @@ def test_no_code_of_others_is_run(path):
 
 
 def test_nothing_is_unpickled():
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                called = ast.unparse(node.func)
-                assert not called.startswith("pickle."), path
-                if called == "torch.load":
-                    assert "weights_only=True" in [
-                        ast.unparse(keyword) for keyword in node.keywords
-                    ], path
+    for path, node in nodes(ast.Call):
+        if not isinstance(node.func, ast.Attribute):
+            continue
+        called = ast.unparse(node.func)
+        assert not called.startswith("pickle."), at(path, node)
+        if called == "torch.load":
+            said = [ast.unparse(keyword) for keyword in node.keywords]
+            assert "weights_only=True" in said, at(path, node)
 
 
 # where a file may be read past the one reader: our own sources, and what this program has just written itself
@@ -270,21 +283,21 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_of_others_are_read_by_the_one_reader(path):
-    if path.relative_to(PACKAGE).as_posix() in OWN_READERS:
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in READS, (
-                f"{called} in line {node.lineno}: use mmedit_cli.reading"
-            )
-            method = called.rpartition(".")[2]
-            of_a_file = isinstance(node.func, ast.Attribute) and method in (
-                "read_text",
-                "read_bytes",
-            )
-            assert not of_a_file or called.startswith("reading."), (
-                f"{called} in line {node.lineno}"
-            )
+def reads_past_the_reader(call: ast.Call) -> bool:
+    called = ast.unparse(call.func)
+    method = called.rpartition(".")[2]
+    of_a_file = isinstance(call.func, ast.Attribute) and method in (
+        "read_text",
+        "read_bytes",
+    )
+    return called in READS or (of_a_file and not called.startswith("reading."))
+
+
+def test_files_of_others_are_read_by_the_one_reader():
+    ours = [path for path in FILES if place_of(path) not in OWN_READERS]
+    past = [
+        at(path, call)
+        for path, call in nodes(ast.Call, among=ours)
+        if reads_past_the_reader(call)
+    ]
+    assert past == [], "use mmedit_cli.reading"
