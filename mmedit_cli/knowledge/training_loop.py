@@ -257,9 +257,9 @@ class _Training:
     def _log(self) -> None:
         """Write the means since the last line."""
         steps = float(self._sums.pop(_STEPS))
-        losses = {
-            name: round(float(total) / steps, 5) for name, total in self._sums.items()
-        }
+        # by name: a continued training reads the sums from a file, which keeps no order
+        sums = sorted(self._sums.items())
+        losses = {name: round(float(total) / steps, 5) for name, total in sums}
         self._sums = {}
         if not math.isfinite(losses["total"]):
             raise MmeditError(

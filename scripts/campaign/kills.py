@@ -396,6 +396,8 @@ def _timeless(path: Path) -> bytes:
     data = path.read_bytes()
     if path.name == SEAL:
         return _judged(data, path.with_name(LINES))
+    if path.suffix == ".safetensors":
+        return _tensors_without_costs(data)
     if path.suffix not in (".json", ".jsonl"):
         return data
     lines = data.split(b"\n") if path.suffix == ".jsonl" else [data]
@@ -419,6 +421,17 @@ def _judged(seal: bytes, path: Path) -> bytes:
     except (ValueError, KeyError, TypeError):
         return b"damaged"
     return b"whole" if accepted == [found] else b"not of these lines"
+
+
+def _tensors_without_costs(data: bytes) -> bytes:
+    """Return a file of tensors without the costs among its metadata; a damaged one as it is."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        header["__metadata__"] = _without_costs(header["__metadata__"])
+    except (ValueError, KeyError, TypeError):
+        return data
+    return json.dumps(header).encode() + data[8 + length :]
 
 
 def _without_costs(value: Any) -> Any:

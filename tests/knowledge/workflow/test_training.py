@@ -110,6 +110,8 @@ def test_killed_and_continued_equals_uninterrupted(
             for folder in ("whole", "cut")
         )
         assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
     for part in (expected, report):
         part.pop("cost")
     assert report == expected
