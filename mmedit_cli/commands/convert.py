@@ -52,11 +52,16 @@ def minigpt4(
       mmedit ask --model models/minigpt4-7b --image cat.png "What is this?"
     """
     from mmedit_cli import runtime
-    from mmedit_cli.knowledge.models.shared.minigpt4_weights import Published, convert
+    from mmedit_cli.knowledge.models.shared.minigpt4_weights import (
+        PublishedMiniGPT4,
+        convert,
+    )
 
     output = Output(as_json=as_json)
     runtime.quiet_libraries()
-    folder = convert(Published(vision, qformer, projection, llm), out, output.note)
+    folder = convert(
+        PublishedMiniGPT4(vision, qformer, projection, llm), out, output.note
+    )
     output.result(
         {"model": str(folder), "family": "minigpt4"}, lambda: output.line(str(folder))
     )

@@ -89,7 +89,7 @@ def train_editor(
             model or "llava-1.5-7b",
             picture_training.DATA if data == "emojikb" else data,
         )
-    request = training.TrainOptions(
+    request = training.EditorTrainingOptions(
         editor, loading.ModelOptions(options.named(model, out), device, dtype, device_map, revision), data,
         validation=validation, data_options=DataOptions(root, images, template, skip_missing=skip_missing),
         hparams=hparams, overrides=tuple(overrides or ()), limit=limit, batch_size=batch_size,

@@ -12,7 +12,7 @@ from mmedit_cli import registry
 from mmedit_cli.catalog import ModelRef, loading
 from mmedit_cli.errors import StateError, UserError
 from mmedit_cli.hparams import to_dict
-from mmedit_cli.knowledge.trained_networks import Networks, find_networks
+from mmedit_cli.knowledge.trained_networks import TrainedNetworks, find_networks
 from mmedit_cli.output import Output
 from mmedit_cli.reading import parse_json_object
 from mmedit_cli.shapes import pick_variant, shape_of, shape_of_config
@@ -75,7 +75,7 @@ def load_editor(
 
 def networks_of(
     editor: str, model: str, records: Path, checkpoint: Path | str | None
-) -> Networks | None:
+) -> TrainedNetworks | None:
     """Return the networks of an editor that is trained first; None for another, which takes no `checkpoint`.
 
     Raises UserError.

@@ -26,7 +26,7 @@ _SHIPPED, _RUN, _FILE = "comes along", "run", "file"
 
 
 @dataclass(frozen=True)
-class Networks:
+class TrainedNetworks:
     """A file of trained networks, and what is known about it.
 
     `source` is "comes along", "run" or "file"; `run` is the id of a training that was recorded; `steps` is how long it
@@ -48,7 +48,7 @@ class Networks:
 
 def find_networks(
     editor: str, model: str, records: Path, checkpoint: Path | str | None = None
-) -> Networks:
+) -> TrainedNetworks:
     """Return the networks of an editor for a model: those that come along, or the ones that `checkpoint` names.
 
     `checkpoint` is "latest" (the newest training in `records`), a file, the folder of a run, or the id of a run.
@@ -100,17 +100,17 @@ def chosen_networks(
     )
 
 
-def described(path: Path, source: str | None = None) -> Networks:
+def described(path: Path, source: str | None = None) -> TrainedNetworks:
     """Return what the file itself and the report of its training say about networks."""
     about = read_tensors(path)[1]
     report = Run.finished(path.parent) if path.name == CHECKPOINT else None
     step = whole_number(about.get("step", ""))
     if report is None or "steps" not in report:
         steps = whole_number(about.get("steps", ""))
-        return Networks(path, source or _FILE, about.get("run"), steps, step)
+        return TrainedNetworks(path, source or _FILE, about.get("run"), steps, step)
     record = Record(report, str(path.with_name("report.json")), error=RunError)
     data = record.record("data", {}).text("name", None)
-    return Networks(
+    return TrainedNetworks(
         path, source or _RUN, path.parent.name, record.integer("steps"), step, data
     )
 

@@ -90,7 +90,7 @@ def train_networks(
     with activations:
         if found := editor.gather(cases):
             how.say(found)
-        training = _Training(editor, taught, held_out, run, how)
+        training = _EditorTraining(editor, taught, held_out, run, how)
         how.tick("steps", training.progress.step)
         training.go_on()
         chosen = training.calibrate() if how.processes.rank == 0 else {}
@@ -120,7 +120,7 @@ def train_networks(
     }
 
 
-class _Training:
+class _EditorTraining:
     """The state of one training."""
 
     def __init__(

@@ -22,8 +22,8 @@ import torch
 
 from mmedit_cli.knowledge.data.base import load_cases
 from mmedit_cli.knowledge.ledger.edited_model import (
-    EditedModel,
     EditOptions,
+    LedgerModel,
     begin_edits,
     open_edits,
 )
@@ -48,7 +48,7 @@ def opening(folder: Path) -> float:
         return time.perf_counter() - start
 
 
-def adding(edited: EditedModel, extra: list[Query]) -> float:
+def adding(edited: LedgerModel, extra: list[Query]) -> float:
     """Return the median seconds of making and keeping one edit."""
     seconds = []
     for request in extra:
@@ -58,7 +58,7 @@ def adding(edited: EditedModel, extra: list[Query]) -> float:
     return statistics.median(seconds)
 
 
-def fill(edited: EditedModel, facts: list[Query], size: int) -> None:
+def fill(edited: LedgerModel, facts: list[Query], size: int) -> None:
     """Make the edits 32 at a time and keep them `size` at a time, without asking for the answers before."""
     ledger, editor = edited.ledger, edited.editor
     for at in range(0, len(facts), 32):

@@ -15,21 +15,21 @@ from mmedit_cli.knowledge.data.shared.mmedit import (
 from mmedit_cli.knowledge.data.shared.published import (
     CHAT,
     COMMON,
-    Published,
-    Source,
+    AnnotationFile,
+    PublishedDataset,
     Template,
 )
 
-DATASET = Published(
+DATASET = PublishedDataset(
     name="eic",
     group=GROUP,
     sources={
-        "train": Source(
+        "train": AnnotationFile(
             "caption/caption_train_edit.json",
             2849,
             "583e306d72d06ad9106544e74cbeff5cc6105720b0cdfac675754d2f08ea9a20",
         ),
-        "eval": Source(
+        "eval": AnnotationFile(
             "caption/caption_eval_edit.json",
             1000,
             "7c2215a419b82249c957abd12b850ef3c962d2de0d68f092c073f10bb63c2e83",

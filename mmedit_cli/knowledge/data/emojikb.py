@@ -335,7 +335,7 @@ def _licences(folder: Path) -> dict[str, str]:
 
 
 @final
-class EmojiKB(Dataset):
+class EmojiKBDataset(Dataset):
     """The data that come along: a case file a split, pictures beside them."""
 
     name = "emojikb"
@@ -390,4 +390,4 @@ class EmojiKB(Dataset):
         yield from (("problem", False, problem) for problem in found["problems"])
 
 
-DATASET = EmojiKB()
+DATASET = EmojiKBDataset()

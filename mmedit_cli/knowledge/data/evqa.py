@@ -12,23 +12,23 @@ from mmedit_cli.knowledge.data.shared.mmedit import (
 )
 from mmedit_cli.knowledge.data.shared.published import (
     COMMON,
-    Published,
-    Source,
+    AnnotationFile,
+    PublishedDataset,
     Template,
 )
 
 _CUE, _SHORT = "{} The answer is:", "Question: {} Short answer:"
 
-DATASET = Published(
+DATASET = PublishedDataset(
     name="evqa",
     group=GROUP,
     sources={
-        "train": Source(
+        "train": AnnotationFile(
             "vqa/vqa_train.json",
             6345,
             "82e242bd7fd3ab855413ba7972665c33bca920ae3b0982b71cae2af1b61700b0",
         ),
-        "eval": Source(
+        "eval": AnnotationFile(
             "vqa/vqa_eval.json",
             2093,
             "7299743ebe2854b240c6fe6f252fdb0c2ae3993ba2e5b23f07c6fee54ed1bcc0",

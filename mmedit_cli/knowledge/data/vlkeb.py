@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mmedit_cli.knowledge.data.shared.published import (
     COMMON,
+    AnnotationFile,
     Fault,
     Json,
-    Published,
-    Source,
+    PublishedDataset,
     Template,
     check_texts,
     one_case,
@@ -22,7 +22,7 @@ from mmedit_cli.knowledge.data.shared.published import (
 )
 from mmedit_cli.types import EditCase, Query
 
-ONEHOP = Source(
+ONEHOP = AnnotationFile(
     "eval_edit_onehop.json",
     1278,
     "f32256e7c317d5a18c9fe480f3d373050303e93aeaedeef9c9b4afb5c024a670",
@@ -84,23 +84,23 @@ def _with(case: EditCase, portability: dict[str, tuple[Query, ...]]) -> EditCase
     return EditCase(case.uid, case.request, case.generality, case.locality, portability)
 
 
-DATASET = Published(
+DATASET = PublishedDataset(
     name="vlkeb",
     group="vlkeb",
     sources={
-        "train": Source(
+        "train": AnnotationFile(
             "train.json",
             5000,
             "6e40e0e9a28dc3e7523f8d48f032755fe050c5b5728344633f13113dbd6fbc01",
         ),
-        "eval": Source(
+        "eval": AnnotationFile(
             "eval.json",
             3174,
             "72c47efe00773bb16cd83258aff394a0894b8c29a6b02e6250717a30d1b18f13",
         ),
         "onehop": ONEHOP,
         "onehop-edits": ONEHOP,
-        "multihop": Source("eval_multihop.json"),
+        "multihop": AnnotationFile("eval_multihop.json"),
     },
     more_keys={
         "onehop": "port_new: [{port_q, port_a}]",

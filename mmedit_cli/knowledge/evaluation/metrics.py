@@ -11,11 +11,11 @@ from functools import cache, lru_cache
 from torch import Tensor
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_UP_TO_TWENTY = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
-_NUMBERS = {str(value): word for value, word in enumerate(_UP_TO_TWENTY)}
+_UP_TO_TWENTY = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen twenty
+"""
+_NUMBERS = {str(value): word for value, word in enumerate(_UP_TO_TWENTY.split())}
 
 
 # Scripts that are written without spaces: their words are compared character by character.
@@ -40,19 +40,23 @@ def normalize(text: str) -> list[str]:
 @lru_cache(maxsize=1 << 16)  # the same answers are compared at every milestone
 def _words(text: str) -> tuple[str, ...]:
     plain = text.casefold() if text.isascii() else _unified(text)
+    plain = plain.replace("_", " ")
     pattern = _ascii_words() if plain.isascii() else _all_words()
-    words = [
-        _without_thousands(word) for word in pattern.findall(plain.replace("_", " "))
-    ]
-    return tuple(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+    words = []
+    for found in pattern.findall(plain):
+        word = _without_thousands(found)
+        if word not in _ARTICLES:
+            words.append(_NUMBERS.get(word, word))
+    return tuple(words)
 
 
 def _unified(text: str) -> str:
     """Return a text such that what reads the same is the same: NFC, no case, usual apostrophe, minus and width."""
-    wide = {c for c in text if unicodedata.east_asian_width(c) in "FH"}
-    usual_width = text.translate(
-        {ord(c): unicodedata.normalize("NFKC", c) for c in wide}
-    )
+    usual = {}
+    for character in set(text):
+        if unicodedata.east_asian_width(character) in "FH":  # full or half width
+            usual[ord(character)] = unicodedata.normalize("NFKC", character)
+    usual_width = text.translate(usual)
     composed = unicodedata.normalize("NFC", usual_width)
     folded = unicodedata.normalize("NFC", composed.casefold())
     return folded.replace("\u2019", "'").replace("\u2212", "-")
@@ -65,11 +69,8 @@ def _ascii_words() -> re.Pattern[str]:
 
 @cache
 def _all_words() -> re.Pattern[str]:
-    marks = "".join(
-        c
-        for c in map(chr, range(0x300, 0x1F000))
-        if unicodedata.category(c).startswith("M")
-    )
+    candidates = map(chr, range(0x300, 0x1F000))
+    marks = "".join(c for c in candidates if unicodedata.category(c).startswith("M"))
     letter = rf"[^\W{_UNSPACED}]"
     inner = rf"(?:{letter}|[{marks}\u200c\u200d])"  # the joiners stand inside words of Hindi and Persian
     character = rf"(?=\w)[{_UNSPACED}][{marks}]*"
@@ -87,7 +88,9 @@ def _word_of(letter: str, inner: str) -> str:
 
 def _without_thousands(word: str) -> str:
     """Return 1,000 as 1000."""
-    return word if "," not in word else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word)
+    if "," not in word:
+        return word
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word)
 
 
 def answer_match(prediction: str, target: str) -> float:
@@ -100,15 +103,16 @@ def answer_match(prediction: str, target: str) -> float:
 
 def same_answer(before: str, after: str) -> float:
     """Return 1 if two generations are the same once normalised (without any words: literally the same)."""
-    words = normalize(before), normalize(after)
-    return float(words[0] == words[1]) if any(words) else exact_match(before, after)
+    was, said = normalize(before), normalize(after)
+    if not was and not said:
+        return exact_match(before, after)
+    return float(was == said)
 
 
 def exact_match(prediction: str, target: str) -> float:
     """Return 1 if the two texts are equal but for white space at the ends."""
-    said, wanted = (
-        unicodedata.normalize("NFC", text.strip()) for text in (prediction, target)
-    )
+    said = unicodedata.normalize("NFC", prediction.strip())
+    wanted = unicodedata.normalize("NFC", target.strip())
     return float(said == wanted)
 
 
@@ -117,8 +121,9 @@ def token_f1(prediction: str, target: str) -> float:
     said, wanted = normalize(prediction), normalize(target)
     if not said or not wanted:
         return float(said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted))
+    shared = Counter(said) & Counter(wanted)
+    # equals 2 * precision * recall / (precision + recall)
+    return 2 * shared.total() / (len(said) + len(wanted))
 
 
 # -- teacher forcing (protocols tf_liveedit, tf_easyedit, tf_em) ------------------------------------------------
@@ -126,7 +131,9 @@ def token_f1(prediction: str, target: str) -> float:
 
 def agreement(predicted: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
     """Return (equal positions, positions) of two arg-max sequences of the same length."""
-    return sum(p == e for p, e in zip(predicted, expected, strict=True)), len(expected)
+    pairs = zip(predicted, expected, strict=True)
+    equal = sum(said == wanted for said, wanted in pairs)
+    return equal, len(expected)
 
 
 def topk_agreement(base: Tensor, edited: Tensor) -> tuple[int, int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from mmedit_cli.types import EditCase, Query
 
 PROTOCOLS = ("ar", "ar_em", "ar_f1", "tf_liveedit", "tf_easyedit", "tf_em")
 SAVE_SECONDS = 30.0
-PREPARING = (
-    "preparing"  # what `tick` calls the queries that are run through the frozen layers
-)
+# what `tick` calls the queries that are run through the frozen layers
+PREPARING = "preparing"
+_AT_LEAST_ONE = ("sequential", "edit_batch", "max_new_tokens", "batch_size", "chunk")
 
 
 def milestones(sequential: int) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Protocol:
     """How edits are made and asked about.
 
     sequential: edits made in a row before the model is taken back to the base; report_at: after how many of them
-    everything so far is asked (always also after the last); edit_batch: edits made in one operation; shard: cases that
+    everything so far is asked (always also after the last); edit_batch: edits made in one operation; chunk: cases that
     are asked together, the unit of resuming; cache_bytes: memory for frozen activations, the rest goes to disk.
     """
 
@@ -49,58 +49,58 @@ class Protocol:
     protocols: tuple[str, ...] = PROTOCOLS
     max_new_tokens: int = 16
     batch_size: int = 16
-    shard: int = 32
+    chunk: int = 32
     cache_bytes: int = field(default=2 << 30, compare=False)
 
     def __post_init__(self) -> None:
-        problems = [
-            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
-            for name in (
-                "sequential",
-                "edit_batch",
-                "max_new_tokens",
-                "batch_size",
-                "shard",
-            )
-            if getattr(self, name) < 1
-        ]
-        problems += [
-            f"--report-at {m}: must lie between 1 and --sequential {self.sequential}"
-            for m in self._outside()
-        ]
-        problems += [
-            f"--protocols {p}: unknown, known are {', '.join(PROTOCOLS)}"
-            for p in self._unknown()
-        ]
+        known = ", ".join(PROTOCOLS)
+        problems = []
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value < 1:
+                option = name.replace("_", "-")
+                problems.append(f"--{option} {value}: must be at least 1")
+        for milestone in self.report_at:
+            if not 1 <= milestone <= self.sequential:
+                bounds = f"between 1 and --sequential {self.sequential}"
+                problems.append(f"--report-at {milestone}: must lie {bounds}")
+        for name in self.protocols:
+            if name not in PROTOCOLS:
+                problems.append(f"--protocols {name}: unknown, known are {known}")
         if not self.protocols:
-            problems.append(f"--protocols is empty: choose from {', '.join(PROTOCOLS)}")
+            problems.append(f"--protocols is empty: choose from {known}")
         if problems:
             raise UserError(problems)
 
-    def _outside(self) -> list[int]:
-        return [m for m in self.report_at if not 1 <= m <= self.sequential]
+    def stored(self) -> dict[str, Any]:
+        """Return what a run records of it: all that may change a number.
 
-    def _unknown(self) -> list[str]:
-        return [p for p in self.protocols if p not in PROTOCOLS]
+        The size of a chunk is stored as `shard`, as version 0.1.0 called it, so that run ids stay the same.
+        """
+        values = {}
+        for name, value in asdict(self).items():
+            if name != "cache_bytes":
+                values[name] = list(value) if isinstance(value, tuple) else value
+        values["shard"] = values.pop("chunk")
+        return values
 
     def groups(self, cases: int) -> list[range]:
         """Cut so many cases into groups that are edited in a row; a last shorter one is kept."""
-        return [
-            range(start, min(start + self.sequential, cases))
-            for start in range(0, cases, self.sequential)
-        ]
+        starts = range(0, cases, self.sequential)
+        return [range(start, min(start + self.sequential, cases)) for start in starts]
 
     def milestones(self, size: int) -> list[int]:
         """Return after how many edits a group of `size` is asked about, in order, the last edit included."""
         return sorted({m for m in self.report_at if m <= size} | {size})
 
-    def shards(self, size: int) -> list[range]:
+    def chunks(self, size: int) -> list[range]:
         """Cut a group into ranges of cases such that every milestone is a union of whole ranges.
 
         So a case is asked in the same company, before and after and at every milestone.
         """
-        cuts = sorted({0, size, *self.milestones(size), *range(0, size, self.shard)})
-        return [range(a, b) for a, b in pairwise(cuts)]
+        regular = range(0, size, self.chunk)
+        cuts = sorted({0, size, *self.milestones(size), *regular})
+        return [range(start, stop) for start, stop in pairwise(cuts)]
 
     @property
     def generates(self) -> bool:
@@ -111,12 +111,12 @@ class Protocol:
         """Return how many best ids tf_easyedit compares at every position of a locality query: text 1, images 10."""
         if "tf_easyedit" not in self.protocols:
             return {}
-        return {
-            q: 1 if q.image is None else 10
-            for c in cases
-            for qs in c.locality.values()
-            for q in qs
-        }
+        wanted = {}
+        for case in cases:
+            for queries in case.locality.values():
+                for query in queries:
+                    wanted[query] = 1 if query.image is None else 10
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,20 @@ def evaluate_edits(
 
     `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more queries
     that were run through the frozen layers, cases asked `before`, `edits` made, or cases asked `after`. A run that was
-    interrupted goes on with the shard it was in.
+    interrupted goes on with the chunk it was in.
     """
-    groups = [
-        _Group(i, r.start, cases[r.start : r.stop])
-        for i, r in enumerate(protocol.groups(len(cases)))
-    ]
-    evaluation = _Evaluation(editor, protocol, run, base_folder, tick)
+    groups = []
+    for index, members in enumerate(protocol.groups(len(cases))):
+        part = cases[members.start : members.stop]
+        groups.append(_Group(index, members.start, part))
+    evaluation = _SequentialEvaluation(editor, protocol, run, base_folder, tick)
     if editor.first_layer is None:
-        evaluation.all(groups)
+        evaluation.run_groups(groups)
         return evaluation.asked
-    queries = [q for case in cases for _, qs in case.columns() for q in qs]
+    queries = []
+    for case in cases:
+        for _, asked in case.columns():
+            queries.extend(asked)
     activations = editor.backbone.cached_activations(
         editor.first_layer,
         queries,
@@ -162,11 +165,11 @@ def evaluate_edits(
         tick=lambda n: tick(PREPARING, n),
     )
     with activations:
-        evaluation.all(groups)
+        evaluation.run_groups(groups)
     return evaluation.asked
 
 
-class _Evaluation:
+class _SequentialEvaluation:
     """The state of one evaluation: what was scored already, and the answers of the base model."""
 
     def __init__(
@@ -177,86 +180,80 @@ class _Evaluation:
         base_folder: Path | None,
         tick: Callable[[str, int], None],
     ) -> None:
-        self.editor, self.protocol, self.run = editor, protocol, run
-        self.base_folder, self.tick = base_folder, tick
-        self.done = {(r["group"], r["edits"], r["index"]) for r in run.read("cases")}
+        self.editor = editor
+        self.protocol = protocol
+        self.run = run
+        self.base_folder = run.folder / "base" if base_folder is None else base_folder
+        self.tick = tick
+        lines = run.read("cases")
+        self.done = {(line["group"], line["edits"], line["index"]) for line in lines}
         self.saved = time.monotonic()
-        lines = run.read("asked")  # a single one
-        self.asked: dict[str, float] = (
-            lines[0]["cost"] if lines else {"questions": 0, "seconds": 0.0}
-        )
+        self.asked: dict[str, float] = {"questions": 0, "seconds": 0.0}
+        for line in run.read("asked"):  # a single one, if any
+            self.asked = line["cost"]
 
-    def all(self, groups: Sequence[_Group]) -> None:
+    def run_groups(self, groups: Sequence[_Group]) -> None:
+        """Evaluate the groups that are not done yet."""
         for group in groups:
             if all(key in self.done for key in self._keys(group)):
-                self.tick("before", len(group.cases))
-                self.tick("edits", len(group.cases))
-                self.tick("after", sum(self.protocol.milestones(len(group.cases))))
+                size = len(group.cases)
+                self.tick("before", size)
+                self.tick("edits", size)
+                self.tick("after", sum(self.protocol.milestones(size)))
             else:
-                self._group(group)
+                self._run_group(group)
 
     def _keys(self, group: _Group) -> Iterator[tuple[int, int, int]]:
-        return (
-            (group.index, m, i)
-            for m in self.protocol.milestones(len(group.cases))
-            for i in range(m)
-        )
+        """Yield (group, edits, index) of every line that the group ends with."""
+        for milestone in self.protocol.milestones(len(group.cases)):
+            for index in range(milestone):
+                yield group.index, milestone, index
 
-    def _group(self, group: _Group) -> None:
+    def _run_group(self, group: _Group) -> None:
         """Edit the cases of one group in order, ask at each milestone, and take everything back."""
-        shards = self.protocol.shards(len(group.cases))
+        chunks = self.protocol.chunks(len(group.cases))
         self.editor.undo()
-        for shard in shards:  # before the first edit: "before" is the untouched model
-            self._base(group, shard)
-            self.tick("before", len(shard))
+        for chunk in chunks:  # before the first edit: "before" is the untouched model
+            self._base(group, chunk)
+            self.tick("before", len(chunk))
         made = self._restore(group)
         self.tick("edits", made)
         for milestone in self.protocol.milestones(len(group.cases)):
             while made < milestone:
-                made = self._edit(
-                    group, made, min(made + self.protocol.edit_batch, milestone)
-                )
+                stop = min(made + self.protocol.edit_batch, milestone)
+                self._edit(group, made, stop)
+                made = stop
                 self._save_now_and_then(group, made)
-            for shard in shards:
-                if shard.stop <= milestone:
-                    self._score(group, shard, milestone)
+            for chunk in chunks:
+                if chunk.stop <= milestone:
+                    self._score(group, chunk, milestone)
         self.editor.undo()
 
     # -- edits --------------------------------------------------------------------------------------------------
 
-    def _edit(self, group: _Group, start: int, stop: int) -> int:
-        cases, device = group.cases[start:stop], self.editor.backbone.device
+    def _edit(self, group: _Group, start: int, stop: int) -> None:
+        """Make the edits of the cases from `start` to `stop` in one operation, and log them."""
+        cases = group.cases[start:stop]
+        device = self.editor.backbone.device
         runtime.synchronize(device)
         began = time.perf_counter()
         edited = self.editor.edit([case.request for case in cases])
         runtime.synchronize(device)
         seconds = (time.perf_counter() - began) / len(cases)
-        self.run.append(
-            "edits",
-            [
-                {
-                    "group": group.index,
-                    "index": start + i,
-                    "case": case.uid,
-                    "seconds": seconds,
-                    **dict(edited.info),
-                }
-                for i, case in enumerate(cases)
-            ],
-        )
+        lines = []
+        for index, case in enumerate(cases, start):
+            line = {"group": group.index, "index": index, "case": case.uid}
+            lines.append({**line, "seconds": seconds, **edited.info})
+        self.run.append("edits", lines)
         self.tick("edits", len(cases))
-        return stop
 
     def _save_now_and_then(self, group: _Group, made: int) -> None:
         """Save the state to continue from, but not after every edit: making some again is cheaper than writing all."""
         if time.monotonic() - self.saved < SAVE_SECONDS:
             return
         tensors, metadata = self.editor.state()
-        self.run.save_tensors(
-            "editor",
-            tensors,
-            {**metadata, "group": str(group.index), "made": str(made)},
-        )
+        place = {"group": str(group.index), "made": str(made)}
+        self.run.save_tensors("editor", tensors, {**metadata, **place})
         self.saved = time.monotonic()
 
     def _restore(self, group: _Group) -> int:
@@ -266,118 +263,105 @@ class _Evaluation:
         """
         saved = self.run.load_tensors("editor")
         made = 0
-        if saved is not None and saved[1]["group"] == str(group.index):
-            self.editor.load_state(*saved)
-            made = int(saved[1]["made"])
+        if saved is not None:
+            tensors, metadata = saved
+            if metadata["group"] == str(group.index):
+                self.editor.load_state(tensors, metadata)
+                made = int(metadata["made"])
         log = self.run.read("edits")
-        kept = [r for r in log if (r["group"], r["index"]) < (group.index, made)]
+        end = (group.index, made)
+        kept = [line for line in log if (line["group"], line["index"]) < end]
         if len(kept) < len(log):
             self.run.rewrite("edits", kept)
         return made
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def _score(self, group: _Group, shard: range, milestone: int) -> None:
-        """Ask everything about the cases of a shard and append one line a case, unless that was done before."""
-        missing = [i for i in shard if (group.index, milestone, i) not in self.done]
+    def _score(self, group: _Group, chunk: range, milestone: int) -> None:
+        """Ask everything about the cases of a chunk and append one line a case, unless that was done before."""
+        missing = [
+            index for index in chunk if (group.index, milestone, index) not in self.done
+        ]
         if missing:
-            cases = group.cases[shard.start : shard.stop]
-            before = self._base(group, shard)
+            cases = group.cases[chunk.start : chunk.stop]
+            before = self._base(group, chunk)
             after = self._after(cases, before)
-            routing = self._routing(group, shard)
-            lines = [
-                {
-                    "group": group.index,
-                    "edits": milestone,
-                    "index": i,
-                    "case": case.uid,
-                    "type": case.type,
-                    **score_case(case, before, after, self.protocol.protocols),
-                    **({} if routing is None else {"routing": routing[i]}),
-                }
-                for i, case in zip(shard, cases, strict=True)
-            ]
-            self.run.append(
-                "cases", [line for line in lines if line["index"] in missing]
-            )
-        self.tick("after", len(shard))
+            routing = self._routing(group, chunk)
+            lines = []
+            for index, case in zip(chunk, cases, strict=True):
+                if index not in missing:
+                    continue
+                line: dict[str, Any] = {"group": group.index, "edits": milestone}
+                line |= {"index": index, "case": case.uid, "type": case.type}
+                line |= score_case(case, before, after, self.protocol.protocols)
+                if routing is not None:
+                    line["routing"] = routing[index]
+                lines.append(line)
+            self.run.append("cases", lines)
+        self.tick("after", len(chunk))
 
     def _after(
         self, cases: Sequence[EditCase], before: Mapping[Query, Answer]
     ) -> dict[Query, Answer]:
         """Ask again what the edits may have changed; the other answers are those of the untouched model."""
-        queries = _distinct(cases)
-        touched = [
-            q
-            for q, may in zip(queries, self.editor.affects(queries), strict=True)
-            if may
-        ]
-        return {**before, **self._ask(touched, cases)}
+        queries = distinct_queries(cases)
+        affected = list(compress(queries, self.editor.affects(queries)))
+        return {**before, **self._ask(affected, cases)}
 
     def _routing(
-        self, group: _Group, shard: range
+        self, group: _Group, chunk: range
     ) -> dict[int, dict[str, list[str]]] | None:
-        """Return for each case of a shard where its queries were sent, by column: to the right edit, another, or none.
+        """Return for each case of a chunk where its queries were sent, by column: to the right edit, another, or none.
 
         None for an editor that does not send a query to one edit.
         """
-        cases = group.cases[shard.start : shard.stop]
-        queries = _distinct(cases)
+        cases = group.cases[chunk.start : chunk.stop]
+        queries = distinct_queries(cases)
         found = self.editor.routes(queries)
         if found is None:
             return None
-        ids = [i for operation in self.editor.operations for i in operation.ids]
+        ids: list[int] = []
+        for operation in self.editor.operations:
+            ids.extend(operation.ids)
         edit_of = dict(zip(queries, found, strict=True))
-
-        def verdict(query: Query, own: int) -> str:
-            return (
-                "none"
-                if edit_of[query] is None
-                else "right"
-                if edit_of[query] == own
-                else "other"
-            )
-
-        return {
-            i: {
-                c: [verdict(q, ids[i]) for q in asked]
-                for c, asked in case.columns()
-                if not c.startswith("needs.")
-            }
-            for i, case in zip(shard, cases, strict=True)
-        }
+        routing: dict[int, dict[str, list[str]]] = {}
+        for index, case in zip(chunk, cases, strict=True):
+            routing[index] = {}
+            for column, asked in case.columns():
+                if not column.startswith("needs."):
+                    routing[index][column] = [
+                        _verdict(edit_of[query], ids[index]) for query in asked
+                    ]
+        return routing
 
     def _ask(
         self, queries: Sequence[Query], cases: Sequence[EditCase]
     ) -> dict[Query, Answer]:
         began = time.perf_counter()
-        generates = self.protocol.generates
+        backbone = self.editor.backbone
+        max_new_tokens, limits = 0, None
+        if self.protocol.generates:
+            max_new_tokens = self.protocol.max_new_tokens
+            limits = answer_limits(backbone, cases)
         answers = ask(
-            self.editor.backbone,
+            backbone,
             queries,
             layer=self.editor.first_layer or 0,
             top=self.protocol.top(cases),
-            max_new_tokens=self.protocol.max_new_tokens if generates else 0,
+            max_new_tokens=max_new_tokens,
             batch_size=self.protocol.batch_size,
-            limits=answer_limits(self.editor.backbone, cases) if generates else None,
+            limits=limits,
         )
         self.asked["questions"] += len(queries)
         self.asked["seconds"] += time.perf_counter() - began
         self.run.rewrite("asked", [{"cost": self.asked}])
         return answers
 
-    def _base(self, group: _Group, shard: range) -> dict[Query, Answer]:
-        """Return the answers of the untouched model to a shard, from the store if they are there."""
-        cases = group.cases[shard.start : shard.stop]
-        folder = (
-            self.base_folder
-            if self.base_folder is not None
-            else self.run.folder / "base"
-        )
-        path = (
-            folder
-            / f"{group.start + shard.start}-{group.start + shard.stop}.safetensors"
-        )
+    def _base(self, group: _Group, chunk: range) -> dict[Query, Answer]:
+        """Return the answers of the untouched model to a chunk, from the store if they are there."""
+        cases = group.cases[chunk.start : chunk.stop]
+        first, last = group.start + chunk.start, group.start + chunk.stop
+        path = self.base_folder / f"{first}-{last}.safetensors"
         answers = _read_answers(path, cases)
         if answers is None:
             if self.editor.operations:
@@ -385,10 +369,17 @@ class _Evaluation:
                     f"{path}: the answers of the base model cannot be read",
                     "delete it and start again",
                 )
-            answers = self._ask(_distinct(cases), cases)
-            folder.mkdir(parents=True, exist_ok=True)
+            answers = self._ask(distinct_queries(cases), cases)
+            self.base_folder.mkdir(parents=True, exist_ok=True)
             _write_answers(path, cases, answers)
         return answers
+
+
+def _verdict(sent_to: int | None, own: int) -> str:
+    """Say whether a query was sent to the edit of its own case, to another one, or to none."""
+    if sent_to is None:
+        return "none"
+    return "right" if sent_to == own else "other"
 
 
 def score_case(
@@ -398,32 +389,38 @@ def score_case(
     protocols: Sequence[str],
 ) -> dict[str, Any]:
     """Return the scores of one case by protocol and column, those of the base model, and the generated answers."""
-    scores: dict[str, dict[str, float]] = {p: {} for p in protocols}
-    base: dict[str, dict[str, float]] = {p: {} for p in protocols}
+    scores: dict[str, dict[str, float]] = {protocol: {} for protocol in protocols}
+    base: dict[str, dict[str, float]] = {protocol: {} for protocol in protocols}
     texts: dict[str, list[dict[str, str | None]]] = {}
     for column, queries in case.columns():
         family, _, name = column.partition(".")
         if family == "needs":
             continue
         local = family == "locality"
+        known = family == "portability" and _knows(case.needs.get(name, ()), before)
         for protocol in protocols:
-            scores[protocol][column] = _mean(
-                protocol,
-                [_score(protocol, local, q, before[q], after[q]) for q in queries],
-            )
+            points = [
+                _points(protocol, local, query, before[query], after[query])
+                for query in queries
+            ]
+            scores[protocol][column] = _mean(protocol, points)
             if not local:
-                base[protocol][column] = _mean(
-                    protocol,
-                    [_score(protocol, False, q, before[q], before[q]) for q in queries],
-                )
+                points = [
+                    _points(protocol, False, query, before[query], before[query])
+                    for query in queries
+                ]
+                base[protocol][column] = _mean(protocol, points)
+            if known:
+                for table in (scores[protocol], base[protocol]):
+                    table[f"{column} known"] = table[column]
         texts[column] = [
-            {"target": q.target, "before": before[q].text, "after": after[q].text}
-            for q in queries
+            {
+                "target": query.target,
+                "before": before[query].text,
+                "after": after[query].text,
+            }
+            for query in queries
         ]
-        if family == "portability" and _knows(case.needs.get(name, ()), before):
-            for table in (scores, base):
-                for protocol in protocols:
-                    table[protocol][f"{column} known"] = table[protocol][column]
     return {"scores": scores, "base": base, "answers": texts}
 
 
@@ -432,32 +429,37 @@ def _knows(queries: Sequence[Query], before: Mapping[Query, Answer]) -> bool:
     return bool(queries) and all(before[q].said == before[q].wanted for q in queries)
 
 
-def _score(
+def _points(
     protocol: str, local: bool, query: Query, before: Answer, after: Answer
 ) -> tuple[float, float]:
     """Return (points, out of) for one query: against the target, or for locality against the answer before."""
     if protocol.startswith("ar"):
-        said, was = after.text or "", before.text or ""
-        pair = (said, was if local else query.target)
-        if protocol == "ar":
-            return (
-                metrics.same_answer(was, said)
-                if local
-                else metrics.answer_match(said, query.target)
-            ), 1
-        return (
-            metrics.exact_match(*pair)
-            if protocol == "ar_em"
-            else metrics.token_f1(*pair)
-        ), 1
+        return _points_of_text(protocol, local, query, before, after), 1
     if protocol == "tf_easyedit" and local:
         assert before.top is not None
         assert after.top is not None
         return metrics.topk_agreement(before.top, after.top)
-    equal, length = metrics.agreement(
-        after.said, before.said if local else after.wanted
-    )
-    return (float(equal == length), 1) if protocol == "tf_em" else (equal, length)
+    expected = before.said if local else after.wanted
+    equal, length = metrics.agreement(after.said, expected)
+    if protocol == "tf_em":
+        return float(equal == length), 1
+    return equal, length
+
+
+def _points_of_text(
+    protocol: str, local: bool, query: Query, before: Answer, after: Answer
+) -> float:
+    """Return the points of a freely generated answer, from 0 to 1."""
+    said, was = after.text or "", before.text or ""
+    if protocol == "ar" and local:
+        return metrics.same_answer(was, said)
+    expected = was if local else query.target
+    compare = {
+        "ar": metrics.answer_match,
+        "ar_em": metrics.exact_match,
+        "ar_f1": metrics.token_f1,
+    }[protocol]
+    return compare(said, expected)
 
 
 def _mean(protocol: str, scores: Sequence[tuple[float, float]]) -> float:
@@ -467,12 +469,13 @@ def _mean(protocol: str, scores: Sequence[tuple[float, float]]) -> float:
     return sum(points / total for points, total in scores) / len(scores)
 
 
-def _distinct(cases: Sequence[EditCase]) -> list[Query]:
-    return list(
-        dict.fromkeys(
-            q for case in cases for _, queries in case.columns() for q in queries
-        )
-    )
+def distinct_queries(cases: Iterable[EditCase]) -> list[Query]:
+    """Return every query of some cases once, in the order in which they are asked first."""
+    found: dict[Query, None] = {}
+    for case in cases:
+        for _, queries in case.columns():
+            found.update(dict.fromkeys(queries))
+    return list(found)
 
 
 def _write_answers(
@@ -480,12 +483,11 @@ def _write_answers(
 ) -> None:
     from safetensors.torch import save
 
-    rows = [answers[query] for query in _distinct(cases)]
-    plain = json.dumps(
-        [[row.text, row.said, row.wanted] for row in rows], ensure_ascii=False
-    )
+    rows = [answers[query] for query in distinct_queries(cases)]
+    plain = [[row.text, row.said, row.wanted] for row in rows]
+    text = json.dumps(plain, ensure_ascii=False)
     tops = {str(i): row.top for i, row in enumerate(rows) if row.top is not None}
-    write_atomic(path, save(tops or {"empty": torch.zeros(0)}, {"answers": plain}))
+    write_atomic(path, save(tops or {"empty": torch.zeros(0)}, {"answers": text}))
 
 
 def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] | None:
@@ -497,16 +499,14 @@ def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] 
         return None
     try:
         with open_tensors(path, error=StateError) as file:
-            plain = parse_json(
-                file.metadata()["answers"], f"{path}: answers", error=StateError
-            )
-        tops = load(
-            path.read_bytes()
-        )  # a Ctrl-C within safe_open's get_tensor would come out as a ValueError
+            text = file.metadata()["answers"]
+        plain = parse_json(text, f"{path}: answers", error=StateError)
+        # not by `get_tensor` of the open file: control-C inside it comes out as a ValueError
+        tops = load(path.read_bytes())
     except (MmeditError, OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    rows = [
-        Answer(text, tuple(said), tuple(wanted), tops.get(str(i)))
-        for i, (text, said, wanted) in enumerate(plain)
-    ]
-    return dict(zip(_distinct(cases), rows, strict=True))
+    rows = []
+    for index, (text, said, wanted) in enumerate(plain):
+        top = tops.get(str(index))
+        rows.append(Answer(text, tuple(said), tuple(wanted), top))
+    return dict(zip(distinct_queries(cases), rows, strict=True))

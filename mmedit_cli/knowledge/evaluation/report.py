@@ -9,10 +9,16 @@ from itertools import pairwise
 from typing import Any
 
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
-from mmedit_cli.types import EditCase
+from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1
 _RESAMPLES, _BLOCK = 1000, 100
+# what a picture of an example shows, and the columns it may be taken from, the best first
+_PANELS = {
+    "request": ("reliability",),
+    "general": ("generality.image", "generality.both", "generality.text"),
+    "local": ("locality.near", "locality.image", "locality.same_image"),
+}
 
 
 def build_report(
@@ -28,23 +34,21 @@ def build_report(
     """
     sizes: dict[int, int] = {}
     for line in cases:
-        sizes[line["group"]] = max(sizes.get(line["group"], 0), line["edits"])
+        group = line["group"]
+        sizes[group] = max(sizes.get(group, 0), line["edits"])
+    in_whole_groups = [line for line in cases if sizes[line["group"]] == sequential]
+    in_short_group = [line for line in cases if sizes[line["group"]] < sequential]
     milestones = []
     for edits_made in sorted({line["edits"] for line in cases}):
-        for short in (False, True):
-            lines = [
-                c
-                for c in cases
-                if c["edits"] == edits_made
-                and (sizes[c["group"]] < sequential) == short
-            ]
+        for short, some in ((False, in_whole_groups), (True, in_short_group)):
+            lines = [line for line in some if line["edits"] == edits_made]
             if lines:
                 milestones.append(_milestone(edits_made, short, lines))
     return {
         "format": FORMAT,
         **head,
         "milestones": milestones,
-        "retention": _retention([c for c in cases if sizes[c["group"]] == sequential]),
+        "retention": _retention(in_whole_groups),
         **_unmoved(edits),
         "cost": _cost(edits),
     }
@@ -55,7 +59,8 @@ def _unmoved(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     count = 0
     for line in edits:
         losses = line.get("losses", ())
-        count += len(losses) > 1 and all(loss == losses[0] for loss in losses)
+        if len(losses) > 1 and all(loss == losses[0] for loss in losses):
+            count += 1
     return {"unmoved": count} if count else {}
 
 
@@ -65,48 +70,64 @@ def _milestone(
     """Return the scores after so many edits; `short` marks the last group, which had fewer edits than the others."""
     scores: dict[str, Any] = {}
     for protocol in lines[0]["scores"]:
-        columns = dict.fromkeys(
-            column for line in lines for column in line["scores"][protocol]
-        )
-        scores[protocol] = {
-            column: _summary(protocol, column, lines) for column in columns
-        }
-        scope = [_scope(line["scores"][protocol]) for line in lines]
-        scores[protocol]["scope"] = score_with_interval(
-            [value for value in scope if value is not None]
-        )
-    groups = len({line["group"] for line in lines})
-    routing = {"routing": _routing(lines)} if "routing" in lines[0] else {}
-    return {
-        "edits": edits_made, "groups": groups, "cases": len(lines), "short_group": short, "scores": scores, **routing,
-    }  # fmt: skip
+        by_case = [line["scores"][protocol] for line in lines]
+        columns = _in_order(by_case)
+        summaries = {column: _summary(protocol, column, lines) for column in columns}
+        scope = [_scope(columns_of_case) for columns_of_case in by_case]
+        judged = [value for value in scope if value is not None]
+        scores[protocol] = {**summaries, "scope": score_with_interval(judged)}
+    milestone = {
+        "edits": edits_made,
+        "groups": len({line["group"] for line in lines}),
+        "cases": len(lines),
+        "short_group": short,
+        "scores": scores,
+    }
+    if "routing" in lines[0]:
+        milestone["routing"] = _routing([line["routing"] for line in lines])
+    return milestone
 
 
-def _routing(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _in_order(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of some tables in the order in which they appear first."""
+    found: dict[str, None] = {}
+    for table in tables:
+        found.update(dict.fromkeys(table))
+    return list(found)
+
+
+def _routing(
+    by_case: Sequence[Mapping[str, Sequence[str]]],
+) -> dict[str, dict[str, float]]:
     """Return by column which share of its queries was sent to the case's own edit, to another one, and to none."""
-    columns = dict.fromkeys(column for line in lines for column in line["routing"])
-    sent = {
-        column: [v for line in lines for v in line["routing"].get(column, ())]
-        for column in columns
-    }
-    return {
-        c: {name: vs.count(name) / len(vs) for name in ("right", "other", "none")}
-        for c, vs in sent.items()
-        if vs
-    }
+    shares: dict[str, dict[str, float]] = {}
+    for column in _in_order(by_case):
+        sent: list[str] = []
+        for columns in by_case:
+            sent.extend(columns.get(column, ()))
+        if sent:
+            shares[column] = {
+                verdict: sent.count(verdict) / len(sent)
+                for verdict in ("right", "other", "none")
+            }
+    return shares
 
 
 def _summary(
     protocol: str, column: str, lines: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    having = [line for line in lines if column in line["scores"][protocol]]
-    summary = score_with_interval([line["scores"][protocol][column] for line in having])
-    base = [
-        line["base"][protocol][column]
-        for line in having
-        if column in line["base"][protocol]
-    ]
-    return {**summary, "before": statistics.fmean(base)} if base else summary
+    after, before = [], []
+    for line in lines:
+        scores, base = line["scores"][protocol], line["base"][protocol]
+        if column not in scores:
+            continue
+        after.append(scores[column])
+        if column in base:
+            before.append(base[column])
+    summary = score_with_interval(after)
+    if before:
+        summary["before"] = statistics.fmean(before)
+    return summary
 
 
 def _scope(scores: Mapping[str, float]) -> float | None:
@@ -129,12 +150,8 @@ def score_with_interval(values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"mean": None, "n": 0, "ci95": None}
     if len(set(values)) == 1 or set(values) <= {0.0, 1.0}:
-        mean = statistics.fmean(values)
-        return {
-            "mean": mean,
-            "n": len(values),
-            "ci95": wilson_interval(mean, len(values)),
-        }
+        mean, n = statistics.fmean(values), len(values)
+        return {"mean": mean, "n": n, "ci95": wilson_interval(mean, n)}
     return mean_with_interval(values)
 
 
@@ -143,12 +160,11 @@ def wilson_interval(share: float, n: int) -> list[float]:
     z = statistics.NormalDist().inv_cdf(0.975)
     shrink = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / shrink
+    spread = math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    half = z * spread / shrink
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return [
-        min(low, share),
-        max(high, share),
-    ]  # rounding never leaves the share itself outside
+    # rounding must not leave the share itself outside
+    return [min(low, share), max(high, share)]
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -163,13 +179,11 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     if len(set(values)) < 2:
         return summary
     source = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            data[source.integers(0, len(data), (_BLOCK, len(data)))].mean(1)
-            for _ in range(_RESAMPLES // _BLOCK)
-        ]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
+    means = []
+    for _ in range(_RESAMPLES // _BLOCK):  # in blocks, to bound the memory
+        drawn = source.integers(0, len(data), (_BLOCK, len(data)))
+        means.append(data[drawn].mean(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {**summary, "ci95": [float(low), float(high)]}
 
 
@@ -179,36 +193,35 @@ def _retention(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `matrix[c][m]` is the mean over the edits made between milestone c-1 and c, asked at milestone m (null before it);
     `backward_transfer` is the mean change from an edit's first milestone to the last one.
     """
-    milestones = sorted({c["edits"] for c in cases})
+    milestones = sorted({line["edits"] for line in cases})
     if not milestones:
         return {}
     cohorts = list(pairwise([0, *milestones]))
     result: dict[str, Any] = {
         "milestones": milestones,
-        "cohorts": [f"{a + 1}-{b}" for a, b in cohorts],
+        "cohorts": [f"{start + 1}-{stop}" for start, stop in cohorts],
     }
     for protocol in cases[0]["scores"]:
-        value = {
-            (c["group"], c["edits"], c["index"]): c["scores"][protocol]["reliability"]
-            for c in cases
-        }
-        matrix = [
-            [
-                statistics.fmean(
-                    v for (_, e, i), v in value.items() if e == m and a <= i < b
-                )
-                if m >= b
-                else None
-                for m in milestones
-            ]
-            for a, b in cohorts
-        ]
-        last = milestones[-1]
-        changes = [
-            value[g, last, i] - v
-            for (g, e, i), v in value.items()
-            if e == next(m for m in milestones if m > i)
-        ]
+        reliability = {}
+        for line in cases:
+            key = (line["group"], line["edits"], line["index"])
+            reliability[key] = line["scores"][protocol]["reliability"]
+        matrix = []
+        for start, stop in cohorts:
+            row: list[float | None] = []
+            for milestone in milestones:
+                retained = [
+                    score
+                    for (_, edits, index), score in reliability.items()
+                    if edits == milestone and start <= index < stop
+                ]
+                row.append(statistics.fmean(retained) if milestone >= stop else None)
+            matrix.append(row)
+        changes = []
+        for (group, edits, index), score in reliability.items():
+            first = next(milestone for milestone in milestones if milestone > index)
+            if edits == first:
+                changes.append(reliability[group, milestones[-1], index] - score)
         result[protocol] = {
             "matrix": matrix,
             "backward_transfer": statistics.fmean(changes),
@@ -239,39 +252,43 @@ def examples(
     last = [line for line in lines if line["edits"] == most_edits]
     step = max(1, len(last) // most)
     by_name = {case.uid: case for case in cases}
-    return [
-        {
-            "case": line["case"],
-            **line["answers"]["reliability"][0],
-            "panels": _panels(by_name[line["case"]], line),
-        }
-        for line in last[::step][:most]
-    ]
+    shown = []
+    for line in last[::step][:most]:
+        answer = line["answers"]["reliability"][0]
+        panels = _panels(by_name[line["case"]], line["answers"])
+        shown.append({"case": line["case"], **answer, "panels": panels})
+    return shown
 
 
-def _panels(case: EditCase, line: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _panels(
+    case: EditCase, answers: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[str, Any]]:
     """Return the queries of a case that can be shown beside each other, with their answers."""
-    wanted = {
-        "request": ("reliability",),
-        "general": ("generality.image", "generality.both", "generality.text"),
-    }
-    wanted["local"] = ("locality.near", "locality.image", "locality.same_image")
-    columns, panels = dict(case.columns()), {}
-    for kind, names in wanted.items():
+    columns = dict(case.columns())
+    panels = {}
+    for kind, names in _PANELS.items():
         for name in names:
-            query = next(
-                (q for q in columns.get(name, ()) if q.image is not None), None
-            )
-            if query is None or kind in panels:
-                continue
-            said = line["answers"][name][columns[name].index(query)]
-            if said["after"] is not None:
-                right = answer_match(said["after"], query.target) == 1
-                panels[kind] = {
-                    "prompt": query.prompt,
-                    "image": str(query.image),
-                    "background": query.background,
-                    **said,
-                }
-                panels[kind]["right"] = right
+            panel = _panel(columns.get(name, ()), answers.get(name, ()))
+            if panel is not None:
+                panels[kind] = panel
+                break
     return panels
+
+
+def _panel(
+    queries: Sequence[Query], answers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the first query with a picture, and its answers; None without one, or where nothing was generated."""
+    for query, said in zip(queries, answers, strict=True):
+        if query.image is None:
+            continue
+        if said["after"] is None:
+            return None
+        return {
+            "prompt": query.prompt,
+            "image": str(query.image),
+            "background": query.background,
+            **said,
+            "right": answer_match(said["after"], query.target) == 1,
+        }
+    return None

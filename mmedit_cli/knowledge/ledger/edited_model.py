@@ -16,7 +16,7 @@ from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, ModelError, StateError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.identity import is_former, same_model
-from mmedit_cli.knowledge.ledger.ledger import Kept, Ledger
+from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
     load_model,
@@ -54,7 +54,7 @@ class EditOptions:
     records: Path = Path("records")
 
 
-class EditedModel(AbstractContextManager["EditedModel"]):
+class LedgerModel(AbstractContextManager["LedgerModel"]):
     """A model with the active edits of a ledger on it; leaving takes them off the model and keeps them in the ledger.
 
     What `edit`, `undo` and `redo` change is in the ledger when they return. `seconds` were spent on making edits and
@@ -241,7 +241,7 @@ def open_edits(
     writing: bool = False,
     bare: bool = False,
     out: Output | None = None,
-) -> EditedModel:
+) -> LedgerModel:
     """Return the model of a ledger with its active edits on it (`bare`: with none), for `with`.
 
     `model` says where the model lies now, and the device. Raises UserError if there is no ledger, StateError for
@@ -253,7 +253,7 @@ def open_edits(
 
 def _opened(
     ledger: Ledger, options: ModelOptions, bare: bool, out: Output
-) -> EditedModel:
+) -> LedgerModel:
     """Return the model of an open ledger, which is closed if that fails."""
     try:
         ref = _model_of(ledger, options)
@@ -269,12 +269,12 @@ def _opened(
     except BaseException:
         ledger.close()
         raise
-    return EditedModel(ledger, backbone, editor)
+    return LedgerModel(ledger, backbone, editor)
 
 
 def begin_edits(
     folder: Path | str, options: EditOptions, out: Output | None = None
-) -> EditedModel:
+) -> LedgerModel:
     """Return the model of a ledger, open for writing: of the one in the folder if it agrees, else of a new one.
 
     Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
@@ -300,7 +300,7 @@ def begin_edits(
         raise
 
 
-def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedModel:
+def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerModel:
     """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.model, revision=options.model.revision)
     found = networks_of(options.editor, ref.name, options.records, options.checkpoint)
@@ -340,7 +340,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> EditedM
         **runtime.environment(backbone.device),
         "versions": runtime.versions(),
     }
-    return EditedModel(
+    return LedgerModel(
         Ledger.create(folder, config, environment, networks, run), backbone, editor
     )
 
@@ -496,7 +496,7 @@ def question(query: Query) -> tuple[Any, ...]:
     return query.prompt, query.image, query.background, query.chat
 
 
-def described(edit: Kept) -> dict[str, Any]:
+def described(edit: LedgerEdit) -> dict[str, Any]:
     """Return an edit as plain values."""
     query = edit.request
     return {

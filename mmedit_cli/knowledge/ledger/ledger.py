@@ -58,7 +58,7 @@ _PACKED = (
 
 
 @dataclass(frozen=True)
-class Kept:
+class LedgerEdit:
     """One edit of a ledger. `row` is its place in the shard; `before` is what the model answered when it was made."""
 
     id: int
@@ -87,7 +87,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         records: Sequence[Mapping[str, Any]],
     ) -> None:
         self.folder, self.config = folder, config
-        self.edits: dict[int, Kept] = {}
+        self.edits: dict[int, LedgerEdit] = {}
         self.began = False  # by this process
         self._run, self._writing = run, False
         self.files = Shards(folder)
@@ -314,7 +314,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         return self.folder / NETWORKS if self.config.get("checkpoint") else None
 
     @property
-    def active(self) -> list[Kept]:
+    def active(self) -> list[LedgerEdit]:
         """The edits that are not undone, the oldest first."""
         return [edit for edit in self.edits.values() if edit.active]
 
@@ -359,7 +359,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self, *, undone: bool = False, also: Sequence[int] = ()
     ) -> list[tuple[tuple[int, ...], tuple[Query, ...]]]:
         """Return (ids, requests) of each operation: of the active edits, of those in `also`, or of all edits."""
-        groups: dict[int, list[Kept]] = {}
+        groups: dict[int, list[LedgerEdit]] = {}
         more = set(also)
         for edit in self.edits.values():
             if edit.active or undone or edit.id in more:
@@ -391,7 +391,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             return set() if self.state is None else {self.state}
         return set(self._shards)
 
-    def _rows(self, edits: Iterable[Kept]) -> dict[str, Any]:
+    def _rows(self, edits: Iterable[LedgerEdit]) -> dict[str, Any]:
         """Return the tensors of some edits, a row each in their order."""
         import torch
 
@@ -441,7 +441,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         """
         first, now = self.next_id, _now()
         edits = [
-            Kept(first + row, request, now, said, name, True, first, None, row)
+            LedgerEdit(first + row, request, now, said, name, True, first, None, row)
             for row, (request, said, name) in enumerate(
                 zip(requests, before, names, strict=True)
             )
@@ -507,7 +507,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         return records
 
     def _records(
-        self, operations: Sequence[Sequence[Kept]], shard: str | None
+        self, operations: Sequence[Sequence[LedgerEdit]], shard: str | None
     ) -> list[dict[str, Any]]:
         """Return the lines of operations whose tensors are in one shard."""
         records, row = [], 0
@@ -631,7 +631,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                     edit["chat"],
                 )
                 i, own = int(edit["id"]), shard if self.rows else None
-                self.edits[i] = Kept(
+                self.edits[i] = LedgerEdit(
                     i,
                     query,
                     record["time"],
@@ -663,7 +663,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._replaced.discard(shard)
 
     def record(
-        self, edits: Sequence[Kept], shard: str | None, row: int
+        self, edits: Sequence[LedgerEdit], shard: str | None, row: int
     ) -> dict[str, Any]:
         """Return the line of one operation."""
         made = {
@@ -706,8 +706,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     def _write_shard(
         self,
         tensors: Mapping[str, Any],
-        edits: Sequence[Kept],
-        changed: Mapping[int, Kept] | None = None,
+        edits: Sequence[LedgerEdit],
+        changed: Mapping[int, LedgerEdit] | None = None,
     ) -> str | None:
         """Write the tensors of `edits`, or of all edits, with what is needed to take them up without their lines.
 
@@ -729,7 +729,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         return self.files.write(tensors, {"edits": rows, "undone": undone})
 
 
-def _as_row(edit: Kept) -> dict[str, Any]:
+def _as_row(edit: LedgerEdit) -> dict[str, Any]:
     """Return an edit as it stands in the line of its operation."""
     image = edit.request.image and edit.request.image.name
     return {

@@ -18,9 +18,9 @@ from mmedit_cli.errors import DataError, ModelError, NotFinite, TooLong
 from mmedit_cli.finite import all_finite, not_finite
 from mmedit_cli.knowledge.models.shared.anchors import Anchors
 from mmedit_cli.knowledge.models.shared.batch import (
+    ActivationCache,
     Batch,
     Encoded,
-    Kept,
     Prefix,
     collate,
     joined,
@@ -84,7 +84,7 @@ class VisionLanguageModel(ABC):
         )  # a query is asked at every milestone
         self.current_batch: Batch | None = None
         self.rewrite: Callable[[Query], Query] | None = None
-        self._kept: Kept | None = None
+        self._cache: ActivationCache | None = None
         self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
 
     # -- what a family has to say -------------------------------------------------------------------------------
@@ -301,8 +301,8 @@ class VisionLanguageModel(ABC):
     def _image_tokens(self, batch: Batch) -> Sequence[Tensor]:
         return (
             self.image_features(batch.pictures)
-            if self._kept is None
-            else self._kept.features.get(batch.pictures)
+            if self._cache is None
+            else self._cache.features.get(batch.pictures)
         )
 
     def logits(self, batch: Batch) -> Tensor:
@@ -324,20 +324,20 @@ class VisionLanguageModel(ABC):
         """Return the error that names the first module with NaN: everything is computed again, the pictures too."""
 
         def again() -> None:
-            self._kept, self._encoded = None, None
+            self._cache, self._encoded = None, None
             self._logits(batch)
 
-        kept = self._kept
+        kept = self._cache
         try:
             return not_finite(f"{self.name}: the logits", self.model, again)
         finally:
-            self._kept, self._encoded = kept, None
+            self._cache, self._encoded = kept, None
 
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
         self._check_layer(layer)
-        if self._kept is not None and self._kept.layer == layer:
-            rows = self._kept.prefixes.get(batch.queries)
+        if self._cache is not None and self._cache.layer == layer:
+            rows = self._cache.prefixes.get(batch.queries)
             return self.prefix_of(
                 pad_sequence(rows, batch_first=True).to(self.device), batch, layer
             )
@@ -407,7 +407,7 @@ class VisionLanguageModel(ABC):
         group: int,
         budget: int,
         tick: Callable[[int], None] = lambda _n: None,
-    ) -> Iterator[Kept]:
+    ) -> Iterator[ActivationCache]:
         """Inside the block, compute the image tokens of each picture and the prefix at `layer` of each query once.
 
         Right only while nothing below `layer` changes. The rows are computed in groups of `group` that are fixed by
@@ -433,11 +433,11 @@ class VisionLanguageModel(ABC):
             [Picture(q.image, q.background) for q in distinct if q.image is not None]
         )
         prefixes.plan(distinct)
-        before, self._kept = self._kept, Kept(layer, features, prefixes)
+        before, self._cache = self._cache, ActivationCache(layer, features, prefixes)
         try:
-            yield self._kept
+            yield self._cache
         finally:
-            self._kept = before
+            self._cache = before
 
     def by_length(self, queries: Iterable[Query]) -> list[Query]:
         """Return the distinct queries by their number of tokens, so that little of a batch is padding."""

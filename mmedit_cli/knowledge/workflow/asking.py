@@ -13,7 +13,7 @@ from mmedit_cli.catalog import find_model
 from mmedit_cli.errors import DataError, MmeditError, UserError
 from mmedit_cli.knowledge import edit_tables
 from mmedit_cli.knowledge.evaluation.answers import tokens_for
-from mmedit_cli.knowledge.ledger.edited_model import EditedModel, open_edits
+from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, open_edits
 from mmedit_cli.knowledge.loading import ModelOptions, load_model
 from mmedit_cli.knowledge.models.shared.generation import SAMPLINGS, described
 from mmedit_cli.knowledge.workflow.editing import read_facts
@@ -51,7 +51,7 @@ class Asker:
             )
         self.out, self.compare, self.sampling = out, compare, sampling
         self._stack = ExitStack()
-        self.edited: EditedModel | None = None
+        self.edited: LedgerModel | None = None
         if edits is not None:
             self.edited = self._stack.enter_context(
                 open_edits(edits, model=model, out=out)

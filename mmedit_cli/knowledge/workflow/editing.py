@@ -17,7 +17,7 @@ from mmedit_cli.knowledge.ledger.edited_model import (
     open_edits,
     question,
 )
-from mmedit_cli.knowledge.ledger.ledger import Kept, Ledger
+from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
@@ -266,7 +266,7 @@ def diff(one: Path, two: Path) -> dict[str, Any]:
     """Return how the active edits of two ledgers differ, by picture, background and question; no model is loaded."""
     left, right = (Ledger.open(folder) for folder in (one, two))
 
-    def asked(ledger: Ledger) -> dict[tuple[Any, ...], Kept]:
+    def asked(ledger: Ledger) -> dict[tuple[Any, ...], LedgerEdit]:
         return {question(replace(e.request, image=e.request.image and Path(e.request.image.name))): e
                 for e in ledger.active}  # fmt: skip
 

@@ -18,7 +18,7 @@ from mmedit_cli.knowledge.loading import (
     used_hparams,
     variant_for,
 )
-from mmedit_cli.knowledge.trained_networks import Networks, networks_line
+from mmedit_cli.knowledge.trained_networks import TrainedNetworks, networks_line
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import told
@@ -60,7 +60,7 @@ class EvalPlan:
     options: EvalOptions
     ref: ModelRef
     hparams: Any
-    networks: Networks | None
+    networks: TrainedNetworks | None
     cases: list[EditCase]
     config: dict[str, Any]
     folder: Path

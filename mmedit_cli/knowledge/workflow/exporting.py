@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mmedit_cli import __version__
 from mmedit_cli.catalog import find_model
 from mmedit_cli.errors import MmeditError, RunError, UserError
-from mmedit_cli.knowledge.ledger.edited_model import EditedModel, described, open_edits
+from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, described, open_edits
 from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.output import Output
 from mmedit_cli.storage import staged_folder, write_atomic
@@ -85,7 +85,7 @@ def _whole_or_not(to: Path) -> Iterator[None]:
 
 
 def _write(
-    edited: EditedModel, folder: Path, out: Output, adapters: bool
+    edited: LedgerModel, folder: Path, out: Output, adapters: bool
 ) -> dict[str, Any]:
     """Write the export and load it again; return its kind, and how far its logits are from the edited model's."""
     backbone, editor = edited.backbone, edited.editor
@@ -136,7 +136,7 @@ def _write(
 
 
 def _check_adapters(
-    edited: EditedModel, written: Mapping[Path, Sequence[Query]], dtype: str
+    edited: LedgerModel, written: Mapping[Path, Sequence[Query]], dtype: str
 ) -> dict[str, Any]:
     """Put the newest adapters on the base model, one at a time, and ask each what it was made for."""
     from peft import PeftModel
@@ -166,7 +166,7 @@ def _check_adapters(
     }
 
 
-def save_processors(edited: EditedModel, folder: Path) -> None:
+def save_processors(edited: LedgerModel, folder: Path) -> None:
     """Write tokenizer and image processor, with the files that make `AutoProcessor` find them."""
     backbone = edited.backbone
     backbone.tokenizer.save_pretrained(folder)
@@ -229,7 +229,7 @@ def _load_standalone(folder: Path, dtype: str) -> Any:
 
 
 def check(
-    edited: EditedModel,
+    edited: LedgerModel,
     ask: Callable[[Query], Tensor],
     queries: Sequence[Query] | None = None,
 ) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _reader(model: Any, queries: Sequence[Query]) -> Any:
     )
 
 
-def _check_generation(edited: EditedModel, model: Any) -> dict[str, Any]:
+def _check_generation(edited: LedgerModel, model: Any) -> dict[str, Any]:
     """Have an export continue an edit's question and another in one batch, with its cache and without.
 
     Raises MmeditError if the two differ, or if a question is not routed in company as it is alone; other formats than
@@ -359,7 +359,7 @@ def inputs(
 # -- the model card, and the hub --------------------------------------------------------------------------------
 
 
-def card(edited: EditedModel, kind: str, name: str) -> str:
+def card(edited: LedgerModel, kind: str, name: str) -> str:
     """Return the README of an export: how it loads, what it was made from, and the edits."""
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import RunError, StateError
-from mmedit_cli.knowledge.ledger.ledger import Kept, Ledger
+from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.records import Run
 from mmedit_cli.storage import sha256_of, write_atomic
 from mmedit_cli.types import Query
@@ -100,7 +100,7 @@ def _take_up_rows(
     """Add the edits of files that no line names, and find files for edits whose own are gone."""
     changed = False
     there = {path.stem for path in ledger.shard_files()}
-    new: dict[tuple[int, Query], Kept] = {}
+    new: dict[tuple[int, Query], LedgerEdit] = {}
     for shard, whose in found.items():
         for row, told in enumerate(whose["edits"]):
             edit = _kept(ledger, told, shard, row)
@@ -153,7 +153,9 @@ def _take_up_state(
     return True
 
 
-def _kept(ledger: Ledger, told: dict[str, Any], shard: str | None, row: int) -> Kept:
+def _kept(
+    ledger: Ledger, told: dict[str, Any], shard: str | None, row: int
+) -> LedgerEdit:
     """Return an edit as the file of its tensors tells of it."""
     image = (
         None if told["image"] is None else ledger.folder / "pictures" / told["image"]
@@ -163,7 +165,7 @@ def _kept(ledger: Ledger, told: dict[str, Any], shard: str | None, row: int) -> 
     )
     time = datetime.now(UTC).isoformat(timespec="seconds")
     i = int(told["id"])
-    return Kept(
+    return LedgerEdit(
         i,
         request,
         time,

@@ -38,7 +38,7 @@ HELD_OUT = (
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class EditorTrainingOptions:
     """What to train; the defaults are those of `mmedit train-editor`."""
 
     editor: str
@@ -58,10 +58,10 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class TrainPlan:
+class EditorTrainingPlan:
     """Everything resolved before a model is loaded."""
 
-    options: TrainOptions
+    options: EditorTrainingOptions
     ref: ModelRef
     hparams: Any
     cases: list[EditCase]
@@ -70,7 +70,7 @@ class TrainPlan:
     folder: Path
 
 
-def plan_training(options: TrainOptions) -> TrainPlan:
+def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     from mmedit_cli.knowledge.data.base import fingerprint
 
@@ -109,10 +109,12 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     folder = Run.locate(
         options.records, ("train-editor", editor.name, ref.name, name), config
     )
-    return TrainPlan(options, ref, hparams, cases, held_out, config, folder)
+    return EditorTrainingPlan(options, ref, hparams, cases, held_out, config, folder)
 
 
-def training_cases(options: TrainOptions) -> tuple[str, list[EditCase], list[EditCase]]:
+def training_cases(
+    options: EditorTrainingOptions,
+) -> tuple[str, list[EditCase], list[EditCase]]:
     """Return (name, cases to train on, cases held out).
 
     A named data set is trained on its `train` split and held out on `val`, never on what it is evaluated with; where
@@ -140,7 +142,7 @@ def training_cases(options: TrainOptions) -> tuple[str, list[EditCase], list[Edi
     return name, kept, data.cases[::HELD_OUT]
 
 
-def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
+def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str, Any]:
     """Train the networks of an editor and return the report; a finished run is only read, another one goes on.
 
     Raises a UserError for bad input, before anything is written.
@@ -152,7 +154,7 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
     ) or run_training(plan, out)
 
 
-def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
+def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
     """Load the model, train, and write the best networks and the report; the first process writes, all return it."""
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING
     from mmedit_cli.knowledge.training_loop import (

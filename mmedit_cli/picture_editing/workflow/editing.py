@@ -17,7 +17,7 @@ from mmedit_cli.catalog import CHECKPOINT, loading
 from mmedit_cli.errors import DataError, MmeditError, RunError, UserError
 from mmedit_cli.gallery import edit_sheet
 from mmedit_cli.knowledge.trained_networks import (
-    Networks,
+    TrainedNetworks,
     chosen_networks,
     described,
     networks_line,
@@ -184,7 +184,7 @@ def load_editor(options: EditOptions, out: Output) -> ImageEditor:
     return editor
 
 
-def own_networks(options: EditOptions) -> Networks | None:
+def own_networks(options: EditOptions) -> TrainedNetworks | None:
     """Return the training that `--checkpoint` names; None without the option. Raises UserError."""
     checkpoint = options.checkpoint
     if checkpoint is None:

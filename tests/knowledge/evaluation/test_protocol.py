@@ -60,14 +60,14 @@ class Perfect(Editor):
         pass
 
 
-def test_milestones_are_unions_of_whole_shards():
-    protocol = Protocol(sequential=100, report_at=(1, 10, 70), shard=32)
+def test_milestones_are_unions_of_whole_chunks():
+    protocol = Protocol(sequential=100, report_at=(1, 10, 70), chunk=32)
     assert protocol.milestones(100) == [1, 10, 70, 100]
     assert protocol.milestones(40) == [1, 10, 40]
-    shards = protocol.shards(100)
-    assert [i for shard in shards for i in shard] == list(range(100))
-    assert {1, 10, 70, 100} <= {shard.stop for shard in shards}
-    assert max(map(len, shards)) <= 32
+    chunks = protocol.chunks(100)
+    assert [i for chunk in chunks for i in chunk] == list(range(100))
+    assert {1, 10, 70, 100} <= {chunk.stop for chunk in chunks}
+    assert max(map(len, chunks)) <= 32
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def options(records: Path, **protocol) -> evaluation.EvalOptions:
         "ft",
         loading.ModelOptions("tiny-blip2", device="cpu"),
         str(SHAPES),
-        Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "shard": 3, **protocol}),
+        Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "chunk": 3, **protocol}),
         records=records,
     )
 
@@ -451,7 +451,7 @@ def test_an_interrupt_is_never_taken_for_a_damaged_file(tmp_path):
     cases = [EditCase("a", Query("q", "t"), {"text": (Query("p", "t"),)}, {}, {})]
     answers = {
         query: Answer("t", (1, 2), (1, 2), torch.zeros(4, 10))
-        for query in sequential._distinct(cases)
+        for query in sequential.distinct_queries(cases)
     }
     path = tmp_path / "base.safetensors"
     sequential._write_answers(path, cases, answers)

@@ -14,7 +14,10 @@ from conftest import QUERIES
 
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
-from mmedit_cli.knowledge.models.shared.minigpt4_weights import Published, convert
+from mmedit_cli.knowledge.models.shared.minigpt4_weights import (
+    PublishedMiniGPT4,
+    convert,
+)
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
@@ -157,10 +160,10 @@ def image_tokens(vision, qformer, projection, pixels):
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Published:
+def published(tmp_path_factory) -> PublishedMiniGPT4:
     """Four files as they are published, with random numbers."""
     folder = tmp_path_factory.mktemp("published")
-    parts = Published(
+    parts = PublishedMiniGPT4(
         folder / "eva.pth",
         folder / "qformer.pth",
         folder / "projection.pth",

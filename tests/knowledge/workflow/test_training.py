@@ -168,14 +168,14 @@ def test_control_c_while_held_out_cases_are_asked_stops_at_once(
 ):
     monkeypatch.setattr(training_loop, "SAVE_SECONDS", 1e9)
     _, expected = train(backbone, tmp_path / "whole")
-    scores = training_loop._Training._scores
+    scores = training_loop._EditorTraining._scores
 
     def interrupted(self):
-        monkeypatch.setattr(training_loop._Training, "_scores", scores)
+        monkeypatch.setattr(training_loop._EditorTraining, "_scores", scores)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("it did not stop")
 
-    monkeypatch.setattr(training_loop._Training, "_scores", interrupted)
+    monkeypatch.setattr(training_loop._EditorTraining, "_scores", interrupted)
     saved = cut_short(backbone, tmp_path / "cut", lambda *_: None)
     assert (saved["step"], saved["looked"]) == ("3", "0")
     assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monke
     )
     score = [0.0]
     states = []
-    real = training_loop._Training._validate
+    real = training_loop._EditorTraining._validate
 
     def validate(self):
         score[0] = next(scores)
@@ -226,7 +226,7 @@ def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monke
         )
         return real(self)
 
-    monkeypatch.setattr(training_loop._Training, "_validate", validate)
+    monkeypatch.setattr(training_loop._EditorTraining, "_validate", validate)
     editor, report = train(backbone, tmp_path)
     assert report["best"]["step"] == 6
     assert [line["score"] for line in report["curve"]] == [0.2, 0.9, 0.4]
@@ -427,7 +427,7 @@ def test_an_untrained_editor_is_no_surprise(cli, tmp_path):
 
 
 def test_the_evaluation_side_is_never_trained_on():
-    options = training.TrainOptions(
+    options = training.EditorTrainingOptions(
         "liveedit", loading.ModelOptions("tiny-blip2"), "emojikb", limit=50
     )
     name, cases, held_out = training.training_cases(options)
@@ -436,7 +436,7 @@ def test_the_evaluation_side_is_never_trained_on():
     assert {case.uid.partition("-")[0] for case in held_out} == {"val"}
     with pytest.raises(UserError, match="too few to hold some out"):
         training.training_cases(
-            training.TrainOptions("x", options.model, str(SHAPES), limit=5)
+            training.EditorTrainingOptions("x", options.model, str(SHAPES), limit=5)
         )
 
 

@@ -72,7 +72,7 @@ def tidy(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class AnnotationFile:
     """An annotation file below the root, and what is known of the published copy."""
 
     file: str
@@ -143,7 +143,7 @@ Reader = Callable[[Json, str, Path, Template], list[EditCase]]
 
 @final
 @dataclass(frozen=True)
-class Published(Dataset):
+class PublishedDataset(Dataset):
     """A published data set: a file a split, and the folders in which releases have put them.
 
     `group` is what `mmedit download` calls it. `folders` and `image_folders` are tried in order, below the root and
@@ -153,7 +153,7 @@ class Published(Dataset):
 
     name: str
     group: str
-    sources: Mapping[str, Source]
+    sources: Mapping[str, AnnotationFile]
     folders: Sequence[str]
     image_folders: Sequence[str]
     image_example: str
@@ -163,7 +163,7 @@ class Published(Dataset):
     more_keys: Mapping[str, str] = field(
         default_factory=dict
     )  # by split: what its reader reads beside the usual keys
-    extras: Sequence[Source] = ()
+    extras: Sequence[AnnotationFile] = ()
 
     @property
     def splits(self) -> Sequence[str]:  # type: ignore[override]
@@ -297,7 +297,9 @@ class Published(Dataset):
             }.values()
         )[::-1]
 
-    def _check_file(self, label: str, source: Source, root: Path) -> Iterator[Finding]:
+    def _check_file(
+        self, label: str, source: AnnotationFile, root: Path
+    ) -> Iterator[Finding]:
         path = root / source.file
         if not path.is_file():
             yield label, None, f"{source.file} is not there"

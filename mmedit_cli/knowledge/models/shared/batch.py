@@ -87,7 +87,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationCache:
     """Frozen rows that many batches share: image tokens by picture, and what enters `layer` by query."""
 
     layer: int

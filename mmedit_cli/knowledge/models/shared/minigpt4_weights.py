@@ -41,7 +41,7 @@ _QFORMER_NAMES = (
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedMiniGPT4:
     """Where the four parts lie.
 
     vision: eva_vit_g.pth; qformer: blip2_pretrained_flant5xxl.pth; projection: prerained_minigpt4_7b.pth; llm: the
@@ -55,7 +55,7 @@ class Published:
 
 
 def convert(
-    parts: Published, out: Path, note: Callable[[str], None] = lambda text: None
+    parts: PublishedMiniGPT4, out: Path, note: Callable[[str], None] = lambda text: None
 ) -> Path:
     """Write the model to the folder `out` and return it; every tensor keeps its number format.
 
