@@ -19,8 +19,10 @@ def bring_in(model: nn.Module, name: str) -> None:
     accelerate keeps such weights as empty tensors, and what is written into one of them is lost. Raises ModelError
     for a module whose weights are nowhere.
     """
-    for path, module in model.get_submodule(name).named_modules(prefix=name):
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+    submodule = model.get_submodule(name)
+    for path, module in submodule.named_modules(prefix=name):
+        own = module.parameters(recurse=False)
+        if any(parameter.is_meta for parameter in own):
             _load_offloaded(path, module)
 
 
@@ -32,11 +34,10 @@ def _load_offloaded(path: str, module: nn.Module) -> None:
     )
     from accelerate.utils import align_module_device, set_module_tensor_to_device
 
+    values = {}
     with align_module_device(module):  # as for a forward pass
-        values = {
-            key: value.detach().clone()
-            for key, value in module.named_parameters(recurse=False)
-        }
+        for key, parameter in module.named_parameters(recurse=False):
+            values[key] = parameter.detach().clone()
     device = next(iter(values.values())).device
     if device.type == "meta":
         raise ModelError(
@@ -46,9 +47,8 @@ def _load_offloaded(path: str, module: nn.Module) -> None:
     remove_hook_from_module(module)
     for key, value in values.items():
         set_module_tensor_to_device(module, key, device, value=value)
-    add_hook_to_module(
-        module, AlignDevicesHook(execution_device=device)
-    )  # inputs still come from other devices
+    # inputs still come from other devices
+    add_hook_to_module(module, AlignDevicesHook(execution_device=device))
 
 
 class Patch(AbstractContextManager["Patch"]):
@@ -93,22 +93,22 @@ class Patch(AbstractContextManager["Patch"]):
         bring_in(self.model, name)
         parent_name, _, child = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        self._modules.append((parent, child, self.model.get_submodule(name)))
+        original = parent.get_submodule(child)
+        self._modules.append((parent, child, original))
         setattr(parent, child, module)
 
     def hook(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Pass the output of the named module (the first entry, if it is a tuple) through `change`; None keeps it."""
 
         def forward_hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(output, tuple):
+                return change(output)
+            first, *rest = output
             changed = change(first)
-            if changed is None:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return None if changed is None else (changed, *rest)
 
-        self._hooks.append(
-            self.model.get_submodule(name).register_forward_hook(forward_hook)
-        )
+        module = self.model.get_submodule(name)
+        self._hooks.append(module.register_forward_hook(forward_hook))
 
     def hook_call(
         self, name: str, change: Callable[[Tensor, Tensor], Tensor | None]
@@ -120,9 +120,8 @@ class Patch(AbstractContextManager["Patch"]):
         ) -> Tensor | None:
             return change(args[0], output)
 
-        self._hooks.append(
-            self.model.get_submodule(name).register_forward_hook(forward_hook)
-        )
+        module = self.model.get_submodule(name)
+        self._hooks.append(module.register_forward_hook(forward_hook))
 
     def hook_input(self, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
         """Pass what enters the named module (its first argument) through `change`; None keeps it."""
@@ -130,26 +129,29 @@ class Patch(AbstractContextManager["Patch"]):
         def forward_pre_hook(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
-            changed = change(args[0] if args else kwargs["hidden_states"])
+            # transformers passes the hidden state by position or by this name
+            hidden = args[0] if args else kwargs["hidden_states"]
+            changed = change(hidden)
             if changed is None:
                 return None
-            return (
-                ((changed, *args[1:]), kwargs)
-                if args
-                else (args, {**kwargs, "hidden_states": changed})
-            )
+            if args:
+                return (changed, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": changed}
 
         module = self.model.get_submodule(name)
-        self._hooks.append(
-            module.register_forward_pre_hook(forward_pre_hook, with_kwargs=True)
+        handle = module.register_forward_pre_hook(
+            forward_pre_hook,
+            with_kwargs=True,
         )
+        self._hooks.append(handle)
 
     def changed(self) -> dict[str, Tensor]:
         """Return the present value of every parameter that was touched."""
-        return {
-            name: self.model.get_parameter(name).detach().clone()
-            for name in self._originals
-        }
+        present = {}
+        for name in self._originals:
+            parameter = self.model.get_parameter(name)
+            present[name] = parameter.detach().clone()
+        return present
 
     def undo(self) -> None:
         """Restore hooks, modules and weights, the last change first."""
@@ -170,13 +172,15 @@ class Patch(AbstractContextManager["Patch"]):
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let gradients reach just these parameters inside the block; flags and gradients are as before afterwards."""
-    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    before = []
+    for parameter in parameters:
+        before.append((parameter, parameter.requires_grad, parameter.grad))
     try:
-        for p, _, _ in before:
-            p.requires_grad_(True)
+        for parameter, _, _ in before:
+            parameter.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad
+        for parameter, flag, grad in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad

@@ -69,8 +69,10 @@ def _ascii_words() -> re.Pattern[str]:
 
 @cache
 def _all_words() -> re.Pattern[str]:
-    candidates = map(chr, range(0x300, 0x1F000))
-    marks = "".join(c for c in candidates if unicodedata.category(c).startswith("M"))
+    marks = ""
+    for character in map(chr, range(0x300, 0x1F000)):
+        if unicodedata.category(character).startswith("M"):
+            marks += character
     letter = rf"[^\W{_UNSPACED}]"
     inner = rf"(?:{letter}|[{marks}\u200c\u200d])"  # the joiners stand inside words of Hindi and Persian
     character = rf"(?=\w)[{_UNSPACED}][{marks}]*"
@@ -123,7 +125,8 @@ def token_f1(prediction: str, target: str) -> float:
         return float(said == wanted)
     shared = Counter(said) & Counter(wanted)
     # equals 2 * precision * recall / (precision + recall)
-    return 2 * shared.total() / (len(said) + len(wanted))
+    length = len(said) + len(wanted)
+    return 2 * shared.total() / length
 
 
 # -- teacher forcing (protocols tf_liveedit, tf_easyedit, tf_em) ------------------------------------------------
@@ -131,8 +134,9 @@ def token_f1(prediction: str, target: str) -> float:
 
 def agreement(predicted: Sequence[int], expected: Sequence[int]) -> tuple[int, int]:
     """Return (equal positions, positions) of two arg-max sequences of the same length."""
-    pairs = zip(predicted, expected, strict=True)
-    equal = sum(said == wanted for said, wanted in pairs)
+    equal = 0
+    for said, wanted in zip(predicted, expected, strict=True):
+        equal += said == wanted
     return equal, len(expected)
 
 
@@ -142,7 +146,9 @@ def topk_agreement(base: Tensor, edited: Tensor) -> tuple[int, int]:
     Order counts: one swap of two near ties costs two entries (EasyEdit, `topk_token_match`).
     """
     length = min(len(base), len(edited))
-    equal = base[-length:] == edited[-length:]
+    base = base[-length:]
+    edited = edited[-length:]
+    equal = base == edited
     return int(equal.sum()), equal.numel()
 
 

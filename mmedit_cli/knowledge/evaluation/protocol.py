@@ -98,9 +98,10 @@ class Protocol:
 
         So a case is asked in the same company, before and after and at every milestone.
         """
-        regular = range(0, size, self.chunk)
-        cuts = sorted({0, size, *self.milestones(size), *regular})
-        return [range(start, stop) for start, stop in pairwise(cuts)]
+        cuts = {0, size}
+        cuts.update(self.milestones(size))
+        cuts.update(range(0, size, self.chunk))
+        return [range(start, stop) for start, stop in pairwise(sorted(cuts))]
 
     @property
     def generates(self) -> bool:
@@ -305,7 +306,8 @@ class _SequentialEvaluation:
     ) -> dict[Query, Answer]:
         """Ask again what the edits may have changed; the other answers are those of the untouched model."""
         queries = distinct_queries(cases)
-        affected = list(compress(queries, self.editor.affects(queries)))
+        may_change = self.editor.affects(queries)
+        affected = list(compress(queries, may_change))
         return {**before, **self._ask(affected, cases)}
 
     def _routing(
@@ -465,8 +467,11 @@ def _points_of_text(
 def _mean(protocol: str, scores: Sequence[tuple[float, float]]) -> float:
     """Return the score of a column: tf_easyedit pools the tokens of its queries, the others average the queries."""
     if protocol == "tf_easyedit":
-        return sum(points for points, _ in scores) / sum(total for _, total in scores)
-    return sum(points / total for points, total in scores) / len(scores)
+        points = sum(some for some, _ in scores)
+        total = sum(most for _, most in scores)
+        return points / total
+    shares = [points / total for points, total in scores]
+    return sum(shares) / len(scores)
 
 
 def distinct_queries(cases: Iterable[EditCase]) -> list[Query]:
@@ -483,11 +488,16 @@ def _write_answers(
 ) -> None:
     from safetensors.torch import save
 
-    rows = [answers[query] for query in distinct_queries(cases)]
-    plain = [[row.text, row.said, row.wanted] for row in rows]
+    plain = []
+    tops = {}
+    for index, query in enumerate(distinct_queries(cases)):
+        answer = answers[query]
+        plain.append([answer.text, answer.said, answer.wanted])
+        if answer.top is not None:
+            tops[str(index)] = answer.top
     text = json.dumps(plain, ensure_ascii=False)
-    tops = {str(i): row.top for i, row in enumerate(rows) if row.top is not None}
-    write_atomic(path, save(tops or {"empty": torch.zeros(0)}, {"answers": text}))
+    tensors = tops or {"empty": torch.zeros(0)}
+    write_atomic(path, save(tensors, {"answers": text}))
 
 
 def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] | None:

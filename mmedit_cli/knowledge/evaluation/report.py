@@ -160,11 +160,15 @@ def wilson_interval(share: float, n: int) -> list[float]:
     z = statistics.NormalDist().inv_cdf(0.975)
     shrink = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / shrink
-    spread = math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    variance = share * (1 - share) / n
+    spread = math.sqrt(variance + z * z / (4 * n * n))
     half = z * spread / shrink
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
     # rounding must not leave the share itself outside
-    return [min(low, share), max(high, share)]
+    low = min(low, share)
+    high = max(high, share)
+    return [low, high]
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -251,12 +255,13 @@ def examples(
     most_edits = max(line["edits"] for line in lines)
     last = [line for line in lines if line["edits"] == most_edits]
     step = max(1, len(last) // most)
-    by_name = {case.uid: case for case in cases}
+    by_uid = {case.uid: case for case in cases}
     shown = []
     for line in last[::step][:most]:
-        answer = line["answers"]["reliability"][0]
-        panels = _panels(by_name[line["case"]], line["answers"])
-        shown.append({"case": line["case"], **answer, "panels": panels})
+        uid, answers = line["case"], line["answers"]
+        (request,) = answers["reliability"]
+        panels = _panels(by_uid[uid], answers)
+        shown.append({"case": uid, **request, "panels": panels})
     return shown
 
 

@@ -36,18 +36,19 @@ from mmedit_cli.patch import bring_in
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
-WRITTEN = "\ufdd0"  # a code point that is no character: the image token, where somebody wrote it in a text
+# stands for the image token where a user wrote it in a text: a code point that is no character
+WRITTEN = "\ufdd0"
 
 
 class VisionLanguageModel(ABC):
     """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
 
     `current_batch` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
-    `rewrite` is what an editor that works in the context does to every query before it is encoded; else None.
+    `rewrite` is applied to every query before it is encoded: editors that work in the context set it; else None.
     """
 
     family: ClassVar[str]
-    image_token: ClassVar[str] = "<image>"
+    image_token: str = "<image>"
     former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
     n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
 
@@ -59,29 +60,26 @@ class VisionLanguageModel(ABC):
         image_processor: Any,
         fingerprint: str,
     ) -> None:
-        self.name, self.model, self.tokenizer, self.image_processor = (
-            name,
-            model,
-            tokenizer,
-            image_processor,
-        )
+        self.name = name
+        self.model: Any = model  # a class of transformers: families call its methods
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
         self.fingerprint = fingerprint
         self.model.eval().requires_grad_(False)
-        bring_in(
-            model, _name_of(model, model.get_input_embeddings())
-        )  # device and dtype are read from it
+        # device and dtype are read from the embeddings
+        bring_in(model, _name_of(model, self._embedding))
         self.anchors = Anchors(model)
         self.layers: nn.ModuleList = self.anchors.layers
         self.n_layers = len(self.layers)
-        self.width: int = model.config.get_text_config().hidden_size
-        self.max_length: int = model.config.get_text_config().max_position_embeddings
+        config = self.model.config.get_text_config()
+        self.width: int = config.hidden_size
+        self.max_length: int = config.max_position_embeddings
         self._stack = model.get_submodule(self.anchors.stack)
-        self._tail = [model.get_submodule(n) for n in self.anchors.tail]
+        self._tail = [model.get_submodule(path) for path in self.anchors.tail]
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id if pad is None else pad
-        self._encode = lru_cache(maxsize=1 << 16)(
-            self._tokenize
-        )  # a query is asked at every milestone
+        # a query is asked at every milestone
+        self._encode = lru_cache(maxsize=1 << 16)(self._tokenize)
         self.current_batch: Batch | None = None
         self.rewrite: Callable[[Query], Query] | None = None
         self._cache: ActivationCache | None = None
@@ -141,9 +139,8 @@ class VisionLanguageModel(ABC):
 
         The answer tokens are those that prompt + answer has more than the prompt alone (LiveEdit, evaluation code).
         """
-        return self._encode(
-            query if self.rewrite is None else self.rewrite(query), with_answer
-        )
+        rewritten = query if self.rewrite is None else self.rewrite(query)
+        return self._encode(rewritten, with_answer)
 
     def _tokenize(self, query: Query, with_answer: bool) -> Encoded:
         prompt = query.prompt
@@ -151,21 +148,16 @@ class VisionLanguageModel(ABC):
             raise DataError("the prompt is empty")
         if with_answer and not query.target.strip():
             raise DataError(f"the target of {prompt!r} is empty")
-        prompt, target = (
-            text.replace(self.image_token, WRITTEN) for text in (prompt, query.target)
-        )
-        n_image = (
-            0
-            if query.image is None
-            else self.n_image_tokens(Picture(query.image, query.background))
-        )
+        prompt = prompt.replace(self.image_token, WRITTEN)
+        target = query.target.replace(self.image_token, WRITTEN)
+        n_image = 0
+        if query.image is not None:
+            n_image = self.n_image_tokens(Picture(query.image, query.background))
         if query.chat:
             prompt = self.chat(prompt, with_image=n_image > 0)
-        text = (
-            prompt + joined(replace(query, prompt=prompt, target=target))
-            if with_answer
-            else prompt
-        )
+        text = prompt
+        if with_answer:
+            text += joined(replace(query, prompt=prompt, target=target))
         ids, start = self._prompt_ids(text, n_image)
         n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         if with_answer and n_answer <= 0:
@@ -184,11 +176,8 @@ class VisionLanguageModel(ABC):
         first, *others = text.split(WRITTEN)
         ids: list[int] = self.tokenizer(first, **options)["input_ids"]
         for other in others:
-            ids = (
-                ids
-                + self._spelled
-                + self.tokenizer(other, add_special_tokens=False)["input_ids"]
-            )
+            behind = self.tokenizer(other, add_special_tokens=False)["input_ids"]
+            ids = [*ids, *self._spelled, *behind]
         return ids
 
     @cached_property
@@ -210,15 +199,13 @@ class VisionLanguageModel(ABC):
                 f"{self.name} has no chat template", "leave --template chat out"
             )
         content = [{"type": "image"}] if with_image else []
-        messages = [
-            {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
-        ]
+        content.append({"type": "text", "text": prompt})
+        messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        return str(text).removeprefix(
-            self.tokenizer.bos_token or ""
-        )  # the tokenizer puts it in front itself
+        # the tokenizer puts the bos token in front itself
+        return str(text).removeprefix(self.tokenizer.bos_token or "")
 
     def batch(
         self,
@@ -242,7 +229,8 @@ class VisionLanguageModel(ABC):
         """
         found = self.encode_images([load_picture(picture) for picture in pictures])
         for picture, tokens in zip(pictures, found, strict=True):
-            if len(tokens) != (expected := self.n_image_tokens(picture)):
+            expected = self.n_image_tokens(picture)
+            if len(tokens) != expected:
                 raise ModelError(
                     f"{picture.path}: {len(tokens)} image tokens where {expected} were expected",
                     "did the file change, or is the image processor of another model?",
@@ -251,12 +239,13 @@ class VisionLanguageModel(ABC):
 
     def encode_images(self, images: Sequence[Any]) -> list[Tensor]:
         """Return the image tokens of RGB pictures in memory, as `image_features` does of files."""
-        inputs = self.image_processor(images=list(images), return_tensors="pt").to(
-            self.device, self.dtype
+        inputs = self.image_processor(
+            images=list(images),
+            return_tensors="pt",
         )
-        return [
-            tokens.to(self.device, self.dtype) for tokens in self._encode_pixels(inputs)
-        ]
+        inputs = inputs.to(self.device, self.dtype)
+        found = self._encode_pixels(inputs)
+        return [tokens.to(self.device, self.dtype) for tokens in found]
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings of token ids: (...) -> (..., E)."""
@@ -275,35 +264,45 @@ class VisionLanguageModel(ABC):
         rows = [index for index in batch.picture_of if index is not None]
         if not rows:
             return embeds, None
-        self._encoded = (batch, self._image_tokens(batch))
-        tokens = torch.cat([self._encoded[1][index].to(self.device) for index in rows])
-        first, *later = tokens.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
-        embeds = embeds.masked_scatter(batch.image_mask.unsqueeze(-1), first)
-        return embeds, DeepStack(
-            batch.image_mask, torch.stack(later, 1)
-        ) if later else None
+        by_picture = self._image_tokens(batch)
+        self._encoded = (batch, by_picture)
+        by_row = [by_picture[index].to(self.device) for index in rows]
+        tokens = torch.cat(by_row).to(embeds.dtype)
+        width = embeds.shape[-1]
+        # the columns behind the first `width` are added behind later layers
+        first, *later = torch.split(tokens, width, dim=-1)
+        at_images = batch.image_mask.unsqueeze(-1)
+        embeds = embeds.masked_scatter(at_images, first)
+        if not later:
+            return embeds, None
+        deepstack = DeepStack(batch.image_mask, torch.stack(later, 1))
+        return embeds, deepstack
 
     def mean_image_tokens(self, batch: Batch) -> Tensor:
         """Return the mean of each row's image tokens as they enter the language model: (B, E), 0 without a picture."""
         if self._encoded is None or self._encoded[0] is not batch:
             self._encoded = (batch, self._image_tokens(batch))
-        means = [
-            tokens.to(self.device)[:, : self.entry_width].mean(0)
-            for tokens in self._encoded[1]
-        ]
-        means.append(
-            torch.zeros(self.entry_width, dtype=self.dtype, device=self.device)
+        _, by_picture = self._encoded
+        width = self.entry_width
+        means = []
+        for tokens in by_picture:
+            entering = tokens.to(self.device)[:, :width]
+            means.append(entering.mean(0))
+        no_picture = torch.zeros(
+            width,
+            dtype=self.dtype,
+            device=self.device,
         )
-        return torch.stack(
-            [means[-1 if index is None else index] for index in batch.picture_of]
-        )
+        rows = []
+        for index in batch.picture_of:
+            row = no_picture if index is None else means[index]
+            rows.append(row)
+        return torch.stack(rows)
 
     def _image_tokens(self, batch: Batch) -> Sequence[Tensor]:
-        return (
-            self.image_features(batch.pictures)
-            if self._cache is None
-            else self._cache.features.get(batch.pictures)
-        )
+        if self._cache is None:
+            return self.image_features(batch.pictures)
+        return self._cache.features.get(batch.pictures)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V); raise NotFinite for NaN or infinity."""
@@ -314,7 +313,9 @@ class VisionLanguageModel(ABC):
     def _logits(self, batch: Batch) -> Tensor:
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):
-            return self._tail[-1](self._run_stack(embeds, batch))  # type: ignore[no-any-return]
+            hidden = self._run_stack(embeds, batch)
+            logits: Tensor = self._tail[-1](hidden)
+        return logits
 
     def _check_logits(self, logits: Tensor, batch: Batch) -> None:
         if not all_finite(logits):
@@ -327,20 +328,19 @@ class VisionLanguageModel(ABC):
             self._cache, self._encoded = None, None
             self._logits(batch)
 
-        kept = self._cache
+        before = self._cache
         try:
             return not_finite(f"{self.name}: the logits", self.model, again)
         finally:
-            self._cache, self._encoded = kept, None
+            self._cache, self._encoded = before, None
 
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
         self._check_layer(layer)
         if self._cache is not None and self._cache.layer == layer:
             rows = self._cache.prefixes.get(batch.queries)
-            return self.prefix_of(
-                pad_sequence(rows, batch_first=True).to(self.device), batch, layer
-            )
+            hidden = pad_sequence(rows, batch_first=True).to(self.device)
+            return self.prefix_of(hidden, batch, layer)
         return self._compute_prefix(batch, layer)
 
     def _compute_prefix(self, batch: Batch, layer: int) -> Prefix:
@@ -348,29 +348,35 @@ class VisionLanguageModel(ABC):
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):
             hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
-        later = deepstack if layer < self.n_deepstack else None
-        return Prefix(
-            layer, batch, hidden, context if layer < self.n_layers else {}, later
-        )
+        if layer == self.n_layers:
+            context = {}
+        if layer >= self.n_deepstack:
+            deepstack = None
+        return Prefix(layer, batch, hidden, context, deepstack)
 
     def prefix_of(self, hidden: Tensor, batch: Batch, layer: int) -> Prefix:
         """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
         self._check_layer(layer)
         if layer == self.n_layers:
             return Prefix(layer, batch, hidden, {})
-        deepstack = self._entering(batch)[1] if layer < self.n_deepstack else None
-        embeds = torch.zeros(
-            *hidden.shape[:2], self.entry_width, dtype=self.dtype, device=self.device
-        )
+        deepstack = None
+        if layer < self.n_deepstack:
+            _, deepstack = self._entering(batch)
+        # masks and positions depend on the shape alone
+        shape = (*hidden.shape[:2], self.entry_width)
+        embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
         _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
         return Prefix(layer, batch, hidden, context, deepstack)
 
     def select(self, prefix: Prefix, rows: Sequence[int]) -> Prefix:
         """Return the prefix of some rows of a right-padded batch, without the padding they do not need."""
-        batch = self.batch([prefix.batch.queries[row] for row in rows])
-        return self.prefix_of(
-            prefix.hidden[list(rows), : batch.input_ids.shape[1]], batch, prefix.layer
-        )
+        queries = prefix.batch.queries
+        chosen = [queries[row] for row in rows]
+        batch = self.batch(chosen)
+        _, length = batch.input_ids.shape
+        hidden = prefix.hidden[list(rows)]
+        hidden = hidden[:, :length]
+        return self.prefix_of(hidden, batch, prefix.layer)
 
     def advance(self, prefix: Prefix, layer: int) -> Prefix:
         """Run the layers from `prefix.layer` up to `layer` and stop there again."""
@@ -417,23 +423,29 @@ class VisionLanguageModel(ABC):
 
         def compute(members: Sequence[Query]) -> list[Tensor]:
             batch = self.batch(members)
-            hidden = self._compute_prefix(batch, layer).hidden
-            return [
-                row[:length] for row, length in zip(hidden, batch.lengths, strict=True)
-            ]
+            prefix = self._compute_prefix(batch, layer)
+            rows = []
+            for row, length in zip(prefix.hidden, batch.lengths, strict=True):
+                rows.append(row[:length])
+            return rows
 
         distinct = self.by_length(queries)
+        pictures = [
+            Picture(query.image, query.background)
+            for query in distinct
+            if query.image is not None
+        ]
+        for_features = budget // 4
         features: RowCache[Picture] = RowCache(
-            self.image_features, group=group, budget=budget // 4, spill=True
+            self.image_features, group=group, budget=for_features, spill=True
         )
         prefixes: RowCache[Query] = RowCache(
-            compute, group=group, budget=budget - budget // 4, spill=True, tick=tick
+            compute, group=group, budget=budget - for_features, spill=True, tick=tick
         )
-        features.plan(
-            [Picture(q.image, q.background) for q in distinct if q.image is not None]
-        )
+        features.plan(pictures)
         prefixes.plan(distinct)
-        before, self._cache = self._cache, ActivationCache(layer, features, prefixes)
+        before = self._cache
+        self._cache = ActivationCache(layer, features, prefixes)
         try:
             yield self._cache
         finally:
@@ -441,12 +453,12 @@ class VisionLanguageModel(ABC):
 
     def by_length(self, queries: Iterable[Query]) -> list[Query]:
         """Return the distinct queries by their number of tokens, so that little of a batch is padding."""
-        return sorted(
-            dict.fromkeys(queries), key=lambda query: len(self.encode(query).ids)
-        )
+        distinct = dict.fromkeys(queries)
+        return sorted(distinct, key=lambda query: len(self.encode(query).ids))
 
     @contextmanager
     def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
+        """Inside the block, `current_batch` is the batch, and its image tokens are added behind the first layers."""
         before, self.current_batch = self.current_batch, batch
         try:
             with nullcontext() if deepstack is None else deepstack.on(self.layers):
@@ -455,12 +467,14 @@ class VisionLanguageModel(ABC):
             self.current_batch = before
 
     def _run_stack(self, embeds: Tensor, batch: Batch) -> Tensor:
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": batch.attention_mask,
+        output = self._stack(
+            inputs_embeds=embeds,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
             **self._positions(batch),
-        }
-        return self._stack(use_cache=False, **inputs).last_hidden_state  # type: ignore[no-any-return]
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def _positions(self, batch: Batch) -> dict[str, Tensor]:
         positions = self.position_ids(batch)
@@ -490,21 +504,17 @@ class VisionLanguageModel(ABC):
         transformers gets the tokens of a single query as they come. Raises NotFinite if the logits are NaN.
         """
         batch = self.batch(queries, with_answer=False, left_pad=True)
-        limits = (
-            [max_new_tokens] * len(queries)
-            if isinstance(max_new_tokens, int)
-            else list(max_new_tokens)
-        )
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(queries)
         room = self.max_length - batch.input_ids.shape[1]
         if room < 1:
             raise DataError(
                 f"{self.name} reads {self.max_length} tokens: no room for an answer to the longest prompt"
             )
-        tokens = self._continue(batch, min(max(limits), room), streamer, sampling)
-        return [
-            self.decode(row[:limit])
-            for row, limit in zip(tokens.tolist(), limits, strict=True)
-        ]
+        longest = min(max(max_new_tokens), room)
+        tokens = self._continue(batch, longest, streamer, sampling)
+        pairs = zip(tokens.tolist(), max_new_tokens, strict=True)
+        return [self.decode(row[:limit]) for row, limit in pairs]
 
     def _continue(
         self, batch: Batch, limit: int, streamer: Any, sampling: str
@@ -526,21 +536,18 @@ class VisionLanguageModel(ABC):
             config = sampling_config(self.own_settings, **fixed)
         total = torch.zeros((), device=self.device)
 
-        def watch(_ids: Tensor, scores: Tensor) -> Tensor:
-            # a model's own settings forbid tokens with -inf
-            numbers = (
-                scores
-                if sampling == "greedy"
-                else scores.nan_to_num(nan=torch.nan, neginf=0.0)
-            )
-            total.add_(
-                numbers.sum(dtype=torch.float32).to(total.device)
-            )  # looked at once, at the end: no waiting
+        def add_up(_ids: Tensor, scores: Tensor) -> Tensor:
+            """Add up all logits: the sum is looked at once, at the end, so that no step waits for the device."""
+            numbers = scores
+            if sampling != "greedy":  # a model's own settings forbid tokens with -inf
+                numbers = scores.nan_to_num(nan=torch.nan, neginf=0.0)
+            total.add_(numbers.sum(dtype=torch.float32).to(total.device))
             return scores
 
-        stop = StoppingCriteriaList(
-            [lambda ids, _scores, **_: self._newline[ids[:, -1]]]
-        )
+        def ends_a_line(ids: Tensor, _scores: Tensor, **_options: Any) -> Tensor:
+            return self._newline[ids[:, -1]]
+
+        options = {"tokenizer": self.tokenizer} if config.stop_strings else {}
         embeds, deepstack = self._entering(batch)
         with (
             self._pass(batch, deepstack),
@@ -552,20 +559,22 @@ class VisionLanguageModel(ABC):
                 attention_mask=batch.attention_mask,
                 **self._positions(batch),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([watch]),
-                stopping_criteria=stop,
+                logits_processor=LogitsProcessorList([add_up]),
+                stopping_criteria=StoppingCriteriaList([ends_a_line]),
                 streamer=streamer,
-                **({"tokenizer": self.tokenizer} if config.stop_strings else {}),
+                **options,
             )
         if not total.isfinite():
             raise self._not_finite(batch)
-        return tokens  # type: ignore[no-any-return]
+        found: Tensor = tokens
+        return found
 
     @contextmanager
     def _following(self, sampling: str) -> Iterator[None]:
-        """Inside the block, seed what a model's own settings draw; what they ask for in vain becomes a ModelError.
+        """Inside the block, sampling is seeded, and settings of the model that cannot be followed are a ModelError.
 
-        Penalties count the tokens of the answer: the question enters as embeddings, and transformers warns of it.
+        Penalties count the tokens of the answer alone, because the question enters as embeddings; transformers warns
+        of it.
         """
         if sampling == "greedy":
             yield
@@ -588,26 +597,28 @@ class VisionLanguageModel(ABC):
 
     @cached_property
     def _end_ids(self) -> list[int]:
-        ids = getattr(
-            getattr(self.generator, "generation_config", None), "eos_token_id", None
-        )
-        found = ids if isinstance(ids, list) else [ids, self.tokenizer.eos_token_id]
-        return sorted({i for i in found if i is not None})
+        config = getattr(self.generator, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        if not isinstance(ids, list):
+            ids = [ids, self.tokenizer.eos_token_id]
+        return sorted({i for i in ids if i is not None})
 
     @cached_property
     def _newline(self) -> Tensor:
         """(V,) bool: the tokens with a newline in them."""
-        size = self.model.get_output_embeddings().weight.shape[0]
-        texts = self.tokenizer.batch_decode(
-            [[i] for i in range(min(size, len(self.tokenizer)))]
-        )
-        flags = ["\n" in text for text in texts] + [False] * max(0, size - len(texts))
-        return torch.tensor(flags, device=self.device)
+        head = self.model.get_output_embeddings()
+        size = len(head.weight)
+        known = min(size, len(self.tokenizer))  # a model may have spare rows
+        tokens = [[token] for token in range(known)]
+        flags = torch.zeros(size, dtype=torch.bool)
+        for token, text in enumerate(self.tokenizer.batch_decode(tokens)):
+            flags[token] = "\n" in text
+        return flags.to(self.device)
 
     @property
     def end_id(self) -> int:
         """The token that ends an answer."""
-        eos = self.tokenizer.eos_token_id
+        eos: int = self.tokenizer.eos_token_id
         return eos if eos in self._end_ids else self._end_ids[0]
 
     def stops(self, token: int) -> bool:
@@ -616,12 +627,22 @@ class VisionLanguageModel(ABC):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of generated tokens, cut at the end token or the first newline, and stripped."""
-        ends = [i for i, token in enumerate(tokens) if token in self._end_ids]
-        text = self.tokenizer.decode(
-            tokens[: ends[0]] if ends else tokens, skip_special_tokens=True
+        length = 0
+        for token in tokens:
+            if token in self._end_ids:
+                break
+            length += 1
+        text: str = self.tokenizer.decode(
+            tokens[:length],
+            skip_special_tokens=True,
         )
-        return str(text).strip("\r ").split("\n")[0].strip()
+        first_line, _, _ = text.strip("\r ").partition("\n")
+        return first_line.strip()
 
 
-def _name_of(model: nn.Module, wanted: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return the dotted name of a module inside a model."""
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name
+    raise ModelError(f"{type(model).__name__} has no module {type(wanted).__name__}")

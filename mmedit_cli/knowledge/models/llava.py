@@ -27,19 +27,18 @@ class Llava(VisionLanguageModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._image_id: int = self.model.config.image_token_id
-        known = self._image_id < len(self.tokenizer)
-        token = self.tokenizer.convert_ids_to_tokens(self._image_id) if known else None
+        token = None
+        if self._image_id < len(self.tokenizer):
+            token = self.tokenizer.convert_ids_to_tokens(self._image_id)
         if token is None or token not in self.tokenizer.get_added_vocab():
             raise ModelError(
                 f"{self.name}: the tokenizer has no image token with id {self._image_id}"
             )
         self.image_token = token
-        blank = self.image_processor(
-            images=[Image.new("RGB", (64, 64))], return_tensors="pt"
-        )
-        self._any_size = (
-            "image_sizes" in blank
-        )  # a Pixtral tower: as many tokens as the picture has patches
+        image = Image.new("RGB", (64, 64))
+        inputs = self.image_processor(images=[image], return_tensors="pt")
+        # a Pixtral tower: as many tokens as the picture has patches
+        self._any_size = "image_sizes" in inputs
         self._row_ends = self._find_row_ends() if self._any_size else None
         self._measure_once = lru_cache(maxsize=1 << 16)(self._measure)
 
@@ -47,11 +46,9 @@ class Llava(VisionLanguageModel):
         """Return the ids of the tokens behind each row of patches and behind the last one, None without them."""
         names = ("[IMG_BREAK]", "[IMG_END]")
         added = self.tokenizer.get_added_vocab()
-        return (
-            [added[name] for name in names]
-            if all(name in added for name in names)
-            else None
-        )
+        if not all(name in added for name in names):
+            return None
+        return [added[name] for name in names]
 
     @property
     def generator(self) -> Any:
@@ -75,15 +72,20 @@ class Llava(VisionLanguageModel):
     def _n_patches(self) -> int:
         """The tokens of every picture, counted once: towers differ in what they add to the patches or leave out."""
         with torch.no_grad():
-            return len(self.encode_images([Image.new("RGB", (64, 64))])[0])
+            (tokens,) = self.encode_images([Image.new("RGB", (64, 64))])
+        return len(tokens)
 
     def _measure(self, width: int, height: int) -> tuple[int, int]:
         """Return (rows, columns) of patches of a picture of some size."""
+        image = Image.new("RGB", (width, height))
         inputs = self.image_processor(
-            images=[Image.new("RGB", (width, height))], return_tensors="pt"
+            images=[image],
+            return_tensors="pt",
         )
-        patch = self.model.config.vision_config.patch_size
-        rows, columns = (int(side) // patch for side in inputs["image_sizes"][0])
+        patch: int = self.model.config.vision_config.patch_size
+        height, width = inputs["image_sizes"][0]
+        rows = int(height) // patch
+        columns = int(width) // patch
         return rows, columns
 
     def _prompt_ids(self, text: str, n_image: int) -> tuple[list[int], int]:
@@ -92,35 +94,35 @@ class Llava(VisionLanguageModel):
         placed = text if self.image_token in text else f"{self.image_token}\n{text}"
         ids = self.token_ids(placed)
         start = ids.index(self._image_id)
-        return ids[:start] + [self._image_id] * n_image + ids[start + 1 :], start
+        before, behind = ids[:start], ids[start + 1 :]
+        image_ids = [self._image_id] * n_image
+        return [*before, *image_ids, *behind], start
 
     def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        if not self._any_size:
-            return self.model.get_image_features(
-                inputs["pixel_values"], return_dict=True
-            ).pooler_output
-        sizes = inputs["image_sizes"]
-        found = self.model.get_image_features(
-            inputs["pixel_values"], image_sizes=sizes, return_dict=True
+        options = {"image_sizes": inputs["image_sizes"]} if self._any_size else {}
+        output = self.model.get_image_features(
+            inputs["pixel_values"], **options, return_dict=True
         )
+        features: Sequence[Tensor] = output.pooler_output
         if self._row_ends is None:
-            return found.pooler_output
-        patch = self.model.config.vision_config.patch_size
-        rows = [int(height) // patch for height, _ in sizes]
-        return [
-            self._with_row_ends(tokens, n)
-            for tokens, n in zip(found.pooler_output, rows, strict=True)
-        ]
+            return features
+        patch: int = self.model.config.vision_config.patch_size
+        found = []
+        for tokens, (height, _) in zip(features, inputs["image_sizes"], strict=True):
+            found.append(self._with_row_ends(tokens, int(height) // patch))
+        return found
 
     def _with_row_ends(self, tokens: Tensor, rows: int) -> Tensor:
         """Return the tokens of a picture (h * w, D) with those that end its rows: (h * (w + 1), D)."""
-        assert self._row_ends is not None
-        within, last = self.word_embeddings(
-            torch.tensor(self._row_ends, device=self.device)
-        ).to(tokens)
-        ends = torch.stack([within] * (rows - 1) + [last])
-        grid = tokens.view(rows, -1, tokens.shape[-1])
-        return torch.cat([grid, ends[:, None]], dim=1).flatten(0, 1)
+        ids = torch.tensor(self._row_ends, device=self.device)
+        within, last = self.word_embeddings(ids).to(tokens)
+        ends = [within] * (rows - 1)
+        ends.append(last)
+        column = torch.stack(ends)
+        _, width = tokens.shape
+        grid = tokens.view(rows, -1, width)
+        with_ends = torch.cat([grid, column[:, None]], dim=1)
+        return with_ends.flatten(0, 1)
 
 
 BACKBONE = Llava

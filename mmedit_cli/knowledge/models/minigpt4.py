@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mmedit_cli.knowledge.models.shared import (
-    minigpt4_model as minigpt4_model,  # transformers learns to load it
-)
+# imported so that transformers learns to load it
+from mmedit_cli.knowledge.models.shared import minigpt4_model as minigpt4_model
 from mmedit_cli.knowledge.models.shared.qformer import QFormerModel
 
 
@@ -28,7 +27,8 @@ class MiniGPT4(QFormerModel):
         before = self.tokenizer("")["input_ids"]
         behind = self.token_ids(f"\n{text}", add_special_tokens=False)
         # any id will do at the image positions: their embeddings are overwritten
-        return [*before, *[self.pad_id] * n_image, *behind], len(before)
+        image_ids = [self.pad_id] * n_image
+        return [*before, *image_ids, *behind], len(before)
 
 
 BACKBONE = MiniGPT4

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.errors import DataError, ModelError
-from mmedit_cli.knowledge.models.base import Batch, VisionLanguageModel
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.pictures import Picture, picture_size
 
 
@@ -29,27 +30,21 @@ class QwenVL(VisionLanguageModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.model.config
-        if "sliding_attention" in (
-            getattr(config.get_text_config(), "layer_types", None) or ()
-        ):
+        layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+        if "sliding_attention" in layer_types:
             raise ModelError(
                 f"{self.name}: sliding-window attention is not supported",
                 "use_sliding_window: false",
             )
-        self.n_deepstack = len(
-            getattr(config.vision_config, "deepstack_visual_indexes", ())
-        )
-        self._around = (
-            config.vision_start_token_id,
-            config.image_token_id,
-            config.vision_end_token_id,
-        )
-        if (
-            self.tokenizer.convert_tokens_to_ids(self.image_token)
-            != config.image_token_id
-        ):
+        deepstack = getattr(config.vision_config, "deepstack_visual_indexes", ())
+        self.n_deepstack = len(deepstack)
+        self._start_id: int = config.vision_start_token_id
+        self._image_id: int = config.image_token_id
+        self._end_id: int = config.vision_end_token_id
+        known = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if known != self._image_id:
             raise ModelError(
-                f"{self.name}: the tokenizer has no {self.image_token} with id {config.image_token_id}"
+                f"{self.name}: the tokenizer has no {self.image_token} with id {self._image_id}"
             )
         self._grid = lru_cache(maxsize=1 << 16)(self._measure)
 
@@ -61,13 +56,13 @@ class QwenVL(VisionLanguageModel):
     @property
     def frame(self) -> tuple[list[int], list[int]]:
         """The start and the end of vision."""
-        start, _, end = self._around
-        return [start], [end]
+        return [self._start_id], [self._end_id]
 
     def n_image_tokens(self, picture: Picture) -> int:
         """The patches of the picture at the size it is brought to, `merge_size` squared of them in one token."""
-        height, width = self._grid(picture)
-        return height * width // self.image_processor.merge_size**2
+        rows, columns = self._grid(picture)
+        merge_size: int = self.image_processor.merge_size
+        return rows * columns // merge_size**2
 
     def _measure(self, picture: Picture) -> tuple[int, int]:
         """Return (rows, columns) of patches that the image processor will cut the picture into."""
@@ -95,36 +90,35 @@ class QwenVL(VisionLanguageModel):
         ids = self.token_ids(text)
         if not n_image:
             return ids, 0
-        start, image, end = self._around
-        if image in ids:  # a chat format has put it there
-            at = ids.index(image)
-            return [*ids[:at], *[image] * n_image, *ids[at + 1 :]], at
-        return [start, *[image] * n_image, end, *ids], 1
+        image_ids = [self._image_id] * n_image
+        if self._image_id in ids:  # a chat format has put it there
+            at = ids.index(self._image_id)
+            return [*ids[:at], *image_ids, *ids[at + 1 :]], at
+        return [self._start_id, *image_ids, self._end_id, *ids], 1
 
     def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         found = self.model.get_image_features(
             inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
         )
         later = getattr(found, "deepstack_features", None) or ()
-        return [
-            torch.cat(parts, dim=-1)
-            for parts in zip(found.pooler_output, *later, strict=True)
-        ]
+        by_picture = zip(found.pooler_output, *later, strict=True)
+        return [torch.cat(parts, dim=-1) for parts in by_picture]
 
     def position_ids(self, batch: Batch) -> Tensor:
         """Positions in time, height and width, (3, B, T); behind a picture they go on from its longer side."""
-        grids = [
-            (1, *self._grid(batch.pictures[index]))
-            for index in batch.picture_of
-            if index is not None
-        ]
+        shapes = []  # (time, height, width) in patches
+        for index in batch.picture_of:
+            if index is not None:
+                shapes.append((1, *self._grid(batch.pictures[index])))
+        grids = torch.tensor(shapes, device=self.device) if shapes else None
+        positions: Tensor
         positions, _ = self.model.model.get_rope_index(
             batch.input_ids,
             batch.image_mask.int(),
-            torch.tensor(grids, device=self.device) if grids else None,
+            grids,
             attention_mask=batch.attention_mask,
         )
-        return positions  # type: ignore[no-any-return]
+        return positions
 
 
 BACKBONE = QwenVL

@@ -48,17 +48,14 @@ class Batch:
     @property
     def ends(self) -> Tensor:
         """(B, T) bool: the last token of each row, whose logits say how a right-padded row goes on."""
-        after = torch.cat(
-            (self.attention_mask[:, 1:], torch.zeros_like(self.attention_mask[:, :1])),
-            dim=1,
-        )
-        return self.attention_mask.bool() & ~after.bool()
+        here = self.attention_mask.bool()
+        return here & ~predicting(here)
 
     def target_positions(self, end: int) -> tuple[Tensor, Tensor]:
         """Return where the answer and its end are predicted, (B, T) bool, and what is right there, (B, T)."""
-        return self.predicting | self.ends, torch.where(
-            self.ends, end, torch.roll(self.input_ids, -1, 1)
-        )
+        positions = self.predicting | self.ends
+        following = torch.roll(self.input_ids, -1, 1)
+        return positions, torch.where(self.ends, end, following)
 
     @property
     def answers(self) -> Tensor:
@@ -88,7 +85,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """Frozen rows that many batches share: image tokens by picture, and what enters `layer` by query."""
+    """Rows below the first edited layer, cached: image tokens by picture, and what enters `layer` by query."""
 
     layer: int
     features: RowCache[Picture]
@@ -114,42 +111,59 @@ def collate(
     left_pad: bool = False,
 ) -> Batch:
     """Return encoded queries as one batch, padded with the id `pad`."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
+    length = max(len(row.ids) for row in rows)
+    shape = (len(rows), length)
     ids = torch.full(shape, pad)
-    masks = {
-        name: torch.zeros(shape, dtype=torch.bool)
-        for name in ("token", "image", "prompt", "answer")
-    }
+    is_token = torch.zeros(shape, dtype=torch.bool)
+    in_image = is_token.clone()
+    in_prompt = is_token.clone()
+    in_answer = is_token.clone()
     for i, row in enumerate(rows):
-        offset = shape[1] - len(row.ids) if left_pad else 0
-        end, image_end = offset + len(row.ids), offset + row.image_start + row.n_image
-        ids[i, offset:end] = torch.tensor(row.ids)
-        masks["token"][i, offset:end] = True
-        masks["image"][i, offset + row.image_start : image_end] = True
-        masks["prompt"][i, image_end : end - row.n_answer] = True
-        masks["answer"][i, end - row.n_answer : end] = True
-    seen = [
-        Picture(q.image, q.background) if q.image is not None else None for q in queries
-    ]
-    pictures = tuple(dict.fromkeys(picture for picture in seen if picture is not None))
-    on, ids = {name: mask.to(device) for name, mask in masks.items()}, ids.to(device)
+        start = length - len(row.ids) if left_pad else 0
+        end = start + len(row.ids)
+        image_start = start + row.image_start
+        image_end = image_start + row.n_image
+        answer_start = end - row.n_answer
+        ids[i, start:end] = torch.tensor(row.ids)
+        is_token[i, start:end] = True
+        in_image[i, image_start:image_end] = True
+        in_prompt[i, image_end:answer_start] = True
+        in_answer[i, answer_start:end] = True
+    ids = ids.to(device)
+    in_answer = in_answer.to(device)
+    pictures, picture_of = _distinct_pictures(queries)
     return Batch(
         queries=tuple(queries),
         input_ids=ids,
-        attention_mask=on["token"].long(),
-        labels=torch.where(on["answer"], ids, IGNORE),
-        image_mask=on["image"],
-        prompt_mask=on["prompt"],
-        answer_mask=on["answer"],
+        attention_mask=is_token.to(device).long(),
+        labels=torch.where(in_answer, ids, IGNORE),
+        image_mask=in_image.to(device),
+        prompt_mask=in_prompt.to(device),
+        answer_mask=in_answer,
         pictures=pictures,
-        picture_of=tuple(
-            None if picture is None else pictures.index(picture) for picture in seen
-        ),
+        picture_of=picture_of,
     )
+
+
+def _distinct_pictures(
+    queries: Sequence[Query],
+) -> tuple[tuple[Picture, ...], tuple[int | None, ...]]:
+    """Return the pictures in order of first use, and for each query the index of its own."""
+    place: dict[Picture, int] = {}
+    picture_of: list[int | None] = []
+    for query in queries:
+        if query.image is None:
+            picture_of.append(None)
+        else:
+            picture = Picture(query.image, query.background)
+            picture_of.append(place.setdefault(picture, len(place)))
+    return tuple(place), tuple(picture_of)
 
 
 def joined(query: Query) -> str:
     """Return the target as it follows the prompt: with one blank between, unless there is white space already."""
-    if query.prompt[-1:].isspace() or query.target[:1].isspace():
+    before = query.prompt[-1:]
+    first = query.target[:1]
+    if before.isspace() or first.isspace():
         return query.target
     return " " + query.target

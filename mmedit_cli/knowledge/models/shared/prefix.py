@@ -1,4 +1,4 @@
-"""What is frozen is computed once: stop a forward pass at a module, and keep rows of frozen results."""
+"""Frozen results are computed once: a forward pass stops at a module, and its rows are cached."""
 
 from __future__ import annotations
 
@@ -73,14 +73,11 @@ class DeepStack:
                 handle.remove()
 
     def _add(self, k: int, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
-        if (
-            hidden.shape[1] != self.at.shape[1]
-        ):  # a decoding step: the pictures lie behind it
-            return hidden
+        if hidden.shape[1] != self.at.shape[1]:
+            return hidden  # a decoding step: the pictures are in the cache already
         at = self.at.to(hidden.device)
-        return hidden.masked_scatter(
-            at.unsqueeze(-1), hidden[at] + self.tokens[:, k].to(hidden)
-        )
+        changed = hidden[at] + self.tokens[:, k].to(hidden)
+        return hidden.masked_scatter(at.unsqueeze(-1), changed)
 
 
 class RowCache(Generic[K]):
@@ -100,8 +97,10 @@ class RowCache(Generic[K]):
         spill: bool = False,
         tick: Callable[[int], None] = lambda _n: None,
     ) -> None:
+        self.compute = compute
+        self.group = group
+        self.budget = budget
         self.tick = tick
-        self.compute, self.group, self.budget = compute, group, budget
         self.computed = 0
         self._groups: list[tuple[K, ...]] = []
         self._place: dict[K, tuple[int, int]] = {}
@@ -114,9 +113,11 @@ class RowCache(Generic[K]):
         """Fix the groups for the keys that are new, in the order given; nothing is computed yet."""
         new = [key for key in dict.fromkeys(keys) if key not in self._place]
         for start in range(0, len(new), self.group):
-            members = tuple(new[start : start + self.group])
+            stop = start + self.group
+            members = tuple(new[start:stop])
+            index = len(self._groups)
             for position, key in enumerate(members):
-                self._place[key] = (len(self._groups), position)
+                self._place[key] = (index, position)
             self._groups.append(members)
 
     def get(self, keys: Sequence[K]) -> list[Tensor]:
@@ -138,10 +139,8 @@ class RowCache(Generic[K]):
         rows = self._read(index)
         if rows is None:
             with torch.no_grad():
-                rows = [
-                    row.detach().to("cpu", copy=True)
-                    for row in self.compute(self._groups[index])
-                ]
+                found = self.compute(self._groups[index])
+            rows = [row.detach().to("cpu", copy=True) for row in found]
             self.computed += len(rows)
             self.tick(len(rows))
         self._keep(index, rows)
@@ -170,9 +169,12 @@ class RowCache(Generic[K]):
     def _read(self, index: int) -> list[Tensor] | None:
         from safetensors.torch import load_file
 
-        if self._folder is None or not (self._folder / f"{index}.safetensors").exists():
+        if self._folder is None:
             return None
-        tensors = load_file(self._folder / f"{index}.safetensors")
+        file = self._folder / f"{index}.safetensors"
+        if not file.exists():
+            return None
+        tensors = load_file(file)
         return [tensors[str(i)] for i in range(len(tensors))]
 
 

@@ -1,4 +1,4 @@
-"""What the families share whose Q-Former turns every picture into the same number of tokens."""
+"""A base class for families whose Q-Former turns every picture into the same number of tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class QFormerModel(VisionLanguageModel):
 
     def n_image_tokens(self, picture: Picture) -> int:
         """The number of query tokens, the same for every picture."""
-        return self.model.config.num_query_tokens  # type: ignore[no-any-return]
+        count: int = self.model.config.num_query_tokens
+        return count
 
     def _encode_pixels(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return self.model.get_image_features(
-            inputs["pixel_values"], return_dict=True
-        ).pooler_output
+        output = self.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        features: Sequence[Tensor] = output.pooler_output
+        return features
