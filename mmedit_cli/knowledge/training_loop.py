@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +18,30 @@ from torch import Tensor, nn
 from mmedit_cli import runtime
 from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.knowledge.evaluation.answers import Answer, ask
-from mmedit_cli.knowledge.evaluation.protocol import PREPARING, score_case
+from mmedit_cli.knowledge.evaluation.protocol import (
+    PREPARING,
+    distinct_queries,
+    score_case,
+)
 from mmedit_cli.knowledge.methods.base import TrainedEditor
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import Processes
 from mmedit_cli.types import EditCase, Query
 
-LOG_EVERY, SAVE_SECONDS = 20, 60.0
-SCORE = "tf_em"  # of held-out cases; the checkpoint with the best mean over the columns is kept
-_STEPS = "steps"  # among the sums since the last line of the log: how many there were
+LOG_EVERY = 20  # steps
+SAVE_SECONDS = 60.0
+# of held-out cases; the checkpoint with the best mean over the columns is kept
+SCORE = "tf_em"
+# among the sums since the last line of the log: how many steps there were
+_STEPS = "steps"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a training takes place in; nothing of it but the number of processes changes the result.
+    """Where a training runs and who is told of it; of all this only the number of processes changes the result.
 
-    batch_size: queries in one frozen forward pass; cache_bytes: memory for what is frozen, the rest goes to disk;
-    tick(what, n), say(text) and curve(name, value, step) are told how it goes.
+    batch_size: queries in one frozen forward pass; cache_bytes: memory for frozen activations, the rest goes to disk;
+    tick(what, n), say(text) and curve(name, value, step) are told of the progress.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -45,7 +54,7 @@ class Conditions:
 
 @dataclass
 class _Progress:
-    """Where a training is: the next step, the best score so far and when it was reached, seconds spent.
+    """Where a training is: the next step, the best score so far and its step, and the seconds spent.
 
     `looked` is the last step after which the held-out cases were scored.
     """
@@ -66,23 +75,24 @@ def train_networks(
 ) -> dict[str, Any]:
     """Train from where `run` left it; the best networks are in `editor.safetensors` and in the editor at the end.
 
-    What lies below the first layer that an edit changes is computed once for each distinct question and answer, and
-    kept. Batches, random choices and scores depend on the seed and the step
-    alone, so a training that was interrupted ends with the same bits. Returns what a report tells about the training.
-    Raises DataError for cases that cannot be learned from.
+    The layers below the first edited one are run once for each distinct question and answer, and their output is
+    cached. Batches, random choices and scores depend on the seed and the step alone, so an interrupted training ends
+    with the same bits. Returns what a report tells about the training. Raises DataError for cases that cannot be
+    learned from.
     """
-    hp, how = editor.hparams.training, how or Conditions()
+    hp = editor.hparams.training
+    how = how or Conditions()
     if len(cases) < 2:
         raise DataError(
             "one case is too few: networks learn by comparing edits",
             "train on more cases",
         )
     taught = with_alternatives(cases, hp, editor.seed)
-    shown = [*(case for variants in taught for case in variants), *held_out]
-    everything = [q for case in shown for _, qs in case.columns() for q in qs]
+    shown = [*chain.from_iterable(taught), *held_out]
+    assert editor.first_layer is not None, "its networks take their input from a layer"
     activations = editor.backbone.cached_activations(
         editor.first_layer,
-        everything,
+        distinct_queries(shown),
         group=how.batch_size,
         budget=how.cache_bytes,
         tick=lambda n: how.tick(PREPARING, n),
@@ -99,24 +109,22 @@ def train_networks(
     editor.load_networks(run.folder / "editor.safetensors")
     log = run.read("log")
     for line in log:
-        for name, value in {**line.get("losses", {}), **line.get("scores", {})}.items():
+        values = {**line.get("losses", {}), **line.get("scores", {})}
+        for name, value in values.items():
             how.curve(name, value, line["step"])
+    progress, validated = training.progress, len(training.held_out)
+    curve = [line for line in log if "score" in line]
+    best = next(line for line in curve if line["step"] == progress.best_step)
     return {
         "steps": hp.steps,
         "calibrated": chosen,
-        "validation_cases": len(training.held_out),
-        "validation_edits": max(
-            len(training.held_out), getattr(hp, "validation_edits", 0)
-        ),
-        "best": next(
-            line
-            for line in log
-            if "score" in line and line["step"] == training.progress.best_step
-        ),
-        "curve": [line for line in log if "score" in line],
+        "validation_cases": validated,
+        "validation_edits": max(validated, getattr(hp, "validation_edits", 0)),
+        "best": best,
+        "curve": curve,
         "losses": [line for line in log if "losses" in line],
         "trained_parameters": sum(p.numel() for p in editor.networks.parameters()),
-        "cost": {"seconds": training.progress.seconds},
+        "cost": {"seconds": progress.seconds},
     }
 
 
@@ -131,14 +139,13 @@ class _EditorTraining:
         run: Run,
         how: Conditions,
     ) -> None:
-        self.editor, self.cases, self.run, self.how, self.processes = (
-            editor,
-            cases,
-            run,
-            how,
-            how.processes,
-        )
-        self.hp, self.batch_size = editor.hparams.training, how.batch_size
+        self.editor = editor
+        self.cases = cases
+        self.run = run
+        self.how = how
+        self.processes = how.processes
+        self.batch_size = how.batch_size
+        self.hp = editor.hparams.training
         self.held_out = distinct(held_out)[: self.hp.validation_cases]
         self.parameters = dict(editor.networks.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -152,23 +159,23 @@ class _EditorTraining:
         self._restore()
 
     def go_on(self) -> None:
-        """Take the steps that are left; control-C ends them with the step that is being taken, and nothing is lost."""
+        """Take the steps that are left; control-C stops after the step that is running, so nothing is lost."""
         with runtime.Interrupts(self.how.say) as interrupts:
             self._go_on(interrupts)
 
     def _go_on(self, interrupts: runtime.Interrupts) -> None:
         progress, writes = self.progress, self.processes.rank == 0
-        first, spent, started = progress.step, progress.seconds, time.monotonic()
-        saved = started
+        first, spent = progress.step, progress.seconds
+        started = saved = time.monotonic()
         while progress.step < self.hp.steps or self._look_is_due():
             if writes and self._look_is_due():
-                with (
-                    interrupts.at_once()
-                ):  # what it is about is saved, and it may take minutes
+                # its networks are saved already, and it may take minutes
+                with interrupts.at_once():
                     scores = self._validate()
                 seconds = time.monotonic() - started
                 rate = seconds / max(1, progress.step - first)
-                self.how.say(self._line(scores, rate * (self.hp.steps - progress.step)))
+                left = rate * (self.hp.steps - progress.step)
+                self.how.say(self._line(scores, left))
             else:
                 self._step(progress.step)
                 progress.step += 1
@@ -187,9 +194,13 @@ class _EditorTraining:
 
     def _look_is_due(self) -> bool:
         """Whether the held-out cases are to be scored before the next step."""
+        if self.processes.rank:
+            return False
         step = self.progress.step
-        here = step % self.hp.validate_every == 0 or step == self.hp.steps
-        return here and step > self.progress.looked and self.processes.rank == 0
+        if step <= self.progress.looked:
+            return False
+        is_last: bool = step == self.hp.steps
+        return is_last or step % self.hp.validate_every == 0
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -209,7 +220,7 @@ class _EditorTraining:
                     world=self.processes.world,
                 )
                 self.optimizer.zero_grad()
-                losses["total"].backward()
+                torch.autograd.backward(losses["total"])
         finally:
             self.editor.networks.requires_grad_(False)
         self._add_gradients()
@@ -217,89 +228,98 @@ class _EditorTraining:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.hp.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, value in {**losses, _STEPS: torch.ones(())}.items():
+        values = {**losses, _STEPS: torch.ones(())}
+        for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
 
     def _batch(self, step: int) -> list[EditCase]:
         """Return the cases of a step: every epoch in its own order; a last part that fills no batch is left out."""
-        size = min(len(self.cases), self.hp.batch_size * self.processes.world)
-        epoch, place = divmod(step, len(self.cases) // size)
+        count = len(self.cases)
+        size = min(count, self.hp.batch_size * self.processes.world)
+        epoch, place = divmod(step, count // size)
         source = runtime.generator(self.editor.seed * 7_368_787 + epoch)
-        order = torch.randperm(len(self.cases), generator=source)
-        variant = torch.randint(1 << 30, (len(self.cases),), generator=source)
-        chosen = order[place * size : (place + 1) * size]
-        return [
-            self.cases[i][v % len(self.cases[i])]
-            for i, v in zip(chosen, variant[chosen], strict=True)
-        ]
+        order = torch.randperm(count, generator=source)
+        variant = torch.randint(1 << 30, (count,), generator=source)
+        start = place * size
+        batch = []
+        for index in order[start : start + size].tolist():
+            variants = self.cases[index]
+            which = int(variant[index]) % len(variants)
+            batch.append(variants[which])
+        return batch
 
     def _others(self, batch: Sequence[EditCase], step: int) -> list[EditCase]:
         """Return edits that are made beside the batch: routers learn to choose among many."""
         source = runtime.generator(self.editor.seed * 15_485_863 + step)
         used = {case.uid for case in batch}
-        chosen = torch.randperm(len(self.cases), generator=source)[
-            : getattr(self.hp, "others", 0)
-        ].tolist()
-        return [self.cases[i][0] for i in chosen if self.cases[i][0].uid not in used]
+        most: int = getattr(self.hp, "others", 0)
+        order = torch.randperm(len(self.cases), generator=source)
+        others = []
+        for index in order[:most].tolist():
+            case = self.cases[index][0]
+            if case.uid not in used:
+                others.append(case)
+        return others
 
     def _add_gradients(self) -> None:
+        """Add up the gradients of all processes, in one message."""
         if self.processes.world == 1:
             return
-        having = [p for p in self.parameters.values() if p.grad is not None]
-        flat = self.processes.add(
-            torch.cat([p.grad.flatten() for p in having if p.grad is not None])
-        )
-        for parameter, part in zip(
-            having, flat.split([p.numel() for p in having]), strict=True
-        ):
+        having, gradients = [], []
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                having.append(parameter)
+                gradients.append(parameter.grad.flatten())
+        flat = self.processes.add(torch.cat(gradients))
+        sizes = [parameter.numel() for parameter in having]
+        parts = torch.split(flat, sizes)
+        for parameter, part in zip(having, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     def _log(self) -> None:
         """Write the means since the last line."""
         steps = float(self._sums.pop(_STEPS))
+        losses = {}
         # by name: a continued training reads the sums from a file, which keeps no order
-        sums = sorted(self._sums.items())
-        losses = {name: round(float(total) / steps, 5) for name, total in sums}
+        for name, total in sorted(self._sums.items()):
+            losses[name] = round(float(total) / steps, 5)
         self._sums = {}
         if not math.isfinite(losses["total"]):
             raise MmeditError(
                 f"the loss became {losses['total']} at step {self.progress.step}",
                 "lower learning_rate",
             )
-        self.run.append(
-            "log",
-            [
-                {
-                    "step": self.progress.step,
-                    "rate": rate_at(self.hp, self.progress.step - 1),
-                    "losses": losses,
-                }
-            ],
-        )
+        step = self.progress.step
+        line = {"step": step, "rate": rate_at(self.hp, step - 1), "losses": losses}
+        self.run.append("log", [line])
 
     # -- held-out cases -----------------------------------------------------------------------------------------
 
     def calibrate(self) -> dict[str, float]:
-        """Choose what the editor leaves open on held-out cases, for the best networks, and keep it with them."""
-        editor, chosen = self.editor, {}
+        """Choose the editor's calibrated hyper-parameters on held-out cases, and save them with the best networks."""
+        editor = self.editor
+        chosen: dict[str, float] = {}
         editor.load_networks(self.run.folder / "editor.safetensors")
         for key, candidates in editor.calibrated.items():
             found = []
             for value in candidates:
                 editor.hparams = replace(editor.hparams, **{key: value})
-                found.append((statistics.fmean(self._scores().values()), value))
-                self.how.say(f"{key} {value}: held out mean {100 * found[-1][0]:.1f}")
-            chosen[key] = max(found)[1]
+                score = statistics.fmean(self._scores().values())
+                found.append((score, value))
+                self.how.say(f"{key} {value}: held out mean {100 * score:.1f}")
+            _, chosen[key] = max(found)
             editor.hparams = replace(editor.hparams, **{key: chosen[key]})
-        self._keep()
+        self._save_networks()
         return chosen
 
-    def _keep(self) -> None:
+    def _save_networks(self) -> None:
         """Write the present networks as the best ones."""
         tensors, metadata = self.editor.networks_state()
         progress = self.progress
-        metadata |= {"step": str(progress.best_step), "score": f"{progress.best:.4f}"}
-        metadata |= {"steps": str(self.hp.steps), "run": self.run.folder.name}
+        metadata["step"] = str(progress.best_step)
+        metadata["score"] = f"{progress.best:.4f}"
+        metadata["steps"] = str(self.hp.steps)
+        metadata["run"] = self.run.folder.name
         self.run.save_tensors("editor", tensors, metadata)
 
     def _validate(self) -> dict[str, float]:
@@ -307,12 +327,12 @@ class _EditorTraining:
         self.editor.finalize()
         progress, scores = self.progress, self._scores()
         score = statistics.fmean(scores.values())
-        self.run.append(
-            "log", [{"step": progress.step, "score": score, "scores": scores}]
-        )
+        line = {"step": progress.step, "score": score, "scores": scores}
+        self.run.append("log", [line])
         if score > progress.best:
-            progress.best, progress.best_step = score, progress.step
-            self._keep()
+            progress.best = score
+            progress.best_step = progress.step
+            self._save_networks()
         progress.looked = progress.step
         return scores
 
@@ -320,76 +340,72 @@ class _EditorTraining:
     def _scores(self) -> dict[str, float]:
         """Edit the held-out cases in a row, ask everything about them, and take all of it back: mean by column."""
         editor = self.editor
-        queries = list(
-            dict.fromkeys(
-                q for case in self.held_out for _, qs in case.columns() for q in qs
-            )
-        )
+        queries = distinct_queries(self.held_out)
         if self._base is None:
             self._base = self._ask(queries)
-        more = max(0, getattr(self.hp, "validation_edits", 0) - len(self.held_out))
+        wanted: int = getattr(self.hp, "validation_edits", 0)
+        more = max(0, wanted - len(self.held_out))
         others = distinct([variants[0] for variants in self.cases])[:more]
         edits = [case.request for case in (*self.held_out, *others)]
         for start in range(0, len(edits), self.batch_size):
-            editor.edit(edits[start : start + self.batch_size])
-        touched = [
-            q for q, may in zip(queries, editor.affects(queries), strict=True) if may
-        ]
-        answers = {**self._base, **self._ask(touched)}
+            stop = start + self.batch_size
+            editor.edit(edits[start:stop])
+        may_change = editor.affects(queries)
+        affected = list(compress(queries, may_change))
+        answers = {**self._base, **self._ask(affected)}
         editor.undo()
-        lines = [
-            score_case(case, self._base, answers, (SCORE,))["scores"][SCORE]
-            for case in self.held_out
-        ]
-        names = dict.fromkeys(
-            name
-            for line in lines
-            for name in line
-            if not name.startswith("portability")
-        )
-        return {
-            name: statistics.fmean(line[name] for line in lines if name in line)
-            for name in names
-        }
+        by_column: dict[str, list[float]] = {}
+        for case in self.held_out:
+            line = score_case(case, self._base, answers, (SCORE,))
+            for column, score in line["scores"][SCORE].items():
+                if not column.startswith("portability"):
+                    by_column.setdefault(column, []).append(score)
+        return {column: statistics.fmean(found) for column, found in by_column.items()}
 
     def _ask(self, queries: Sequence[Query]) -> dict[Query, Answer]:
         return ask(
-            self.editor.backbone, queries, layer=self.editor.first_layer or 0, top={}, max_new_tokens=0,
+            self.editor.backbone,
+            queries,
+            layer=self.editor.first_layer or 0,
+            top={},
+            max_new_tokens=0,
             batch_size=self.batch_size,
-        )  # fmt: skip
+        )
 
     def _line(self, scores: Mapping[str, float], seconds_left: float) -> str:
+        """Return a line for the user: the last loss, the scores just made, and the time that is left."""
+        progress = self.progress
         log = [line for line in self.run.read("log") if "losses" in line]
-        columns = "  ".join(
-            f"{name} {100 * value:.1f}" for name, value in scores.items()
-        )
-        best = (
-            "best so far"
-            if self.progress.best_step == self.progress.step
-            else f"best {100 * self.progress.best:.1f}"
-        )
+        loss = log[-1]["losses"]["total"]
+        in_percent = [f"{name} {100 * value:.1f}" for name, value in scores.items()]
+        columns = "  ".join(in_percent)
+        mean = 100 * statistics.fmean(scores.values())
+        best = f"best {100 * progress.best:.1f}"
+        if progress.best_step == progress.step:
+            best = "best so far"
         return (
-            f"step {self.progress.step}/{self.hp.steps}  loss {log[-1]['losses']['total']:.3f}  held out: {columns}"
-            f"  mean {100 * statistics.fmean(scores.values()):.1f} ({best})  {seconds_left / 60:.0f} min left"
+            f"step {progress.step}/{self.hp.steps}  loss {loss:.3f}  held out: {columns}"
+            f"  mean {mean:.1f} ({best})  {seconds_left / 60:.0f} min left"
         )
 
     # -- files --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        tensors = {
-            f"networks.{name}": tensor
-            for name, tensor in self.editor.networks.state_dict().items()
-        }
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{index}.{key}": value for key, value in state.items()
-            }
-        tensors |= {f"sums.{name}": value for name, value in self._sums.items()}
-        self.run.save_tensors(
-            "last",
-            tensors,
-            {key: str(value) for key, value in vars(self.progress).items()},
-        )
+        """Write the state to continue from."""
+        tensors: dict[str, Tensor] = {}
+        networks = self.editor.networks.state_dict()
+        for name, tensor in networks.items():
+            tensors[f"networks.{name}"] = tensor
+        optimizer = self.optimizer.state_dict()
+        for index, state in optimizer["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{index}.{key}"] = value
+        for name, total in self._sums.items():
+            tensors[f"sums.{name}"] = total
+        progress = {}
+        for key, value in vars(self.progress).items():
+            progress[key] = str(value)
+        self.run.save_tensors("last", tensors, progress)
 
     def _restore(self) -> None:
         """Continue from the last saved step; the log is cut back to it."""
@@ -403,15 +419,15 @@ class _EditorTraining:
                 index, _, key = name.partition(".")
                 state["state"].setdefault(int(index), {})[key] = value
             self.optimizer.load_state_dict(state)
-            self._sums = dict(below(tensors, "sums."))
+            self._sums = below(tensors, "sums.")
+            # files of version 0.1.0 do not say it: they were saved after the look
+            looked = metadata.get("looked", metadata["step"])
             self.progress = _Progress(
                 step=int(metadata["step"]),
                 best=float(metadata["best"]),
                 best_step=int(metadata["best_step"]),
                 seconds=float(metadata["seconds"]),
-                looked=int(
-                    metadata.get("looked", metadata["step"])
-                ),  # older files were saved after the look
+                looked=int(looked),
             )
         if self.processes.rank == 0:
             log = self.run.read("log")
@@ -419,41 +435,39 @@ class _EditorTraining:
 
     def _is_past(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of the log belongs to what was saved."""
-        return bool(
-            line["step"]
-            <= (self.progress.looked if "score" in line else self.progress.step)
-        )
+        last = self.progress.looked if "score" in line else self.progress.step
+        step: int = line["step"]
+        return step <= last
 
 
 def distinct(cases: Sequence[EditCase]) -> list[EditCase]:
-    """Return the cases but those that say about the same picture what an earlier one says.
+    """Return the cases without those that teach the same answer about the same picture as an earlier one.
 
-    A fact that is edited by way of several pictures would be found by any of its edits, which hides how well one is.
+    Where several edits teach one fact, any of them may answer for it, which would hide how good a single edit is.
     """
-    kept: list[EditCase] = []
-    said: set[tuple[Any, str]] = set()
+    found: list[EditCase] = []
+    said: set[tuple[Path, str]] = set()
     for case in cases:
-        queries = (
-            case.request,
-            *(query for queries in case.generality.values() for query in queries),
-        )
-        here = {
-            (query.image, query.target) for query in queries if query.image is not None
-        }
+        queries = [case.request, *chain.from_iterable(case.generality.values())]
+        here = set()
+        for query in queries:
+            if query.image is not None:
+                here.add((query.image, query.target))
         if not here & said:
-            kept.append(case)
+            found.append(case)
             said |= here
-    return kept
+    return found
 
 
 def with_alternatives(
     cases: Sequence[EditCase], training: Any, seed: int
 ) -> list[tuple[EditCase, ...]]:
     """Return each case with its `alternatives`: everything that networks are taught with."""
-    return [
-        (case, *alternatives(case, cases, training.alternatives, seed))
-        for case in cases
-    ]
+    found = []
+    for case in cases:
+        others = alternatives(case, cases, training.alternatives, seed)
+        found.append((case, *others))
+    return found
 
 
 def alternatives(
@@ -464,37 +478,45 @@ def alternatives(
     Which ones depends on the case, the number of cases and the seed alone.
     """
     source = random.Random(f"{seed}/{case.uid}")
-    targets = [source.choice(cases).request.target for _ in range(count)]
-    return [
-        replace(
-            case,
-            request=replace(case.request, target=target),
-            generality={
-                k: tuple(replace(q, target=target) for q in qs)
-                for k, qs in case.generality.items()
-            },
-            portability={},
-            needs={},
-        )
-        for target in targets
-    ]
+    found = []
+    for _ in range(count):
+        other = source.choice(cases)
+        found.append(_with_target(case, other.request.target))
+    return found
+
+
+def _with_target(case: EditCase, target: str) -> EditCase:
+    """Return the case as if it taught another answer; what would follow from that is not known."""
+    generality = {}
+    for column, queries in case.generality.items():
+        generality[column] = tuple(replace(query, target=target) for query in queries)
+    return replace(
+        case,
+        request=replace(case.request, target=target),
+        generality=generality,
+        portability={},
+        needs={},
+    )
 
 
 def rate_at(training: Any, step: int) -> float:
     """Return the learning rate of a step: a linear warm-up, then a cosine to 0 or one cut, as `schedule` says."""
     rate = float(training.learning_rate)
-    if step < training.warmup:
-        return rate * (step + 1) / training.warmup
+    warmup: int = training.warmup
+    if step < warmup:
+        return rate * (step + 1) / warmup
     if training.schedule == "step":
-        return rate * (training.decay if step >= training.decay_at else 1.0)
-    share = (step - training.warmup) / max(1, training.steps - training.warmup)
+        decay: float = training.decay if step >= training.decay_at else 1.0
+        return rate * decay
+    rest: int = max(1, training.steps - warmup)
+    share = (step - warmup) / rest
     return rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose name begins with `prefix`, without it."""
-    return {
-        key.removeprefix(prefix): value
-        for key, value in tensors.items()
-        if key.startswith(prefix)
-    }
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = tensor
+    return found

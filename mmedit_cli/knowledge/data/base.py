@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.knowledge.data.shared.audit import Finding
 from mmedit_cli.knowledge.data.shared.cases import FORMAT, CaseReader
-from mmedit_cli.knowledge.data.shared.files import FORMATS, PACKED, form
+from mmedit_cli.knowledge.data.shared.files import FORMATS, form
 from mmedit_cli.knowledge.data.shared.selection import (
     Pictures,
     change,
@@ -21,6 +23,7 @@ from mmedit_cli.knowledge.data.shared.selection import (
     select,
 )
 from mmedit_cli.pictures import picture_digest
+from mmedit_cli.reading import PACKED
 from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
@@ -54,9 +57,8 @@ class Dataset(ABC):
     name: str
     splits: Sequence[str]
     default: ClassVar[str] = "eval"
-    template: str = (
-        ""  # how it is asked where nothing else is said; empty: as it is written
-    )
+    # the default of `--template`; empty: texts are asked as they are written
+    template: str = ""
 
     @abstractmethod
     def cases(
@@ -89,8 +91,12 @@ class Dataset(ABC):
     def split(self, name: str) -> str:
         """Return the split of that name (empty: the default one); raise DataError if there is none."""
         if name and name not in self.splits:
-            problem = f"--data {self.name}:{name}: no such split{near_miss(name, self.splits)}"
-            raise DataError(problem, f"it has {', '.join(self.splits)}")
+            near = near_miss(name, self.splits)
+            known = ", ".join(self.splits)
+            raise DataError(
+                f"--data {self.name}:{name}: no such split{near}",
+                f"it has {known}",
+            )
         return name or self.default
 
 
@@ -106,11 +112,9 @@ class Data:
 def find_dataset(data: str | Path) -> tuple[Dataset, str] | None:
     """Return the data set of that name and the split that follows after a colon; None for a file or folder."""
     name, _, split = str(data).partition(":")
-    return (
-        None
-        if Path(data).exists() or name not in datasets.names()
-        else (datasets.get(name), split)
-    )
+    if Path(data).exists() or name not in datasets.names():
+        return None
+    return datasets.get(name), split
 
 
 def load_cases(
@@ -133,46 +137,54 @@ def read_data(
         return _pooled(str(data), limit, options)
     problems: list[str] = []
     named = find_dataset(data)
+    template = options.template
     if named is not None:
-        dataset, split = named[0], named[0].split(named[1])
+        dataset, split = named
+        split = dataset.split(split)
         name = str(data)
-        records, layout = (
-            dataset.cases(split, options, problems),
-            dataset.layout(options),
-        )
+        records = dataset.cases(split, options, problems)
+        layout = dataset.layout(options)
         record_form = dataset.form(split)
+        template = template or dataset.template
     else:
         path = own_file(data)
-        name = (
-            path.parent.name
-            if path.name.startswith("cases.jsonl")
-            else Path(path.name.removesuffix(PACKED)).stem
-        )
+        name = _name_of(path)
         records = own_cases(path, options, problems)
         layout = f"images are named relative to {options.images or path.parent}"
         record_form = FORMAT
-    kept = read_subset(_subset_file(data, named, options)) if options.subset else None
+    if options.subset:
+        subset = read_subset(_subset_file(data, named, options))
+        records = select(records, subset)
     pictures = Pictures(options.skip_missing)
     cases: list[EditCase] = []
-    for case in records if kept is None else select(records, kept):
+    for case in records:
         usable = pictures.check(case)
         if usable is not None:
             cases.append(usable)
         if limit is not None and len(cases) + len(problems) >= limit:
             break
-    if lines := _most(problems, data) + pictures.problems(str(data)):
-        raise DataError(
-            lines, layout if pictures.missing and not problems else record_form
-        )
+    lines = _most(problems, data) + pictures.problems(str(data))
+    if lines:
+        hint = layout if pictures.missing and not problems else record_form
+        raise DataError(lines, hint)
     if not cases:
-        raise DataError(
-            f"{data}: no cases in it", layout if pictures.missing else record_form
-        )
-    template = options.template or (named[0].template if named else "")
-    selection: dict[str, Any] = {"template": template} if template else {}
-    selection |= {"subset": Path(options.subset).name} if options.subset else {}
-    selection |= {"skip_long": True} if options.skip_long else {}
+        hint = layout if pictures.missing else record_form
+        raise DataError(f"{data}: no cases in it", hint)
+    selection: dict[str, Any] = {}
+    if template:
+        selection["template"] = template
+    if options.subset:
+        selection["subset"] = Path(options.subset).name
+    if options.skip_long:
+        selection["skip_long"] = True
     return Data(name, cases, selection | pictures.skipped())
+
+
+def _name_of(path: Path) -> str:
+    """Return what a user's own data are called: the name of the folder, or of the file."""
+    if path.name.startswith("cases.jsonl"):
+        return path.parent.name
+    return Path(path.name.removesuffix(PACKED)).stem
 
 
 def _pooled(data: str, limit: int | None, options: DataOptions) -> Data:
@@ -181,28 +193,20 @@ def _pooled(data: str, limit: int | None, options: DataOptions) -> Data:
     So K edits in a row are K / n of each, the cross-task setting of UniKE (Pan et al. 2024).
     """
     names = data.split("+")
-    parts = [
-        read_data(
-            name,
-            limit=None if limit is None else -(-limit // len(names)),
-            options=options,
-        )
-        for name in names
-    ]
-    turns = zip(
-        *(
+    share = None if limit is None else math.ceil(limit / len(names))
+    parts = [read_data(name, limit=share, options=options) for name in names]
+    renamed = []
+    selection = {}
+    for part in parts:
+        renamed.append(
             [replace(case, uid=f"{part.name}:{case.uid}") for case in part.cases]
-            for part in parts
-        ),
-        strict=False,
-    )
-    cases = [case for turn in turns for case in turn][:limit]
-    selection = {part.name: part.selection for part in parts if part.selection}
-    return Data(
-        "+".join(part.name for part in parts),
-        cases,
-        {"pooled": selection} if selection else {},
-    )
+        )
+        if part.selection:
+            selection[part.name] = part.selection
+    turns = zip(*renamed, strict=False)
+    cases = list(chain.from_iterable(turns))[:limit]
+    name = "+".join(part.name for part in parts)
+    return Data(name, cases, {"pooled": selection} if selection else {})
 
 
 def own_file(data: str | Path) -> Path:
@@ -230,11 +234,11 @@ def own_cases(
             "leave --template out",
         )
     for case in CaseReader(path, problems, options.images).cases():
-        yield (
-            change(case, lambda query: replace(query, chat=True))
-            if options.template == CHAT
-            else case
-        )
+        yield change(case, _as_chat) if options.template == CHAT else case
+
+
+def _as_chat(query: Query) -> Query:
+    return replace(query, chat=True)
 
 
 def _subset_file(
@@ -247,32 +251,29 @@ def _subset_file(
             f"--subset {CLEAN}: {data} has no such list",
             "give the file of a list, or leave it out",
         )
-    return named[0].subset(named[0].split(named[1]), options)
+    dataset, split = named
+    return dataset.subset(dataset.split(split), options)
 
 
 def _most(problems: list[str], data: str | Path) -> list[str]:
     more = len(problems) - _MOST_PROBLEMS
-    return (
-        [*problems[:_MOST_PROBLEMS], f"{data}: and {more} more problems"]
-        if more > 0
-        else problems
-    )
+    if more <= 0:
+        return problems
+    return [*problems[:_MOST_PROBLEMS], f"{data}: and {more} more problems"]
 
 
 def fingerprint(cases: Iterable[EditCase]) -> str:
     """Return a digest of all texts and of the content of all images; raise DataError if an image is gone."""
-    digest, images = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    images: dict[Path | None, str | None] = {None: None}
     for case in cases:
         for column, queries in case.columns():
             for query in queries:
                 if query.image is not None and query.image not in images:
                     images[query.image] = _digest(query.image, case)
-                picture = images.get(query.image) if query.image is not None else None
-                digest.update(
-                    json.dumps(
-                        _facts(case, column, query, picture), ensure_ascii=False
-                    ).encode()
-                )
+                facts = _facts(case, column, query, images[query.image])
+                text = json.dumps(facts, ensure_ascii=False)
+                digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 

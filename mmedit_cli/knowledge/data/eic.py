@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mmedit_cli.knowledge.data.base import CHAT
 from mmedit_cli.knowledge.data.shared.mmedit import (
     EXTRAS,
     FOLDERS,
@@ -13,7 +14,6 @@ from mmedit_cli.knowledge.data.shared.mmedit import (
     IMAGE_MARK,
 )
 from mmedit_cli.knowledge.data.shared.published import (
-    CHAT,
     COMMON,
     AnnotationFile,
     PublishedDataset,
@@ -36,12 +36,10 @@ DATASET = PublishedDataset(
         ),
     },
     templates={
-        "liveedit": Template(
-            "{}", "{}?", "{} The answer is:"
-        ),  # LiveEdit (CVPR 2025), evaluation code
-        "easyedit": Template(
-            "{}", "{}", "Question: {} Short answer:"
-        ),  # EasyEdit, CaptionDataset
+        # LiveEdit (CVPR 2025), evaluation code
+        "liveedit": Template("{}", "{}?", "{} The answer is:"),
+        # EasyEdit, CaptionDataset
+        "easyedit": Template("{}", "{}", "Question: {} Short answer:"),
         **COMMON,
         CHAT: replace(COMMON[CHAT], request="Complete this caption of the picture: {}"),
     },

@@ -33,14 +33,20 @@ from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
-SAME_SIDE = {
-    "eval",
-    "corrections",
-}  # what the model that comes along gets wrong, of the evaluation side: never trained on
+# corrections are facts of the evaluation side that the model that comes along gets wrong: neither is trained on
+SAME_SIDE = {"eval", "corrections"}
 SUFFIX = f".jsonl{PACKED}"  # of the files of records
 FAMILIES = ("generality", "locality", "portability", "needs")
-ON_BACKGROUND = (
-    "background"  # the one type whose answer depends on the colour behind the picture
+# the one type whose answer depends on the colour behind the picture
+ON_BACKGROUND = "background"
+_QUERY_KEYS = {"prompt", "target", "image", "background"}
+# what is wrong with the cases of one file
+_SORTS_OF_PROBLEMS = (
+    "malformed",
+    "missing_pictures",
+    "contradictions",
+    "spoilt_probes",
+    "duplicates",
 )
 
 Json = dict[str, Any]
@@ -95,26 +101,34 @@ def faults(case: Json) -> Iterator[str]:
             yield f"no {key}"
             return
     for column, query in queries(case):
-        if (
-            not isinstance(query, dict)
-            or not query.get("prompt")
-            or not query.get("target")
-        ):
-            yield f"{column}: a query needs a prompt and a target"
-        elif set(query) - {"prompt", "target", "image", "background"}:
-            yield f"{column}: unknown keys {sorted(set(query) - {'prompt', 'target', 'image', 'background'})}"
-        elif "background" in query and not re.fullmatch(
-            "#[0-9a-f]{6}", query["background"]
-        ):
-            yield f"{column}: background {query['background']!r} is no colour"
-        elif ("background" in query) != ("image" in query):
-            yield f"{column}: a picture and its background come together"
-        elif column == "locality.text" and "image" in query:
-            yield f"{column}: a picture where none belongs"
-        elif column.startswith("generality") and query["target"] != case["request"].get(
-            "target"
-        ):
+        fault = _fault_of_query(column, query)
+        wanted = case["request"].get("target")
+        if fault:
+            yield f"{column}: {fault}"
+        elif column.startswith("generality") and query["target"] != wanted:
             yield f"{column}: asks for another answer than the request"
+
+
+def _fault_of_query(column: str, query: Json) -> str:
+    """Return what is wrong with the form of a query, empty if nothing is."""
+    if (
+        not isinstance(query, dict)
+        or not query.get("prompt")
+        or not query.get("target")
+    ):
+        return "a query needs a prompt and a target"
+    unknown = sorted(set(query) - _QUERY_KEYS)
+    if unknown:
+        return f"unknown keys {unknown}"
+    if "background" in query:
+        background = query["background"]
+        if not re.fullmatch("#[0-9a-f]{6}", background):
+            return f"background {background!r} is no colour"
+    if ("background" in query) != ("image" in query):
+        return "a picture and its background come together"
+    if column == "locality.text" and "image" in query:
+        return "a picture where none belongs"
+    return ""
 
 
 def read_split(path: Path) -> Split:
@@ -136,33 +150,30 @@ def read_split(path: Path) -> Split:
     return split
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return sha256_of(path)
-
-
 def collect(split: Split, folder: Path, digests: dict[str, str]) -> list[str]:
     """Fill in what the cases use; pictures count by content. Returns the places of pictures that are not there."""
     missing = []
     for place, case in split.cases:
         for column, query in queries(case):
             image = query.get("image", "")
-            if image and image not in digests:
-                exists = (folder / image).is_file()
-                digests[image] = digest(folder / image) if exists else ""
-            if image and not digests[image]:
-                missing.append(f"{place}: {column}: {image} is missing")
+            content = ""
             if image:
+                if image not in digests:
+                    path = folder / image
+                    digests[image] = sha256_of(path) if path.is_file() else ""
+                if not digests[image]:
+                    missing.append(f"{place}: {column}: {image} is missing")
+                content = digests[image] or image
                 split.concepts.add(concept_of(image))
-                split.images.add(digests[image] or image)
-            item = (normal(query["prompt"]), digests[image] or image if image else "")
+                split.images.add(content)
+            item = (normal(query["prompt"]), content)
             if column.startswith("locality"):
                 split.locality.add(item)
             elif column == "request" or column.startswith("generality"):
                 split.requests.add(item)
-        split.answers.add(
-            (normal(case["request"]["prompt"]), normal(case["request"]["target"]))
-        )
+        request = case["request"]
+        answer = (normal(request["prompt"]), normal(request["target"]))
+        split.answers.add(answer)
     return missing
 
 
@@ -170,23 +181,21 @@ def question_types(folder: Path) -> dict[str, str]:
     """Map every wording of a question about a picture to its type."""
     path = folder / "templates.json"
     templates = read_json(path) if path.is_file() else {}
-    return {
-        normal(text): name
-        for name, forms in templates.items()
-        for text in forms.get("image", ())
-    }
+    types = {}
+    for name, forms in templates.items():
+        for text in forms.get("image", ()):
+            types[normal(text)] = name
+    return types
 
 
 def fact_of(query: Json, types: dict[str, str]) -> tuple[str, str, str] | None:
     """The fact about a picture that a query is about: concept, type, and the colour where it matters."""
     if "image" not in query:
         return None
-    kind = types.get(normal(query["prompt"]), normal(query["prompt"]))
-    return (
-        concept_of(query["image"]),
-        kind,
-        query["background"] if kind == ON_BACKGROUND else "",
-    )
+    question = normal(query["prompt"])
+    kind = types.get(question, question)
+    colour = query["background"] if kind == ON_BACKGROUND else ""
+    return concept_of(query["image"]), kind, colour
 
 
 def clashes(
@@ -196,34 +205,32 @@ def clashes(
     edited: dict[tuple[str, str, str], tuple[str, str]] = {}
     contradictory = []
     for place, case in split.cases:
-        key = fact_of(case["request"], types)
+        fact = fact_of(case["request"], types)
         target = case["request"]["target"]
-        if key and edited.setdefault(key, (target, place))[0] != target:
-            contradictory.append(
-                f"{place}: {target!r}, but {edited[key][1]} says {edited[key][0]!r}"
-            )
+        if fact is None:
+            continue
+        earlier, where = edited.setdefault(fact, (target, place))
+        if earlier != target:
+            contradictory.append(f"{place}: {target!r}, but {where} says {earlier!r}")
     spoilt = []
     for place, case in split.cases:
         for column, query in queries(case):
-            key = fact_of(query, types)
-            if (
-                key in edited
-                and column.startswith(("locality", "portability"))
-                and edited[key][0] != query["target"]
-            ):
-                spoilt.append(
-                    f"{place}: {column}: {edited[key][1]} edits what is asked here"
-                )
-    names = Counter(
-        name
-        for _, case in split.cases
-        for name in (case["id"], json.dumps(case["request"]))
-    )
-    return (
-        contradictory,
-        spoilt,
-        [f"{name} stands {count} times" for name, count in names.items() if count > 1],
-    )
+            fact = fact_of(query, types)
+            if fact is None or fact not in edited:
+                continue
+            if not column.startswith(("locality", "portability")):
+                continue
+            target, where = edited[fact]
+            if target != query["target"]:
+                spoilt.append(f"{place}: {column}: {where} edits what is asked here")
+    names: Counter[str] = Counter()
+    for _, case in split.cases:
+        names.update([case["id"], json.dumps(case["request"])])
+    repeated = []
+    for name, count in names.items():
+        if count > 1:
+            repeated.append(f"{name} stands {count} times")
+    return contradictory, spoilt, repeated
 
 
 def check_files(folder: Path) -> list[str]:
@@ -232,22 +239,20 @@ def check_files(folder: Path) -> list[str]:
     if not path.is_file():
         return ["manifest.json is missing"]
     wanted = read_json_object(path).mapping("files")
-    unpacked = [
-        line
-        for archive in sorted(folder.glob("*.zip"))
-        for line in differences(archive)
-    ]
+    problems = []
+    for archive in sorted(folder.glob("*.zip")):
+        problems += differences(archive)
     found = [file for file in loose(folder) if file != path]
-    return unpacked + compare(folder, found, wanted, digest, "the manifest")
+    return problems + compare(folder, found, wanted, sha256_of, "the manifest")
 
 
 def leaks(one: Split, other: Split) -> dict[str, list[str]]:
     """What two sides share, by sort; a text-only question has an empty picture."""
-    sorts = ("concepts", "images", "requests", "locality")
-    shared = {sort: getattr(one, sort) & getattr(other, sort) for sort in sorts}
-    shared["crossed"] = (one.requests & other.locality) | (
-        one.locality & other.requests
-    )
+    shared: dict[str, set[Any]] = {}
+    for sort in ("concepts", "images", "requests", "locality"):
+        shared[sort] = getattr(one, sort) & getattr(other, sort)
+    edited_there = one.locality & other.requests
+    shared["crossed"] = (one.requests & other.locality) | edited_there
     return {sort: sorted(map(str, items)) for sort, items in shared.items()}
 
 
@@ -262,28 +267,24 @@ def audit(folder: Path) -> Json:
     for name in SPLITS:
         path = folder / f"{name}{SUFFIX}"
         if not path.is_file():
-            problems += (
-                [f"{path.name} is missing"] if name != "corrections" else []
-            )  # made for a model, if at all
+            if name != "corrections":  # they are made for a model, if at all
+                problems.append(f"{path.name} is missing")
             continue
         split = splits[name] = read_split(path)
         missing = collect(split, folder, digests)
         contradictory, spoilt, repeated = clashes(split, types)
+        by_type: Counter[str] = Counter()
+        by_column: Counter[str] = Counter()
+        facts = set()
+        for _, case in split.cases:
+            by_type[case["type"]] += 1
+            by_column.update(column for column, _ in queries(case))
+            facts.add(fact_of(case["request"], types))
         cases[name] = {
             "cases": len(split.cases),
-            "types": dict(
-                sorted(Counter(case["type"] for _, case in split.cases).items())
-            ),
-            "columns": dict(
-                sorted(
-                    Counter(
-                        column for _, case in split.cases for column, _ in queries(case)
-                    ).items()
-                )
-            ),
-            "edited_facts": len(
-                {fact_of(case["request"], types) for _, case in split.cases}
-            ),
+            "types": dict(sorted(by_type.items())),
+            "columns": dict(sorted(by_column.items())),
+            "edited_facts": len(facts),
             "concepts": len(split.concepts),
             "malformed": split.malformed,
             "missing_pictures": missing,
@@ -291,34 +292,31 @@ def audit(folder: Path) -> Json:
             "spoilt_probes": spoilt,
             "duplicates": repeated,
         }
-        for sort in (
-            "malformed",
-            "missing_pictures",
-            "contradictions",
-            "spoilt_probes",
-            "duplicates",
-        ):
-            problems += [
-                f"{sort.replace('_', ' ')}: {line}" for line in cases[name][sort]
-            ]
-    pairs = [(a, b) for a, b in combinations(splits, 2) if {a, b} != SAME_SIDE]
-    found = {f"{a}-{b}": leaks(splits[a], splits[b]) for a, b in pairs}
+        for sort in _SORTS_OF_PROBLEMS:
+            label = sort.replace("_", " ")
+            problems += [f"{label}: {line}" for line in cases[name][sort]]
+    found: dict[str, dict[str, list[str]]] = {}
+    same: dict[str, int] = {}
+    for one, other in combinations(splits, 2):
+        if {one, other} == SAME_SIDE:
+            continue
+        pair = f"{one}-{other}"
+        found[pair] = leaks(splits[one], splits[other])
+        same[pair] = len(splits[one].answers & splits[other].answers)
     for pair, shared in found.items():
-        problems += [
-            f"leak {pair}: {sort}: {item}"
-            for sort, items in shared.items()
-            for item in items
-        ]
-    same = {f"{a}-{b}": len(splits[a].answers & splits[b].answers) for a, b in pairs}
+        for sort, items in shared.items():
+            problems += [f"leak {pair}: {sort}: {item}" for item in items]
     concepts = concepts_in(folder)
+    pictures = list(folder.glob("*/*.png"))
     return {
         "concepts": len(concepts),
         "flags": sum("country" in concept for concept in concepts),
-        "pictures": sum(1 for _ in folder.glob("*/*.png")),
-        "picture_bytes": sum(path.stat().st_size for path in folder.glob("*/*.png")),
+        "pictures": len(pictures),
+        "picture_bytes": sum(path.stat().st_size for path in pictures),
         "splits": cases,
         "leaks": found,
-        "shared_question_and_answer": same,  # small vocabularies ("animals") are shared on purpose: no leak
+        # small vocabularies ("animals") are shared on purpose: no leak
+        "shared_question_and_answer": same,
         "licences": _licences(folder),
         "problems": problems,
     }
@@ -327,11 +325,12 @@ def audit(folder: Path) -> Json:
 def _licences(folder: Path) -> dict[str, str]:
     """Return package and licence of each source, as the manifest names them."""
     path = folder / "manifest.json"
-    sources = read_json_object(path).mapping("sources", {}) if path.is_file() else {}
-    return {
-        name: f"{source['package']}, {source['licence']}"
-        for name, source in sources.items()
-    }
+    if not path.is_file():
+        return {}
+    licences = {}
+    for name, source in read_json_object(path).mapping("sources", {}).items():
+        licences[name] = f"{source['package']}, {source['licence']}"
+    return licences
 
 
 @final
@@ -374,20 +373,17 @@ class EmojiKBDataset(Dataset):
         for key in ("concepts", "flags", "pictures"):
             yield key, True, f"{found[key]:,}"
         for name, counts in found["splits"].items():
-            types = ", ".join(
-                f"{name} {count}" for name, count in counts["types"].items()
-            )
-            yield f"{name} cases", True, f"{counts['cases']:,}: {types}"
+            types = [f"{kind} {count}" for kind, count in counts["types"].items()]
+            listed = ", ".join(types)
+            yield f"{name} cases", True, f"{counts['cases']:,}: {listed}"
         for pair, shared in found["leaks"].items():
-            total = sum(map(len, shared.values()))
-            yield (
-                f"leaks {pair}",
-                not total,
-                ", ".join(f"{sort} {len(items)}" for sort, items in shared.items()),
-            )
+            sorts = [f"{sort} {len(items)}" for sort, items in shared.items()]
+            none = not any(shared.values())
+            yield f"leaks {pair}", none, ", ".join(sorts)
         for source, licence in found["licences"].items():
             yield f"licence {source}", True, licence
-        yield from (("problem", False, problem) for problem in found["problems"])
+        for problem in found["problems"]:
+            yield "problem", False, problem
 
 
 DATASET = EmojiKBDataset()

@@ -35,10 +35,10 @@ DATASET = PublishedDataset(
         ),
     },
     templates={
-        "liveedit": Template(
-            _CUE, "{}?", _CUE
-        ),  # LiveEdit (CVPR 2025), evaluation code
-        "easyedit": Template(_SHORT, "{}", _SHORT),  # EasyEdit, VQADataset
+        # LiveEdit (CVPR 2025), evaluation code
+        "liveedit": Template(_CUE, "{}?", _CUE),
+        # EasyEdit, VQADataset
+        "easyedit": Template(_SHORT, "{}", _SHORT),
         **COMMON,
     },
     folders=FOLDERS,

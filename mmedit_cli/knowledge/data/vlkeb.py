@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mmedit_cli.knowledge.data.shared.published import (
@@ -39,27 +40,29 @@ def _hops(record: Json) -> list[Json]:
 def one_hop(record: Json, uid: str, images: Path, template: Template) -> list[EditCase]:
     """The edit of the picture, and the question one hop away."""
     case = read_case(record, uid, images, template)
-    asked = [check_texts(hop, ("port_q", "port_a")) for hop in _hops(record)]
-    queries = tuple(
-        template.ask("request", hop["port_q"], hop["port_a"], case.request.image)
-        for hop in asked
-    )
-    return [_with(case, {"1-hop": queries} if queries else {})]
+    image = case.request.image
+    queries = []
+    for hop in _hops(record):
+        texts = check_texts(hop, ("port_q", "port_a"))
+        query = template.ask("request", texts["port_q"], texts["port_a"], image)
+        queries.append(query)
+    if not queries:
+        return [case]
+    return [replace(case, portability={"1-hop": tuple(queries)})]
 
 
 def one_hop_edits(
     record: Json, uid: str, images: Path, template: Template
 ) -> list[EditCase]:
     """The edit of the picture, then the facts that the hop needs: both are edited before it is asked."""
-    facts = [check_texts(hop, ("port_edit_q", "port_edit_a")) for hop in _hops(record)]
-    return one_hop(record, uid, images, template) + [
-        EditCase(
-            f"{uid}-fact{i}",
-            template.ask("request", fact["port_edit_q"], fact["port_edit_a"], None),
-            type="fact",
-        )
-        for i, fact in enumerate(facts)
-    ]
+    facts = []
+    for hop in _hops(record):
+        texts = check_texts(hop, ("port_edit_q", "port_edit_a"))
+        question, answer = texts["port_edit_q"], texts["port_edit_a"]
+        request = template.ask("request", question, answer, None)
+        fact = EditCase(f"{uid}-fact{len(facts)}", request, type="fact")
+        facts.append(fact)
+    return [*one_hop(record, uid, images, template), *facts]
 
 
 def multi_hop(
@@ -69,19 +72,16 @@ def multi_hop(
     if "port_new" not in record:
         return one_case(record, uid, images, template)
     case = read_case(record, uid, images, template)
+    image = case.request.image
     portability: dict[str, tuple[Query, ...]] = {}
     for hop in _hops(record):
-        (kind,) = check_texts(hop, ("port_type",)).values()
+        kind = check_texts(hop, ("port_type",))["port_type"]
         texts = check_texts(hop.get("Q&A"), ("Question", "Answer"))
-        query = template.ask(
-            "request", texts["Question"], texts["Answer"], case.request.image
-        )
-        portability[kind] = (*portability.get(kind, ()), query)
-    return [_with(case, portability)]
-
-
-def _with(case: EditCase, portability: dict[str, tuple[Query, ...]]) -> EditCase:
-    return EditCase(case.uid, case.request, case.generality, case.locality, portability)
+        question = texts["Question"]
+        query = template.ask("request", question, texts["Answer"], image)
+        earlier = portability.get(kind, ())
+        portability[kind] = (*earlier, query)
+    return [replace(case, portability=portability)]
 
 
 DATASET = PublishedDataset(
@@ -109,9 +109,8 @@ DATASET = PublishedDataset(
     },
     readers={"onehop": one_hop, "onehop-edits": one_hop_edits, "multihop": multi_hop},
     templates={
-        "liveedit": Template(
-            "{}", "{}?", "{} The answer is:"
-        ),  # LiveEdit (CVPR 2025), evaluation code
+        # LiveEdit (CVPR 2025), evaluation code
+        "liveedit": Template("{}", "{}?", "{} The answer is:"),
         **COMMON,  # `verbatim` is how VLKEB itself asks
     },
     folders=("VLKEB",),

@@ -56,7 +56,7 @@ def fingerprint(pairs: Iterable[EditPair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_digest(*paths: Path) -> str:
+def picture_content(*paths: Path) -> str:
     """Return a digest of the content of some pictures; raise DataError for what is none."""
     digest = hashlib.sha256()
     for path in paths:

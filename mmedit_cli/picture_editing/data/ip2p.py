@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import DataError
-from mmedit_cli.picture_editing.data.base import EditPair, file_digest
+from mmedit_cli.picture_editing.data.base import EditPair, picture_content
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.reading import read_json_object
 
@@ -60,7 +60,7 @@ def _pair(file: Path, source: Path, target: Path, told: dict[str, Any]) -> EditP
         instruction=told["edit"].strip(),
         source=partial(load_picture, Picture(source)),
         target=partial(load_picture, Picture(target)),
-        digest=file_digest(source, target),
+        digest=picture_content(source, target),
         expressive=told.get("expressive", "").strip(),
         caption=told.get("input", "").strip(),
         target_caption=told.get("output", "").strip(),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from mmedit_cli.errors import DataError
-from mmedit_cli.picture_editing.data.base import EditPair, file_digest
+from mmedit_cli.picture_editing.data.base import EditPair, picture_content
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.reading import Record, parse_json_object, read_lines
 
@@ -63,7 +63,7 @@ def _pair(record: dict[str, str], folder: Path, place: str, number: int) -> Edit
         instruction=record["instruction"].strip(),
         source=partial(load_picture, Picture(source)),
         target=partial(load_picture, Picture(target)),
-        digest=file_digest(source, target),
+        digest=picture_content(source, target),
         place=place,
         **{key: record.get(key, "").strip() for key in _TEXTS},
     )

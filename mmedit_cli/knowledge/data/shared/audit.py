@@ -6,22 +6,21 @@ A finding that the user can mend is a problem; one that lies in the published da
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.data.shared.selection import Pictures
 from mmedit_cli.types import EditCase, Query
 
-Finding = tuple[
-    str, bool | None, str
-]  # what was checked; fine, wrong, or (None) worth knowing; what was found
+# what was checked; fine (True), wrong (False) or worth knowing (None); what was found
+Finding = tuple[str, bool | None, str]
 CLEAN_RULES = (
     "left out: cases whose picture occurs in training, whose question and answer do, or that repeat an earlier case; "
     "of the others, the columns named here: their picture or their question and answer occur in training, or their "
     "picture is edited by another case"
 )
-_TELLING = 4  # letters; shorter words of an answer stand in questions by chance
+_SHORTEST = 4  # letters; shorter words of an answer stand in questions by chance
 _COMMONEST = 10
 _LABELS = {
     "generality.text": "T-Gen",
@@ -50,17 +49,21 @@ def share(count: int, total: int) -> str:
 
 def probes(cases: Iterable[EditCase], column: str) -> list[Query]:
     """Return the queries of one column of all cases."""
-    return [
-        query
-        for case in cases
-        for name, queries in case.columns()
-        if name == column
-        for query in queries
-    ]
+    found: list[Query] = []
+    for case in cases:
+        for name, queries in case.columns():
+            if name == column:
+                found.extend(queries)
+    return found
 
 
-def _columns(cases: Iterable[EditCase]) -> list[str]:
-    return list(dict.fromkeys(column for case in cases for column, _ in case.columns()))
+def _by_column(cases: Iterable[EditCase]) -> dict[str, list[Query]]:
+    """Return the queries of all cases by column."""
+    found: dict[str, list[Query]] = {}
+    for case in cases:
+        for column, queries in case.columns():
+            found.setdefault(column, []).extend(queries)
+    return found
 
 
 def label(column: str) -> str:
@@ -70,13 +73,17 @@ def label(column: str) -> str:
 
 def images(cases: Iterable[EditCase]) -> set[Path]:
     """Return every picture that the cases use."""
-    return {
-        q.image
-        for case in cases
-        for _, queries in case.columns()
-        for q in queries
-        if q.image is not None
-    }
+    found = set()
+    for case in cases:
+        for _, queries in case.columns():
+            found.update(query.image for query in queries)
+    return {image for image in found if image is not None}
+
+
+def labelled(prefix: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings with `prefix` in front of what was checked."""
+    for check, fine, found in findings:
+        yield f"{prefix}{check}", fine, found
 
 
 # -- one file ---------------------------------------------------------------------------------------------------------
@@ -84,63 +91,69 @@ def images(cases: Iterable[EditCase]) -> set[Path]:
 
 def within(cases: Sequence[EditCase]) -> Iterator[Finding]:
     """Count the cases, and look for edits that repeat or contradict each other and for odd texts."""
-    requests = [case.request for case in cases]
     yield "cases", bool(cases), f"{len(cases):,}"
-    columns = {column: probes(cases, column) for column in _columns(cases)}
-    asked_of = {
-        column: len({query.image for query in queries} - {None})
-        for column, queries in columns.items()
-    }
-    yield (
-        "queries",
-        True,
-        ", ".join(
-            f"{label(column)} {len(queries):,}" for column, queries in columns.items()
-        ),
-    )
-    named = ", ".join(
-        f"{label(column)} {count:,}" for column, count in asked_of.items() if count
-    )
-    yield "pictures", True, f"{len(images(cases)):,} distinct: {named}"
+    yield from _counts(cases)
     yield from repeated(cases)
-    edited = Counter(query.image for query in requests if query.image is not None)
+    requests = [case.request for case in cases]
+    edited = Counter(query.image for query in requests)
+    edited.pop(None, None)
     same = sum(edited[query.image] > 1 for query in requests)
-    yield (
+    yield _counted(
         "same picture",
-        _fine(same),
+        same,
         f"{share(same, len(cases))} edits share their picture with another edit",
     )
     answers: dict[str, set[str]] = defaultdict(set)
-    for query in requests:
-        answers[query.prompt.strip()].add(query.target.strip())
-    same = sum(len(answers[query.prompt.strip()]) > 1 for query in requests)
-    yield (
+    for question, answer in map(fact, requests):
+        answers[question].add(answer)
+    same = sum(len(answers[question]) > 1 for question, _ in map(fact, requests))
+    yield _counted(
         "same question",
-        _fine(same),
+        same,
         f"{share(same, len(cases))} edits share a question with another answer",
     )
     local = probes(cases, "locality.image")
     count = sum(query.image in edited for query in local)
-    yield (
+    yield _counted(
         "M-Loc pictures",
-        _fine(count),
+        count,
         f"{share(count, len(local))} are themselves edited",
     )
     yield from _texts(cases)
 
 
+def _counts(cases: Sequence[EditCase]) -> Iterator[Finding]:
+    """Count queries and pictures by column."""
+    n_queries, n_pictures = [], []
+    for column, queries in _by_column(cases).items():
+        name = label(column)
+        n_queries.append(f"{name} {len(queries):,}")
+        seen = {query.image for query in queries}
+        seen.discard(None)
+        if seen:
+            n_pictures.append(f"{name} {len(seen):,}")
+    yield "queries", True, ", ".join(n_queries)
+    total = len(images(cases))
+    by_column = ", ".join(n_pictures)
+    yield "pictures", True, f"{total:,} distinct: {by_column}"
+
+
 def repeated(cases: Sequence[EditCase]) -> Iterator[Finding]:
     """Look for edits that ask the same of the same picture: again with the same answer, or with another one."""
     first: dict[Ask, EditCase] = {}
-    again, against = [], []
+    again: list[tuple[EditCase, EditCase]] = []
+    against: list[tuple[EditCase, EditCase]] = []
     for case in cases:
         earlier = first.setdefault(asked(case.request), case)
-        if earlier is not case:
-            same = fact(earlier.request) == fact(case.request)
-            (again if same else against).append((case, earlier))
-    yield (
+        if earlier is case:
+            continue
+        if fact(earlier.request) == fact(case.request):
+            again.append((case, earlier))
+        else:
+            against.append((case, earlier))
+    yield _counted(
         "duplicates",
-        _fine(len(again)),
+        len(again),
         f"{len(again):,} edits repeat an earlier one{_places(again)}",
     )
     yield (
@@ -151,75 +164,83 @@ def repeated(cases: Sequence[EditCase]) -> Iterator[Finding]:
 
 
 def _places(pairs: Sequence[tuple[EditCase, EditCase]], most: int = 5) -> str:
-    named = [
-        f"{Path(case.place).name} and {Path(earlier.place).name}"
-        for case, earlier in pairs[:most]
-    ]
-    return (
-        (": " + ", ".join(named) + (", ..." if len(pairs) > most else ""))
-        if pairs
-        else ""
-    )
+    if not pairs:
+        return ""
+    named = []
+    for case, earlier in pairs[:most]:
+        here, there = Path(case.place).name, Path(earlier.place).name
+        named.append(f"{here} and {there}")
+    if len(pairs) > most:
+        named.append("...")
+    return ": " + ", ".join(named)
 
 
 def _texts(cases: Sequence[EditCase]) -> Iterator[Finding]:
-    targets = [case.request.target.strip() for case in cases]
-    total = max(1, len(targets))
-    words = [len(target.split()) for target in targets]
-    common = sum(count for _, count in Counter(targets).most_common(_COMMONEST))
-    short = sum(target.lower() in ("yes", "no") for target in targets)
-    yield (
-        "answers",
-        True,
-        f"{sum(words) / total:.1f} words; {sum(n == 1 for n in words) / total:.1%} are one word, "
-        f"{short / total:.1%} yes or no; the {_COMMONEST} commonest cover {common / total:.1%}",
-    )
-    told = sum(
-        bool(_content_words(case.request.target) & _words(case.request.prompt))
-        for case in cases
-    )
-    yield (
+    """Look for odd answers and odd rephrasings."""
+    requests = [case.request for case in cases]
+    yield "answers", True, _about_answers([query.target.strip() for query in requests])
+    told = blanks = 0
+    for query in requests:
+        if _content_words(query.target) & _words(query.prompt):
+            told += 1
+        if query.target != query.target.strip():
+            blanks += 1
+    contained = told / max(1, len(cases))
+    yield _counted(
         "told answers",
-        _fine(told),
-        f"{told / total:.1%} of the questions contain a word of the answer",
+        told,
+        f"{contained:.1%} of the questions contain a word of the answer",
     )
-    blanks = sum(case.request.target != case.request.target.strip() for case in cases)
-    yield (
+    yield _counted(
         "blanks",
-        _fine(blanks),
+        blanks,
         f"{share(blanks, len(cases))} answers have white space around them",
     )
-    rephrased = [
-        (case.request.prompt, query.prompt)
-        for case in cases
-        for query in case.generality.get("text", ())
-    ]
-    quoted = sum(other[:1] == other[-1:] == '"' for _, other in rephrased)
-    yield (
+    total = quoted = same = 0
+    for case in cases:
+        for query in case.generality.get("text", ()):
+            total += 1
+            quoted += query.prompt[:1] == query.prompt[-1:] == '"'
+            same += query.prompt == case.request.prompt
+    yield _counted(
         "quotation marks",
-        _fine(quoted),
-        f"{share(quoted, len(rephrased))} rephrased questions are in quotation marks",
+        quoted,
+        f"{share(quoted, total)} rephrased questions are in quotation marks",
     )
-    same = sum(question == other for question, other in rephrased)
-    yield (
+    yield _counted(
         "not rephrased",
-        _fine(same),
-        f"{share(same, len(rephrased))} rephrased questions are the question itself",
+        same,
+        f"{share(same, total)} rephrased questions are the question itself",
+    )
+
+
+def _about_answers(targets: Sequence[str]) -> str:
+    """Return how long and how varied some answers are."""
+    total = max(1, len(targets))
+    lengths = [len(target.split()) for target in targets]
+    mean_length = sum(lengths) / total
+    one_word = lengths.count(1) / total
+    yes_or_no = sum(target.lower() in ("yes", "no") for target in targets) / total
+    commonest = Counter(targets).most_common(_COMMONEST)
+    covered = sum(count for _, count in commonest) / total
+    return (
+        f"{mean_length:.1f} words; {one_word:.1%} are one word, "
+        f"{yes_or_no:.1%} yes or no; the {_COMMONEST} commonest cover {covered:.1%}"
     )
 
 
 def _words(text: str) -> set[str]:
-    return set(
-        "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
-    )
+    letters = [letter if letter.isalnum() else " " for letter in text.lower()]
+    return set("".join(letters).split())
 
 
 def _content_words(text: str) -> set[str]:
-    return {word for word in _words(text) if len(word) >= _TELLING}
+    return {word for word in _words(text) if len(word) >= _SHORTEST}
 
 
-def _fine(count: int) -> bool | None:
-    return None if count else True
+def _counted(check: str, count: int, found: str) -> Finding:
+    """Return the finding for something that is worth knowing where it occurs at all."""
+    return check, None if count else True, found
 
 
 # -- training against evaluation --------------------------------------------------------------------------------------
@@ -227,94 +248,95 @@ def _fine(count: int) -> bool | None:
 
 def shared(train: Sequence[EditCase], cases: Sequence[EditCase]) -> Iterator[Finding]:
     """Count what the cases share with those of training, edit by edit and column by column."""
-    seen, requests = [case.request for case in train], [case.request for case in cases]
-    yield _row("edited picture", [q.image for q in seen], [q.image for q in requests])
-    everything = images(train)
-    used = sum(query.image in everything for query in requests)
-    yield (
+    yield _overlap("edited picture", train, cases, "reliability", _picture)
+    pictures_of_training = images(train)
+    used = sum(case.request.image in pictures_of_training for case in cases)
+    yield _counted(
         "any picture",
-        _fine(used),
-        f"{share(used, len(requests))} edited pictures have some part in training",
+        used,
+        f"{share(used, len(cases))} edited pictures have some part in training",
     )
-    yield _row(
-        "question",
-        [q.prompt.strip() for q in seen],
-        [q.prompt.strip() for q in requests],
-    )
-    yield _row(
-        "question and answer", [fact(q) for q in seen], [fact(q) for q in requests]
-    )
-    yield _row(
-        "question and picture", [asked(q) for q in seen], [asked(q) for q in requests]
-    )
-    theirs, ours = probes(train, "generality.image"), probes(cases, "generality.image")
-    yield _row("M-Gen pictures", [q.image for q in theirs], [q.image for q in ours])
-    theirs, ours = probes(train, "locality.image"), probes(cases, "locality.image")
-    yield _row("M-Loc pairs", map(asked, theirs), map(asked, ours))
-    yield _row(
+    yield _overlap("question", train, cases, "reliability", _question)
+    yield _overlap("question and answer", train, cases, "reliability", fact)
+    yield _overlap("question and picture", train, cases, "reliability", asked)
+    yield _overlap("M-Gen pictures", train, cases, "generality.image", _picture)
+    yield _overlap("M-Loc pairs", train, cases, "locality.image", asked)
+    yield _overlap(
         "M-Loc pairs and answers",
-        [(asked(q), fact(q)) for q in theirs],
-        [(asked(q), fact(q)) for q in ours],
+        train,
+        cases,
+        "locality.image",
+        lambda query: (asked(query), fact(query)),
     )
-    yield _row(
-        "T-Loc questions",
-        map(asked, probes(train, "locality.text")),
-        map(asked, probes(cases, "locality.text")),
+    yield _overlap("T-Loc questions", train, cases, "locality.text", asked)
+
+
+def _overlap(
+    check: str,
+    train: Sequence[EditCase],
+    cases: Sequence[EditCase],
+    column: str,
+    part: Callable[[Query], Hashable],
+) -> Finding:
+    """Count how many queries of a column have a part in common with one of the same column in training."""
+    known = set(map(part, probes(train, column)))
+    ours = list(map(part, probes(cases, column)))
+    count = sum(item in known for item in ours)
+    distinct = len(known.intersection(ours))
+    counted = share(count, len(ours))
+    return _counted(
+        check,
+        count,
+        f"{counted} occur in training ({distinct:,} distinct)",
     )
 
 
-def _row(label: str, theirs: Iterable[object], ours: Iterable[object]) -> Finding:
-    known, mine = set(theirs), list(ours)
-    count = sum(item in known for item in mine)
-    return (
-        label,
-        _fine(count),
-        f"{share(count, len(mine))} occur in training ({len(known & set(mine)):,} distinct)",
-    )
+def _picture(query: Query) -> Path | None:
+    return query.image
+
+
+def _question(query: Query) -> str:
+    return query.prompt.strip()
 
 
 def clean(train: Sequence[EditCase], cases: Sequence[EditCase]) -> dict[str, list[str]]:
     """Return the cases that share nothing with training, each with its columns that do: see CLEAN_RULES."""
-    pictures, facts = images(train), {fact(case.request) for case in train}
+    pictures_of_training = images(train)
+    facts = {fact(case.request) for case in train}
     texts = {asked(query) for query in probes(train, "locality.text")}
     edited = {case.request.image for case in cases}
-    first: set[Ask] = set()
+
+    def is_shared(query: Query, case: EditCase, column: str) -> bool:
+        if query.image in pictures_of_training:
+            return True
+        if not column.startswith("locality"):
+            return False
+        return asked(query) in texts or _is_spoilt(query, case, edited)
+
+    seen: set[Ask] = set()
     dropped: set[str] = set()  # places: the cases of one record stay or go together
-    kept = {}
+    found: dict[str, list[str]] = {}
     for case in cases:
-        before = asked(case.request) in first
-        first.add(asked(case.request))
-        if (
-            before
-            or case.request.image in pictures
-            or fact(case.request) in facts
-            or case.place in dropped
-        ):
+        request = case.request
+        is_known = request.image in pictures_of_training or fact(request) in facts
+        if is_known or asked(request) in seen or case.place in dropped:
             dropped.add(case.place)
-            continue
-        kept[case.uid] = [
-            column
-            for column, queries in case.columns()
-            if column != "reliability"
-            and any(
-                query.image in pictures
-                or (
-                    column.startswith("locality")
-                    and (asked(query) in texts or _spoilt(query, case, edited))
-                )
-                for query in queries
-            )
-        ]
-    return kept
+        else:
+            found[case.uid] = [
+                column
+                for column, queries in case.columns()
+                if column != "reliability"
+                and any(is_shared(query, case, column) for query in queries)
+            ]
+        seen.add(asked(request))
+    return found
 
 
-def _spoilt(query: Query, case: EditCase, edited: set[Path | None]) -> bool:
+def _is_spoilt(query: Query, case: EditCase, edited: set[Path | None]) -> bool:
     """Whether a locality probe is about a picture that another case edits."""
-    return (
-        query.image is not None
-        and query.image != case.request.image
-        and query.image in edited
-    )
+    if query.image is None or query.image == case.request.image:
+        return False
+    return query.image in edited
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -331,25 +353,22 @@ def pictures(
     for case in cases:
         looked.check(case)
         for _, queries in case.columns():
-            places.update(
-                (q.image, case.place)
-                for q in queries
-                if q.image is not None and q.image not in places
-            )
+            for query in queries:
+                if query.image is not None:
+                    places.setdefault(query.image, case.place)
     bad = 0
     for image, place in places.items():
-        if image not in looked.missing:
-            try:
-                check_picture(image)
-            except DataError as error:
-                bad += 1
-                yield "image", False, f"{place}: {error}"
+        if image in looked.missing:
+            continue
+        try:
+            check_picture(image)
+        except DataError as error:
+            bad += 1
+            yield "image", False, f"{place}: {error}"
     if looked.missing:
         image, place = next(iter(looked.missing.items()))
-        yield (
-            "images",
-            None if skip else False,
-            f"{looked.count()}; the first: {place}: {image}; {layout}",
-        )
+        first = f"{place}: {image}"
+        found = f"{looked.count()}; the first: {first}; {layout}"
+        yield "images", None if skip else False, found
     else:
         yield "images", not bad, f"{len(places):,} distinct, {bad:,} unusable"

@@ -19,10 +19,8 @@ FORMAT = (
 _FAMILIES = ("generality", "locality", "portability", "needs")
 _CASE_KEYS = ("id", "type", "request", *_FAMILIES)
 _QUERY_KEYS = ("prompt", "target", "image", "background")
-_REPHRASES = {
-    "rephrase": "text",
-    "image_rephrase": "image",
-}  # key of a plain request -> column of generality
+# key of a plain request -> column of generality
+_REPHRASES = {"rephrase": "text", "image_rephrase": "image"}
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
 
 
@@ -32,23 +30,20 @@ class CaseReader:
     def __init__(
         self, path: Path, problems: list[str], images: Path | None = None
     ) -> None:
-        self.path, self.root, self.problems = path, images or path.parent, problems
+        self.path = path
+        self.root = images or path.parent
+        self.problems = problems
         self.place = str(path)
         self._first: dict[str, str] = {}
         self._real_root = self.root.resolve()
 
     def cases(self) -> Iterator[EditCase]:
         """Yield the good records; the bad ones go to `problems`."""
-        for number, (place, record) in enumerate(
-            read_records(self.path, self.problems), 1
-        ):
+        records = read_records(self.path, self.problems)
+        for number, (place, record) in enumerate(records, 1):
             self.place = place
             before = len(self.problems)
-            plain = (
-                isinstance(record, Mapping)
-                and "request" not in record
-                and ({"prompt", "target"} & record.keys())
-            )
+            plain = _is_plain_request(record)
             case = self._request(record, str(number)) if plain else self._case(record)
             if case is not None and len(self.problems) == before:
                 yield case
@@ -61,62 +56,63 @@ class CaseReader:
     def _case(self, record: Any) -> EditCase | None:
         if not self._mapping(record, "", _CASE_KEYS, ("id", "request")):
             return None
-        uid, kind = self._uid(record["id"]), record.get("type", "")
+        uid = self._uid(record["id"])
+        kind = record.get("type", "")
         if not isinstance(kind, str):
             self._add("type", "must be a text")
         request = self._query(record["request"], "request")
-        probes = {key: self._probes(record.get(key, {}), key) for key in _FAMILIES}
-        return (
-            None
-            if request is None
-            else EditCase(uid, request, type=kind, place=self.place, **probes)
-        )
+        probes: dict[str, Any] = {}
+        for family in _FAMILIES:
+            probes[family] = self._probes(record.get(family, {}), family)
+        if request is None:
+            return None
+        return EditCase(uid, request, type=kind, place=self.place, **probes)
 
     def _request(self, record: Mapping[str, Any], number: str) -> EditCase | None:
         """Read a plain request: a query with, optionally, an id and other wordings or pictures of the same fact.
 
         These are lists or single texts; in a table several columns may begin with the name (`rephrase1`, `rephrase2`).
         """
-        listed = {
-            name: next((key for key in _REPHRASES if _names(name, key)), "")
-            for name in record
-        }
+        own, rephrased = {}, {}
+        for name, value in record.items():
+            if _rephrases(name):
+                rephrased[name] = value
+            else:
+                own[name] = value
         known = (*_QUERY_KEYS, "id", *_REPHRASES)
-        own = {name: value for name, value in record.items() if not listed[name]}
         if not self._mapping(own, "", known, ("prompt", "target")):
             return None
         uid = self._uid(own.pop("id", number))
         request = self._query(own, "")
+        if request is None:
+            return None
         generality: dict[str, tuple[Query, ...]] = {}
-        for name, value in record.items():
-            if request is None or not listed[name] or value in ("", []):
+        for name, value in rephrased.items():
+            if value in ("", []):
                 continue
-            changed = "prompt" if listed[name] == "rephrase" else "image"
-            values = value if isinstance(value, list) else [value]
-            read = [
-                self._query({**own, changed: v}, f"{name}[{i}]")
-                for i, v in enumerate(values)
-            ]
-            column = _REPHRASES[listed[name]]
-            generality[column] = (
-                *generality.get(column, ()),
-                *(query for query in read if query is not None),
-            )
-        return (
-            None
-            if request is None
-            else EditCase(uid, request, generality, place=self.place)
-        )
+            column = _REPHRASES[_rephrases(name)]
+            read = self._variants(own, name, value)
+            generality[column] = (*generality.get(column, ()), *read)
+        return EditCase(uid, request, generality, place=self.place)
+
+    def _variants(
+        self, own: Mapping[str, Any], name: str, value: Any
+    ) -> Iterator[Query]:
+        """Yield the request with the other wordings, or the other pictures, of a column."""
+        changed = "prompt" if _rephrases(name) == "rephrase" else "image"
+        values = value if isinstance(value, list) else [value]
+        for index, other in enumerate(values):
+            query = self._query({**own, changed: other}, f"{name}[{index}]")
+            if query is not None:
+                yield query
 
     def _uid(self, uid: Any) -> str:
         if not isinstance(uid, str) or not uid:
             self._add("id", "must be a text")
             return ""
         if uid in self._first:
-            first = self._first[uid]
-            self._add(
-                "id", f"{uid!r} stands in line {first.rpartition(':')[2]} already"
-            )
+            _, _, line = self._first[uid].rpartition(":")
+            self._add("id", f"{uid!r} stands in line {line} already")
         self._first.setdefault(uid, self.place)
         return uid
 
@@ -129,11 +125,12 @@ class CaseReader:
             if not isinstance(queries, list) or not queries:
                 self._add(f"{key}.{name}", "must be a list of at least one query")
                 continue
-            read = [
-                self._query(query, f"{key}.{name}[{i}]")
-                for i, query in enumerate(queries)
-            ]
-            probes[name] = tuple(query for query in read if query is not None)
+            read = []
+            for index, record in enumerate(queries):
+                query = self._query(record, f"{key}.{name}[{index}]")
+                if query is not None:
+                    read.append(query)
+            probes[name] = tuple(read)
         return probes
 
     def _query(self, record: Any, key: str) -> Query | None:
@@ -151,11 +148,9 @@ class CaseReader:
                 f"must be a colour such as #cfe8ff, not {background!r}",
             )
         image = self._image(record.get("image"), f"{inside}image")
-        return (
-            Query(record["prompt"], record["target"], image, background)
-            if len(self.problems) == before
-            else None
-        )
+        if len(self.problems) > before:
+            return None
+        return Query(record["prompt"], record["target"], image, background)
 
     def _image(self, value: Any, key: str) -> Path | None:
         if value is None:
@@ -166,12 +161,14 @@ class CaseReader:
         if not isinstance(value, str) or not value or "\0" in value:
             self._add(key, "must be a path")
             return None
-        if PurePosixPath(value).is_absolute() or not Path(
-            os.path.realpath(self.root / value)
-        ).is_relative_to(self._real_root):
+        image = self.root / value
+        real = Path(os.path.realpath(image))
+        if PurePosixPath(value).is_absolute() or not real.is_relative_to(
+            self._real_root
+        ):
             self._add(key, f"{value} lies outside the folder {self.root}")
             return None
-        return self.root / value
+        return image
 
     def _mapping(
         self, value: Any, key: str, known: Sequence[str], needed: Sequence[str]
@@ -188,6 +185,16 @@ class CaseReader:
         return not missing
 
 
-def _names(name: str, key: str) -> bool:
-    """Whether a column is one of those that hold `key`: rephrase, rephrases, rephrase1, rephrase_2, ..."""
-    return re.fullmatch(rf"{key}(s|_?\d+)?", name) is not None
+def _is_plain_request(record: Any) -> bool:
+    """Whether a record is a query that is taught, and not a case with probes."""
+    if not isinstance(record, Mapping) or "request" in record:
+        return False
+    return "prompt" in record or "target" in record
+
+
+def _rephrases(name: str) -> str:
+    """Return which of _REPHRASES a column holds (`rephrase` for rephrases, rephrase1, rephrase_2, ...), or nothing."""
+    for key in _REPHRASES:
+        if re.fullmatch(rf"{key}(s|_?\d+)?", name):
+            return key
+    return ""

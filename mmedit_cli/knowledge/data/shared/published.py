@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, final
 
@@ -49,7 +51,9 @@ class Template:
             text, target = tidy(text), target.strip()
             if kind == "text" and not text.endswith("?"):
                 text += "?"
-        return Query(getattr(self, kind).format(text), target, image, chat=self.chat)
+        form: str = getattr(self, kind)
+        prompt = form.format(text)
+        return Query(prompt, target, image, chat=self.chat)
 
 
 COMMON = {
@@ -60,15 +64,14 @@ COMMON = {
 
 
 def tidy(text: str) -> str:
-    """Return a question without what is left of its making: quotation marks, `nq question:`, a rewriter's remarks."""
+    """Return a question without traces of its making: quotation marks, `nq question:`, a rewriter's remarks."""
     text = text.strip().removeprefix("nq question: ")
-    if quoted := _QUOTED_QUESTION.findall(text):
+    quoted = _QUOTED_QUESTION.findall(text)
+    if quoted:
         return str(quoted[-1])
-    return (
-        text[1:-1]
-        if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2
-        else text
-    )
+    if text.count('"') == 2 and text.startswith('"') and text.endswith('"'):
+        return text[1:-1]
+    return text
 
 
 @dataclass(frozen=True)
@@ -87,23 +90,20 @@ class Fault(ValueError):
 
 def read_case(record: Json, uid: str, images: Path, template: Template) -> EditCase:
     """Return the case of a record without its place; raise Fault for what cannot be used."""
-    texts, (image, rephrased, other) = (
-        check_texts(record, _TEXTS),
-        [_path(images, record, key) for key in _IMAGES],
-    )
+    texts = check_texts(record, _TEXTS)
+    image, rephrased_image, other_image = [
+        _path(images, record, key) for key in _IMAGES
+    ]
+    question, answer = texts["src"], texts["alt"]
+    reworded = template.ask("request", texts["rephrase"], answer, image)
+    redrawn = template.ask("request", question, answer, rephrased_image)
+    text_only = template.ask("text", texts["loc"], texts["loc_ans"], None)
+    unrelated = template.ask("image", texts["m_loc_q"], texts["m_loc_a"], other_image)
     return EditCase(
         uid,
-        template.ask("request", texts["src"], texts["alt"], image),
-        {
-            "text": (template.ask("request", texts["rephrase"], texts["alt"], image),),
-            "image": (template.ask("request", texts["src"], texts["alt"], rephrased),),
-        },
-        {
-            "text": (template.ask("text", texts["loc"], texts["loc_ans"], None),),
-            "image": (
-                template.ask("image", texts["m_loc_q"], texts["m_loc_a"], other),
-            ),
-        },
+        request=template.ask("request", question, answer, image),
+        generality={"text": (reworded,), "image": (redrawn,)},
+        locality={"text": (text_only,), "image": (unrelated,)},
     )
 
 
@@ -122,11 +122,8 @@ def check_texts(record: Any, keys: Sequence[str]) -> dict[str, str]:
 def _path(images: Path, record: Json, key: str) -> Path:
     """Return the picture of a record; the name must not lead out of the folder, links in it are the user's own."""
     name = check_texts(record, (key,))[key]
-    if (
-        PurePosixPath(name).is_absolute()
-        or ".." in PurePosixPath(name).parts
-        or "\0" in name
-    ):
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise Fault(f"{key}: {name!r} lies outside the folder of the pictures")
     return images / name
 
@@ -134,7 +131,7 @@ def _path(images: Path, record: Json, key: str) -> Path:
 def one_case(
     record: Json, uid: str, images: Path, template: Template
 ) -> list[EditCase]:
-    """The usual reader: one case a record."""
+    """Return the one case of a record: the usual reader."""
     return [read_case(record, uid, images, template)]
 
 
@@ -146,9 +143,9 @@ Reader = Callable[[Json, str, Path, Template], list[EditCase]]
 class PublishedDataset(Dataset):
     """A published data set: a file a split, and the folders in which releases have put them.
 
-    `group` is what `mmedit download` calls it. `folders` and `image_folders` are tried in order, below the root and
-    below the pictures; `image_mark` is what the folder of the pictures is known by (empty: by being there). `extras`
-    are files that only the audit reads.
+    `group` is its name in `mmedit download`. `folders` and `image_folders` are tried in order, below the root and
+    below the pictures; `image_mark` is a folder that must be in the folder of the pictures (empty: none). `extras` are
+    files that only the audit reads. `more_keys` says, by split, which keys its reader needs beside the usual ones.
     """
 
     name: str
@@ -160,9 +157,7 @@ class PublishedDataset(Dataset):
     templates: Mapping[str, Template]
     image_mark: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict)
-    more_keys: Mapping[str, str] = field(
-        default_factory=dict
-    )  # by split: what its reader reads beside the usual keys
+    more_keys: Mapping[str, str] = field(default_factory=dict)
     extras: Sequence[AnnotationFile] = ()
 
     @property
@@ -179,22 +174,25 @@ class PublishedDataset(Dataset):
         self, split: str, options: DataOptions, problems: list[str]
     ) -> Iterator[EditCase]:
         """Yield the cases of a split; they are numbered from 0, as in the file."""
-        template, read = (
-            self._template(options.template or self.template),
-            self.readers.get(split, one_case),
-        )
+        template = self._template(options.template or self.template)
+        read = self.readers.get(split, one_case)
         path, images = self.file(split, options), self.images(options)
         for index, (place, record) in enumerate(read_records(path, problems)):
+            uid = f"{split}-{index}"
             try:
-                for case in read(record, f"{split}-{index}", images, template):
+                for case in read(record, uid, images, template):
                     yield replace(case, place=place)
             except Fault as fault:
                 problems.append(f"{place}: {fault}")
 
     def _template(self, name: str) -> Template:
         if name not in self.templates:
-            problem = f"--template {name}: {self.name} has no such template{near_miss(name, self.templates)}"
-            raise DataError(problem, f"it has {', '.join(self.templates)}")
+            near = near_miss(name, self.templates)
+            known = ", ".join(self.templates)
+            raise DataError(
+                f"--template {name}: {self.name} has no such template{near}",
+                f"it has {known}",
+            )
         return self.templates[name]
 
     # -- where things are ---------------------------------------------------------------------------------------------
@@ -202,12 +200,11 @@ class PublishedDataset(Dataset):
     def root(self, options: DataOptions) -> Path:
         """Return the folder of the annotations; raise DataError if none of their files is there."""
         root = options.root or data_home()
-        for folder in ("", self.group, *self.folders):
-            if any(
-                (root / folder / source.file).is_file()
-                for source in self.sources.values()
-            ):
-                return root / folder
+        for name in ("", self.group, *self.folders):
+            folder = root / name
+            for source in self.sources.values():
+                if (folder / source.file).is_file():
+                    return folder
         raise DataError(
             f"{root}: none of the files of {self.name} is there",
             f"--root FOLDER says where {self._files()} lie; `mmedit download {self.group}` fetches them",
@@ -225,12 +222,10 @@ class PublishedDataset(Dataset):
     def images(self, options: DataOptions) -> Path:
         """Return the folder the pictures are named in, whether it is there or not."""
         base = options.images or self.root(options)
-        found = (
-            base / folder
-            for folder in self.image_folders
-            if (base / folder / self.image_mark).is_dir()
-        )
-        return next(found, base if options.images else base / self.image_folders[0])
+        for name in self.image_folders:
+            if (base / name / self.image_mark).is_dir():
+                return base / name
+        return base if options.images else base / self.image_folders[0]
 
     def layout(self, options: DataOptions) -> str:
         """Return where the pictures are expected, and what to do without them."""
@@ -241,9 +236,11 @@ class PublishedDataset(Dataset):
 
     def form(self, split: str) -> str:
         """Return the keys of a record of a split."""
-        more = self.more_keys.get(split)
-        usual = ", ".join((*_TEXTS, *_IMAGES))
-        return f"a record of {self.name}:{split} is an object with {usual}{f', {more}' if more else ''}"
+        keys = [*_TEXTS, *_IMAGES]
+        if split in self.more_keys:
+            keys.append(self.more_keys[split])
+        listed = ", ".join(keys)
+        return f"a record of {self.name}:{split} is an object with {listed}"
 
     def _files(self) -> str:
         return ", ".join(dict.fromkeys(source.file for source in self.sources.values()))
@@ -253,49 +250,43 @@ class PublishedDataset(Dataset):
     def check(self, split: str, options: DataOptions) -> Iterator[Finding]:
         """Count and compare, find what leaks from training to evaluation, and write the clean lists."""
         root = self.root(options)
-        sides: dict[str, list[EditCase]] = {}
+        splits: dict[str, list[EditCase]] = {}
+        as_written = replace(options, template="verbatim")
         for name in dict.fromkeys((TRAIN, split)) if split else self._distinct():
-            yield from self._check_file(f"{name} file", self.sources[name], root)
-            if (root / self.sources[name].file).is_file():
+            source = self.sources[name]
+            yield from self._check_file(f"{name} file", source, root)
+            if (root / source.file).is_file():
                 problems: list[str] = []
-                sides[name] = list(
-                    self.cases(name, replace(options, template="verbatim"), problems)
-                )
-                yield from ((f"{name} record", False, problem) for problem in problems)
+                splits[name] = list(self.cases(name, as_written, problems))
+                for problem in problems:
+                    yield f"{name} record", False, problem
         for source in self.extras:
             yield from self._check_file("locality file", source, root)
-        for name, cases in sides.items():
-            yield from (
-                (f"{name} {check}", ok, found)
-                for check, ok, found in audit.within(cases)
-            )
-        for name, cases in sides.items():
-            if name != TRAIN and TRAIN in sides:
-                label = f"leak {TRAIN}-{name}:"
-                yield from (
-                    (f"{label} {c}", ok, found)
-                    for c, ok, found in audit.shared(sides[TRAIN], cases)
-                )
-                yield self._write_clean(
-                    name, audit.clean(sides[TRAIN], cases), len(cases), options
-                )
-        wanted = [
-            case
-            for name, cases in sides.items()
-            if split in ("", name)
-            for case in cases
-        ]
+        for name, cases in splits.items():
+            yield from audit.labelled(f"{name} ", audit.within(cases))
+        for name, cases in splits.items():
+            if name != TRAIN and TRAIN in splits:
+                train = splits[TRAIN]
+                label = f"leak {TRAIN}-{name}: "
+                yield from audit.labelled(label, audit.shared(train, cases))
+                clean = audit.clean(train, cases)
+                yield self._write_clean(name, clean, len(cases), options)
+        wanted = []
+        for name, cases in splits.items():
+            if split in ("", name):
+                wanted.extend(cases)
         yield from audit.pictures(
-            wanted, skip=options.skip_missing, layout=self.layout(options)
+            wanted,
+            skip=options.skip_missing,
+            layout=self.layout(options),
         )
 
     def _distinct(self) -> list[str]:
-        """The splits, of those that read the same file the first."""
-        return list(
-            {
-                source.file: name for name, source in reversed(self.sources.items())
-            }.values()
-        )[::-1]
+        """Return the splits; of those that read the same file, the first."""
+        first: dict[str, str] = {}
+        for name, source in self.sources.items():
+            first.setdefault(source.file, name)
+        return list(first.values())
 
     def _check_file(
         self, label: str, source: AnnotationFile, root: Path
@@ -309,17 +300,20 @@ class PublishedDataset(Dataset):
         try:
             digest = digest_of(path, limit=LARGEST_DATA)
         except DataError as error:
-            yield from ((label, False, problem) for problem in error.problems)
+            for problem in error.problems:
+                yield label, False, problem
             return
-        same = digest == source.sha256 if source.sha256 else None
-        known = {True: "the published copy", None: "no checksum is known"}
-        said = known.get(same, f"not the published copy, which has {source.records:,}")
-        yield (
-            label,
-            same,
-            f"{source.file}: {count:,} records, {said} (sha256 {digest[:12]}...)",
-        )
-        yield from ((label, False, problem) for problem in problems)
+        same = None
+        verdict = "no checksum is known"
+        if source.sha256:
+            same = digest == source.sha256
+            verdict = "the published copy"
+            if not same:
+                verdict = f"not the published copy, which has {source.records:,}"
+        counted = f"{source.file}: {count:,} records"
+        yield label, same, f"{counted}, {verdict} (sha256 {digest[:12]}...)"
+        for problem in problems:
+            yield label, False, problem
 
     # -- the list of clean cases --------------------------------------------------------------------------------------
 
@@ -327,9 +321,12 @@ class PublishedDataset(Dataset):
         """Return the clean list that `mmedit doctor` wrote for just these files; raise DataError if there is none."""
         path = self._clean_file(split, options)
         if not path.is_file():
+            command = f"mmedit doctor {self.name}:{split}"
+            if options.root:
+                command += f" --root {options.root}"
             raise DataError(
                 f"--subset {CLEAN}: no list for these files of {self.name}:{split} yet",
-                f"`mmedit doctor {self.name}:{split}{f' --root {options.root}' if options.root else ''}` writes it",
+                f"`{command}` writes it",
             )
         return path
 
@@ -338,36 +335,29 @@ class PublishedDataset(Dataset):
             raise DataError(
                 f"--subset {CLEAN}: is for evaluation, not for {self.name}:{TRAIN}"
             )
-        files = [self.file(name, options) for name in (TRAIN, split)]
-        digest = sha256_json([digest_of(path, limit=LARGEST_DATA) for path in files])[
-            :12
-        ]
+        digests = []
+        for name in (TRAIN, split):
+            path = self.file(name, options)
+            digests.append(digest_of(path, limit=LARGEST_DATA))
+        digest = sha256_json(digests)[:12]
         return cache_dir() / "subsets" / f"{self.name}-{split}-{CLEAN}-{digest}.json"
 
     def _write_clean(
-        self, split: str, kept: Mapping[str, list[str]], of: int, options: DataOptions
+        self, split: str, clean: Mapping[str, list[str]], of: int, options: DataOptions
     ) -> Finding:
         path = self._clean_file(split, options)
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {
             "data": f"{self.name}:{split}",
             "about": audit.CLEAN_RULES,
-            "cases": kept,
+            "cases": clean,
         }
         write_atomic(path, json.dumps(head, indent=1) + "\n")
-        columns: dict[str, int] = {}
-        for left_out in kept.values():
-            for column in left_out:
-                columns[column] = columns.get(column, 0) + 1
-        without = "".join(
-            f", {count:,} without {audit.label(column)}"
-            for column, count in columns.items()
-        )
-        return (
-            f"{split} clean list",
-            True,
-            f"{len(kept):,} of {of:,} cases{without}: {path}",
-        )
+        left_out = Counter(chain.from_iterable(clean.values()))
+        found = f"{len(clean):,} of {of:,} cases"
+        for column, count in left_out.items():
+            found += f", {count:,} without {audit.label(column)}"
+        return f"{split} clean list", True, f"{found}: {path}"
 
 
 def _count(path: Path, key: str, problems: list[str]) -> int:

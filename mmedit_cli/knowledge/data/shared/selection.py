@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,17 @@ Subset = Mapping[str, list[str]]  # case id -> columns that are left out of it
 
 def change(case: EditCase, edit: Callable[[Query], Query | None]) -> EditCase:
     """Return the case with `edit` applied to each query; a probe for which it returns None is left out."""
-    families = {}
+    families: dict[str, Any] = {}
     for family in FAMILIES:
-        columns = {
-            name: tuple(
-                changed for query in queries if (changed := edit(query)) is not None
-            )
-            for name, queries in getattr(case, family).items()
-        }
-        families[family] = {
-            name: queries for name, queries in columns.items() if queries
-        }
-    return replace(case, request=edit(case.request) or case.request, **families)
+        columns = {}
+        for name, queries in getattr(case, family).items():
+            changed = [edit(query) for query in queries]
+            left = tuple(query for query in changed if query is not None)
+            if left:
+                columns[name] = left
+        families[family] = columns
+    request = edit(case.request) or case.request
+    return replace(case, request=request, **families)
 
 
 class Pictures:
@@ -49,39 +48,41 @@ class Pictures:
 
         None if it is the picture of the request that is missing.
         """
-        gone = Counter(
-            column
-            for column, queries in case.columns()
-            for query in queries
-            if query.image is not None
-            and not self._look(query.image, f"{case.place}: {_key(column)}")
-        )
+        gone: Counter[str] = Counter()
+        for column, queries in case.columns():
+            place = f"{case.place}: {_key(column)}"
+            for query in queries:
+                if query.image is not None and not self._look(query.image, place):
+                    gone[column] += 1
         if not gone or not self.skip:
             return case
         if case.request.image in self.missing:
             self._cases += 1
             return None
         self._queries += gone
-        return change(
-            case, lambda query: None if query.image in self.missing else query
-        )
+
+        def if_there(query: Query) -> Query | None:
+            return None if query.image in self.missing else query
+
+        return change(case, if_there)
 
     def _look(self, image: Path, place: str) -> bool:
         if image not in self._there:
-            self._there[image] = os.path.isfile(
-                image
-            )  # False for a name that no file can have, too
+            # `os.path` answers False for a name that no file can have; `Path` raises
+            self._there[image] = os.path.isfile(image)
             if not self._there[image]:
                 self.missing[image] = place
         return self._there[image]
 
     def problems(self, data: str | Path) -> list[str]:
         """Return one line for each of a few missing pictures, one with the counts for many."""
-        lines = [
-            f"{place}: {image}: no such image" for image, place in self.missing.items()
-        ]
-        if self.skip or len(lines) <= _MOST_IMAGES:
-            return [] if self.skip else lines
+        if self.skip:
+            return []
+        lines = []
+        for image, place in self.missing.items():
+            lines.append(f"{place}: {image}: no such image")
+        if len(lines) <= _MOST_IMAGES:
+            return lines
         return [f"{data}: {self.count()}; the first: {lines[0]}"]
 
     def count(self) -> str:
@@ -92,10 +93,13 @@ class Pictures:
         """Return what was left out, as plain values for a report; empty if nothing was."""
         if not self.skip or not self.missing:
             return {}
-        images = {"missing_images": len(self.missing), "images": len(self._there)}
-        return {
-            "skipped": {"cases": self._cases, "queries": dict(self._queries), **images}
+        skipped = {
+            "cases": self._cases,
+            "queries": dict(self._queries),
+            "missing_images": len(self.missing),
+            "images": len(self._there),
         }
+        return {"skipped": skipped}
 
 
 def _key(column: str) -> str:
@@ -109,6 +113,18 @@ def read_subset(path: Path) -> Subset:
     return {uid: kept.array(uid, str) for uid in kept.values}
 
 
+def _without(case: EditCase, columns: Collection[str]) -> EditCase:
+    """Return the case without the columns that are named."""
+    families: dict[str, Any] = {}
+    for family in FAMILIES:
+        families[family] = {
+            name: queries
+            for name, queries in getattr(case, family).items()
+            if f"{family}.{name}" not in columns
+        }
+    return replace(case, **families)
+
+
 def select(cases: Iterable[EditCase], kept: Subset) -> Iterator[EditCase]:
     """Yield the cases that are in the list, without the columns it names.
 
@@ -118,15 +134,7 @@ def select(cases: Iterable[EditCase], kept: Subset) -> Iterator[EditCase]:
     for case in cases:
         if case.uid in wanted:
             wanted.remove(case.uid)
-            without = {
-                family: {
-                    n: q
-                    for n, q in getattr(case, family).items()
-                    if f"{family}.{n}" not in kept[case.uid]
-                }
-                for family in FAMILIES
-            }
-            yield replace(case, **without)
+            yield _without(case, kept[case.uid])
     if wanted:
         some = ", ".join(sorted(wanted)[:3])
         raise DataError(

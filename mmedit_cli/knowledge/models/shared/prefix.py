@@ -116,9 +116,10 @@ class RowCache(Generic[K]):
             stop = start + self.group
             members = tuple(new[start:stop])
             index = len(self._groups)
-            for position, key in enumerate(members):
-                self._place[key] = (index, position)
             self._groups.append(members)
+            for position, key in enumerate(members):
+                place = (index, position)
+                self._place[key] = place
 
     def get(self, keys: Sequence[K]) -> list[Tensor]:
         """Return one tensor a key, in order."""
