@@ -7,6 +7,7 @@ that asks for a peft which is not released yet would break every LoRA. peft's pu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,18 +73,17 @@ class LoraLayers:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return A and B of every layer."""
-        return [
-            parameter
-            for name, parameter in self.modules.named_parameters()
-            if "lora_" in name
-        ]
+        named = self.modules.named_parameters()
+        return [parameter for name, parameter in named if "lora_" in name]
 
     def pairs(self) -> dict[str, Pair]:
         """Return A and B by the path of their layer."""
         found = {}
         for path in self.paths:
-            layer = self.modules[_key(path)]
-            found[path] = (layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight)
+            layer: Any = self.modules[_key(path)]
+            down: Tensor = layer.lora_A[_NAME].weight
+            up: Tensor = layer.lora_B[_NAME].weight
+            found[path] = (down, up)
         return found
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,14 +102,15 @@ class LoraLayers:
 
 def joined(many: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
     """Return several adapters as one that adds what all of them add: their ranks stand one after another."""
-    paths = dict.fromkeys(path for pairs in many for path in pairs)
+    by_path: dict[str, list[Pair]] = {}
+    for pairs in many:
+        for path, pair in pairs.items():
+            by_path.setdefault(path, []).append(pair)
     found = {}
-    for path in paths:
-        here = [pairs[path] for pairs in many if path in pairs]
-        found[path] = (
-            torch.cat([down for down, _ in here]),
-            torch.cat([up for _, up in here], dim=1),
-        )
+    for path, here in by_path.items():
+        down = torch.cat([a for a, _ in here])
+        up = torch.cat([b for _, b in here], dim=1)
+        found[path] = (down, up)
     return found
 
 

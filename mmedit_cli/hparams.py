@@ -64,10 +64,14 @@ def load_hparams(
     cls: type[T],
     *,
     variant: str | None = None,
+    stored: Mapping[str, Any] | None = None,
+    stored_in: str = "",
     overrides: Sequence[str] = (),
 ) -> T:
     """Read `path` into the frozen dataclass `cls`.
 
+    Over the values of the file go those of the `variant`, then the `stored` values (plain ones, as `to_dict` returns
+    them; `stored_in` names their place in errors), then the `overrides` (KEY=VALUE texts).
     A `variant` the file does not have is no error; all variants are checked whichever is chosen. Fields may be int,
     float, str, bool, X | Y, Literal, list[X], tuple[X, ...], dict[str, X] and frozen dataclasses.
 
@@ -78,6 +82,8 @@ def load_hparams(
     if not reader.problems:
         merged, variants = reader.read_file(root, cls)
         merged = _merge(merged, variants.get(variant, merged))
+        if stored:
+            merged = _merge(merged, reader.read_stored(stored, stored_in, cls))
         for override in overrides:
             merged = _merge(merged, reader.read_override(override, cls))
         hparams = reader.build(merged, "")
@@ -130,6 +136,7 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.override = ""  # the --set text being read; empty while reading the file
+        self.stored_in = ""  # the place of the stored values, while they are read
         self.problems: list[str] = []
 
     def add(self, *parts: str) -> None:
@@ -147,6 +154,8 @@ class _Reader:
                 f"{key} in {self.file}" if key else "",
                 message,
             )
+        elif self.stored_in:
+            self.add(self.stored_in, key, message)
         else:
             self.add(f"{self.file}:{line}", key, message)
 
@@ -237,6 +246,16 @@ class _Reader:
                 )
             fields = self.fields(node, cls, "")
         self.override = ""
+        return fields
+
+    def read_stored(
+        self, values: Mapping[str, Any], place: str, cls: type[Any]
+    ) -> _Fields:
+        """Read plain values as if the file had them."""
+        self.stored_in = place or "stored hyper-parameters"
+        node = yaml.representer.SafeRepresenter().represent_data(dict(values))
+        fields = self.fields(node, cls, "")
+        self.stored_in = ""
         return fields
 
     def items(

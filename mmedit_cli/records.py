@@ -35,13 +35,13 @@ from mmedit_cli.storage import (
 )
 
 _LARGEST_LINES = 1 << 30  # bytes of all records of a run together
-CONCEPT_INDEX = (
-    "index.json"  # what tells a folder of concepts from one of a run or of a ledger
-)
+# the file that tells a folder of concepts from one of a run or of a ledger
+CONCEPT_INDEX = "index.json"
 _START_ANEW = "start it anew with --force"
 _RECORDS = ("asked", "cases", "edits", "expressive", "learned", "log")
 _TENSORS = ("editor", "last")
-_WRITTEN = (  # everything that a run writes itself; nothing else in its folder is ever cut or removed
+# everything that a run writes itself; nothing else in its folder is ever cut or removed
+_WRITTEN = (
     *(f"{name}.jsonl" for name in _RECORDS),
     *(f"{name}.safetensors" for name in _TENSORS),
     "report.json",
@@ -83,11 +83,23 @@ class Run:
     def done_before(
         cls, folder: Path, *, force: bool, say: Callable[[str], None]
     ) -> dict[str, Any] | None:
-        """Return the report of a finished run and say so; None where it is to do, as `force` says of all."""
+        """Return the report of a finished run, and say so; None if the run is not finished, or with `force`."""
         report = None if force else cls.finished(folder)
         if report is not None:
             say(f"already done: {folder} (--force does it again)")
         return report
+
+    @classmethod
+    def report_once(
+        cls,
+        folder: Path,
+        make: Callable[[], dict[str, Any]],
+        *,
+        force: bool,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Return the report of a finished run, or that of `make()` if the run is not finished, or with `force`."""
+        return cls.done_before(folder, force=force, say=say) or make()
 
     @classmethod
     def open(

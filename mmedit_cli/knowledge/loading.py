@@ -1,8 +1,7 @@
-"""Models and editors by name: what library users call, and what every command begins with."""
+"""Models and editors by name: the functions that library users call and every command begins with."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +59,11 @@ def load_editor(
     "untrained" they are random. Raises UnknownName, HparamsError, UserError if there are no trained networks, or
     StateError if they do not fit.
     """
-    cls = registry.editors.get(name)
     found = None
-    if cls.trains and checkpoint != "untrained":
+    if registry.editors.get(name).trains and checkpoint != "untrained":
         found = find_networks(name, backbone.name, records, checkpoint).path
-    cls, values = resolve_editor(
-        name, variant_for(name, backbone, hparams), hparams, overrides, found
-    )
+    variant = variant_for(name, backbone, hparams)
+    cls, values = resolve_editor(name, variant, hparams, overrides, found)
     editor: Editor = cls(backbone, values, seed=seed)
     if found is not None:
         editor.load_networks(found)  # type: ignore[attr-defined]
@@ -91,7 +88,7 @@ def networks_of(
 
 
 def used_hparams(hparams: Any) -> dict[str, Any]:
-    """Return the hyper-parameters that matter once an editor is trained: how that went is told by its own run."""
+    """Return the hyper-parameters that matter once an editor is trained; those of the training are in its own run."""
     return {key: value for key, value in to_dict(hparams).items() if key != "training"}
 
 
@@ -109,41 +106,39 @@ def resolve_editor(
     from mmedit_cli.hparams import load_hparams
 
     editor = registry.editors.get(name)
+    trained: dict[str, Any] = {}
+    place = f"{networks}: hparams"
     if file is None and networks is not None:
         from mmedit_cli.knowledge.methods.base import read_state
 
-        text = read_state(networks)[1].get("hparams", "{}")
-        trained = parse_json_object(
-            text, f"{networks}: hparams", error=StateError
-        ).values
-        overrides = [
-            *(f"{key}={json.dumps(value)}" for key, value in trained.items()),
-            *overrides,
-        ]
-    return editor, load_hparams(
+        _, metadata = read_state(networks)
+        text = metadata.get("hparams", "{}")
+        trained = parse_json_object(text, place, error=StateError).values
+    hparams = load_hparams(
         file or registry.hparams_file(name),
         editor.Hparams,
         variant=variant,
+        stored=trained,
+        stored_in=place,
         overrides=overrides,
     )
+    return editor, hparams
 
 
 def variant_for(
     editor: str, model: ModelRef | VisionLanguageModel, file: Path | None = None
 ) -> str | None:
     """Return which variant of an editor's hyper-parameters is for a model, by its config; None if there is none."""
-    shape = (
-        shape_of(model)
-        if isinstance(model, ModelRef)
-        else shape_of_config(model.model.config)
-    )
-    return pick_variant(file or registry.hparams_file(editor), shape, model.name)
+    file = file or registry.hparams_file(editor)
+    if isinstance(model, ModelRef):
+        return pick_variant(file, shape_of(model), model.name)
+    return pick_variant(file, shape_of_config(model.model.config), model.name)
 
 
 def load_model(
     options: ModelOptions, ref: ModelRef, out: Output
 ) -> VisionLanguageModel:
-    """Load the model that was found, saying so: it may take a while."""
+    """Load the model that was found, and say so: it may take a while."""
     out.note(loading(ref.name))
     from mmedit_cli.knowledge.models.shared import loading as models
 

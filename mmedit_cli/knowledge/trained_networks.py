@@ -1,4 +1,4 @@
-"""Which trained networks answer: those that come along, or a training of one's own where it is asked for."""
+"""Trained networks of an editor: those that come along with mmedit, or of a training of the user's own."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import registry
-from mmedit_cli.catalog import CHECKPOINT, DEFAULTS, find_model
+from mmedit_cli.catalog import DEFAULTS, find_model
 from mmedit_cli.errors import RunError, UserError
+from mmedit_cli.model_folder import CHECKPOINT
 from mmedit_cli.reading import Record, whole_number
 from mmedit_cli.records import Run
 from mmedit_cli.storage import read_tensors
 
 LATEST = "latest"  # the newest finished training
-TRAININGS = {
-    "editors": "train-editor",
-    "image_editors": "train-image-editor",
-}  # their folders below the records
+# the folders of trainings below the records
+TRAININGS = {"editors": "train-editor", "image_editors": "train-image-editor"}
 _ID = re.compile(r"[0-9a-f]{4,12}")  # of a run, or its beginning
 _SHIPPED, _RUN, _FILE = "comes along", "run", "file"
 
@@ -102,16 +101,25 @@ def chosen_networks(
 
 def described(path: Path, source: str | None = None) -> TrainedNetworks:
     """Return what the file itself and the report of its training say about networks."""
-    about = read_tensors(path)[1]
+    _, metadata = read_tensors(path)
+    step = whole_number(metadata.get("step", ""))
     report = Run.finished(path.parent) if path.name == CHECKPOINT else None
-    step = whole_number(about.get("step", ""))
     if report is None or "steps" not in report:
-        steps = whole_number(about.get("steps", ""))
-        return TrainedNetworks(path, source or _FILE, about.get("run"), steps, step)
+        return TrainedNetworks(
+            path,
+            source or _FILE,
+            run=metadata.get("run"),
+            steps=whole_number(metadata.get("steps", "")),
+            step=step,
+        )
     record = Record(report, str(path.with_name("report.json")), error=RunError)
-    data = record.record("data", {}).text("name", None)
     return TrainedNetworks(
-        path, source or _RUN, path.parent.name, record.integer("steps"), step, data
+        path,
+        source or _RUN,
+        run=path.parent.name,
+        steps=record.integer("steps"),
+        step=step,
+        trained_on=record.record("data", {}).text("name", None),
     )
 
 
@@ -144,32 +152,31 @@ def default_editor(
     for name in DEFAULTS if model is None else (model,):
         if (share / "liveedit" / f"{name}.safetensors").is_file():
             return "liveedit", name
-    own = trained_networks(
-        records, model="*" if model is None else find_model(model).name
-    )
-    hint = (
-        f"--checkpoint {LATEST} takes your newest training, {own[0].parent.name}"
-        if own
-        else "e.g. mmedit eval ft"
-    )
-    raise UserError(
-        "no EDITOR named, and none comes trained" + (f" for {model}" if model else ""),
-        hint,
-    )
+    wanted = "*" if model is None else find_model(model).name
+    own = trained_networks(records, model=wanted)
+    problem, hint = "no EDITOR named, and none comes trained", "e.g. mmedit eval ft"
+    if model:
+        problem += f" for {model}"
+    if own:
+        newest = own[0].parent.name
+        hint = f"--checkpoint {LATEST} takes your newest training, {newest}"
+    raise UserError(problem, hint)
 
 
 def _editor_of(
     checkpoint: Path | str, records: Path, model: str | None
 ) -> tuple[str, str]:
-    path = chosen_networks(
-        checkpoint, records, model="*" if model is None else find_model(model).name
-    )
+    wanted = "*" if model is None else find_model(model).name
+    path = chosen_networks(checkpoint, records, model=wanted)
     report = Record(
         Run.finished(path.parent) or {},
         str(path.with_name("report.json")),
         error=RunError,
     )
-    editor = report.text("editor", "") or read_tensors(path)[1].get("editor")
+    editor = report.text("editor", "")
+    if not editor:
+        _, metadata = read_tensors(path)
+        editor = metadata.get("editor", "")
     if editor not in registry.editors.names():
         raise UserError(
             f"--checkpoint {checkpoint}: does not say which editor it belongs to",
@@ -192,14 +199,12 @@ def trained_networks(
     `kind` is "editors" or "image_editors".
     """
     wanted = model
-    if (
-        model != "*"
-    ):  # a hub id stands there with a hyphen for its slash, and a digest behind it
-        wanted = glob.escape(model.replace("/", "-")) + ("*" if "/" in model else "")
+    if model != "*":
+        # a hub id stands there with a hyphen for its slash, and a digest behind it
+        wanted = glob.escape(model.replace("/", "-"))
+        if "/" in model:
+            wanted += "*"
     reports = records.glob(f"{TRAININGS[kind]}/{editor}/{wanted}/*/*/report.json")
     found = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [
-        path.with_name(CHECKPOINT)
-        for path in found
-        if path.with_name(CHECKPOINT).is_file()
-    ]
+    networks = [path.with_name(CHECKPOINT) for path in found]
+    return [path for path in networks if path.is_file()]

@@ -316,9 +316,12 @@ class ConceptFolder:
             learned_with |= parse_json_object(
                 text, f"{self._file(entry)}: hparams", error=StateError
             ).values
-        words = [f"{key}={json.dumps(value)}" for key, value in learned_with.items()]
         hparams = load_hparams(
-            registry.hparams_file(name), cls.Hparams, overrides=[*words, *overrides]
+            registry.hparams_file(name),
+            cls.Hparams,
+            stored=learned_with,
+            stored_in=f"{self.folder}: hparams",
+            overrides=overrides,
         )
         personalizer: Personalizer = cls(model, hparams)
         try:

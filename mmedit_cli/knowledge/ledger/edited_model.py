@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, ModelError, StateError, UserError
-from mmedit_cli.hparams import to_dict
+from mmedit_cli.hparams import load_hparams, to_dict
 from mmedit_cli.identity import is_former, same_model
 from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import (
@@ -406,20 +406,23 @@ def _dtype_of(ledger: Ledger, options: ModelOptions) -> str:
 
 def _editor_of(ledger: Ledger, backbone: VisionLanguageModel) -> Editor:
     config = ledger.config
-    cls, hparams = resolve_editor(
-        config["editor"], None, None, list(_flat(config["hparams"]))
+    name = config["editor"]
+    cls = registry.editors.get(name)
+    hparams = load_hparams(
+        registry.hparams_file(name),
+        cls.Hparams,
+        stored=config["hparams"],
+        stored_in=f"{ledger.folder / 'run.yaml'}: hparams",
     )
     editor: Editor = cls(backbone, hparams, seed=config["seed"])
-    if ledger.networks is not None:
-        if (
-            not ledger.networks.is_file()
-            or sha256_of(ledger.networks) != config["checkpoint"]
-        ):
+    networks = ledger.networks
+    if networks is not None:
+        if not networks.is_file() or sha256_of(networks) != config["checkpoint"]:
             raise StateError(
-                f"{ledger.networks}: not the networks the edits were made with",
+                f"{networks}: not the networks the edits were made with",
                 "put them back",
             )
-        editor.load_networks(ledger.networks)  # type: ignore[attr-defined]
+        editor.load_networks(networks)  # type: ignore[attr-defined]
     return editor
 
 
@@ -475,15 +478,6 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
             f"{folder}: was begun with other hyper-parameters ({', '.join(differ)})",
             other,
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield nested values as KEY=VALUE texts."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value)}"
 
 
 def _source(model: str) -> str:

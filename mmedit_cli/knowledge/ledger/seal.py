@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.reading import read_json_object
@@ -34,11 +35,11 @@ class Seal:
         Raises StateError for a damaged seal.
         """
         try:
-            accepted = read_json_object(self.path).records("accepted")
-            return [
-                Beginning(e.integer("bytes"), e.text("sha256"), e.flag("torn", False))
-                for e in accepted
-            ]
+            accepted = []
+            for entry in read_json_object(self.path).records("accepted"):
+                size, digest = entry.integer("bytes"), entry.text("sha256")
+                accepted.append(Beginning(size, digest, entry.flag("torn", False)))
+            return accepted
         except DataError as error:
             if not self.path.exists():
                 return None
@@ -72,7 +73,9 @@ class Seal:
 
     def start(self, lines: bytes) -> None:
         """Go on behind lines that are on disk."""
-        self._digest, self._size, self._before = hashlib.sha256(lines), len(lines), None
+        self._digest = hashlib.sha256(lines)
+        self._size = len(lines)
+        self._before = None
         self._started = True
 
     def is_current(self, accepted: list[Beginning] | None) -> bool:
@@ -82,7 +85,7 @@ class Seal:
     def extend(self, line: bytes) -> None:
         """Seal one more line that is on disk."""
         before = self._now()
-        self._before = Beginning(before.bytes, before.sha256, torn=True)
+        self._before = replace(before, torn=True)
         self._digest.update(line)
         self._size += len(line)
         self.write()
@@ -90,12 +93,13 @@ class Seal:
     def write(self, *more: bytes) -> None:
         """Seal the lines that `start` and `extend` were told of, if any; with `more`, accept those as well."""
         accepted = [self._now()] if self._started else []
-        accepted += [
-            Beginning(len(lines), hashlib.sha256(lines).hexdigest()) for lines in more
-        ]
+        for lines in more:
+            digest = hashlib.sha256(lines).hexdigest()
+            accepted.append(Beginning(len(lines), digest))
         if self._before is not None:
             accepted.append(self._before)
-        write_json(self.path, {"accepted": [vars(beginning) for beginning in accepted]})
+        stored = [beginning.stored() for beginning in accepted]
+        write_json(self.path, {"accepted": stored})
 
     def _now(self) -> Beginning:
         return Beginning(self._size, self._digest.hexdigest())
@@ -103,20 +107,24 @@ class Seal:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What lines may begin with; `torn`: only where nothing but a line without its newline follows."""
+    """What lines may begin with: `size` bytes; `torn`: only where nothing but a line without its newline follows."""
 
-    bytes: int
+    size: int
     sha256: str
     torn: bool = False
 
+    def stored(self) -> dict[str, Any]:
+        """Return it as it stands in the file."""
+        return {"bytes": self.size, "sha256": self.sha256, "torn": self.torn}
+
     def agrees(self, lines: bytes, torn: bool) -> bool:
         """Tell whether lines, with a torn one behind them or not, begin so."""
-        if self.torn and not (torn and len(lines) == self.bytes):
+        if self.torn and not (torn and len(lines) == self.size):
             return False
-        return (
-            len(lines) >= self.bytes
-            and hashlib.sha256(lines[: self.bytes]).hexdigest() == self.sha256
-        )
+        if len(lines) < self.size:
+            return False
+        digest = hashlib.sha256(lines[: self.size])
+        return digest.hexdigest() == self.sha256
 
 
 def _way_out(ledger: Path) -> str:

@@ -1,9 +1,9 @@
-"""What the commands do, for the command line and for library users alike."""
+"""Evaluation of an editor, `mmedit eval`, and the checks of cases before a model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 
-SCORING = 2  # of answers: counted up when the same answers get other scores, so that no run mixes the two
+# raised when the same answers get other scores than before, so that no run mixes the two
+SCORING = 2
+# of the configuration of a run, what its report repeats
+_IN_REPORT = (
+    "editor",
+    "model",
+    "data",
+    "hparams",
+    "variant",
+    "protocol",
+    "seed",
+    "versions",
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,11 @@ class EvalPlan:
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values."""
         groups = self.options.protocol.groups(len(self.cases))
+        last = groups[-1]
         return {
             **self.config,
             "groups": len(groups),
-            "last_group": len(groups[-1]),
+            "last_group": len(last),
             "run": str(self.folder),
         }
 
@@ -103,9 +116,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
             f"--sequential {size}: {options.data} has {len(cases)} cases",
             f"use --sequential {len(cases)} or less",
         )
-    protocol = asdict(options.protocol)
-    protocol.pop("cache_bytes")
-    config = {
+    config: dict[str, Any] = {
         "command": "eval",
         "editor": editor.name,
         "hparams": used_hparams(hparams),
@@ -120,18 +131,15 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
             **data.selection,
             **line_breaks,
         },
-        "protocol": {
-            k: list(v) if isinstance(v, tuple) else v for k, v in protocol.items()
-        },
+        "protocol": options.protocol.stored(),
         "seed": options.seed,
         "scoring": SCORING,
         "versions": runtime.versions(),
     }
     if networks is not None:
         config["checkpoint"] = sha256_of(networks.path)
-    folder = Run.locate(
-        options.records, ("eval", editor.name, ref.name, config["data"]["name"]), config
-    )
+    parts = ("eval", editor.name, ref.name, data.name)
+    folder = Run.locate(options.records, parts, config)
     return EvalPlan(options, ref, hparams, networks, cases, config, folder)
 
 
@@ -140,11 +148,14 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
 
     Raises a UserError for bad input, before anything is written.
     """
-    out = out or Output()
+    talk = out or Output()
     plan = plan_evaluation(options)
-    return Run.done_before(
-        plan.folder, force=options.force, say=out.note
-    ) or run_evaluation(plan, out)
+    return Run.report_once(
+        plan.folder,
+        lambda: run_evaluation(plan, talk),
+        force=options.force,
+        say=talk.note,
+    )
 
 
 def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
@@ -157,24 +168,24 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     backbone = load_model(options.model, plan.ref, out)
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases, sayable=protocol.generates)
-    editor: Editor = registry.editors.get(options.editor)(
-        backbone, plan.hparams, seed=options.seed
-    )
-    if plan.networks is not None:
-        out.note(networks_line(plan.networks.facts()))
+    cls = registry.editors.get(options.editor)
+    editor: Editor = cls(backbone, plan.hparams, seed=options.seed)
+    networks = None if plan.networks is None else plan.networks.facts()
+    if plan.networks is not None and networks is not None:
+        out.note(networks_line(networks))
         editor.load_networks(plan.networks.path)  # type: ignore[attr-defined]
     environment = runtime.environment(backbone.device)
-    base = (
-        plan.options.records
+    base_folder = (
+        options.records
         / "base"
         / plan.ref.name.replace("/", "--")
         / _base_key(plan, backbone, editor.first_layer)
     )
     with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
-        if report := Run.done_before(plan.folder, force=False, say=out.note):
-            return (
-                report  # of an equal command that ended while the model was loaded here
-            )
+        # an equal command may have ended while the model was loaded here
+        report = Run.done_before(plan.folder, force=False, say=out.note)
+        if report is not None:
+            return report
         groups = protocol.groups(len(plan.cases))
         after = sum(sum(protocol.milestones(len(group))) for group in groups)
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
@@ -182,48 +193,40 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
             totals = {PREPARING: count_queries(plan.cases), **totals}
         with out.progress(totals) as tick:
             asked = evaluate_edits(
-                editor, plan.cases, run, protocol, base_folder=base, tick=tick
+                editor,
+                plan.cases,
+                run,
+                protocol,
+                base_folder=base_folder,
+                tick=tick,
             )
-        head = {
-            k: plan.config[k]
-            for k in (
-                "editor",
-                "model",
-                "data",
-                "hparams",
-                "variant",
-                "protocol",
-                "seed",
-                "versions",
-            )
-        }
-        head |= {"checkpoint": plan.config.get("checkpoint")}
-        head |= {"networks": None if plan.networks is None else plan.networks.facts()}
-        cases = run.read("cases")
+        head = {key: plan.config[key] for key in _IN_REPORT}
+        head["checkpoint"] = plan.config.get("checkpoint")
+        head["networks"] = networks
         head["data"] = {**plan.config["data"], **too_long}
         if protocol.generates and backbone.own_settings:
             head["ignored_settings"] = backbone.own_settings
-        head |= {
-            "environment": run.environment,
-            "examples": examples(cases, plan.cases),
-        }
-        report = build_report(head, cases, run.read("edits"), protocol.sequential)
+        lines = run.read("cases")
+        head["environment"] = run.environment
+        head["examples"] = examples(lines, plan.cases)
+        report = build_report(head, lines, run.read("edits"), protocol.sequential)
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
-        run.remove_tensors(
-            "editor"
-        )  # only there to continue from, and may be as large as a model
+        # the state to continue from may be as large as a model
+        run.remove_tensors("editor")
         run.finish(report)
     return report
 
 
 def _one_line_targets(cases: list[EditCase]) -> tuple[list[EditCase], dict[str, int]]:
     """Return the cases without line breaks in their targets, and for the report how many cases had one."""
-    from mmedit_cli.knowledge.data.base import change
+    from mmedit_cli.knowledge.data.shared.selection import change
 
     changed = [change(case, in_one_line) for case in cases]
     count = sum(case != new for case, new in zip(cases, changed, strict=True))
-    return (changed, {"line_breaks": count}) if count else (cases, {})
+    if not count:
+        return cases, {}
+    return changed, {"line_breaks": count}
 
 
 def check_queries(
@@ -235,9 +238,11 @@ def check_queries(
     """
     from mmedit_cli.knowledge.evaluation.answers import check_sayable
 
-    problems, hint = [], ""
+    problems: list[str] = []
+    hint = ""
     for case in cases:
         for column, queries in case.columns():
+            place = f"{case.place}: {case.uid}: {column}"
             scored = sayable and not column.startswith(("locality.", "needs."))
             for query in queries:
                 try:
@@ -245,10 +250,7 @@ def check_queries(
                     if scored:
                         check_sayable(backbone, query)
                 except DataError as error:
-                    problems += [
-                        f"{case.place}: {case.uid}: {column}: {problem}"
-                        for problem in error.problems
-                    ]
+                    problems += [f"{place}: {problem}" for problem in error.problems]
                     hint = hint or error.hint
     if problems:
         raise DataError(problems[:20], hint)
@@ -263,40 +265,41 @@ def _without_long(
     """
     if not plan.config["data"].get("skip_long"):
         return plan, {}
-    from mmedit_cli.knowledge.data.base import change
+    from mmedit_cli.knowledge.data.shared.selection import change
 
-    def fits(query: Query) -> Query | None:
+    def if_it_fits(query: Query) -> Query | None:
         try:
-            whole, asked = (
-                backbone.encode(query),
-                backbone.encode(query, with_answer=False),
-            )
+            whole = backbone.encode(query)
+            asked = backbone.encode(query, with_answer=False)
         except TooLong:
             return None
-        return (
-            query
-            if max(len(whole.ids), len(asked.ids) + 1) <= backbone.max_length
-            else None
-        )
+        longest = max(len(whole.ids), len(asked.ids) + 1)
+        return query if longest <= backbone.max_length else None
 
-    cases = [change(case, fits) for case in plan.cases if fits(case.request)]
+    cases = [
+        change(case, if_it_fits) for case in plan.cases if if_it_fits(case.request)
+    ]
     if not cases:
         raise DataError(
             f"every case is too long for {backbone.name}, which reads {backbone.max_length} tokens"
         )
-    queries = [
-        sum(len(q) for case in some for _, q in case.columns())
-        for some in (plan.cases, cases)
-    ]
-    counts = {"cases": len(plan.cases) - len(cases), "queries": queries[0] - queries[1]}
+    counts = {
+        "cases": len(plan.cases) - len(cases),
+        "queries": _count_asked(plan.cases) - _count_asked(cases),
+    }
     return replace(plan, cases=cases), {"too_long": counts}
+
+
+def _count_asked(cases: Iterable[EditCase]) -> int:
+    """Return how many queries some cases ask, counting a query as often as it is asked."""
+    return sum(len(queries) for case in cases for _, queries in case.columns())
 
 
 def count_queries(cases: Iterable[EditCase]) -> int:
     """Return how many different queries some cases ask."""
-    return len(
-        {query for case in cases for _, queries in case.columns() for query in queries}
-    )
+    from mmedit_cli.knowledge.evaluation.protocol import distinct_queries
+
+    return len(distinct_queries(cases))
 
 
 def check_facts(editor: type[Editor], cases: Sequence[EditCase]) -> None:
@@ -306,12 +309,12 @@ def check_facts(editor: type[Editor], cases: Sequence[EditCase]) -> None:
     from mmedit_cli.knowledge.methods.base import TEXT_ONLY_HINT
 
     problem = f"{editor.name} routes by the picture, and this fact has none"
-    places = [case.place for case in cases if case.request.image is None]
-    if places:
-        raise DataError(
-            [f"{place}: {problem}" if place else problem for place in places[:20]],
-            TEXT_ONLY_HINT,
-        )
+    problems = []
+    for case in cases:
+        if case.request.image is None:
+            problems.append(f"{case.place}: {problem}" if case.place else problem)
+    if problems:
+        raise DataError(problems[:20], TEXT_ONLY_HINT)
 
 
 def check_pictures(cases: Sequence[EditCase]) -> None:
@@ -330,10 +333,8 @@ def check_pictures(cases: Sequence[EditCase]) -> None:
                 try:
                     check_picture(query.image)
                 except MmeditError as error:
-                    problems += [
-                        f"{case.place}: {column}: {problem}"
-                        for problem in error.problems
-                    ]
+                    place = f"{case.place}: {column}"
+                    problems += [f"{place}: {problem}" for problem in error.problems]
                     hint = hint or error.hint
     if problems:
         raise DataError(
@@ -344,18 +345,17 @@ def check_pictures(cases: Sequence[EditCase]) -> None:
 def _base_key(plan: EvalPlan, backbone: VisionLanguageModel, layer: int | None) -> str:
     """Return a digest of all that the answers of the untouched model depend on: the editor is not part of it."""
     protocol = plan.options.protocol
-    return sha256_json(
-        {
-            "model": plan.ref.fingerprint,
-            "data": plan.config["data"]["fingerprint"]
-            + ("-short" if "skip_long" in plan.config["data"] else ""),
-            "device": backbone.device.type,
-            "dtype": str(backbone.dtype),
-            "layer": layer,
-            "batch_size": protocol.batch_size,
-            "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
-            "scoring": plan.config["scoring"],
-            "top": "tf_easyedit" in protocol.protocols,
-            "versions": plan.config["versions"],
-        }
-    )[:12]
+    data = plan.config["data"]
+    what = {
+        "model": plan.ref.fingerprint,
+        "data": data["fingerprint"] + ("-short" if "skip_long" in data else ""),
+        "device": backbone.device.type,
+        "dtype": str(backbone.dtype),
+        "layer": layer,
+        "batch_size": protocol.batch_size,
+        "max_new_tokens": protocol.max_new_tokens if protocol.generates else 0,
+        "scoring": plan.config["scoring"],
+        "top": "tf_easyedit" in protocol.protocols,
+        "versions": plan.config["versions"],
+    }
+    return sha256_json(what)[:12]

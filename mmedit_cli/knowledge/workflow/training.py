@@ -1,10 +1,11 @@
-"""`mmedit train-editor`: resolve what is asked, and train."""
+"""Training of the networks of an editor: `mmedit train-editor`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,8 @@ from mmedit_cli.types import EditCase
 if TYPE_CHECKING:
     from mmedit_cli.knowledge.data.base import DataOptions
 
-HELD_OUT = (
-    20  # without a split for it, every so many cases are held out of the training
-)
+# without a split for validation, one case in so many is held out of the training
+HELD_OUT = 20
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
         options.editor, variant, options.hparams, options.overrides
     )
     if not editor.trains:
-        trained = [
-            name
-            for name in registry.editors.names()
-            if registry.editors.get(name).trains
-        ]
+        names = registry.editors.names()
+        trained = [name for name in names if registry.editors.get(name).trains]
         raise UserError(
             f"{editor.name} needs no training",
             f"editors with networks to train: {', '.join(trained)}",
@@ -125,14 +122,17 @@ def training_cases(
     train, validation = options.data, options.validation
     how = options.data_options or DataOptions()
     named = find_dataset(options.data)
-    if named is not None and ":" not in options.data and "train" in named[0].splits:
-        train = f"{options.data}:train"
-        if validation is None and "val" in named[0].splits:
-            validation = f"{options.data}:val"
+    if named is not None and ":" not in options.data:
+        dataset, _ = named
+        if "train" in dataset.splits:
+            train = f"{options.data}:train"
+            if validation is None and "val" in dataset.splits:
+                validation = f"{options.data}:val"
     data = read_data(train, limit=options.limit, options=how)
     name = data.name if named is None else options.data
     if validation is not None:
-        return name, data.cases, read_data(validation, options=how).cases
+        held_out = read_data(validation, options=how)
+        return name, data.cases, held_out.cases
     if len(data.cases) < HELD_OUT:
         raise DataError(
             f"{train}: {len(data.cases)} cases are too few to hold some out",
@@ -147,11 +147,14 @@ def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str
 
     Raises a UserError for bad input, before anything is written.
     """
-    out = out or Output()
+    talk = out or Output()
     plan = plan_training(options)
-    return Run.done_before(
-        plan.folder, force=options.force, say=out.note
-    ) or run_training(plan, out)
+    return Run.report_once(
+        plan.folder,
+        lambda: run_training(plan, talk),
+        force=options.force,
+        say=talk.note,
+    )
 
 
 def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
@@ -163,61 +166,60 @@ def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
         with_alternatives,
     )
 
-    options, processes = plan.options, runtime.join_processes(plan.options.model.device)
+    options = plan.options
+    processes = runtime.join_processes(options.model.device)
     model = replace(options.model, device=processes.device)
     if processes.rank:
         out = Output(quiet=True)
-    out.note(told(plan.options.editor, plan.config["variant"]))
+    out.note(told(options.editor, plan.config["variant"]))
     backbone = load_model(model, plan.ref, out)
-    steps = plan.hparams.training.steps
+    steps: int = plan.hparams.training.steps
     taught = with_alternatives(plan.cases, plan.hparams.training, options.seed)
-    shown = [*(case for variants in taught for case in variants), *plan.held_out]
+    shown = [*chain.from_iterable(taught), *plan.held_out]
     totals = {PREPARING: count_queries(shown), "steps": steps}
     out.note(
         f"{len(plan.cases):,} cases; {totals[PREPARING]:,} questions are run through the frozen layers once, as the "
         f"first of {steps:,} steps need them"
     )
     check_queries(backbone, [*plan.cases, *plan.held_out])
-    editor = registry.editors.get(options.editor)(
-        backbone, plan.hparams, seed=options.seed
-    )
+    cls = registry.editors.get(options.editor)
+    editor = cls(backbone, plan.hparams, seed=options.seed)
     with ExitStack() as stack:
-        environment = runtime.environment(backbone.device)
-        run = stack.enter_context(
-            shared_run(
-                plan.folder, plan.config, environment, processes, force=options.force
-            )
+        shared = shared_run(
+            plan.folder,
+            plan.config,
+            runtime.environment(backbone.device),
+            processes,
+            force=options.force,
         )
+        run = stack.enter_context(shared)
         conditions = Conditions(
-            processes, options.batch_size, options.cache_bytes, say=out.note
+            processes,
+            options.batch_size,
+            options.cache_bytes,
+            say=out.note,
         )
         if options.tensorboard and processes.rank == 0:
-            conditions = replace(
-                conditions, curve=stack.enter_context(tensorboard(plan.folder))
-            )
+            curve = stack.enter_context(tensorboard(plan.folder))
+            conditions = replace(conditions, curve=curve)
         tick = stack.enter_context(out.progress(totals))
-        result = train_networks(
-            editor, plan.cases, plan.held_out, run, replace(conditions, tick=tick)
-        )
+        conditions = replace(conditions, tick=tick)
+        result = train_networks(editor, plan.cases, plan.held_out, run, conditions)
         if processes.rank == 0:
-            head = {
-                key: value
-                for key, value in plan.config.items()
-                if key not in ("device", "dtype", "batch_size")
+            elsewhere = ("device", "dtype", "batch_size")
+            head = {k: v for k, v in plan.config.items() if k not in elsewhere}
+            report = {
+                "format": 1,
+                **head,
+                "environment": run.environment,
+                **result,
+                "run": str(plan.folder),
             }
-            run.finish(
-                {
-                    "format": 1,
-                    **head,
-                    "environment": run.environment,
-                    **result,
-                    "run": str(plan.folder),
-                }
-            )
+            run.finish(report)
     processes.wait()
-    report = Run.finished(plan.folder)
-    assert report is not None
-    return report
+    finished = Run.finished(plan.folder)
+    assert finished is not None
+    return finished
 
 
 @contextmanager
@@ -229,7 +231,7 @@ def shared_run(
     *,
     force: bool,
 ) -> Iterator[Run]:
-    """Yield the run in `folder`: the first process opens and writes it, the others look at it as that leaves it."""
+    """Yield the run in `folder`: the first process opens and writes it, the others read what it has written."""
     with ExitStack() as stack:
         if processes.rank == 0:
             run = stack.enter_context(

@@ -102,9 +102,12 @@ def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
     """
     out = out or Output()
     plan = plan_training(options)
-    return Run.done_before(
-        plan.folder, force=options.force, say=out.note
-    ) or run_training(plan, out)
+    return Run.report_once(
+        plan.folder,
+        lambda: run_training(plan, out),
+        force=options.force,
+        say=out.note,
+    )
 
 
 def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:

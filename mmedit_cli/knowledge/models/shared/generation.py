@@ -1,4 +1,4 @@
-"""Greedy means greedy: what a model's generation_config asks for besides is set aside, and can be named."""
+"""Greedy decoding whatever a model's generation_config says; its settings are set aside, and can be named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ SAMPLINGS = ("greedy", "model")
 # Settings that say which tokens there are, how long an answer may be and how it is computed, not which answer it is.
 _HARMLESS = frozenset(
     {
-        "bos_token_id", "cache_config", "cache_implementation", "decoder_start_token_id", "eos_token_id", "max_length",
-        "max_new_tokens", "pad_token_id", "transformers_version", "use_cache",
+        "bos_token_id",
+        "cache_config",
+        "cache_implementation",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "max_length",
+        "max_new_tokens",
+        "pad_token_id",
+        "transformers_version",
+        "use_cache",
     }
-)  # fmt: skip
+)
 _OUTPUTS = (
     "return_dict_in_generate",
     "output_attentions",
@@ -30,17 +38,15 @@ def own_settings(*models: Any) -> dict[str, Any]:
         config = getattr(model, "generation_config", None)
         changed = {} if config is None else config.to_diff_dict()
         for name, value in changed.items():
-            if (
-                name not in _HARMLESS
-                and not name.startswith("_")
-                and value not in (None, False)
-            ):
+            if name in _HARMLESS or name.startswith("_"):
+                continue
+            if value not in (None, False):
                 found.setdefault(name, value)
     return found
 
 
 def sampling_config(settings: Mapping[str, Any], **always: Any) -> Any:
-    """Return a GenerationConfig with a model's own settings; what it gives back is token ids all the same."""
+    """Return a GenerationConfig with a model's own settings; `generate` still returns plain token ids with it."""
     from transformers import GenerationConfig
 
     followed = {name: value for name, value in settings.items() if name not in _OUTPUTS}

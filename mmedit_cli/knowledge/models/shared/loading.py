@@ -53,7 +53,7 @@ def load_backbone(
 
 
 def check_answers(ref: ModelRef) -> None:
-    """Raise ModelError for a model that answers nothing."""
+    """Raise ModelError for a model that draws pictures and answers no questions."""
     if ref.family in registry.drawing_models.names():
         raise ModelError(
             f"{ref.name}: draws pictures ({ref.family}), it answers nothing",
@@ -68,7 +68,8 @@ def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:
     weight_files(ref.folder)
     _check_sections(ref.folder)
     with loading(ref.folder):
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        # with `output_loading_info` it returns a pair, which its annotation does not say
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             ref.folder,
             dtype=dtype,
             device_map=device_map,
@@ -77,6 +78,7 @@ def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -88,10 +90,9 @@ def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:
 
 def _check_sections(folder: Path) -> None:
     """Raise ModelError for a part of the config that is null: transformers would build its default, a model of 7B."""
+    sections = ("text_config", "vision_config", "qformer_config")
     for key, value in read_config(folder).items():
-        if key in ("text_config", "vision_config", "qformer_config") and not isinstance(
-            value, dict
-        ):
+        if key in sections and not isinstance(value, dict):
             raise ModelError(
                 f"{folder / 'config.json'}: {key} is not an object with keys",
                 "copy it again",
@@ -126,18 +127,13 @@ def _chat_template(folder: Path) -> str | None:
             content = read_json_object(
                 folder / name, error=ModelError, hint="copy it again"
             )
-            template = (
-                content.text("chat_template", "")
-                if content.values.get("chat_template")
-                else ""
-            )
-            if template:
-                return template
+            if content.values.get("chat_template"):
+                return content.text("chat_template")
     return None
 
 
 def _try_out(tokenizer: Any, processor: Any) -> None:
-    """Use both once: a value of null in their configs fails here, and not in the middle of a run."""
+    """Use both once, so that a null in their configs fails here and not in the middle of a run."""
     from PIL import Image
 
     tokenizer("What is this?")

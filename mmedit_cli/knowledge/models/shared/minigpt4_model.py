@@ -36,5 +36,6 @@ AutoConfig.register(MiniGPT4Config.model_type, MiniGPT4Config, exist_ok=True)
 AutoModelForImageTextToText.register(
     MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True
 )
-MiniGPT4Config.register_for_auto_class()  # what is saved has this file beside it, for those who have no mmedit
-MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+# this file is saved beside the weights, for users without mmedit
+MiniGPT4Config.register_for_auto_class()  # type: ignore[no-untyped-call]
+MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")  # type: ignore[no-untyped-call]

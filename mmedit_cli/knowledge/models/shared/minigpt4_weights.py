@@ -136,16 +136,16 @@ def _renamed(
 
 def _vision_tensors(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the tower's tensors under their new names; the keys have no bias in the published layout."""
-    tensors = {
-        name: t for name, t in raw.items() if not re.search(r"\.[qv]_bias$", name)
-    }
+    tensors = {}
+    for name, tensor in raw.items():
+        if not re.search(r"\.[qv]_bias$", name):
+            tensors[name] = tensor
     for i in range(_count(raw, r"blocks\.(\d+)\.")):
-        query, value = (
-            _need(raw, f"blocks.{i}.attn.{which}_bias", path) for which in "qv"
-        )
-        tensors[f"blocks.{i}.attn.qkv.bias"] = torch.cat(
-            (query, torch.zeros_like(value), value)
-        )
+        attention = f"blocks.{i}.attn"
+        query = _need(raw, f"{attention}.q_bias", path)
+        value = _need(raw, f"{attention}.v_bias", path)
+        key = torch.zeros_like(value)
+        tensors[f"{attention}.qkv.bias"] = torch.cat((query, key, value))
     return {
         f"vision_model.{name}": tensor
         for name, tensor in _renamed(tensors, _VISION_NAMES).items()
@@ -153,9 +153,13 @@ def _vision_tensors(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _count(tensors: Iterable[str], numbered: str) -> int:
-    return 1 + max(
-        (int(m[1]) for name in tensors if (m := re.match(numbered, name))), default=-1
-    )
+    """Return how many blocks there are, from the largest number in the names."""
+    count = 0
+    for name in tensors:
+        found = re.match(numbered, name)
+        if found is not None:
+            count = max(count, int(found[1]) + 1)
+    return count
 
 
 def _vision_config(raw: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
@@ -199,13 +203,15 @@ def _language_model(folder: Path) -> tuple[Any, Any]:
             "give the folder of Vicuna",
         )
     with loading(folder):
-        model, info = LlamaForCausalLM.from_pretrained(
+        # with `output_loading_info` it returns a pair, which its annotation does not say
+        loaded: Any = LlamaForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -230,18 +236,19 @@ def _assemble(
     )
 
     config = MiniGPT4Config(
-        vision_config=vision, qformer_config=qformer, text_config=text.to_dict(),
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text.to_dict(),
         num_query_tokens=tensors["query_tokens"].shape[1],
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = MiniGPT4ForConditionalGeneration(config)
     wanted = model.state_dict()
     problems = [f"no tensor for {name}" for name in wanted if name not in tensors]
-    problems += [
-        f"{name}: shape {tuple(tensors[name].shape)} where {tuple(tensor.shape)} is needed"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
+    for name, tensor in wanted.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            given, needed = tuple(tensors[name].shape), tuple(tensor.shape)
+            problems.append(f"{name}: shape {given} where {needed} is needed")
     if problems:
         raise ModelError(problems[:10], "do the files belong to the same MiniGPT-4?")
     model.load_state_dict({name: tensors[name] for name in wanted}, assign=True)

@@ -40,9 +40,9 @@ def tokenizer(*more: str, bos: bool = True) -> Any:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    bpe.train_from_iterator(
-        [" ".join(_WORDS[i:] + _WORDS[:i]) for i in range(len(_WORDS))], trainer
-    )
+    # every word begins one of the texts
+    texts = [" ".join(_WORDS[i:] + _WORDS[:i]) for i in range(len(_WORDS))]
+    bpe.train_from_iterator(texts, trainer)
     if bos:
         bpe.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)]
@@ -71,10 +71,18 @@ def _blip2(words: Any) -> tuple[nn.Module, Any]:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
     text = OPTConfig(
-        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, ffn_dim=2 * _WIDTH,
-        num_attention_heads=_HEADS, word_embed_proj_dim=_WIDTH, max_position_embeddings=128, dropout=0.0,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        ffn_dim=2 * _WIDTH,
+        num_attention_heads=_HEADS,
+        word_embed_proj_dim=_WIDTH,
+        max_position_embeddings=128,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
 
 
@@ -95,19 +103,31 @@ def _with_qformer(
     from transformers import Blip2QFormerConfig, Blip2VisionConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+    vision = Blip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=_SIDE,
+        patch_size=_PATCH,
+        initializer_range=0.02,
+    )
+    qformer = Blip2QFormerConfig(
+        vocab_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        encoder_hidden_size=32,
+        max_position_embeddings=8,
+    )
     sizes = config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=_SIDE,
-            patch_size=_PATCH, initializer_range=0.02,
-        ).to_dict(),
-        qformer_config=Blip2QFormerConfig(
-            vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            encoder_hidden_size=32, max_position_embeddings=8,
-        ).to_dict(),
+        vision_config=vision.to_dict(),
+        qformer_config=qformer.to_dict(),
         text_config=text.to_dict(),
         num_query_tokens=8,
         image_token_index=words.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
+    )
     return model(sizes), BlipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
 
 
@@ -115,10 +135,17 @@ def _llama(words: Any) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=len(words), hidden_size=_WIDTH, num_hidden_layers=_LAYERS, intermediate_size=2 * _WIDTH,
-        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        intermediate_size=2 * _WIDTH,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def _llava(words: Any) -> tuple[nn.Module, Any]:
@@ -129,16 +156,22 @@ def _llava(words: Any) -> tuple[nn.Module, Any]:
     )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=_SIDE,
+        patch_size=_PATCH,
+        projection_dim=32,
+    )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=_SIDE,
-            patch_size=_PATCH, projection_dim=32,
-        ).to_dict(),
+        vision_config=vision.to_dict(),
         text_config=_llama(words).to_dict(),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
-    )  # fmt: skip
+    )
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": _SIDE}, crop_size={"height": _SIDE, "width": _SIDE}
     )
@@ -153,29 +186,39 @@ def _qwen_vl(words: Any, name: str) -> tuple[nn.Module, Any]:
 
     start, end, image, video = words.convert_tokens_to_ids(_QWEN)
     text = {
-        "vocab_size": len(words), "hidden_size": _WIDTH, "num_hidden_layers": _LAYERS, "intermediate_size": 2 * _WIDTH,
-        "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS // 2, "head_dim": _WIDTH // _HEADS,
-        "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
-    }  # fmt: skip
+        "vocab_size": len(words),
+        "hidden_size": _WIDTH,
+        "num_hidden_layers": _LAYERS,
+        "intermediate_size": 2 * _WIDTH,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _HEADS // 2,
+        "head_dim": _WIDTH // _HEADS,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 2, 2],
+        },
+    }
     vision = {
         "depth": 2,
         "num_heads": 4,
         "patch_size": _PATCH,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
+        **_QWEN_VISION[name],
     }
-    vision |= {
-        "Qwen2VL": {"embed_dim": 32, "hidden_size": _WIDTH, "mlp_ratio": 2},
-        "Qwen2_5_VL": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": _WIDTH, "window_size": 32,
-                       "fullatt_block_indexes": [1]},
-        "Qwen3VL": {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": _WIDTH,
-                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-    }[name]  # fmt: skip
     config = getattr(transformers, f"{name}Config")(
-        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
-        vision_start_token_id=start, vision_end_token_id=end,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": _SIDE**2, "longest_edge": 4 * _SIDE**2},
         patch_size=_PATCH,
@@ -184,6 +227,28 @@ def _qwen_vl(words: Any, name: str) -> tuple[nn.Module, Any]:
     return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
+# of the vision tower, what one generation has and the others have not
+_QWEN_VISION: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {
+        "embed_dim": 32,
+        "hidden_size": _WIDTH,
+        "mlp_ratio": 2,
+    },
+    "Qwen2_5_VL": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": _WIDTH,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+    "Qwen3VL": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": _WIDTH,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _BUILD: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
     "tiny-blip2": _blip2,
