@@ -54,58 +54,49 @@ def ask(
 
     distinct = backbone.by_length(queries)
     answers: dict[Query, Answer] = {}
-    texts: dict[
-        Query, str
-    ] = {}  # by the question without its answer: what differs in nothing else is asked once
+    # by the question without its answer: queries that differ in nothing else are asked once
+    texts: dict[Query, str] = {}
     for everywhere in (True, False):
-        for group in _chunks(
-            [query for query in distinct if (query in top) == everywhere], batch_size
-        ):
+        here = [query for query in distinct if (query in top) == everywhere]
+        for group in _batches(here, batch_size):
             batch = backbone.batch(group)
             # the head runs on the positions that are read, and on no other
-            at = batch.predicting | batch.ends if max_new_tokens else batch.predicting
+            at = batch.predicting
             if everywhere:
                 at = batch.attention_mask.bool()
-            logits = backbone.resume(backbone.prefix(batch, layer), at).split(
-                at.sum(1).tolist()
-            )
+            elif max_new_tokens:
+                at = at | batch.ends
+            prefix = backbone.prefix(batch, layer)
+            logits = backbone.resume(prefix, at)
+            by_row = torch.split(logits, at.sum(1).tolist())
             for row, query in enumerate(group):
+                predicting = batch.predicting[row][at[row]]
+                said = tuple(by_row[row][predicting].argmax(-1).tolist())
                 wanted = tuple(batch.labels[row][batch.answer_mask[row]].tolist())
-                said = tuple(
-                    logits[row][batch.predicting[row][at[row]]].argmax(-1).tolist()
-                )
-                ids = (
-                    topk_ids(logits[row], top[query]).to("cpu", torch.int32)
-                    if everywhere
-                    else None
-                )
+                ids = None
+                if everywhere:
+                    ids = topk_ids(by_row[row], top[query]).to("cpu", torch.int32)
                 answers[query] = Answer(None, said, wanted, ids)
                 limit = limit_of(_bare(query)) if max_new_tokens else 0
-                if (
-                    said == wanted
-                    and len(wanted) <= limit
-                    and _continues(backbone, query)
-                ):
-                    after = int(logits[row][-1].argmax())
-                    if len(wanted) == limit or backbone.stops(after):
-                        texts[_bare(query)] = backbone.decode(wanted)
+                if said != wanted or len(wanted) > limit:
+                    continue
+                # does greedy decoding give the answer that was fed in, and then stop?
+                after = int(by_row[row][-1].argmax())
+                ends = len(wanted) == limit or backbone.stops(after)
+                if ends and _continues(backbone, query):
+                    texts[_bare(query)] = backbone.decode(wanted)
     if not max_new_tokens:
         return answers
-    # where greedy decoding is known to give the answer that was fed in, and to stop, there is nothing to generate
-    rest = [
-        question
-        for question in dict.fromkeys(map(_bare, distinct))
-        if question not in texts
-    ]
-    for group in _chunks(rest, batch_size):
-        said_freely = backbone.generate(
-            group, max_new_tokens=[limit_of(question) for question in group]
-        )
-        texts.update(zip(group, said_freely, strict=True))
-    return {
-        query: Answer(texts[_bare(query)], a.said, a.wanted, a.top)
-        for query, a in answers.items()
-    }
+    questions = dict.fromkeys(map(_bare, distinct))
+    open_questions = [question for question in questions if question not in texts]
+    for group in _batches(open_questions, batch_size):
+        limits_of_group = [limit_of(question) for question in group]
+        generated = backbone.generate(group, max_new_tokens=limits_of_group)
+        texts.update(zip(group, generated, strict=True))
+    found = {}
+    for query, answer in answers.items():
+        found[query] = replace(answer, text=texts[_bare(query)])
+    return found
 
 
 def answer_limits(
@@ -114,9 +105,12 @@ def answer_limits(
     """Return for each question of some cases, without its answer, what the longest target of its case needs."""
     limits: dict[Query, int] = {}
     for case in cases:
-        queries = [query for _, asked in case.columns() for query in asked]
+        queries: list[Query] = []
+        for _, asked in case.columns():
+            queries.extend(asked)
         needed = max(tokens_for(backbone, queries))
-        for question in map(_bare, queries):
+        for query in queries:
+            question = _bare(query)
             limits[question] = max(needed, limits.get(question, 0))
     return limits
 
@@ -132,7 +126,11 @@ def tokens_for(
     if not any(targets):
         return [least] * len(targets)
     ids = backbone.tokenizer(targets, add_special_tokens=False)["input_ids"]
-    return [max(least, len(row) + MARGIN) if row else least for row in ids]
+    needed = []
+    for row in ids:
+        length = len(row) + MARGIN if row else 0
+        needed.append(max(least, length))
+    return needed
 
 
 @torch.no_grad()
@@ -141,19 +139,14 @@ def target_losses(
 ) -> list[float]:
     """Return for each query the mean cross entropy of its target's tokens, in float32."""
     losses: list[float] = []
-    for group in _chunks(queries, batch_size):
+    for group in _batches(queries, batch_size):
         batch = backbone.batch(group)
         logits = backbone.logits(batch)
-        for row, positions, labels, answer in zip(
-            logits, batch.predicting, batch.labels, batch.answer_mask, strict=True
-        ):
-            losses.append(
-                float(
-                    F.cross_entropy(
-                        row[positions].float(), labels[answer].to(row.device)
-                    )
-                )
-            )
+        for row, row_logits in enumerate(logits):
+            predicted = row_logits[batch.predicting[row]].float()
+            wanted = batch.labels[row][batch.answer_mask[row]]
+            loss = F.cross_entropy(predicted, wanted.to(predicted.device))
+            losses.append(float(loss))
     return losses
 
 
@@ -173,10 +166,8 @@ def check_sayable(backbone: VisionLanguageModel, query: Query) -> None:
 
 def _continues(backbone: VisionLanguageModel, query: Query) -> bool:
     """Whether the tokens of the question alone are the first tokens of question and answer."""
-    whole, question = (
-        backbone.encode(query),
-        backbone.encode(_bare(query), with_answer=False),
-    )
+    whole = backbone.encode(query)
+    question = backbone.encode(_bare(query), with_answer=False)
     return whole.ids[: -whole.n_answer] == question.ids
 
 
@@ -184,5 +175,6 @@ def _bare(query: Query) -> Query:
     return replace(query, target="")
 
 
-def _chunks(queries: Sequence[Query], size: int) -> Iterator[Sequence[Query]]:
-    return (queries[start : start + size] for start in range(0, len(queries), size))
+def _batches(queries: Sequence[Query], size: int) -> Iterator[Sequence[Query]]:
+    for start in range(0, len(queries), size):
+        yield queries[start : start + size]

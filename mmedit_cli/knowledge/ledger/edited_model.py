@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mmedit_cli.knowledge.methods.base import Editor
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
+T = TypeVar("T")
 _BATCH = 32  # questions of one forward pass
 
 
@@ -83,9 +84,9 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
         """Return for each query the weights of the edits that take part in its answer; None if the method has none."""
-        return self.editor.explain(
-            [replace(query, target=query.target or "?") for query in queries]
-        )  # never read
+        # an editor may encode the target, but never reads it
+        asked = [replace(query, target=query.target or "?") for query in queries]
+        return self.editor.explain(asked)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,17 +119,20 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
         ids: list[int] = []
         for at in range(0, len(kept), size):
             part = slice(at, at + size)
-            before = self.generate(
-                kept[part]
-            )  # only now, so that a batch that is repeated after a kill is the same
+            # only now, so that a batch that is repeated after a kill is the same
+            before = self.generate(kept[part])
             start = time.perf_counter()
             made = self.editor.edit(kept[part])
-            tensors = self.editor.tensors(
-                len(self.editor.requests) - len(made.ids) if self.ledger.rows else 0
-            )
+            first_row = 0
+            if self.ledger.rows:
+                first_row = len(self.editor.requests) - len(made.ids)
+            tensors = self.editor.tensors(first_row)
             try:
                 ids += self.ledger.add(
-                    kept[part], tensors, before=before, names=names[part]
+                    kept[part],
+                    tensors,
+                    before=before,
+                    names=names[part],
                 )
             except BaseException:
                 self.editor.undo(made.ids)
@@ -151,9 +155,8 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
             self._mark("redo", ids)
             _put_on(self.editor, self.ledger)
         else:
-            self.editor.replay(
-                [Operation(*pair) for pair in self.ledger.operations(also=ids)]
-            )
+            operations = self.ledger.operations(also=ids)
+            self.editor.replay([Operation(*pair) for pair in operations])
             self._mark("redo", ids)
 
     def verify(
@@ -169,18 +172,14 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
         found = []
         for at in range(0, len(self.ledger.active), _BATCH):
             part = self.ledger.active[at : at + _BATCH]
-            for edit, answer in zip(
-                part, self.generate([e.request for e in part]), strict=True
-            ):
+            answers = self.generate([edit.request for edit in part])
+            for edit, answer in zip(part, answers, strict=True):
                 by = newest[question(edit.request)]
-                found.append(
-                    {
-                        **described(edit),
-                        "answer": answer,
-                        "replaced_by": None if by == edit.id else by,
-                        "holds": answer_match(answer, edit.request.target) == 1,
-                    }
-                )
+                line = described(edit)
+                line["answer"] = answer
+                line["replaced_by"] = None if by == edit.id else by
+                line["holds"] = answer_match(answer, edit.request.target) == 1
+                found.append(line)
             if tick is not None:
                 tick("edits", len(part))
         return found
@@ -204,23 +203,22 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
         from mmedit_cli.knowledge.evaluation.answers import check_sayable
 
         check_pictures(requests)
-        _all(requests, self.backbone.encode)
-        _all(requests, partial(check_sayable, self.backbone))
+        _check_all(requests, self.backbone.encode)
+        _check_all(requests, partial(check_sayable, self.backbone))
 
 
 def check_pictures(requests: Sequence[Query]) -> None:
     """Raise DataError naming each picture that is missing or none (at most 20)."""
     from mmedit_cli.pictures import check_picture
 
-    _all(
-        [request.image for request in requests if request.image is not None],
-        check_picture,
-    )
+    pictures = [request.image for request in requests if request.image is not None]
+    _check_all(pictures, check_picture)
 
 
-def _all(things: Sequence[Any], check: Callable[[Any], Any]) -> None:
+def _check_all(things: Sequence[T], check: Callable[[T], object]) -> None:
     """Run a check on each thing; raise one DataError with all problems, at most 20."""
-    problems, hint = [], ""
+    problems: list[str] = []
+    hint = ""
     for thing in things:
         try:
             check(thing)
@@ -280,12 +278,10 @@ def begin_edits(
     Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
     """
     folder, out = Path(folder), out or Output(quiet=True)
-    Ledger.exists(
-        folder
-    )  # refuses a folder of something else before anything is made in it
-    run = Run.lock(
-        folder
-    )  # before the state is read: two commands may begin the same ledger
+    # refuses a folder of something else before anything is made in it
+    Ledger.exists(folder)
+    # before the state is read: two commands may begin the same ledger
+    run = Run.lock(folder)
     try:
         if not Ledger.exists(folder):
             return _begun(folder, options, run, out)
@@ -340,23 +336,19 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
         **runtime.environment(backbone.device),
         "versions": runtime.versions(),
     }
-    return LedgerModel(
-        Ledger.create(folder, config, environment, networks, run), backbone, editor
-    )
+    ledger = Ledger.create(folder, config, environment, networks, run)
+    return LedgerModel(ledger, backbone, editor)
 
 
 def _put_on(editor: Editor, ledger: Ledger) -> None:
     """Make the editor's edits those of the ledger."""
-    operations = [
-        {
-            "ids": list(ids),
-            "requests": [
-                {**vars(q), "image": q.image and str(q.image)} for q in requests
-            ],
-            "info": {},
-        }
-        for ids, requests in ledger.operations()
-    ]
+    operations = []
+    for ids, queries in ledger.operations():
+        requests = [
+            {**vars(query), "image": query.image and str(query.image)}
+            for query in queries
+        ]
+        operations.append({"ids": list(ids), "requests": requests, "info": {}})
     metadata = {
         **ledger.config["state"],
         "operations": json.dumps(operations),
@@ -461,9 +453,8 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
         )
     if options.hparams is None and not options.overrides:
         return
-    variant = config.get(
-        "variant", config["model"]["name"]
-    )  # version 0.1.0 went by the name
+    # version 0.1.0 went by the name of the model
+    variant = config.get("variant", config["model"]["name"])
     _, asked = resolve_editor(
         options.editor, variant, options.hparams, options.overrides, ledger.networks
     )

@@ -1,4 +1,4 @@
-"""What `mmedit edit` and `mmedit edits` do: make edits and show their effect, take them back, compare, tidy up."""
+"""The work of `mmedit edit` and `mmedit edits`: make edits, measure their effect, undo, redo, compare, compact."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
 from mmedit_cli.types import EditCase, Query, in_one_line
 
-_TOLD = 5  # edits whose loss did not move, one by one
+_MOST_NOTES = 5  # on edits whose loss did not move, one by one
 _TEXTS = (
     "What is the capital of Peru?",
     "Which category does a toolbox belong to?",
     "What is the currency of Japan?",
     "What is the capital of Kenya?",
 )
-_PICTURES = (
-    "1f415",
-    "1f697",
-    "1f33b",
-    "1f34c",
-)  # of EmojiKB: a dog, a car, a sunflower, a banana
+# of EmojiKB: a dog, a car, a sunflower, a banana
+_PICTURES = ("1f415", "1f697", "1f33b", "1f34c")
 
 
 def make_edits(
@@ -47,8 +43,8 @@ def make_edits(
 ) -> Any:
     """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
 
-    Of many requests those that the ledger has already are not made again, only asked again: so an interrupted command
-    can be repeated, and a finished one shows what it showed.
+    Of many requests, those that are in the ledger already are only asked again. So an interrupted command can be
+    repeated, and a finished one shows the same again.
     """
     from mmedit_cli.knowledge.evaluation.answers import target_losses
     from mmedit_cli.knowledge.evaluation.metrics import answer_match, same_answer
@@ -57,16 +53,11 @@ def make_edits(
     requests = _in_one_line(requests, out)
     probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
-        ids = (
-            _made_before(requests, model.ledger, out)
-            if len(requests) > 1
-            else [None] * len(requests)
-        )
-        new = [
-            request
-            for request, known in zip(requests, ids, strict=True)
-            if known is None
-        ]
+        ids: list[int | None] = [None] * len(requests)
+        if len(requests) > 1:
+            ids = _made_before(requests, model.ledger, out)
+        pairs = zip(requests, ids, strict=True)
+        new = [request for request, known in pairs if known is None]
         if not new:
             probes = []
         with out.progress({"edits": len(new)}) as tick:
@@ -75,40 +66,32 @@ def make_edits(
             losses = iter(target_losses(model.backbone, new) if new else [])
             added = iter(model.edit(new, batch=batch, tick=tick))
             after = model.generate(probes)
-        made = [
-            model.ledger.edits[next(added) if known is None else known] for known in ids
-        ]
-        losses_before = [next(losses) if known is None else None for known in ids]
-        answers = model.generate([edit.request for edit in made])
-        losses_after = target_losses(model.backbone, [edit.request for edit in made])
-        peak, active = (
-            runtime.peak_memory(model.backbone.device),
-            len(model.ledger.active),
-        )
-    edits = [
-        {
-            **described(edit),
-            "after": answer,
-            "holds": answer_match(answer, edit.request.target) == 1,
-            "loss_before": loss_before,
-            "loss_after": loss_after,
-        }
-        for edit, answer, loss_before, loss_after in zip(
-            made, answers, losses_before, losses_after, strict=True
-        )
-    ]
+        made, losses_before = [], []
+        for known in ids:
+            losses_before.append(next(losses) if known is None else None)
+            made.append(model.ledger.edits[next(added) if known is None else known])
+        asked = [edit.request for edit in made]
+        answers = model.generate(asked)
+        losses_after = target_losses(model.backbone, asked)
+        peak_memory = runtime.peak_memory(model.backbone.device)
+        active = len(model.ledger.active)
+    edits = []
+    for i, edit in enumerate(made):
+        line = described(edit)
+        line["after"] = answers[i]
+        line["holds"] = answer_match(answers[i], edit.request.target) == 1
+        line["loss_before"] = losses_before[i]
+        line["loss_after"] = losses_after[i]
+        edits.append(line)
     _tell_unmoved(edits, out)
-    locality = [
-        {
-            "prompt": probe.prompt,
-            "picture": "" if probe.image is None else probe.image.name,
-            "before": old,
-            "after": new,
-            "same": same_answer(old, new) == 1,
-        }
-        for probe, old, new in zip(probes, before, after, strict=True)
-    ]
-    cost = {"seconds": model.seconds, "peak_memory": peak}
+    locality = []
+    for probe, was, said in zip(probes, before, after, strict=True):
+        line = {"prompt": probe.prompt}
+        line["picture"] = "" if probe.image is None else probe.image.name
+        line["before"] = was
+        line["after"] = said
+        line["same"] = same_answer(was, said) == 1
+        locality.append(line)
     return {
         "ledger": str(folder),
         "editor": options.editor,
@@ -116,7 +99,7 @@ def make_edits(
         "new": len(new),
         "edits": edits,
         "locality": locality,
-        "cost": cost,
+        "cost": {"seconds": model.seconds, "peak_memory": peak_memory},
     }
 
 
@@ -129,21 +112,23 @@ def _tell_unmoved(edits: Sequence[dict[str, Any]], out: Output) -> None:
         and edit["loss_before"] is not None  # it was made just now
         and math.isclose(edit["loss_before"], edit["loss_after"], rel_tol=1e-3)
     ]
-    for edit in unmoved[:_TOLD]:
+    for edit in unmoved[:_MOST_NOTES]:
         out.note(
             f"edit {edit['id']}: its loss did not move ({edit['loss_after']:.4g}), so nothing was learned"
         )
-    if len(unmoved) > _TOLD:
-        out.note(f"and {len(unmoved) - _TOLD:,} more whose loss did not move")
+    more = len(unmoved) - _MOST_NOTES
+    if more > 0:
+        out.note(f"and {more:,} more whose loss did not move")
 
 
 def _in_one_line(requests: Sequence[Query], out: Output) -> list[Query]:
     """Return requests whose targets have no line break; say so of those that had one."""
-    changed = [in_one_line(request) for request in requests]
-    count = sum(
-        request.target != new.target
-        for request, new in zip(requests, changed, strict=True)
-    )
+    changed = []
+    count = 0
+    for request in requests:
+        new = in_one_line(request)
+        changed.append(new)
+        count += request.target != new.target
     if count:
         out.note(
             f"targets with line breaks: {count:,}; an answer is one line, so blanks take their place"
@@ -154,22 +139,21 @@ def _in_one_line(requests: Sequence[Query], out: Output) -> list[Query]:
 def _made_before(
     requests: Sequence[Query], ledger: Ledger, out: Output
 ) -> list[int | None]:
-    """Return for each request the newest active edit of its picture and question, None unless that says the same."""
+    """Return for each request the id of the edit that taught it already; None if there is none.
 
-    def known(query: Query) -> tuple[Any, ...]:
-        return (
-            query.prompt,
-            query.image and picture_digest(query.image),
-            query.background,
-            query.chat,
-        )
+    Of several edits of one picture and question only the newest active one counts.
+    """
 
-    newest = {known(edit.request): edit for edit in ledger.active}
-    found = [newest.get(known(request)) for request in requests]
-    ids = [
-        edit.id if edit is not None and edit.request.target == request.target else None
-        for edit, request in zip(found, requests, strict=True)
-    ]
+    def key(query: Query) -> tuple[Any, ...]:
+        picture = query.image and picture_digest(query.image)
+        return query.prompt, picture, query.background, query.chat
+
+    newest = {key(edit.request): edit for edit in ledger.active}
+    ids: list[int | None] = []
+    for request in requests:
+        edit = newest.get(key(request))
+        is_taught = edit is not None and edit.request.target == request.target
+        ids.append(edit.id if edit is not None and is_taught else None)
     there = len(ids) - ids.count(None)
     if there:
         out.note(
@@ -181,25 +165,20 @@ def _made_before(
 def locality_probes(requests: Sequence[Query]) -> list[Query]:
     """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
     folder = registry.emojikb_dir() / "noto"
-    edited = {
-        picture_digest(request.image)
-        for request in requests
-        if request.image is not None
-    }
-    pictures = [
-        path
-        for code in _PICTURES
-        if (path := folder / f"{code}.png").is_file()
-        and picture_digest(path) not in edited
-    ]
-    probes = [Query(text) for text in _TEXTS] + [
-        Query("What is this?", image=path) for path in pictures
-    ]
+    about_pictures = [request for request in requests if request.image is not None]
+    edited = set()
+    for request in about_pictures:
+        assert request.image is not None
+        edited.add(picture_digest(request.image))
+    probes = [Query(text) for text in _TEXTS]
+    for code in _PICTURES:
+        path = folder / f"{code}.png"
+        if path.is_file() and picture_digest(path) not in edited:
+            probes.append(Query("What is this?", image=path))
+    if about_pictures:
+        other = "What colour is the background?"
+        probes.append(replace(about_pictures[0], prompt=other, target=""))
     asked = {(request.prompt, request.image) for request in requests}
-    first = next((request for request in requests if request.image is not None), None)
-    other = "What colour is the background?"
-    if first is not None and (other, first.image) not in asked:
-        probes.append(replace(first, prompt=other, target=""))
     return [probe for probe in probes if (probe.prompt, probe.image) not in asked]
 
 
@@ -246,9 +225,8 @@ def compact(
         ) as edited:
             ledger = edited.ledger
             before = _size(ledger)
-            edited.editor.replay(
-                [Operation(*pair) for pair in ledger.operations(undone=ledger.rows)]
-            )
+            operations = ledger.operations(undone=ledger.rows)
+            edited.editor.replay([Operation(*pair) for pair in operations])
             removed = ledger.rewrite(edited.editor.tensors())
     else:
         with Ledger.open(folder, writing=True) as ledger:
@@ -264,27 +242,44 @@ def _size(ledger: Ledger) -> dict[str, int]:
 
 def diff(one: Path, two: Path) -> dict[str, Any]:
     """Return how the active edits of two ledgers differ, by picture, background and question; no model is loaded."""
-    left, right = (Ledger.open(folder) for folder in (one, two))
-
-    def asked(ledger: Ledger) -> dict[tuple[Any, ...], LedgerEdit]:
-        return {question(replace(e.request, image=e.request.image and Path(e.request.image.name))): e
-                for e in ledger.active}  # fmt: skip
-
-    a, b = asked(left), asked(right)
-    settings = {
-        key: [left.config[key], right.config[key]]
-        for key in ("editor", "hparams", "model", "dtype", "seed", "checkpoint")
-        if left.config[key] != right.config[key]
-    }
-    both = [key for key in a if key in b]
+    left, right = Ledger.open(one), Ledger.open(two)
+    settings = {}
+    for key in ("editor", "hparams", "model", "dtype", "seed", "checkpoint"):
+        if left.config[key] != right.config[key]:
+            settings[key] = [left.config[key], right.config[key]]
+    first, second = _by_question(left), _by_question(right)
+    other_target = []
+    same = 0
+    for asked, edit in first.items():
+        counterpart = second.get(asked)
+        if counterpart is None:
+            continue
+        if counterpart.request.target == edit.request.target:
+            same += 1
+        else:
+            pair = {"first": described(edit), "second": described(counterpart)}
+            other_target.append(pair)
     return {
-        "only_in_first": [described(a[key]) for key in a if key not in b],
-        "only_in_second": [described(b[key]) for key in b if key not in a],
-        "other_target": [
-            {"first": described(a[key]), "second": described(b[key])}
-            for key in both
-            if a[key].request.target != b[key].request.target
-        ],
-        "same": sum(a[key].request.target == b[key].request.target for key in both),
+        "only_in_first": _without(first, second),
+        "only_in_second": _without(second, first),
+        "other_target": other_target,
+        "same": same,
         "settings": settings,
     }
+
+
+_ByQuestion = dict[tuple[Any, ...], LedgerEdit]
+
+
+def _by_question(ledger: Ledger) -> _ByQuestion:
+    """Return the active edits by picture, background and question; ledgers name a picture after its content."""
+    found = {}
+    for edit in ledger.active:
+        image = edit.request.image and Path(edit.request.image.name)
+        found[question(replace(edit.request, image=image))] = edit
+    return found
+
+
+def _without(edits: _ByQuestion, others: _ByQuestion) -> list[dict[str, Any]]:
+    """Return as plain values the edits whose question is not among `others`."""
+    return [described(edit) for key, edit in edits.items() if key not in others]

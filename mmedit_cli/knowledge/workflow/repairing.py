@@ -1,4 +1,4 @@
-"""A damaged ledger is made whole: edits whose tensors are there are taken up, also where their lines were lost."""
+"""Repair of a damaged ledger: edits whose tensors are there are taken up, even if their lines were lost."""
 
 from __future__ import annotations
 
@@ -43,17 +43,13 @@ def repair(folder: Path) -> Repair:
                 done.unreadable_lines.append(number)
         ledger.files.recover(ledger.current())
         found = dict(_found(ledger, done))
-        changed = (
-            _take_up_rows(ledger, found, done)
-            if ledger.rows
-            else _take_up_state(ledger, found, done)
-        )
+        take_up = _take_up_rows if ledger.rows else _take_up_state
+        changed = take_up(ledger, found, done)
         there = {path.stem for path in ledger.shard_files()}
-        needed = {
-            edit.id: edit.shard if ledger.rows else ledger.state
-            for edit in ledger.active
-        }
-        done.without_tensors = [i for i, shard in needed.items() if shard not in there]
+        for edit in ledger.active:
+            shard = edit.shard if ledger.rows else ledger.state
+            if shard not in there:
+                done.without_tensors.append(edit.id)
         if changed or done.unreadable_lines:
             done.copy = _copy(folder, old)
             ledger.replace_lines(list(_lines(ledger)))
@@ -64,12 +60,12 @@ def repair(folder: Path) -> Repair:
 
 def _read(ledger: Ledger, line: bytes) -> bool:
     """Take over what a line says and return True; change nothing and return False if it says nothing that fits."""
+    run = Run.view(ledger.folder)
     try:
-        (record,) = Run.view(ledger.folder).decode("edits", line + b"\n")
+        (record,) = run.decode("edits", line + b"\n")
         if record["do"] == "add":
-            Ledger(
-                ledger.folder, Run.view(ledger.folder), ledger.config, [record]
-            )  # says whether it is whole
+            # raises an error if the record is not whole
+            Ledger(ledger.folder, run, ledger.config, [record])
         elif any(i not in ledger.edits for i in record["ids"]):
             return False
         ledger.take(record)
@@ -79,7 +75,7 @@ def _read(ledger: Ledger, line: bytes) -> bool:
 
 
 def _found(ledger: Ledger, done: Repair) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (digest, whose it is) of the files of tensors that no line names; what says nothing is left."""
+    """Yield (digest, whose it is) of the files of tensors that no line names; files that do not say it are left."""
     named = ledger.current()
     for path in ledger.shard_files():
         if path.stem in named:
@@ -102,8 +98,8 @@ def _take_up_rows(
     there = {path.stem for path in ledger.shard_files()}
     new: dict[tuple[int, Query], LedgerEdit] = {}
     for shard, whose in found.items():
-        for row, told in enumerate(whose["edits"]):
-            edit = _kept(ledger, told, shard, row)
+        for row, record in enumerate(whose["edits"]):
+            edit = _edit_of(ledger, record, shard, row)
             known = ledger.edits.get(edit.id)
             if known is None or known.request != edit.request:
                 new.setdefault((edit.id, edit.request), edit)
@@ -111,7 +107,9 @@ def _take_up_rows(
                 ledger.edits[edit.id] = replace(known, shard=shard, row=row)
                 changed = True
     for edit in sorted(new.values(), key=lambda edit: edit.id):
-        i = edit.id if edit.id not in ledger.edits else max(ledger.edits) + 1
+        i = edit.id
+        if i in ledger.edits:  # another edit has the number already
+            i = max(ledger.edits) + 1
         ledger.edits[i] = replace(edit, id=i, first=i)
         done.taken_up.append(i)
     ordered = sorted(ledger.edits.items())
@@ -127,23 +125,20 @@ def _take_up_state(
     there = {path.stem for path in ledger.shard_files()}
     best, edits = "", dict(ledger.edits)
     for shard, whose in found.items():
-        told = {
-            edit.id: edit
-            for edit in (_kept(ledger, row, None, 0) for row in whose["edits"])
-        }
-        goes_on = all(
-            i in told and told[i].request == edit.request
-            for i, edit in ledger.edits.items()
-        )
-        wanted = len(told) > len(edits) or (
-            len(told) == len(edits) and not best and ledger.state not in there
-        )
-        if goes_on and wanted:
+        in_file = {}
+        for record in whose["edits"]:
+            edit = _edit_of(ledger, record, None, 0)
+            in_file[edit.id] = edit
+        if not _goes_on(in_file, ledger):
+            continue
+        has_more = len(in_file) > len(edits)
+        has_the_same = len(in_file) == len(edits) and ledger.state not in there
+        if has_more or (has_the_same and not best):
             undone = set(whose.get("undone", ()))
             best = shard
-            edits = {
-                i: replace(edit, active=i not in undone) for i, edit in told.items()
-            }
+            edits = {}
+            for i, edit in in_file.items():
+                edits[i] = replace(edit, active=i not in undone)
     done.left += [f"shards/{shard}.safetensors" for shard in found if shard != best]
     if not best:
         return False
@@ -153,28 +148,37 @@ def _take_up_state(
     return True
 
 
-def _kept(
-    ledger: Ledger, told: dict[str, Any], shard: str | None, row: int
+def _goes_on(edits: dict[int, LedgerEdit], ledger: Ledger) -> bool:
+    """Whether a file has every edit that the lines know."""
+    known = ledger.edits.items()
+    return all(i in edits and edits[i].request == edit.request for i, edit in known)
+
+
+def _edit_of(
+    ledger: Ledger, record: dict[str, Any], shard: str | None, row: int
 ) -> LedgerEdit:
-    """Return an edit as the file of its tensors tells of it."""
-    image = (
-        None if told["image"] is None else ledger.folder / "pictures" / told["image"]
-    )
+    """Return an edit as it is described in the file of its tensors."""
+    image = None
+    if record["image"] is not None:
+        image = ledger.folder / "pictures" / record["image"]
     request = Query(
-        told["prompt"], told["target"], image, told["background"], told["chat"]
+        record["prompt"],
+        record["target"],
+        image,
+        record["background"],
+        record["chat"],
     )
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    i = int(told["id"])
+    i = int(record["id"])
     return LedgerEdit(
         i,
         request,
-        time,
-        told["before"],
-        told["picture"],
-        True,
-        int(told.get("first", i)),
-        shard,
-        row,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        before=record["before"],
+        picture=record["picture"],
+        active=True,
+        first=int(record.get("first", i)),
+        shard=shard,
+        row=row,
     )
 
 
