@@ -15,16 +15,14 @@ from mmedit_cli.commands import (
     covariance,
     doctor,
     download,
-    edit,
     edits,
-    eval,
     generate,
     image_edit,
-    list,
     report,
-    train_editor,
 )
+from mmedit_cli.commands import list as list_command
 from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.kinds.command import by_kind, function_of
 from mmedit_cli.output import Output, finish, report_error, report_failure
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
@@ -39,27 +37,24 @@ app = _group(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("eval")(eval.evaluate)
-app.command("train-editor")(train_editor.train_editor)
-app.command("edit")(edit.edit)
+for task in ("eval", "train-editor", "edit"):
+    app.command(task, cls=by_kind(task))(function_of(task))
 app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)
-app.command("list")(list.list_all)
+app.command("list")(list_command.list_all)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
 kept = _group()
-kept.command("list")(edits.list_edits)
+for task in ("edits list", "edits undo", "edits redo", "edits export"):
+    kept.command(task.split()[1], cls=by_kind(task))(function_of(task))
 kept.command("show")(edits.show)
-kept.command("undo")(edits.undo)
-kept.command("redo")(edits.redo)
 kept.command("diff")(edits.diff)
 kept.command("verify")(edits.verify)
 kept.command("compact")(edits.compact)
 kept.command("repair")(edits.repair)
-kept.command("export")(edits.export)
 app.add_typer(
     kept,
     name="edits",

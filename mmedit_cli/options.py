@@ -10,6 +10,22 @@ import typer
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
+Editor = Annotated[
+    str, typer.Argument(metavar="EDITOR", help="A method of `mmedit list`.")
+]
+Ledger = Annotated[
+    Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")
+]
+WhichEdits = Annotated[
+    str, typer.Argument(metavar="EDITS", help="3, or 3-7, or 1,4-6, or last, or all.")
+]
+Into = Annotated[
+    Path,
+    typer.Option(
+        help="The folder to keep it in: it is begun, or added to.", show_default=False
+    ),
+]
+NewFolder = Annotated[Path, typer.Option(help="A new folder.", show_default=False)]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -29,12 +45,35 @@ DrawingModel = Annotated[
         show_default=False,
     ),
 ]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A name, a folder or a hub id. [default: the editor's own]",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(
         "--data",
         help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json or "
         ".csv file; several, joined by +, take turns.",
+    ),
+]
+Pairs = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A set of edit pairs of `mmedit list`, a folder of pairs or parquet files, or a .jsonl file.",
+    ),
+]
+Subjects = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A set of subjects of `mmedit list`, or a folder with a subjects.yaml.",
     ),
 ]
 Root = Annotated[
@@ -110,6 +149,44 @@ Checkpoint = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Use the first so many cases.", show_default=False
+    ),
+]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        "--validation",
+        help="Cases that choose the checkpoint. [default: the val split, else every 20th case]",
+        show_default=False,
+    ),
+]
+CacheGib = Annotated[
+    float,
+    typer.Option(
+        "--cache-gib",
+        min=0,
+        help="Memory for frozen activations; more goes to disk.",
+    ),
+]
+Tensorboard = Annotated[
+    bool,
+    typer.Option("--tensorboard", help="Also write the curves for TensorBoard."),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Also upload the folder.",
+        show_default=False,
+    ),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="Make the hub repository private.")
+]
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
 ]

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,11 +161,10 @@ drawing_models: Registry[Any] = Registry("mmedit_cli.drawing.models", "BACKBONE"
 datasets: Registry[Any] = Registry("mmedit_cli.knowledge.data", "DATASET")
 
 
-def kind_of(name: str, *kinds: Registry[Any]) -> Registry[Any]:
-    """Return which registry of editors, or of `kinds`, has a name; raise UnknownName with the names of all of them."""
-    kinds = kinds or (editors, image_editors, personalizers)
+def registry_of(name: str, registries: Sequence[Registry[Any]]) -> Registry[Any]:
+    """Return which of some registries of methods has a name; raise UnknownName with the names of all of them."""
     public = name.replace("_", "-")
-    known = {known: kind for kind in kinds for known in kind.names()}
+    known = {known: found for found in registries for known in found.names()}
     if public not in known:
         raise _unknown("editor", name, known)
     return known[public]

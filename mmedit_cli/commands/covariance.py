@@ -64,7 +64,7 @@ def covariance(
       mmedit covariance --model stable-diffusion-v1-5 --captions captions.txt
 
       mmedit covariance --model stable-diffusion-v1-5 --import covariance_CLIP_ViT-L-14.pt
-    """  # fmt: skip
+    """
     from mmedit_cli.catalog import loading
     from mmedit_cli.drawing import covariance as moments
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
@@ -89,11 +89,16 @@ def covariance(
         found.save(path)
     else:
         total = moments.survey(captions)[1]
-        with out.progress(
-            {"captions": total if limit is None else min(limit, total)}
-        ) as tick:
-            found = moments.estimate(loaded, captions, path, rule=rule, limit=limit,
-                                     tick=lambda n: tick("captions", n))  # fmt: skip
+        used = total if limit is None else min(limit, total)
+        with out.progress({"captions": used}) as tick:
+            found = moments.estimate(
+                loaded,
+                captions,
+                path,
+                rule=rule,
+                limit=limit,
+                tick=lambda n: tick("captions", n),
+            )
     result: dict[str, Any] = {"path": str(path), **found.summary()}
     if result["ridge"]:
         out.note(
@@ -101,8 +106,11 @@ def covariance(
         )
 
     def show() -> None:
-        shown = [[key.replace("_", " "), f"{value:,.5g}" if isinstance(value, float) else str(value)]
-                 for key, value in result.items() if value is not None]  # fmt: skip
-        out.table(["covariance", ""], shown)
+        rows = []
+        for key, value in result.items():
+            text = f"{value:,.5g}" if isinstance(value, float) else str(value)
+            if value is not None:
+                rows.append([key.replace("_", " "), text])
+        out.table(["covariance", ""], rows)
 
     out.result(result, show)

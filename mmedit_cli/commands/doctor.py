@@ -36,11 +36,15 @@ def doctor(
       mmedit doctor my_facts.csv
     """
     from mmedit_cli import doctor as checks
+    from mmedit_cli import kinds
     from mmedit_cli.knowledge.data.base import DataOptions
 
-    well = checks.run(
-        Output(as_json=as_json),
-        data,
-        DataOptions(root, images, skip_missing=skip_missing),
-    )
+    out = Output(as_json=as_json)
+    if data is None:
+        well = checks.run(out)
+    else:
+        out.note(f"checking {data}: every picture is opened, which may take a while")
+        where = DataOptions(root, images, skip_missing=skip_missing)
+        findings = kinds.kind_of_data(data).check_data(data, where)
+        well = checks.run(out, findings)
     raise typer.Exit(0 if well else 1)

@@ -86,7 +86,7 @@ def generate(
       mmedit generate --edits my-concepts "a <my-teddy> in the snow" --set beta=0.6 -o pictures
 
       mmedit generate --edits my-concepts "a <my-teddy> and a <my-dog> on a beach" -o both.png
-    """  # fmt: skip
+    """
     from mmedit_cli.drawing.models.stable_diffusion import Sampling
     from mmedit_cli.drawing.workflow import generation
 
@@ -98,11 +98,25 @@ def generate(
         )
     if model is None and edits is None:
         model = options.named_drawing(None, out)
-    wanted, numbers = tuple(dict.fromkeys(prompts)), options.numbers(seeds, "--seeds")
     asked = generation.DrawOptions(
-        wanted, numbers, output, model, edits, compare, tuple(overrides or ()),
-        force, device, dtype, revision, low_memory,
-    )  # fmt: skip
+        tuple(dict.fromkeys(prompts)),
+        options.numbers(seeds, "--seeds"),
+        output,
+        model,
+        edits,
+        compare,
+        tuple(overrides or ()),
+        force,
+        device,
+        dtype,
+        revision,
+        low_memory,
+    )
     sampling = Sampling(steps, guidance, size, negative, batch_size)
     done = generation.draw(asked, sampling, out)
-    out.result(done, lambda: [out.line(path) for path in done["files"]])
+
+    def show() -> None:
+        for path in done["files"]:
+            out.line(path)
+
+    out.result(done, show)

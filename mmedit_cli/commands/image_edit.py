@@ -15,6 +15,15 @@ def image_edit(
     editor: Annotated[
         str, typer.Argument(metavar="EDITOR", help="An image editor of `mmedit list`.")
     ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write; with --batch, the folder.",
+            show_default=False,
+        ),
+    ],
     instruction: Annotated[
         str | None,
         typer.Argument(
@@ -25,15 +34,6 @@ def image_edit(
         Path | None,
         typer.Option("--image", "-i", help="The picture.", show_default=False),
     ] = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The file to write; with --batch, the folder.",
-            show_default=False,
-        ),
-    ] = ...,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -153,10 +153,17 @@ def image_edit(
     out = Output(as_json=as_json)
     editing.one_of(image, instruction, batch)
     request = editing.EditOptions(
-        editor, model, LoadOptions(device, dtype, revision),
+        editor,
+        model,
+        LoadOptions(device, dtype, revision),
         Settings(steps, text_guidance, image_guidance, resolution, restore),
-        editing.colour(background), keep_alpha, batch_size, force, records, checkpoint,
-    )  # fmt: skip
+        editing.colour(background),
+        keep_alpha,
+        batch_size,
+        force,
+        records,
+        checkpoint,
+    )
     if batch is not None:
         wishes = editing.read_wishes(batch, output, seed)
         report = editing.edit_batch(wishes, output, request, out)

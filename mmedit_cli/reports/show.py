@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import registry
-from mmedit_cli.catalog import DRAWS, MODELS, bundled, family_of, own_image_editors
 from mmedit_cli.errors import RunError
 from mmedit_cli.knowledge.models.shared.generation import described
 from mmedit_cli.output import Output
@@ -506,106 +503,3 @@ def _run_row(done: Mapping[str, Any], folder: Path) -> list[str]:
             what = f"{done['data']['cases']} subjects"
     names = [done["editor"], done["model"]["name"], done["data"]["name"]]
     return [*map(str, names), what, score, str(folder)]
-
-
-def catalogue(out: Output) -> None:
-    """Print the editors and what each supports, the models, and where data come from."""
-    editors = []
-    for name in registry.editors.names():
-        fact = partial(registry.editors.fact, name)
-        editors.append(
-            {
-                "editor": name,
-                "summary": registry.editors.summary(name),
-                "trained first": "yes" if fact("trains") else "no",
-                "batch edits": "yes" if fact("batch_edits") else "no",
-                "models": ", ".join(registry.backbones.names()),
-            }
-        )
-    drawn = [
-        {
-            "personalizer": name,
-            "summary": registry.personalizers.summary(name),
-            "concepts at a time": "several"
-            if registry.personalizers.fact(name, "several")
-            else "one",
-            "models": DRAWS,
-        }
-        for name in registry.personalizers.names()
-    ]
-    image_editors = [
-        {
-            "image editor": name,
-            "summary": registry.image_editors.summary(name),
-            "trained first": "yes"
-            if registry.image_editors.fact(name, "trains")
-            else "no",
-        }
-        for name in registry.image_editors.names()
-    ]
-    models = [
-        {
-            "model": name,
-            "family": family_of(folder),
-            "source": "comes along",
-            "summary": "trained on EmojiKB",
-        }
-        for name, folder in bundled().items()
-    ]
-    models += [
-        {
-            "model": name,
-            "family": "changes pictures",
-            "source": "comes along",
-            "summary": "trained on EmojiKB",
-        }
-        for name in own_image_editors()
-    ]
-    models += [
-        {
-            "model": name,
-            "family": entry.family,
-            "source": entry.repo or "built in",
-            "summary": entry.summary,
-        }
-        for name, entry in MODELS.items()
-    ]
-    data = [
-        {"data": name, "summary": registry.datasets.summary(name)}
-        for name in registry.datasets.names()
-    ]
-    data.append(
-        {
-            "data": "a folder or file",
-            "summary": "your own facts: a cases.jsonl, or .csv, .json, .jsonl; see docs/data.md",
-        }
-    )
-    data.append(
-        {
-            "data": "emojikb-edits",
-            "summary": "EmojiKB as edit pairs, for image editors; see docs/image-editing.md",
-        }
-    )
-    data += [
-        {
-            "data": "emojikb-concepts",
-            "summary": "things of EmojiKB that mini-sd never drew, for personalizers",
-        },
-        {
-            "data": "dreambooth",
-            "summary": "30 subjects in photos, for personalizers (mmedit download dreambooth)",
-        },
-    ]
-    found = {
-        "editors": editors,
-        "personalizers": drawn,
-        "image editors": image_editors,
-        "models": models,
-        "data": data,
-    }
-
-    def show() -> None:
-        for rows in found.values():
-            out.table(list(rows[0]), [list(row.values()) for row in rows])
-
-    out.result(found, show)

@@ -18,7 +18,6 @@ from PIL import Image
 from mmedit_cli import gallery, registry, runtime
 from mmedit_cli.drawing.evaluation import picture_scores
 from mmedit_cli.drawing.evaluation.encoders import load_clip_and_dino
-from mmedit_cli.errors import UserError
 from mmedit_cli.hparams import read_values
 from mmedit_cli.knowledge.evaluation.report import (
     mean_with_interval,
@@ -105,22 +104,12 @@ def read_settings(overrides: Sequence[str]) -> tuple[Settings, dict[str, str]]:
     return Settings(**found), looks
 
 
-def evaluate(
-    options: ImageEvalOptions,
-    out: Output | None = None,
-    strange: Mapping[str, bool] | None = None,
-) -> dict[str, Any]:
+def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, Any]:
     """Evaluate an image editor and return the report; a finished run is only read, an interrupted one goes on.
 
-    `strange` are options of the command that mean nothing here, and whether they were given. Raises a UserError for
-    bad input, before anything is written.
+    Raises a UserError for bad input, before anything is written.
     """
     out = out or Output()
-    if wrong := [option for option, given in (strange or {}).items() if given]:
-        raise UserError(
-            f"{', '.join(wrong)}: means nothing to an image editor",
-            "its settings: --set steps=30",
-        )
     settings, looks = read_settings(options.overrides)
     options = replace(options, editor=options.editor.replace("_", "-"))
     registry.image_editors.get(options.editor)

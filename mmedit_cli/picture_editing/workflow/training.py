@@ -13,7 +13,7 @@ from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import load_hparams, to_dict
 from mmedit_cli.knowledge.workflow.training import (
     HELD_OUT,
-    TrainOptions,
+    EditorTrainingOptions,
     shared_run,
     tensorboard,
 )
@@ -32,7 +32,7 @@ FOLDER = "train-image-editor"  # below the records
 class TrainPlan:
     """Everything resolved before a model is loaded."""
 
-    options: TrainOptions
+    options: EditorTrainingOptions
     ref: ModelRef
     hparams: Any
     pairs: list[EditPair]
@@ -41,7 +41,7 @@ class TrainPlan:
     folder: Path
 
 
-def plan_training(options: TrainOptions) -> TrainPlan:
+def plan_training(options: EditorTrainingOptions) -> TrainPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     cls = registry.image_editors.get(options.editor)
     if not cls.trains:
@@ -77,7 +77,7 @@ def plan_training(options: TrainOptions) -> TrainPlan:
     return TrainPlan(options, ref, hparams, pairs, held_out, config, folder)
 
 
-def training_pairs(options: TrainOptions) -> tuple[str, list[EditPair], list[EditPair]]:
+def training_pairs(options: EditorTrainingOptions) -> tuple[str, list[EditPair], list[EditPair]]:
     """Return (name, pairs to train on, pairs held out): a named set's own val split, else every twentieth pair."""
     data, validation = options.data, options.validation
     if data in NAMED and not Path(data).exists():
@@ -95,7 +95,7 @@ def training_pairs(options: TrainOptions) -> tuple[str, list[EditPair], list[Edi
     return name, [pair for pair in pairs if pair.uid not in uids], held_out
 
 
-def train(options: TrainOptions, out: Output | None = None) -> dict[str, Any]:
+def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str, Any]:
     """Train an image editor and return the report; a finished run is only read, another one goes on.
 
     Raises a UserError for bad input, before anything is written.

@@ -118,7 +118,7 @@ def test_the_command_learns_and_draws(cli, photos, tmp_path):
         ((), "--token are needed"),
         (
             ("--token", "<my-cat>", "--target", "a cat"),
-            "--target: perfusion teaches a model what to draw",
+            "--target: means nothing to a personalizer",
         ),
     ):
         code, _, err = cli(*words, *more)
