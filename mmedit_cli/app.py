@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -77,6 +78,16 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE.py",
+            help="Also use the editor, model family or data set of this file; repeatable. [env var: MMEDIT_PLUGINS]",
+            show_default=False,
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -86,7 +97,10 @@ def _root(
             help="Print the version and stop.",
         ),
     ] = False,
-) -> None: ...
+) -> None:
+    from mmedit_cli.registry import use_plugins
+
+    context.with_resource(use_plugins(plugin or []))
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from mmedit_cli.not_a_model import (
     check_is_model,
     check_not_a_path,
 )
-from mmedit_cli.registry import share_dir
+from mmedit_cli.registry import backbones, share_dir
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ class ModelRef:
 def bundled() -> dict[str, Path]:
     """Return the trained models that come along, by name: those in data/models that answer or draw."""
     return {
-        name: folder for name, folder in _shipped().items() if _kind(folder) in FAMILIES
+        name: folder
+        for name, folder in _shipped().items()
+        if _kind(folder) in families()
     }
 
 
@@ -173,7 +175,7 @@ def own_image_editors() -> dict[str, Path]:
     left = {
         name: folder
         for name, folder in _shipped().items()
-        if _kind(folder) not in FAMILIES
+        if _kind(folder) not in families()
     }
     return {
         name: folder
@@ -190,6 +192,24 @@ def _shipped() -> dict[str, Path]:
     }
 
 
+def families() -> dict[str, str]:
+    """Return which family a model is of, by what its config calls it: those of plug-ins too."""
+    own = {}
+    for family in backbones.plugins():
+        for model_type in backbones.fact(family, "model_types") or ():
+            own[model_type] = family
+    return {**own, **FAMILIES}
+
+
+def named_models() -> dict[str, Entry]:
+    """Return the models with a name of their own, by name: the tiny ones of plug-ins too."""
+    own = {}
+    for family in backbones.plugins():
+        for name in backbones.fact(family, "tiny_models") or ():
+            own[name] = Entry(family, None, _TINY)
+    return {**own, **MODELS}
+
+
 def default_model(names: Sequence[str] = DEFAULTS) -> str:
     """Return the model that is used where none is named; raise ModelError if none of them is there."""
     found = next((name for name in names if name in bundled()), None)
@@ -201,7 +221,7 @@ def default_model(names: Sequence[str] = DEFAULTS) -> str:
 
 def loading(name: str) -> str:
     """Say that a model is being loaded, and what it is if its weights are random."""
-    entry = MODELS.get(name)
+    entry = named_models().get(name)
     random = name in RANDOM_EDITORS or (entry is not None and entry.repo is None)
     return f"loading {name}" + (
         ": random weights, which know nothing; only for trying a command"
@@ -221,8 +241,8 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
 
     A folder wins over the hub cache, the cache over the network. Raises ModelError with what was tried.
     """
-    entry = MODELS.get(name)
-    check_folder_is_meant(name, [*bundled(), *MODELS], bundled().get(name))
+    entry = named_models().get(name)
+    check_folder_is_meant(name, [*bundled(), *named_models()], bundled().get(name))
     if entry is not None and entry.repo is None:
         return ModelRef(
             name,
@@ -232,7 +252,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
         )
     folder = bundled().get(name, Path(name))
     if entry is None and not folder.exists() and name.count("/") != 1:
-        known = [*bundled(), *MODELS]
+        known = [*bundled(), *named_models()]
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
     if entry is None and folder.exists():
@@ -314,7 +334,7 @@ def family_of(folder: Path) -> str:
     """Return the family of a model folder by its config; raise ModelError for one that is not supported."""
     read_config(folder)
     kind = _kind(folder)
-    if kind not in FAMILIES:
-        problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, FAMILIES)}"
-        raise ModelError(problem, f"supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    if kind not in families():
+        problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, families())}"
+        raise ModelError(problem, f"supported: {', '.join(families())}")
+    return families()[kind]

@@ -7,158 +7,180 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from mmedit_cli.errors import MmeditError, UnknownName, near_miss
+from mmedit_cli.errors import MmeditError, UnknownName, UserError, near_miss
+from mmedit_cli.plugins import (
+    Source,
+    assigned_names,
+    check_plugins,
+    file_of_module,
+    named_on_command_line,
+    offered_names,
+    plugin_sources,
+    syntax_tree,
+)
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The modules of `package`, each of which offers one thing under the name `attribute`.
+    """The modules of `package`, each of which offers one thing under the name `attribute`; and those of plug-ins.
 
     `base`, modules that start with an underscore, and modules that do not offer it are shared parts and have no public
-    name.
+    name. `group` is that of the entry points of other packages.
     """
 
-    def __init__(self, package: str, attribute: str) -> None:
+    def __init__(self, package: str, attribute: str, group: str = "") -> None:
         self.package = package
         self.attribute = attribute
+        self.group = group
 
     def names(self) -> list[str]:
-        """List the public names, sorted."""
-        modules = [module.name for module in pkgutil.iter_modules(self._folders())]
-        public = [
-            name
-            for name in modules
-            if name != "base" and not name.startswith("_") and self._offers(name)
-        ]
-        return sorted(name.replace("_", "-") for name in public)
+        """List the public names, sorted; raise UserError for a plug-in that cannot be read."""
+        return sorted(self._sources())
 
     def get(self, name: str) -> T:
         """Import the module behind a name, written with hyphens or underscores, and return what it offers.
 
-        Raises UnknownName.
+        Raises UnknownName, or UserError for a plug-in that cannot be imported.
         """
-        return cast(
-            T,
-            getattr(
-                importlib.import_module(f"{self.package}.{self._module(name)}"),
-                self.attribute,
-            ),
-        )
+        return cast(T, self._source(name).load())
 
     def summary(self, name: str) -> str:
         """Return the first line of the module's docstring without importing the module.
 
         Raises UnknownName.
         """
-        tree = _tree(f"{self.package}.{self._module(name)}")
+        tree = self._source(name).tree
         return (ast.get_docstring(tree) or "").partition("\n")[0]
 
     def fact(self, name: str, attribute: str) -> Any:
         """Return a plain class attribute (`trains = True`) of what is offered under a name, importing nothing.
 
-        It may be inherited from a class of this project; None where no class assigns it. Raises UnknownName.
+        It may be inherited from a class of another module; None where no class assigns it. Raises UnknownName.
         """
-        return _class_attribute(
-            f"{self.package}.{self._module(name)}", self.attribute, attribute
-        )
+        source = self._source(name)
+        return _class_attribute(source.tree, source.attribute, attribute)
 
-    def _offers(self, module: str) -> bool:
-        """Tell whether a module assigns or imports the attribute."""
-        names: set[str] = set()
-        for node in _tree(f"{self.package}.{module}").body:
-            names.update(_assigned(node))
-            if isinstance(node, ast.ImportFrom):  # of a method that is a folder
-                names.update(alias.asname or alias.name for alias in node.names)
-        return self.attribute in names
+    def plugins(self) -> dict[str, Source]:
+        """Return what others offer, by public name; raise UserError for a name that there is already."""
+        if not self.group:
+            return {}
+        found: dict[str, Source] = {}
+        own = self._own_sources()
+        for name, source in plugin_sources(self.group, self.attribute):
+            public = _public(name)
+            if public in own or public in found:
+                kind = self.attribute.lower().replace("_", " ")
+                raise UserError(
+                    f"{source.origin}: another {kind} is called {public} already",
+                    "give it another name",
+                )
+            found[public] = source
+        return found
+
+    def _own_sources(self) -> dict[str, Source]:
+        found = {}
+        for module in pkgutil.iter_modules(self._folders()):
+            dotted = f"{self.package}.{module.name}"
+            source = Source(self.attribute, file_of_module(dotted), dotted)
+            shared = module.name == "base" or module.name.startswith("_")
+            if not shared and self.attribute in offered_names(source.tree):
+                found[_public(module.name)] = source
+        return found
+
+    def _sources(self) -> dict[str, Source]:
+        return {**self._own_sources(), **self.plugins()}
+
+    def _source(self, name: str) -> Source:
+        sources = self._sources()
+        if _public(name) not in sources:
+            kind = self.attribute.lower().replace("_", " ")
+            raise _unknown(kind, name, sorted(sources))
+        return sources[_public(name)]
 
     def _folders(self) -> list[str]:
         spec = find_spec(self.package)  # imports the parent package only
         return list(spec.submodule_search_locations or ()) if spec else []
 
-    def _module(self, name: str) -> str:
-        public, names = name.replace("_", "-"), self.names()
-        if public not in names:
-            raise _unknown(self.attribute.lower().replace("_", " "), name, names)
-        return public.replace("-", "_")
+
+def _public(name: str) -> str:
+    """Return the public name of a module."""
+    return name.replace("_", "-")
 
 
-@cache
-def _tree(module: str) -> ast.Module:
-    """Return the syntax tree of a module, importing nothing but the package at its top."""
-    top, *parts = module.split(".")
-    spec = find_spec(top)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder, *parts)
-        for file in (path / "__init__.py", path.with_suffix(".py")):
-            if file.is_file():
-                return ast.parse(file.read_text(encoding="utf-8"))
-    return ast.Module([], [])
-
-
-def _assigned(node: ast.stmt) -> list[str]:
-    """Return the names that a statement assigns."""
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [getattr(node, "target", None)]
-    )
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def _class_attribute(module: str, name: str, attribute: str) -> Any:
+def _class_attribute(tree: ast.Module, name: str, attribute: str) -> Any:
     """Return a literal that the class called `name` in a module assigns to an attribute, or one of its bases."""
-    for node in _tree(module).body:
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
-                    return _class_attribute(node.module, alias.name, attribute)
-        elif isinstance(node, ast.Assign | ast.AnnAssign) and name in _assigned(node):
-            return (
-                _class_attribute(module, ast.unparse(node.value), attribute)
-                if node.value
-                else None
-            )
+                    origin = syntax_tree(file_of_module(node.module))
+                    return _class_attribute(origin, alias.name, attribute)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            if name in assigned_names(node) and node.value is not None:
+                return _class_attribute(tree, ast.unparse(node.value), attribute)
         elif isinstance(node, ast.ClassDef) and node.name == name:
-            return _own_attribute(module, node, attribute)
+            return _own_attribute(tree, node, attribute)
     return None
 
 
-def _own_attribute(module: str, node: ast.ClassDef, attribute: str) -> Any:
+def _own_attribute(tree: ast.Module, node: ast.ClassDef, attribute: str) -> Any:
     for statement in node.body:
         value = getattr(statement, "value", None)
-        if attribute in _assigned(statement) and isinstance(value, ast.Constant):
-            return value.value
-    inherited = (
-        _class_attribute(module, ast.unparse(base), attribute) for base in node.bases
-    )
-    return next((found for found in inherited if found is not None), None)
+        if attribute in assigned_names(statement) and value is not None:
+            try:
+                return ast.literal_eval(value)
+            except ValueError:  # computed: not known without an import
+                return None
+    for base in node.bases:
+        inherited = _class_attribute(tree, ast.unparse(base), attribute)
+        if inherited is not None:
+            return inherited
+    return None
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
-    meant = near_miss(name.replace("_", "-"), known)
+    meant = near_miss(_public(name), known)
     return UnknownName(
         f"unknown {kind} '{name}'{meant}", f"{kind}s: {', '.join(known)}"
     )
 
 
-editors: Registry[Any] = Registry("mmedit_cli.knowledge.methods", "EDITOR")
-personalizers: Registry[Any] = Registry("mmedit_cli.drawing.methods", "PERSONALIZER")
-image_editors: Registry[Any] = Registry(
-    "mmedit_cli.picture_editing.methods", "IMAGE_EDITOR"
+editors: Registry[Any] = Registry(
+    "mmedit_cli.knowledge.methods", "EDITOR", "mmedit.editors"
 )
-backbones: Registry[Any] = Registry("mmedit_cli.knowledge.models", "BACKBONE")
+personalizers: Registry[Any] = Registry(
+    "mmedit_cli.drawing.methods", "PERSONALIZER", "mmedit.personalizers"
+)
+image_editors: Registry[Any] = Registry(
+    "mmedit_cli.picture_editing.methods", "IMAGE_EDITOR", "mmedit.image_editors"
+)
+backbones: Registry[Any] = Registry(
+    "mmedit_cli.knowledge.models", "BACKBONE", "mmedit.models"
+)
 drawing_models: Registry[Any] = Registry("mmedit_cli.drawing.models", "BACKBONE")
-datasets: Registry[Any] = Registry("mmedit_cli.knowledge.data", "DATASET")
+datasets: Registry[Any] = Registry(
+    "mmedit_cli.knowledge.data", "DATASET", "mmedit.datasets"
+)
+METHODS = (editors, personalizers, image_editors)
+EXTENSIBLE = (*METHODS, backbones, datasets)
+
+
+@contextmanager
+def use_plugins(files: Sequence[Path]) -> Iterator[None]:
+    """Use plug-in files, beside those of MMEDIT_PLUGINS; raise UserError for one that offers nothing."""
+    with named_on_command_line(files):
+        check_plugins([registry.attribute for registry in EXTENSIBLE])
+        yield
 
 
 def registry_of(name: str, registries: Sequence[Registry[Any]]) -> Registry[Any]:
@@ -222,8 +244,16 @@ def emojikb_dir() -> Path:
 
 
 def hparams_file(editor: str) -> Path:
-    """Return where the published hyper-parameters of an editor are: a file named like its module."""
-    return share_dir("hparams") / f"{editor.replace('-', '_')}.yaml"
+    """Return where the published hyper-parameters of a method are: a file named like its module.
+
+    That of a plug-in lies beside its source.
+    """
+    name = f"{editor.replace('-', '_')}.yaml"
+    for methods in METHODS:
+        source = methods.plugins().get(_public(editor))
+        if source is not None and source.file is not None:
+            return source.file.with_name(name)
+    return share_dir("hparams") / name
 
 
 def data_home() -> Path:

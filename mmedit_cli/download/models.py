@@ -23,19 +23,16 @@ def repository(name: str) -> str | None:
             f"{name}: comes along, in {catalog.bundled()[name]}",
             f"use it: --model {name}",
         )
-    entry = catalog.MODELS.get(name)
+    entry = catalog.named_models().get(name)
     if entry is not None and entry.repo is None:
         raise UserError(
             f"{name}: is built from a config, there is nothing to download",
             f"use it: --model {name}",
         )
-    return (
-        entry.repo
-        if entry is not None
-        else name
-        if name.count("/") == 1 and not Path(name).is_dir()
-        else None
-    )
+    if entry is not None:
+        return entry.repo
+    is_hub_id = name.count("/") == 1 and not Path(name).is_dir()
+    return name if is_hub_id else None
 
 
 def plan(repo: str, revision: str | None) -> dict[str, Any]:
@@ -51,9 +48,14 @@ def plan(repo: str, revision: str | None) -> dict[str, Any]:
     folder = cached(repo, commit)
     here = folder is not None and all((folder / file.path).is_file() for file in files)
     return {
-        "model": repo, "revision": commit, "licence": licence, "files": files, "folder": folder,
-        "bytes": sum(file.bytes or 0 for file in files), "state": "present" if here else "missing",
-    }  # fmt: skip
+        "model": repo,
+        "revision": commit,
+        "licence": licence,
+        "files": files,
+        "folder": folder,
+        "bytes": sum(file.bytes or 0 for file in files),
+        "state": "present" if here else "missing",
+    }
 
 
 def get(repo: str, revision: str | None, planned: dict[str, Any]) -> dict[str, Any]:

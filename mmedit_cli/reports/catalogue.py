@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mmedit_cli.catalog import MODELS, bundled, family_of, own_image_editors
+from mmedit_cli.catalog import bundled, family_of, named_models, own_image_editors
 from mmedit_cli.output import Output
 
 Row = Mapping[str, str]
@@ -33,7 +33,7 @@ def _models() -> Iterator[Row]:
             "source": "comes along",
             "summary": "trained on EmojiKB",
         }
-    for name, entry in MODELS.items():
+    for name, entry in named_models().items():
         yield {
             "model": name,
             "family": entry.family,

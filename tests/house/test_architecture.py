@@ -40,6 +40,7 @@ ROWS = (
         "patch",
         "pickled_weights",
         "pictures",
+        "plugins",
         "reading",
         "reading_yaml",
         "records",
@@ -261,7 +262,8 @@ def test_nothing_is_unpickled():
 OWN_READERS = {
     "reading.py": "the one reader",
     "reading_yaml.py": "its YAML",
-    "registry.py": "sources of this package, and its data",
+    "registry.py": "data of this package",
+    "plugins.py": "sources of this package and of plug-ins",
     "packed.py": "zips that come along, and what was unpacked from them",
     "hparams.py": "its own YAML reader, on a text of the one reader",
     "knowledge/methods/shared/flatten.py": "sources of this package",

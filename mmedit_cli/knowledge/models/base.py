@@ -45,9 +45,14 @@ class VisionLanguageModel(ABC):
 
     `current_batch` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
     `rewrite` is applied to every query before it is encoded: editors that work in the context set it; else None.
+
+    A family of a plug-in says here what the built-in ones say in `catalog.py`: `model_types` are the names that
+    `config.json` has for its models, `tiny_models` the names of random models that `build_tiny` makes.
     """
 
     family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]] = ()
+    tiny_models: ClassVar[tuple[str, ...]] = ()
     image_token: str = "<image>"
     former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
     n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
@@ -86,6 +91,13 @@ class VisionLanguageModel(ABC):
         self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
 
     # -- what a family has to say -------------------------------------------------------------------------------
+
+    @classmethod
+    def build_tiny(cls, name: str) -> tuple[nn.Module, Any, Any]:
+        """Return (model, tokenizer, image processor) with seeded random weights, for a name such as tiny-llava."""
+        from mmedit_cli.knowledge.models.shared import tiny
+
+        return tiny.build(name)
 
     @property
     @abstractmethod

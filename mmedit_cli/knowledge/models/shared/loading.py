@@ -26,8 +26,6 @@ def load_backbone(
 
     `device_map` is passed on to transformers and wins over `device`. Raises ModelError if the files cannot be used.
     """
-    from mmedit_cli.knowledge.models.shared import tiny
-
     ref = find_model(model, revision=revision) if isinstance(model, str) else model
     runtime.quiet_libraries()
     target = runtime.resolve_device(device)
@@ -35,7 +33,7 @@ def load_backbone(
     check_answers(ref)
     family = registry.backbones.get(ref.family)
     if ref.folder is None:
-        module, tokenizer, processor = tiny.build(ref.name)
+        module, tokenizer, processor = family.build_tiny(ref.name)
         module.to(target, None if isinstance(number, str) else number)
     else:
         module = _from_folder(ref, number, device_map)
