@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -56,8 +55,14 @@ def row(report: Mapping[str, Any]) -> dict[str, str]:
     }
     mean = statistics.fmean(figure(taught, of) for of in FIGURES.values())
     seconds = report["cost"]["seconds_per_edit"]["mean"]
-    return {"editor": label(report), "edits": str(edits), "cases": str(after["cases"]), **cells, "mean": f"{mean:.1f}",
-            "s an edit": f"{seconds:.3f}"}  # fmt: skip
+    return {
+        "editor": label(report),
+        "edits": str(edits),
+        "cases": str(after["cases"]),
+        **cells,
+        "mean": f"{mean:.1f}",
+        "s an edit": f"{seconds:.3f}",
+    }
 
 
 def routing(report: Mapping[str, Any]) -> dict[str, str]:
@@ -66,8 +71,14 @@ def routing(report: Mapping[str, Any]) -> dict[str, str]:
     after = next(
         m for m in report["milestones"] if m["edits"] == edits and not m["short_group"]
     )
-    names = {"reliability": "Rel", "generality.text": "T-Gen", "generality.image": "M-Gen", "locality.near": "near",
-             "locality.same_image": "same_image", "locality.far": "far"}  # fmt: skip
+    names = {
+        "reliability": "Rel",
+        "generality.text": "T-Gen",
+        "generality.image": "M-Gen",
+        "locality.near": "near",
+        "locality.same_image": "same_image",
+        "locality.far": "far",
+    }
     cells = {
         shown: " / ".join(
             f"{100 * after['routing'][name][to]:.1f}"
@@ -91,70 +102,44 @@ def table(rows: list[dict[str, str]]) -> str:
     )
 
 
-def chart(models: Mapping[str, list[dict[str, str]]]) -> str:
-    """Return an SVG with a panel a model: the mean of the five figures over the number of edits, a line an editor."""
-    width, height, left, top, room = 560, 320, 44, 40, 130
-    most = (
-        max(math.log10(int(row["edits"])) for rows in models.values() for row in rows)
-        or 1.0
-    )
+def draw_chart(models: Mapping[str, list[dict[str, str]]], file: Path) -> None:
+    """Draw a panel a model: the mean of the five figures over the number of edits, a line an editor."""
+    import matplotlib
+
+    matplotlib.use("svg" if file.suffix == ".svg" else "agg")
+    # the same reports give the same bytes
+    matplotlib.rcParams["svg.hashsalt"] = "mmedit"
+    import matplotlib.pyplot as plt
+
     editors = list(
         dict.fromkeys(row["editor"] for rows in models.values() for row in rows)
     )
-    parts = []
-    for panel, (model, rows) in enumerate(models.items()):
-        x0, x1, y0, y1 = (
-            panel * width + left,
-            (panel + 1) * width - room,
-            height - 36,
-            top,
-        )
-        parts.append(
-            f'<text x="{x0}" y="20" font-weight="bold">{model}: mean of five figures, %</text>'
-        )
-        for percent in range(0, 101, 20):
-            y = y0 - (y0 - y1) * percent / 100
-            parts.append(
-                f'<path d="M{x0} {y:.1f}H{x1}" stroke="#8884"/><text x="{x0 - 30}" y="{y + 4:.1f}">{percent}</text>'
-            )
-        for edits in sorted({int(row["edits"]) for row in rows}):
-            x = x0 + (x1 - x0) * math.log10(edits) / most
-            parts.append(
-                f'<text x="{x:.1f}" y="{y0 + 18}" text-anchor="middle">{edits:,}</text>'
-            )
-        parts.append(
-            f'<text x="{(x0 + x1) / 2:.0f}" y="{y0 + 33}" text-anchor="middle">edits in a row</text>'
-        )
-        ends: list[float] = []
-        last = {row["editor"]: float(row["mean"]) for row in rows}
-        for editor in sorted(last, key=lambda name: -last[name]):
-            colour = f"hsl({360 * editors.index(editor) // len(editors)} 70% 45%)"
-            points = [
-                (
-                    x0 + (x1 - x0) * math.log10(int(r["edits"])) / most,
-                    y0 - (y0 - y1) * float(r["mean"]) / 100,
-                )
-                for r in rows
-                if r["editor"] == editor
-            ]
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            at = max(
-                [points[-1][1] + 4, *(end + 14 for end in ends[-1:])]
-            )  # names do not cover each other
-            ends.append(at)
-            parts.append(
-                f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            )
-            parts.append(
-                f'<text x="{points[-1][0] + 8:.1f}" y="{at:.1f}" fill="{colour}">{editor}</text>'
-            )
-    size = f'width="{width * len(models)}" height="{height}"'
-    style = 'font-family="sans-serif" font-size="12" fill="#888"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
+    colours = plt.get_cmap("tab10" if len(editors) <= 10 else "tab20")
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(6.5 * len(models), 4), squeeze=False
     )
+    for panel, (model, rows) in zip(panels[0], models.items(), strict=True):
+        for number, editor in enumerate(editors):
+            own = [row for row in rows if row["editor"] == editor]
+            edits = [int(row["edits"]) for row in own]
+            means = [float(row["mean"]) for row in own]
+            panel.plot(edits, means, marker=".", label=editor, color=colours(number))
+        panel.set_xscale("log")
+        marks = sorted({int(row["edits"]) for row in rows})
+        panel.set_xticks(marks, [f"{mark:,}" for mark in marks])
+        panel.set_xticks([], minor=True)
+        panel.set_ylim(0, 100)
+        panel.grid(axis="y", alpha=0.3)
+        panel.set_title(f"{model}: mean of five figures, %")
+        panel.set_xlabel("edits in a row")
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    # no date: the file changes only with what it shows
+    figure.savefig(
+        file,
+        bbox_inches="tight",
+        metadata={"Date": None} if file.suffix == ".svg" else None,
+    )
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,7 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("records/compare"))
     parser.add_argument(
-        "--chart", type=Path, metavar="SVG", help="draw the means into this file"
+        "--chart",
+        type=Path,
+        metavar="FILE",
+        help="draw the means into this file, .svg or .png (needs the extra plots)",
     )
     args = parser.parse_args(argv)
     reports = [
@@ -194,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"\nSent to the right edit / to another / to none, in %:\n\n{table([routing(r) for r in sent])}"
             )
     if args.chart is not None:
-        args.chart.write_text(chart(rows), encoding="utf-8")
+        draw_chart(rows, args.chart)
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmedit_cli.catalog import MODELS, named_models
 from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import Query
 
@@ -37,6 +38,7 @@ FAMILIES = (
     "tiny-qwen2-vl",
     "tiny-qwen2.5-vl",
     "tiny-qwen3-vl",
+    *(name for name in named_models() if name not in MODELS),  # of MMEDIT_PLUGINS
 )
 
 # A test with one of these between the brackets of its name repeats a fast test for another family of models, or in

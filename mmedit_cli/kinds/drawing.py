@@ -12,7 +12,6 @@ from mmedit_cli import options, registry
 from mmedit_cli.errors import UserError
 from mmedit_cli.kinds.base import Kind, Noun
 from mmedit_cli.output import Output
-from mmedit_cli.records import CONCEPT_INDEX
 
 if TYPE_CHECKING:
     from mmedit_cli.knowledge.data.base import DataOptions
@@ -265,6 +264,8 @@ def _list_data() -> list[dict[str, str]]:
 
 
 def _has_edits(folder: Path) -> bool:
+    from mmedit_cli.records import CONCEPT_INDEX
+
     return (folder / CONCEPT_INDEX).exists()
 
 

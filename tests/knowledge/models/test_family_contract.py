@@ -112,12 +112,11 @@ def minigpt4_inputs(backbone, image, text):
 
 
 def test_our_ids_are_those_of_the_processor(backbone):
+    inputs = globals().get(f"{backbone.family.replace('-', '_')}_inputs")
+    if inputs is None:
+        pytest.skip("a plug-in compares its ids in a test of its own")
     text, image = "What is this?", load_picture(Picture(QUERIES[0].image))
-    ids = torch.tensor(
-        globals()[f"{backbone.family.replace('-', '_')}_inputs"](backbone, image, text)[
-            "input_ids"
-        ]
-    )
+    ids = torch.tensor(inputs(backbone, image, text)["input_ids"])
     batch = backbone.batch([Query(text, image=QUERIES[0].image)], with_answer=False)
     ours = torch.where(
         batch.image_mask, backbone.model.config.image_token_id, batch.input_ids
