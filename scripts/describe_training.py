@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli.reports.show import column_name, read_report
+from mmedit_cli.reports.scores import column_name
+from mmedit_cli.reports.show import read_report
 
 
 def section(report: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ def image_edit(
     from mmedit_cli.picture_editing.methods.base import Settings
     from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import editing
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports.picture_editing import print_edits
 
     out = Output(as_json=as_json)
     editing.one_of(image, instruction, batch)
@@ -172,4 +172,4 @@ def image_edit(
         report = editing.edit_pictures(
             editing.samples(wish, samples), request, out, sheet
         )
-    show.image_edits(out, report, with_instruction=show_instruction)
+    print_edits(out, report, with_instruction=show_instruction)

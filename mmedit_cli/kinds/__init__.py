@@ -20,9 +20,8 @@ def kinds_with(command: str) -> list[Kind]:
 
 def kind_of_method(name: str, command: str) -> Kind:
     """Return the kind of a method; raise UnknownName if no kind that the command knows has one of that name."""
-    kinds = kinds_with(command)
-    found = registry.registry_of(name, [kind.registry for kind in kinds])
-    return next(kind for kind in kinds if kind.registry is found)
+    by_registry = {kind.registry: kind for kind in kinds_with(command)}
+    return by_registry[registry.registry_of(name, list(by_registry))]
 
 
 def kind_of_folder(folder: Path, command: str) -> Kind:
@@ -31,9 +30,15 @@ def kind_of_folder(folder: Path, command: str) -> Kind:
     A kind that the command does not know is left out.
     """
     kinds = kinds_with(command)
-    return next((kind for kind in kinds if kind.has_edits(folder)), kinds[0])
+    for kind in kinds:
+        if kind.has_edits(folder):
+            return kind
+    return kinds[0]
 
 
 def kind_of_data(data: str) -> Kind:
     """Return the kind that data of that name, or in that folder or file, are for."""
-    return next((kind for kind in KINDS if kind.has_data(data)), KNOWLEDGE)
+    for kind in KINDS:
+        if kind.has_data(data):
+            return kind
+    return KNOWLEDGE

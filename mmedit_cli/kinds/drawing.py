@@ -49,7 +49,7 @@ def evaluate(
       mmedit eval dreambooth-lora --model stable-diffusion-v1-5 --data dreambooth --limit 5
     """
     from mmedit_cli.drawing.workflow import evaluation, plan
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports import drawing, show
 
     out = Output(as_json=as_json)
     request = plan.ConceptEvalOptions(
@@ -70,7 +70,7 @@ def evaluate(
     if dry_run:
         show.plan(out, plan.plan_evaluation(request).describe())
     else:
-        show.concept_scores(out, evaluation.evaluate(request, out))
+        drawing.print_scores(out, evaluation.evaluate(request, out))
 
 
 def edit(

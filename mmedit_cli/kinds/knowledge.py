@@ -172,7 +172,7 @@ def train(
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.workflow import training
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports.knowledge import print_training
 
     out = Output(as_json=as_json)
     request = training.EditorTrainingOptions(
@@ -193,7 +193,7 @@ def train(
         force=force,
         tensorboard=tensorboard,
     )
-    show.training(out, training.train(request, out))
+    print_training(out, training.train(request, out))
 
 
 def edit(

@@ -45,7 +45,7 @@ def evaluate(
     """
     from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import evaluation
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports.picture_editing import print_scores
 
     out = Output(as_json=as_json)
     request = evaluation.ImageEvalOptions(
@@ -61,7 +61,7 @@ def evaluate(
         force,
         checkpoint,
     )
-    show.image_scores(out, evaluation.evaluate(request, out))
+    print_scores(out, evaluation.evaluate(request, out))
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.workflow.training import EditorTrainingOptions
     from mmedit_cli.picture_editing.workflow import training
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports.picture_editing import print_training
 
     out = Output(as_json=as_json)
     request = EditorTrainingOptions(
@@ -111,7 +111,7 @@ def train(
         force=force,
         tensorboard=tensorboard,
     )
-    show.image_training(out, training.train(request, out))
+    print_training(out, training.train(request, out))
 
 
 def _list_row(name: str) -> dict[str, str]:

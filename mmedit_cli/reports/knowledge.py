@@ -1,0 +1,226 @@
+"""How the evaluation and the training of an editor of knowledge look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.knowledge.models.shared.generation import described
+from mmedit_cli.output import Output
+from mmedit_cli.reports.scores import (
+    column_name,
+    half_interval,
+    print_networks,
+    run_of,
+)
+
+_PROTOCOLS = {
+    "ar": "free generation",
+    "ar_em": "free generation, strict match",
+    "ar_f1": "free generation, token F1",
+    "tf_liveedit": "teacher-forced, answer tokens",
+    "tf_easyedit": "teacher-forced, locality at all positions",
+    "tf_em": "teacher-forced, all answer tokens right",
+}
+_ROUTES = ("right", "other", "none")
+_EXAMPLE = ("case", "target", "before", "after")
+
+
+def print_scores(out: Output, report: Mapping[str, Any]) -> None:
+    """Print the scores of an editor, a column a milestone, answers before and after, and how fast it went."""
+
+    def show() -> None:
+        milestones, short = _whole_groups(report["milestones"])
+        _print_head(out, report)
+        _print_scores(out, milestones)
+        if short:
+            out.line(
+                f"  the last {short} cases made a shorter group of their own: in --json"
+            )
+        protocols = milestones[0]["scores"]
+        _print_retention(out, report["retention"], next(iter(protocols)))
+        if "unmoved" in report:
+            out.line(
+                f"  the loss of {report['unmoved']} edits did not move: they learned nothing"
+            )
+        if "routing" in milestones[-1]:
+            out.line()
+            out.table(*_routing_table(milestones[-1]["routing"]))
+        _print_examples(out, report["examples"])
+        out.line(_cost(report["cost"]))
+
+    out.result(report, show)
+
+
+def print_training(out: Output, report: Mapping[str, Any]) -> None:
+    """Print how a training went: the held-out scores at the best step, and where the networks are."""
+
+    def show() -> None:
+        best = report["best"]
+        editor, model = report["editor"], report["model"]["name"]
+        out.line(f"{editor} for {model}, trained on {report['data']['cases']} cases")
+        rows = [
+            [column_name(name), f"{100 * value:.1f}"]
+            for name, value in best["scores"].items()
+        ]
+        mean = ["mean", f"{100 * best['score']:.1f}"]
+        out.table(["held out", f"step {best['step']}"], [*rows, mean])
+        minutes = report["cost"]["seconds"] / 60
+        size = f"{report['trained_parameters']:,} parameters"
+        held_out = f"{report['validation_cases']} held-out cases"
+        out.line(
+            f"{size}, {report['steps']:,} steps in {minutes:.1f} min; "
+            f"{held_out} among {report['validation_edits']:,} edits, "
+            "all answer tokens right"
+        )
+        out.line(f"networks: {Path(report['run']) / 'editor.safetensors'}")
+        out.line(f"mmedit eval {editor} --model {model} --checkpoint {run_of(report)}")
+
+    out.result(report, show)
+
+
+def _print_head(out: Output, report: Mapping[str, Any]) -> None:
+    """Print what was evaluated: editor, model, data, networks, and settings that do not count."""
+    head = f"{report['editor']} on {report['model']['name']}, {report['data']['name']}"
+    out.line(f"{head}: mean in % ± 95 % interval")
+    for line in _selection(report["data"]):
+        out.line(line)
+    print_networks(out, report)
+    if "ignored_settings" in report:
+        ignored = described(report["ignored_settings"])
+        out.line(f"answers are greedy; the model's own settings are ignored: {ignored}")
+
+
+def _print_scores(out: Output, milestones: Sequence[Mapping[str, Any]]) -> None:
+    heads = [f"after {m['edits']}\nn={m['cases']}" for m in milestones]
+    rows, sections = _score_rows(milestones)
+    out.table(["protocol", "score", "before", *heads], rows, sections=sections)
+    for protocol in milestones[0]["scores"]:
+        out.line(f"  {protocol}: {_PROTOCOLS[protocol]}")
+
+
+def _print_retention(out: Output, retention: Mapping[str, Any], protocol: str) -> None:
+    if len(retention.get("milestones", ())) > 1:
+        out.line()
+        out.table(*_retention_table(retention, protocol))
+
+
+def _print_examples(out: Output, examples: Sequence[Mapping[str, Any]]) -> None:
+    rows = [[_short(str(example[key])) for key in _EXAMPLE] for example in examples]
+    if examples and examples[0]["after"] is not None:
+        out.line()
+        out.table(["edit", "target", "answer before", "answer after"], rows)
+
+
+def _whole_groups(
+    milestones: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the milestones of whole groups, if there are any, and how many cases a shorter last group had."""
+    whole = [m for m in milestones if not m["short_group"]]
+    if not whole:
+        return list(milestones), 0
+    short = [m["cases"] for m in milestones if m["short_group"]]
+    return whole, max(short, default=0)
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    """Say how fast it went."""
+    seconds = cost["seconds_per_edit"]
+    spread = f"median {seconds['median']:.3g} s, p95 {seconds['p95']:.3g} s"
+    text = f"{cost['edits']:,} edits, {1 / seconds['mean']:.3g} a second ({spread})"
+    asked = cost.get("asked", {"questions": 0})
+    if asked["questions"]:
+        rate = asked["questions"] / asked["seconds"]
+        text += f"; {asked['questions']:,.0f} questions asked, {rate:,.0f} a second"
+    return text
+
+
+def _selection(data: Mapping[str, Any]) -> Iterator[str]:
+    """Say how the cases were chosen, where not all were taken as they are."""
+    chosen = [f"{key} {data[key]}" for key in ("template", "subset") if key in data]
+    if chosen:
+        yield f"{data['cases']} cases, {', '.join(chosen)}"
+    if "line_breaks" in data:
+        yield f"{data['line_breaks']} cases had line breaks in their targets: blanks now, as an answer is one line"
+    too_long = data.get("too_long", {})
+    if too_long.get("queries"):
+        yield (
+            f"skipped: {too_long['queries']} queries are too long for the model, and with them "
+            f"{too_long['cases']} cases"
+        )
+    if "skipped" in data:
+        yield _skipped(data["skipped"])
+
+
+def _skipped(gone: Mapping[str, Any]) -> str:
+    """Say which pictures are missing, and which cases and probes went with them."""
+    counts = [
+        f"{column_name(column)} {count}" for column, count in gone["queries"].items()
+    ]
+    probes = f" and the probes {', '.join(counts)}" if counts else ""
+    images = f"{gone['missing_images']} of {gone['images']} images are missing"
+    return f"skipped: {images}, and with them {gone['cases']} cases{probes}"
+
+
+def _score_rows(
+    milestones: Sequence[Mapping[str, Any]],
+) -> tuple[list[list[str]], list[int]]:
+    """Return (rows, indices after which a protocol ends): a row a protocol and column, a cell a milestone."""
+    rows: list[list[str]] = []
+    sections = []
+    for protocol in milestones[0]["scores"]:
+        columns: dict[str, None] = {}
+        for milestone in milestones:
+            columns |= dict.fromkeys(milestone["scores"].get(protocol, {}))
+        title = protocol
+        for column in columns:
+            scores = [m["scores"].get(protocol, {}).get(column) for m in milestones]
+            pairs = zip(scores, milestones, strict=True)
+            cells = [_cell(score, milestone["cases"]) for score, milestone in pairs]
+            rows.append([title, column_name(column), _before(scores), *cells])
+            title = ""
+        sections.append(len(rows) - 1)
+    return rows, sections
+
+
+def _before(scores: Sequence[Mapping[str, Any] | None]) -> str:
+    """Return the score of the untouched model, which the last milestone knows best; empty where none has one."""
+    known = [score["before"] for score in scores if score and "before" in score]
+    before = known[-1] if known else None
+    return "" if before is None else f"{100 * before:.1f}"
+
+
+def _retention_table(
+    retention: Mapping[str, Any], protocol: str
+) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): the reliability of the edits made in each stretch, asked at each later milestone."""
+    asked = [f"after {milestone}" for milestone in retention["milestones"]]
+    matrix = retention[protocol]["matrix"]
+    rows = []
+    for cohort, values in zip(retention["cohorts"], matrix, strict=True):
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        rows.append([f"edits {cohort}", *cells])
+    return [f"Rel retained ({protocol})", *asked], rows
+
+
+def _routing_table(
+    routing: Mapping[str, Mapping[str, float]],
+) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): which share of the queries of each column was answered by which edit, in %."""
+    rows = []
+    for column, shares in routing.items():
+        percents = [100 * shares[route] for route in _ROUTES]
+        rows.append([column_name(column), *(f"{percent:.1f}" for percent in percents)])
+    return ["answered by", "its own edit", "another", "none"], rows
+
+
+def _cell(score: Mapping[str, Any] | None, cases: int) -> str:
+    if score is None or score["mean"] is None:
+        return "-"
+    count = "" if score["n"] == cases else f" n={score['n']}"
+    return f"{100 * score['mean']:.1f}{half_interval(score, 1, scale=100)}{count}"
+
+
+def _short(text: str, most: int = 36) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,47 @@
+"""How scores look in a table, for the reports of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.output import Output
+
+_NAMES = {
+    "reliability": "Rel",
+    "generality.text": "T-Gen",
+    "generality.image": "M-Gen",
+    "generality.both": "TM-Gen",
+    "locality.text": "T-Loc",
+    "locality.image": "M-Loc",
+    "scope": "Scope",
+}
+_FAMILIES = {"locality": "Loc", "generality": "Gen", "portability": "Port"}
+
+
+def column_name(column: str) -> str:
+    """Return the short name of a column as the papers print it."""
+    family, _, name = column.partition(".")
+    return _NAMES.get(column, f"{_FAMILIES.get(family, family)} {name}")
+
+
+def half_interval(score: Mapping[str, Any], digits: int, scale: float = 1) -> str:
+    """Return ` ±` and half the width of the interval, ` -` where the scores say nothing of their spread."""
+    if score["ci95"] is None:
+        return " -"
+    low, high = score["ci95"]
+    return f" ±{scale * (high - low) / 2:.{digits}f}"
+
+
+def print_networks(out: Output, report: Mapping[str, Any]) -> None:
+    """Print which trained networks answered, where there are any; reports of 0.1.0 do not know."""
+    from mmedit_cli.knowledge.trained_networks import networks_line
+
+    if report.get("networks"):
+        out.line(networks_line(report["networks"]))
+
+
+def run_of(report: Mapping[str, Any]) -> str:
+    """Return the id of the run that a report belongs to."""
+    return Path(report["run"]).name
