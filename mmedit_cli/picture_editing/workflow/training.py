@@ -77,7 +77,9 @@ def plan_training(options: EditorTrainingOptions) -> TrainPlan:
     return TrainPlan(options, ref, hparams, pairs, held_out, config, folder)
 
 
-def training_pairs(options: EditorTrainingOptions) -> tuple[str, list[EditPair], list[EditPair]]:
+def training_pairs(
+    options: EditorTrainingOptions,
+) -> tuple[str, list[EditPair], list[EditPair]]:
     """Return (name, pairs to train on, pairs held out): a named set's own val split, else every twentieth pair."""
     data, validation = options.data, options.validation
     if data in NAMED and not Path(data).exists():
