@@ -53,10 +53,11 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
     """Print how the training of an image editor went: losses on held-out pairs, and where it is."""
 
     def show() -> None:
-        editor, curve = report["editor"], report["curve"]
+        editor = report["editor"]
         out.line(
             f"{editor} on {report['model']['name']}, trained on {report['data']['cases']} pairs"
         )
+        curve = report["curve"]
         names = list(curve[-1]["held_out"]) if curve else []
         rows = []
         for line in curve[-5:]:
