@@ -134,13 +134,14 @@ def assigned_names(node: ast.stmt) -> list[str]:
 
 
 def file_of_module(module: str) -> Path | None:
-    """Return the source of a module, importing nothing; None if it is not found."""
+    """Return the source of a module, importing nothing; None if it is not found, or not written in Python."""
     top, *parts = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
         return None
-    if not parts and spec.origin is not None:
-        return Path(spec.origin)
+    if not parts:
+        origin = Path(spec.origin or "")
+        return origin if origin.suffix == ".py" and origin.is_file() else None
     for folder in spec.submodule_search_locations or ():
         path = Path(folder, *parts)
         for file in (path / "__init__.py", path.with_suffix(".py")):
