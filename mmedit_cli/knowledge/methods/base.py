@@ -219,6 +219,11 @@ class Editor(ABC):
         )
 
     @property
+    def ids(self) -> list[int]:
+        """The ids of all present edits, in order."""
+        return [i for operation in self.operations for i in operation.ids]
+
+    @property
     def requests(self) -> list[Query]:
         """The requests of all present edits, in order."""
         return [

@@ -22,10 +22,32 @@ from mmedit_cli.knowledge.methods.liveedit.training import (
     draw,
     losses_of,
 )
+from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
+
+_ASKED = 32  # queries that are routed at a time
+_EXPORTED_NETWORKS = (
+    "input_extractor.",
+    "stream_norm.",
+    "vision_sharpness.",
+    "prompt_sharpness.",
+    "picture.",
+)
+_EXPORTED_SETTINGS = (
+    "module_dim",
+    "heads",
+    "feature_vectors",
+    "sentinel_tokens",
+    "variant",
+    "whole_picture",
+    "detail_dim",
+    "visual_weight",
+    "top_k",
+    "margin",
+)
 
 
 class LiveEdit(TrainedEditor):
@@ -43,13 +65,24 @@ class LiveEdit(TrainedEditor):
     independent = True
     needs_image = True
     architecture: ClassVar[tuple[str, ...]] = (
-        "module_dim", "heads", "rank", "feature_vectors", "lora_scale", "edit_layer", "sentinel_tokens",
-        "answer_slots", "whole_picture", "detail_dim",
-    )  # fmt: skip
+        "module_dim",
+        "heads",
+        "rank",
+        "feature_vectors",
+        "lora_scale",
+        "edit_layer",
+        "sentinel_tokens",
+        "answer_slots",
+        "whole_picture",
+        "detail_dim",
+    )
+    hparams: LiveEditHparams
+    networks: LiveEditNetworks
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        hp, backbone = self.hparams, self.backbone
+        hp = self.hparams
+        backbone = self.backbone
         if not -backbone.n_layers <= hp.edit_layer < backbone.n_layers:
             raise HparamsError(
                 f"edit_layer {hp.edit_layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}",
@@ -69,18 +102,14 @@ class LiveEdit(TrainedEditor):
             torch.manual_seed(self.seed)
             self.networks = LiveEditNetworks(backbone.width, backbone.entry_width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
-        expert = (hp.rank, backbone.width)
-        features = {name: (values,) for name, values in self.networks.widths.items()}
-        self._shapes: dict[str, tuple[int, ...]] = {
-            "u": expert,
-            "v": expert,
-            **features,
-        }
+        matrix = (hp.rank, backbone.width)
+        self._shapes: dict[str, tuple[int, ...]] = {"u": matrix, "v": matrix}
+        for name, values in self.networks.widths.items():
+            self._shapes[name] = (values,)
         self._bank = ExpertBank(self._shapes, backbone.device)
         self._patch = Patch(backbone.model)
-        self._newest: dict[
-            tuple[Any, ...], int
-        ] = {}  # picture and prompt -> position of the newest expert
+        # picture and prompt -> position of the newest expert
+        self._newest: dict[tuple[Any, ...], int] = {}
         self._prefilled: tuple[Batch, Tensor, Routing] | None = None
         self._aside = False
 
@@ -98,16 +127,17 @@ class LiveEdit(TrainedEditor):
                 "liveedit routes by the picture: every request needs an image",
                 TEXT_ONLY_HINT,
             )
-        prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
-        experts = self.networks.experts(prefix, self.backbone)
+        backbone = self.backbone
+        networks = self.networks
+        batch = backbone.batch(requests)
+        prefix = backbone.prefix(batch, self._layer)
+        experts = networks.experts(prefix, backbone)
         with self._set_aside():
-            u, v = refined(
-                self.networks, self.backbone, prefix, experts, self.hparams.refine
-            )
-        vision, prompt = self.networks.keys(
-            prefix, self.backbone.mean_image_tokens(prefix.batch)
-        )
-        self._add({"u": u, "v": v, "vision": vision, "prompt": prompt}, requests)
+            u, v = refined(networks, backbone, prefix, experts, self.hparams.refine)
+        mean = backbone.mean_image_tokens(prefix.batch)
+        vision, prompt = networks.keys(prefix, mean)
+        rows = {"u": u, "v": v, "vision": vision, "prompt": prompt}
+        self._add(rows, requests)
         return {}
 
     def _add(self, rows: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
@@ -117,8 +147,9 @@ class LiveEdit(TrainedEditor):
         self._bank.add(rows)
         for position, request in enumerate(requests, start):
             key = (request.image, request.background, request.prompt)
-            if key in self._newest:
-                self._bank.hide(self._newest[key], True)
+            earlier = self._newest.get(key)
+            if earlier is not None:
+                self._bank.hide(earlier, True)
             self._newest[key] = position
 
     @contextmanager
@@ -134,18 +165,15 @@ class LiveEdit(TrainedEditor):
     def _entered(self) -> str:
         """The path of the module that the adapted stream enters."""
         anchors = self.backbone.anchors
-        return (
-            anchors.path("layer", self._layer)
-            if self._layer < self.backbone.n_layers
-            else anchors.tail[0]
-        )
+        if self._layer < self.backbone.n_layers:
+            return anchors.path("layer", self._layer)
+        return anchors.tail[0]
 
     def _keep(self, positions: Sequence[int]) -> bool:
-        requests = [self.requests[i] for i in positions]
-        rows = {
-            name: tensor[list(positions)]
-            for name, tensor in self._bank.tensors().items()
-        }
+        kept = list(positions)
+        requests = [self.requests[i] for i in kept]
+        experts = self._bank.tensors()
+        rows = {name: tensor[kept] for name, tensor in experts.items()}
         self._reset()
         if requests:
             self._add(rows, requests)
@@ -176,14 +204,14 @@ class LiveEdit(TrainedEditor):
             raise MmeditError(
                 "liveedit met a part of a sequence whose beginning it has not seen"
             )
-        _, rows, routing = (
-            self._prefilled
-        )  # a token that is generated uses what its question was routed to
+        # a token that is generated uses what its question was routed to
+        _, rows, routing = self._prefilled
         if not bool(routing.used.any()):
             return None
         stream = hidden[rows]
         normed = self.networks.stream_norm(stream.float())
-        return hidden.index_copy(0, rows, self._bank.apply(stream, normed, routing))
+        adapted = self._bank.apply(stream, normed, routing)
+        return hidden.index_copy(0, rows, adapted)
 
     @torch.no_grad()
     def route(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Routing]:
@@ -192,20 +220,24 @@ class LiveEdit(TrainedEditor):
         if not len(rows):
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
-        networks, bank = self.networks, self._bank
-        vision, prompt, against = networks.ask(
+        hp = self.hparams
+        networks = self.networks
+        mean = self.backbone.mean_image_tokens(batch)
+        vision, prompt, sentinel = networks.ask(
             hidden[rows],
             batch.prompt_mask[rows],
             batch.image_mask[rows],
-            self.backbone.mean_image_tokens(batch)[rows],
+            mean[rows],
         )
-        margin = bank.compare("vision", partial(networks.similarity, vision)) - against
-        score = networks.score(
-            bank.compare("prompt", partial(networks.similarity, prompt)), margin
-        )
+        by_vision = self._bank.compare("vision", partial(networks.similarity, vision))
+        by_prompt = self._bank.compare("prompt", partial(networks.similarity, prompt))
+        margin = by_vision - sentinel
+        score = networks.score(by_prompt, margin)
+        # published: the picture alone decides which experts pass
         decisive = margin if networks.published else score
-        keep = (decisive > self.hparams.margin) & bank.visible
-        return rows, choose(keep, score, self.hparams.top_k, gated=networks.published)
+        keep = (decisive > hp.margin) & self._bank.visible
+        routing = choose(keep, score, hp.top_k, gated=networks.published)
+        return rows, routing
 
     def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether any expert is chosen for it; without a picture none ever is."""
@@ -213,48 +245,36 @@ class LiveEdit(TrainedEditor):
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]]:
         """Return the weights of the experts chosen for each query, by the id of their edit, the largest first."""
-        ids = [i for operation in self.operations for i in operation.ids]
-        routed = self._routed(queries)
-        return [
-            {ids[at]: w for at, w in sorted(used.items(), key=lambda item: -item[1])}
-            for used in routed
-        ]
+        ids = self.ids
+        explained: list[dict[int, float]] = []
+        for used in self._routed(queries):
+            largest_first = sorted(used.items(), key=lambda item: -item[1])
+            weights = {ids[position]: weight for position, weight in largest_first}
+            explained.append(weights)
+        return explained
 
     @torch.no_grad()
     def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
         """Return the weights of the experts chosen for each query, by their position in the bank."""
-        answers: dict[Query, dict[int, float]] = {query: {} for query in queries}
-        seeing = self.backbone.by_length(
-            query for query in queries if query.image is not None
-        )
-        size = 32
-        for part in (
-            seeing[i : i + size]
-            for i in range(0, len(seeing) if self.operations else 0, size)
-        ):
-            prefix = self.backbone.prefix(self.backbone.batch(part), self._layer)
+        routed: dict[Query, dict[int, float]] = {query: {} for query in queries}
+        seeing = [query for query in queries if query.image is not None]
+        distinct = self.backbone.by_length(seeing) if self.operations else []
+        for part in chunks(distinct, _ASKED):
+            batch = self.backbone.batch(part)
+            prefix = self.backbone.prefix(batch, self._layer)
             rows, routing = self.route(prefix.hidden, prefix.batch)
-            for row, index, weight in zip(
-                rows.tolist(),
-                routing.index.tolist(),
-                routing.weight.tolist(),
-                strict=True,
-            ):
-                answers[part[row]] = {
-                    i: w for i, w in zip(index, weight, strict=True) if w > 0
-                }
-        return [answers[query] for query in queries]
+            for row, weights in zip(rows.tolist(), routing.by_expert(), strict=True):
+                routed[part[row]] = weights
+        return [routed[query] for query in queries]
 
     # -- training -----------------------------------------------------------------------------------------------
 
     @property
     def calibrated(self) -> Mapping[str, Sequence[float]]:
         """The margin, unless routing follows the paper to the letter."""
-        return (
-            {}
-            if self.networks.published
-            else {"margin": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)}
-        )
+        if self.networks.published:
+            return {}
+        return {"margin": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)}
 
     def losses(
         self,
@@ -270,9 +290,8 @@ class LiveEdit(TrainedEditor):
         items = choose_items(cases, source, hp.generality_items, hp.locality_items)
         draws = draw(items, source, hp.compat)
         place = Place(self.backbone, self._layer, rank, world)
-        return losses_of(
-            self.networks, place, items, draws, [case.request for case in others]
-        )
+        more = [case.request for case in others]
+        return losses_of(self.networks, place, items, draws, more)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -287,7 +306,8 @@ class LiveEdit(TrainedEditor):
         self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
     ) -> None:
         wanted = {name: (len(requests), *shape) for name, shape in self._shapes.items()}
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted:
             rank, width = self._shapes["u"]
             raise StateError(
                 f"the state does not hold {len(requests)} experts of rank {rank} and width {width}"
@@ -297,25 +317,11 @@ class LiveEdit(TrainedEditor):
 
     def standalone(self) -> Standalone:
         """Return the experts, what routes them, and one file that needs transformers only."""
-        names = (
-            "module_dim", "heads", "feature_vectors", "sentinel_tokens", "variant", "whole_picture", "detail_dim",
-            "visual_weight", "top_k", "margin",
-        )  # fmt: skip
-        kept = (
-            "input_extractor.",
-            "stream_norm.",
-            "vision_sharpness.",
-            "prompt_sharpness.",
-            "picture.",
-        )
-        state = {
-            key: value
-            for key, value in self.networks.state_dict().items()
-            if key.startswith(kept)
-        }
         tensors = {**self._bank.tensors(), "hidden": ~self._bank.visible}
-        tensors |= {f"networks.{key}": value for key, value in state.items()}
-        settings = {name: getattr(self.hparams, name) for name in names}
+        for name, tensor in self.networks.state_dict().items():
+            if name.startswith(_EXPORTED_NETWORKS):
+                tensors[f"networks.{name}"] = tensor
+        settings = {name: getattr(self.hparams, name) for name in _EXPORTED_SETTINGS}
         return standalone(self, self._entered, tensors, settings)
 
 

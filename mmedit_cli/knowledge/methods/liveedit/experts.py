@@ -25,8 +25,17 @@ class Routing:
 
     @property
     def used(self) -> Tensor:
-        """(R,) bool: the queries that any expert touches."""
+        """(R,) bool: the queries that any expert is used for."""
         return (self.weight > 0).any(1)
+
+    def by_expert(self) -> list[dict[int, float]]:
+        """Return for each query the weights of the experts it uses, by their numbers."""
+        found: list[dict[int, float]] = []
+        pairs = zip(self.index.tolist(), self.weight.tolist(), strict=True)
+        for index, weight in pairs:
+            used = {i: w for i, w in zip(index, weight, strict=True) if w > 0}
+            found.append(used)
+        return found
 
 
 def soft_weights(score: Tensor, keep: Tensor, *, gated: bool) -> Tensor:
@@ -38,18 +47,18 @@ def soft_weights(score: Tensor, keep: Tensor, *, gated: bool) -> Tensor:
     if not score.shape[1]:
         return score
     masked = score.masked_fill(~keep, float("-inf"))
-    highest = (
-        masked.detach().amax(1, keepdim=True).clamp(min=0)
-    )  # also where a row keeps none
+    detached = masked.detach()
+    best = detached.amax(1, keepdim=True)
+    highest = best.clamp(min=0)  # also where a row keeps none
     if gated:
-        highest = torch.where(
-            keep.any(1, keepdim=True), masked.detach().amax(1, keepdim=True), highest
-        )
+        keeps_any = keep.any(1, keepdim=True)
+        highest = torch.where(keeps_any, best, highest)
     shares = (masked - highest).exp()
     total = shares.sum(1, keepdim=True)
     if gated:
         return score.sigmoid() * shares / total.clamp(min=1e-30)
-    return shares / (total + (-highest).exp())
+    no_expert = (-highest).exp()
+    return shares / (total + no_expert)
 
 
 def adapt(
@@ -60,10 +69,14 @@ def adapt(
     stream, normed: (R, T, D); u, v: (n, r, D), or (R, n, r, D) if every row has its own; weight: (R, n). Two products,
     never a tensor of (T, n, D).
     """
-    active = (
-        normed @ u.flatten(-3, -2).transpose(-1, -2)
-    ).relu() * weight.repeat_interleave(u.shape[-2], 1)[:, None]
-    return stream + (active @ v.flatten(-3, -2)).to(stream.dtype)
+    rank = u.shape[-2]
+    keys = u.flatten(-3, -2)
+    values = v.flatten(-3, -2)
+    active = (normed @ keys.transpose(-1, -2)).relu()
+    weights = weight.repeat_interleave(rank, 1)
+    weighted = active * weights[:, None]
+    added = weighted @ values
+    return stream + added.to(stream.dtype)
 
 
 class ExpertBank:
@@ -89,10 +102,10 @@ class ExpertBank:
         """Append experts: u, v (n, r, D); vision (n, V); prompt (n, F)."""
         end = self.size + len(rows["u"])
         if end > len(self._hidden):
-            room = BLOCK * (2 ** ((end - 1) // BLOCK).bit_length())
-            self._rows = {
-                name: _grown(tensor, room) for name, tensor in self._rows.items()
-            }
+            full_blocks = (end - 1) // BLOCK
+            room = BLOCK * 2 ** full_blocks.bit_length()
+            for name, tensor in self._rows.items():
+                self._rows[name] = _grown(tensor, room)
             self._hidden = _grown(self._hidden, room)
         for name, tensor in self._rows.items():
             tensor[self.size : end] = rows[name]
@@ -119,8 +132,13 @@ class ExpertBank:
 
         `name` is vision or prompt; the block: (BLOCK, F) -> (R, BLOCK).
         """
-        blocks = self._rows[name][: -(-self.size // BLOCK) * BLOCK].split(BLOCK)
-        return torch.cat([similarity(block) for block in blocks], 1)[:, : self.size]
+        rows = self._rows[name]
+        columns: list[Tensor] = []
+        for start in range(0, max(1, self.size), BLOCK):
+            block = rows[start : start + BLOCK]
+            columns.append(similarity(block))
+        every = torch.cat(columns, 1)
+        return every[:, : self.size]
 
     @property
     def visible(self) -> Tensor:
@@ -135,13 +153,23 @@ class ExpertBank:
         out = stream.clone()
         for rows in self._portions(used, routing.index.shape[1]):
             index = routing.index[rows]
-            u, v = self._rows["u"][index], self._rows["v"][index]
-            out[rows] = adapt(stream[rows], normed[rows], u, v, routing.weight[rows])
+            out[rows] = adapt(
+                stream[rows],
+                normed[rows],
+                u=self._rows["u"][index],
+                v=self._rows["v"][index],
+                weight=routing.weight[rows],
+            )
         return out
 
     def _portions(self, rows: Tensor, n: int) -> Iterator[Tensor]:
-        each = 2 * n * self._rows["u"][0].numel() * self._rows["u"].element_size()
-        yield from rows.split(max(1, _GATHERED // each))
+        """Yield rows in portions whose experts, n each, fit into `_GATHERED` bytes."""
+        u = self._rows["u"]
+        bytes_of_matrix = u[0].numel() * u.element_size()
+        bytes_of_row = 2 * n * bytes_of_matrix
+        size = max(1, _GATHERED // bytes_of_row)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
 
 def choose(keep: Tensor, score: Tensor, top_k: int | None, *, gated: bool) -> Routing:
@@ -150,14 +178,23 @@ def choose(keep: Tensor, score: Tensor, top_k: int | None, *, gated: bool) -> Ro
     The weights are computed on the kept alone: an expert that is not kept changes no digit.
     """
     if top_k is not None and keep.shape[1] > top_k:
-        best = score.masked_fill(~keep, float("-inf")).topk(top_k, dim=1).indices
-        keep = torch.zeros_like(keep).scatter(1, best, True) & keep
-    index = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-        :, : int(keep.sum(1).max())
-    ]
-    return Routing(
-        index, soft_weights(score.gather(1, index), keep.gather(1, index), gated=gated)
+        masked = score.masked_fill(~keep, float("-inf"))
+        best = masked.topk(top_k, dim=1).indices
+        is_best = torch.zeros_like(keep).scatter(1, best, True)
+        keep = is_best & keep
+    kept_first = keep.to(torch.int8).argsort(
+        dim=1,
+        descending=True,
+        stable=True,
     )
+    most = int(keep.sum(1).max())
+    index = kept_first[:, :most]
+    weight = soft_weights(
+        score.gather(1, index),
+        keep.gather(1, index),
+        gated=gated,
+    )
+    return Routing(index, weight)
 
 
 def _grown(tensor: Tensor, room: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""The networks of LiveEdit: what reads a sequence to route it, and what writes an expert (Chen et al. 2025, 4).
+"""The networks of LiveEdit: what reads a sequence to route it, and what writes an expert.
+
+Sections are those of Chen et al., CVPR 2025; all of this is their section 4.
 
 B sequences, L tokens of a span, D width of the model, k feature vectors of width m, r the rank of an expert;
 F = k * m values of a feature, V = F, or d + E where whole pictures are compared.
@@ -59,12 +61,14 @@ class ExpertGenerator(nn.Module):
         used: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D), (B, L) bool; what is in the slots, and which are used: (B, r, D), (B, r) -> (B, r, D)."""
-        rows = self.scale * self.attn(
-            self.queries.expand(len(tokens), -1, -1), self.norm(tokens), mask
-        )
+        queries = self.queries.expand(len(tokens), -1, -1)
+        attended: Tensor = self.attn(queries, self.norm(tokens), mask)
+        rows = self.scale * attended
         if slots is None or used is None:
             return rows
-        return rows + self.slot_map(self.slot_norm(slots)) * used[..., None]
+        normed = self.slot_norm(slots)
+        filled: Tensor = self.slot_map(normed)
+        return rows + filled * used[..., None]
 
 
 class Scalar(nn.Module):
@@ -82,10 +86,10 @@ class Scalar(nn.Module):
 class WholePicture(nn.Module):
     """Compares pictures by the direction of their mean image token, as it enters the language model.
 
-    What drew pictures of one thing together in the training of the model knows many more things than the cases of an
-    editor show it, so only the weight of this cosine is trained, and the `threshold` that an expert has to beat. The
-    `detail` of a picture that a question is about (the colour behind it, say) is compared in few values: in many, the
-    things of the training cases are learned by heart.
+    The image encoder was trained on many more things than the training cases of an editor show. So only the weight of
+    this cosine is trained, and the `threshold` that an expert has to beat. The `detail` of a picture that a question
+    is about (the colour behind it, say) is compared in few values: with many, the networks would learn the things of
+    the training cases by heart.
     """
 
     def __init__(self, features: int, detail: int) -> None:
@@ -96,9 +100,11 @@ class WholePicture(nn.Module):
 
     def forward(self, vision: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return two directions: of the vision feature (B, F) -> (B, d), of the mean image token (B, E) -> (B, E)."""
-        return F.normalize(self.detail(vision)), F.normalize(
-            F.layer_norm(mean.float(), mean.shape[-1:])
-        )
+        mean = mean.float()
+        width = mean.shape[-1:]
+        detail = self.detail(vision)
+        whole = F.layer_norm(mean, width)
+        return F.normalize(detail), F.normalize(whole)
 
 
 class Asking:
@@ -114,28 +120,29 @@ class Asking:
         self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the vision and the prompt feature of queries, (B, V) and (B, F), and what to beat (B, 1)."""
+        hidden = hidden.float()
         vision, prompt, sentinel = self.input_extractor(
-            hidden.float(), prompt_mask, image_mask
+            hidden,
+            prompt_mask,
+            image_mask,
         )
         if self.published:
-            return (
-                vision,
-                prompt,
-                self._scale(vision) * (vision * sentinel).sum(1, keepdim=True),
-            )
+            products = (vision * sentinel).sum(1, keepdim=True)
+            return vision, prompt, self._scale(vision) * products
         prompt = self.prompt_sharpness().exp() * F.normalize(prompt)
+        vision_sharpness = self.vision_sharpness().exp()
         if not self.whole_picture:
-            vision = self.vision_sharpness().exp() * F.normalize(vision)
-            return vision, prompt, (vision * F.normalize(sentinel)).sum(1, keepdim=True)
+            vision = vision_sharpness * F.normalize(vision)
+            products = vision * F.normalize(sentinel)
+            return vision, prompt, products.sum(1, keepdim=True)
         detail, whole = self.picture(vision, mean)
-        detail, sharp = (
-            self.vision_sharpness().exp() * detail,
-            self.picture.sharpness().exp(),
-        )
-        against = (detail * self.picture(sentinel, mean)[0]).sum(
-            1, keepdim=True
-        ) + sharp * self.picture.threshold()
-        return torch.cat((detail, sharp * whole), 1), prompt, against
+        sentinel_detail, _ = self.picture(sentinel, mean)
+        detail = vision_sharpness * detail
+        sharpness = self.picture.sharpness().exp()
+        products = (detail * sentinel_detail).sum(1, keepdim=True)
+        threshold = sharpness * self.picture.threshold()
+        vision = torch.cat((detail, sharpness * whole), 1)
+        return vision, prompt, products + threshold
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.
@@ -147,32 +154,33 @@ class Asking:
     def score(self, by_prompt: Tensor, margin: Tensor) -> Tensor:
         """Return what the weights of experts are made of; in the published form the prompt alone.
 
-        There the picture decides which experts pass and the prompt how much they count: another artist's drawing fails
-        the one, the same picture with another question passes the other. In the joint form both decide both.
+        There the picture decides which experts pass, and the prompt how much they count. So the same picture passes
+        with any question. In the joint form both decide both.
         """
-        return (
-            by_prompt
-            if self.published
-            else by_prompt + self.hparams.visual_weight * margin
-        )
+        if self.published:
+            return by_prompt
+        weighted: Tensor = self.hparams.visual_weight * margin
+        return by_prompt + weighted
 
     @property
     def published(self) -> bool:
         """Whether routing follows the paper to the letter."""
-        return self.hparams.variant == "paper"
+        variant: str = self.hparams.variant
+        return variant == "paper"
 
     @property
     def whole_picture(self) -> bool:
         """Whether whole pictures are compared too."""
-        return self.hparams.whole_picture and not self.published
+        compares: bool = self.hparams.whole_picture
+        return compares and not self.published
 
     def _scale(self, features: Tensor) -> float:
         if not self.published:
             return 1.0
         vectors = self.hparams.feature_vectors
-        return float(
-            (features.shape[1] * vectors) ** -0.5
-        )  # 1 / (k * sqrt(m)) with F = k * m
+        values = features.shape[1]
+        # 1 / (k * sqrt(m)) with F = k * m
+        return float((values * vectors) ** -0.5)
 
 
 class LiveEditNetworks(Asking, nn.Module):
@@ -180,32 +188,28 @@ class LiveEditNetworks(Asking, nn.Module):
 
     def __init__(self, width: int, entry_width: int, hparams: LiveEditHparams) -> None:
         super().__init__()
-        hp, self.hparams, self.entry_width = hparams, hparams, entry_width
+        hp = hparams
+        self.hparams = hparams
+        self.entry_width = entry_width
         shape = (width, hp.module_dim, hp.heads)
-        self.edit_extractor = Extractor(*shape, hp.feature_vectors)
-        self.input_extractor = Extractor(*shape, hp.feature_vectors, hp.sentinel_tokens)
-        if (
-            not self.published
-        ):  # what is alike is then near from the start, whatever the weights
-            self.input_extractor.load_state_dict(
-                self.edit_extractor.state_dict(), strict=False
-            )
+        vectors = hp.feature_vectors
+        self.edit_extractor = Extractor(*shape, vectors)
+        self.input_extractor = Extractor(*shape, vectors, hp.sentinel_tokens)
+        if not self.published:
+            # one start for both: what is alike is then near whatever the weights
+            start = self.edit_extractor.state_dict()
+            self.input_extractor.load_state_dict(start, strict=False)
             # directions are compared, and their cosines sharpened: what was never seen then has no outliers
-            self.vision_sharpness, self.prompt_sharpness = (
-                Scalar(math.log(10.0)),
-                Scalar(math.log(10.0)),
-            )
+            self.vision_sharpness = Scalar(math.log(10.0))
+            self.prompt_sharpness = Scalar(math.log(10.0))
             if hp.whole_picture:
-                self.picture = WholePicture(
-                    hp.feature_vectors * hp.module_dim, hp.detail_dim
-                )
-        # at first row j of u fires where token j of the answer is to be said, and row j of v says it
-        self.generator_u = ExpertGenerator(
-            *shape, hp.rank, hp.lora_scale, 1 / width if hp.answer_slots else None
-        )
-        self.generator_v = ExpertGenerator(
-            *shape, hp.rank, hp.lora_scale, 1.0 if hp.answer_slots else None
-        )
+                values = vectors * hp.module_dim
+                self.picture = WholePicture(values, hp.detail_dim)
+        # at first row j of u fires where token j of the answer is to be given, and row j of v gives it
+        slots = (1 / width, 1.0) if hp.answer_slots else (None, None)
+        shape_of_expert = (*shape, hp.rank, hp.lora_scale)
+        self.generator_u = ExpertGenerator(*shape_of_expert, slots[0])
+        self.generator_v = ExpertGenerator(*shape_of_expert, slots[1])
         self.stream_norm = nn.LayerNorm(width)
 
     def experts(
@@ -213,24 +217,25 @@ class LiveEditNetworks(Asking, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the matrices u and v of the experts for requests with a picture: (B, r, D) each.
 
-        Slot j of u holds the state that is to say token j of the answer, and slot j of v the row of the head for that
-        token; the end of the answer counts as one, and tokens beyond the rank have no slot.
+        Slot j of u holds the state that is to give token j of the answer, and slot j of v the row of the head for
+        that token. The end of the answer counts as a token. Tokens beyond the rank have no slot.
         """
-        batch, hidden = prefix.batch, prefix.hidden.float()
-        tokens, mask = span(
-            hidden, batch.image_mask | batch.prompt_mask | batch.answer_mask
-        )
+        batch = prefix.batch
+        hidden = prefix.hidden.float()
+        everything = batch.image_mask | batch.prompt_mask | batch.answer_mask
+        tokens, mask = span(hidden, everything)
         if not self.hparams.answer_slots:
             return self.generator_u(tokens, mask), self.generator_v(tokens, mask)
         at, labels = batch.target_positions(backbone.end_id)
-        states, used = first_valid(*span(hidden, at), self.hparams.rank)
-        directions = (
-            backbone.anchors.module("head").weight[labels].float()
-        )  # what makes the head say a token
-        words, _ = first_valid(*span(directions, at), self.hparams.rank)
-        return self.generator_u(tokens, mask, states, used), self.generator_v(
-            tokens, mask, words, used
-        )
+        rank = self.hparams.rank
+        head = backbone.anchors.module("head").weight
+        assert isinstance(head, Tensor)
+        directions = head[labels].float()  # that make the head give a token
+        states, used = first_valid(*span(hidden, at), rank)
+        words, _ = first_valid(*span(directions, at), rank)
+        u = self.generator_u(tokens, mask, states, used)
+        v = self.generator_v(tokens, mask, words, used)
+        return u, v
 
     def keys(self, prefix: Prefix, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return the vision and the prompt feature by which an expert is found: (B, V) and (B, F).
@@ -239,22 +244,23 @@ class LiveEditNetworks(Asking, nn.Module):
         """
         batch = prefix.batch
         vision, prompt, _ = self.edit_extractor(
-            prefix.hidden.float(), batch.prompt_mask, batch.image_mask
+            prefix.hidden.float(),
+            batch.prompt_mask,
+            batch.image_mask,
         )
         if self.published:
             return vision, prompt
-        vision = (
-            torch.cat(self.picture(vision, mean), 1)
-            if self.whole_picture
-            else F.normalize(vision)
-        )
-        return vision, F.normalize(prompt)
+        if self.whole_picture:
+            directions = self.picture(vision, mean)
+            return torch.cat(directions, 1), F.normalize(prompt)
+        return F.normalize(vision), F.normalize(prompt)
 
     @property
     def widths(self) -> dict[str, int]:
         """V and F, the number of values of a vision and of a prompt feature."""
-        values = self.hparams.feature_vectors * self.hparams.module_dim
-        vision = (
-            self.hparams.detail_dim + self.entry_width if self.whole_picture else values
-        )
+        hp = self.hparams
+        values = hp.feature_vectors * hp.module_dim
+        vision = values
+        if self.whole_picture:
+            vision = hp.detail_dim + self.entry_width
         return {"vision": vision, "prompt": values}

@@ -1,7 +1,7 @@
-"""Experts of LiveEdit that do not say their answer yet are carried on by gradient, each on its own request (ours).
+"""Experts of LiveEdit that do not give their answer yet are refined by gradient, each on its own request (ours).
 
-What a network writes in one pass is right for nearly every edit, and nearly is not enough for the one that a user
-asked for: a new answer of unusual words, say. Only the experts that miss cost anything, and only the layers above.
+The networks write an expert in one pass. It gives the right answer for nearly every edit, but not for all: an answer
+of unusual words may be missed. Only experts that miss are refined, and only the layers above them are run.
 """
 
 from __future__ import annotations
@@ -32,36 +32,65 @@ def refined(
     prefix: the requests with their answers at the edit layer. Rows do not depend on each other.
     """
     weight = _own_weight(networks, backbone, prefix)
-    sure = _told(networks, backbone, prefix, experts, weight).exp() > _SURE
-    wrong = (~_whole(sure, prefix, backbone)).nonzero()[:, 0].tolist()
+    said = _log_probabilities(networks, backbone, prefix, experts, weight)
+    known = _all_tokens(said.exp() > _SURE, prefix, backbone)
+    wrong = (~known).nonzero()[:, 0].tolist()
     if not wrong or not steps:
         return experts
-    part, weight = backbone.select(prefix, wrong), weight[wrong]
-    start = [matrix[wrong] for matrix in experts]
-    scale = [matrix.square().mean((1, 2), keepdim=True).sqrt() for matrix in start]
-    moved = [torch.zeros_like(matrix, requires_grad=True) for matrix in start]
-    best = [matrix.clone() for matrix in start]
-    missing = torch.ones(len(wrong), 1, 1, dtype=torch.bool, device=weight.device)
-    optimizer = torch.optim.Adam(moved, lr=_RATE)
+    part = backbone.select(prefix, wrong)
+    weight = weight[wrong]
+    u = _Search(experts[0][wrong])
+    v = _Search(experts[1][wrong])
+    optimizer = torch.optim.Adam([u.moved, v.moved], lr=_RATE)
+    missing = torch.ones(len(wrong), dtype=torch.bool, device=weight.device)
     for step in range(steps + 1):
         with torch.enable_grad():
-            now = tuple(m + s * d for m, s, d in zip(start, scale, moved, strict=True))
-            told = _told(networks, backbone, part, (now[0], now[1]), weight)
-            best = [
-                torch.where(missing, new.detach(), old)
-                for new, old in zip(now, best, strict=True)
-            ]
-            missing = (
-                missing & ~_whole(told.exp() > _SURE, part, backbone)[:, None, None]
-            )
+            new_u = u.present
+            new_v = v.present
+            said = _log_probabilities(networks, backbone, part, (new_u, new_v), weight)
+            # an expert stays as it was when it first gave its whole answer
+            u.keep(missing, new_u)
+            v.keep(missing, new_v)
+            known = _all_tokens(said.exp() > _SURE, part, backbone)
+            missing = missing & ~known
             if step == steps or not bool(missing.any()):
                 break
             optimizer.zero_grad()
-            (-told.sum()).backward()
+            (-said.sum()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    u, v = (matrix.clone() for matrix in experts)
-    u[wrong], v[wrong] = best
-    return u, v
+    refined_u = experts[0].clone()
+    refined_v = experts[1].clone()
+    refined_u[wrong] = u.best
+    refined_v[wrong] = v.best
+    return refined_u, refined_v
+
+
+class _Search:
+    """Adam on one matrix for each expert, in parts of its root mean square; `best` is what is kept of each."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.moved = torch.zeros_like(start, requires_grad=True)
+        self.best = start.clone()
+        self._start = start
+        self._scale = _root_mean_square(start)
+
+    @property
+    def present(self) -> Tensor:
+        """The matrices as they are now, with gradients."""
+        return self._start + self._scale * self.moved
+
+    def keep(self, rows: Tensor, matrix: Tensor) -> None:
+        """Take these matrices as the best of some rows, (B,) bool."""
+        self.best = torch.where(
+            rows[:, None, None],
+            matrix.detach(),
+            self.best,
+        )
+
+
+def _root_mean_square(matrix: Tensor) -> Tensor:
+    squares = matrix.square()
+    return squares.mean((1, 2), keepdim=True).sqrt()
 
 
 def _own_weight(
@@ -70,17 +99,21 @@ def _own_weight(
     """Return how much the expert of each request counts for that request, were it the only one: (B, 1)."""
     batch = prefix.batch
     mean = backbone.mean_image_tokens(batch)
-    vision, prompt, against = networks.ask(
-        prefix.hidden, batch.prompt_mask, batch.image_mask, mean
+    vision, prompt, sentinel = networks.ask(
+        prefix.hidden,
+        batch.prompt_mask,
+        batch.image_mask,
+        mean,
     )
-    keys = networks.keys(prefix, mean)
-    margin = networks.similarity(vision, keys[0]).diagonal()[:, None] - against
-    return networks.score(
-        networks.similarity(prompt, keys[1]).diagonal()[:, None], margin
-    ).sigmoid()
+    vision_keys, prompt_keys = networks.keys(prefix, mean)
+    by_vision = networks.similarity(vision, vision_keys).diagonal()
+    by_prompt = networks.similarity(prompt, prompt_keys).diagonal()
+    margin = by_vision[:, None] - sentinel
+    score = networks.score(by_prompt[:, None], margin)
+    return score.sigmoid()
 
 
-def _told(
+def _log_probabilities(
     networks: LiveEditNetworks,
     backbone: VisionLanguageModel,
     prefix: Prefix,
@@ -89,17 +122,28 @@ def _told(
 ) -> Tensor:
     """Return the log-probability of every answer token and of the end: (n,), in the order of the rows."""
     at, labels = prefix.batch.target_positions(backbone.end_id)
-    normed = networks.stream_norm(prefix.hidden.float())
-    u, v = (matrix[:, None] for matrix in experts)
-    logits = backbone.resume(
-        replace(prefix, hidden=adapt(prefix.hidden, normed, u, v, weight)), at
-    ).float()
-    return logits.log_softmax(-1).gather(1, labels[at][:, None])[:, 0]
+    hidden = prefix.hidden
+    normed = networks.stream_norm(hidden.float())
+    u, v = experts
+    adapted = adapt(
+        hidden,
+        normed,
+        u=u[:, None],
+        v=v[:, None],
+        weight=weight,
+    )
+    changed = replace(prefix, hidden=adapted)
+    logits = backbone.resume(changed, at).float()
+    every = logits.log_softmax(-1)
+    wanted = labels[at][:, None]
+    return every.gather(1, wanted)[:, 0]
 
 
-def _whole(right: Tensor, prefix: Prefix, backbone: VisionLanguageModel) -> Tensor:
+def _all_tokens(right: Tensor, prefix: Prefix, backbone: VisionLanguageModel) -> Tensor:
     """Return for each row whether all its tokens are right: (n,) -> (B,)."""
     at, _ = prefix.batch.target_positions(backbone.end_id)
-    whole = torch.ones(len(at), dtype=torch.bool, device=at.device)
-    whole[at.nonzero()[~right, 0]] = False
-    return whole
+    row = at.nonzero()[:, 0]
+    wrong = row[~right]
+    all_right = torch.ones(len(at), dtype=torch.bool, device=at.device)
+    all_right[wrong] = False
+    return all_right

@@ -28,39 +28,46 @@ from mmedit_cli.knowledge.methods.shared.exported_runtime import (
 )
 
 _EXPERT = ("u", "v", "vision", "prompt")
+_PREFIX = "networks."
 
 
-class Networks(Asking, nn.Module):
+class LiveEditRuntimeNetworks(Asking, nn.Module):
     """The networks that route a question."""
 
     def __init__(self, tensors: Mapping[str, Tensor], settings: Any) -> None:
         super().__init__()
-        self.hparams = hp = settings
-        width = tensors["networks.stream_norm.weight"].shape[0]
-        shape = (width, hp.module_dim, hp.heads, hp.feature_vectors, hp.sentinel_tokens)
-        self.input_extractor, self.stream_norm = Extractor(*shape), nn.LayerNorm(width)
-        if not self.published:
-            self.vision_sharpness, self.prompt_sharpness = Scalar(0.0), Scalar(0.0)
-        if self.whole_picture:
-            self.picture = WholePicture(
-                hp.feature_vectors * hp.module_dim, hp.detail_dim
-            )
-        self.load_state_dict(
-            {
-                k.removeprefix("networks."): v
-                for k, v in tensors.items()
-                if k.startswith("networks.")
-            }
+        hp = settings
+        self.hparams = settings
+        own = {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_PREFIX)
+        }
+        width = own["stream_norm.weight"].shape[0]
+        self.input_extractor = Extractor(
+            width,
+            hp.module_dim,
+            hp.heads,
+            hp.feature_vectors,
+            hp.sentinel_tokens,
         )
+        self.stream_norm = nn.LayerNorm(width)
+        if not self.published:
+            self.vision_sharpness = Scalar(0.0)
+            self.prompt_sharpness = Scalar(0.0)
+        if self.whole_picture:
+            values = hp.feature_vectors * hp.module_dim
+            self.picture = WholePicture(values, hp.detail_dim)
+        self.load_state_dict(own)
         self.eval().requires_grad_(False)
 
 
-class Edits(RoutedEdits):
+class LiveEditEdits(RoutedEdits):
     """The experts on one model; a route is the rows that have a picture, and which experts they use."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.networks = Networks(self.tensors, self.settings)
+        self.networks = LiveEditRuntimeNetworks(self.tensors, self.settings)
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
@@ -68,39 +75,42 @@ class Edits(RoutedEdits):
         super().to(device)
         self.networks.to(device)
         experts = {name: self.tensors[name] for name in _EXPERT}
-        self.bank = ExpertBank(
-            {name: tuple(rows.shape[1:]) for name, rows in experts.items()}, device
-        )
+        shapes = {name: tuple(rows.shape[1:]) for name, rows in experts.items()}
+        self.bank = ExpertBank(shapes, device)
         self.bank.add(experts)
-        for position in self.tensors["hidden"].nonzero()[:, 0].tolist():
+        hidden = self.tensors["hidden"].nonzero()[:, 0]
+        for position in hidden.tolist():
             self.bank.hide(position, True)
 
     def choose(self, hidden: Tensor, question: Question) -> tuple[Tensor, Routing]:
         """Return the rows (R,) that have a picture, and which experts they use."""
-        bank, networks, hp = self.bank, self.networks, self.settings
-        rows = question.image.any(1).nonzero()[:, 0]
         self.weights = [{} for _ in hidden]
+        rows = question.image.any(1).nonzero()[:, 0]
         if not len(rows):
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
-        mean = torch.stack(
-            [question.embeds[row, question.image[row]].mean(0) for row in rows.tolist()]
+        hp = self.settings
+        networks = self.networks
+        pictures = [
+            question.embeds[row, question.image[row]]  # the image tokens
+            for row in rows.tolist()
+        ]
+        mean = torch.stack([picture.mean(0) for picture in pictures])
+        vision, prompt, sentinel = networks.ask(
+            hidden[rows],
+            question.prompt[rows],
+            question.image[rows],
+            mean,
         )
-        vision, asked, against = networks.ask(
-            hidden[rows], question.prompt[rows], question.image[rows], mean
-        )
-        margin = bank.compare("vision", partial(networks.similarity, vision)) - against
-        score = networks.score(
-            bank.compare("prompt", partial(networks.similarity, asked)), margin
-        )
-        keep = ((margin if networks.published else score) > hp.margin) & bank.visible
+        by_vision = self.bank.compare("vision", partial(networks.similarity, vision))
+        by_prompt = self.bank.compare("prompt", partial(networks.similarity, prompt))
+        margin = by_vision - sentinel
+        score = networks.score(by_prompt, margin)
+        decisive = margin if networks.published else score
+        keep = (decisive > hp.margin) & self.bank.visible
         routing = choose(keep, score, hp.top_k, gated=networks.published)
-        for row, index, weight in zip(
-            rows.tolist(), routing.index.tolist(), routing.weight.tolist(), strict=True
-        ):
-            self.weights[row] = {
-                self.ids[i]: w for i, w in zip(index, weight, strict=True) if w > 0
-            }
+        for row, used in zip(rows.tolist(), routing.by_expert(), strict=True):
+            self.weights[row] = {self.ids[i]: weight for i, weight in used.items()}
         return rows, routing
 
     def change(self, hidden: Tensor) -> Tensor | None:
@@ -110,17 +120,23 @@ class Edits(RoutedEdits):
             return None
         stream = hidden[rows]
         normed = self.networks.stream_norm(stream.float())
-        return hidden.index_copy(0, rows, self.bank.apply(stream, normed, routing))
+        adapted = self.bank.apply(stream, normed, routing)
+        return hidden.index_copy(0, rows, adapted)
 
 
-class EditedConfig(PreTrainedConfig):
+class LiveEditExportConfig(PreTrainedConfig):
     """Names this file; the settings of the model are those in the folder `base`."""
 
     model_type = "mmedit-liveedit"
 
 
-class EditedModel(Loader):
+class LiveEditExport(Loader):
     """Loads the base model and puts the edits on it; there are no instances."""
 
-    config_class = EditedConfig
-    edits_class = Edits
+    config_class = LiveEditExportConfig
+    edits_class = LiveEditEdits
+
+
+# the names that every export has
+EditedConfig = LiveEditExportConfig
+EditedModel = LiveEditExport

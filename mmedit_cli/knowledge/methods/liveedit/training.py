@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,9 @@ from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Prefix
 from mmedit_cli.types import EditCase, Query
 
-REQUEST, LOCALITY = (
-    0,
-    -1,
-)  # codes of the items of a case; generality is 1, 2, ... by name
+# codes of the items of a case; generality is 1, 2, ... by name
+REQUEST = 0
+LOCALITY = -1
 _TINY = 1e-8  # inside logarithms, as published
 
 
@@ -39,18 +39,20 @@ class Items:
     def upto(self, cases: int) -> Items:
         """Return the sequences of the first cases."""
         kept = (self.case < cases).nonzero()[:, 0]
+        queries = [self.queries[i] for i in kept.tolist()]
         return Items(
-            tuple(self.queries[i] for i in kept.tolist()),
-            self.case[kept],
-            self.code[kept],
-            self.names,
+            queries=tuple(queries),
+            case=self.case[kept],
+            code=self.code[kept],
+            names=self.names,
         )
 
     def place(self, codes: Tensor) -> Tensor:
         """Return the sequence of each case that has the given code: (B,) -> (B,)."""
-        found = (self.case[None] == torch.arange(len(codes))[:, None]) & (
-            self.code[None] == codes[:, None]
-        )
+        cases = torch.arange(len(codes))
+        cases = cases[:, None]
+        codes = codes[:, None]
+        found = (self.case == cases) & (self.code == codes)
         return found.int().argmax(1)
 
 
@@ -78,78 +80,132 @@ def choose_items(
     With `one`, a single name of generality is drawn for each case: a step costs less. With `all`, nothing is drawn of
     locality: every query takes part.
     """
-    names = tuple(
-        dict.fromkeys(n for c in cases for n, qs in c.generality.items() if _seeing(qs))
-    )
-    picked: list[tuple[int, int, Query]] = [
-        (i, REQUEST, case.request) for i, case in enumerate(cases)
+    names = _generality_names(cases)
+    picked = [
+        _Item(i, REQUEST, case.request)  # requests come first
+        for i, case in enumerate(cases)
     ]
-    asked = [range(len(names))] * len(cases)
-    if generality == "one":
-        having = [
-            [
-                k
-                for k, name in enumerate(names)
-                if _seeing(case.generality.get(name, ()))
-            ]
-            for case in cases
-        ]
-        asked = [k[(i := _below(len(k), source)) : i + 1] if k else () for k in having]
-    for code, name in enumerate(names):
-        for i, case in enumerate(cases):
-            if code in asked[i] and (queries := _seeing(case.generality.get(name, ()))):
-                picked.append((i, code + 1, queries[_below(len(queries), source)]))
+    picked += _generality_items(cases, names, source, generality)
     for i, case in enumerate(cases):
-        queries = [q for qs in case.locality.values() for q in _seeing(qs)]
+        every = case.locality.values()
+        queries = [query for some in every for query in _with_picture(some)]
         if not queries:
             raise DataError(
                 f"{case.place}: {case.uid} has no locality query with a picture",
                 "liveedit trains on one",
             )
-        drawn = (
-            queries if locality == "all" else [queries[_below(len(queries), source)]]
-        )
-        picked += [(i, LOCALITY, query) for query in drawn]
-    rows, codes, chosen = zip(*picked, strict=True)
-    return Items(tuple(chosen), torch.tensor(rows), torch.tensor(codes), names)
+        if locality == "one":
+            queries = [queries[_below(len(queries), source)]]
+        picked += [_Item(i, LOCALITY, query) for query in queries]
+    return Items(
+        queries=tuple(item.query for item in picked),
+        case=torch.tensor([item.case for item in picked]),
+        code=torch.tensor([item.code for item in picked]),
+        names=names,
+    )
+
+
+class _Item(NamedTuple):
+    case: int
+    code: int
+    query: Query
+
+
+def _generality_names(cases: Sequence[EditCase]) -> tuple[str, ...]:
+    """Return the names of generality under which any case has a query with a picture."""
+    names: dict[str, None] = {}
+    for case in cases:
+        for name, queries in case.generality.items():
+            if _with_picture(queries):
+                names[name] = None
+    return tuple(names)
+
+
+def _generality_items(
+    cases: Sequence[EditCase],
+    names: Sequence[str],
+    source: Generator,
+    generality: str,
+) -> list[_Item]:
+    """Draw a query of each case for each name it has, or with `one` for a single name."""
+    wanted: list[Sequence[int]] = [range(len(names))] * len(cases)
+    if generality == "one":
+        wanted = [_one_name(case, names, source) for case in cases]
+    picked: list[_Item] = []
+    for number, name in enumerate(names):
+        for i, case in enumerate(cases):
+            queries = _with_picture(case.generality.get(name, ()))
+            if not queries or number not in wanted[i]:
+                continue
+            drawn = _below(len(queries), source)
+            item = _Item(i, number + 1, queries[drawn])
+            picked.append(item)
+    return picked
+
+
+def _one_name(case: EditCase, names: Sequence[str], source: Generator) -> list[int]:
+    """Draw the number of one name that the case has; none where it has no name."""
+    having = [
+        number
+        for number, name in enumerate(names)
+        if _with_picture(case.generality.get(name, ()))
+    ]
+    if not having:
+        return []
+    return [having[_below(len(having), source)]]
 
 
 def draw(items: Items, source: Generator, compat: str) -> Draws:
     """Make the random choices of section 2.5 and 2.6; `reference` takes prefixes of the batch as pools."""
     size = int(items.case.max()) + 1
-    pools = torch.randint(
-        size + 1, (3, size), generator=source
-    )  # how many experts beside the own one
-    order = torch.arange(size).expand(3, size, size)
-    if compat == "correct":
-        order = torch.rand(3, size, size, generator=source).argsort(2).argsort(2)
-    subsets = order < pools[:, :, None]
     kind = items.code.clamp(max=1) % 3  # 0 request, 1 generality, 2 locality
-    allowed = subsets[kind, items.case]
-    own = F.one_hot(items.case, size).bool() & (kind != 2)[:, None]
+    pools = _pools(size, source, compat)
+    allowed = pools[kind, items.case]
+    own = F.one_hot(items.case, size).bool()
+    is_about = kind != 2
+    own = own & is_about[:, None]
 
-    related = _codes(items, size, source)
+    # two items of one case that belong together: both of the edit, or both its locality
+    generality = _codes(items, size, source)
     chosen = torch.randint(3, (size,), generator=source)
-    a = torch.where(chosen == 0, 0, torch.where(chosen == 1, related, LOCALITY))
-    again = torch.where(
-        torch.rand(size, generator=source) < 0.5, 0, _codes(items, size, source)
-    )
-    b = torch.where(a == LOCALITY, LOCALITY, again)
-    edit = torch.where(
-        torch.rand(size, generator=source) < 0.5, 0, _codes(items, size, source)
-    )
-    local, swapped = (
-        torch.full_like(edit, LOCALITY),
-        torch.rand(size, generator=source) < 0.5,
-    )
+    not_request = torch.where(chosen == 1, generality, LOCALITY)
+    first = torch.where(chosen == 0, REQUEST, not_request)
+    partner = _request_or_generality(items, size, source)
+    second = torch.where(first == LOCALITY, LOCALITY, partner)
+    # two that do not: one of the edit and one of its locality, in either order
+    edit = _request_or_generality(items, size, source)
+    local = torch.full_like(edit, LOCALITY)
+    swapped = _coin(size, source)
+    queries = torch.where(swapped, local, edit)
+    keys = torch.where(swapped, edit, local)
     return Draws(
-        allowed | own,
-        (items.place(a), items.place(b)),
-        (
-            items.place(torch.where(swapped, local, edit)),
-            items.place(torch.where(swapped, edit, local)),
-        ),
+        allowed=allowed | own,
+        neighbour=(items.place(first), items.place(second)),
+        sentinel=(items.place(queries), items.place(keys)),
     )
+
+
+def _pools(size: int, source: Generator, compat: str) -> Tensor:
+    """Draw for each kind of item the experts beside its own that a case may use: (3, B, B) bool."""
+    counts = torch.randint(size + 1, (3, size), generator=source)
+    order = torch.arange(size)
+    order = order.expand(3, size, size)
+    if compat == "correct":
+        noise = torch.rand(3, size, size, generator=source)
+        by_noise = noise.argsort(2)
+        order = by_noise.argsort(2)
+    return order < counts[:, :, None]
+
+
+def _request_or_generality(items: Items, size: int, source: Generator) -> Tensor:
+    """Draw a code of each case: its request, or as often one of its generality: (B,)."""
+    is_request = _coin(size, source)
+    generality = _codes(items, size, source)
+    return torch.where(is_request, REQUEST, generality)
+
+
+def _coin(size: int, source: Generator) -> Tensor:
+    return torch.rand(size, generator=source) < 0.5
 
 
 @dataclass(frozen=True)
@@ -174,72 +230,94 @@ def losses_of(
     With several processes each runs the upper layers on its share of the cases; their gradients add up to those of one
     process with the whole batch.
     """
-    backbone, hp, size = (
-        place.backbone,
-        networks.hparams.training,
-        draws.allowed.shape[1],
-    )
+    backbone = place.backbone
+    hp = networks.hparams.training
+    size = draws.allowed.shape[1]
     with torch.no_grad():
-        prefix = backbone.prefix(backbone.batch(items.queries), place.layer)
+        batch = backbone.batch(items.queries)
+        prefix = backbone.prefix(batch, place.layer)
         means = backbone.mean_image_tokens(prefix.batch)
-    requests = backbone.select(prefix, range(size))
-    vision, prompt, against = networks.ask(
-        prefix.hidden, prefix.batch.prompt_mask, prefix.batch.image_mask, means
-    )
-    # the published routers also compare with what no edit is made of; the joint one with edits alone, and with more
-    keys = (
-        networks.keys(prefix, means)
-        if networks.published
-        else networks.keys(requests, means[:size])
-    )
-    if others and not networks.published:
-        with torch.no_grad():
-            batch = backbone.batch(others)
-            more = networks.keys(
-                backbone.prefix(batch, place.layer), backbone.mean_image_tokens(batch)
-            )
-        keys = (torch.cat((keys[0], more[0])), torch.cat((keys[1], more[1])))
-    by_vision, by_prompt = (
-        networks.similarity(vision, keys[0]),
-        networks.similarity(prompt, keys[1]),
-    )
-    score = networks.score(by_prompt, by_vision - against)
+    similarities = _similarities(networks, place, prefix, means, size, others)
+    margin = similarities.by_vision - similarities.sentinel
+    score = networks.score(similarities.by_prompt, margin)
 
     taught = size if hp.taught is None else min(size, hp.taught)
     share = [
-        i
-        for i, c in enumerate(items.case.tolist())
-        if c < taught and c % place.world == place.rank
+        row
+        for row, case in enumerate(items.case.tolist())
+        if case < taught and case % place.world == place.rank
     ]
-    weight = soft_weights(
-        score[:, :taught],
-        draws.allowed[:, :taught].to(score.device),
-        gated=networks.published,
-    )
-    experts = networks.experts(backbone.select(requests, range(taught)), backbone)
+    allowed = draws.allowed[:, :taught].to(score.device)
+    weight = soft_weights(score[:, :taught], allowed, gated=networks.published)
+    requests = backbone.select(prefix, range(taught))
+    experts = networks.experts(requests, backbone)
     stream = _Stream(
-        backbone.select(prefix, share),
-        items.code[share].to(score.device),
-        items.upto(taught),
+        prefix=backbone.select(prefix, share),
+        code=items.code[share].to(score.device),
+        items=items.upto(taught),
     )
     losses = _edit_losses(networks, place, stream, experts, weight[share])
     if networks.published:
-        routing = _published_routing(hp, draws, by_prompt, by_vision, against)
+        routing = _published_routing(hp, draws, similarities)
     else:
-        targets = [query.target for query in (*items.queries[:size], *others)]
+        asked = (*items.queries[:size], *others)
+        targets = [query.target for query in asked]
         routing = {"soft_routing": _joint_routing(items, score, targets)}
-    total = (
-        hp.reliability * losses["reliability"] + hp.generality * losses["generality"]
-    )
+    total = hp.reliability * losses["reliability"]
+    total = total + hp.generality * losses["generality"]
     total = total + hp.locality * losses["locality"]
     for name, loss in routing.items():
-        total = (
-            total
-            + (hp.soft_routing if name.startswith("soft") else hp.hard_routing)
-            * loss
-            / place.world
-        )
+        is_soft = name.startswith("soft")
+        factor = hp.soft_routing if is_soft else hp.hard_routing
+        total = total + factor * loss / place.world
     return {**losses, **routing, "total": total}
+
+
+@dataclass(frozen=True)
+class _Similarities:
+    """How near S queries and N experts are: (S, N) each; sentinel: what an expert has to beat, (S, 1)."""
+
+    by_prompt: Tensor
+    by_vision: Tensor
+    sentinel: Tensor
+
+
+def _similarities(
+    networks: LiveEditNetworks,
+    place: Place,
+    prefix: Prefix,
+    means: Tensor,
+    size: int,
+    others: Sequence[Query],
+) -> _Similarities:
+    """Compare every sequence with the experts of the first `size`, the requests, and of the other edits.
+
+    The published routers compare with all sequences instead, also with those that no expert is made of.
+    """
+    backbone = place.backbone
+    batch = prefix.batch
+    vision, prompt, sentinel = networks.ask(
+        prefix.hidden,
+        batch.prompt_mask,
+        batch.image_mask,
+        means,
+    )
+    if networks.published:
+        vision_keys, prompt_keys = networks.keys(prefix, means)
+    else:
+        requests = backbone.select(prefix, range(size))
+        vision_keys, prompt_keys = networks.keys(requests, means[:size])
+    if others and not networks.published:
+        with torch.no_grad():
+            more = backbone.batch(others)
+            more_prefix = backbone.prefix(more, place.layer)
+            more_means = backbone.mean_image_tokens(more)
+            more_vision, more_prompt = networks.keys(more_prefix, more_means)
+        vision_keys = torch.cat((vision_keys, more_vision))
+        prompt_keys = torch.cat((prompt_keys, more_prompt))
+    by_vision = networks.similarity(vision, vision_keys)
+    by_prompt = networks.similarity(prompt, prompt_keys)
+    return _Similarities(by_prompt, by_vision, sentinel)
 
 
 @dataclass(frozen=True)
@@ -258,79 +336,87 @@ def _edit_losses(
     experts: tuple[Tensor, Tensor],
     weight: Tensor,
 ) -> dict[str, Tensor]:
-    """Return what the adapted model says about requests and generality (cross entropy) and locality (KL).
+    """Return the losses of the adapted model on requests and generality (cross entropy) and locality (KL).
 
     Each is the mean over the rows of all processes; a row counts by the mean over its tokens.
     """
-    backbone, hp = place.backbone, networks.hparams.training
-    prefix, code, items = stream.prefix, stream.code, stream.items
+    backbone = place.backbone
+    hp = networks.hparams.training
+    prefix = stream.prefix
+    code = stream.code
     batch = prefix.batch
     normed = networks.stream_norm(prefix.hidden.float())
-    if (
-        hp.compat == "reference"
-    ):  # published: the output of the edit layer goes through the edit layer again
+    if hp.compat == "reference":
+        # published: the output of the edit layer goes through the edit layer again
         with torch.no_grad():
             again = backbone.prefix_of(prefix.hidden, batch, place.layer - 1)
             prefix = backbone.advance(again, place.layer)
-    adapted_stream = adapt(prefix.hidden, normed, *experts, weight)
+    hidden = adapt(prefix.hidden, normed, *experts, weight)
     at, labels = batch.target_positions(backbone.end_id)
     if not hp.teach_end:
         at = batch.predicting
-    at_local = at & (code == LOCALITY)[:, None]
-    adapted = backbone.resume(replace(prefix, hidden=adapted_stream), at).float()
+    is_local = code == LOCALITY
+    at_local = at & is_local[:, None]
+    adapted = backbone.resume(replace(prefix, hidden=hidden), at).float()
     with torch.no_grad():
         base = backbone.resume(prefix, at_local).float()
     local = at_local[at]
-    each = F.cross_entropy(adapted, labels[at], reduction="none")
+    token_losses = F.cross_entropy(adapted, labels[at], reduction="none")
     shift = F.kl_div(
         base.log_softmax(-1),
         adapted[local].log_softmax(-1),
         log_target=True,
         reduction="none",
-    ).sum(-1)
-    each = each.masked_scatter(local, shift)
-    rows = torch.zeros(len(at), device=at.device).index_add(
-        0, at.nonzero()[:, 0], each
-    ) / at.sum(1)
+    )
+    token_losses = token_losses.masked_scatter(local, shift.sum(-1))
+    row = at.nonzero()[:, 0]
+    zeros = torch.zeros(len(at), device=at.device)
+    row_losses = zeros.index_add(0, row, token_losses) / at.sum(1)
 
     def mean(number: int) -> Tensor:
-        return rows[code == number].sum() / (items.code == number).sum().clamp(min=1)
+        own = row_losses[code == number]
+        counted = stream.items.code == number
+        count = counted.sum()
+        return own.sum() / count.clamp(min=1)
 
-    losses = {
-        f"generality_{name}": mean(number) for number, name in enumerate(items.names, 1)
+    generality = {
+        f"generality_{name}": mean(number)
+        for number, name in enumerate(stream.items.names, 1)
     }
-    total = torch.stack([rows.new_zeros(()), *losses.values()]).sum()
+    nothing = row_losses.new_zeros(())
     return {
         "reliability": mean(REQUEST),
-        **losses,
-        "generality": total,
+        **generality,
+        "generality": torch.stack([nothing, *generality.values()]).sum(),
         "locality": mean(LOCALITY),
     }
 
 
 def _published_routing(
-    hp: LiveEditTraining,
-    draws: Draws,
-    by_prompt: Tensor,
-    by_vision: Tensor,
-    against: Tensor,
+    hp: LiveEditTraining, draws: Draws, similarities: _Similarities
 ) -> dict[str, Tensor]:
-    """Return the four losses of section 2.6 on similarities (S, S); against: (S, 1), those with the sentinel."""
-    a, b = draws.neighbour
-    table = by_prompt[a][:, b]
-    losses = {
-        "soft_relative": -table.log_softmax(1).diagonal().mean(),
+    """Return the four losses of section 2.6 on the similarities of all S sequences with each other."""
+    queries, keys = draws.neighbour
+    table = similarities.by_prompt[queries][:, keys]
+    relative = table.log_softmax(1)
+    neighbour = _with_sentinel(similarities, queries, keys)
+    unrelated = _with_sentinel(similarities, *draws.sentinel)
+    return {
+        "soft_relative": -relative.diagonal().mean(),
         "soft_absolute": _absolute(table, hp.compat),
-        "hard_neighbour": -torch.cat((by_vision[a][:, b], against[a]), 1)
-        .log_softmax(1)
-        .diagonal()
-        .mean(),
+        "hard_neighbour": -neighbour.diagonal().mean(),
+        "hard_sentinel": -unrelated[:, -1].mean(),
     }
-    a, b = draws.sentinel
-    losses["hard_sentinel"] = (
-        -torch.cat((by_vision[a][:, b], against[a]), 1).log_softmax(1)[:, -1].mean()
-    )
-    return losses
+
+
+def _with_sentinel(
+    similarities: _Similarities, queries: Tensor, keys: Tensor
+) -> Tensor:
+    """Return log-probabilities of choosing among keys and the sentinel, the last, by the picture: (B, B + 1)."""
+    table = similarities.by_vision[queries][:, keys]
+    sentinel = similarities.sentinel[queries]
+    choices = torch.cat((table, sentinel), 1)
+    return choices.log_softmax(1)
 
 
 def _joint_routing(items: Items, score: Tensor, targets: Sequence[str]) -> Tensor:
@@ -340,17 +426,23 @@ def _joint_routing(items: Items, score: Tensor, targets: Sequence[str]) -> Tenso
     is learned holds among many; but for those that say the same (`targets`): a fact that is edited by way of several
     pictures has an expert for each, and none of them is a wrong choice.
     """
-    number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
-    says = torch.tensor([number[target] for target in targets])
-    own = items.case[:, None] == torch.arange(len(targets))
-    alike = (
-        (says[items.case][:, None] == says) & ~own & (items.code != LOCALITY)[:, None]
-    )
-    columns = score.masked_fill(alike.to(score.device), float("-inf"))
-    columns = torch.cat((columns, torch.zeros_like(score[:, :1])), 1)
-    right = torch.where(items.code == LOCALITY, score.shape[1], items.case).to(
-        score.device
-    )
+    number: dict[str, int] = {}
+    for target in targets:
+        number.setdefault(target, len(number))
+    answers = torch.tensor([number[target] for target in targets])
+    asked = answers[items.case]
+    experts = torch.arange(len(targets))
+    is_local = items.code == LOCALITY
+    same_answer = asked[:, None] == answers
+    other_expert = items.case[:, None] != experts
+    alike = same_answer & other_expert & ~is_local[:, None]
+    alike = alike.to(score.device)
+    columns = score.masked_fill(alike, float("-inf"))
+    no_expert = torch.zeros_like(score[:, :1])
+    columns = torch.cat((columns, no_expert), 1)
+    last = score.shape[1]
+    right = torch.where(is_local, last, items.case)
+    right = right.to(score.device)
     return F.cross_entropy(columns, right)
 
 
@@ -361,24 +453,30 @@ def _absolute(table: Tensor, compat: str) -> Tensor:
     """
     likely = table.sigmoid()
     unlikely = (1 - likely + _TINY).log()
+    own = (likely.diagonal() + _TINY).log()
     size = len(table)
     if compat == "reference":
         index = torch.arange(size, device=table.device)
         others = unlikely[index, index - 1]
     else:
-        others = (unlikely.sum(1) - unlikely.diagonal()) / (size - 1)
-    return -((likely.diagonal() + _TINY).log() + others).mean()
+        all_but_own = unlikely.sum(1) - unlikely.diagonal()
+        others = all_but_own / (size - 1)
+    return -(own + others).mean()
 
 
 def _codes(items: Items, size: int, source: Generator) -> Tensor:
     """Draw a generality code for each case, 0 where it has none."""
     has = torch.zeros(size, len(items.names) + 1)
-    has[items.case[items.code > 0], items.code[items.code > 0]] = 1.0
-    has[has.sum(1) == 0, 0] = 1.0
+    is_generality = items.code > 0
+    cases = items.case[is_generality]
+    codes = items.code[is_generality]
+    has[cases, codes] = 1.0
+    has_none = has.sum(1) == 0
+    has[has_none, 0] = 1.0
     return torch.multinomial(has, 1, generator=source)[:, 0]
 
 
-def _seeing(queries: Sequence[Query]) -> list[Query]:
+def _with_picture(queries: Sequence[Query]) -> list[Query]:
     return [query for query in queries if query.image is not None]
 
 

@@ -48,11 +48,9 @@ class RoutedEdits:
     def __init__(
         self, model: Any, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
     ) -> None:
-        self.model, self.tensors, self.settings = (
-            model,
-            dict(tensors),
-            SimpleNamespace(**settings),
-        )
+        self.model = model
+        self.tensors = dict(tensors)
+        self.settings: Any = SimpleNamespace(**settings)
         self.ids: list[int] = self.tensors.pop("ids").tolist()
         self.weights: list[dict[int, float]] = []
         self.route: Any = None

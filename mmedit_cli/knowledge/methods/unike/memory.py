@@ -21,7 +21,11 @@ from mmedit_cli.knowledge.methods.shared.neurons import (
     site_of,
 )
 from mmedit_cli.knowledge.methods.unike.hparams import UnikeHparams
-from mmedit_cli.knowledge.methods.unike.networks import UnikeNetworks, attend, blend
+from mmedit_cli.knowledge.methods.unike.networks import (
+    MemoryNetworks,
+    attend,
+    blend,
+)
 from mmedit_cli.knowledge.methods.unike.training import last
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.patch import Patch
@@ -52,15 +56,13 @@ class Places:
 
 def places_of(backbone: VisionLanguageModel, layers: int) -> Places:
     """Return the last so many layers of a model."""
-    numbers, anchors = (
-        range(backbone.n_layers - layers, backbone.n_layers),
-        backbone.anchors,
-    )
-    attention = [anchors.path("attn", number) for number in numbers]
+    anchors = backbone.anchors
+    first = backbone.n_layers - layers
+    numbers = range(first, backbone.n_layers)
     return Places(
-        anchors.path("layer", numbers[0]),
-        attention,
-        [site_of(backbone, number) for number in numbers],
+        entered=anchors.path("layer", first),
+        attention=[anchors.path("attn", number) for number in numbers],
+        sites=[site_of(backbone, number) for number in numbers],
     )
 
 
@@ -71,57 +73,71 @@ class Memories:
     """
 
     def __init__(
-        self, places: Places, networks: UnikeNetworks, hparams: UnikeHparams
+        self, places: Places, networks: MemoryNetworks, hparams: UnikeHparams
     ) -> None:
-        self.places, self.networks, self.hparams = places, networks, hparams
+        self.places = places
+        self.networks = networks
+        self.hparams = hparams
         self.scoped = hparams.mode == "scoped"
-        self.shapes = fields(
-            networks.sem.shape[1], gated=places.sites[0].gated and not self.scoped
-        )
+        width = networks.sem.shape[1]
+        gated = places.sites[0].gated
+        self.shapes = fields(width, gated=gated and not self.scoped)
 
     def attach(self, patch: Patch, route_of: Callable[[Tensor], Route | None]) -> None:
         """Have the layers use both memories; what enters the first of them, (B, T, D), says what it is routed to."""
-        now = _Now()
+        current = _CurrentPass()
 
         def enter(hidden: Tensor) -> None:
-            now.route = route_of(hidden)
+            current.route = route_of(hidden)
 
-        patch.hook_input(self.places.entered, enter)
-        for s, (attention, site) in enumerate(
-            zip(self.places.attention, self.places.sites, strict=True)
-        ):
-            patch.hook_input(attention, now.ask)
-            patch.hook(attention, partial(self._external, s, now))
-            site.hook(patch, partial(self._intrinsic, s, now))
+        places = self.places
+        patch.hook_input(places.entered, enter)
+        pairs = zip(places.attention, places.sites, strict=True)
+        for s, (attention, site) in enumerate(pairs):
+            external = partial(self._external, s, current)
+            intrinsic = partial(self._intrinsic, s, current)
+            patch.hook_input(attention, current.keep_input)
+            patch.hook(attention, external)
+            site.hook(patch, intrinsic)
 
-    def _external(self, s: int, now: _Now, said: Tensor) -> Tensor | None:
-        """Turn what attention says towards what is known (eq. 7 to 9); (B, T, D), None: not a bit changes."""
-        route = now.route
+    def _external(self, s: int, current: _CurrentPass, output: Tensor) -> Tensor | None:
+        """Turn the output of attention towards what is known (eq. 7 to 9); (B, T, D), None: not a bit changes."""
+        route = current.route
         if route is None or route.known is None:
             return None
-        said_here, asking = said[route.rows].float(), now.asking[route.rows].float()
-        known = attend(
-            asking, route.known[s], self.hparams.sharpness if self.scoped else None
-        )
-        share = torch.full_like(said_here[..., 0], self.hparams.share)
-        if self.hparams.collaboration:
-            meant = self.networks.semantic[s](known)
-            relevance = F.cosine_similarity(meant, route.query[:, None], dim=-1).clamp(
-                0, 1
-            )
+        hp = self.hparams
+        rows = route.rows
+        own_output = output[rows].float()
+        states = current.attention_input[rows].float()
+        sharpness = hp.sharpness if self.scoped else None
+        known = attend(states, route.known[s], sharpness)  # eq. 8
+        share = torch.full_like(own_output[..., 0], hp.share)
+        if hp.collaboration:
+            # section 3.3: the semantic encoder says how much of what is known belongs to the question
+            meaning = self.networks.semantic[s](known)
+            question = route.query[:, None]
+            cosine = F.cosine_similarity(meaning, question, dim=-1)
+            relevance = cosine.clamp(0, 1)
             share = share * relevance if self.scoped else relevance
-        return said.index_copy(
-            0, route.rows, blend(said_here, known, share).to(said.dtype)
-        )
+        turned = blend(own_output, known, share)
+        return output.index_copy(0, rows, turned.to(output.dtype))
 
-    def _intrinsic(self, s: int, now: _Now, entering: Tensor) -> Tensor | None:
+    def _intrinsic(
+        self, s: int, current: _CurrentPass, entering: Tensor
+    ) -> Tensor | None:
         """Return what the neurons add to the FFN (eq. 3); (B, T, D), None: not a bit changes."""
-        route = now.route
-        if route is None or not route.neurons[s]["bias"].shape[-1]:
+        route = current.route
+        if route is None:
             return None
-        act = F.relu if self.scoped else self.places.sites[s].act
-        more = respond(entering[route.rows], route.neurons[s], act)
-        return torch.zeros_like(entering).index_copy(0, route.rows, more)
+        neurons = route.neurons[s]
+        count = neurons["bias"].shape[-1]
+        if not count:
+            return None
+        site = self.places.sites[s]
+        act = F.relu if self.scoped else site.act
+        added = respond(entering[route.rows], neurons, act)
+        nothing = torch.zeros_like(entering)
+        return nothing.index_copy(0, route.rows, added)
 
     def about(
         self,
@@ -137,9 +153,9 @@ class Memories:
         replaced: (E,) bool, the edits that a later one hides.
         """
         scope = self.networks.scope
-        score = scope.score(scope(hidden, prompt, image), edits["scope"]).masked_fill(
-            replaced, float("-inf")
-        )
+        features = scope(hidden, prompt, image)
+        score = scope.score(features, edits["scope"])
+        score = score.masked_fill(replaced, float("-inf"))
         best = score.max(1)
         return torch.where(best.values > self.hparams.threshold, best.indices, -1)
 
@@ -152,44 +168,55 @@ class Memories:
         """
         query = hidden[last(prompt)].float()
         if about is None:
-            rows, size = torch.arange(len(hidden), device=hidden.device), len(hidden)
-            sem, pos = (
-                edits[name].expand(size, *edits[name].shape) for name in ("sem", "pos")
-            )
-            return self.route(rows, query, sem, pos, edits)
+            size = len(hidden)
+            rows = torch.arange(size, device=hidden.device)
+            sem = edits["sem"]
+            pos = edits["pos"]
+            every_sem = sem.expand(size, *sem.shape)
+            every_pos = pos.expand(size, *pos.shape)
+            return self.route(rows, query, every_sem, every_pos, edits)
         rows = (about >= 0).nonzero()[:, 0]
         if not len(rows):
             return None
-        own = {name: tensor[about[rows]] for name, tensor in edits.items()}
-        return self.route(
-            rows, query[rows], own["sem"][:, None], own["pos"][:, None], own
-        )
+        chosen = about[rows]
+        own = {name: tensor[chosen] for name, tensor in edits.items()}
+        own_sem = own["sem"][:, None]
+        own_pos = own["pos"][:, None]
+        return self.route(rows, query[rows], own_sem, own_pos, own)
 
     def recall(self, query: Tensor, sem: Tensor, pos: Tensor) -> Tensor:
         """Return the knowledge nearest to questions by cosine, that of edits included: (S, R, K, D).
 
         query: (R, D); the edits each row may use: sem (R, M, D), pos (R, M, S, D).
         """
-        networks = self.networks
-        rows = int(networks.rows)
+        known = int(self.networks.rows)  # rows of knowledge; those of edits follow
+        bank = self.networks.sem[:known].float()
         asked = F.normalize(query, dim=-1)
-        near = asked @ F.normalize(networks.sem[:rows].float(), dim=-1).T
-        near = torch.cat(
-            (near, torch.einsum("rd,rmd->rm", asked, F.normalize(sem, dim=-1))), 1
-        )
-        picked = near.topk(min(self.hparams.top_k, near.shape[1]), 1).indices  # (R, K)
-        own = picked >= rows
-        place = (
-            (picked - rows).clamp(min=0)[..., None, None].expand(-1, -1, *pos.shape[2:])
-        )
-        of_edits = pos.gather(1, place).permute(2, 0, 1, 3)
-        if not rows:
-            return of_edits
-        return torch.where(
-            own[None, ..., None],
-            of_edits,
-            networks.pos[:, picked.clamp(max=rows - 1)].float(),
-        )
+        near_bank = asked @ F.normalize(bank, dim=-1).T
+        edited = F.normalize(sem, dim=-1)
+        near_edits = torch.einsum("rd,rmd->rm", asked, edited)
+        near = torch.cat((near_bank, near_edits), 1)
+        count = min(self.hparams.top_k, near.shape[1])
+        picked = near.topk(count, 1).indices  # (R, K)
+        from_edits = self._of_edits(picked - known, pos)
+        if not known:
+            return from_edits
+        is_edit = picked >= known
+        places = picked.clamp(max=known - 1)
+        from_bank = self.networks.pos[:, places].float()
+        return torch.where(is_edit[None, ..., None], from_edits, from_bank)
+
+    def _of_edits(self, picked: Tensor, pos: Tensor) -> Tensor:
+        """Return the knowledge of the picked edits, of the first where one below 0 is picked.
+
+        picked: (R, K); pos: (R, M, S, D); result: (S, R, K, D).
+        """
+        place = picked.clamp(min=0)
+        place = place[..., None, None]
+        layers_and_width = pos.shape[2:]
+        place = place.expand(-1, -1, *layers_and_width)
+        found = pos.gather(1, place)
+        return found.permute(2, 0, 1, 3)
 
     def route(
         self, rows: Tensor, query: Tensor, sem: Tensor, pos: Tensor, neurons: Neurons
@@ -198,19 +225,23 @@ class Memories:
 
         sem, pos: as in `recall`; neurons: (R, S, n, ...), in mode reference (E, S, n, ...) for all rows.
         """
-        known = self.recall(query, sem, pos) if self.hparams.external else None
-        layers = range(len(self.places.sites))
-        each = [{k: neurons[k][:, s] for k in self.shapes} for s in layers]
-        if not self.scoped:
-            each = [{k: t.flatten(0, 1) for k, t in layer.items()} for layer in each]
-        return Route(rows, each, known, query)
+        known = None
+        if self.hparams.external:
+            known = self.recall(query, sem, pos)
+        every: list[Neurons] = []
+        for s in range(len(self.places.sites)):
+            layer = {name: neurons[name][:, s] for name in self.shapes}
+            if not self.scoped:
+                layer = {name: rows.flatten(0, 1) for name, rows in layer.items()}
+            every.append(layer)
+        return Route(rows, every, known, query)
 
 
-class _Now:
-    """What holds for the pass under way: its route, and what entered the attention that is running."""
+class _CurrentPass:
+    """The forward pass under way: its route, and what entered the attention that is running."""
 
     route: Route | None = None
-    asking: Tensor
+    attention_input: Tensor
 
-    def ask(self, hidden: Tensor) -> None:
-        self.asking = hidden
+    def keep_input(self, hidden: Tensor) -> None:
+        self.attention_input = hidden

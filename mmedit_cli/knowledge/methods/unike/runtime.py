@@ -25,53 +25,61 @@ from mmedit_cli.knowledge.methods.shared.exported_runtime import (
 )
 from mmedit_cli.knowledge.methods.shared.neurons import Site
 from mmedit_cli.knowledge.methods.unike.memory import Memories, Places, Route
-from mmedit_cli.knowledge.methods.unike.networks import Scope, encoder
+from mmedit_cli.knowledge.methods.unike.networks import (
+    MemoryNetworks,
+    Scope,
+    encoder,
+)
 
 _PREFIX = "networks."
 
 
-class Networks(nn.Module):
+class UnikeRuntimeNetworks(MemoryNetworks):
     """The networks that are asked when a question is answered, and the knowledge."""
 
     def __init__(self, tensors: Mapping[str, Tensor], settings: Any) -> None:
         super().__init__()
-        layers, width = len(settings.attention), tensors["sem"].shape[1]
-        self.semantic = nn.ModuleList(
-            encoder(width, settings.encoder_dim, width) for _ in range(layers)
-        )
+        hidden = settings.encoder_dim
+        width = tensors["sem"].shape[1]
+        layers = settings.attention
+        semantic = [encoder(width, hidden, width) for _ in layers]
+        self.semantic = nn.ModuleList(semantic)
         self.scope = Scope(width, settings.scope_dim, settings.heads)
+        own = {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_PREFIX)
+        }
         for name in ("sem", "pos", "rows"):
-            self.register_buffer(name, tensors[_PREFIX + name])
-        self.load_state_dict(
-            {
-                k.removeprefix(_PREFIX): v
-                for k, v in tensors.items()
-                if k.startswith(_PREFIX)
-            }
-        )
+            self.register_buffer(name, own[name])
+        self.load_state_dict(own)
         self.eval().requires_grad_(False)
 
 
-class Edits(RoutedEdits):
+class UnikeEdits(RoutedEdits):
     """The neurons and the knowledge on one model."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        hp, self._size = self.settings, 1
-        acts = [self.model.get_submodule(path) for path in hp.act]
+        self._size = 1  # sequences of the pass under way
+        settings = self.settings
         sites = [
-            Site(tuple(paths), hp.gated, act, lambda: self._size)
-            for paths, act in zip(hp.ffn, acts, strict=True)
+            Site(
+                paths=tuple(paths),
+                gated=settings.gated,
+                act=self.model.get_submodule(act),
+                rows=lambda: self._size,
+            )
+            for paths, act in zip(settings.ffn, settings.act, strict=True)
         ]
-        self.networks = Networks(self.tensors, hp)
+        places = Places(settings.entered, settings.attention, sites)
+        self.networks = UnikeRuntimeNetworks(self.tensors, settings)
         self.tensors = {
             name: tensor
             for name, tensor in self.tensors.items()
             if not name.startswith(_PREFIX)
         }
-        self.memories = Memories(
-            Places(hp.entered, hp.attention, sites), self.networks, hp
-        )
+        self.memories = Memories(places, self.networks, settings)
         self.memories.attach(self.patch, lambda _: self.route)
 
     def to(self, device: torch.device) -> None:
@@ -80,32 +88,43 @@ class Edits(RoutedEdits):
         self.networks.to(device)
 
     def choose(self, hidden: Tensor, question: Question) -> Route | None:
-        """Return what is added to the rows that are about an edit; as published, that of all edits to all rows."""
-        edits = {
-            name: tensor for name, tensor in self.tensors.items() if name != "hidden"
-        }
-        about = None
-        self.weights = [dict.fromkeys(self.ids, 1.0) for _ in hidden]
-        if self.memories.scoped:
-            about = self.memories.about(
-                hidden, question.prompt, question.image, edits, self.tensors["hidden"]
-            )
-            self.weights = [{} if i < 0 else {self.ids[i]: 1.0} for i in about.tolist()]
+        """Return what is added to the rows that are about an edit; in mode `reference`, all edits to all rows."""
+        edits = dict(self.tensors)
+        hidden_edits = edits.pop("hidden")
+        if not self.memories.scoped:
+            self.weights = [dict.fromkeys(self.ids, 1.0) for _ in hidden]
+            return self.memories.choose(hidden, question.prompt, edits, None)
+        about = self.memories.about(
+            hidden,
+            question.prompt,
+            question.image,
+            edits,
+            hidden_edits,
+        )
+        self.weights = []
+        for place in about.tolist():
+            known = place >= 0
+            self.weights.append({self.ids[place]: 1.0} if known else {})
         return self.memories.choose(hidden, question.prompt, edits, about)
 
     def change(self, hidden: Tensor) -> None:
-        """Change nothing here, but keep how many sequences are on their way."""
+        """Change nothing here, but note how many sequences the pass has."""
         self._size = len(hidden)
 
 
-class EditedConfig(PreTrainedConfig):
+class UnikeExportConfig(PreTrainedConfig):
     """Names this file; the settings of the model are those in the folder `base`."""
 
     model_type = "mmedit-unike"
 
 
-class EditedModel(Loader):
+class UnikeExport(Loader):
     """Loads the base model and puts the edits on it; there are no instances."""
 
-    config_class = EditedConfig
-    edits_class = Edits
+    config_class = UnikeExportConfig
+    edits_class = UnikeEdits
+
+
+# the names that every export has
+EditedConfig = UnikeExportConfig
+EditedModel = UnikeExport
