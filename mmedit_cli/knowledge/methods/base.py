@@ -27,7 +27,7 @@ TEXT_ONLY_HINT = "multi-melo and unike hold facts without a picture: name one of
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of `edit`: its requests, an id for each, and what the editor tells about it (steps, loss)."""
+    """One call of `edit`: its requests, an id for each, and what the editor reports about it (steps, loss)."""
 
     ids: tuple[int, ...]
     requests: tuple[Query, ...]
@@ -43,11 +43,13 @@ class Standalone:
     settings: Mapping[str, Any]
 
 
-class Edited(AbstractContextManager["Edited"]):
-    """What `edit` returns: the ids of the new edits; leaving it as a context manager undoes them."""
+class EditHandle(AbstractContextManager["EditHandle"]):
+    """What `edit` returns: the ids of the new edits. Used as a context manager, it undoes them at the end."""
 
     def __init__(self, editor: Editor, operation: Operation) -> None:
-        self.editor, self.ids, self.info = editor, operation.ids, operation.info
+        self.editor = editor
+        self.ids = operation.ids
+        self.info = operation.info
 
     def __exit__(self, *_: object) -> None:
         self.editor.undo(self.ids)
@@ -56,14 +58,16 @@ class Edited(AbstractContextManager["Edited"]):
 class Editor(ABC):
     """Changes the answers of one backbone; edits add up until they are undone.
 
-    `first_layer` is the decoder layer below which no edit ever changes anything, so that what lies below may be
-    cached; None if what enters the first changes too, the image features or the prompt. `hparams` is an instance of
-    the class's own `Hparams`.
+    `first_layer` is the decoder layer below which no edit ever changes anything, so that everything below it may be
+    cached. It is None if the image features or the prompt change. `hparams` is an instance of the class's own
+    `Hparams`.
 
     `independent`: an edit depends on its own request alone, and each of the `tensors` has one row an edit.
-    `plain`: the edited model is the same model with other weights, nothing is hooked or added.
+    `plain`: the edited model is the same model with other weights; nothing is hooked or added.
     `needs_image`: facts without a picture cannot be taught.
     """
+
+    hparams: Any
 
     name: ClassVar[str]
     Hparams: ClassVar[type]
@@ -76,7 +80,9 @@ class Editor(ABC):
     def __init__(
         self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0
     ) -> None:
-        self.backbone, self.hparams, self.seed = backbone, hparams, seed
+        self.backbone = backbone
+        self.hparams = hparams
+        self.seed = seed
         self.operations: list[Operation] = []
         self._next_id = 1
 
@@ -118,28 +124,26 @@ class Editor(ABC):
     def affects(self, queries: Sequence[Query]) -> list[bool]:
         """Return for each query whether the present edits may change anything about its answer.
 
-        The default says so of every query once there is an edit; methods that route know better.
+        The default is True for every query once there is an edit. Methods that route override it.
         """
         return [bool(self.operations)] * len(queries)
 
     def routes(self, queries: Sequence[Query]) -> list[int | None] | None:
-        """Return for each query the id of the edit that answers it, or None where the base model does.
+        """Return for each query the id of the edit that answers it, or None if the base model does.
 
-        The default returns None for the whole: only methods that send a query to one edit can say.
+        The default returns None instead of a list. Methods that send a query to one edit override it.
         """
         return None
 
     def explain(self, queries: Sequence[Query]) -> list[dict[int, float]] | None:
         """Return for each query the weights of the edits that take part in its answer, by id, the largest first.
 
-        The default is one edit with its whole weight where `routes` says which; None where no method can say.
+        By default the edit that `routes` names has the whole weight; without routes the result is None.
         """
         routes = self.routes(queries)
-        return (
-            None
-            if routes is None
-            else [{} if edit is None else {edit: 1.0} for edit in routes]
-        )
+        if routes is None:
+            return None
+        return [{} if edit is None else {edit: 1.0} for edit in routes]
 
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
         """Write the edits as PEFT adapters into new folders inside `folder`.
@@ -158,14 +162,14 @@ class Editor(ABC):
 
     # -- the verbs ----------------------------------------------------------------------------------------------
 
-    def edit(self, requests: Sequence[Query]) -> Edited:
+    def edit(self, requests: Sequence[Query]) -> EditHandle:
         """Teach the requests, all in one operation; with none, nothing changes.
 
         If it fails, the edits made before are as they were. Raises DataError for a request the method cannot use.
         """
         ids = tuple(range(self._next_id, self._next_id + len(requests)))
         if not requests:
-            return Edited(self, Operation((), ()))
+            return EditHandle(self, Operation((), ()))
         try:
             info = self._apply(requests, self._source(ids[0]))
         except BaseException:
@@ -175,7 +179,7 @@ class Editor(ABC):
         operation = Operation(ids, tuple(requests), info)
         self.operations.append(operation)
         self._next_id += len(requests)
-        return Edited(self, operation)
+        return EditHandle(self, operation)
 
     def undo(self, ids: Sequence[int] | None = None) -> None:
         """Take back the edits with these ids, or all; the model is then as if they had never been made.
@@ -183,30 +187,20 @@ class Editor(ABC):
         Raises StateError for an id that is not there. Methods that cannot remove one edit alone make the remaining
         ones again, in order and with the same randomness.
         """
-        known = [i for operation in self.operations for i in operation.ids]
+        known = self.ids
         gone = set(known if ids is None else ids)
-        if missing := gone - set(known):
+        missing = gone - set(known)
+        if missing:
             raise StateError(
                 f"no edit {min(missing)} to undo", f"there are {len(known)} edits"
             )
-        rest = []
+        rest: list[Operation] = []
         for operation in self.operations:
-            kept = [
-                (i, q)
-                for i, q in zip(operation.ids, operation.requests, strict=True)
-                if i not in gone
-            ]
-            if kept:
-                rest.append(
-                    Operation(
-                        tuple(i for i, _ in kept),
-                        tuple(q for _, q in kept),
-                        operation.info,
-                    )
-                )
-        if rest and self._keep(
-            [position for position, i in enumerate(known) if i not in gone]
-        ):
+            remaining = _without(operation, gone)
+            if remaining.ids:
+                rest.append(remaining)
+        positions = [position for position, i in enumerate(known) if i not in gone]
+        if rest and self._keep(positions):
             self.operations = rest
         else:
             self._replay(rest)
@@ -214,9 +208,9 @@ class Editor(ABC):
     def replay(self, operations: Sequence[Operation]) -> None:
         """Take everything back and make these edits, in order and with the randomness that belongs to their ids."""
         self._replay(operations)
-        self._next_id = max(
-            [self._next_id, *(i + 1 for operation in operations for i in operation.ids)]
-        )
+        for operation in operations:
+            after = max(operation.ids) + 1
+            self._next_id = max(self._next_id, after)
 
     @property
     def ids(self) -> list[int]:
@@ -226,16 +220,19 @@ class Editor(ABC):
     @property
     def requests(self) -> list[Query]:
         """The requests of all present edits, in order."""
-        return [
-            request for operation in self.operations for request in operation.requests
-        ]
+        every: list[Query] = []
+        for operation in self.operations:
+            every += operation.requests
+        return every
 
     def _replay(self, operations: Sequence[Operation]) -> None:
         self._reset()
         self.operations = []
         for operation in operations:
-            info = self._apply(operation.requests, self._source(operation.ids[0]))
-            self.operations.append(Operation(operation.ids, operation.requests, info))
+            ids = operation.ids
+            requests = operation.requests
+            info = self._apply(requests, self._source(ids[0]))
+            self.operations.append(Operation(ids, requests, info))
 
     def _source(self, first_id: int) -> Generator:
         return generator(self.seed * 1_000_003 + first_id)
@@ -244,20 +241,20 @@ class Editor(ABC):
 
     def tensors(self, start: int = 0) -> dict[str, Tensor]:
         """Return the edits as tensors; of an `independent` editor, the rows of the edits from position `start` on."""
-        return {
-            name: tensor[start:] if self.independent else tensor
-            for name, tensor in self._tensors().items()
-        }
+        tensors = self._tensors()
+        if not self.independent:
+            return tensors
+        return {name: tensor[start:] for name, tensor in tensors.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return (tensors, metadata) from which `load_state` makes the same edited model on the same base model."""
         operations = [
             {
-                "ids": op.ids,
-                "requests": [_to_json(q) for q in op.requests],
-                "info": dict(op.info),
+                "ids": operation.ids,
+                "requests": [_to_json(query) for query in operation.requests],
+                "info": dict(operation.info),
             }
-            for op in self.operations
+            for operation in self.operations
         ]
         metadata = {
             **self._identity(),
@@ -280,20 +277,18 @@ class Editor(ABC):
                 raise StateError(
                     f"the state was made with {key} {metadata.get(key)}, this editor has {value}"
                 )
-        told = {key: metadata.get(key, "null") for key in ("operations", "next_id")}
-        values = {
-            key: parse_json(text, f"the state: {key}", halves=True, error=StateError)
-            for key, text in told.items()
-        }
+        values: dict[str, Any] = {}
+        for key in ("operations", "next_id"):
+            text = metadata.get(key, "null")
+            place = f"the state: {key}"
+            values[key] = parse_json(text, place, halves=True, error=StateError)
         about = Record(values, "the state", error=StateError)
-        operations = [
-            _operation(operation) for operation in about.records("operations")
-        ]
+        operations = [_operation(record) for record in about.records("operations")]
+        requests: list[Query] = []
+        for operation in operations:
+            requests += operation.requests
         self._replay([])
-        self._load_tensors(
-            tensors,
-            [request for operation in operations for request in operation.requests],
-        )
+        self._load_tensors(tensors, requests)
         self.operations = operations
         self._next_id = about.integer("next_id", low=0)
 
@@ -308,7 +303,7 @@ class Editor(ABC):
         self.load_state(*read_state(path))
 
     def _agrees(self, key: str, known: str | None, value: str) -> bool:
-        """Whether what a file says of itself fits; a model may have its former fingerprint there."""
+        """Whether a value in a file is ours; a file may name the model by its former fingerprint."""
         former = self.backbone.former if key == "model" else ""
         return same_model(known, value, former)
 
@@ -326,8 +321,8 @@ class Editor(ABC):
 class TrainedEditor(Editor):
     """An editor with networks that are trained once for a model, before the first edit.
 
-    `architecture` names the hyper-parameters that give the networks their shape; `trained` says where their weights
-    come from: the digest of a checkpoint, or "untrained".
+    `architecture` names the hyper-parameters that determine the shapes of the networks. `trained` is the digest of the
+    checkpoint that the weights come from, or "untrained".
     """
 
     trains = True
@@ -340,18 +335,18 @@ class TrainedEditor(Editor):
 
     @property
     def calibrated(self) -> Mapping[str, Sequence[float]]:
-        """The hyper-parameters that are chosen on held-out cases after the training, and what is tried for each."""
+        """The hyper-parameters that are chosen on held-out cases after the training, each with the values to try."""
         return {}
 
     def gather(self, cases: Sequence[EditCase]) -> str:
-        """Collect from the training cases what the networks are trained on besides, once, before the first step.
+        """Collect whatever else the networks are trained on from the training cases, once, before the first step.
 
         Returns a line that says what was found; the default collects nothing.
         """
         return ""
 
     def finalize(self) -> None:
-        """Fix what follows from the networks as they are; called before they are scored and kept."""
+        """Compute what depends on the networks as they are now; called before they are scored and stored."""
 
     @abstractmethod
     def losses(
@@ -365,22 +360,16 @@ class TrainedEditor(Editor):
     ) -> dict[str, Tensor]:
         """Return every loss of one training batch by name, `total` among them, with gradients to the networks.
 
-        `others` are edits that were made as well, and that no query of the batch is about. Of `world` processes this
-        one is `rank`: their totals and gradients add up to those of the whole batch.
+        `others` are further edits that no query of the batch is about. This is process `rank` of `world`: totals and
+        gradients of all processes add up to those of the whole batch.
         Raises DataError for a case the method cannot learn from.
         """
 
     def networks_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return (tensors, metadata) of a checkpoint."""
-        tensors = {
-            key: value.detach().clone()
-            for key, value in self.networks.state_dict().items()
-        }
-        hparams = {
-            key: value
-            for key, value in to_dict(self.hparams).items()
-            if key != "training"
-        }
+        networks = self.networks.state_dict()
+        tensors = {name: value.detach().clone() for name, value in networks.items()}
+        hparams = _without_training(self.hparams)
         return tensors, {
             **self._networks_identity(),
             "format": str(FORMAT),
@@ -399,9 +388,8 @@ class TrainedEditor(Editor):
         try:
             self.networks.load_state_dict(tensors)
         except RuntimeError as error:
-            raise StateError(
-                f"{path}: does not fit: {str(error).splitlines()[-1].strip()}"
-            ) from error
+            reason = str(error).splitlines()[-1].strip()
+            raise StateError(f"{path}: does not fit: {reason}") from error
         self.trained = sha256_of(path)
 
     def _networks_identity(self) -> dict[str, str]:
@@ -413,11 +401,7 @@ class TrainedEditor(Editor):
         }
 
     def _identity(self) -> dict[str, str]:
-        hparams = {
-            key: value
-            for key, value in to_dict(self.hparams).items()
-            if key != "training"
-        }
+        hparams = _without_training(self.hparams)
         return {
             **super()._identity(),
             "hparams": json.dumps(hparams, sort_keys=True),
@@ -430,6 +414,24 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from mmedit_cli.storage import read_tensors
 
     return read_tensors(path)
+
+
+def _without(operation: Operation, ids: set[int]) -> Operation:
+    """Return an operation without the requests that have these ids."""
+    pairs = zip(operation.ids, operation.requests, strict=True)
+    kept = [(i, request) for i, request in pairs if i not in ids]
+    return Operation(
+        ids=tuple(i for i, _ in kept),
+        requests=tuple(request for _, request in kept),
+        info=operation.info,
+    )
+
+
+def _without_training(hparams: Any) -> dict[str, Any]:
+    """Return hyper-parameters without those that no edit depends on once the networks are trained."""
+    values = to_dict(hparams)
+    values.pop("training", None)
+    return values
 
 
 def _to_json(query: Query) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.errors import DataError, MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.patch import Patch, trainable
 from mmedit_cli.types import Query
@@ -50,25 +51,23 @@ class Ft(Editor):
 
     name = "ft"
     Hparams = FtHparams
+    hparams: FtHparams
     plain = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        hp = self.hparams
+        anchors = self.backbone.anchors
         self._patch = Patch(self.backbone.model)
-        anchors, hp = self.backbone.anchors, self.hparams
         if hp.target == "lm":
-            self._layers = sorted(
-                {layer % self.backbone.n_layers for layer in hp.layers}
-            )
-            self._names = [
-                anchors.path("ffn_out", layer) + ".weight" for layer in hp.layers
-            ]
+            depth = self.backbone.n_layers
+            self._layers = sorted({layer % depth for layer in hp.layers})
+            paths = [anchors.path("ffn_out", layer) for layer in hp.layers]
+            self._names = [f"{path}.weight" for path in paths]
         else:
-            prefix = anchors.path("connector")
-            self._names = [
-                f"{prefix}.{n}"
-                for n, _ in anchors.module("connector").named_parameters()
-            ]
+            path = anchors.path("connector")
+            parameters = dict(anchors.module("connector").named_parameters())
+            self._names = [f"{path}.{name}" for name in parameters]
 
     @property
     def first_layer(self) -> int | None:
@@ -77,29 +76,27 @@ class Ft(Editor):
 
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         hp = self.hparams
-        if hp.target == "connector" and any(
-            request.image is None for request in requests
-        ):
+        no_image = any(request.image is None for request in requests)
+        if hp.target == "connector" and no_image:
             raise DataError(
                 "ft on the connector needs an image in every request",
                 "use target: lm for text-only edits",
             )
-        size = hp.batch_size
-        chunks = [
-            self._prepare(requests[i : i + size]) for i in range(0, len(requests), size)
-        ]
+        losses_of = [self._prepare(part) for part in chunks(requests, hp.batch_size)]
         weights = [self._patch.parameter(name) for name in self._names]
         # steps are taken on float32 copies: in bfloat16 a step of 1e-3 would mostly round to nothing
-        copies = [w.detach().float().clone() for w in weights]
-        start = [c.clone() for c in copies]
+        copies = [weight.detach().float().clone() for weight in weights]
+        start = [copy.clone() for copy in copies]
         optimizer = torch.optim.AdamW(
             copies, lr=hp.learning_rate, weight_decay=hp.weight_decay
         )
         losses: list[float] = []
         for _ in range(hp.steps):
-            for chunk in chunks:
-                losses.append(self._step(chunk, weights, copies, start, optimizer))
-            if sum(losses[-len(chunks) :]) / len(chunks) < hp.stop_loss:
+            for loss_of in losses_of:
+                loss = self._step(loss_of, weights, copies, start, optimizer)
+                losses.append(loss)
+            latest = losses[-len(losses_of) :]
+            if sum(latest) / len(latest) < hp.stop_loss:
                 break
         return {"losses": losses}
 
@@ -133,18 +130,22 @@ class Ft(Editor):
 
     def _prepare(self, requests: Sequence[Query]) -> Callable[[], Tensor]:
         """Compute what stays frozen during the edit; return a function for the loss with the present weights."""
-        backbone, batch = self.backbone, self.backbone.batch(requests)
+        backbone = self.backbone
+        batch = backbone.batch(requests)
         if self.first_layer is not None:
             with torch.no_grad():
                 prefix = backbone.prefix(batch, self.first_layer)
-            return lambda: answer_loss(
-                backbone.resume(prefix, at=batch.predicting), batch.answers
-            )
 
-        below = {
-            path: _Recorded(backbone.model.get_submodule(path))
-            for path in backbone.anchors.below_connector
-        }
+            def loss_above() -> Tensor:
+                logits = backbone.resume(prefix, at=batch.predicting)
+                return answer_loss(logits, batch.answers)
+
+            return loss_above
+
+        below: dict[str, _Recorded] = {}
+        for path in backbone.anchors.below_connector:
+            module = backbone.model.get_submodule(path)
+            below[path] = _Recorded(module)
 
         def recorded(run: Callable[[], Tensor]) -> Tensor:
             with Patch(backbone.model) as patch:
@@ -152,11 +153,13 @@ class Ft(Editor):
                     patch.replace(path, module)
                 return run()
 
+        def loss() -> Tensor:
+            logits = backbone.logits(batch)
+            return answer_loss(logits[batch.predicting], batch.answers)
+
         with torch.no_grad():
             recorded(lambda: backbone.embed(batch))
-        return lambda: recorded(
-            lambda: answer_loss(backbone.logits(batch)[batch.predicting], batch.answers)
-        )
+        return lambda: recorded(loss)
 
     def _reset(self) -> None:
         self._patch.undo()
@@ -167,22 +170,20 @@ class Ft(Editor):
     def _load_tensors(
         self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
     ) -> None:
-        if set(tensors) - set(self._names):
-            raise StateError(
-                f"the state changes {min(set(tensors) - set(self._names))}, this editor does not"
-            )
+        others = set(tensors) - set(self._names)
+        if others:
+            raise StateError(f"the state changes {min(others)}, this editor does not")
         for name, tensor in tensors.items():
             self._patch.set_(name, tensor)
 
 
 class _Recorded(nn.Module):
-    """A module that runs once and gives the same output ever after: the frozen part of an edit of the connector."""
+    """A module that runs once and then repeats its output: the frozen part of an edit of the connector."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._module = [
-            module
-        ]  # in a list, so that it is no child of the model it stands in
+        # in a list, so that it is no child of the model it stands in
+        self._module = [module]
         self._output: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

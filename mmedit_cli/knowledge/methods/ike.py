@@ -1,4 +1,4 @@
-"""IKE: the model stays as it is; the new fact stands in front of every question, behind examples of its use."""
+"""IKE: the model is not changed. Examples and the new fact are put in front of every question."""
 
 from __future__ import annotations
 
@@ -52,31 +52,32 @@ class Demonstration:
 class Ike(Editor):
     """IKE (Zheng et al. 2023), as used for vision-language models (Cheng et al. 2023; UniKE, section 4).
 
-    Every query gets the fact of the edit that is most like it, answer included: what comes out for the request is a
-    copy, and reports call this form `copied-answer`. In front stand demonstrations most like that fact, of training
-    facts only; as many as the model can read.
+    Every query gets the fact of the edit that is most similar to it, with its answer. So the answer to a request is a
+    copy; reports call this form `copied-answer`. The demonstrations most similar to that fact stand in front of it, as
+    many as the model can read. They are training facts.
     """
 
     name = "ike"
     Hparams = IkeHparams
+    hparams: IkeHparams
     first_layer: ClassVar[None] = None  # the prompt itself changes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._encode = sentence_encoder(self.hparams.encoder, self.backbone)
-        count, path = self.hparams.demonstrations, Path(self.hparams.facts)
-        self._known = (
-            read_demonstrations(path if path.exists() else share_dir("data") / path)
-            if count
-            else []
-        )
-        self._vectors = (
-            self._encode([demo.fact for demo in self._known]) if self._known else None
-        )
+        self._known: list[Demonstration] = []
+        self._vectors: Tensor | None = None
+        if self.hparams.demonstrations:
+            path = Path(self.hparams.facts)
+            if not path.exists():
+                path = share_dir("data") / path
+            self._known = read_demonstrations(path)
+        if self._known:
+            facts = [demo.fact for demo in self._known]
+            self._vectors = self._encode(facts)
         self._facts: list[Query] = []
-        self._demos: list[
-            list[Demonstration]
-        ] = []  # of each fact, the most like it last
+        # of each fact, the most similar last
+        self._demos: list[list[Demonstration]] = []
         self._of_facts: list[Tensor] = []
 
     # -- editing ------------------------------------------------------------------------------------------------
@@ -87,10 +88,9 @@ class Ike(Editor):
                 check_picture(request.image)
             self.backbone.encode(request)
         self._add(requests)
-        return {
-            "form": "copied-answer",
-            "demonstrations": [len(demos) for demos in self._demos[-len(requests) :]],
-        }
+        added = self._demos[-len(requests) :]
+        counts = [len(demos) for demos in added]
+        return {"form": "copied-answer", "demonstrations": counts}
 
     def _add(self, requests: Sequence[Query]) -> None:
         texts = [_fact(request) for request in requests]
@@ -102,22 +102,20 @@ class Ike(Editor):
         self.backbone.rewrite = self._with_context
 
     def _nearest(self, request: Query, vector: Tensor) -> list[Demonstration]:
-        """Return the demonstrations most like a fact, the most alike last; none states the fact itself.
+        """Return the demonstrations most similar to a fact, the most similar last; none states the fact itself.
 
         Raises DataError if the facts to learn from hold the very request: then they are not training facts.
         """
         if self._vectors is None:
             return []
-        order = (self._vectors @ vector).argsort(descending=True, stable=True).tolist()
+        similarity = self._vectors @ vector
+        order = similarity.argsort(descending=True, stable=True)
         stated = _normal(_fact(request))
         chosen: list[Demonstration] = []
-        for demo in (self._known[i] for i in order):
+        for i in order.tolist():
+            demo = self._known[i]
             if _normal(demo.fact) == stated:
-                if (
-                    demo.image is not None
-                    and request.image is not None
-                    and demo.image == request.image.resolve()
-                ):
+                if _same_image(demo, request):
                     raise DataError(
                         f"{self.hparams.facts} holds the request {stated!r} itself",
                         "name training facts",
@@ -133,28 +131,32 @@ class Ike(Editor):
         asked = self._encode([query.prompt])[0]
         scores = [float(vector @ asked) for vector in self._of_facts]
         best = max(
-            range(len(scores)), key=lambda i: (scores[i], i)
-        )  # of equals the newest
-        own = f"New Fact: {_fact(self._facts[best])}\nPrompt: {query.prompt}"
-        tokenizer = self.backbone.tokenizer
-        image = (
-            0
-            if query.image is None
-            else self.backbone.n_image_tokens(Picture(query.image, query.background))
+            range(len(scores)),
+            key=lambda i: (scores[i], i),  # of equals the newest
         )
-        room = (
-            self.backbone.max_length
-            - image
-            - _ROOM
-            - len(tokenizer(f"{own} {query.target}").input_ids)
-        )
+        fact = _fact(self._facts[best])
+        own = f"New Fact: {fact}\nPrompt: {query.prompt}"
+        room = self.backbone.max_length - _ROOM
+        room -= self._image_tokens(query)
+        room -= self._tokens(f"{own} {query.target}")
         context = own
         for demo in reversed(self._demos[best]):
-            room -= len(tokenizer(str(demo)).input_ids)
+            room -= self._tokens(str(demo))
             if room < 0:
                 break
             context = f"{demo}{context}"
         return replace(query, prompt=context)
+
+    def _tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self.backbone.tokenizer(text).input_ids)
+
+    def _image_tokens(self, query: Query) -> int:
+        """Return the number of tokens of the picture of a query."""
+        if query.image is None:
+            return 0
+        picture = Picture(query.image, query.background)
+        return self.backbone.n_image_tokens(picture)
 
     # -- taking back, saving ------------------------------------------------------------------------------------
 
@@ -166,7 +168,9 @@ class Ike(Editor):
         return True
 
     def _reset(self) -> None:
-        self._facts, self._demos, self._of_facts = [], [], []
+        self._facts = []
+        self._demos = []
+        self._of_facts = []
         self.backbone.rewrite = None
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -189,16 +193,16 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
     for number, (place, case) in enumerate(read_records(path, problems), 1):
         try:
             request = case["request"]
-            image = (
-                (path.parent / request["image"]).resolve()
-                if request.get("image")
-                else None
-            )
-            examples = [request, *case.get("generality", {}).get("text", ())[:1]]
-            examples += case.get("locality", {}).get("text", ())[:1]
+            image = None
+            if request.get("image"):
+                image = (path.parent / request["image"]).resolve()
+            rewordings = case.get("generality", {}).get("text", ())
+            others = case.get("locality", {}).get("text", ())
+            examples = [request, *rewordings[:1], *others[:1]]
             example = examples[number % len(examples)]
             shown = f"{example['prompt']} {example['target']}"
-            prompt, target = str(request["prompt"]), str(request["target"])
+            prompt = str(request["prompt"])
+            target = str(request["target"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{place}: no case ({error})", "docs/data.md says what a case is"
@@ -206,7 +210,14 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
         found.append(Demonstration(f"{prompt} {target}", shown, prompt, target, image))
     if problems:
         raise DataError(problems, "facts names a cases.jsonl of training facts")
-    return list({(demo.fact, demo.example): demo for demo in found}.values())
+    distinct = {(demo.fact, demo.example): demo for demo in found}
+    return list(distinct.values())
+
+
+def _same_image(demo: Demonstration, request: Query) -> bool:
+    if demo.image is None or request.image is None:
+        return False
+    return demo.image == request.image.resolve()
 
 
 def _fact(request: Query) -> str:

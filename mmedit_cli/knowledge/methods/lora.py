@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +19,17 @@ from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
+Role = Literal[
+    "attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"
+]
+
 
 @dataclass(frozen=True)
 class LoraHparams:
     """See hparams/lora.yaml for what each value means and where it comes from."""
 
     layers: tuple[int, ...] = (15, 20, 25, 31)
-    roles: tuple[Literal["attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"], ...] = (
-        "attn_q", "attn_k", "attn_v", "attn_out",
-    )  # fmt: skip
+    roles: tuple[Role, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
     rank: int = 64
     alpha: float = 64.0
     learning_rate: float = 1e-5
@@ -55,14 +57,17 @@ class Lora(Editor):
 
     name = "lora"
     Hparams = LoraHparams
+    hparams: LoraHparams
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        hp, anchors, n = self.hparams, self.backbone.anchors, self.backbone.n_layers
-        self._paths = [
-            anchors.path(role, layer) for layer in hp.layers for role in hp.roles
-        ]
-        self._layer = min(layer % n for layer in hp.layers)
+        hp = self.hparams
+        anchors = self.backbone.anchors
+        self._paths: list[str] = []
+        for layer in hp.layers:
+            self._paths += [anchors.path(role, layer) for role in hp.roles]
+        depth = self.backbone.n_layers
+        self._layer = min(layer % depth for layer in hp.layers)
         self._patch = Patch(self.backbone.model)
         self._adapter: LoraLayers | None = None
 
@@ -72,39 +77,26 @@ class Lora(Editor):
         return self._layer
 
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
-        hp, backbone = self.hparams, self.backbone
+        backbone = self.backbone
         batch = backbone.batch(requests)
         with torch.no_grad():
             prefix = backbone.prefix(batch, self._layer)  # lies below every adapter
         if self._adapter is None:
             self._adapt()
         at, right = batch.target_positions(backbone.end_id)
-        if not hp.teach_end:
+        if not self.hparams.teach_end:
             at = batch.predicting
+
+        def loss_of() -> Tensor:
+            logits = backbone.resume(prefix, at=at)
+            return answer_loss(logits, right[at])
+
         parameters = self._parameters()
         before = [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
-        losses: list[float] = []
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            for _ in range(hp.steps):
-                with torch.enable_grad():
-                    loss = answer_loss(backbone.resume(prefix, at=at), right[at])
-                losses.append(loss.item())
-                if not losses[-1] < float("inf"):
-                    raise MmeditError(
-                        f"lora: the loss became {losses[-1]}", "lower learning_rate"
-                    )
-                if hp.stop_loss is not None and losses[-1] < hp.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
+            losses = self._descend(parameters, loss_of)
         except BaseException:
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
@@ -116,10 +108,38 @@ class Lora(Editor):
                 parameter.grad = None
         return {"losses": losses}
 
+    def _descend(
+        self, parameters: list[nn.Parameter], loss_of: Callable[[], Tensor]
+    ) -> list[float]:
+        """Take the steps of one edit, with an optimiser of its own; return the losses."""
+        hp = self.hparams
+        optimizer = torch.optim.AdamW(
+            parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
+        losses: list[float] = []
+        for _ in range(hp.steps):
+            with torch.enable_grad():
+                loss = loss_of()
+            value = loss.item()
+            losses.append(value)
+            if not value < float("inf"):
+                raise MmeditError(
+                    f"lora: the loss became {value}", "lower learning_rate"
+                )
+            if hp.stop_loss is not None and value < hp.stop_loss:
+                break
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        return losses
+
     def _adapt(self) -> None:
         """Put a new adapter, which changes nothing yet, on the linear layers: the same whichever edit comes first."""
-        ranks = dict.fromkeys(self._paths, self.hparams.rank)
-        alphas = dict.fromkeys(self._paths, self.hparams.alpha)
+        hp = self.hparams
+        ranks = dict.fromkeys(self._paths, hp.rank)
+        alphas = dict.fromkeys(self._paths, hp.alpha)
         self._adapter = LoraLayers(self._patch, ranks, alphas, self.seed)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -143,11 +163,15 @@ class Lora(Editor):
         pairs = self._adapter.pairs()
         downs = {path: down.T[None] for path, (down, _) in pairs.items()}
         ups = {path: up.T[None] for path, (_, up) in pairs.items()}
-        scale = self.hparams.alpha / self.hparams.rank
+        hp = self.hparams
+        path = folder / "lora"
         lora_adapters.write(
-            folder / "lora", Blocks(downs, ups), scale, self.backbone.name
+            path,
+            Blocks(downs, ups),
+            scale=hp.alpha / hp.rank,
+            model=self.backbone.name,
         )
-        return {folder / "lora": tuple(self.requests)}
+        return {path: tuple(self.requests)}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {} if self._adapter is None else self._adapter.tensors()
@@ -159,10 +183,10 @@ class Lora(Editor):
             return
         self._adapt()
         assert self._adapter is not None
-        expected = {
-            name: tensor.shape for name, tensor in self._adapter.tensors().items()
-        }
-        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        own = self._adapter.tensors()
+        expected = {name: tensor.shape for name, tensor in own.items()}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != expected:
             self._reset()
             raise StateError(
                 f"the state does not hold an adapter of rank {self.hparams.rank} for these layers"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor
@@ -27,7 +27,10 @@ from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
-_TOP_ACTIVATION, _TOP_MEMORY, _MARGIN = 5, 1000, 3.0  # variant paper, as published
+# of variant paper, as published
+_TOP_ACTIVATION = 5  # of the activations that are to rise
+_TOP_MEMORY = 1000  # of those on the memory that are to fall
+_MARGIN = 3.0  # between an edit and the memory
 
 
 @dataclass(frozen=True)
@@ -61,33 +64,31 @@ class TPatcherHparams:
 class TPatcher(Editor):
     """T-Patcher (Huang et al., ICLR 2023), also in the form published for vision-language models (Chen et al. 2025).
 
-    `vl`: new neurons start at zero, and are held back on texts of `memory` by a weak loss. `paper`: one neuron for
-    each target token that is predicted wrongly, at most `neurons`; its key starts as the state that is to say the
-    token, its value is random; on everything in memory, earlier requests included, it must read less than there.
+    `vl`: new neurons start at zero, and a weak loss on texts of `memory` keeps them low there. `paper`: one neuron for
+    each target token that is predicted wrongly, at most `neurons`. Its key starts as the state that is to give the
+    token, and its value is random. It must read less on everything in memory, earlier requests included.
     """
 
     name = "t-patcher"
     Hparams = TPatcherHparams
+    hparams: TPatcherHparams
     batch_edits: ClassVar[bool] = False  # one request after the other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        hp, backbone = self.hparams, self.backbone
+        hp = self.hparams
+        backbone = self.backbone
         if not -backbone.n_layers <= hp.layer < backbone.n_layers:
             raise HparamsError(
                 f"layer {hp.layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}"
             )
-        self._layer, self._site = (
-            hp.layer % backbone.n_layers,
-            site_of(backbone, hp.layer),
-        )
-        self._shapes = fields(
-            backbone.width, gated=self._site.gated and hp.variant == "vl"
-        )
+        self._layer = hp.layer % backbone.n_layers
+        self._site = site_of(backbone, hp.layer)
+        gated = self._site.gated and hp.variant == "vl"
+        self._shapes = fields(backbone.width, gated=gated)
         self._edits: list[Neurons] = []  # one set a request
-        self._seen: list[
-            Tensor
-        ] = []  # variant paper: what entered the FFN for earlier requests
+        # variant paper: what entered the FFN for earlier requests
+        self._seen: list[Tensor] = []
         self._patch = Patch(backbone.model)
 
     @property
@@ -114,86 +115,105 @@ class TPatcher(Editor):
         return {"losses": losses}
 
     def _add(self, neurons: Neurons) -> None:
-        self._edits.append({name: tensor.detach() for name, tensor in neurons.items()})
+        learned = {name: tensor.detach() for name, tensor in neurons.items()}
+        self._edits.append(learned)
         present = joined(self._edits)
+
+        def adds(entering: Tensor) -> Tensor | None:
+            if not len(present["bias"]):
+                return None
+            return respond(entering, present, self._site.act)
+
         self._patch.undo()
-        self._site.hook(
-            self._patch,
-            lambda z: (
-                respond(z, present, self._site.act) if len(present["bias"]) else None
-            ),
-        )
+        self._site.hook(self._patch, adds)
 
     def _learn(self, prefix: Prefix, source: Generator) -> tuple[Neurons, list[float]]:
         """Train neurons for one request in the form published for vision-language models."""
-        hp, backbone, n = self.hparams, self.backbone, self.hparams.neurons
-        new = fit(
-            {
-                k: torch.zeros(n, *s, device=backbone.device)
-                for k, s in self._shapes.items()
-            }
-        )
+        hp = self.hparams
+        backbone = self.backbone
+        new = fit(self._zeros(hp.neurons))
         optimizer = torch.optim.Adam(
             new.values(), lr=hp.learning_rate, weight_decay=hp.weight_decay
         )
-        batch, losses = prefix.batch, []
+        batch = prefix.batch
         at, labels = self._taught(batch)
         answers = labels[at]
+        losses: list[float] = []
         text: tuple[Prefix, Tensor] | None = None
         for _ in range(hp.steps):
-            before, text = text, self._draw(source)
+            before = text
+            text = self._draw(source)
             with torch.enable_grad(), _Reading(self, new) as reading:
-                if (
-                    hp.compat == "reference" and before is not None
-                ):  # published: the edit's input was overwritten
-                    said = backbone.resume(before[0])[
-                        :, -len(answers) - 1 : -1
-                    ].flatten(0, 1)
-                    valid = before[1]
+                if hp.compat == "reference" and before is not None:
+                    # published: the edit's input was overwritten by the text of the step before
+                    said, valid = self._answers_on_text(before, len(answers))
                 else:
-                    said, valid = (
-                        backbone.resume(prefix, at),
-                        batch.attention_mask.bool(),
-                    )
+                    said = backbone.resume(prefix, at)
+                    valid = batch.attention_mask.bool()
                 loss = answer_loss(said, answers)
                 losses.append(loss.item())
-                loss = loss + hp.activation_weight * sum(
-                    (-a[valid]).exp().mean() for a in reading.taken()
-                )
+                active = [(-read[valid]).exp().mean() for read in reading.read()]
+                loss = loss + hp.activation_weight * sum(active)
                 if text is not None and hp.memory_weight:
-                    backbone.advance(text[0], self.first_layer + 1)
-                    on_text = [a[text[1]].relu().exp().mean() for a in reading.taken()]
-                    loss = loss + hp.memory_weight * sum(on_text)
+                    loss = loss + hp.memory_weight * self._on_text(text, reading)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return new, losses
+
+    def _zeros(self, count: int) -> dict[str, Tensor]:
+        """Return so many neurons that do nothing yet."""
+        device = self.backbone.device
+        return {
+            name: torch.zeros(count, *shape, device=device)
+            for name, shape in self._shapes.items()
+        }
+
+    def _answers_on_text(
+        self, text: tuple[Prefix, Tensor], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits that predict the last `count` tokens of a text, and where it has tokens."""
+        prefix, valid = text
+        logits = self.backbone.resume(prefix)
+        predicting = logits[:, -count - 1 : -1]
+        return predicting.flatten(0, 1), valid
+
+    def _on_text(self, text: tuple[Prefix, Tensor], reading: _Reading) -> Tensor | int:
+        """Return how strongly the new neurons fire on a text of the memory."""
+        prefix, valid = text
+        self.backbone.advance(prefix, self.first_layer + 1)
+        fired: Tensor | int = 0
+        for read in reading.read():
+            active = read[valid].relu()
+            fired = fired + active.exp().mean()
+        return fired
 
     def _taught(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return where tokens are taught, (B, T) bool, and which, (B, T)."""
         at, labels = batch.target_positions(self.backbone.end_id)
-        return (at if self.hparams.teach_end else batch.predicting), labels
+        if not self.hparams.teach_end:
+            at = batch.predicting
+        return at, labels
 
     def _draw(self, source: Generator) -> tuple[Prefix, Tensor] | None:
+        """Draw a text of the memory, if there is one."""
         texts = self._texts
-        return (
-            texts[int(torch.randint(len(texts), (1,), generator=source))]
-            if texts
-            else None
-        )
+        if not texts:
+            return None
+        number = torch.randint(len(texts), (1,), generator=source)
+        return texts[int(number)]
 
     @cached_property
     def _texts(self) -> list[tuple[Prefix, Tensor]]:
         """What the texts in memory are on entering the edited layer, and where there are tokens."""
-        parts = [text.rpartition(" ") for text in self.hparams.memory]
-        batches = [
-            self.backbone.batch([Query(prompt, target)]) for prompt, _, target in parts
-        ]
-        with torch.no_grad():
-            return [
-                (self.backbone.prefix(b, self.first_layer), b.attention_mask.bool())
-                for b in batches
-            ]
+        found: list[tuple[Prefix, Tensor]] = []
+        for text in self.hparams.memory:
+            prompt, _, target = text.rpartition(" ")
+            batch = self.backbone.batch([Query(prompt, target)])
+            with torch.no_grad():
+                prefix = self.backbone.prefix(batch, self.first_layer)
+            found.append((prefix, batch.attention_mask.bool()))
+        return found
 
     # -- the form of the paper ------------------------------------------------------------------------------------
 
@@ -201,37 +221,43 @@ class TPatcher(Editor):
         self, prefix: Prefix, source: Generator
     ) -> tuple[Neurons, list[float]]:
         """Train one neuron for each wrong token: cross entropy, activation and memory losses (eq. 5 to 9 there)."""
-        hp, backbone, batch = self.hparams, self.backbone, prefix.batch
-        at, labels = self._taught(batch)
+        hp = self.hparams
+        backbone = self.backbone
+        at, labels = self._taught(prefix.batch)
         answers = labels[at]
         with torch.no_grad(), _Reading(self) as reading:
-            wrong = backbone.resume(prefix, at).argmax(-1) != answers
+            said = backbone.resume(prefix, at).argmax(-1)
+            wrong = said != answers
             entering = reading.entered[-1]
             memory = torch.cat([*self._seen, *self._texts_entering()])
         places = entering[at][wrong][: hp.neurons]
-        width = places.shape[1]
-        start = torch.randn(len(places), width, generator=source).to(places.device)
-        new = fit(
-            {
-                "keys": places / places.square().sum(1, keepdim=True),
-                "bias": torch.zeros(len(places), device=places.device),
-                "values": start,
-            }
-        )
+        new = self._start_at(places, source)
         gain = fit({"gain": torch.tensor(10.0, device=places.device)})["gain"]
 
         def scaled() -> dict[str, Tensor]:
             return {**new, "values": new["values"] * gain}
 
-        if len(places):
-            losses = self._descend(
-                [*new.values(), gain],
-                lambda: self._published_loss(prefix, scaled(), places, memory),
-            )
-        else:  # everything is right already
-            losses = []
-        self._seen.append(entering[batch.attention_mask.bool()])
-        return scaled(), losses
+        def losses_now() -> tuple[Tensor, Tensor, bool]:
+            return self._published_loss(prefix, scaled(), places, memory)
+
+        course: list[float] = []
+        if len(places):  # else everything is right already
+            course = self._descend([*new.values(), gain], losses_now)
+        valid = prefix.batch.attention_mask.bool()
+        self._seen.append(entering[valid])
+        return scaled(), course
+
+    def _start_at(self, places: Tensor, source: Generator) -> dict[str, nn.Parameter]:
+        """Return a neuron for each state (n, D) that reads 1 there; its value is random."""
+        device = places.device
+        values = torch.randn(places.shape, generator=source)
+        squares = places.square().sum(1, keepdim=True)
+        start = {
+            "keys": places / squares,
+            "bias": torch.zeros(len(places), device=device),
+            "values": values.to(device),
+        }
+        return fit(start)
 
     def _published_loss(
         self, prefix: Prefix, new: Neurons, places: Tensor, memory: Tensor
@@ -239,23 +265,25 @@ class TPatcher(Editor):
         """Return the whole loss, its part on the memory, and whether the answer is right."""
         hp = self.hparams
         at, labels = self._taught(prefix.batch)
-        with _Reading(self, new):
-            said = self.backbone.resume(prefix, at).float()
         answers = labels[at]
+        with _Reading(self, new):
+            logits = self.backbone.resume(prefix, at).float()
         own = preactivation(places, new).diagonal()
-        activation = _mean_of_top((-own).exp(), _TOP_ACTIVATION)
-        kept = said.new_zeros(())
+        rising = (-own).exp()
+        activation = _mean_of_top(rising, _TOP_ACTIVATION)
+        kept = logits.new_zeros(())
         if len(memory):
             read = preactivation(memory, new)
-            kept = _mean_of_top((read - own + _MARGIN).exp(), _TOP_MEMORY)
-            kept = kept + _mean_of_top((read + _MARGIN).exp(), _TOP_MEMORY)
-        loss = F.cross_entropy(said, answers, label_smoothing=0.1)
-        right = bool((said.argmax(-1) == answers).all())
-        return (
-            loss + hp.activation_weight * activation + hp.memory_weight * kept,
-            kept,
-            right,
-        )
+            beside = (read - own + _MARGIN).exp()
+            above = (read + _MARGIN).exp()
+            kept = _mean_of_top(beside, _TOP_MEMORY)
+            kept = kept + _mean_of_top(above, _TOP_MEMORY)
+        loss = F.cross_entropy(logits, answers, label_smoothing=0.1)
+        loss = loss + hp.activation_weight * activation
+        loss = loss + hp.memory_weight * kept
+        said = logits.argmax(-1)
+        right = bool((said == answers).all())
+        return loss, kept, right
 
     def _descend(
         self, parameters: list[Any], losses: Callable[[], tuple[Tensor, Tensor, bool]]
@@ -268,21 +296,25 @@ class TPatcher(Editor):
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.5, patience=1, threshold=0.05
         )
-        course, best, patience = [], float("inf"), 0
+        course: list[float] = []
+        best = float("inf")
+        worse = 0  # times in a row that the memory loss did not fall
         for step in range(hp.steps):
             with torch.enable_grad():
                 loss, kept, right = losses()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             course.append(loss.item())
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             if step % 25 == 24:
                 schedule.step(course[-1])
             if step >= 100 and right:
-                better = kept.item() < best * (1 - 1e-3)
-                best, patience = min(best, kept.item()), 0 if better else patience + 1
-                if patience > 1:
+                value = kept.item()
+                fell = value < best * (1 - 1e-3)
+                worse = 0 if fell else worse + 1
+                best = min(best, value)
+                if worse > 1:
                     break
         return course
 
@@ -303,9 +335,12 @@ class TPatcher(Editor):
     def _tensors(self) -> dict[str, Tensor]:
         if not self._edits:
             return {}
-        counts = torch.tensor([len(edit["bias"]) for edit in self._edits])
-        seen = {f"seen.{i}": states for i, states in enumerate(self._seen)}
-        return {**joined(self._edits), "counts": counts, **seen}
+        tensors = joined(self._edits)
+        counts = [len(edit["bias"]) for edit in self._edits]
+        tensors["counts"] = torch.tensor(counts)
+        for i, states in enumerate(self._seen):
+            tensors[f"seen.{i}"] = states
+        return tensors
 
     def _load_tensors(
         self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
@@ -317,30 +352,29 @@ class TPatcher(Editor):
         }
         counts = tensors.get("counts", torch.zeros(0)).tolist()
         wanted = {name: (sum(counts), *shape) for name, shape in self._shapes.items()}
-        if (
-            len(counts) != len(requests)
-            or {name: tuple(t.shape) for name, t in rows.items()} != wanted
-        ):
+        found = {name: tuple(tensor.shape) for name, tensor in rows.items()}
+        if len(counts) != len(requests) or found != wanted:
             raise StateError(
                 f"the state does not hold the neurons of {len(requests)} requests"
             )
         device = self.backbone.device
-        split = {name: tensor.to(device).split(counts) for name, tensor in rows.items()}
-        self._seen = [
-            tensors[f"seen.{i}"].to(device)
-            for i in range(len(counts))
-            if f"seen.{i}" in tensors
-        ]
-        for i in range(len(counts)):
-            self._add({name: parts[i] for name, parts in split.items()})
+        seen = [tensors.get(f"seen.{i}") for i in range(len(counts))]
+        self._seen = [states.to(device) for states in seen if states is not None]
+        start = 0
+        for count in counts:
+            end = start + count
+            neurons = {name: tensor[start:end] for name, tensor in rows.items()}
+            self._add({name: tensor.to(device) for name, tensor in neurons.items()})
+            start = end
 
 
 class _Reading(Patch):
-    """While open: what enters the FFN is noted, and `new` neurons take part beside those that are there."""
+    """While it is open, what enters the FFN is noted, and `new` neurons take part beside those that are there."""
 
     def __init__(self, editor: TPatcher, new: Neurons | None = None) -> None:
         super().__init__(editor.backbone.model)
-        self._site, self._new = editor._site, new
+        self._site = editor._site
+        self._new = new
         self.entered: list[Tensor] = []
 
     def __enter__(self) -> _Reading:
@@ -349,19 +383,25 @@ class _Reading(Patch):
 
     def _adds(self, entering: Tensor) -> Tensor | None:
         self.entered.append(entering)
-        return (
-            None if self._new is None else respond(entering, self._new, self._site.act)
-        )
+        if self._new is None:
+            return None
+        return respond(entering, self._new, self._site.act)
 
-    def taken(self) -> list[Tensor]:
+    def read(self) -> list[Tensor]:
         """Return what the new neurons read in the latest pass, (B, T, n) for the key and in a gated FFN for `up`."""
         assert self._new is not None
-        names = ("keys", "up") if "up" in self._new else ("keys",)
-        return [preactivation(self.entered[-1], self._new, name) for name in names]
+        entered = self.entered[-1]
+        read = [preactivation(entered, self._new)]
+        if "up" in self._new:
+            read.append(preactivation(entered, self._new, "up"))
+        return read
 
 
 def _mean_of_top(values: Tensor, count: int) -> Tensor:
-    return values.flatten().topk(min(count, values.numel())).values.mean()
+    """Return the mean of the largest values."""
+    values = values.flatten()
+    top = values.topk(min(count, len(values)))
+    return top.values.mean()
 
 
 EDITOR = TPatcher

@@ -256,16 +256,20 @@ class LiveEdit(TrainedEditor):
     @torch.no_grad()
     def _routed(self, queries: Sequence[Query]) -> list[dict[int, float]]:
         """Return the weights of the experts chosen for each query, by their position in the bank."""
-        routed: dict[Query, dict[int, float]] = {query: {} for query in queries}
-        seeing = [query for query in queries if query.image is not None]
-        distinct = self.backbone.by_length(seeing) if self.operations else []
-        for part in chunks(distinct, _ASKED):
-            batch = self.backbone.batch(part)
-            prefix = self.backbone.prefix(batch, self._layer)
+        routed: dict[Query, dict[int, float]] = {}
+        seeing: list[Query] = []
+        if self.operations:
+            seeing = [query for query in queries if query.image is not None]
+        backbone = self.backbone
+        for part in chunks(backbone.by_length(seeing), _ASKED):
+            batch = backbone.batch(part)
+            prefix = backbone.prefix(batch, self._layer)
             rows, routing = self.route(prefix.hidden, prefix.batch)
-            for row, weights in zip(rows.tolist(), routing.by_expert(), strict=True):
-                routed[part[row]] = weights
-        return [routed[query] for query in queries]
+            weights = routing.by_expert()
+            for row, used in zip(rows.tolist(), weights, strict=True):
+                query = part[row]
+                routed[query] = used
+        return [routed.get(query, {}) for query in queries]
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -287,7 +291,12 @@ class LiveEdit(TrainedEditor):
     ) -> dict[str, Tensor]:
         """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
         hp = self.hparams.training
-        items = choose_items(cases, source, hp.generality_items, hp.locality_items)
+        items = choose_items(
+            cases,
+            source,
+            generality=hp.generality_items,
+            locality=hp.locality_items,
+        )
         draws = draw(items, source, hp.compat)
         place = Place(self.backbone, self._layer, rank, world)
         more = [case.request for case in others]
@@ -317,11 +326,14 @@ class LiveEdit(TrainedEditor):
 
     def standalone(self) -> Standalone:
         """Return the experts, what routes them, and one file that needs transformers only."""
-        tensors = {**self._bank.tensors(), "hidden": ~self._bank.visible}
-        for name, tensor in self.networks.state_dict().items():
+        hp = self.hparams
+        tensors = self._bank.tensors()
+        tensors["hidden"] = ~self._bank.visible
+        networks = self.networks.state_dict()
+        for name, tensor in networks.items():
             if name.startswith(_EXPORTED_NETWORKS):
                 tensors[f"networks.{name}"] = tensor
-        settings = {name: getattr(self.hparams, name) for name in _EXPORTED_SETTINGS}
+        settings = {name: getattr(hp, name) for name in _EXPORTED_SETTINGS}
         return standalone(self, self._entered, tensors, settings)
 
 

@@ -46,7 +46,9 @@ class ClusterIndex:
     def clear(self) -> None:
         """Remove all clusters."""
         self.clusters: list[Cluster] = []
-        self.conflicts = self.forgotten = self._size = 0
+        self.conflicts = 0
+        self.forgotten = 0
+        self._size = 0
         self._keys: list[Keys] = []
         self._numbers: dict[str, int] = {}
 
@@ -60,25 +62,25 @@ class ClusterIndex:
     ) -> None:
         """Append rows; `operations` has a number for each, equal for those that were inserted together."""
         self._keys.append(keys)
-        numbers = [
-            label
-            if isinstance(label, int)
-            else self._numbers.setdefault(label, len(self._numbers))
-            for label in labels
-        ]
+        numbers = [self._number_of(label) for label in labels]
         rows = range(self._size, self._size + len(keys))
         self._size = rows.stop
         batches: dict[int, list[int]] = {}
         for i in range(len(keys)):
-            batches.setdefault(
-                operations[i] if self.together and operations else i, []
-            ).append(i)
+            batch = operations[i] if self.together and operations else i
+            batches.setdefault(batch, []).append(i)
+        tokens = keys.parts["token"]
         for members in batches.values():
             self.add(
-                keys.parts["token"][members],
-                [numbers[i] for i in members],
-                [rows[i] for i in members],
+                tokens[members],
+                labels=[numbers[i] for i in members],
+                rows=[rows[i] for i in members],
             )
+
+    def _number_of(self, label: str | int) -> int:
+        if isinstance(label, int):
+            return label
+        return self._numbers.setdefault(label, len(self._numbers))
 
     def add(self, keys: Tensor, labels: Sequence[int], rows: Sequence[int]) -> None:
         """Insert a batch: keys (B, D). Distances are those before it, radii and points those of the moment."""
@@ -87,41 +89,51 @@ class ClusterIndex:
             if distances is None or nearest is None:
                 self.clusters.append(Cluster(key, self.radius, label, [(key, row)]))
                 continue
-            distance, old = float(distances[i]), self.clusters[int(nearest[i])]
+            distance = float(distances[i])
+            old = self.clusters[int(nearest[i])]
             new = Cluster(key, self.radius, label, [(key, row)])
             if distance > old.radius + self.radius:
                 self.clusters.append(new)
             elif label == old.label:
                 old.points.append((key, row))
-                points = torch.stack([point for point, _ in old.points])
-                old.centre = points.mean(0)
-                old.radius = max(
-                    float((points - old.centre).norm(dim=1).max()), self.radius
-                )
+                self._expand(old)
             else:
                 self.clusters.append(new)
                 self._split(old, new, distance)
 
+    def _expand(self, cluster: Cluster) -> None:
+        """Move a cluster to the mean of its points, and let it reach all of them."""
+        points = torch.stack([point for point, _ in cluster.points])
+        cluster.centre = points.mean(0)
+        lengths = (points - cluster.centre).norm(dim=1)
+        cluster.radius = max(float(lengths.max()), self.radius)
+
     def _split(self, old: Cluster, new: Cluster, distance: float) -> None:
-        old.radius, new.radius = distance / 2 - _SPLIT, distance / 2 + _SPLIT
+        """Part two clusters of different labels half way; what the older no longer reaches is forgotten."""
+        half = distance / 2
+        old.radius = half - _SPLIT
+        new.radius = half + _SPLIT
         self.conflicts += 1
-        kept = [
-            point
-            for point in old.points
-            if float((point[0] - old.centre).norm()) <= old.radius
-        ]
+        kept: list[tuple[Tensor, int]] = []
+        for key, row in old.points:
+            length = float((key - old.centre).norm())
+            if length <= old.radius:
+                kept.append((key, row))
         before = len(old.points)
         old.points = kept or [(old.centre, NOBODY)]
-        self.forgotten += before - len(
-            old.points
-        )  # one too few where a point of nobody was put in, as published
+        # one too few where a point of nobody was put in, as published
+        self.forgotten += before - len(old.points)
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return (distance, number) of the cluster whose centre is nearest: (B,), (B,)."""
         centres = torch.stack([cluster.centre for cluster in self.clusters])
-        distances, numbers = torch.cdist(
-            keys, centres, compute_mode="donot_use_mm_for_euclid_dist"
-        ).min(1)
+        # exact: by a matrix product a key would not be at distance 0 from itself
+        apart = torch.cdist(
+            keys,
+            centres,
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        distances, numbers = apart.min(1)
         return distances, numbers
 
     def search(self, keys: Keys) -> Tensor:
@@ -132,13 +144,13 @@ class ClusterIndex:
         if not self.clusters:
             return rows
         distances, numbers = self.nearest(tokens)
-        for i, (distance, number) in enumerate(
-            zip(distances.tolist(), numbers.tolist(), strict=True)
-        ):
+        pairs = zip(distances.tolist(), numbers.tolist(), strict=True)
+        for i, (distance, number) in enumerate(pairs):
             cluster = self.clusters[number]
-            if distance <= cluster.radius:
-                points = torch.stack([point for point, _ in cluster.points])
-                rows[i] = cluster.points[
-                    int((points - tokens[i]).norm(dim=1).argmin())
-                ][1]
+            if distance > cluster.radius:
+                continue
+            points = torch.stack([point for point, _ in cluster.points])
+            lengths = (points - tokens[i]).norm(dim=1)
+            _, row = cluster.points[int(lengths.argmin())]
+            rows[i] = row
         return rows

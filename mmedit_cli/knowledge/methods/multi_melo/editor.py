@@ -12,7 +12,12 @@ import torch
 from torch import Generator, Tensor
 
 from mmedit_cli.errors import HparamsError, MmeditError, StateError, UserError
-from mmedit_cli.knowledge.methods.base import Edited, Editor, Operation, Standalone
+from mmedit_cli.knowledge.methods.base import (
+    EditHandle,
+    Editor,
+    Operation,
+    Standalone,
+)
 from mmedit_cli.knowledge.methods.multi_melo.clusters import ClusterIndex
 from mmedit_cli.knowledge.methods.multi_melo.hparams import MultiMeloHparams
 from mmedit_cli.knowledge.methods.multi_melo.index import (
@@ -29,6 +34,7 @@ from mmedit_cli.knowledge.methods.multi_melo.keys import (
 )
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.block_training import train_blocks
+from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.lora_blocks import (
     NONE,
     BlockBank,
@@ -57,65 +63,66 @@ class MultiMelo(Editor):
 
     name = "multi-melo"
     Hparams = MultiMeloHparams
+    hparams: MultiMeloHparams
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        hp, backbone = self.hparams, self.backbone
-        outside = [
-            layer
-            for layer in hp.layers
-            if not -backbone.n_layers <= layer < backbone.n_layers
-        ]
-        if outside:
-            raise HparamsError(
-                f"layers {outside[0]}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}",
-                f"--set layers=[{backbone.n_layers // 2},{backbone.n_layers - 1}]",
-            )
-        layers = sorted({layer % backbone.n_layers for layer in hp.layers})
+        hp = self.hparams
+        backbone = self.backbone
+        depth = backbone.n_layers
+        for layer in hp.layers:
+            if not -depth <= layer < depth:
+                raise HparamsError(
+                    f"layers {layer}: {backbone.name} has the layers 0 to {depth - 1}",
+                    f"--set layers=[{depth // 2},{depth - 1}]",
+                )
+        layers = sorted({layer % depth for layer in hp.layers})
         if layers[0] == 0:
             raise HparamsError(
                 "layers 0: queries are told apart by what enters the lowest edited layer",
                 "use 1 or up",
             )
         self._layer = layers[0]
-        paths = [
-            backbone.anchors.path(role, layer) for layer in layers for role in hp.roles
-        ]
-        linears: list[Any] = [backbone.model.get_submodule(path) for path in paths]
-        shapes = {
-            path: (m.in_features, m.out_features)
-            for path, m in zip(paths, linears, strict=True)
-        }
+        shapes: dict[str, tuple[int, int]] = {}
+        for layer in layers:
+            for role in hp.roles:
+                path = backbone.anchors.path(role, layer)
+                linear: Any = backbone.model.get_submodule(path)
+                shapes[path] = (linear.in_features, linear.out_features)
         self._bank = BlockBank(shapes, hp.rank, backbone.device)
         self._index, self._keys = self._make_router()
         self._blocks: list[int] = []  # of each edit, the number of its block
-        self._operation_of: list[
-            int
-        ] = []  # of each edit, the number of the operation it was made in
-        self._patch, self._hooked = Patch(backbone.model), False
-        self._given: tuple[Blocks, Tensor] | None = (
-            None  # in training: blocks, and which row has which
-        )
+        # of each edit, the number of the operation it was made in
+        self._operation_of: list[int] = []
+        self._patch = Patch(backbone.model)
+        self._hooked = False
+        # in training: blocks, and which row has which
+        self._given: tuple[Blocks, Tensor] | None = None
         self._routed: tuple[Batch, Tensor | None] | None = None
 
     def _make_router(self) -> tuple[VectorIndex | ClusterIndex, KeySource]:
-        hp, at = self.hparams, (self.backbone, self._layer)
+        hp = self.hparams
+        place = (self.backbone, self._layer)
         published = hp.mode == "reference"
+        reach = dict(vars(hp.reach))
         if hp.router == "melo":
-            return ClusterIndex(hp.cluster_radius, together=published), TokenKeys(*at)
+            clusters = ClusterIndex(hp.cluster_radius, together=published)
+            return clusters, TokenKeys(*place)
         if hp.router == "backbone":
-            return VectorIndex(
-                within_reach(vars(hp.reach)), separation=hp.separation
-            ), BackboneKeys(*at)
+            index = VectorIndex(within_reach(reach), separation=hp.separation)
+            return index, BackboneKeys(*place)
         keys = HubKeys(
-            *at, text=hp.text_encoder, image=hp.image_encoder, leaky=hp.leaky_keys
+            *place,
+            text=hp.text_encoder,
+            image=hp.image_encoder,
+            leaky=hp.leaky_keys,
         )
         if published:
-            return VectorIndex(
-                published_distance, radius=_THRESHOLD, resolve=False
-            ), keys
-        reach = {"question": hp.reach.question, "image": hp.reach.image}
-        return VectorIndex(within_reach(reach), separation=hp.separation), keys
+            index = VectorIndex(published_distance, radius=_THRESHOLD, resolve=False)
+            return index, keys
+        del reach["state"]  # encoders beside the model have no state of it
+        index = VectorIndex(within_reach(reach), separation=hp.separation)
+        return index, keys
 
     @property
     def first_layer(self) -> int:
@@ -126,44 +133,50 @@ class MultiMelo(Editor):
 
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         keys = self._keys_of(requests)
-        blocks, owner, told = self._train(requests)
-        operation = self._operation_of[-1] + 1 if self._operation_of else 0
+        blocks, owner, course = self._train(requests)
+        operation = self._next_operation()
         self._add(blocks, owner, keys, requests, [operation] * len(requests))
-        routed = (
-            self._block_of(self._index.search(keys)).tolist()
-            == self._blocks[-len(requests) :]
-        )
+        found = self._block_of(self._index.search(keys))
+        own = self._blocks[-len(requests) :]
         return {
-            "steps": [steps for steps, _ in told],
-            "losses": [loss for _, loss in told],
-            "routed": routed,
+            "steps": [steps for steps, _ in course],
+            "losses": [loss for _, loss in course],
+            "routed": found.tolist() == own,
         }
+
+    def _next_operation(self) -> int:
+        return self._operation_of[-1] + 1 if self._operation_of else 0
 
     @torch.no_grad()
     def _keys_of(self, requests: Sequence[Query]) -> Keys:
-        prefix = self.backbone.prefix(self.backbone.batch(requests), self._layer)
+        batch = self.backbone.batch(requests)
+        prefix = self.backbone.prefix(batch, self._layer)
         return self._keys.keys(prefix.hidden, prefix.batch)
 
     def _train(
         self, requests: Sequence[Query]
     ) -> tuple[Blocks, list[int], list[tuple[int, float]]]:
         """Return the blocks of one operation, which of them each request has, and (steps, loss) of each."""
-        hp, size = self.hparams, self.hparams.edits_per_block
-        groups = [requests[i : i + size] for i in range(0, len(requests), size)]
-        made, told = [], []
-        for start in range(0, len(groups), hp.parallel):
-            some = groups[start : start + hp.parallel]
-            fresh = fresh_blocks(
-                self._bank.shapes,
-                hp.rank,
-                [seed_of(group[0], self.seed) for group in some],
-            )
+        hp = self.hparams
+        size = hp.edits_per_block
+        groups = list(chunks(requests, size))
+        made: list[Blocks] = []
+        course: list[tuple[int, float]] = []
+        for some in chunks(groups, hp.parallel):
+            seeds = [seed_of(group[0], self.seed) for group in some]
+            fresh = fresh_blocks(self._bank.shapes, hp.rank, seeds)
             blocks, how = train_blocks(
-                self.backbone, self._layer, some, fresh, self._using, hp
+                self.backbone,
+                self._layer,
+                some,
+                fresh,
+                self._using,
+                hp,
             )
             made.append(blocks)
-            told += how
-        return join_blocks(made), [i // size for i in range(len(requests))], told
+            course += how
+        owner = [i // size for i in range(len(requests))]
+        return join_blocks(made), owner, course
 
     @contextmanager
     def _using(self, blocks: Blocks, index: Tensor) -> Iterator[None]:
@@ -189,56 +202,65 @@ class MultiMelo(Editor):
         numbers = self._bank.add(blocks)
         self._blocks += [numbers[i] for i in owner]
         self._operation_of += operations
-        self._index.insert(
-            keys, [self._label(request) for request in requests], operations
-        )
+        labels = [self._label(request) for request in requests]
+        self._index.insert(keys, labels, operations)
         self._hook()
 
     def _label(self, request: Query) -> str | int:
         """Return what makes two answers the same: their words; in MELO's code the sum of their token ids."""
         if self.hparams.mode == "reference" and self.hparams.router == "melo":
             encoded = self.backbone.encode(request)
-            return sum(encoded.ids[-encoded.n_answer :])
-        return " ".join(request.target.casefold().split())
+            answer = encoded.ids[-encoded.n_answer :]
+            return sum(answer)
+        words = request.target.casefold().split()
+        return " ".join(words)
 
     def _keep(self, positions: Sequence[int]) -> bool:
         """Keep some edits; an operation that shared a block with one that goes is made again without it."""
-        kept, requests = list(positions), self.requests
+        kept = list(positions)
+        requests = self.requests
         keys = self._index.keys[kept] if kept else None
+        operations = [self._operation_of[i] for i in kept]
+        blocks, owner = self._blocks_without_the_others(kept)
+        self._reset()
+        if keys is not None:
+            remaining = [requests[i] for i in kept]
+            self._add(join_blocks(blocks), owner, keys, remaining, operations)
+        return True
+
+    def _blocks_without_the_others(
+        self, kept: list[int]
+    ) -> tuple[list[Blocks], list[int]]:
+        """Return the blocks that some edits need, without what others taught them; and which of them each edit has."""
+        requests = self.requests
         gone = set(range(len(requests))) - set(kept)
-        lost = {self._blocks[i] for i in gone} & {self._blocks[i] for i in kept}
-        broken = {self._operation_of[i] for i in kept if self._blocks[i] in lost}
+        left = {self._blocks[i] for i in kept}
+        shared = left & {self._blocks[i] for i in gone}
+        broken = {self._operation_of[i] for i in kept if self._blocks[i] in shared}
         members_of: dict[int, list[int]] = {}
         for i in kept:
             members_of.setdefault(self._operation_of[i], []).append(i)
         made: list[Blocks] = []
         owner: list[int] = []
-        before = 0
+        count = 0
         for operation, members in members_of.items():
             if operation in broken:
                 blocks, own, _ = self._train([requests[i] for i in members])
             else:
                 numbers = sorted({self._blocks[i] for i in members})
-                blocks, own = (
-                    self._bank.blocks.select(numbers),
-                    [numbers.index(self._blocks[i]) for i in members],
-                )
+                blocks = self._bank.blocks.select(numbers)
+                own = [numbers.index(self._blocks[i]) for i in members]
             made.append(blocks)
-            owner += [before + i for i in own]
-            before += len(blocks)
-        operations = [self._operation_of[i] for i in kept]
-        self._reset()
-        if keys is not None:
-            self._add(
-                join_blocks(made), owner, keys, [requests[i] for i in kept], operations
-            )
-        return True
+            owner += [count + number for number in own]
+            count += len(blocks)
+        return made, owner
 
     def _reset(self) -> None:
         self._unhook()
         self._bank.clear()
         self._index.clear()
-        self._blocks, self._operation_of = [], []
+        self._blocks = []
+        self._operation_of = []
 
     # -- routing ------------------------------------------------------------------------------------------------
 
@@ -246,15 +268,15 @@ class MultiMelo(Editor):
         if self._hooked:
             return
         self._hooked = True
-        self._patch.hook_input(
-            self.backbone.anchors.path("layer", self._layer), self._enter
-        )
+        entered = self.backbone.anchors.path("layer", self._layer)
+        self._patch.hook_input(entered, self._enter)
         for path in self._bank.shapes:
             self._patch.hook_call(path, partial(self._adapt, path))
 
     def _unhook(self) -> None:
         self._patch.undo()
-        self._hooked, self._routed = False, None
+        self._hooked = False
+        self._routed = None
 
     def _enter(self, hidden: Tensor) -> None:
         """Decide which block each row has, when the whole question enters the lowest edited layer: (B, T, D)."""
@@ -264,45 +286,46 @@ class MultiMelo(Editor):
                 "multi-melo must know the questions and pictures: ask the backbone, not the model inside",
                 "use backbone.generate(queries) or backbone.logits(batch)",
             )
-        if self._given is None and hidden.shape[1] == batch.input_ids.shape[1]:
+        whole_question = hidden.shape[1] == batch.input_ids.shape[1]
+        if self._given is None and whole_question:
             with torch.no_grad():
-                index = self._block_of(
-                    self._index.search(self._keys.keys(hidden, batch))
-                )
-            self._routed = (batch, index if bool((index != NONE).any()) else None)
+                keys = self._keys.keys(hidden, batch)
+                index = self._block_of(self._index.search(keys))
+            has_block = bool((index != NONE).any())
+            self._routed = (batch, index if has_block else None)
 
     def _adapt(self, path: str, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the blocks to what leaves a linear layer."""
+        scale = self.hparams.scale
         if self._given is not None:
-            return add_blocks(
-                x, out, self._given[0], path, self._given[1], self.hparams.scale
-            )
+            blocks, given = self._given
+            return add_blocks(x, out, blocks, path, given, scale)
         if self._routed is None or self._routed[0] is not self.backbone.current_batch:
             raise MmeditError(
                 "multi-melo met a part of a sequence whose beginning it has not seen"
             )
-        index = self._routed[
-            1
-        ]  # a token that is generated uses what its question was routed to
-        return (
-            None
-            if index is None
-            else add_blocks(x, out, self._bank.blocks, path, index, self.hparams.scale)
-        )
+        # a token that is generated uses what its question was routed to
+        index = self._routed[1]
+        if index is None:
+            return None
+        return add_blocks(x, out, self._bank.blocks, path, index, scale)
 
     def _block_of(self, rows: Tensor) -> Tensor:
         """Return the block of each row of the index; -1 stays."""
-        return torch.tensor([*self._blocks, NONE], device=rows.device)[rows]
+        blocks = torch.tensor([*self._blocks, NONE], device=rows.device)
+        return blocks[rows]
 
     @torch.no_grad()
     def _rows(self, queries: Sequence[Query]) -> dict[Query, int]:
         """Return for each distinct query the row of the index it goes to, -1 for none."""
-        distinct, found = self.backbone.by_length(queries), dict.fromkeys(queries, NONE)
-        for start in range(0, len(distinct) if self._blocks else 0, _ASKED):
-            part = distinct[start : start + _ASKED]
-            found.update(
-                zip(part, self._index.search(self._keys_of(part)).tolist(), strict=True)
-            )
+        found = dict.fromkeys(queries, NONE)
+        if not self._blocks:
+            return found
+        distinct = self.backbone.by_length(queries)
+        for part in chunks(distinct, _ASKED):
+            keys = self._keys_of(part)
+            rows = self._index.search(keys).tolist()
+            found.update(zip(part, rows, strict=True))
         return found
 
     def affects(self, queries: Sequence[Query]) -> list[bool]:
@@ -312,11 +335,9 @@ class MultiMelo(Editor):
 
     def routes(self, queries: Sequence[Query]) -> list[int | None]:
         """Return for each query the id of the edit it is sent to, None where the base model answers."""
-        ids: list[int | None] = [
-            i for operation in self.operations for i in operation.ids
-        ]
+        ids: list[int | None] = [*self.ids, None]  # NONE is the last
         rows = self._rows(queries)
-        return [[*ids, None][rows[query]] for query in queries]
+        return [ids[rows[query]] for query in queries]
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -329,97 +350,92 @@ class MultiMelo(Editor):
             "operation": torch.tensor(self._operation_of),
             "seen": keys.seen,
         }
-        return (
-            self._bank.tensors()
-            | rows
-            | {f"key.{name}": part.clone() for name, part in keys.parts.items()}
-        )
+        parts = {f"key.{name}": part.clone() for name, part in keys.parts.items()}
+        return {**self._bank.tensors(), **rows, **parts}
 
     def _load_tensors(
         self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
     ) -> None:
         if not requests:
             return
-        device, blocks = self.backbone.device, self._bank.from_tensors(tensors)
+        device = self.backbone.device
+        blocks = self._bank.from_tensors(tensors)
         parts = {
-            n.removeprefix("key."): t.to(device)
-            for n, t in tensors.items()
-            if n.startswith("key.")
+            name.removeprefix("key."): tensor.to(device)
+            for name, tensor in tensors.items()
+            if name.startswith("key.")
         }
-        rows = [
-            *parts.values(),
-            *(
-                tensors[name]
-                for name in ("block", "operation", "seen")
-                if name in tensors
-            ),
-        ]
-        if (
-            blocks is None
-            or not parts
-            or len(rows) != len(parts) + 3
-            or any(len(t) != len(requests) for t in rows)
-        ):
+        columns = [tensors.get(name) for name in ("block", "operation", "seen")]
+        complete = all(
+            rows is not None and len(rows) == len(requests)
+            for rows in (*parts.values(), *columns)
+        )
+        if blocks is None or not parts or not complete:
             raise StateError(
                 f"the state does not hold the blocks and keys of {len(requests)} edits"
             )
-        owner, operations = tensors["block"].tolist(), tensors["operation"].tolist()
+        owner = tensors["block"].tolist()
         if not 0 <= min(owner) <= max(owner) < len(blocks):
             raise StateError("the state names a block that it does not hold")
-        self._add(
-            blocks, owner, Keys(parts, tensors["seen"].to(device)), requests, operations
-        )
+        keys = Keys(parts, tensors["seen"].to(device))
+        operations = tensors["operation"].tolist()
+        self._add(blocks, owner, keys, requests, operations)
 
     def export_block(self, edit: int, folder: Path) -> None:
         """Write the block of an edit as a LoRA adapter that peft loads; raise StateError for an unknown id."""
-        ids = [i for operation in self.operations for i in operation.ids]
+        ids = self.ids
         if edit not in ids:
             raise StateError(f"no edit {edit} to export", f"there are {len(ids)} edits")
-        block = self._bank.blocks.select([self._blocks[ids.index(edit)]])
-        lora_adapters.write(folder, block, self.hparams.scale, self.backbone.name)
+        number = self._blocks[ids.index(edit)]
+        block = self._bank.blocks.select([number])
+        lora_adapters.write(
+            folder,
+            block,
+            scale=self.hparams.scale,
+            model=self.backbone.name,
+        )
 
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
         """Write a block for each edit that its question finds, named after its id; who gets which is not in them."""
-        routes = dict(zip(self.requests, self.routes(self.requests), strict=True))
-        written = {}
-        for edit in dict.fromkeys(edit for edit in routes.values() if edit is not None):
+        requests = self.requests
+        edits = self.routes(requests)
+        requests_of: dict[int, list[Query]] = {}
+        for request, edit in dict(zip(requests, edits, strict=True)).items():
+            if edit is not None:
+                requests_of.setdefault(edit, []).append(request)
+        written: dict[Path, tuple[Query, ...]] = {}
+        for edit, answered in requests_of.items():
             path = folder / f"edit-{edit}"
             self.export_block(edit, path)
-            written[path] = tuple(
-                request for request, found in routes.items() if found == edit
-            )
+            written[path] = tuple(answered)
         return written
 
-    def import_block(self, folder: Path, request: Query) -> Edited:
+    def import_block(self, folder: Path, request: Query) -> EditHandle:
         """Make an edit of a request from a LoRA adapter; raise StateError if it does not fit the edited layers."""
-        block = lora_adapters.read(
-            folder, self._bank.shapes, self.hparams.rank, self.hparams.scale
-        )
+        hp = self.hparams
+        block = lora_adapters.read(folder, self._bank.shapes, hp.rank, hp.scale)
+        keys = self._keys_of([request])
+        self._add(block, [0], keys, [request], [self._next_operation()])
         operation = Operation((self._next_id,), (request,), {"imported": True})
-        number = self._operation_of[-1] + 1 if self._operation_of else 0
-        self._add(block, [0], self._keys_of([request]), [request], [number])
         self.operations.append(operation)
         self._next_id += 1
-        return Edited(self, operation)
+        return EditHandle(self, operation)
 
     def standalone(self) -> Standalone:
         """Return the blocks and the index; raise UserError where something beside the model tells queries apart."""
         hp, index = self.hparams, self._index
         if hp.router != "backbone":
-            beside = (
-                "encoders of the hub" if hp.router == "hub" else "the clusters of MELO"
-            )
+            is_hub = hp.router == "hub"
+            beside = "encoders of the hub" if is_hub else "the clusters of MELO"
             raise UserError(
                 f"multi-melo with router={hp.router} cannot be exported as a whole: {beside} route its questions",
                 "--adapters exports its blocks; edits made with router=backbone are exported with what routes them",
             )
         assert isinstance(index, VectorIndex)
-        tensors = {
-            name: tensor
-            for name, tensor in self._tensors().items()
-            if name != "operation"
-        }
-        tensors |= {"radii": index.radii, "hidden": index.hidden}
+        tensors = self._tensors()
+        tensors.pop("operation", None)
+        tensors["radii"] = index.radii
+        tensors["hidden"] = index.hidden
         settings = {
             "linears": list(self._bank.shapes),
             "scale": hp.scale,

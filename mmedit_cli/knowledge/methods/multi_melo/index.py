@@ -6,7 +6,7 @@ Q queries, N rows (one an edit), D numbers a part of a key.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +30,22 @@ class Keys:
         return len(self.seen)
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Keys:
-        return Keys(
-            {name: part[rows] for name, part in self.parts.items()}, self.seen[rows]
-        )
+        parts = {name: part[rows] for name, part in self.parts.items()}
+        return Keys(parts, self.seen[rows])
 
     @classmethod
     def join(cls, many: Sequence[Keys]) -> Keys:
         """Return the keys of several as one."""
-        parts = {
-            name: torch.cat([keys.parts[name] for keys in many])
-            for name in many[0].parts
-        }
-        return cls(parts, torch.cat([keys.seen for keys in many]))
+        parts: dict[str, Tensor] = {}
+        for name in many[0].parts:
+            vectors = [keys.parts[name] for keys in many]
+            parts[name] = torch.cat(vectors)
+        seen = [keys.seen for keys in many]
+        return cls(parts, torch.cat(seen))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parts in order, and `seen`."""
+        return [*self.parts.values(), self.seen]
 
 
 Distance = Callable[[Keys, Keys], Tensor]
@@ -54,17 +58,20 @@ def within_reach(reach: Mapping[str, float]) -> Distance:
     """
 
     def distance(query: Keys, rows: Keys) -> Tensor:
-        far = torch.full(
-            (len(query), len(rows)), float("-inf"), device=rows.seen.device
+        farthest = torch.full(
+            (len(query), len(rows)),
+            float("-inf"),
+            device=rows.seen.device,
         )
         for name, width in reach.items():
-            apart = (1 - query.parts[name] @ rows.parts[name].T) / width
+            cosine = query.parts[name] @ rows.parts[name].T
+            apart = (1 - cosine) / width
             if name == "image":
                 apart = apart.masked_fill(~rows.seen, float("-inf"))
-            far = torch.maximum(far, apart)
-        return far.masked_fill(query.seen[:, None] != rows.seen, float("inf")).clamp(
-            min=0
-        )
+            farthest = torch.maximum(farthest, apart)
+        query_sees = query.seen[:, None]
+        differ = query_sees != rows.seen
+        return farthest.masked_fill(differ, float("inf")).clamp(min=0)
 
     return distance
 
@@ -74,9 +81,15 @@ def published_distance(query: Keys, rows: Keys) -> Tensor:
 
     Without an image s_v is 0. The text score mixes two constants there, so the best is 0.9859.
     """
-    text = (query.parts["question"] @ rows.parts["question"].T - 0.1047) / (1 - 0.0919)
-    image = (query.parts["image"] @ rows.parts["image"].T + 0.4940) / (1 + 0.4940)
-    return 2 - text - image.masked_fill(~query.seen[:, None] | ~rows.seen, 0.0)
+    questions = query.parts["question"]
+    pictures = query.parts["image"]
+    by_text = questions @ rows.parts["question"].T
+    by_image = pictures @ rows.parts["image"].T
+    text = (by_text - 0.1047) / (1 - 0.0919)
+    image = (by_image + 0.4940) / (1 + 0.4940)
+    no_image = ~query.seen[:, None] | ~rows.seen
+    image = image.masked_fill(no_image, 0.0)
+    return 2 - text - image
 
 
 class VectorIndex:
@@ -97,12 +110,10 @@ class VectorIndex:
         separation: float = 0.5,
         resolve: bool = True,
     ) -> None:
-        self.distance, self.radius, self.separation, self.resolve = (
-            distance,
-            radius,
-            separation,
-            resolve,
-        )
+        self.distance = distance
+        self.radius = radius
+        self.separation = separation
+        self.resolve = resolve
         self.searches = 0
         self.clear()
 
@@ -114,7 +125,9 @@ class VectorIndex:
         self._size = 0
         self._keys: Keys | None = None
         self._numbers: dict[str, int] = {}
-        self._labels = self._radii = self._hidden = torch.zeros(0)
+        self._labels = torch.zeros(0)
+        self._radii = torch.zeros(0)
+        self._hidden = torch.zeros(0)
 
     @property
     def radii(self) -> Tensor:
@@ -136,81 +149,93 @@ class VectorIndex:
         self, keys: Keys, labels: Sequence[str], operations: Sequence[int] = ()
     ) -> None:
         """Append rows; labels are compared as text. `operations` is for other indexes."""
-        start, self._size = self._size, self._size + len(keys)
+        start = self._size
+        end = start + len(keys)
+        self._size = end
         self._make_room(keys)
-        numbers = [
-            self._numbers.setdefault(label, len(self._numbers)) for label in labels
-        ]
         assert self._keys is not None
-        for mine, theirs in zip(_tensors(self._keys), _tensors(keys), strict=True):
-            mine[start : self._size] = theirs
-        self._labels[start : self._size] = torch.tensor(numbers)
-        self._radii[start : self._size] = self.radius
-        self._hidden[start : self._size] = False
+        pairs = zip(self._keys.tensors(), keys.tensors(), strict=True)
+        for mine, theirs in pairs:
+            mine[start:end] = theirs
+        numbers = [self._number_of(label) for label in labels]
+        self._labels[start:end] = torch.tensor(numbers)
+        self._radii[start:end] = self.radius
+        self._hidden[start:end] = False
         if self.resolve:
-            for first in range(start, self._size, _CHUNK):
-                self._finalize(first, min(first + _CHUNK, self._size))
+            for first in range(start, end, _CHUNK):
+                self._finalize(first, min(first + _CHUNK, end))
+
+    def _number_of(self, label: str) -> int:
+        return self._numbers.setdefault(label, len(self._numbers))
 
     def _finalize(self, first: int, end: int) -> None:
         """Fit the radii of the rows from `first` to `end`, and of all before `end`, to each other."""
         apart = self.distance(self.keys[first:end], self.keys[:end])
-        new, every = (
-            torch.arange(first, end, device=apart.device)[:, None],
-            torch.arange(end, device=apart.device),
-        )
-        other = self._labels[first:end, None] != self._labels[:end]
-        self._hidden[:end] |= (other & (apart < DUPLICATE) & (every < new)).any(0)
-        share = (apart * self.separation).masked_fill(
-            ~other | (apart < DUPLICATE), float("inf")
-        )
-        self._radii[first:end] = torch.minimum(self._radii[first:end], share.amin(1))
-        self._radii[:end] = torch.minimum(self._radii[:end], share.amin(0))
+        number = torch.arange(end, device=apart.device)
+        labels = self._labels[:end]
+        radii = self._radii[:end]
+        new_number = number[first:, None]
+        new_labels = labels[first:, None]
+        new_radii = radii[first:]
+        other_label = new_labels != labels
+        duplicate = apart < DUPLICATE
+        earlier = number < new_number
+        # of two that ask the same thing with different answers the newer hides the older
+        hidden = other_label & duplicate & earlier
+        self._hidden[:end] |= hidden.any(0)
+        # rows of different labels share the distance between them
+        no_bound = ~other_label | duplicate
+        share = apart * self.separation
+        share = share.masked_fill(no_bound, float("inf"))
+        new_radii.copy_(torch.minimum(new_radii, share.amin(1)))
+        radii.copy_(torch.minimum(radii, share.amin(0)))
 
     def search(self, keys: Keys) -> Tensor:
         """Return the row each query goes to, -1 for none: (Q,). A distance equal to the radius is inside."""
         self.searches += 1
+        device = keys.seen.device
         if not self._size:
-            return torch.full((len(keys),), -1, device=keys.seen.device)
-        found = []
+            return torch.full((len(keys),), -1, device=device)
+        if not len(keys):
+            return torch.zeros(0, dtype=torch.long, device=device)
+        found: list[Tensor] = []
         for start in range(0, len(keys), _CHUNK):
-            apart = self.distance(keys[start : start + _CHUNK], self.keys)
-            found.append(
-                deepest(apart, self.radii, self.hidden, first=not self.resolve)
+            chunk = keys[start : start + _CHUNK]
+            rows = deepest(
+                self.distance(chunk, self.keys),
+                self.radii,
+                self.hidden,
+                first=not self.resolve,
             )
-        return (
-            torch.cat(found)
-            if found
-            else torch.zeros(0, dtype=torch.long, device=keys.seen.device)
-        )
+            found.append(rows)
+        return torch.cat(found)
 
     def _make_room(self, keys: Keys) -> None:
+        """Double the tensors until all rows fit, new ones like `keys`."""
         room = 0 if self._keys is None else len(self._keys)
         if self._size <= room:
             return
         room = max(self._size, 2 * room, 64)
-        old, size = self._keys, room
         device = keys.seen.device
-        parts = {
-            name: torch.zeros(size, part.shape[1], device=device)
-            for name, part in keys.parts.items()
-        }
-        self._keys = Keys(parts, torch.zeros(size, dtype=torch.bool, device=device))
-        grown = [
-            torch.zeros(size, dtype=kind, device=device)
-            for kind in (torch.int64, torch.float32, torch.bool)
-        ]  # labels, radii, hidden
-        if old is not None:
-            pairs = zip(
-                [*_tensors(self._keys), *grown],
-                [*_tensors(old), *self._columns()],
-                strict=True,
-            )
-            for new, before in pairs:
-                new[: len(before)] = before
-        self._labels, self._radii, self._hidden = grown
+        parts = {name: _room_for(part, room) for name, part in keys.parts.items()}
+        larger = Keys(parts, _room_for(keys.seen, room))
+        labels = torch.zeros(room, dtype=torch.int64, device=device)
+        radii = torch.zeros(room, device=device)
+        hidden = torch.zeros(room, dtype=torch.bool, device=device)
+        if self._keys is not None:
+            old = [*self._keys.tensors(), self._labels, self._radii, self._hidden]
+            new = [*larger.tensors(), labels, radii, hidden]
+            for mine, before in zip(new, old, strict=True):
+                mine[: len(before)] = before
+        self._keys = larger
+        self._labels = labels
+        self._radii = radii
+        self._hidden = hidden
 
-    def _columns(self) -> list[Tensor]:
-        return [self._labels, self._radii, self._hidden]
+
+def _room_for(rows: Tensor, room: int) -> Tensor:
+    """Return zeros for so many rows of the same shape."""
+    return rows.new_zeros(room, *rows.shape[1:])
 
 
 def deepest(
@@ -221,22 +246,18 @@ def deepest(
     Of equals it is the last, or the `first`.
     """
     number = torch.arange(len(radii), device=apart.device)
-    margin = (apart - radii).masked_fill(hidden | (apart > radii), float("inf"))
+    outside = hidden | (apart > radii)
+    margin = (apart - radii).masked_fill(outside, float("inf"))
     best = margin.amin(1, keepdim=True)
     at_best = (margin == best) & margin.isfinite()
-    row = torch.where(at_best, number, -1).amax(1)
-    return (
-        torch.where(row >= 0, torch.where(at_best, number, len(radii)).amin(1), row)
-        if first
-        else row
-    )
+    last = torch.where(at_best, number, -1).amax(1)
+    if not first:
+        return last
+    none = len(radii)
+    earliest = torch.where(at_best, number, none).amin(1)
+    return torch.where(last >= 0, earliest, last)
 
 
 def unit(vectors: Tensor) -> Tensor:
     """Return vectors of length 1 in float32: (..., D)."""
     return F.normalize(vectors.float(), dim=-1)
-
-
-def _tensors(keys: Keys) -> list[Tensor]:
-    assert [field.name for field in fields(keys)] == ["parts", "seen"]
-    return [*keys.parts.values(), keys.seen]

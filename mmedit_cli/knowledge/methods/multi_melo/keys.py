@@ -6,7 +6,7 @@ B queries, T tokens, D width of the model. A key never depends on the answer of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,17 @@ class TokenKeys(KeySource):
 
     def keys(self, hidden: Tensor, batch: Batch) -> Keys:
         """Return the part `token`: (B, D)."""
-        token = last(hidden, batch.prompt_mask | batch.image_mask).float()
-        return Keys({"token": token}, batch.image_mask.any(1))
+        question = batch.prompt_mask | batch.image_mask
+        token = last(hidden, question)
+        seen = batch.image_mask.any(1)
+        return Keys({"token": token.float()}, seen)
 
 
 class BackboneKeys(KeySource):
-    """The model's own features, so that no third model is needed; all but `question` come free with the pass.
+    """The features of the model itself, so that no third model is needed; only `question` costs a pass of its own.
 
     image: the mean state of the image tokens; state: that of the last token of the question, which has read the
-    picture; question: the same when the model reads the question alone, that is its tokens without the picture's.
-    States are layer-normed.
+    picture; question: the same when the model reads the question without its picture. States are layer-normed.
     """
 
     def __init__(self, backbone: VisionLanguageModel, layer: int) -> None:
@@ -60,38 +61,56 @@ class BackboneKeys(KeySource):
     def keys(self, hidden: Tensor, batch: Batch) -> Keys:
         """Return the parts question, image and state: (B, D) each."""
         return own_keys(
-            hidden, batch.prompt_mask, batch.image_mask, partial(self._alone, batch)
+            hidden,
+            batch.prompt_mask,
+            batch.image_mask,
+            alone=partial(self._alone, batch),
         )
 
     def _alone(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         """Return the states of questions that are read without their pictures: (n, D). Each is read once."""
         words = batch.attention_mask.bool() & ~batch.answer_mask
-        wanted = [
-            without_picture(
-                batch.input_ids[i], words[i], batch.image_mask[i], self._frame
+        wanted: list[tuple[int, ...]] = []
+        for row in rows:
+            tokens = without_picture(
+                batch.input_ids[row],
+                words[row],
+                batch.image_mask[row],
+                self._frame,
             )
-            for i in rows
-        ]
-        missing = [ids for ids in dict.fromkeys(wanted) if ids not in self._questions]
+            wanted.append(tokens)
+        distinct = list(dict.fromkeys(wanted))
+        missing = [tokens for tokens in distinct if tokens not in self._questions]
+        if missing and len(self._questions) > _KEPT:
+            self._questions.clear()
+            missing = distinct
         if missing:
-            if len(self._questions) > _KEPT:
-                self._questions.clear()
-                missing = list(dict.fromkeys(wanted))
-            encoded = [Encoded(list(ids), 0, 0, 0) for ids in missing]
-            alone = collate(
-                [Query("")] * len(missing),
-                encoded,
-                self.backbone.pad_id,
-                self.backbone.device,
+            states = self._read(missing)
+            self._questions.update(zip(missing, states, strict=True))
+        return torch.stack([self._questions[tokens] for tokens in wanted])
+
+    @torch.no_grad()
+    def _read(self, questions: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return the states of questions that are given as tokens: (n, D)."""
+        backbone = self.backbone
+        encoded = [
+            Encoded(
+                list(tokens),
+                image_start=0,
+                n_image=0,
+                n_answer=0,
             )
-            with torch.no_grad():
-                hidden = self.backbone.advance(
-                    self.backbone.prefix(alone, 0), self.layer
-                ).hidden
-            self._questions.update(
-                zip(missing, state_of(hidden, alone.prompt_mask), strict=True)
-            )
-        return torch.stack([self._questions[ids] for ids in wanted])
+            for tokens in questions
+        ]
+        batch = collate(
+            [Query("")] * len(questions),
+            encoded,
+            backbone.pad_id,
+            backbone.device,
+        )
+        prefix = backbone.prefix(batch, 0)
+        hidden = backbone.advance(prefix, self.layer).hidden
+        return state_of(hidden, batch.prompt_mask)
 
 
 class HubKeys(KeySource):
@@ -110,71 +129,77 @@ class HubKeys(KeySource):
         leaky: bool,
     ) -> None:
         super().__init__(backbone, layer)
-        self._text_name, self._image_name, self._leaky = text, image, leaky
-        self._vectors: dict[Any, Tensor] = {}
+        self._text_name = text
+        self._image_name = image
+        self._leaky = leaky
+        self._vectors: dict[Hashable, Tensor] = {}
 
     def keys(self, hidden: Tensor, batch: Batch) -> Keys:
         """Return the parts question and image: (B, D) each; the hidden state is not used."""
-        texts = [
-            q.prompt + (f" {q.target}" if self._leaky and q.target else "")
-            for q in batch.queries
-        ]
-        pictures = [
-            None if q.image is None else Picture(q.image, q.background)
-            for q in batch.queries
-        ]
-        self._compute(
-            [text for text in texts if text not in self._vectors], self._embed_texts
-        )
-        self._compute(
-            [p for p in pictures if p is not None and p not in self._vectors],
-            self._embed_pictures,
-        )
-        blank = torch.zeros(
-            self._image_encoder[0].config.num_labels, device=hidden.device
-        )
-        image = [
+        texts = [self._text_of(query) for query in batch.queries]
+        pictures = [_picture_of(query) for query in batch.queries]
+        seen = [picture for picture in pictures if picture is not None]
+        self._compute(texts, self._embed_texts)
+        self._compute(seen, self._embed_pictures)
+        encoder, _ = self._image_encoder
+        blank = torch.zeros(encoder.config.num_labels, device=hidden.device)
+        questions = [self._vectors[text] for text in texts]
+        images = [
             blank if picture is None else self._vectors[picture] for picture in pictures
         ]
-        question = torch.stack([self._vectors[text] for text in texts])
-        return Keys(
-            {"question": question, "image": torch.stack(image)}, batch.image_mask.any(1)
-        )
+        parts = {"question": torch.stack(questions), "image": torch.stack(images)}
+        return Keys(parts, batch.image_mask.any(1))
 
-    def _compute(self, missing: Sequence[Any], embed: Any) -> None:
-        distinct = list(dict.fromkeys(missing))
-        if distinct:
+    def _text_of(self, query: Query) -> str:
+        if self._leaky and query.target:
+            return f"{query.prompt} {query.target}"
+        return query.prompt
+
+    def _compute(
+        self, wanted: Sequence[Hashable], embed: Callable[[list[Any]], Tensor]
+    ) -> None:
+        """Embed what has no vector yet, each once."""
+        distinct = dict.fromkeys(wanted)
+        missing = [item for item in distinct if item not in self._vectors]
+        if missing:
             with torch.no_grad():
-                self._vectors.update(zip(distinct, unit(embed(distinct)), strict=True))
+                vectors = unit(embed(missing))
+            self._vectors.update(zip(missing, vectors, strict=True))
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
         model, tokenizer = self._text_encoder
         inputs = tokenizer(
-            texts, padding=True, truncation=True, return_tensors="pt"
-        ).to(self.backbone.device)
-        return model(**inputs).last_hidden_state[:, 0]  # type: ignore[no-any-return]  # BGE: the first token
+            texts,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states: Tensor = model(**inputs.to(self.backbone.device)).last_hidden_state
+        return states[:, 0]  # BGE: the first token
 
     def _embed_pictures(self, pictures: list[Picture]) -> Tensor:
         model, processor = self._image_encoder
-        inputs = processor(
-            images=[load_picture(picture) for picture in pictures], return_tensors="pt"
-        )
-        return model(**inputs.to(self.backbone.device)).logits  # type: ignore[no-any-return]
+        images = [load_picture(picture) for picture in pictures]
+        inputs = processor(images=images, return_tensors="pt")
+        logits: Tensor = model(**inputs.to(self.backbone.device)).logits
+        return logits
 
     @cached_property
     def _text_encoder(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
         folder = _folder(self._text_name)
-        return self._ready(_loaded(AutoModel, folder)), _loaded(AutoTokenizer, folder)
+        model = _loaded(AutoModel, folder)
+        return self._ready(model), _loaded(AutoTokenizer, folder)
 
     @cached_property
     def _image_encoder(self) -> tuple[Any, Any]:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         folder = _folder(self._image_name)
-        model = self._ready(_loaded(AutoModelForImageClassification, folder))
-        return model, _loaded(AutoImageProcessor, folder, backend="pil")
+        model = _loaded(AutoModelForImageClassification, folder)
+        processor = _loaded(AutoImageProcessor, folder, backend="pil")
+        return self._ready(model), processor
 
     def _ready(self, model: Any) -> Any:
         return model.to(self.backbone.device).eval().requires_grad_(False)
@@ -191,12 +216,15 @@ def own_keys(
     seen = image.any(1)
     state = state_of(hidden, prompt | image)
     mask = image.unsqueeze(-1)
-    mean = (_normed(hidden) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    total = (_normed(hidden) * mask).sum(1)
+    count = mask.sum(1).clamp(min=1)
+    mean = total / count
     question = state.clone()  # of a question without a picture they are the same
     rows = seen.nonzero()[:, 0].tolist()
     if rows:
         question[rows] = alone(rows)
-    return Keys({"question": question, "image": unit(mean), "state": state}, seen)
+    parts = {"question": question, "image": unit(mean), "state": state}
+    return Keys(parts, seen)
 
 
 def without_picture(
@@ -210,12 +238,15 @@ def without_picture(
     ids, words, image: (T,), the last two bool: what belongs to the question, and which of that is the picture.
     """
     places = image.nonzero()[:, 0]
-    at = torch.arange(len(ids), device=ids.device)
-    before, behind = (
-        ids[words & (at < places[0])].tolist(),
-        ids[words & (at > places[-1])].tolist(),
-    )
-    opening, closing = map(list, frame)
+    start = places[0]
+    end = places[-1]
+    number = torch.arange(len(ids), device=ids.device)
+    in_front = words & (number < start)
+    follows = words & (number > end)
+    before = ids[in_front].tolist()
+    behind = ids[follows].tolist()
+    opening = list(frame[0])
+    closing = list(frame[1])
     if opening and before[-len(opening) :] == opening:
         before = before[: -len(opening)]
     if behind[: len(closing)] == closing:
@@ -230,13 +261,22 @@ def state_of(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def last(hidden: Tensor, mask: Tensor) -> Tensor:
     """Return the state of the last marked token of each row: (B, T, D), (B, T) bool -> (B, D)."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    at = torch.where(mask, places, -1).amax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+    device = hidden.device
+    places = torch.arange(hidden.shape[1], device=device)
+    marked = torch.where(mask, places, -1)
+    at = marked.amax(1)
+    rows = torch.arange(len(hidden), device=device)
+    return hidden[rows, at]
 
 
 def _normed(hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden.float(), hidden.shape[-1:])
+
+
+def _picture_of(query: Query) -> Picture | None:
+    if query.image is None:
+        return None
+    return Picture(query.image, query.background)
 
 
 def _folder(name: str) -> Path:

@@ -33,7 +33,7 @@ from mmedit_cli.knowledge.methods.shared.lora_blocks import NONE, Blocks, add_bl
 from mmedit_cli.knowledge.models.shared.prefix import run_to
 
 
-class Edits(RoutedEdits):
+class MultiMeloEdits(RoutedEdits):
     """The blocks on one model; a route is the block of each row, -1 for none."""
 
     def __init__(self, *args: Any) -> None:
@@ -45,10 +45,11 @@ class Edits(RoutedEdits):
     def to(self, device: torch.device) -> None:
         """Move blocks and keys."""
         super().to(device)
-        tensors, linears = self.tensors, self.settings.linears
-        self.blocks = Blocks(
-            *({path: tensors[f"{side}.{path}"] for path in linears} for side in "ab")
-        )
+        tensors = self.tensors
+        linears = self.settings.linears
+        a = {path: tensors[f"a.{path}"] for path in linears}
+        b = {path: tensors[f"b.{path}"] for path in linears}
+        self.blocks = Blocks(a, b)
         parts = {
             name.removeprefix("key."): rows
             for name, rows in tensors.items()
@@ -59,68 +60,84 @@ class Edits(RoutedEdits):
     def choose(self, hidden: Tensor, question: Question) -> Tensor | None:
         """Return the block of each row, None if no row has one."""
         keys = own_keys(
-            hidden, question.prompt, question.image, partial(self._alone, question)
+            hidden,
+            question.prompt,
+            question.image,
+            alone=partial(self._alone, question),
         )
-        apart = within_reach(self.settings.reach)(keys, self.rows)
-        rows = deepest(apart, self.tensors["radii"], self.tensors["hidden"])
-        self.weights = [
-            {} if row == NONE else {self.ids[row]: 1.0} for row in rows.tolist()
-        ]
-        return (
-            torch.where(rows == NONE, NONE, self.tensors["block"][rows])
-            if bool((rows != NONE).any())
-            else None
+        distance = within_reach(self.settings.reach)
+        rows = deepest(
+            distance(keys, self.rows),
+            self.tensors["radii"],
+            self.tensors["hidden"],
         )
+        self.weights = []
+        for row in rows.tolist():
+            none = row == NONE
+            self.weights.append({} if none else {self.ids[row]: 1.0})
+        has_block = rows != NONE
+        if not bool(has_block.any()):
+            return None
+        blocks = self.tensors["block"][rows]
+        return torch.where(has_block, blocks, NONE)
 
     def _alone(self, question: Question, rows: list[int]) -> Tensor:
         """Return the states of the questions of some rows when they are read without their pictures: (n, D)."""
-        wanted = [
-            without_picture(
-                question.ids[i],
-                question.mask[i],
-                question.image[i],
+        wanted: list[tuple[int, ...]] = []
+        for row in rows:
+            tokens = without_picture(
+                question.ids[row],
+                question.mask[row],
+                question.image[row],
                 self.settings.frame,
             )
-            for i in rows
-        ]
+            wanted.append(tokens)
         distinct = list(dict.fromkeys(wanted))
-        ids = pad_sequence([torch.tensor(row) for row in distinct], batch_first=True)
-        mask = pad_sequence(
-            [torch.ones(len(row), dtype=torch.long) for row in distinct],
-            batch_first=True,
-        )
-        embedding, stack = (
-            self.model.get_input_embeddings(),
-            self.model.get_submodule(self.settings.stack),
-        )
-        ids, mask = ids.to(embedding.weight.device), mask.to(embedding.weight.device)
+        states = self._states_of(distinct)
+        return states[[distinct.index(tokens) for tokens in wanted]]
+
+    def _states_of(self, questions: list[tuple[int, ...]]) -> Tensor:
+        """Return the states of questions that are given as tokens: (n, D)."""
+        embedding = self.model.get_input_embeddings()
+        device = embedding.weight.device
+        rows = [torch.tensor(tokens) for tokens in questions]
+        ids = pad_sequence(rows, batch_first=True).to(device)
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True).to(device)
+        stack = self.model.get_submodule(self.settings.stack)
         entered = self.model.get_submodule(self.settings.entered)
-        hidden, _ = run_to(
-            lambda: stack(
-                inputs_embeds=embedding(ids), attention_mask=mask, use_cache=False
-            ),
-            entered,
-        )
-        states = state_of(hidden, mask.to(hidden.device).bool())
-        return states[[distinct.index(row) for row in wanted]]
+
+        def read() -> object:
+            return stack(
+                inputs_embeds=embedding(ids),
+                attention_mask=mask,
+                use_cache=False,
+            )
+
+        hidden, _ = run_to(read, entered)
+        return state_of(hidden, mask.to(hidden.device).bool())
 
     def _adapt(self, path: str, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the blocks to what leaves a linear layer."""
-        return (
-            None
-            if self.route is None
-            else add_blocks(x, out, self.blocks, path, self.route, self.settings.scale)
-        )
+        if self.route is None:
+            return None
+        scale = self.settings.scale
+        return add_blocks(x, out, self.blocks, path, self.route, scale)
 
 
-class EditedConfig(PreTrainedConfig):
+class MultiMeloExportConfig(PreTrainedConfig):
     """Names this file; the settings of the model are those in the folder `base`."""
 
     model_type = "mmedit-multi-melo"
 
 
-class EditedModel(Loader):
+class MultiMeloExport(Loader):
     """Loads the base model and puts the edits on it; there are no instances."""
 
-    config_class = EditedConfig
-    edits_class = Edits
+    config_class = MultiMeloExportConfig
+    edits_class = MultiMeloEdits
+
+
+# the names that every export has
+EditedConfig = MultiMeloExportConfig
+EditedModel = MultiMeloExport

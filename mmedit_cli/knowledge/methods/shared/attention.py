@@ -12,12 +12,17 @@ def span(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Projections then run on the few tokens of a prompt and not on a whole sequence with its picture.
     """
-    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-        :, : int(mask.sum(1).max())
-    ]
-    return hidden.gather(
-        1, order[..., None].expand(-1, -1, hidden.shape[-1])
-    ), mask.gather(1, order)
+    marked_first = mask.to(torch.int8).argsort(
+        dim=1,
+        descending=True,
+        stable=True,
+    )
+    longest = int(mask.sum(1).max())
+    order = marked_first[:, :longest]
+    width = hidden.shape[-1]
+    places = order[..., None].expand(-1, -1, width)
+    tokens = hidden.gather(1, places)
+    return tokens, mask.gather(1, order)
 
 
 class CrossAttention(nn.Module):
@@ -36,16 +41,18 @@ class CrossAttention(nn.Module):
         self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """(B, n, query_dim), (B, L, token_dim), (B, L) bool of the tokens that count -> (B, n, value_dim)."""
-        q, k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for x in (self.q(queries), self.k(tokens), self.v(tokens))
-        )
-        bias = None if mask is None else mask[:, None, None, :]
-        return (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        q = self._by_head(self.q(queries))
+        k = self._by_head(self.k(tokens))
+        v = self._by_head(self.v(tokens))
+        if mask is not None:
+            mask = mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        """Return (B, L, heads * d) as (B, heads, L, d)."""
+        parts = projected.unflatten(-1, (self.heads, -1))
+        return parts.transpose(1, 2)
 
 
 class Extractor(nn.Module):
@@ -66,9 +73,8 @@ class Extractor(nn.Module):
         self.attn_vision = CrossAttention(dim, width, dim, dim, heads)
         self.attn_prompt = CrossAttention(dim, width, dim, dim, heads)
         if sentinel_tokens:
-            self.vision_sentinel = nn.Parameter(
-                initial_values(1, sentinel_tokens, width)
-            )
+            sentinel = initial_values(1, sentinel_tokens, width)
+            self.vision_sentinel = nn.Parameter(sentinel)
 
     def forward(
         self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor
@@ -79,28 +85,35 @@ class Extractor(nn.Module):
         """
         prompt, prompt_valid = span(hidden, prompt_mask)
         vision, vision_valid = span(hidden, image_mask)
-        queries = self.vision_queries.expand(len(hidden), -1, -1)
-        wanted = self.attn_prompt_for_vision(
-            queries, self.vision_norm(prompt), prompt_valid
-        )
+        size = len(hidden)
+        # what the prompt looks for is the query of the attention on the picture
+        queries = self.vision_queries.expand(size, -1, -1)
+        words = self.vision_norm(prompt)
+        wanted = self.attn_prompt_for_vision(queries, words, prompt_valid)
         seen = self.attn_vision(wanted, self.vision_norm(vision), vision_valid)
-        queries = self.prompt_queries.expand(len(hidden), -1, -1)
-        asked = self.attn_prompt(queries, self.prompt_norm(prompt), prompt_valid)
+        queries = self.prompt_queries.expand(size, -1, -1)
+        words = self.prompt_norm(prompt)
+        asked = self.attn_prompt(queries, words, prompt_valid)
         sentinel = None
         if hasattr(self, "vision_sentinel"):
-            tokens = self.vision_norm(self.vision_sentinel).expand(len(hidden), -1, -1)
+            tokens = self.vision_norm(self.vision_sentinel)
+            tokens = tokens.expand(size, -1, -1)
             sentinel = self.attn_vision(wanted, tokens).flatten(1)
         return seen.flatten(1), asked.flatten(1), sentinel
 
 
 def first_valid(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the first tokens of each row, so many of them: (B, L, D), (B, L) -> (B, count, D), (B, count) bool."""
-    short = max(0, count - tokens.shape[1])
-    return F.pad(tokens, (0, 0, 0, short))[:, :count], F.pad(valid, (0, short))[
-        :, :count
-    ]
+    length = tokens.shape[1]
+    if length < count:
+        missing = count - length
+        tokens = F.pad(tokens, (0, 0, 0, missing))
+        valid = F.pad(valid, (0, missing))
+    return tokens[:, :count], valid[:, :count]
 
 
 def initial_values(*shape: int) -> Tensor:
     """Kaiming's normal initialisation of a three-dimensional tensor, as published: the last two sizes are the fan."""
-    return torch.randn(shape) * (2 / (shape[1] * shape[2])) ** 0.5
+    fan = shape[1] * shape[2]
+    deviation = (2 / fan) ** 0.5
+    return torch.randn(shape) * deviation

@@ -21,9 +21,8 @@ from mmedit_cli.knowledge.models.shared.batch import Prefix
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import Query
 
-Using = Callable[
-    [Blocks, Tensor], AbstractContextManager[None]
-]  # rows of a pass have these blocks, by number
+# rows of a pass have these blocks, by number
+Using = Callable[[Blocks, Tensor], AbstractContextManager[None]]
 
 
 def train_blocks(
@@ -39,52 +38,64 @@ def train_blocks(
     Blocks share nothing, so all are trained in one pass after the other over all rows; one whose loss is below
     `hp.stop_loss` is finished and its rows leave. What lies below `layer` is computed once.
     """
-    requests = [request for group in groups for request in group]
-    owner = torch.tensor(
-        [i for i, group in enumerate(groups) for _ in group], device=backbone.device
-    )
+    requests: list[Query] = []
+    owners: list[int] = []  # of each request the number of its block
+    for number, group in enumerate(groups):
+        requests += group
+        owners += [number] * len(group)
+    device = backbone.device
+    owner = torch.tensor(owners, device=device)
     with torch.no_grad():
-        prefix = backbone.prefix(backbone.batch(requests), layer)
-    blocks = Blocks(
-        _trainable(start.a, backbone.device), _trainable(start.b, backbone.device)
-    )
+        batch = backbone.batch(requests)
+        prefix = backbone.prefix(batch, layer)
+    blocks = Blocks(_trainable(start.a, device), _trainable(start.b, device))
     done = blocks.detached()
     optimizer = torch.optim.AdamW(
         blocks.parameters(), lr=hp.learning_rate, weight_decay=hp.weight_decay
     )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
-    told = [(hp.steps, 0.0)] * len(groups)
-    active, rows = set(range(len(groups))), torch.arange(len(requests))
+    course = [(hp.steps, 0.0)] * len(groups)  # (steps, loss) of each
+    active = set(range(len(groups)))
+    rows = torch.arange(len(requests))
     part = prefix
     for step in range(hp.steps):
         with using(blocks, owner[rows]):
-            noisy = part if not hp.jitter else _jittered(part, hp.jitter, step)
+            noisy = _jittered(part, hp.jitter, step) if hp.jitter else part
             losses = _losses(
-                backbone, noisy, owner[rows], len(groups), teach_end=hp.teach_end
+                backbone,
+                noisy,
+                owner[rows],
+                len(groups),
+                teach_end=hp.teach_end,
             )
         values = losses.tolist()
-        finished = {
-            i for i in active if hp.stop_loss is not None and values[i] < hp.stop_loss
-        }
-        for i in active:
-            told[i] = (step if i in finished else hp.steps, values[i])
-        for i in finished:
-            done.write(i, blocks)
+        finished = _below(hp.stop_loss, active, values)
+        for number in active:
+            steps = step if number in finished else hp.steps
+            course[number] = (steps, values[number])
+        for number in finished:
+            done.write(number, blocks)
         active -= finished
         if not active:
-            return done, told
+            return done, course
         if finished:
-            rows = torch.tensor(
-                [row for row, i in enumerate(owner.tolist()) if i in active]
-            )
-            part = backbone.select(prefix, rows.tolist())
+            left = [row for row, number in enumerate(owners) if number in active]
+            rows = torch.tensor(left)
+            part = backbone.select(prefix, left)
         optimizer.zero_grad()
         losses[sorted(active)].sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    for i in active:
-        done.write(i, blocks)
-    return done, told
+    for number in active:
+        done.write(number, blocks)
+    return done, course
+
+
+def _below(bound: float | None, active: set[int], losses: Sequence[float]) -> set[int]:
+    """Return the active blocks whose loss is below the bound."""
+    if bound is None:
+        return set()
+    return {number for number in active if losses[number] < bound}
 
 
 def _losses(
@@ -101,12 +112,17 @@ def _losses(
     if not teach_end:
         at = batch.predicting
     with torch.enable_grad():
-        each = F.cross_entropy(
-            backbone.resume(prefix, at=at).float(), right[at], reduction="none"
+        logits = backbone.resume(prefix, at=at)
+        token_losses = F.cross_entropy(
+            logits.float(),
+            right[at],
+            reduction="none",
         )
-    belongs = owner[at.nonzero()[:, 0]]
-    tokens = torch.bincount(belongs, minlength=n).clamp(min=1)
-    losses = torch.zeros(n, device=each.device).index_add(0, belongs, each) / tokens
+    row = at.nonzero()[:, 0]
+    block = owner[row]
+    tokens = torch.bincount(block, minlength=n).clamp(min=1)
+    zeros = torch.zeros(n, device=token_losses.device)
+    losses = zeros.index_add(0, block, token_losses) / tokens
     if not bool(losses.isfinite().all()):
         raise MmeditError(
             f"the loss of an edit became {losses.sum().item()}", "lower learning_rate"
@@ -117,9 +133,14 @@ def _losses(
 def _jittered(prefix: Prefix, size: float, step: int) -> Prefix:
     """Return the prefix with noise of `size` times the root mean square of each state added; the same for all rows."""
     hidden = prefix.hidden
-    noise = torch.randn(hidden.shape[1:], generator=generator(step)).to(hidden)
-    rms = hidden.float().square().mean(-1, keepdim=True).sqrt().to(hidden)
-    return replace(prefix, hidden=hidden + size * rms * noise)
+    source = generator(step)
+    noise = torch.randn(hidden.shape[1:], generator=source)
+    noise = noise.to(hidden)
+    squares = hidden.float().square()
+    root_mean_square = squares.mean(-1, keepdim=True).sqrt()
+    scale = size * root_mean_square.to(hidden)
+    noisy = hidden + scale * noise
+    return replace(prefix, hidden=noisy)
 
 
 def _trainable(

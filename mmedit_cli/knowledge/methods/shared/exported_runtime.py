@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from mmedit_cli.patch import Patch
 
@@ -57,19 +57,18 @@ class RoutedEdits:
         self.patch = Patch(model)
         self._device = torch.device("cpu")
         self._reading: Tensor | None = None  # the token ids that were embedded last
-        self._question: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # ids, mask and embeddings, not routed yet
-        )
-        self._aside = self._generating = self._begun = False
+        # ids, mask and embeddings of a question that is not routed yet
+        self._question: tuple[Tensor, Tensor, Tensor] | None = None
+        self._aside = False
+        self._generating = False
+        self._begun = False
         for module in model.modules():
-            if isinstance(
-                module, GenerationMixin
-            ):  # the model, and in BLIP-2 the language model inside
-                module.generate = self._generate_with(module.generate)  # type: ignore[method-assign]
+            # the model, and in BLIP-2 the language model inside
+            if isinstance(module, GenerationMixin):
+                module.generate = self._generate_with(module.generate)
         model.get_input_embeddings().register_forward_pre_hook(self._embed)
-        model.get_submodule(self.settings.stack).register_forward_pre_hook(
-            self._begin, with_kwargs=True
-        )
+        stack = model.get_submodule(self.settings.stack)
+        stack.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.patch.hook_input(self.settings.entered, self._enter)
 
     # -- what a method has to say -------------------------------------------------------------------------------
@@ -95,7 +94,8 @@ class RoutedEdits:
         def generating(*args: Any, **kwargs: Any) -> Any:
             if self._generating:
                 return generate(*args, **kwargs)
-            self._generating, self._begun = True, False
+            self._generating = True
+            self._begun = False
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -109,16 +109,10 @@ class RoutedEdits:
     def _begin(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        past = kwargs.get("cache") or kwargs.get(
-            "past_key_values"
-        )  # the name before transformers 5.24
-        # a part of an answer; without a cache the question is read again before each
-        follows = (past is not None and past.get_seq_length() > 0) or (
-            self._generating and self._begun
-        )
-        if self._aside or follows:
+        if self._aside or self._goes_on(kwargs):
             return
-        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        embeds = kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask")
         if embeds is None:  # a language model that is asked past the model around it
             embeds = self.model.get_input_embeddings()(kwargs["input_ids"])
         ids = self._reading
@@ -132,12 +126,19 @@ class RoutedEdits:
             raise ValueError(
                 "the edits need an attention_mask of shape (batch, tokens)"
             )
-        self._question, self.route, self._reading, self._begun = (
-            (ids, mask, embeds),
-            None,
-            None,
-            True,
-        )
+        self._question = (ids, mask, embeds)
+        self._reading = None
+        self.route = None
+        self._begun = True
+
+    def _goes_on(self, kwargs: dict[str, Any]) -> bool:
+        """Whether what enters continues a question that has been read: it is a part of the answer."""
+        # the name before transformers 5.24 was past_key_values
+        past = kwargs.get("cache") or kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            return True
+        # without a cache the whole question is read again for each token
+        return self._generating and self._begun
 
     def _enter(self, hidden: Tensor) -> Tensor | None:
         if self._aside:
@@ -157,13 +158,25 @@ class RoutedEdits:
     def _read(self, hidden: Tensor) -> Question:
         """Return the question that enters, a row for each of hidden (B, T, D)."""
         assert self._question is not None
-        ids, mask, embeds = (  # beams are rows of the same question
-            x.to(hidden.device).repeat_interleave(len(hidden) // len(x), 0)
-            for x in self._question
-        )
+        ids, mask, embeds = (_beams(x, hidden) for x in self._question)
+        mask = mask.bool()
         image = ids == self.settings.image_token_id
-        behind = image.flip(1).cumsum(1).flip(1) == 0
-        return Question(ids, mask.bool(), embeds, image, behind & mask.bool())
+        images_to_come = image.flip(1).cumsum(1).flip(1)
+        behind = images_to_come == 0
+        return Question(
+            ids=ids,
+            mask=mask,
+            embeds=embeds,
+            image=image,
+            prompt=behind & mask,
+        )
+
+
+def _beams(rows: Tensor, hidden: Tensor) -> Tensor:
+    """Return a row for each of hidden (B, T, D): beams are rows of the same question."""
+    beams = len(hidden) // len(rows)
+    rows = rows.to(hidden.device)
+    return rows.repeat_interleave(beams, 0)
 
 
 class Loader(PreTrainedModel):
@@ -172,24 +185,26 @@ class Loader(PreTrainedModel):
     edits_class: type[RoutedEdits]
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # returns the base model, not an instance
         cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
         """Return the base model of a folder or hub repository with its edits on it; arguments as for the base."""
         for name in ("adapter_kwargs", "code_revision"):
             kwargs.pop(name, None)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        trusted = kwargs.pop(
-            "trust_remote_code", False
-        )  # a base may have code that comes with the export
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, *args, subfolder="base", trust_remote_code=trusted, **kwargs
+        # a base may have code that comes with the export
+        trusted = kwargs.pop("trust_remote_code", False)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            *args,
+            subfolder="base",
+            trust_remote_code=trusted,
+            **kwargs,
         )
-        with safe_open(
-            cached_file(folder, "edits.safetensors", **hub), framework="pt"
-        ) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            model.edits = cls.edits_class(
-                model, tensors, json.loads(file.metadata()["settings"])
-            )
+        path = cached_file(folder, "edits.safetensors", **hub)
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            settings = json.loads(file.metadata()["settings"])
+            model.edits = cls.edits_class(model, tensors, settings)
         return model

@@ -13,10 +13,10 @@ _PACKAGE = "mmedit_cli."
 
 
 def flatten(file: Path) -> str:
-    """Return the source of a file in which everything is written out that it imports from this package.
+    """Return the source of a file with everything it imports from this package written into it.
 
-    What that needs in turn comes with it, but for what is named in annotations only. Raises ValueError if two modules
-    give different things the same name.
+    What is written in brings what it needs in turn; names that only annotations use are left out. Raises ValueError
+    if two modules give different things the same name.
     """
     here = _Module(file)
     modules: dict[str, _Module] = {}
@@ -44,9 +44,8 @@ def flatten(file: Path) -> str:
         need(origin, name)
     body = []
     for origin in TopologicalSorter(above).static_order():
-        body += modules[origin].written(
-            {name for name, owner in needed.items() if owner == origin}
-        )
+        names = {name for name, owner in needed.items() if owner == origin}
+        body += modules[origin].written(names)
     first, *_, last = here.imports
     body += here.lines[last:]
     outside = _outside([here, *modules.values()], "\n".join(body))
@@ -64,9 +63,8 @@ class _Module:
         self.lines = source.splitlines()
         self.imports: list[int] = []
         self.imported: dict[str, tuple[str, str]] = {}
-        self.outside: list[
-            tuple[str, ast.alias]
-        ] = []  # where from ("": a module as a whole), and what
+        # where from ("": a module as a whole), and what
+        self.outside: list[tuple[str, ast.alias]] = []
         self.defined: dict[str, ast.stmt] = {}
         for node in ast.parse(source).body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -87,27 +85,30 @@ class _Module:
     def written(self, names: set[str]) -> list[str]:
         """Return the lines that define these names, in the order of the file."""
         found: list[str] = []
-        for node in dict.fromkeys(
-            node for name, node in self.defined.items() if name in names
-        ):
-            start = min(
-                [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]
-            )
-            found += ["", "", *self.lines[start - 1 : node.end_lineno]]
+        wanted = [node for name, node in self.defined.items() if name in names]
+        for node in dict.fromkeys(wanted):
+            decorators = getattr(node, "decorator_list", [])
+            starts = [node.lineno, *(decorator.lineno for decorator in decorators)]
+            lines = self.lines[min(starts) - 1 : node.end_lineno]
+            found += ["", "", *lines]
         return found
 
 
 def _outside(modules: Sequence[_Module], text: str) -> list[str]:
     """Return the imports from elsewhere whose names the text uses, each once, in order."""
     wanted: dict[str, set[str]] = {}
-    for origin, alias in (pair for module in modules for pair in module.outside):
-        if re.search(rf"\b{alias.asname or alias.name}\b", text):
-            wanted.setdefault(origin, set()).add(ast.unparse(alias))
-    whole = [f"import {name}" for name in sorted(wanted.pop("", ()))]
-    return whole + [
-        f"from {origin} import {', '.join(sorted(names))}"
-        for origin, names in sorted(wanted.items())
-    ]
+    for module in modules:
+        for origin, alias in module.outside:
+            name = alias.asname or alias.name
+            if re.search(rf"\b{name}\b", text):
+                names = wanted.setdefault(origin, set())
+                names.add(ast.unparse(alias))
+    modules_as_a_whole = sorted(wanted.pop("", ()))
+    lines = [f"import {name}" for name in modules_as_a_whole]
+    for origin, names in sorted(wanted.items()):
+        listed = ", ".join(sorted(names))
+        lines.append(f"from {origin} import {listed}")
+    return lines
 
 
 def _file(module: str) -> Path:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from mmedit_cli.errors import StateError
 from mmedit_cli.knowledge.methods.base import read_state
@@ -24,24 +27,27 @@ def write(folder: Path, block: Blocks, scale: float, model: str) -> None:
 
     rank = next(iter(block.a.values())).shape[-1]
     config = LoraConfig(
-        r=rank, lora_alpha=scale * rank, lora_dropout=0.0, bias="none",  # type: ignore[arg-type]
-        target_modules=list(block.a), base_model_name_or_path=model, inference_mode=True,
-    )  # fmt: skip
-    plain = {
-        key: sorted(v) if isinstance(v, set) else v
-        for key, v in config.to_dict().items()
-    }
-    tensors = {
-        f"{_PREFIX}{name}.lora_A.weight": a[0].T.cpu().contiguous()
-        for name, a in block.a.items()
-    }
-    tensors |= {
-        f"{_PREFIX}{name}.lora_B.weight": b[0].T.cpu().contiguous()
-        for name, b in block.b.items()
-    }
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(block.a),
+        base_model_name_or_path=model,
+        inference_mode=True,
+    )
+    settings: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    for key, value in settings.items():
+        if isinstance(value, set):
+            settings[key] = sorted(value)
+    text = json.dumps(settings, indent=2, default=str)
+    tensors: dict[str, Tensor] = {}
+    for path, a in block.a.items():
+        tensors[_name(path, "A")] = a[0].T.cpu().contiguous()
+    for path, b in block.b.items():
+        tensors[_name(path, "B")] = b[0].T.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / _WEIGHTS, save(tensors, {"format": "pt"}))
-    write_atomic(folder / _CONFIG, json.dumps(plain, indent=2, default=str).encode())
+    write_atomic(folder / _CONFIG, text.encode())
 
 
 def read(
@@ -51,44 +57,42 @@ def read(
     config = read_json_object(
         folder / _CONFIG, error=StateError, hint="give the folder of a LoRA adapter"
     )
-    found = {
-        "peft_type": config.text("peft_type"),
-        "r": config.integer("r"),
-        "lora_alpha": config.number("lora_alpha"),
-    }
-    if (
-        found["peft_type"] != "LORA"
-        or found["r"] != rank
-        or abs(found["lora_alpha"] - scale * rank) > 1e-6 * rank
-    ):
-        wanted = f"LORA with r {rank} and lora_alpha {scale * rank:g}"
+    kind = config.text("peft_type")
+    own_rank = config.integer("r")
+    alpha = config.number("lora_alpha")
+    wanted_alpha = scale * rank
+    same_alpha = abs(alpha - wanted_alpha) <= 1e-6 * rank
+    if kind != "LORA" or own_rank != rank or not same_alpha:
         raise StateError(
-            f"{folder}: {found['peft_type']} with r {found['r']}, lora_alpha {found['lora_alpha']}",
-            wanted,
+            f"{folder}: {kind} with r {own_rank}, lora_alpha {alpha}",
+            f"LORA with r {rank} and lora_alpha {wanted_alpha:g}",
         )
     tensors, _ = read_state(folder / _WEIGHTS)
-    names = {
-        f"{_PREFIX}{name}.lora_{side}.weight": (name, side)
-        for name in shapes
-        for side in "AB"
-    }
-    if set(tensors) != set(names):
-        other = min(set(tensors) ^ set(names))
+    wanted: dict[str, tuple[int, int]] = {}
+    for path, (width, out) in shapes.items():
+        wanted[_name(path, "A")] = (rank, width)
+        wanted[_name(path, "B")] = (out, rank)
+    if set(tensors) != set(wanted):
+        other = min(set(tensors) ^ set(wanted))
         raise StateError(
             f"{folder}: does not fit the edited layers: {other}",
             "the hyper-parameters say which they are",
         )
-    for key, (name, side) in names.items():
-        width, out = shapes[name]
-        if tensors[key].shape != ((rank, width) if side == "A" else (out, rank)):
-            raise StateError(
-                f"{folder}: {key} has the shape {tuple(tensors[key].shape)}"
-            )
-    a, b = (
-        {
-            n: tensors[f"{_PREFIX}{n}.lora_{side}.weight"].T.float()[None].contiguous()
-            for n in shapes
-        }
-        for side in "AB"
-    )
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape)
+        if found != shape:
+            raise StateError(f"{folder}: {name} has the shape {found}")
+    a = {path: _from_peft(tensors[_name(path, "A")]) for path in shapes}
+    b = {path: _from_peft(tensors[_name(path, "B")]) for path in shapes}
     return Blocks(a, b)
+
+
+def _name(path: str, matrix: str) -> str:
+    """Return peft's name for matrix A or B of a layer."""
+    return f"{_PREFIX}{path}.lora_{matrix}.weight"
+
+
+def _from_peft(tensor: Tensor) -> Tensor:
+    """Return a matrix of peft's as that of one block: its transpose, (1, ...), float32."""
+    transposed = tensor.T.float()
+    return transposed[None].contiguous()

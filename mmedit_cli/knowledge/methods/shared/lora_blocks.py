@@ -31,17 +31,12 @@ class Blocks:
 
     def select(self, index: Sequence[int]) -> Blocks:
         """Return the blocks with these numbers, as copies."""
-        return Blocks(
-            {n: t[list(index)] for n, t in self.a.items()},
-            {n: t[list(index)] for n, t in self.b.items()},
-        )
+        numbers = list(index)
+        return Blocks(_rows(self.a, numbers), _rows(self.b, numbers))
 
     def detached(self) -> Blocks:
         """Return copies of all blocks, without gradients."""
-        return Blocks(
-            {n: t.detach().clone() for n, t in self.a.items()},
-            {n: t.detach().clone() for n, t in self.b.items()},
-        )
+        return Blocks(_detached(self.a), _detached(self.b))
 
     def parameters(self) -> list[Tensor]:
         """Return all tensors."""
@@ -49,8 +44,10 @@ class Blocks:
 
     def write(self, number: int, other: Blocks) -> None:
         """Overwrite one block with the same one of another store of K blocks."""
-        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine[number] = theirs[number].detach()
+        pairs = zip(self.parameters(), other.parameters(), strict=True)
+        for mine, theirs in pairs:
+            block = theirs[number]
+            mine[number] = block.detach()
 
 
 def fresh_blocks(
@@ -61,39 +58,36 @@ def fresh_blocks(
     shapes: (in, out) by layer. The published code draws A in +-1/sqrt(n r) and multiplies by n blocks; this is the
     same model with n taken out (A and B times sqrt(n), the learning rate times sqrt(n)).
     """
-    drawn: dict[str, list[Tensor]] = {name: [] for name in shapes}
-    for seed in seeds:
+    count = len(seeds)
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for path, (width, out) in shapes.items():
+        a[path] = torch.zeros(count, width, rank)
+        b[path] = torch.zeros(count, rank, out)
+    for number, seed in enumerate(seeds):
         source = generator(seed)
-        for name, (width, _) in shapes.items():
-            drawn[name].append(
-                (torch.rand(width, rank, generator=source) * 2 - 1) / rank**0.5
-            )
-    a = {name: torch.stack(rows) for name, rows in drawn.items()}
-    return Blocks(
-        a,
-        {name: torch.zeros(len(seeds), rank, out) for name, (_, out) in shapes.items()},
-    )
+        for rows in a.values():
+            uniform = torch.rand(rows.shape[1:], generator=source)
+            within_one = uniform * 2 - 1
+            rows[number] = within_one / rank**0.5
+    return Blocks(a, b)
 
 
 def join_blocks(many: Sequence[Blocks]) -> Blocks:
     """Return the blocks of several stores as one."""
-    a = {name: torch.cat([blocks.a[name] for blocks in many]) for name in many[0].a}
-    return Blocks(
-        a, {name: torch.cat([blocks.b[name] for blocks in many]) for name in many[0].b}
-    )
+    a = [blocks.a for blocks in many]
+    b = [blocks.b for blocks in many]
+    return Blocks(_joined(a), _joined(b))
 
 
 def seed_of(request: Query, seed: int) -> int:
     """Return a seed that depends on what is taught alone: so a block does not depend on when it was made."""
-    text = "\0".join(
-        (
-            str(seed),
-            request.prompt,
-            request.target,
-            request.image.name if request.image else "",
-        )
-    )
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    parts = [str(seed), request.prompt, request.target]
+    picture = request.image.name if request.image else ""
+    text = "\0".join([*parts, picture])
+    hashed = hashlib.sha256(text.encode())
+    digest = hashed.digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def add_blocks(
@@ -108,12 +102,14 @@ def add_blocks(
     if not len(rows):
         return None
     shape = out.shape
-    x, changed = (
-        x.reshape(len(index), -1, x.shape[-1]),
-        out.reshape(len(index), -1, shape[-1]).clone(),
-    )
-    a, b = blocks.a[layer][index[rows]], blocks.b[layer][index[rows]]
-    delta = scale * ((x[rows].to(a.dtype) @ a) @ b)
+    x = x.reshape(len(index), -1, x.shape[-1])
+    changed = out.reshape(len(index), -1, shape[-1]).clone()
+    numbers = index[rows]
+    a = blocks.a[layer][numbers]
+    b = blocks.b[layer][numbers]
+    entering = x[rows].to(a.dtype)
+    inner = entering @ a
+    delta = scale * (inner @ b)
     changed[rows] += delta.to(changed.dtype)
     return changed.reshape(shape)
 
@@ -124,7 +120,9 @@ class BlockBank:
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], rank: int, device: torch.device
     ) -> None:
-        self.shapes, self.rank, self.size = dict(shapes), rank, 0
+        self.shapes = dict(shapes)
+        self.rank = rank
+        self.size = 0
         self._device = device
         self.clear()
 
@@ -134,67 +132,80 @@ class BlockBank:
     def clear(self) -> None:
         """Remove all blocks and give their memory back."""
         self.size = 0
-        empty = {
-            name: torch.zeros(0, *shape, device=self._device)
-            for name, shape in self._layout()
-        }
-        self.blocks = Blocks(
-            *({n: empty[f"{side}.{n}"] for n in self.shapes} for side in "ab")
-        )
+        a: dict[str, Tensor] = {}
+        b: dict[str, Tensor] = {}
+        for path in self.shapes:
+            shape_a, shape_b = self._shapes_of(path)
+            a[path] = torch.zeros(0, *shape_a, device=self._device)
+            b[path] = torch.zeros(0, *shape_b, device=self._device)
+        self.blocks = Blocks(a, b)
 
     def add(self, blocks: Blocks) -> range:
         """Append blocks; return their numbers."""
-        numbers = range(self.size, self.size + len(blocks))
+        start = self.size
+        end = start + len(blocks)
         room = len(self.blocks)
-        if numbers.stop > room:
-            room = max(numbers.stop, 2 * room)
-            self.blocks = Blocks(
-                _grown(self.blocks.a, room), _grown(self.blocks.b, room)
-            )
-        for mine, theirs in zip(
-            self.blocks.parameters(), blocks.parameters(), strict=True
-        ):
-            mine[numbers.start : numbers.stop] = theirs
-        self.size = numbers.stop
-        return numbers
+        if end > room:
+            room = max(end, 2 * room)
+            a = _grown(self.blocks.a, room)
+            b = _grown(self.blocks.b, room)
+            self.blocks = Blocks(a, b)
+        pairs = zip(self.blocks.parameters(), blocks.parameters(), strict=True)
+        for mine, theirs in pairs:
+            mine[start:end] = theirs
+        self.size = end
+        return range(start, end)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all blocks: `a.<layer>` (K, in, r), `b.<layer>` (K, r, out)."""
-        found = {
-            f"a.{name}": tensor[: self.size].clone()
-            for name, tensor in self.blocks.a.items()
-        }
-        return found | {
-            f"b.{name}": tensor[: self.size].clone()
-            for name, tensor in self.blocks.b.items()
-        }
+        found: dict[str, Tensor] = {}
+        named = {"a": self.blocks.a, "b": self.blocks.b}
+        for name, tensors in named.items():
+            for path, tensor in tensors.items():
+                filled = tensor[: self.size]
+                found[f"{name}.{path}"] = filled.clone()
+        return found
 
     def from_tensors(self, tensors: Mapping[str, Tensor]) -> Blocks | None:
         """Return the blocks that `tensors` wrote; None if they do not fit these layers and this rank."""
-        if any(
-            name not in tensors or tensors[name].shape[1:] != shape
-            for name, shape in self._layout()
-        ):
-            return None
-        if len({len(tensors[name]) for name, _ in self._layout()}) != 1:
-            return None
-        return Blocks(
-            *({n: tensors[f"{side}.{n}"] for n in self.shapes} for side in "ab")
-        )
+        counts: set[int] = set()
+        a: dict[str, Tensor] = {}
+        b: dict[str, Tensor] = {}
+        for path in self.shapes:
+            own_a = tensors.get(f"a.{path}")
+            own_b = tensors.get(f"b.{path}")
+            if own_a is None or own_b is None:
+                return None
+            if (own_a.shape[1:], own_b.shape[1:]) != self._shapes_of(path):
+                return None
+            counts |= {len(own_a), len(own_b)}
+            a[path] = own_a
+            b[path] = own_b
+        return Blocks(a, b) if len(counts) == 1 else None
 
-    def _layout(self) -> list[tuple[str, tuple[int, int]]]:
-        a = [
-            (f"a.{name}", (width, self.rank))
-            for name, (width, _) in self.shapes.items()
-        ]
-        return a + [
-            (f"b.{name}", (self.rank, out)) for name, (_, out) in self.shapes.items()
-        ]
+    def _shapes_of(self, path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of A and B for one layer."""
+        width, out = self.shapes[path]
+        return (width, self.rank), (self.rank, out)
+
+
+def _rows(tensors: Mapping[str, Tensor], numbers: list[int]) -> dict[str, Tensor]:
+    return {path: tensor[numbers] for path, tensor in tensors.items()}
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: tensor.detach().clone() for path, tensor in tensors.items()}
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {path: torch.cat([part[path] for part in parts]) for path in parts[0]}
 
 
 def _grown(tensors: Mapping[str, Tensor], room: int) -> dict[str, Tensor]:
-    grown = {}
-    for name, tensor in tensors.items():
-        grown[name] = tensor.new_zeros(room, *tensor.shape[1:])
-        grown[name][: len(tensor)] = tensor
+    """Return larger tensors that begin with the same rows."""
+    grown: dict[str, Tensor] = {}
+    for path, tensor in tensors.items():
+        larger = tensor.new_zeros(room, *tensor.shape[1:])
+        larger[: len(tensor)] = tensor
+        grown[path] = larger
     return grown

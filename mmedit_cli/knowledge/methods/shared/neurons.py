@@ -70,12 +70,12 @@ class Site:
 
         def add(leaving: Tensor) -> Tensor | None:
             entering = seen.pop()
-            more = adds(entering.reshape(self.rows(), -1, entering.shape[-1]).float())
-            return (
-                None
-                if more is None
-                else leaving + more.reshape(leaving.shape).to(leaving.dtype)
-            )
+            by_sequence = entering.reshape(self.rows(), -1, entering.shape[-1])
+            added = adds(by_sequence.float())
+            if added is None:
+                return None
+            added = added.reshape(leaving.shape)
+            return leaving + added.to(leaving.dtype)
 
         patch.hook_input(self.paths[0], keep)
         patch.hook(self.paths[1], add)
@@ -86,13 +86,14 @@ def site_of(backbone: VisionLanguageModel, layer: int) -> Site:
     anchors = backbone.anchors
 
     def rows() -> int:
-        return (
-            1 if backbone.current_batch is None else len(backbone.current_batch.queries)
-        )
+        batch = backbone.current_batch
+        return 1 if batch is None else len(batch.queries)
 
-    paths = anchors.path("ffn_in", layer), anchors.path("ffn_out", layer)
     return Site(
-        paths, "ffn_gate" in anchors.roles, anchors.module("ffn_act", layer), rows
+        paths=(anchors.path("ffn_in", layer), anchors.path("ffn_out", layer)),
+        gated="ffn_gate" in anchors.roles,
+        act=anchors.module("ffn_act", layer),
+        rows=rows,
     )
 
 
@@ -106,9 +107,9 @@ def fit(parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
 
 def joined(sets: list[Neurons]) -> dict[str, Tensor]:
     """Return several sets as one, in order."""
-    return {
-        name: torch.cat(
-            [s[name] for s in sets], dim=-1 if name.endswith("bias") else -2
-        )
-        for name in sets[0]
-    }
+    together: dict[str, Tensor] = {}
+    for name in sets[0]:
+        dim = -1 if name.endswith("bias") else -2
+        parts = [neurons[name] for neurons in sets]
+        together[name] = torch.cat(parts, dim=dim)
+    return together

@@ -24,13 +24,16 @@ def standalone(
 
     `entered` is the path of the module on entering which a question is routed.
     """
-    config = editor.backbone.model.config
-    known = {
-        "stack": editor.backbone.anchors.stack,
+    backbone = editor.backbone
+    config: Any = backbone.model.config
+    # transformers calls it image_token_index in the older families
+    image_token = getattr(config, "image_token_id", None) or config.image_token_index
+    places = {
+        "stack": backbone.anchors.stack,
         "entered": entered,
-        "image_token_id": getattr(config, "image_token_id", None)
-        or config.image_token_index,
+        "image_token_id": image_token,
     }
-    ids = torch.tensor([i for operation in editor.operations for i in operation.ids])
-    source = flatten(Path(inspect.getfile(type(editor))).with_name("runtime.py"))
-    return Standalone(source, {**tensors, "ids": ids}, {**settings, **known})
+    ids = torch.tensor(editor.ids)
+    file = Path(inspect.getfile(type(editor)))
+    source = flatten(file.with_name("runtime.py"))
+    return Standalone(source, {**tensors, "ids": ids}, {**settings, **places})
