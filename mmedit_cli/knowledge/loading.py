@@ -12,9 +12,10 @@ from mmedit_cli.catalog import ModelRef, loading
 from mmedit_cli.errors import StateError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.trained_networks import TrainedNetworks, find_networks
+from mmedit_cli.layers import at_depth
 from mmedit_cli.output import Output
 from mmedit_cli.reading import parse_json_object
-from mmedit_cli.shapes import pick_variant, shape_of, shape_of_config
+from mmedit_cli.shapes import Shape, pick_variant, shape_of, shape_of_config
 
 if TYPE_CHECKING:
     from mmedit_cli.knowledge.methods.base import Editor
@@ -62,8 +63,14 @@ def load_editor(
     found = None
     if registry.editors.get(name).trains and checkpoint != "untrained":
         found = find_networks(name, backbone.name, records, checkpoint).path
-    variant = variant_for(name, backbone, hparams)
-    cls, values = resolve_editor(name, variant, hparams, overrides, found)
+    cls, values = resolve_editor(
+        name,
+        variant_for(name, backbone, hparams),
+        hparams,
+        overrides,
+        found,
+        depth=backbone.n_layers,
+    )
     editor: Editor = cls(backbone, values, seed=seed)
     if found is not None:
         editor.load_networks(found)  # type: ignore[attr-defined]
@@ -98,9 +105,12 @@ def resolve_editor(
     file: Path | None,
     overrides: Sequence[str],
     networks: Path | None = None,
+    *,
+    depth: int | None = None,
 ) -> tuple[type[Editor], Any]:
     """Return the class of an editor and its hyper-parameters, of a variant of the file (see `variant_for`).
 
+    Layers that are named by a fraction of the depth become numbers if the `depth` of the model is given.
     They are those of `file`, else those the networks were trained with, else hparams/NAME.yaml.
     """
     from mmedit_cli.hparams import load_hparams
@@ -122,7 +132,7 @@ def resolve_editor(
         stored_in=place,
         overrides=overrides,
     )
-    return editor, hparams
+    return editor, at_depth(hparams, depth)
 
 
 def variant_for(
@@ -130,9 +140,19 @@ def variant_for(
 ) -> str | None:
     """Return which variant of an editor's hyper-parameters is for a model, by its config; None if there is none."""
     file = file or registry.hparams_file(editor)
+    return pick_variant(file, _shape_of(model), model.name)
+
+
+def depth_of(model: ModelRef | VisionLanguageModel) -> int | None:
+    """Return the number of decoder layers of a model, by its config; None if it does not say it."""
+    shape = _shape_of(model)
+    return None if shape is None else shape.depth
+
+
+def _shape_of(model: ModelRef | VisionLanguageModel) -> Shape | None:
     if isinstance(model, ModelRef):
-        return pick_variant(file, shape_of(model), model.name)
-    return pick_variant(file, shape_of_config(model.model.config), model.name)
+        return shape_of(model)
+    return shape_of_config(model.model.config)
 
 
 def load_model(

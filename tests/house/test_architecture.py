@@ -33,6 +33,7 @@ ROWS = (
         "hparams",
         "hub",
         "identity",
+        "layers",
         "model_folder",
         "not_a_model",
         "output",

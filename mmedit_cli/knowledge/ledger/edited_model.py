@@ -19,6 +19,7 @@ from mmedit_cli.identity import is_former, same_model
 from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    depth_of,
     load_model,
     networks_of,
     resolve_editor,
@@ -303,7 +304,12 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
     networks = None if found is None else found.path
     variant = variant_for(options.editor, ref, options.hparams)
     cls, hparams = resolve_editor(
-        options.editor, variant, options.hparams, options.overrides, networks
+        options.editor,
+        variant,
+        options.hparams,
+        options.overrides,
+        networks,
+        depth=depth_of(ref),
     )
     out.note(told(options.editor, variant))
     backbone = load_model(options.model, ref, out)
@@ -314,7 +320,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
     _, state = editor.state()
     config = {
         "editor": editor.name,
-        "hparams": to_dict(hparams),
+        "hparams": to_dict(editor.hparams),
         "variant": variant,
         "model": {
             **ref.described(),
@@ -456,7 +462,12 @@ def _check_agreement(folder: Path, options: EditOptions) -> None:
     # version 0.1.0 went by the name of the model
     variant = config.get("variant", config["model"]["name"])
     _, asked = resolve_editor(
-        options.editor, variant, options.hparams, options.overrides, ledger.networks
+        options.editor,
+        variant,
+        options.hparams,
+        options.overrides,
+        ledger.networks,
+        depth=depth_of(_model_of(ledger, options.model)),
     )
     wanted = to_dict(asked)
     differ = [

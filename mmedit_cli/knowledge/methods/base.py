@@ -16,6 +16,7 @@ from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.identity import same_model
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.layers import at_depth
 from mmedit_cli.reading import Record, parse_json
 from mmedit_cli.runtime import generator
 from mmedit_cli.storage import sha256_of
@@ -81,7 +82,7 @@ class Editor(ABC):
         self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0
     ) -> None:
         self.backbone = backbone
-        self.hparams = hparams
+        self.hparams = at_depth(hparams, backbone.n_layers)
         self.seed = seed
         self.operations: list[Operation] = []
         self._next_id = 1

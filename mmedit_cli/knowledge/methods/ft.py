@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from mmedit_cli.errors import DataError, MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.layers import Layer, check_layers, layer_numbers
 from mmedit_cli.patch import Patch, trainable
 from mmedit_cli.types import Query
 
@@ -22,7 +23,7 @@ class FtHparams:
     """See hparams/ft.yaml for what each value means and where it comes from."""
 
     target: Literal["lm", "connector"] = "lm"
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[Layer, ...] = (-1,)
     steps: int = 25
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -40,6 +41,11 @@ class FtHparams:
             )
         if not self.layers:
             raise ValueError("layers must name at least one layer")
+        check_layers("layers", *self.layers)
+
+    def at_depth(self, depth: int) -> FtHparams:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, layers=layer_numbers(self.layers, depth))
 
 
 class Ft(Editor):
@@ -61,8 +67,9 @@ class Ft(Editor):
         self._patch = Patch(self.backbone.model)
         if hp.target == "lm":
             depth = self.backbone.n_layers
-            self._layers = sorted({layer % depth for layer in hp.layers})
-            paths = [anchors.path("ffn_out", layer) for layer in hp.layers]
+            layers = layer_numbers(hp.layers, depth)
+            self._layers = sorted({layer % depth for layer in layers})
+            paths = [anchors.path("ffn_out", layer) for layer in layers]
             self._names = [f"{path}.weight" for path in paths]
         else:
             path = anchors.path("connector")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.layers import Layer, check_layers, layer_numbers
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -28,7 +29,7 @@ Role = Literal[
 class LoraHparams:
     """See hparams/lora.yaml for what each value means and where it comes from."""
 
-    layers: tuple[int, ...] = (15, 20, 25, 31)
+    layers: tuple[Layer, ...] = (0.47, 0.63, 0.79, 0.97)
     roles: tuple[Role, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
     rank: int = 64
     alpha: float = 64.0
@@ -47,6 +48,11 @@ class LoraHparams:
         for name in ("layers", "roles"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
+        check_layers("layers", *self.layers)
+
+    def at_depth(self, depth: int) -> LoraHparams:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, layers=layer_numbers(self.layers, depth))
 
 
 class Lora(Editor):
@@ -63,11 +69,12 @@ class Lora(Editor):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         anchors = self.backbone.anchors
-        self._paths: list[str] = []
-        for layer in hp.layers:
-            self._paths += [anchors.path(role, layer) for role in hp.roles]
         depth = self.backbone.n_layers
-        self._layer = min(layer % depth for layer in hp.layers)
+        layers = layer_numbers(hp.layers, depth)
+        self._paths: list[str] = []
+        for layer in layers:
+            self._paths += [anchors.path(role, layer) for role in hp.roles]
+        self._layer = min(layer % depth for layer in layers)
         self._patch = Patch(self.backbone.model)
         self._adapter: LoraLayers | None = None
 

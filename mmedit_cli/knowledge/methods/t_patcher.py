@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from mmedit_cli.knowledge.methods.shared.neurons import (
     site_of,
 )
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
+from mmedit_cli.layers import Layer, check_layers, layer_number
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -38,7 +39,7 @@ class TPatcherHparams:
     """See hparams/t_patcher.yaml for what each value means and where it comes from."""
 
     variant: Literal["vl", "paper"] = "vl"
-    layer: int = -1
+    layer: Layer = -1
     neurons: int = 1
     steps: int = 25
     learning_rate: float = 1e-2
@@ -59,6 +60,11 @@ class TPatcherHparams:
             raise ValueError(
                 "compat reference is the published loop of variant vl, and needs texts in memory"
             )
+        check_layers("layer", self.layer)
+
+    def at_depth(self, depth: int) -> TPatcherHparams:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, layer=layer_number(self.layer, depth))
 
 
 class TPatcher(Editor):
@@ -78,12 +84,14 @@ class TPatcher(Editor):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         backbone = self.backbone
-        if not -backbone.n_layers <= hp.layer < backbone.n_layers:
+        depth = backbone.n_layers
+        layer = layer_number(hp.layer, depth)
+        if not -depth <= layer < depth:
             raise HparamsError(
-                f"layer {hp.layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}"
+                f"layer {layer}: {backbone.name} has the layers 0 to {depth - 1}"
             )
-        self._layer = hp.layer % backbone.n_layers
-        self._site = site_of(backbone, hp.layer)
+        self._layer = layer % depth
+        self._site = site_of(backbone, layer)
         gated = self._site.gated and hp.variant == "vl"
         self._shapes = fields(backbone.width, gated=gated)
         self._edits: list[Neurons] = []  # one set a request

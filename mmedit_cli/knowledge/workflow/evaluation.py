@@ -12,6 +12,7 @@ from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, MmeditError, TooLong
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    depth_of,
     load_model,
     networks_of,
     resolve_editor,
@@ -102,7 +103,12 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     path = None if networks is None else networks.path
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(
-        options.editor, variant, options.hparams, options.overrides, path
+        options.editor,
+        variant,
+        options.hparams,
+        options.overrides,
+        path,
+        depth=depth_of(ref),
     )
     data = read_data(
         options.data, limit=options.limit, options=options.data_options or DataOptions()

@@ -15,6 +15,7 @@ from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    depth_of,
     load_model,
     resolve_editor,
     variant_for,
@@ -77,7 +78,11 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
     ref = find_model(options.model.model, revision=options.model.revision)
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(
-        options.editor, variant, options.hparams, options.overrides
+        options.editor,
+        variant,
+        options.hparams,
+        options.overrides,
+        depth=depth_of(ref),
     )
     if not editor.trains:
         names = registry.editors.names()

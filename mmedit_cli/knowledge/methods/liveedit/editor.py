@@ -25,6 +25,7 @@ from mmedit_cli.knowledge.methods.liveedit.training import (
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch
+from mmedit_cli.layers import layer_number
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
 
@@ -83,10 +84,11 @@ class LiveEdit(TrainedEditor):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         backbone = self.backbone
-        if not -backbone.n_layers <= hp.edit_layer < backbone.n_layers:
+        edit_layer = layer_number(hp.edit_layer, backbone.n_layers)
+        if not -backbone.n_layers <= edit_layer < backbone.n_layers:
             raise HparamsError(
-                f"edit_layer {hp.edit_layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}",
-                f"--set edit_layer={round(backbone.n_layers * 2 / 3) - 1} is as deep as the published 21 of 32",
+                f"edit_layer {edit_layer}: {backbone.name} has the layers 0 to {backbone.n_layers - 1}",
+                "--set edit_layer=0.66 is as deep as the published 21 of 32",
             )
         if backbone.width % hp.heads:
             raise HparamsError(
@@ -97,7 +99,7 @@ class LiveEdit(TrainedEditor):
                 f"answer_slots: {backbone.name} embeds words in {backbone.entry_width} numbers",
                 "answer_slots=false",
             )
-        self._layer = hp.edit_layer % backbone.n_layers + 1
+        self._layer = edit_layer % backbone.n_layers + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.networks = LiveEditNetworks(backbone.width, backbone.entry_width, hp)

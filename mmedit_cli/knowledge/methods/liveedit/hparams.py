@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from mmedit_cli.layers import Layer, check_layers, layer_number
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class LiveEditHparams:
     rank: int = 4
     feature_vectors: int = 4
     lora_scale: float = 5.0
-    edit_layer: int = 21
+    edit_layer: Layer = 0.66
     sentinel_tokens: int = 32
     answer_slots: bool = True
     whole_picture: bool = True
@@ -69,6 +71,7 @@ class LiveEditHparams:
     training: LiveEditTraining = field(default_factory=LiveEditTraining)
 
     def __post_init__(self) -> None:
+        check_layers("edit_layer", self.edit_layer)
         for name in (
             "module_dim",
             "heads",
@@ -86,3 +89,7 @@ class LiveEditHparams:
             raise ValueError(
                 f"module_dim {self.module_dim} must be a multiple of heads {self.heads}"
             )
+
+    def at_depth(self, depth: int) -> LiveEditHparams:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, edit_layer=layer_number(self.edit_layer, depth))

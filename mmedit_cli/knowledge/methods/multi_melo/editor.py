@@ -46,6 +46,7 @@ from mmedit_cli.knowledge.methods.shared.lora_blocks import (
 )
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch
+from mmedit_cli.layers import layer_numbers
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -70,13 +71,14 @@ class MultiMelo(Editor):
         hp = self.hparams
         backbone = self.backbone
         depth = backbone.n_layers
-        for layer in hp.layers:
+        numbers = layer_numbers(hp.layers, depth)
+        for layer in numbers:
             if not -depth <= layer < depth:
                 raise HparamsError(
                     f"layers {layer}: {backbone.name} has the layers 0 to {depth - 1}",
-                    f"--set layers=[{depth // 2},{depth - 1}]",
+                    "--set layers=[0.47,0.63,0.79,0.97] are as deep as the published four of 32",
                 )
-        layers = sorted({layer % depth for layer in hp.layers})
+        layers = sorted({layer % depth for layer in numbers})
         if layers[0] == 0:
             raise HparamsError(
                 "layers 0: queries are told apart by what enters the lowest edited layer",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from mmedit_cli.layers import Layer, check_layers, layer_numbers
 
 Role = Literal[
     "attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"
@@ -28,7 +30,7 @@ class Reach:
 class MultiMeloHparams:
     """Where the blocks are, how they are trained, and how a query finds its own."""
 
-    layers: tuple[int, ...] = (15, 20, 25, 31)
+    layers: tuple[Layer, ...] = (0.47, 0.63, 0.79, 0.97)
     roles: tuple[Role, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
     rank: int = 8
     scale: float = 1.0
@@ -52,6 +54,7 @@ class MultiMeloHparams:
     leaky_keys: bool = False
 
     def __post_init__(self) -> None:
+        check_layers("layers", *self.layers)
         for name in (
             "rank",
             "scale",
@@ -82,3 +85,7 @@ class MultiMeloHparams:
             raise ValueError(
                 "leaky_keys puts the answer into the key: only for mode: reference with router: hub"
             )
+
+    def at_depth(self, depth: int) -> MultiMeloHparams:
+        """Return these values for a model with so many decoder layers; a fraction never names the first of them."""
+        return replace(self, layers=layer_numbers(self.layers, depth, lowest=1))

@@ -27,6 +27,7 @@ from mmedit_cli.knowledge.methods.unike.training import (
     states,
 )
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
+from mmedit_cli.layers import count_above
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
 
@@ -73,18 +74,20 @@ class Unike(TrainedEditor):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         backbone = self.backbone
-        if hp.layers > backbone.n_layers:
+        layers = count_above(hp.layers, backbone.n_layers)
+        if layers > backbone.n_layers:
             raise HparamsError(
-                f"layers {hp.layers}: {backbone.name} has {backbone.n_layers}"
+                f"layers {layers}: {backbone.name} has {backbone.n_layers}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.networks = UnikeNetworks(backbone.width, hp)
         self.networks.to(backbone.device).eval().requires_grad_(False)
-        places = places_of(backbone, hp.layers)
+        places = places_of(backbone, layers)
         self._memories = Memories(places, self.networks, hp)
         self._scoped = self._memories.scoped
-        self._layer = backbone.n_layers - hp.layers
+        self._layers = layers
+        self._layer = backbone.n_layers - layers
         self._triples: Triples | None = None
         self._patch = Patch(backbone.model)
         self._parts: list[dict[str, Tensor]] = []  # the edits of each operation
@@ -186,7 +189,7 @@ class Unike(TrainedEditor):
         if self._scoped or not hp.collaboration:
             return None
         zeros = torch.zeros(
-            hp.layers,
+            self._layers,
             self.backbone.width,
             hp.truth_dim,
             device=self.backbone.device,
@@ -212,7 +215,7 @@ class Unike(TrainedEditor):
 
     def _blank(self, size: int, count: int) -> dict[str, Tensor]:
         """Return so many neurons for each of `size` edits: all zeros."""
-        leading = (size, self.hparams.layers, count)
+        leading = (size, self._layers, count)
         device = self.backbone.device
         return {
             name: torch.zeros(*leading, *shape, device=device)
@@ -466,16 +469,16 @@ class Unike(TrainedEditor):
         size = len(requests)
         count = hp.neurons if hp.intrinsic else 0
         wanted: dict[str, tuple[int, ...]] = {
-            name: (size, hp.layers, count, *shape)
+            name: (size, self._layers, count, *shape)
             for name, shape in self._memories.shapes.items()
         }
         wanted["scope"] = (size, 2 * self.networks.scope.features)
         wanted["sem"] = (size, width)
-        wanted["pos"] = (size, hp.layers, width)
+        wanted["pos"] = (size, self._layers, width)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
             raise StateError(
-                f"the state does not hold {size} edits of {count} neurons in {hp.layers} layers"
+                f"the state does not hold {size} edits of {count} neurons in {self._layers} layers"
             )
         device = self.backbone.device
         edits = {name: tensor.to(device) for name, tensor in tensors.items()}

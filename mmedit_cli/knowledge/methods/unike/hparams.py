@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from mmedit_cli.layers import Layer, count_above
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class UnikeHparams:
     intrinsic: bool = True
     external: bool = True
     collaboration: bool = True
-    layers: int = 4
+    layers: Layer = 0.125
     neurons: int = 10
     steps: int = 25
     learning_rate: float = 1e-2
@@ -82,6 +84,8 @@ class UnikeHparams:
         for name in (*sizes, "encoder_dim", "truth_dim", "scope_dim", "heads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if isinstance(self.layers, float) and self.layers > 1:
+            raise ValueError(f"layers {self.layers}: a share is at most 1")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must lie between 0 and 1, not {self.share}")
         if self.scope_dim % self.heads:
@@ -92,3 +96,7 @@ class UnikeHparams:
             raise ValueError(
                 "intrinsic and external are both off: nothing is left that could edit"
             )
+
+    def at_depth(self, depth: int) -> UnikeHparams:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, layers=count_above(self.layers, depth))

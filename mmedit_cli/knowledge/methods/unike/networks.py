@@ -101,6 +101,7 @@ class UnikeNetworks(MemoryNetworks):
     def __init__(self, width: int, hparams: UnikeHparams) -> None:
         super().__init__()
         layers = hparams.layers
+        assert isinstance(layers, int), "a share of the depth is resolved before"
         hidden = hparams.encoder_dim
         truth_dim = hparams.truth_dim
         semantic = [encoder(width, hidden, width) for _ in range(layers)]

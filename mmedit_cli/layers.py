@@ -1,0 +1,58 @@
+"""Layers by depth: hyper-parameters name a decoder layer by its number, or by a fraction of the depth of the model.
+
+The fraction f of a model with n layers is layer floor(f n): 0.66 is layer 21 of 32 and layer 3 of 6. So values that
+were found for one model mean the same place in any other. A number below 0 counts from the end.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Layer = int | float
+T = TypeVar("T")
+
+
+def check_layers(name: str, *layers: Layer) -> None:
+    """Raise ValueError for a fraction of the depth that is not at least 0 and below 1."""
+    for layer in layers:
+        if isinstance(layer, float) and not 0 <= layer < 1:
+            raise ValueError(
+                f"{name} {layer}: a fraction of the depth is at least 0 and below 1; "
+                "a layer by its number has no decimal point"
+            )
+
+
+def layer_number(layer: Layer, depth: int, *, lowest: int = 0) -> int:
+    """Return the number of a layer of a model with so many layers; a fraction gives none below `lowest`."""
+    if isinstance(layer, int):
+        return layer
+    return max(lowest, int(layer * depth))
+
+
+def layer_numbers(
+    layers: tuple[Layer, ...], depth: int, *, lowest: int = 0
+) -> tuple[int, ...]:
+    """Return the numbers of several layers; fractions that name the same layer name it once."""
+    numbers = [layer_number(layer, depth, lowest=lowest) for layer in layers]
+    if all(isinstance(layer, int) for layer in layers):
+        return tuple(numbers)
+    return tuple(dict.fromkeys(numbers))
+
+
+def count_above(share: Layer, depth: int) -> int:
+    """Return how many layers lie above the depth 1 - share; a whole number is that many. At least one."""
+    if isinstance(share, int):
+        return share
+    return max(1, depth - int((1 - share) * depth))
+
+
+def at_depth(hparams: T, depth: int | None) -> T:
+    """Return hyper-parameters with every fraction as the number of a layer.
+
+    They come back as they are if the depth is not known, or if they name no layers.
+    """
+    resolve = getattr(hparams, "at_depth", None)
+    if resolve is None or depth is None:
+        return hparams
+    resolved: T = resolve(depth)
+    return resolved
