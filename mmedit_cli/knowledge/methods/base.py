@@ -282,8 +282,17 @@ class Editor(ABC):
         for key in ("operations", "next_id"):
             text = metadata.get(key, "null")
             place = f"the state: {key}"
-            values[key] = parse_json(text, place, halves=True, error=StateError)
-        about = Record(values, "the state", error=StateError)
+            values[key] = parse_json(
+                text,
+                place,
+                halves=True,
+                error=StateError,
+            )
+        about = Record(
+            values,
+            "the state",
+            error=StateError,
+        )
         operations = [_operation(record) for record in about.records("operations")]
         requests: list[Query] = []
         for operation in operations:

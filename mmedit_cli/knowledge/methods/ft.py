@@ -100,7 +100,13 @@ class Ft(Editor):
         losses: list[float] = []
         for _ in range(hp.steps):
             for loss_of in losses_of:
-                loss = self._step(loss_of, weights, copies, start, optimizer)
+                loss = self._step(
+                    loss_of,
+                    weights,
+                    copies,
+                    start,
+                    optimizer,
+                )
                 losses.append(loss)
             latest = losses[-len(losses_of) :]
             if sum(latest) / len(latest) < hp.stop_loss:
@@ -123,7 +129,11 @@ class Ft(Editor):
                 raise MmeditError(f"ft: the loss became {value}", "lower learning_rate")
             if value < self.hparams.stop_loss:
                 return value
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss,
+                weights,
+                allow_unused=True,
+            )
         for copy, gradient in zip(copies, gradients, strict=True):
             copy.grad = None if gradient is None else gradient.float()
         optimizer.step()
@@ -131,7 +141,13 @@ class Ft(Editor):
         with torch.no_grad():
             for weight, copy, origin in zip(weights, copies, start, strict=True):
                 if bound is not None:
-                    copy.copy_(torch.clamp(copy, origin - bound, origin + bound))
+                    copy.copy_(
+                        torch.clamp(
+                            copy,
+                            origin - bound,
+                            origin + bound,
+                        )
+                    )
                 weight.copy_(copy)
         return value
 

@@ -207,7 +207,15 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
             raise DataError(
                 f"{place}: no case ({error})", "docs/data.md says what a case is"
             ) from error
-        found.append(Demonstration(f"{prompt} {target}", shown, prompt, target, image))
+        found.append(
+            Demonstration(
+                f"{prompt} {target}",
+                shown,
+                prompt,
+                target,
+                image,
+            )
+        )
     if problems:
         raise DataError(problems, "facts names a cases.jsonl of training facts")
     distinct = {(demo.fact, demo.example): demo for demo in found}

@@ -147,7 +147,12 @@ class Lora(Editor):
         hp = self.hparams
         ranks = dict.fromkeys(self._paths, hp.rank)
         alphas = dict.fromkeys(self._paths, hp.alpha)
-        self._adapter = LoraLayers(self._patch, ranks, alphas, self.seed)
+        self._adapter = LoraLayers(
+            self._patch,
+            ranks,
+            alphas,
+            self.seed,
+        )
 
     def _parameters(self) -> list[nn.Parameter]:
         assert self._adapter is not None

@@ -286,7 +286,11 @@ class TPatcher(Editor):
             above = (read + _MARGIN).exp()
             kept = _mean_of_top(beside, _TOP_MEMORY)
             kept = kept + _mean_of_top(above, _TOP_MEMORY)
-        loss = F.cross_entropy(logits, answers, label_smoothing=0.1)
+        loss = F.cross_entropy(
+            logits,
+            answers,
+            label_smoothing=0.1,
+        )
         loss = loss + hp.activation_weight * activation
         loss = loss + hp.memory_weight * kept
         said = logits.argmax(-1)

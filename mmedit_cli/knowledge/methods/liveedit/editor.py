@@ -102,7 +102,11 @@ class LiveEdit(TrainedEditor):
         self._layer = edit_layer % backbone.n_layers + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.networks = LiveEditNetworks(backbone.width, backbone.entry_width, hp)
+            self.networks = LiveEditNetworks(
+                backbone.width,
+                backbone.entry_width,
+                hp,
+            )
         self.networks.to(backbone.device).eval().requires_grad_(False)
         matrix = (hp.rank, backbone.width)
         self._shapes: dict[str, tuple[int, ...]] = {"u": matrix, "v": matrix}
@@ -135,7 +139,13 @@ class LiveEdit(TrainedEditor):
         prefix = backbone.prefix(batch, self._layer)
         experts = networks.experts(prefix, backbone)
         with self._set_aside():
-            u, v = refined(networks, backbone, prefix, experts, self.hparams.refine)
+            u, v = refined(
+                networks,
+                backbone,
+                prefix,
+                experts,
+                self.hparams.refine,
+            )
         mean = backbone.mean_image_tokens(prefix.batch)
         vision, prompt = networks.keys(prefix, mean)
         rows = {"u": u, "v": v, "vision": vision, "prompt": prompt}
@@ -238,7 +248,12 @@ class LiveEdit(TrainedEditor):
         # published: the picture alone decides which experts pass
         decisive = margin if networks.published else score
         keep = (decisive > hp.margin) & self._bank.visible
-        routing = choose(keep, score, hp.top_k, gated=networks.published)
+        routing = choose(
+            keep,
+            score,
+            hp.top_k,
+            gated=networks.published,
+        )
         return rows, routing
 
     def affects(self, queries: Sequence[Query]) -> list[bool]:
@@ -336,7 +351,12 @@ class LiveEdit(TrainedEditor):
             if name.startswith(_EXPORTED_NETWORKS):
                 tensors[f"networks.{name}"] = tensor
         settings = {name: getattr(hp, name) for name in _EXPORTED_SETTINGS}
-        return standalone(self, self._entered, tensors, settings)
+        return standalone(
+            self,
+            self._entered,
+            tensors,
+            settings,
+        )
 
 
 EDITOR = LiveEdit

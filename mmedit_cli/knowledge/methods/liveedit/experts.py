@@ -93,7 +93,11 @@ class ExpertBank:
             name: torch.zeros(BLOCK, *shape, device=device)
             for name, shape in shapes.items()
         }
-        self._hidden = torch.zeros(BLOCK, dtype=torch.bool, device=device)
+        self._hidden = torch.zeros(
+            BLOCK,
+            dtype=torch.bool,
+            device=device,
+        )
 
     def __len__(self) -> int:
         return self.size

@@ -44,7 +44,13 @@ class ExpertGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.queries = nn.Parameter(initial_values(1, rank, dim))
-        self.attn = CrossAttention(dim, width, dim, width, heads)
+        self.attn = CrossAttention(
+            dim,
+            width,
+            dim,
+            width,
+            heads,
+        )
         self.norm = nn.LayerNorm(width)
         self.scale = 1 / (lora_scale * rank**0.5)
         if slots is not None:
@@ -62,7 +68,11 @@ class ExpertGenerator(nn.Module):
     ) -> Tensor:
         """(B, L, D), (B, L) bool; what is in the slots, and which are used: (B, r, D), (B, r) -> (B, r, D)."""
         queries = self.queries.expand(len(tokens), -1, -1)
-        attended: Tensor = self.attn(queries, self.norm(tokens), mask)
+        attended: Tensor = self.attn(
+            queries,
+            self.norm(tokens),
+            mask,
+        )
         rows = self.scale * attended
         if slots is None or used is None:
             return rows
@@ -233,8 +243,18 @@ class LiveEditNetworks(Asking, nn.Module):
         directions = head[labels].float()  # that make the head give a token
         states, used = first_valid(*span(hidden, at), rank)
         words, _ = first_valid(*span(directions, at), rank)
-        u = self.generator_u(tokens, mask, states, used)
-        v = self.generator_v(tokens, mask, words, used)
+        u = self.generator_u(
+            tokens,
+            mask,
+            states,
+            used,
+        )
+        v = self.generator_v(
+            tokens,
+            mask,
+            words,
+            used,
+        )
         return u, v
 
     def keys(self, prefix: Prefix, mean: Tensor) -> tuple[Tensor, Tensor]:

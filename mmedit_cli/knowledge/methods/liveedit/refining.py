@@ -32,8 +32,18 @@ def refined(
     prefix: the requests with their answers at the edit layer. Rows do not depend on each other.
     """
     weight = _own_weight(networks, backbone, prefix)
-    said = _log_probabilities(networks, backbone, prefix, experts, weight)
-    known = _all_tokens(said.exp() > _SURE, prefix, backbone)
+    said = _log_probabilities(
+        networks,
+        backbone,
+        prefix,
+        experts,
+        weight,
+    )
+    known = _all_tokens(
+        said.exp() > _SURE,
+        prefix,
+        backbone,
+    )
     wrong = (~known).nonzero()[:, 0].tolist()
     if not wrong or not steps:
         return experts
@@ -42,16 +52,30 @@ def refined(
     u = _Search(experts[0][wrong])
     v = _Search(experts[1][wrong])
     optimizer = torch.optim.Adam([u.moved, v.moved], lr=_RATE)
-    missing = torch.ones(len(wrong), dtype=torch.bool, device=weight.device)
+    missing = torch.ones(
+        len(wrong),
+        dtype=torch.bool,
+        device=weight.device,
+    )
     for step in range(steps + 1):
         with torch.enable_grad():
             new_u = u.present
             new_v = v.present
-            said = _log_probabilities(networks, backbone, part, (new_u, new_v), weight)
+            said = _log_probabilities(
+                networks,
+                backbone,
+                part,
+                (new_u, new_v),
+                weight,
+            )
             # an expert stays as it was when it first gave its whole answer
             u.keep(missing, new_u)
             v.keep(missing, new_v)
-            known = _all_tokens(said.exp() > _SURE, part, backbone)
+            known = _all_tokens(
+                said.exp() > _SURE,
+                part,
+                backbone,
+            )
             missing = missing & ~known
             if step == steps or not bool(missing.any()):
                 break
@@ -144,6 +168,10 @@ def _all_tokens(right: Tensor, prefix: Prefix, backbone: VisionLanguageModel) ->
     at, _ = prefix.batch.target_positions(backbone.end_id)
     row = at.nonzero()[:, 0]
     wrong = row[~right]
-    all_right = torch.ones(len(at), dtype=torch.bool, device=at.device)
+    all_right = torch.ones(
+        len(at),
+        dtype=torch.bool,
+        device=at.device,
+    )
     all_right[wrong] = False
     return all_right

@@ -108,7 +108,12 @@ class LiveEditEdits(RoutedEdits):
         score = networks.score(by_prompt, margin)
         decisive = margin if networks.published else score
         keep = (decisive > hp.margin) & self.bank.visible
-        routing = choose(keep, score, hp.top_k, gated=networks.published)
+        routing = choose(
+            keep,
+            score,
+            hp.top_k,
+            gated=networks.published,
+        )
         for row, used in zip(rows.tolist(), routing.by_expert(), strict=True):
             self.weights[row] = {self.ids[i]: weight for i, weight in used.items()}
         return rows, routing

@@ -85,7 +85,12 @@ def choose_items(
         _Item(i, REQUEST, case.request)  # requests come first
         for i, case in enumerate(cases)
     ]
-    picked += _generality_items(cases, names, source, generality)
+    picked += _generality_items(
+        cases,
+        names,
+        source,
+        generality,
+    )
     for i, case in enumerate(cases):
         every = case.locality.values()
         queries = [query for some in every for query in _with_picture(some)]
@@ -167,13 +172,37 @@ def draw(items: Items, source: Generator, compat: str) -> Draws:
 
     # two items of one case that belong together: both of the edit, or both its locality
     generality = _codes(items, size, source)
-    chosen = torch.randint(3, (size,), generator=source)
-    not_request = torch.where(chosen == 1, generality, LOCALITY)
-    first = torch.where(chosen == 0, REQUEST, not_request)
-    partner = _request_or_generality(items, size, source)
-    second = torch.where(first == LOCALITY, LOCALITY, partner)
+    chosen = torch.randint(
+        3,
+        (size,),
+        generator=source,
+    )
+    not_request = torch.where(
+        chosen == 1,
+        generality,
+        LOCALITY,
+    )
+    first = torch.where(
+        chosen == 0,
+        REQUEST,
+        not_request,
+    )
+    partner = _request_or_generality(
+        items,
+        size,
+        source,
+    )
+    second = torch.where(
+        first == LOCALITY,
+        LOCALITY,
+        partner,
+    )
     # two that do not: one of the edit and one of its locality, in either order
-    edit = _request_or_generality(items, size, source)
+    edit = _request_or_generality(
+        items,
+        size,
+        source,
+    )
     local = torch.full_like(edit, LOCALITY)
     swapped = _coin(size, source)
     queries = torch.where(swapped, local, edit)
@@ -187,11 +216,20 @@ def draw(items: Items, source: Generator, compat: str) -> Draws:
 
 def _pools(size: int, source: Generator, compat: str) -> Tensor:
     """Draw for each kind of item the experts beside its own that a case may use: (3, B, B) bool."""
-    counts = torch.randint(size + 1, (3, size), generator=source)
+    counts = torch.randint(
+        size + 1,
+        (3, size),
+        generator=source,
+    )
     order = torch.arange(size)
     order = order.expand(3, size, size)
     if compat == "correct":
-        noise = torch.rand(3, size, size, generator=source)
+        noise = torch.rand(
+            3,
+            size,
+            size,
+            generator=source,
+        )
         by_noise = noise.argsort(2)
         order = by_noise.argsort(2)
     return order < counts[:, :, None]
@@ -201,7 +239,11 @@ def _request_or_generality(items: Items, size: int, source: Generator) -> Tensor
     """Draw a code of each case: its request, or as often one of its generality: (B,)."""
     is_request = _coin(size, source)
     generality = _codes(items, size, source)
-    return torch.where(is_request, REQUEST, generality)
+    return torch.where(
+        is_request,
+        REQUEST,
+        generality,
+    )
 
 
 def _coin(size: int, source: Generator) -> Tensor:
@@ -237,7 +279,14 @@ def losses_of(
         batch = backbone.batch(items.queries)
         prefix = backbone.prefix(batch, place.layer)
         means = backbone.mean_image_tokens(prefix.batch)
-    similarities = _similarities(networks, place, prefix, means, size, others)
+    similarities = _similarities(
+        networks,
+        place,
+        prefix,
+        means,
+        size,
+        others,
+    )
     margin = similarities.by_vision - similarities.sentinel
     score = networks.score(similarities.by_prompt, margin)
 
@@ -248,7 +297,11 @@ def losses_of(
         if case < taught and case % place.world == place.rank
     ]
     allowed = draws.allowed[:, :taught].to(score.device)
-    weight = soft_weights(score[:, :taught], allowed, gated=networks.published)
+    weight = soft_weights(
+        score[:, :taught],
+        allowed,
+        gated=networks.published,
+    )
     requests = backbone.select(prefix, range(taught))
     experts = networks.experts(requests, backbone)
     stream = _Stream(
@@ -256,9 +309,19 @@ def losses_of(
         code=items.code[share].to(score.device),
         items=items.upto(taught),
     )
-    losses = _edit_losses(networks, place, stream, experts, weight[share])
+    losses = _edit_losses(
+        networks,
+        place,
+        stream,
+        experts,
+        weight[share],
+    )
     if networks.published:
-        routing = _published_routing(hp, draws, similarities)
+        routing = _published_routing(
+            hp,
+            draws,
+            similarities,
+        )
     else:
         asked = (*items.queries[:size], *others)
         targets = [query.target for query in asked]
@@ -317,7 +380,11 @@ def _similarities(
         prompt_keys = torch.cat((prompt_keys, more_prompt))
     by_vision = networks.similarity(vision, vision_keys)
     by_prompt = networks.similarity(prompt, prompt_keys)
-    return _Similarities(by_prompt, by_vision, sentinel)
+    return _Similarities(
+        by_prompt,
+        by_vision,
+        sentinel,
+    )
 
 
 @dataclass(frozen=True)
@@ -349,7 +416,11 @@ def _edit_losses(
     if hp.compat == "reference":
         # published: the output of the edit layer goes through the edit layer again
         with torch.no_grad():
-            again = backbone.prefix_of(prefix.hidden, batch, place.layer - 1)
+            again = backbone.prefix_of(
+                prefix.hidden,
+                batch,
+                place.layer - 1,
+            )
             prefix = backbone.advance(again, place.layer)
     hidden = adapt(prefix.hidden, normed, *experts, weight)
     at, labels = batch.target_positions(backbone.end_id)
@@ -361,7 +432,11 @@ def _edit_losses(
     with torch.no_grad():
         base = backbone.resume(prefix, at_local).float()
     local = at_local[at]
-    token_losses = F.cross_entropy(adapted, labels[at], reduction="none")
+    token_losses = F.cross_entropy(
+        adapted,
+        labels[at],
+        reduction="none",
+    )
     shift = F.kl_div(
         base.log_softmax(-1),
         adapted[local].log_softmax(-1),
@@ -399,7 +474,11 @@ def _published_routing(
     queries, keys = draws.neighbour
     table = similarities.by_prompt[queries][:, keys]
     relative = table.log_softmax(1)
-    neighbour = _with_sentinel(similarities, queries, keys)
+    neighbour = _with_sentinel(
+        similarities,
+        queries,
+        keys,
+    )
     unrelated = _with_sentinel(similarities, *draws.sentinel)
     return {
         "soft_relative": -relative.diagonal().mean(),
@@ -473,7 +552,11 @@ def _codes(items: Items, size: int, source: Generator) -> Tensor:
     has[cases, codes] = 1.0
     has_none = has.sum(1) == 0
     has[has_none, 0] = 1.0
-    return torch.multinomial(has, 1, generator=source)[:, 0]
+    return torch.multinomial(
+        has,
+        1,
+        generator=source,
+    )[:, 0]
 
 
 def _with_picture(queries: Sequence[Query]) -> list[Query]:

@@ -87,11 +87,23 @@ class ClusterIndex:
         distances, nearest = self.nearest(keys) if self.clusters else (None, None)
         for i, (key, label, row) in enumerate(zip(keys, labels, rows, strict=True)):
             if distances is None or nearest is None:
-                self.clusters.append(Cluster(key, self.radius, label, [(key, row)]))
+                self.clusters.append(
+                    Cluster(
+                        key,
+                        self.radius,
+                        label,
+                        [(key, row)],
+                    )
+                )
                 continue
             distance = float(distances[i])
             old = self.clusters[int(nearest[i])]
-            new = Cluster(key, self.radius, label, [(key, row)])
+            new = Cluster(
+                key,
+                self.radius,
+                label,
+                [(key, row)],
+            )
             if distance > old.radius + self.radius:
                 self.clusters.append(new)
             elif label == old.label:
@@ -140,7 +152,11 @@ class ClusterIndex:
         """Return the row each query goes to, -1 for none: (Q,)."""
         self.searches += 1
         tokens = keys.parts["token"]
-        rows = torch.full((len(tokens),), NOBODY, device=tokens.device)
+        rows = torch.full(
+            (len(tokens),),
+            NOBODY,
+            device=tokens.device,
+        )
         if not self.clusters:
             return rows
         distances, numbers = self.nearest(tokens)

@@ -91,7 +91,11 @@ class MultiMelo(Editor):
                 path = backbone.anchors.path(role, layer)
                 linear: Any = backbone.model.get_submodule(path)
                 shapes[path] = (linear.in_features, linear.out_features)
-        self._bank = BlockBank(shapes, hp.rank, backbone.device)
+        self._bank = BlockBank(
+            shapes,
+            hp.rank,
+            backbone.device,
+        )
         self._index, self._keys = self._make_router()
         self._blocks: list[int] = []  # of each edit, the number of its block
         # of each edit, the number of the operation it was made in
@@ -137,7 +141,13 @@ class MultiMelo(Editor):
         keys = self._keys_of(requests)
         blocks, owner, course = self._train(requests)
         operation = self._next_operation()
-        self._add(blocks, owner, keys, requests, [operation] * len(requests))
+        self._add(
+            blocks,
+            owner,
+            keys,
+            requests,
+            [operation] * len(requests),
+        )
         found = self._block_of(self._index.search(keys))
         own = self._blocks[-len(requests) :]
         return {
@@ -166,7 +176,11 @@ class MultiMelo(Editor):
         course: list[tuple[int, float]] = []
         for some in chunks(groups, hp.parallel):
             seeds = [seed_of(group[0], self.seed) for group in some]
-            fresh = fresh_blocks(self._bank.shapes, hp.rank, seeds)
+            fresh = fresh_blocks(
+                self._bank.shapes,
+                hp.rank,
+                seeds,
+            )
             blocks, how = train_blocks(
                 self.backbone,
                 self._layer,
@@ -205,7 +219,11 @@ class MultiMelo(Editor):
         self._blocks += [numbers[i] for i in owner]
         self._operation_of += operations
         labels = [self._label(request) for request in requests]
-        self._index.insert(keys, labels, operations)
+        self._index.insert(
+            keys,
+            labels,
+            operations,
+        )
         self._hook()
 
     def _label(self, request: Query) -> str | int:
@@ -227,7 +245,13 @@ class MultiMelo(Editor):
         self._reset()
         if keys is not None:
             remaining = [requests[i] for i in kept]
-            self._add(join_blocks(blocks), owner, keys, remaining, operations)
+            self._add(
+                join_blocks(blocks),
+                owner,
+                keys,
+                remaining,
+                operations,
+            )
         return True
 
     def _blocks_without_the_others(
@@ -301,7 +325,14 @@ class MultiMelo(Editor):
         scale = self.hparams.scale
         if self._given is not None:
             blocks, given = self._given
-            return add_blocks(x, out, blocks, path, given, scale)
+            return add_blocks(
+                x,
+                out,
+                blocks,
+                path,
+                given,
+                scale,
+            )
         if self._routed is None or self._routed[0] is not self.backbone.current_batch:
             raise MmeditError(
                 "multi-melo met a part of a sequence whose beginning it has not seen"
@@ -310,7 +341,14 @@ class MultiMelo(Editor):
         index = self._routed[1]
         if index is None:
             return None
-        return add_blocks(x, out, self._bank.blocks, path, index, scale)
+        return add_blocks(
+            x,
+            out,
+            self._bank.blocks,
+            path,
+            index,
+            scale,
+        )
 
     def _block_of(self, rows: Tensor) -> Tensor:
         """Return the block of each row of the index; -1 stays."""
@@ -381,7 +419,13 @@ class MultiMelo(Editor):
             raise StateError("the state names a block that it does not hold")
         keys = Keys(parts, tensors["seen"].to(device))
         operations = tensors["operation"].tolist()
-        self._add(blocks, owner, keys, requests, operations)
+        self._add(
+            blocks,
+            owner,
+            keys,
+            requests,
+            operations,
+        )
 
     def export_block(self, edit: int, folder: Path) -> None:
         """Write the block of an edit as a LoRA adapter that peft loads; raise StateError for an unknown id."""
@@ -415,10 +459,25 @@ class MultiMelo(Editor):
     def import_block(self, folder: Path, request: Query) -> EditHandle:
         """Make an edit of a request from a LoRA adapter; raise StateError if it does not fit the edited layers."""
         hp = self.hparams
-        block = lora_adapters.read(folder, self._bank.shapes, hp.rank, hp.scale)
+        block = lora_adapters.read(
+            folder,
+            self._bank.shapes,
+            hp.rank,
+            hp.scale,
+        )
         keys = self._keys_of([request])
-        self._add(block, [0], keys, [request], [self._next_operation()])
-        operation = Operation((self._next_id,), (request,), {"imported": True})
+        self._add(
+            block,
+            [0],
+            keys,
+            [request],
+            [self._next_operation()],
+        )
+        operation = Operation(
+            (self._next_id,),
+            (request,),
+            {"imported": True},
+        )
         self.operations.append(operation)
         self._next_id += 1
         return EditHandle(self, operation)

@@ -195,9 +195,17 @@ class VectorIndex:
         self.searches += 1
         device = keys.seen.device
         if not self._size:
-            return torch.full((len(keys),), -1, device=device)
+            return torch.full(
+                (len(keys),),
+                -1,
+                device=device,
+            )
         if not len(keys):
-            return torch.zeros(0, dtype=torch.long, device=device)
+            return torch.zeros(
+                0,
+                dtype=torch.long,
+                device=device,
+            )
         found: list[Tensor] = []
         for start in range(0, len(keys), _CHUNK):
             chunk = keys[start : start + _CHUNK]
@@ -219,9 +227,17 @@ class VectorIndex:
         device = keys.seen.device
         parts = {name: _room_for(part, room) for name, part in keys.parts.items()}
         larger = Keys(parts, _room_for(keys.seen, room))
-        labels = torch.zeros(room, dtype=torch.int64, device=device)
+        labels = torch.zeros(
+            room,
+            dtype=torch.int64,
+            device=device,
+        )
         radii = torch.zeros(room, device=device)
-        hidden = torch.zeros(room, dtype=torch.bool, device=device)
+        hidden = torch.zeros(
+            room,
+            dtype=torch.bool,
+            device=device,
+        )
         if self._keys is not None:
             old = [*self._keys.tensors(), self._labels, self._radii, self._hidden]
             new = [*larger.tensors(), labels, radii, hidden]

@@ -142,7 +142,10 @@ class HubKeys(KeySource):
         self._compute(texts, self._embed_texts)
         self._compute(seen, self._embed_pictures)
         encoder, _ = self._image_encoder
-        blank = torch.zeros(encoder.config.num_labels, device=hidden.device)
+        blank = torch.zeros(
+            encoder.config.num_labels,
+            device=hidden.device,
+        )
         questions = [self._vectors[text] for text in texts]
         images = [
             blank if picture is None else self._vectors[picture] for picture in pictures
@@ -180,7 +183,10 @@ class HubKeys(KeySource):
     def _embed_pictures(self, pictures: list[Picture]) -> Tensor:
         model, processor = self._image_encoder
         images = [load_picture(picture) for picture in pictures]
-        inputs = processor(images=images, return_tensors="pt")
+        inputs = processor(
+            images=images,
+            return_tensors="pt",
+        )
         logits: Tensor = model(**inputs.to(self.backbone.device)).logits
         return logits
 
@@ -198,7 +204,11 @@ class HubKeys(KeySource):
 
         folder = _folder(self._image_name)
         model = _loaded(AutoModelForImageClassification, folder)
-        processor = _loaded(AutoImageProcessor, folder, backend="pil")
+        processor = _loaded(
+            AutoImageProcessor,
+            folder,
+            backend="pil",
+        )
         return self._ready(model), processor
 
     def _ready(self, model: Any) -> Any:

@@ -122,7 +122,14 @@ class MultiMeloEdits(RoutedEdits):
         if self.route is None:
             return None
         scale = self.settings.scale
-        return add_blocks(x, out, self.blocks, path, self.route, scale)
+        return add_blocks(
+            x,
+            out,
+            self.blocks,
+            path,
+            self.route,
+            scale,
+        )
 
 
 class MultiMeloExportConfig(PreTrainedConfig):

@@ -46,7 +46,12 @@ class CrossAttention(nn.Module):
         v = self._by_head(self.v(tokens))
         if mask is not None:
             mask = mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+        )
         return attended.transpose(1, 2).flatten(2)
 
     def _by_head(self, projected: Tensor) -> Tensor:
@@ -69,9 +74,27 @@ class Extractor(nn.Module):
         self.prompt_queries = nn.Parameter(initial_values(1, vectors, dim))
         self.vision_norm = nn.LayerNorm(width)
         self.prompt_norm = nn.LayerNorm(width)
-        self.attn_prompt_for_vision = CrossAttention(dim, width, dim, dim, heads)
-        self.attn_vision = CrossAttention(dim, width, dim, dim, heads)
-        self.attn_prompt = CrossAttention(dim, width, dim, dim, heads)
+        self.attn_prompt_for_vision = CrossAttention(
+            dim,
+            width,
+            dim,
+            dim,
+            heads,
+        )
+        self.attn_vision = CrossAttention(
+            dim,
+            width,
+            dim,
+            dim,
+            heads,
+        )
+        self.attn_prompt = CrossAttention(
+            dim,
+            width,
+            dim,
+            dim,
+            heads,
+        )
         if sentinel_tokens:
             sentinel = initial_values(1, sentinel_tokens, width)
             self.vision_sentinel = nn.Parameter(sentinel)
@@ -89,11 +112,23 @@ class Extractor(nn.Module):
         # what the prompt looks for is the query of the attention on the picture
         queries = self.vision_queries.expand(size, -1, -1)
         words = self.vision_norm(prompt)
-        wanted = self.attn_prompt_for_vision(queries, words, prompt_valid)
-        seen = self.attn_vision(wanted, self.vision_norm(vision), vision_valid)
+        wanted = self.attn_prompt_for_vision(
+            queries,
+            words,
+            prompt_valid,
+        )
+        seen = self.attn_vision(
+            wanted,
+            self.vision_norm(vision),
+            vision_valid,
+        )
         queries = self.prompt_queries.expand(size, -1, -1)
         words = self.prompt_norm(prompt)
-        asked = self.attn_prompt(queries, words, prompt_valid)
+        asked = self.attn_prompt(
+            queries,
+            words,
+            prompt_valid,
+        )
         sentinel = None
         if hasattr(self, "vision_sentinel"):
             tokens = self.vision_norm(self.vision_sentinel)

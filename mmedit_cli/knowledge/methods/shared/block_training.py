@@ -53,7 +53,11 @@ def train_blocks(
     optimizer = torch.optim.AdamW(
         blocks.parameters(), lr=hp.learning_rate, weight_decay=hp.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
+    schedule = torch.optim.lr_scheduler.StepLR(
+        optimizer,
+        hp.decay_every,
+        hp.decay,
+    )
     course = [(hp.steps, 0.0)] * len(groups)  # (steps, loss) of each
     active = set(range(len(groups)))
     rows = torch.arange(len(requests))

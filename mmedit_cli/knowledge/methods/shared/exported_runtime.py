@@ -68,7 +68,10 @@ class RoutedEdits:
                 module.generate = self._generate_with(module.generate)
         model.get_input_embeddings().register_forward_pre_hook(self._embed)
         stack = model.get_submodule(self.settings.stack)
-        stack.register_forward_pre_hook(self._begin, with_kwargs=True)
+        stack.register_forward_pre_hook(
+            self._begin,
+            with_kwargs=True,
+        )
         self.patch.hook_input(self.settings.entered, self._enter)
 
     # -- what a method has to say -------------------------------------------------------------------------------

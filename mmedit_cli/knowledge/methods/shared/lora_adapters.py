@@ -39,7 +39,11 @@ def write(folder: Path, block: Blocks, scale: float, model: str) -> None:
     for key, value in settings.items():
         if isinstance(value, set):
             settings[key] = sorted(value)
-    text = json.dumps(settings, indent=2, default=str)
+    text = json.dumps(
+        settings,
+        indent=2,
+        default=str,
+    )
     tensors: dict[str, Tensor] = {}
     for path, a in block.a.items():
         tensors[_name(path, "A")] = a[0].T.cpu().contiguous()

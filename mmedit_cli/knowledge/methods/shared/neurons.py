@@ -70,7 +70,11 @@ class Site:
 
         def add(leaving: Tensor) -> Tensor | None:
             entering = seen.pop()
-            by_sequence = entering.reshape(self.rows(), -1, entering.shape[-1])
+            by_sequence = entering.reshape(
+                self.rows(),
+                -1,
+                entering.shape[-1],
+            )
             added = adds(by_sequence.float())
             if added is None:
                 return None

@@ -120,7 +120,11 @@ class Unike(TrainedEditor):
                 prefix.batch.prompt_mask,
                 prefix.batch.image_mask,
             )
-            sem, pos = states(self.backbone, requests, self._layer)
+            sem, pos = states(
+                self.backbone,
+                requests,
+                self._layer,
+            )
             edits = {"scope": scope, "sem": sem, "pos": pos.transpose(0, 1)}
         neurons, losses = self._learn(prefix, edits, source)
         if not all(tensor.isfinite().all() for tensor in neurons.values()):
@@ -138,15 +142,28 @@ class Unike(TrainedEditor):
         if not hp.intrinsic:
             return self._blank(size, 0), courses
         at, labels = self._taught(prefix.batch)
-        new = self._trainable(prefix, edits, at, source)
+        new = self._trainable(
+            prefix,
+            edits,
+            at,
+            source,
+        )
         decoder = self._own_decoder()
         optimizer = _NeuronOptimizer(new, decoder, hp)
         final = self._moved(new, decoder)
-        open_rows = torch.ones(size, dtype=torch.bool, device=at.device)
+        open_rows = torch.ones(
+            size,
+            dtype=torch.bool,
+            device=at.device,
+        )
         for step in range(hp.steps + 1):
             with torch.enable_grad(), Patch(self.backbone.model) as patch:
                 present = self._moved(new, decoder)
-                route = self._training_route(prefix, edits, present)
+                route = self._training_route(
+                    prefix,
+                    edits,
+                    present,
+                )
                 self._memories.attach(patch, _always(route))
                 logits = self.backbone.resume(prefix, at)
                 each, right = _answer_losses(logits, labels, at)
@@ -209,9 +226,18 @@ class Unike(TrainedEditor):
             pos = torch.cat((before["pos"][None], pos), 1)
             has_neurons = new["bias"].shape[2] > 0
             new = _joined_edits(before, new) if has_neurons else before
-        rows = torch.arange(len(batch.queries), device=batch.input_ids.device)
+        rows = torch.arange(
+            len(batch.queries),
+            device=batch.input_ids.device,
+        )
         query = prefix.hidden[last(batch.prompt_mask)].float()
-        return self._memories.route(rows, query, sem, pos, new)
+        return self._memories.route(
+            rows,
+            query,
+            sem,
+            pos,
+            new,
+        )
 
     def _blank(self, size: int, count: int) -> dict[str, Tensor]:
         """Return so many neurons for each of `size` edits: all zeros."""
@@ -245,7 +271,11 @@ class Unike(TrainedEditor):
         with Patch(self.backbone.model) as patch:
             for site in self._memories.places.sites:
                 site.hook(patch, seen.append)
-            route = self._training_route(prefix, edits, nothing)
+            route = self._training_route(
+                prefix,
+                edits,
+                nothing,
+            )
             self._memories.attach(patch, _always(route))
             self.backbone.advance(prefix, self.backbone.n_layers)
         return seen
@@ -271,7 +301,11 @@ class Unike(TrainedEditor):
             return dict(new)
         shift = self.networks.shift
         if decoder is not None:
-            shift = torch.einsum("sdk,sk->sd", decoder, self.networks.zeta)
+            shift = torch.einsum(
+                "sdk,sk->sd",
+                decoder,
+                self.networks.zeta,
+            )
         values = new["values"] + hp.beta * shift[:, None]
         return {**new, "values": values}
 
@@ -500,7 +534,12 @@ class Unike(TrainedEditor):
         networks = self._exported_networks()
         for name, tensor in networks.items():
             tensors[f"networks.{name}"] = tensor
-        return standalone(self, places.entered, tensors, settings)
+        return standalone(
+            self,
+            places.entered,
+            tensors,
+            settings,
+        )
 
     def _exported_networks(self) -> dict[str, Tensor]:
         """Return the filled rows of the knowledge, and the networks that are asked when a question is answered."""
@@ -546,7 +585,11 @@ class _NeuronOptimizer:
 
     def step(self, loss: Tensor, step: int) -> None:
         """Take one step down from a loss that is the sum over the edits."""
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        gradients = torch.autograd.grad(
+            loss,
+            self._parameters,
+            allow_unused=True,
+        )
         scale = self._clipping(gradients[: self._neurons])
         for i, gradient in enumerate(gradients):
             parameter = self._parameters[i]
@@ -586,7 +629,11 @@ def _answer_losses(logits: Tensor, labels: Tensor, at: Tensor) -> tuple[Tensor, 
     """Return the mean cross entropy of each row and whether all is right, (B,); logits: (n, V), of `at` (B, T)."""
     wanted = labels[at]
     row = at.nonzero()[:, 0]
-    token_losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+    token_losses = F.cross_entropy(
+        logits.float(),
+        wanted,
+        reduction="none",
+    )
     said = logits.argmax(-1)
     wrong = (said != wanted).float()
     zeros = token_losses.new_zeros(len(at))

@@ -116,11 +116,19 @@ class Memories:
             # section 3.3: the semantic encoder says how much of what is known belongs to the question
             meaning = self.networks.semantic[s](known)
             question = route.query[:, None]
-            cosine = F.cosine_similarity(meaning, question, dim=-1)
+            cosine = F.cosine_similarity(
+                meaning,
+                question,
+                dim=-1,
+            )
             relevance = cosine.clamp(0, 1)
             share = share * relevance if self.scoped else relevance
         turned = blend(own_output, known, share)
-        return output.index_copy(0, rows, turned.to(output.dtype))
+        return output.index_copy(
+            0,
+            rows,
+            turned.to(output.dtype),
+        )
 
     def _intrinsic(
         self, s: int, current: _CurrentPass, entering: Tensor
@@ -135,7 +143,11 @@ class Memories:
             return None
         site = self.places.sites[s]
         act = F.relu if self.scoped else site.act
-        added = respond(entering[route.rows], neurons, act)
+        added = respond(
+            entering[route.rows],
+            neurons,
+            act,
+        )
         nothing = torch.zeros_like(entering)
         return nothing.index_copy(0, route.rows, added)
 
@@ -157,7 +169,11 @@ class Memories:
         score = scope.score(features, edits["scope"])
         score = score.masked_fill(replaced, float("-inf"))
         best = score.max(1)
-        return torch.where(best.values > self.hparams.threshold, best.indices, -1)
+        return torch.where(
+            best.values > self.hparams.threshold,
+            best.indices,
+            -1,
+        )
 
     def choose(
         self, hidden: Tensor, prompt: Tensor, edits: Neurons, about: Tensor | None
@@ -174,7 +190,13 @@ class Memories:
             pos = edits["pos"]
             every_sem = sem.expand(size, *sem.shape)
             every_pos = pos.expand(size, *pos.shape)
-            return self.route(rows, query, every_sem, every_pos, edits)
+            return self.route(
+                rows,
+                query,
+                every_sem,
+                every_pos,
+                edits,
+            )
         rows = (about >= 0).nonzero()[:, 0]
         if not len(rows):
             return None
@@ -182,7 +204,13 @@ class Memories:
         own = {name: tensor[chosen] for name, tensor in edits.items()}
         own_sem = own["sem"][:, None]
         own_pos = own["pos"][:, None]
-        return self.route(rows, query[rows], own_sem, own_pos, own)
+        return self.route(
+            rows,
+            query[rows],
+            own_sem,
+            own_pos,
+            own,
+        )
 
     def recall(self, query: Tensor, sem: Tensor, pos: Tensor) -> Tensor:
         """Return the knowledge nearest to questions by cosine, that of edits included: (S, R, K, D).
@@ -204,7 +232,11 @@ class Memories:
         is_edit = picked >= known
         places = picked.clamp(max=known - 1)
         from_bank = self.networks.pos[:, places].float()
-        return torch.where(is_edit[None, ..., None], from_edits, from_bank)
+        return torch.where(
+            is_edit[None, ..., None],
+            from_edits,
+            from_bank,
+        )
 
     def _of_edits(self, picked: Tensor, pos: Tensor) -> Tensor:
         """Return the knowledge of the picked edits, of the first where one below 0 is picked.
@@ -216,7 +248,12 @@ class Memories:
         layers_and_width = pos.shape[2:]
         place = place.expand(-1, -1, *layers_and_width)
         found = pos.gather(1, place)
-        return found.permute(2, 0, 1, 3)
+        return found.permute(
+            2,
+            0,
+            1,
+            3,
+        )
 
     def route(
         self, rows: Tensor, query: Tensor, sem: Tensor, pos: Tensor, neurons: Neurons
@@ -234,7 +271,12 @@ class Memories:
             if not self.scoped:
                 layer = {name: rows.flatten(0, 1) for name, rows in layer.items()}
             every.append(layer)
-        return Route(rows, every, known, query)
+        return Route(
+            rows,
+            every,
+            known,
+            query,
+        )
 
 
 class _CurrentPass:

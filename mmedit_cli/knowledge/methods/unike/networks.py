@@ -28,7 +28,12 @@ class Scope(nn.Module):
     def __init__(self, width: int, dim: int, heads: int) -> None:
         super().__init__()
         self.features = _VECTORS * dim
-        self.extractor = Extractor(width, dim, heads, _VECTORS)
+        self.extractor = Extractor(
+            width,
+            dim,
+            heads,
+            _VECTORS,
+        )
         sharpness = torch.full((2,), 10.0)  # of picture and question
         self.sharpness = nn.Parameter(sharpness.log())
         self.bias = nn.Parameter(torch.tensor(10.0))
@@ -39,7 +44,11 @@ class Scope(nn.Module):
         """Return unit features of picture and question side by side, (B, 2 F); without a picture its part is 0."""
         hidden = hidden.float()
         seeing = image_mask.any(1)
-        features = hidden.new_zeros(len(hidden), 2, self.features)
+        features = hidden.new_zeros(
+            len(hidden),
+            2,
+            self.features,
+        )
         for sees in (True, False):
             rows = (seeing == sees).nonzero()[:, 0]
             if not len(rows):
@@ -47,7 +56,11 @@ class Scope(nn.Module):
             prompt = prompt_mask[rows]
             # the extractor needs a token to look at: without a picture it is given the prompt
             image = image_mask[rows] if sees else prompt
-            picture, question, _ = self.extractor(hidden[rows], prompt, image)
+            picture, question, _ = self.extractor(
+                hidden[rows],
+                prompt,
+                image,
+            )
             picture = F.normalize(picture) * sees
             question = F.normalize(question)
             both = torch.stack((picture, question), 1)
@@ -108,10 +121,23 @@ class UnikeNetworks(MemoryNetworks):
         truth = [encoder(width, hidden, truth_dim) for _ in range(layers)]
         self.semantic = nn.ModuleList(semantic)
         self.truth = nn.ModuleList(truth)
-        self.scope = Scope(width, hparams.scope_dim, hparams.heads)
+        self.scope = Scope(
+            width,
+            hparams.scope_dim,
+            hparams.heads,
+        )
         room = hparams.knowledge
-        sem = torch.zeros(room, width, dtype=torch.float16)
-        pos = torch.zeros(layers, room, width, dtype=torch.float16)
+        sem = torch.zeros(
+            room,
+            width,
+            dtype=torch.float16,
+        )
+        pos = torch.zeros(
+            layers,
+            room,
+            width,
+            dtype=torch.float16,
+        )
         rows = torch.zeros((), dtype=torch.long)
         self.register_buffer("sem", sem)
         self.register_buffer("pos", pos)

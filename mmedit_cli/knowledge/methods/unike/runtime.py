@@ -44,7 +44,11 @@ class UnikeRuntimeNetworks(MemoryNetworks):
         layers = settings.attention
         semantic = [encoder(width, hidden, width) for _ in layers]
         self.semantic = nn.ModuleList(semantic)
-        self.scope = Scope(width, settings.scope_dim, settings.heads)
+        self.scope = Scope(
+            width,
+            settings.scope_dim,
+            settings.heads,
+        )
         own = {
             name.removeprefix(_PREFIX): tensor
             for name, tensor in tensors.items()

@@ -58,10 +58,19 @@ def gather(
         if answer and answer.lower() != right:
             wrong.append(case)
             wrong_answers.append(replace(request, target=answer))
-    sem, pos = states(backbone, [case.request for case in wrong], layer)
+    sem, pos = states(
+        backbone,
+        [case.request for case in wrong],
+        layer,
+    )
     _, neg = states(backbone, wrong_answers, layer)
     place = {case.uid: i for i, case in enumerate(wrong)}
-    return Triples(place, sem, pos, neg)
+    return Triples(
+        place,
+        sem,
+        pos,
+        neg,
+    )
 
 
 def _answers(
@@ -90,7 +99,13 @@ def states(
     """Return the states of questions, (N, D), and of their answers, (S, N, D), as `gather` says; float32."""
     layers = range(layer, backbone.n_layers)
     sem = [torch.zeros(0, backbone.width)]
-    pos = [torch.zeros(len(layers), 0, backbone.width)]
+    pos = [
+        torch.zeros(
+            len(layers),
+            0,
+            backbone.width,
+        )
+    ]
     for group in chunks(queries, _GROUP):
         batch = backbone.batch(group)
         prefix = backbone.prefix(batch, layer)
@@ -133,12 +148,21 @@ def encoder_losses(
     truth: list[Tensor] = []
     semantic: list[Tensor] = []
     for layer, encode in enumerate(networks.truth):  # eq. 4
-        loss = truth_loss(encode(right[layer]), encode(wrong[layer]), temperature)
+        loss = truth_loss(
+            encode(right[layer]),
+            encode(wrong[layer]),
+            temperature,
+        )
         truth.append(loss)
     for layer, encode in enumerate(networks.semantic):  # eq. 5
         codes = encode(right[layer])
         wrong_codes = encode(wrong[layer])
-        loss = semantic_loss(sem, codes, wrong_codes, temperature)
+        loss = semantic_loss(
+            sem,
+            codes,
+            wrong_codes,
+            temperature,
+        )
         semantic.append(loss)
     return {
         "truth": torch.stack(truth).mean(),
@@ -164,14 +188,22 @@ def scope_loss(
         for column, candidates in case.columns():
             is_about = column.startswith(("reliability", "generality"))
             if is_about or column.startswith("locality"):
-                number = torch.randint(len(candidates), (1,), generator=source)
+                number = torch.randint(
+                    len(candidates),
+                    (1,),
+                    generator=source,
+                )
                 own.append(i if is_about else -1)
                 queries.append(candidates[int(number)])
     requests = [case.request for case in (*cases, *others)]
     with torch.no_grad():
         batch = backbone.batch([*requests, *queries])
         prefix = backbone.prefix(batch, layer)
-    features = scope(prefix.hidden, prefix.batch.prompt_mask, prefix.batch.image_mask)
+    features = scope(
+        prefix.hidden,
+        prefix.batch.prompt_mask,
+        prefix.batch.image_mask,
+    )
     n = len(requests)
     score = scope.score(features[n:], features[:n])
     no_edit = torch.zeros_like(score[:, :1])
