@@ -124,7 +124,7 @@ class VectorIndex:
         """Remove all rows."""
         self._size = 0
         self._keys: Keys | None = None
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str | int, int] = {}
         self._labels = torch.zeros(0)
         self._radii = torch.zeros(0)
         self._hidden = torch.zeros(0)
@@ -146,9 +146,9 @@ class VectorIndex:
         return self._keys[: self._size]
 
     def insert(
-        self, keys: Keys, labels: Sequence[str], operations: Sequence[int] = ()
+        self, keys: Keys, labels: Sequence[str | int], operations: Sequence[int] = ()
     ) -> None:
-        """Append rows; labels are compared as text. `operations` is for other indexes."""
+        """Append rows; rows of equal labels have the same answer. `operations` is for other indexes."""
         start = self._size
         end = start + len(keys)
         self._size = end
@@ -165,7 +165,7 @@ class VectorIndex:
             for first in range(start, end, _CHUNK):
                 self._finalize(first, min(first + _CHUNK, end))
 
-    def _number_of(self, label: str) -> int:
+    def _number_of(self, label: str | int) -> int:
         return self._numbers.setdefault(label, len(self._numbers))
 
     def _finalize(self, first: int, end: int) -> None:
