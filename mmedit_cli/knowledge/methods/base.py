@@ -118,7 +118,7 @@ class Editor(ABC):
     def _keep(self, positions: Sequence[int]) -> bool:
         """Keep the edits at these positions of `requests`, drop the others, and return True.
 
-        The default returns False, which has the remaining edits made again.
+        The default returns False; the remaining edits are then made again.
         """
         return False
 
@@ -149,24 +149,24 @@ class Editor(ABC):
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
         """Write the edits as PEFT adapters into new folders inside `folder`.
 
-        Returns the folders, each with requests that its adapter answers as the edited model does. The default writes
-        nothing: only methods whose edits are LoRA blocks can.
+        Returns each folder with the requests that its adapter answers as the edited model does. The default writes
+        nothing. Methods whose edits are LoRA blocks override it.
         """
         return {}
 
     def standalone(self) -> Standalone | None:
-        """Return the edits as something that runs without this package; None if the method offers nothing.
+        """Return the edits as something that runs without this package; None if the method cannot.
 
-        Raises UserError if it does, but not with these hyper-parameters.
+        Raises UserError if it cannot with these hyper-parameters.
         """
         return None
 
     # -- the verbs ----------------------------------------------------------------------------------------------
 
     def edit(self, requests: Sequence[Query]) -> EditHandle:
-        """Teach the requests, all in one operation; with none, nothing changes.
+        """Teach the requests, all in one operation; without requests nothing changes.
 
-        If it fails, the edits made before are as they were. Raises DataError for a request the method cannot use.
+        If it fails, the earlier edits stay as they were. Raises DataError for a request the method cannot use.
         """
         ids = tuple(range(self._next_id, self._next_id + len(requests)))
         if not requests:

@@ -51,8 +51,8 @@ class FtHparams:
 class Ft(Editor):
     """FT-L and FT-M as published with LiveEdit (Chen et al. 2025): AdamW on the cross entropy of the target.
 
-    A pass takes a step a chunk of `batch_size` requests; a step whose loss is below `stop_loss` is skipped, and the
-    edit ends with the pass whose mean loss is below it. What lies below the edited matrices is computed once an edit.
+    A pass takes one step for each chunk of `batch_size` requests. A step whose loss is below `stop_loss` is skipped.
+    The edit ends with the pass whose mean loss is below it. The layers below the edited matrices run once an edit.
     """
 
     name = "ft"

@@ -104,7 +104,7 @@ class Ike(Editor):
     def _nearest(self, request: Query, vector: Tensor) -> list[Demonstration]:
         """Return the demonstrations most similar to a fact, the most similar last; none states the fact itself.
 
-        Raises DataError if the facts to learn from hold the very request: then they are not training facts.
+        Raises DataError if the request itself is among the facts: then they are not training facts.
         """
         if self._vectors is None:
             return []
@@ -127,7 +127,7 @@ class Ike(Editor):
         return chosen[::-1]
 
     def _with_context(self, query: Query) -> Query:
-        """Return the query with its context in front, with as many demonstrations as fit, the nearest."""
+        """Return the query with its context in front: as many of the nearest demonstrations as fit, and the fact."""
         asked = self._encode([query.prompt])[0]
         scores = [float(vector @ asked) for vector in self._of_facts]
         best = max(
@@ -184,9 +184,9 @@ class Ike(Editor):
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
-    """Return what the cases of a file show, in turn: copy the fact, use it for a rewording, leave other facts alone.
+    """Return a demonstration for each case of a file; in turn it copies the fact, rewords it, or asks something else.
 
-    Only its texts are used. Raises DataError naming the line that is no case.
+    Only the texts of the cases are used. Raises DataError with the line that is not a case.
     """
     found: list[Demonstration] = []
     problems: list[str] = []

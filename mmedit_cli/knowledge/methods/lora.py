@@ -58,7 +58,7 @@ class LoraHparams:
 class Lora(Editor):
     """LoRA as the baseline of Multi-MELO (BruthYU/MELO-V2): every edit trains the same adapter with a new optimiser.
 
-    What lies below the lowest adapted layer is computed once an edit. Undoing one edit makes the others again.
+    The layers below the lowest adapted one run once an edit. Undoing one edit makes the others again.
     """
 
     name = "lora"
@@ -159,7 +159,7 @@ class Lora(Editor):
         return self._adapter.parameters()
 
     def _keep(self, positions: Sequence[int]) -> bool:
-        """Return True where nothing goes: a failed edit has put the adapter back itself. No edit can go alone."""
+        """Return True if all edits stay, as after a failed edit, which restores the adapter itself; else False."""
         if not positions:
             self._reset()
         return len(positions) == len(self.requests)

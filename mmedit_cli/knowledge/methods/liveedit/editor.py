@@ -55,7 +55,7 @@ class LiveEdit(TrainedEditor):
     """LiveEdit (Chen et al., CVPR 2025): lifelong editing with a mixture of low-rank experts.
 
     Experts add to the stream that leaves decoder layer `edit_layer`, at every position of queries with a picture.
-    An expert is written by networks and, where it does not say its answer yet, refined by a few steps of gradient.
+    Networks write an expert in one pass. If it does not give its answer yet, a few steps of gradient refine it.
     It depends on its request alone, so edits are independent of each other and of their order; one that repeats
     the picture and the prompt of an earlier one hides it until it is undone. Which experts a query uses is decided
     from its picture and prompt once, and holds for every token that is generated.
@@ -166,7 +166,7 @@ class LiveEdit(TrainedEditor):
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
-        """Run the base model inside: an expert is refined as if it were alone, so that no order matters."""
+        """Run the base model inside: an expert is refined as if it were alone, so the order does not matter."""
         self._aside = True
         try:
             yield
@@ -306,7 +306,7 @@ class LiveEdit(TrainedEditor):
         rank: int = 0,
         world: int = 1,
     ) -> dict[str, Tensor]:
-        """Return every loss of a batch by name, `total` among them (sections 2.5 and 2.6 of the published code)."""
+        """Return every loss of a batch by name, `total` among them; see `liveedit/training.py`."""
         hp = self.hparams.training
         items = choose_items(
             cases,
@@ -342,7 +342,7 @@ class LiveEdit(TrainedEditor):
             self._add(tensors, requests)
 
     def standalone(self) -> Standalone:
-        """Return the experts, what routes them, and one file that needs transformers only."""
+        """Return the experts, the networks that route to them, and one file that needs only transformers."""
         hp = self.hparams
         tensors = self._bank.tensors()
         tensors["hidden"] = ~self._bank.visible

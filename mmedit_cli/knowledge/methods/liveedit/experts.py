@@ -41,8 +41,8 @@ class Routing:
 def soft_weights(score: Tensor, keep: Tensor, *, gated: bool) -> Tensor:
     """Return the weights of the kept experts, 0 elsewhere: (R, N), (R, N) bool -> (R, N), less than 1 in sum.
 
-    `gated`, as published: sigmoid(score) * softmax(score over the kept). Else a softmax in which "no expert" has the
-    score 0 and takes part. For a single expert both are sigmoid(score).
+    `gated`: sigmoid(score) * softmax(score over the kept), as published (`get_moe_fuse_coe`). Otherwise a softmax with
+    one more choice, "no expert", whose score is 0. For a single expert both are sigmoid(score).
     """
     if not score.shape[1]:
         return score
@@ -150,7 +150,7 @@ class ExpertBank:
         return ~self._hidden[: self.size]
 
     def apply(self, stream: Tensor, normed: Tensor, routing: Routing) -> Tensor:
-        """Return the stream with the chosen experts added: (R, T, D); what no expert touches stays bit for bit."""
+        """Return the stream with the chosen experts added: (R, T, D); rows without an expert stay bit for bit."""
         used = routing.used.nonzero()[:, 0]
         if not len(used):
             return stream
@@ -179,7 +179,7 @@ class ExpertBank:
 def choose(keep: Tensor, score: Tensor, top_k: int | None, *, gated: bool) -> Routing:
     """Return the kept experts, at most the best `top_k` of them, with their soft weights: (R, N), (R, N) -> Routing.
 
-    The weights are computed on the kept alone: an expert that is not kept changes no digit.
+    The weights are computed from the kept experts alone, so the others change no digit.
     """
     if top_k is not None and keep.shape[1] > top_k:
         masked = score.masked_fill(~keep, float("-inf"))

@@ -28,9 +28,9 @@ from mmedit_cli.knowledge.models.shared.batch import Prefix
 
 
 class ExpertGenerator(nn.Module):
-    """Writes one matrix of an expert from the picture, the prompt and the answer of a request.
+    """Writes one matrix of an expert from the picture, the prompt and the answer of a request (LowRankGenerator).
 
-    With `slots`, row j also gets what stands in slot j, through a linear map that starts as the identity.
+    With `slots`, the vector of slot j is added to row j, through a linear map that starts as a scaled identity.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class WholePicture(nn.Module):
 
 
 class Asking:
-    """How queries are routed, from the networks named here; also in the file that exported edits run on."""
+    """How queries are routed with these networks; an exported model uses it too."""
 
     hparams: Any
     input_extractor: Extractor
@@ -194,7 +194,7 @@ class Asking:
 
 
 class LiveEditNetworks(Asking, nn.Module):
-    """Everything of LiveEdit that is trained, and what it says about sequences; the model itself stays frozen."""
+    """All trained networks of LiveEdit; the model itself stays frozen."""
 
     def __init__(self, width: int, entry_width: int, hparams: LiveEditHparams) -> None:
         super().__init__()

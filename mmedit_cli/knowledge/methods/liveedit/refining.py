@@ -120,7 +120,7 @@ def _root_mean_square(matrix: Tensor) -> Tensor:
 def _own_weight(
     networks: LiveEditNetworks, backbone: VisionLanguageModel, prefix: Prefix
 ) -> Tensor:
-    """Return how much the expert of each request counts for that request, were it the only one: (B, 1)."""
+    """Return the weight that the expert of each request has for that request if there are no others: (B, 1)."""
     batch = prefix.batch
     mean = backbone.mean_image_tokens(batch)
     vision, prompt, sentinel = networks.ask(

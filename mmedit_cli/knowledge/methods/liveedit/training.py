@@ -1,5 +1,6 @@
-"""How LiveEdit learns: edits of one batch share a pool of experts, and routers learn whose query is whose.
+"""How the networks of LiveEdit are trained: the edits of a batch share their experts, and the routers tell them apart.
 
+The losses and random choices are those of the published `liveedit.py`; `compat: reference` has its mistakes too.
 B cases, S sequences (B requests first, then generality, then locality), T tokens, D width, F = k * m features.
 """
 
@@ -77,8 +78,8 @@ def choose_items(
 ) -> Items:
     """Draw one query with a picture for each name of generality, and one for locality, from each case.
 
-    With `one`, a single name of generality is drawn for each case: a step costs less. With `all`, nothing is drawn of
-    locality: every query takes part.
+    With generality `one`, a single name is drawn for each case; a step then costs less. With locality `all`, every
+    locality query takes part.
     """
     names = _generality_names(cases)
     picked = [
@@ -161,7 +162,10 @@ def _one_name(case: EditCase, names: Sequence[str], source: Generator) -> list[i
 
 
 def draw(items: Items, source: Generator, compat: str) -> Draws:
-    """Make the random choices of section 2.5 and 2.6; `reference` takes prefixes of the batch as pools."""
+    """Draw which experts each sequence may use, and which sequences the routers compare.
+
+    In `reference` the experts beside the own one are the first of the batch, as published.
+    """
     size = int(items.case.max()) + 1
     kind = items.code.clamp(max=1) % 3  # 0 request, 1 generality, 2 locality
     pools = _pools(size, source, compat)
@@ -215,7 +219,7 @@ def draw(items: Items, source: Generator, compat: str) -> Draws:
 
 
 def _pools(size: int, source: Generator, compat: str) -> Tensor:
-    """Draw for each kind of item the experts beside its own that a case may use: (3, B, B) bool."""
+    """Draw for each case and kind of item (request, generality, locality) the experts it may use: (3, B, B) bool."""
     counts = torch.randint(
         size + 1,
         (3, size),
@@ -267,10 +271,10 @@ def losses_of(
     draws: Draws,
     others: Sequence[Query] = (),
 ) -> dict[str, Tensor]:
-    """Return the losses of given sequences and choices, `total` among them; `others` are more edits to choose among.
+    """Return the losses of given sequences and choices by name, `total` among them.
 
-    With several processes each runs the upper layers on its share of the cases; their gradients add up to those of one
-    process with the whole batch.
+    `others` are further edits for the routers to choose among. Each of several processes runs the upper layers on its
+    share of the cases; the gradients of all add up to those of one process with the whole batch.
     """
     backbone = place.backbone
     hp = networks.hparams.training
@@ -470,7 +474,11 @@ def _edit_losses(
 def _published_routing(
     hp: LiveEditTraining, draws: Draws, similarities: _Similarities
 ) -> dict[str, Tensor]:
-    """Return the four losses of section 2.6 on the similarities of all S sequences with each other."""
+    """Return the published routing losses from the similarities of all S sequences with each other.
+
+    The prompt decides the soft ones: the own edit against the others (relative), and by itself (absolute). The picture
+    decides the hard ones: a related query passes (neighbour), and an unrelated one loses to the sentinel.
+    """
     queries, keys = draws.neighbour
     table = similarities.by_prompt[queries][:, keys]
     relative = table.log_softmax(1)
@@ -499,11 +507,11 @@ def _with_sentinel(
 
 
 def _joint_routing(items: Items, score: Tensor, targets: Sequence[str]) -> Tensor:
-    """Return the cross entropy of choosing among all experts and none: (S, N), the first B of them of the batch.
+    """Return the cross entropy of choosing among N experts and none, from scores (S, N); the first B are the batch's.
 
-    Right is the own expert for a request and its generality, none for locality. All the others take part, so that what
-    is learned holds among many; but for those that say the same (`targets`): a fact that is edited by way of several
-    pictures has an expert for each, and none of them is a wrong choice.
+    The right choice is the own expert for a request and its generality, and none for locality. Experts with the same
+    answer (`targets`) are left out: a fact that is edited with several pictures has an expert for each, and none of
+    them is wrong.
     """
     number: dict[str, int] = {}
     for target in targets:

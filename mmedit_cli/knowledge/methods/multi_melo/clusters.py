@@ -1,7 +1,7 @@
 """The cluster database of MELO (AAAI 2024, ECNU-ICALK/MELO): keys of one hidden state in balls that grow and split.
 
-B samples of a batch, D the width of a key. Reproduced as published, traps included: a split may drop every point of
-the older cluster, after which what falls into it is answered by no edit.
+B samples of a batch, D the width of a key. It is reproduced as published, with its mistakes: a split may drop every
+point of the older cluster, and queries that fall into it are then answered by no edit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Cluster:
 class ClusterIndex:
     """Clusters under the Euclidean distance; a query goes to the nearest point of the nearest cluster, if inside it.
 
-    `together` compares a batch with the clusters as they were before it, as published; else one sample at a time.
+    With `together` a batch is compared with the clusters as they were before it, as published; otherwise each sample
+    with those at its turn.
     `conflicts` counts splits, `forgotten` the points they dropped.
     """
 

@@ -1,4 +1,4 @@
-"""Multi-MELO: an edit owns a small LoRA block, and an index of pictures and questions decides who gets which."""
+"""Multi-MELO: each edit has a small LoRA block, and an index of pictures and questions chooses one for each query."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class MultiMelo(Editor):
 
     @contextmanager
     def _using(self, blocks: Blocks, index: Tensor) -> Iterator[None]:
-        """Inside, row i of every pass has block index[i] of `blocks`, and nothing is searched."""
+        """Give row i of every pass inside the block index[i] of `blocks`, without a search."""
         self._hook()
         self._given = (blocks, index)
         try:
@@ -236,7 +236,7 @@ class MultiMelo(Editor):
         return " ".join(words)
 
     def _keep(self, positions: Sequence[int]) -> bool:
-        """Keep some edits; an operation that shared a block with one that goes is made again without it."""
+        """Keep some edits; blocks that an edit to be removed was trained into are trained again without it."""
         kept = list(positions)
         requests = self.requests
         keys = self._index.keys[kept] if kept else None
@@ -442,7 +442,7 @@ class MultiMelo(Editor):
         )
 
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:
-        """Write a block for each edit that its question finds, named after its id; who gets which is not in them."""
+        """Write the block of each edit that its own question is routed to; the routing itself is not written."""
         requests = self.requests
         edits = self.routes(requests)
         requests_of: dict[int, list[Query]] = {}
@@ -483,7 +483,7 @@ class MultiMelo(Editor):
         return EditHandle(self, operation)
 
     def standalone(self) -> Standalone:
-        """Return the blocks and the index; raise UserError where something beside the model tells queries apart."""
+        """Return the blocks and the index; raise UserError if other encoders than the model route queries."""
         hp, index = self.hparams, self._index
         if hp.router != "backbone":
             is_hub = hp.router == "hub"

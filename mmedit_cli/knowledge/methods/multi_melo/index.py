@@ -18,7 +18,7 @@ _CHUNK = 256  # queries compared with all rows at a time
 
 @dataclass(frozen=True)
 class Keys:
-    """What n queries are told apart by: for each part (question, image, ...) a unit vector; zeros without a picture.
+    """The keys of n queries: a unit vector for each part (question, image, ...); zeros without a picture.
 
     parts: (n, D) by name; seen: (n,) bool, whether there is a picture.
     """
@@ -95,11 +95,11 @@ def published_distance(query: Keys, rows: Keys) -> Tensor:
 class VectorIndex:
     """Rows with a key, a label and a radius; a query goes to the row whose ball it is deepest in.
 
-    With `resolve`, rows of different labels part: a row's radius is `separation` times the distance to the nearest row
-    of another label (at 0.5 no two claim the same query), and `radius` at most; of two that ask the same thing
-    (`DUPLICATE`) the newer hides the older. Radii and what is hidden depend on the rows present alone: taking one out
-    is as if it had never been.
-    Without it (the published code) every radius is the same, and of equals the first wins.
+    With `resolve`, rows of different labels do not overlap: the radius of a row is `separation` times the distance to
+    the nearest row of another label (at 0.5 no two claim the same query), and at most `radius`. Of two rows that ask
+    the same thing (`DUPLICATE`) the newer hides the older. Radii and hidden rows depend only on the rows present, so
+    a row can be removed as if it had never been there. Without `resolve` (the published code) every radius is the
+    same, and the first of equals wins.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class VectorIndex:
 
     @property
     def hidden(self) -> Tensor:
-        """(N,) bool: rows that a newer one has taken the place of."""
+        """(N,) bool: rows that a newer one replaces."""
         return self._hidden[: self._size]
 
     @property

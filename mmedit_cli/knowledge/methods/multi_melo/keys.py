@@ -1,4 +1,4 @@
-"""What Multi-MELO and MELO tell queries apart by: the features of the model itself, or of encoders beside it.
+"""The keys by which Multi-MELO and MELO route queries: features of the model itself, or of other encoders.
 
 B queries, T tokens, D width of the model. A key never depends on the answer of a query (but for `leaky`).
 """

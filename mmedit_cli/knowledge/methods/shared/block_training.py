@@ -35,8 +35,8 @@ def train_blocks(
 ) -> tuple[Blocks, list[tuple[int, float]]]:
     """Return the trained blocks, and for each the steps it took and the last loss that was seen.
 
-    Blocks share nothing, so all are trained in one pass after the other over all rows; one whose loss is below
-    `hp.stop_loss` is finished and its rows leave. What lies below `layer` is computed once.
+    Blocks share nothing, so each pass trains all of them. A block whose loss is below `hp.stop_loss` is finished, and
+    its rows leave the batch. The layers below `layer` run once.
     """
     requests: list[Query] = []
     owners: list[int] = []  # of each request the number of its block

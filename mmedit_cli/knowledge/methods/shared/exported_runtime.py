@@ -1,7 +1,7 @@
-"""What the files have in common that exported edits run on: loading, reading questions, and when they are routed.
+"""The common part of the files that exported edits run on: loading, reading questions, and the time of routing.
 
-A question is routed when it is read first, by its picture and its words (what follows the picture), and every token
-that is generated goes where its question went.
+A question is routed when it is first read, by its picture and its words (what follows the picture). Every generated
+token is routed as its question was.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Question:
 class RoutedEdits:
     """The edits on one model; `weights` says after a forward pass which took part: one dict a row, by id.
 
-    A method says how what enters the module `entered` is routed (`choose`), what it changes there (`change`), and
-    hooks whatever else it needs with `patch`.
+    A method overrides `choose`, which routes what enters the module `entered`, and `change`, which changes it. It may
+    add hooks of its own with `patch`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RoutedEdits:
         raise NotImplementedError
 
     def change(self, hidden: Tensor) -> Tensor | None:
-        """Return what goes on from here under the present route; None: as it came."""
+        """Return the changed hidden states under the present route; None leaves them as they are."""
         return None
 
     # -- when it is routed --------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class RoutedEdits:
         self._begun = True
 
     def _goes_on(self, kwargs: dict[str, Any]) -> bool:
-        """Whether what enters continues a question that has been read: it is a part of the answer."""
+        """Tell whether the input continues a question that has been read, as a part of the answer."""
         # the name before transformers 5.24 was past_key_values
         past = kwargs.get("cache") or kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:

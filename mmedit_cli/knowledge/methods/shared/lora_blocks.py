@@ -81,7 +81,7 @@ def join_blocks(many: Sequence[Blocks]) -> Blocks:
 
 
 def seed_of(request: Query, seed: int) -> int:
-    """Return a seed that depends on what is taught alone: so a block does not depend on when it was made."""
+    """Return a seed that depends only on what is taught, so that a block does not depend on when it was made."""
     parts = [str(seed), request.prompt, request.target]
     picture = request.image.name if request.image else ""
     text = "\0".join([*parts, picture])

@@ -201,7 +201,7 @@ class Unike(TrainedEditor):
         return {name: nn.Parameter(tensor) for name, tensor in initial.items()}
 
     def _own_decoder(self) -> nn.Parameter | None:
-        """Return the map from the encoding back to states: as published, each edit learns it."""
+        """Return the map from the encoding back to states, which each edit learns in mode `reference`."""
         hp = self.hparams
         if self._scoped or not hp.collaboration:
             return None
@@ -216,7 +216,7 @@ class Unike(TrainedEditor):
     def _training_route(
         self, prefix: Prefix, edits: Mapping[str, Tensor], new: Neurons
     ) -> Route:
-        """Return what a request is routed to while it is learned: itself, and as published all earlier ones."""
+        """Return the route of a request while it is learned: itself, and in mode `reference` all earlier ones."""
         batch = prefix.batch
         sem = edits["sem"][:, None]
         pos = edits["pos"][:, None]
@@ -321,7 +321,7 @@ class Unike(TrainedEditor):
 
     @property
     def _present(self) -> dict[str, Tensor]:
-        """All edits, joined when they are asked for: adding one costs nothing."""
+        """All edits in one; they are joined only when they are needed, so adding one costs nothing."""
         if not self._edits:
             self._edits = {
                 name: torch.cat([part[name] for part in self._parts])
@@ -351,7 +351,7 @@ class Unike(TrainedEditor):
 
     @torch.no_grad()
     def _routed(self, hidden: Tensor) -> Route | None:
-        """Return what a batch that enters the first edited layer is routed to, None if no edit is about any of it."""
+        """Return the route of a batch that enters the first edited layer; None if no edit is about any of its rows."""
         batch = self.backbone.current_batch
         if batch is None:
             raise MmeditError(

@@ -67,9 +67,9 @@ def places_of(backbone: VisionLanguageModel, layers: int) -> Places:
 
 
 class Memories:
-    """Layers of a model, ready to use both memories.
+    """Both memories on the layers of a model.
 
-    `scoped`: whether only some rows are touched; `shapes`: those of one neuron.
+    `scoped`: whether only rows that are about an edit change; `shapes`: of the tensors of one neuron.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Memories:
         self.shapes = fields(width, gated=gated and not self.scoped)
 
     def attach(self, patch: Patch, route_of: Callable[[Tensor], Route | None]) -> None:
-        """Have the layers use both memories; what enters the first of them, (B, T, D), says what it is routed to."""
+        """Hook both memories into the layers; `route_of` gets what enters the first of them, (B, T, D)."""
         current = _CurrentPass()
 
         def enter(hidden: Tensor) -> None:
@@ -178,9 +178,9 @@ class Memories:
     def choose(
         self, hidden: Tensor, prompt: Tensor, edits: Neurons, about: Tensor | None
     ) -> Route | None:
-        """Return what questions are routed to that are about these edits, (B,); None if no edit is about any of them.
+        """Return the route of questions, given the edit that each is `about`, (B,); None if there is none for any.
 
-        Without `about` it is all edits for each question.
+        With `about` None, all edits apply to each question.
         """
         query = hidden[last(prompt)].float()
         if about is None:

@@ -178,9 +178,10 @@ def scope_loss(
     others: Sequence[EditCase],
     source: Generator,
 ) -> Tensor:
-    """Return the cross entropy of naming the edit a query is about, or none: one query of each column of a case.
+    """Return the cross entropy of choosing the edit that a query is about, or none.
 
-    Requests of other cases are edits as well, so that edits are told apart among many.
+    One query is drawn from each column of a case. Requests of other cases are edits too, so that there are many to
+    choose among.
     """
     own: list[int] = []  # of each query the edit it is about, -1 for none
     queries: list[Query] = []
