@@ -178,6 +178,8 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     try:
         for parameter, _, _ in before:
             parameter.requires_grad_(True)
+            # backward() would add to the gradient that is given back
+            parameter.grad = None
         with torch.enable_grad():
             yield
     finally:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import shutil
 import stat
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
+from collections import namedtuple
 
 import pytest
 
@@ -269,3 +271,13 @@ def test_a_zip_packed_with_lzma_is_left_to_others(tmp_path):
     refused(
         tmp_path / "x.zip", tmp_path, "x.zip: a: packed in a way that is not known here"
     )
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_what_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch, make):
+    archive = make(tmp_path / "a", [("one", b"x" * 60), ("two", b"y" * 60)])
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 900, 100))
+    refused(archive, tmp_path, r"does not fit on the disk \(100 bytes free\)")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 880, 120))
+    unpack(archive, tmp_path / "out")

@@ -62,6 +62,20 @@ def test_every_tensor_counts(tmp_path):
     assert len(former) == 16
 
 
+def test_a_former_fingerprint_reads_the_end_of_the_weights(tmp_path):
+    """Samples lie every 16 MiB, and one at the end: version 0.1.0 did so, and its ledgers still open."""
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    path = tmp_path / "model.safetensors"
+    big_file(path)
+    before = identity.former_fingerprint(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert identity.former_fingerprint(tmp_path) != before
+
+
 def test_the_digest_of_a_file_is_computed_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(

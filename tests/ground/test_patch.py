@@ -125,3 +125,26 @@ def test_trainable_lets_gradients_reach_only_the_named(toy):
         (gradient,) = torch.autograd.grad(loss, [toy.a.weight])
     assert gradient.abs().sum() > 0
     assert not any(p.requires_grad or p.grad is not None for p in toy.parameters())
+
+
+def test_trainable_gives_flags_and_gradients_back(toy):
+    """What was gathered before is neither lost nor added to, and what was trained in the block leaves no gradient."""
+    old = torch.full_like(toy.a.weight, 3.0)
+    toy.a.weight.grad = old
+    toy.b.weight.requires_grad_(True)
+    with trainable([toy.a.weight, toy.b.weight]):
+        toy(torch.ones(1, 4))[0].sum().backward()
+        assert toy.b.weight.grad is not None
+    assert toy.a.weight.grad is old
+    assert torch.equal(old, torch.full_like(old, 3.0))
+    assert toy.b.weight.grad is None
+    assert (toy.a.weight.requires_grad, toy.b.weight.requires_grad) == (False, True)
+
+
+def test_trainable_gives_them_back_after_an_error_too(toy):
+    block = trainable([toy.a.weight])
+    block.__enter__()
+    toy(torch.ones(1, 4))[0].sum().backward()
+    error = ZeroDivisionError()
+    assert not block.__exit__(ZeroDivisionError, error, None)
+    assert (toy.a.weight.requires_grad, toy.a.weight.grad) == (False, None)

@@ -85,6 +85,13 @@ def test_a_zero_encoding_lets_through_what_the_gate_lets_through_at_zero():
     )
 
 
+def test_a_normalized_gate_never_opens_the_other_way():
+    """Below a similarity of 0 it would be negative and add what is to be taken away."""
+    away = torch.tensor([[-3.0]]).double()
+    assert gates()(away) > 0
+    assert gates(normalized=True)(away) == 0
+
+
 def test_what_is_orthogonal_passes_as_through_the_plain_layer():
     _, i, b, weight, o = setting()
     e = random(2, 5, D, seed=9)

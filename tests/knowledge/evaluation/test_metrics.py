@@ -92,6 +92,12 @@ def test_perfect_and_identity():
     assert metrics.topk_agreement(top, top) == (50, 50)
 
 
+def test_top_k_lists_of_different_length_end_at_the_same_token():
+    base = torch.tensor([[1], [2], [3]])
+    assert metrics.topk_agreement(base, torch.tensor([[2], [3]])) == (2, 2)
+    assert metrics.topk_agreement(torch.tensor([[1], [2]]), base) == (0, 2)
+
+
 def test_published_easyedit_functions(golden):
     facts = json.loads((golden / "easyedit_metrics.json").read_text())
     tensors = load_file(golden / "easyedit_metrics.safetensors")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,26 @@ def test_an_answer_that_the_forced_pass_proves_is_not_generated(backbone, monkey
             )
 
 
+def test_nothing_is_proved_where_question_and_answer_share_a_token(
+    backbone, monkeypatch
+):
+    """The forced pass starts behind the question as it is read with its answer; free decoding behind it alone."""
+    request = CASES[0].request
+    encode, length = backbone.encode, backbone.encode(request).n_answer
+
+    def merged(query, *, with_answer=True):
+        encoded = encode(query, with_answer=with_answer)
+        return encoded if with_answer else replace(encoded, ids=encoded.ids[:-1])
+
+    options = {"top": {}, "max_new_tokens": length, "batch_size": 4}
+    with Ft(backbone, FtHparams(learning_rate=1e-2)).edit([request]):
+        monkeypatch.setattr(backbone, "encode", merged)
+        monkeypatch.setattr(backbone, "generate", lambda *_, **__: ["generated"])
+        (answer,) = ask(backbone, [request], layer=2, **options).values()
+    assert answer.said == answer.wanted
+    assert answer.text == "generated"
+
+
 def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backbone):
     protocol = Protocol(sequential=6, report_at=(3,))
     shared = tmp_path / "base"
@@ -362,8 +383,6 @@ def test_an_equal_evaluation_that_ends_meanwhile_keeps_its_report(
 
 
 def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
-    from dataclasses import replace
-
     plans = [
         evaluation.plan_evaluation(replace(options(tmp_path), **change)).folder
         for change in (
@@ -441,6 +460,21 @@ def test_a_hop_counts_as_known_where_the_untouched_model_knows_its_facts():
             list(scored["scores"]["tf_em"]) == list(scored["base"]["tf_em"]) == columns
         )
         assert {scored["scores"]["tf_em"][c] for c in columns[1:]} == {1.0}
+
+
+def test_a_hop_of_two_facts_is_known_where_both_are():
+    hop = Query("Its capital?", "Lima")
+    facts = (Query("Whose flag?", "Peru"), Query("The capital of Peru?", "Lima"))
+    case = EditCase(
+        "x",
+        Query("Which country?", "Peru"),
+        portability={"2-hop": (hop,)},
+        needs={"2-hop": facts},
+    )
+    wrong, right = Answer(None, (1,), (2,)), Answer(None, (2,), (2,))
+    before = {case.request: wrong, hop: wrong, facts[0]: right, facts[1]: wrong}
+    scored = score_case(case, before, before, ("tf_em",))
+    assert list(scored["scores"]["tf_em"]) == ["reliability", "portability.2-hop"]
 
 
 @pytest.mark.filterwarnings(

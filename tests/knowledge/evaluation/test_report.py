@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mmedit_cli.knowledge.evaluation.report import (
@@ -67,7 +69,8 @@ def test_no_interval_without_spread_for_what_has_no_bounds():
     assert mean_with_interval([3.0]) == {"mean": 3, "n": 1, "ci95": None}
     assert mean_with_interval([3.0, 3.0])["ci95"] is None
     low, high = mean_with_interval([0.0, 1.0] * 50)["ci95"]
-    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)  # 0.5 -+ 1.96 * 0.05
+    # 0.5 -+ 1.96 * 0.05; an interval of 90 % would end at 0.418 and 0.582
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.01)
 
 
 def test_scope_counts_only_what_was_probed(capsys):
@@ -84,3 +87,44 @@ def test_scope_counts_only_what_was_probed(capsys):
     assert ["ar", "Rel", "100.0", "±39.7"] in rows
     mixed = report_of(bare, probed)["milestones"][0]["scores"]["ar"]["scope"]
     assert (mixed["mean"], mixed["n"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "scope"),
+    [
+        ({"reliability": 1.0, "locality.text": 1.0, "locality.near": 1.0}, 1),
+        ({"reliability": 1.0, "locality.text": 1.0, "locality.near": 0.9}, 0),
+        ({"reliability": 0.9, "locality.text": 1.0, "locality.near": 1.0}, 0),
+        ({"reliability": 1.0, "locality.text": 1.0, "generality.text": 0.0}, 1),
+    ],
+)
+def test_scope_asks_for_the_edit_and_every_locality_probe(scores, scope):
+    assert report_of(scores)["milestones"][0]["scores"]["ar"]["scope"]["mean"] == scope
+
+
+def assert_close(found, wanted, place="report"):
+    """Compare what JSON can say; numbers to the four digits that were written down by hand."""
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted), place
+        for key, value in wanted.items():
+            assert_close(found[key], value, f"{place}.{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), place
+        for i, value in enumerate(wanted):
+            assert_close(found[i], value, f"{place}[{i}]")
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=5.1e-5), place
+    else:
+        assert found == wanted, place
+
+
+def test_the_whole_report_by_hand(golden):
+    """Twelve lines of three groups, the last of them short; tests/golden/README.md says how it was computed."""
+    folder = golden / "report_by_hand"
+    cases, edits = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("cases.jsonl", "edits.jsonl")
+    )
+    assert len(cases) == 12
+    wanted = json.loads((folder / "report.json").read_text())
+    assert_close(build_report({"editor": "nobody"}, cases, edits, 3), wanted)

@@ -215,6 +215,24 @@ def test_tensors_that_stand_for_all_edits_are_there_once(tmp_path):
 # -- what may go wrong ------------------------------------------------------------------------------------------
 
 
+def test_a_line_that_names_the_same_tensors_keeps_them(tmp_path):
+    """Without rows an older state goes once a newer one stands for all edits, but not where both are one file."""
+    ledger = filled(tmp_path, 1, rows=False)
+    state = ledger.state
+    ledger.mark("redo", [1], tensors(1.0))
+    assert ledger.state == state
+    assert values(reopened(ledger)) == [1]
+
+
+def test_a_ledger_that_got_no_edit_leaves_no_pictures(tmp_path):
+    ledger = Ledger.create(tmp_path / "new", CONFIG, {})
+    ledger.keep_picture(REQUESTS[0])
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+    ledger.discard()
+    assert not (tmp_path / "new" / "pictures").exists()
+    assert list(tmp_path.rglob("*.png")) == []
+
+
 @pytest.mark.parametrize("rows", [True, False])
 def test_killed_at_any_moment_an_edit_is_in_or_it_is_not(tmp_path, rows):
     filled(tmp_path, 1, rows=rows).close()

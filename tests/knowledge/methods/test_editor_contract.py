@@ -48,7 +48,8 @@ VARIANTS = {
         ),
     ),
 }
-TRAINING_STEPS = 200
+TRAINING_STEPS = 100
+AFTER_TRAINING = ("refine=", "margin=")  # what training does not depend on
 IN_CONTEXT = {
     "ike"
 }  # random weights have not learned to read a context: the answer changes, for better or worse
@@ -116,7 +117,7 @@ def logits(backbone) -> torch.Tensor:
         return backbone.logits(backbone.batch((*QUERIES, *REQUESTS)))
 
 
-def make(name, overrides, backbone, *, seed=0):
+def make(name, overrides, backbone, *, seed=0, trained=True):
     cls = registry.editors.get(name)
     hparams = load_hparams(
         registry.hparams_file(name),
@@ -125,8 +126,9 @@ def make(name, overrides, backbone, *, seed=0):
         overrides=overrides,
     )
     editor = cls(backbone, hparams, seed=seed)
-    if editor.trains:
-        editor.networks.load_state_dict(networks(name, overrides, backbone.name))
+    if editor.trains and trained:
+        training = tuple(o for o in overrides if not o.startswith(AFTER_TRAINING))
+        editor.networks.load_state_dict(networks(name, training, backbone.name))
     return editor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from mmedit_cli.knowledge.methods.liveedit.training import (
     Draws,
     Items,
     Place,
+    _absolute,
     _joint_routing,
     choose_items,
     draw,
@@ -49,9 +51,17 @@ def backbone(request):
     return load_backbone(request.param, device="cpu")
 
 
-@pytest.fixture(params=["joint", "paper"])
+PAPER = ("variant=paper",)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((), id="joint"),
+        pytest.param(PAPER, id="paper", marks=pytest.mark.slow),
+    ]
+)
 def editor(request, backbone):
-    made = make("liveedit", (f"variant={request.param}",), backbone)
+    made = make("liveedit", request.param, backbone)
     yield made
     made.undo()
 
@@ -347,9 +357,8 @@ def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_pa
 def test_an_expert_that_misses_is_refined(backbone):
     request, heard = replace(REQUESTS[0], target="a red balloon"), {}
     for steps in (0, 10, 40):
-        editor = make(
-            "liveedit", (f"refine={steps}", "margin=-100"), backbone
-        )  # untrained: it says nothing yet
+        overrides = (f"refine={steps}", "margin=-100")
+        editor = make("liveedit", overrides, backbone, trained=False)
         with editor.edit([request]):
             told = answers(backbone, [request]).log_softmax(-1)
             heard[steps] = told.gather(
@@ -372,6 +381,40 @@ def test_what_says_its_answer_is_left_to_the_bit(backbone, monkeypatch):
     )
     for name, expert in rows[0.9, 5].items():
         assert torch.equal(rows[0.9, 0][name], expert) == (name not in "uv")
+
+
+def test_refinement_stops_where_every_token_is_said(backbone, monkeypatch):
+    """One look before, one a step, and the last finds the answer: with more steps allowed nothing else is done."""
+    request = replace(REQUESTS[0], target="a red balloon")
+    looks, told = [], refining._told
+
+    def look(*arguments):
+        looks.append(told(*arguments))
+        return looks[-1]
+
+    monkeypatch.setattr(refining, "_told", look)
+    made, counts = [], []
+    for steps in (200, 400):
+        looks.clear()
+        overrides = (f"refine={steps}", "margin=-100")
+        editor = make("liveedit", overrides, backbone, trained=False)
+        with editor.edit([request]):
+            made.append(editor.tensors())
+        counts.append(len(looks))
+        sure = [bool((look.exp() > refining._SURE).all()) for look in looks]
+        assert sure == [False] * (len(looks) - 1) + [True]
+    assert counts[0] == counts[1] < 200
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_the_absolute_loss_by_hand():
+    """Of n experts n - 1 are others: their mean counts as much as the own one."""
+    even = torch.zeros(3, 3)  # each is as likely as not
+    assert float(_absolute(even, "correct")) == pytest.approx(2 * math.log(2), rel=1e-5)
+    table = even + torch.diag(torch.full((3,), 2.0))
+    own = math.log(1 + math.exp(-2.0))
+    wanted = own + math.log(2)
+    assert float(_absolute(table, "correct")) == pytest.approx(wanted, rel=1e-5)
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -410,7 +453,8 @@ def test_training_reaches_every_network_and_nothing_else(editor):
 def test_a_step_on_kept_prefixes_is_the_step_without(editor):
     plain = steps(editor, 1)[0]
     gradients = {name: p.grad.clone() for name, p in editor.networks.named_parameters()}
-    again = make("liveedit", (f"variant={editor.hparams.variant}",), editor.backbone)
+    form = () if editor.hparams.variant == "joint" else PAPER
+    again = make("liveedit", form, editor.backbone)
     queries = [q for case in CASES for _, qs in case.columns() for q in qs]
     with editor.backbone.cached_activations(
         editor.first_layer, queries, group=4, budget=1 << 30
@@ -426,7 +470,7 @@ def test_a_step_on_kept_prefixes_is_the_step_without(editor):
 
 @pytest.mark.parametrize("compat", ["correct", "reference"])
 def test_no_allowed_expert_means_no_locality_loss(backbone, compat):
-    editor = make("liveedit", (f"training.compat={compat}",), backbone)
+    editor = make("liveedit", (f"training.compat={compat}",), backbone, trained=False)
     items = choose_items(CASES, generator(0))
     drawn = draw(items, generator(0), compat)
     allowed = drawn.allowed & (items.code != LOCALITY)[:, None]
@@ -463,7 +507,8 @@ def test_the_shares_of_two_processes_add_up(editor):
     gradients = {name: p.grad.clone() for name, p in editor.networks.named_parameters()}
     total, sums = 0.0, dict.fromkeys(gradients, 0.0)
     for rank in range(2):
-        part = make("liveedit", (f"variant={editor.hparams.variant}",), editor.backbone)
+        form = () if editor.hparams.variant == "joint" else PAPER
+        part = make("liveedit", form, editor.backbone)
         total += steps(part, 1, rank=rank, world=2)[0]["total"]
         for name, parameter in part.networks.named_parameters():
             sums[name] = sums[name] + parameter.grad

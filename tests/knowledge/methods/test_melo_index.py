@@ -95,6 +95,21 @@ def test_two_that_contradict_each_other_part_in_the_middle_and_the_same_question
     assert without.search(one).tolist() == [0], "taken out, the older one answers again"
 
 
+def test_rows_of_one_label_that_ask_the_same_hide_none_and_bound_none():
+    one = keys_of(1, 3)
+    index = index_of(Keys.join([one, one, one]), ["a", "a", "a"])
+    assert index.hidden.tolist() == [False] * 3
+    assert index.radii.tolist() == [1, 1, 1]
+    assert index.search(one).tolist() == [2], "the newest of equals"
+
+
+def test_a_row_that_takes_over_keeps_its_radius():
+    one = keys_of(1, 3)
+    index = index_of(Keys.join([one, one]), ["a", "b"])
+    assert index.hidden.tolist() == [True, False]
+    assert index.radii.tolist() == [1, 1]
+
+
 def test_a_distance_equal_to_the_radius_is_inside():
     index = VectorIndex(lambda query, rows: query.parts["at"] - rows.parts["at"].T)
     index.insert(
