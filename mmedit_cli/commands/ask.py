@@ -77,6 +77,7 @@ def ask(
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.workflow import asking
     from mmedit_cli.pictures import check_picture
+    from mmedit_cli.reports import answers
     from mmedit_cli.types import Query
 
     out = Output(as_json=as_json)
@@ -103,8 +104,8 @@ def ask(
         sampling=sampling,
     ) as asker:
         if questions is not None:
-            asker.many(asked)
+            answers.many(out, asker, asked)
         elif prompt is not None:
-            asker.one(Query(prompt, image=image))
+            answers.one(out, asker, Query(prompt, image=image))
         else:
-            asker.talk(image)
+            answers.talk(out, asker, image)

@@ -1,37 +1,32 @@
-"""What `mmedit ask` does: one question, a file of questions, or a conversation; with the edits of a ledger or not."""
+"""Questions to a model, with the edits of a ledger on it or not: `mmedit ask`."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mmedit_cli.catalog import find_model
-from mmedit_cli.errors import DataError, MmeditError, UserError
-from mmedit_cli.knowledge import edit_tables
+from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.knowledge.evaluation.answers import tokens_for
 from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, open_edits
 from mmedit_cli.knowledge.loading import ModelOptions, load_model
 from mmedit_cli.knowledge.models.shared.generation import SAMPLINGS, described
 from mmedit_cli.knowledge.workflow.editing import read_facts
-from mmedit_cli.output import Output, report_error
-from mmedit_cli.reading import read_lines, read_stdin
+from mmedit_cli.output import Output
+from mmedit_cli.reading import read_lines
 from mmedit_cli.types import Query
 
 _BATCH = 32
-_MOST_QUESTIONS = (
-    100_000  # of a file: all are in memory, and more would take days to answer
-)
-_HELP = "a question a line; /image FILE changes the picture, /quit ends"
+# of a file: all are in memory, and more would take days to answer
+_MOST_QUESTIONS = 100_000
 
 
 class Asker:
-    """A model that answers, with the edits of a ledger on it if a folder is named; for `with`.
+    """A model that answers questions, with the edits of a ledger on it if `edits` names one; a context manager.
 
-    `compare` also asks the base model, and which edits took part.
+    With `compare` the base model is asked too, and which edits took part in an answer is told.
     """
 
     def __init__(
@@ -49,25 +44,23 @@ class Asker:
                 f"--sampling {sampling}: not a way to answer",
                 f"use {' or '.join(SAMPLINGS)}",
             )
-        self.out, self.compare, self.sampling = out, compare, sampling
+        self.compare = compare
+        self.sampling = sampling
         self._stack = ExitStack()
         self.edited: LedgerModel | None = None
         if edits is not None:
-            self.edited = self._stack.enter_context(
-                open_edits(edits, model=model, out=out)
-            )
+            opened = open_edits(edits, model=model, out=out)
+            self.edited = self._stack.enter_context(opened)
             self.backbone = self.edited.backbone
         elif compare:
             raise UserError("--compare: there is nothing to compare without --edits")
         else:
-            self.backbone = load_model(
-                model, find_model(model.model, revision=model.revision), out
-            )
-        taught = (
-            []
-            if self.edited is None
-            else [edit.request for edit in self.edited.ledger.active]
-        )
+            ref = find_model(model.model, revision=model.revision)
+            self.backbone = load_model(model, ref, out)
+        taught: list[Query] = []
+        if self.edited is not None:
+            taught = [edit.request for edit in self.edited.ledger.active]
+        # an answer must have room for every target that was taught
         self.least = max([max_new_tokens, *tokens_for(self.backbone, taught)])
         own = self.backbone.own_settings
         if own and sampling == "greedy":
@@ -84,14 +77,10 @@ class Asker:
     def answers(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
         """Return the questions with their answers."""
         said = self._generate(queries)
-        rows: list[dict[str, Any]] = [
-            {
-                "prompt": query.prompt,
-                "image": query.image and str(query.image),
-                "answer": answer,
-            }
-            for query, answer in zip(queries, said, strict=True)
-        ]
+        rows: list[dict[str, Any]] = []
+        for query, answer in zip(queries, said, strict=True):
+            image = query.image and str(query.image)
+            rows.append({"prompt": query.prompt, "image": image, "answer": answer})
         if self.compare and self.edited is not None:
             explained = self.edited.explain(queries)
             with self.edited.paused():
@@ -101,54 +90,14 @@ class Asker:
                 row["fired"] = None if explained is None else _fired(explained[i])
         return rows
 
-    def one(self, query: Query) -> None:
-        """Answer one question: in words as they come, or as a whole where it is JSON or a comparison."""
-        if (
-            self.out.as_json or self.compare or self.sampling == "model"
-        ):  # beams are not known word by word
-            (row,) = self.answers([query])
-            show = self._show_pair if self.compare else self._show_answer
-            self.out.result(row, lambda: show(row))
-            return
-        self._generate([query], self._streamer())
-        self.out.line()
+    @property
+    def streams(self) -> bool:
+        """Whether an answer is known word by word: beams and comparisons are known at the end."""
+        return not self.compare and self.sampling != "model"
 
-    def many(self, queries: Sequence[Query]) -> None:
-        """Answer many questions and print a table."""
-        edit_tables.answers(self.out, self.answers(queries), compare=self.compare)
-
-    def talk(self, image: Path | None) -> None:
-        """Answer the lines of stdin until they end; a mistake is reported and the talk goes on."""
-        if sys.stdin is not None and sys.stdin.isatty():
-            self.out.note(_HELP)
-        asked = False
-        for text in read_stdin():
-            asked = asked or bool(text)
-            if text in ("/quit", "/exit"):
-                return
-            try:
-                if text.startswith("/image"):
-                    image = _picture(text)
-                elif text.startswith("/"):
-                    raise UserError(f"{text.split()[0]}: no such command", _HELP)
-                elif text:
-                    self.one(Query(text, image=image))
-            except MmeditError as error:
-                report_error(error)
-        if not asked and not sys.stdin.isatty():
-            raise UserError(
-                "nothing was asked: no question, and stdin is empty",
-                'e.g. mmedit ask "What is this?"',
-            )
-
-    def _show_pair(self, row: dict[str, Any]) -> None:
-        self.out.table(
-            ["", "answer"], [["base", row["base"]], ["edited", row["answer"]]]
-        )
-        self.out.line(f"edits that took part: {edit_tables.fired(row)}")
-
-    def _show_answer(self, row: dict[str, Any]) -> None:
-        self.out.line(row["answer"])
+    def stream(self, query: Query, write: Callable[[str], None]) -> None:
+        """Answer one question; `write` gets the words as they are generated."""
+        self._generate([query], self._streamer(write))
 
     def _generate(self, queries: Sequence[Query], streamer: Any = None) -> list[str]:
         """Return the answers, as long as the targets of the questions and of the edits need."""
@@ -161,13 +110,11 @@ class Asker:
             )
         return said
 
-    def _streamer(self) -> Any:
-        """Return a streamer that prints just what `generate` returns."""
+    def _streamer(self, write: Callable[[str], None]) -> Any:
+        """Return a streamer that writes just what `generate` returns."""
         from transformers import TextStreamer
 
-        out = self.out
-
-        class Words(TextStreamer):  # type: ignore[misc]
+        class Words(TextStreamer):
             begun = ended = False
             blank = ""
 
@@ -179,7 +126,7 @@ class Asker:
                 words = line.rstrip()
                 self.blank, self.ended = line[len(words) :], bool(newline)
                 self.begun = self.begun or bool(words)
-                out.write(words)
+                write(words)
 
         return Words(
             self.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True
@@ -206,13 +153,3 @@ def read_questions(file: Path, image: Path | None) -> list[Query]:
 
 def _fired(weights: dict[int, float]) -> list[dict[str, Any]]:
     return [{"edit": edit, "weight": weight} for edit, weight in weights.items()]
-
-
-def _picture(text: str) -> Path:
-    from mmedit_cli.pictures import check_picture
-
-    words = shlex.split(text)[1:]
-    if len(words) != 1:
-        raise UserError("/image: name one file", _HELP)
-    check_picture(Path(words[0]))
-    return Path(words[0])
