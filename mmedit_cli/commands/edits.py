@@ -34,8 +34,8 @@ def diff(
     debug: options.Debug = False,
 ) -> None:
     """Compare the active edits of two ledgers: those of one only (< and >), and those with another target (!)."""
-    from mmedit_cli.knowledge import edit_tables
     from mmedit_cli.knowledge.workflow import editing
+    from mmedit_cli.reports import edit_tables
 
     edit_tables.compared(Output(as_json=as_json), editing.diff(first, second))
 
@@ -48,9 +48,9 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Ask every edit again and say which hold; exit 1 if one does not."""
-    from mmedit_cli.knowledge import edit_tables
     from mmedit_cli.knowledge.ledger.edited_model import open_edits
     from mmedit_cli.knowledge.loading import ModelOptions
+    from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
     with (
@@ -106,7 +106,7 @@ def repair(
     folder: options.Ledger, as_json: options.Json = False, debug: options.Debug = False
 ) -> None:
     """Take up edits whose tensors are there but whose lines were lost or cannot be read; no model is loaded."""
-    from mmedit_cli.knowledge import edit_tables
     from mmedit_cli.knowledge.workflow.repairing import repair as repair_ledger
+    from mmedit_cli.reports import edit_tables
 
     edit_tables.repaired(Output(as_json=as_json), folder, vars(repair_ledger(folder)))

@@ -126,7 +126,7 @@ def edit(
       mmedit generate --edits my-concepts "a <my-teddy> in the snow"
     """
     from mmedit_cli.drawing.workflow.concepts import LearnOptions, learn_concept
-    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
     concept = _concept(photos, superclass, token)
@@ -168,7 +168,7 @@ def list_concepts(
 ) -> None:
     """List the concepts of a folder."""
     from mmedit_cli.drawing.workflow.concepts import ConceptFolder
-    from mmedit_cli.knowledge import edit_tables
+    from mmedit_cli.reports import edit_tables
 
     found = ConceptFolder(folder)
     edit_tables.concepts(Output(as_json=as_json), found.head, found.entries)
@@ -218,8 +218,8 @@ def export(
       mmedit edits export my-concepts --to loras
     """
     from mmedit_cli.drawing.workflow.concepts import ConceptFolder, export_concepts
-    from mmedit_cli.knowledge import edit_tables
     from mmedit_cli.knowledge.workflow import pushing
+    from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
     how = {"adapters": False, "model": model}
@@ -235,7 +235,7 @@ def export(
         done["url"] = pushing.push(
             done, to, push_to_hub, private=private, made_from=folder, how=how
         )
-    edit_tables.exported(out, done)
+    edit_tables.exported_concepts(out, done)
 
 
 def _list_row(name: str) -> dict[str, str]:

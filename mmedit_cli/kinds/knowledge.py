@@ -262,10 +262,11 @@ def edit(
 
       mmedit edits undo my-edits last
     """
-    from mmedit_cli.knowledge import edit_tables, loading
+    from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.ledger.edited_model import EditOptions
     from mmedit_cli.knowledge.ledger.ledger import Ledger
     from mmedit_cli.knowledge.workflow import editing, evaluation
+    from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
     facts = _facts(requests, image, prompt, target, background)
@@ -326,9 +327,9 @@ def list_edits(
     debug: options.Debug = False,
 ) -> None:
     """List the active edits."""
-    from mmedit_cli.knowledge import edit_tables
     from mmedit_cli.knowledge.ledger.edited_model import described, head
     from mmedit_cli.knowledge.ledger.ledger import Ledger
+    from mmedit_cli.reports import edit_tables
 
     with Ledger.open(folder) as ledger:
         shown = [edit for edit in ledger.edits.values() if edit.active or everything]
@@ -414,6 +415,7 @@ def export(
     """
     from mmedit_cli.knowledge.loading import ModelOptions
     from mmedit_cli.knowledge.workflow import exporting, pushing
+    from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
     how = {"adapters": adapters, "model": model}
@@ -430,12 +432,7 @@ def export(
         done["url"] = pushing.push(
             done, to, push_to_hub, private=private, made_from=folder, how=how
         )
-
-    def show() -> None:
-        for line in exporting.said(done):
-            out.line(line)
-
-    out.result(done, show)
+    edit_tables.exported_model(out, done)
 
 
 def _list_row(name: str) -> dict[str, str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli.errors import MmeditError, UserError
-from mmedit_cli.knowledge import edit_tables
 from mmedit_cli.output import Output, report_error
 from mmedit_cli.reading import read_stdin
+from mmedit_cli.reports import edit_tables
 from mmedit_cli.types import Query
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ DOMAIN_ROWS = (
     {"data"},
     {"methods"},
     {"trained_networks", "evaluation", "training_loop", "loading"},
-    {"ledger", "edit_tables"},
+    {"ledger"},
     {"workflow"},
 )
 DOMAINS = {"knowledge", "drawing", "picture_editing"}

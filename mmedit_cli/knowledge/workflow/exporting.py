@@ -18,6 +18,7 @@ from mmedit_cli import __version__
 from mmedit_cli.catalog import find_model
 from mmedit_cli.errors import MmeditError, RunError, UserError
 from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, described, open_edits
+from mmedit_cli.knowledge.ledger.ledger import LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.output import Output
 from mmedit_cli.storage import staged_folder, write_atomic
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 RUNTIME = "modeling_edits.py"
-_PLAIN, _ADAPTERS, _STANDALONE = (
-    "plain weights",
-    "peft adapters",
-    "base model and edits",
-)
+# the kinds of export
+PLAIN = "plain weights"
+ADAPTERS = "peft adapters"
+STANDALONE = "base model and edits"
 _CHECKED = 16  # edits whose questions are asked again after reload
 _CONTINUED = 8  # tokens that two of them are answered with
 _TOLERANCE = {"float32": 1e-4}  # of logits; other formats round more
@@ -50,7 +50,7 @@ def export(
     *,
     adapters: bool = False,
 ) -> dict[str, Any]:
-    """Write the edited model of a ledger to a new folder and return what became of it; nothing is left if it fails.
+    """Write the edited model of a ledger to a new folder and return its facts; nothing is left if it fails.
 
     `adapters`: PEFT adapters, also where the method offers more. Raises UserError if the folder is not new or the
     method cannot be exported, MmeditError if the reloaded model answers otherwise than the edited one.
@@ -94,27 +94,23 @@ def _write(
         out.note("writing plain weights")
         backbone.model.save_pretrained(folder)
         save_processors(edited, folder)
-        return {
-            "kind": _PLAIN,
-            **check(edited, _behind(backbone, _load_plain(folder, dtype))),
-        }
+        reloaded = _load_plain(folder, dtype)
+        checked = check(edited, _through_backbone(backbone, reloaded))
+        return {"kind": PLAIN, **checked}
     alone = None if adapters else editor.standalone()
     if alone is not None:
         out.note("writing the base model and the edits beside it")
         with edited.paused():
             backbone.model.save_pretrained(folder / "base")
-        for code in (folder / "base").glob(
-            "*.py"
-        ):  # of a model that transformers does not know: it is sought above
+        # code of a model that transformers does not know is looked for beside the config
+        for code in (folder / "base").glob("*.py"):
             code.rename(folder / code.name)
         save_processors(edited, folder)
         _write_standalone(alone, f"mmedit-{editor.name}", folder)
         model = _load_standalone(folder, dtype).to(backbone.device)
-        return {
-            "kind": _STANDALONE,
-            **check(edited, _alone(backbone, model)),
-            **_check_generation(edited, model),
-        }
+        checked = check(edited, _as_a_user_does(backbone, model))
+        checked |= _check_generation(edited, model)
+        return {"kind": STANDALONE, **checked}
     written = editor.save_adapters(folder)
     if not written and adapters:
         raise UserError(
@@ -129,7 +125,7 @@ def _write(
         )
     out.note(f"wrote {len(written)} PEFT adapters")
     return {
-        "kind": _ADAPTERS,
+        "kind": ADAPTERS,
         "adapters": [path.name for path in written],
         **_check_adapters(edited, written, dtype),
     }
@@ -153,13 +149,8 @@ def _check_adapters(
         else:
             model.load_adapter(str(path), adapter_name=path.name)
             model.set_adapter(path.name)
-        checks.append(
-            check(
-                edited,
-                _behind(edited.backbone, model.get_base_model()),
-                requests[-_CHECKED:],
-            )
-        )
+        asked = _through_backbone(edited.backbone, model.get_base_model())
+        checks.append(check(edited, asked, requests[-_CHECKED:]))
     return {
         "checked": sum(done["checked"] for done in checks),
         "largest_difference": max(done["largest_difference"] for done in checks),
@@ -173,22 +164,21 @@ def save_processors(edited: LedgerModel, folder: Path) -> None:
     backbone.image_processor.save_pretrained(folder)
     known = edited.ledger.config["model"]
     source = find_model(known["source"], revision=known["revision"]).folder
-    for name in _COMPANIONS if source is not None else ():
-        if (source / name).is_file():  # type: ignore[operator]
-            shutil.copyfile(source / name, folder / name)  # type: ignore[operator]
+    if source is None:
+        return
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
     from safetensors.torch import save
 
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in alone.tensors.items()
-    }
-    write_atomic(
-        folder / "edits.safetensors",
-        save(tensors, {"settings": json.dumps(alone.settings)}),
-    )
+    tensors = {}
+    for name, tensor in alone.tensors.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+    settings = {"settings": json.dumps(alone.settings)}
+    write_atomic(folder / "edits.safetensors", save(tensors, settings))
     write_atomic(folder / RUNTIME, alone.source)
     stem = Path(RUNTIME).stem
     config = {
@@ -263,31 +253,40 @@ def _last_logits(backbone: VisionLanguageModel, query: Query) -> Tensor:
     return backbone.logits(backbone.batch([query], with_answer=False))[0, -1].float()
 
 
-def _behind(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
-    """Return how a model of the same family is asked: through a backbone of its own."""
-    parts = (backbone.tokenizer, backbone.image_processor, backbone.fingerprint)
-    other = type(backbone)(backbone.name, model.to(backbone.device), *parts)
+def _through_backbone(
+    backbone: VisionLanguageModel, model: Any
+) -> Callable[[Query], Tensor]:
+    """Return a function that asks a model of the same family through a backbone of its own."""
+    other = type(backbone)(
+        backbone.name,
+        model.to(backbone.device),
+        backbone.tokenizer,
+        backbone.image_processor,
+        backbone.fingerprint,
+    )
     return lambda query: _last_logits(other, query)
 
 
-def _alone(backbone: VisionLanguageModel, model: Any) -> Callable[[Query], Tensor]:
-    """Return how an export with a runtime of its own is asked: as any transformers model."""
-    return lambda query: (
-        _reader(model, [query])(**inputs(backbone, [query])).logits[0, -1].float()
-    )
+def _as_a_user_does(
+    backbone: VisionLanguageModel, model: Any
+) -> Callable[[Query], Tensor]:
+    """Return a function that asks an export with a runtime of its own as any transformers model."""
+
+    def ask(query: Query) -> Tensor:
+        reader = _reader(model, [query])
+        logits: Tensor = reader(**inputs(backbone, [query])).logits
+        return logits[0, -1].float()
+
+    return ask
 
 
 def _reader(model: Any, queries: Sequence[Query]) -> Any:
-    """Return what questions are put to: BLIP-2 wants a picture, without one they go to its language model."""
-    wanted = (
-        inspect.signature(type(model).forward).parameters["pixel_values"].default
-        is inspect.Parameter.empty
-    )
-    return (
-        model.language_model
-        if wanted and not any(query.image for query in queries)
-        else model
-    )
+    """Return the module that takes questions: BLIP-2 wants a picture, without one its language model is asked."""
+    pixel_values = inspect.signature(type(model).forward).parameters["pixel_values"]
+    needs_picture = pixel_values.default is inspect.Parameter.empty
+    if needs_picture and not any(query.image for query in queries):
+        return model.language_model
+    return model
 
 
 def _check_generation(edited: LedgerModel, model: Any) -> dict[str, Any]:
@@ -299,29 +298,32 @@ def _check_generation(edited: LedgerModel, model: Any) -> dict[str, Any]:
     if str(edited.backbone.dtype) != "torch.float32":
         return {}
     requests = [edit.request for edit in edited.ledger.active]
-    newest = next(
-        (request for request in reversed(requests) if request.image is not None),
-        requests[-1],
-    )
-    queries = [newest, replace(newest, prompt="What colour is the background?")]
+    newest = requests[-1]
+    for request in reversed(requests):
+        if request.image is not None:
+            newest = request
+            break
+    other = replace(newest, prompt="What colour is the background?")
     fired, texts = [], []
-    for asked, cache in (
-        (queries[:1], True),
-        (queries[1:], True),
-        (queries, True),
-        (queries, False),
+    for asked, use_cache in (
+        ([newest], True),
+        ([other], True),
+        ([newest, other], True),
+        ([newest, other], False),
     ):
         given = inputs(edited.backbone, asked)
         tokens = _reader(model, asked).generate(
-            **given, max_new_tokens=_CONTINUED, do_sample=False, use_cache=cache
+            **given,
+            max_new_tokens=_CONTINUED,
+            do_sample=False,
+            use_cache=use_cache,
         )
-        texts.append(
-            edited.backbone.tokenizer.batch_decode(
-                tokens[:, given["input_ids"].shape[1] :]
-            )
-        )
+        length = given["input_ids"].shape[1]
+        texts.append(edited.backbone.tokenizer.batch_decode(tokens[:, length:]))
         fired.append([set(weights) for weights in model.edits.weights])
-    if not (fired[0] + fired[1] == fired[2] == fired[3] and texts[2] == texts[3]):
+    one, another, together, without_cache = fired
+    routed_as_alone = one + another == together == without_cache
+    if not routed_as_alone or texts[2] != texts[3]:
         raise MmeditError(
             "the reloaded model does not continue a batch as it should",
             "please report it; the ledger is as it was",
@@ -340,18 +342,15 @@ def inputs(
     image_id = getattr(config, "image_token_id", None) or config.image_token_index
     ids = batch.input_ids.masked_fill(batch.image_mask, image_id)
     found = {"input_ids": ids, "attention_mask": batch.attention_mask}
-    pictures = [
-        load_picture(Picture(query.image, query.background))
-        for query in queries
-        if query.image is not None
-    ]
+    pictures = []
+    for query in queries:
+        if query.image is not None:
+            pictures.append(load_picture(Picture(query.image, query.background)))
     if pictures:
         pixels = backbone.image_processor(images=pictures, return_tensors="pt")
         found |= pixels.to(backbone.device, backbone.dtype)
-    if (
-        "mm_token_type_ids"
-        in inspect.signature(type(backbone.model).forward).parameters
-    ):
+    arguments = inspect.signature(type(backbone.model).forward).parameters
+    if "mm_token_type_ids" in arguments:
         found["mm_token_type_ids"] = batch.image_mask.int()
     return found
 
@@ -366,36 +365,52 @@ def card(edited: LedgerModel, kind: str, name: str) -> str:
     known, ledger = edited.ledger.config["model"], edited.ledger
     hub = known["source"].count("/") == 1 and not Path(known["source"]).exists()
     data = ModelCardData(
-        library_name="peft" if kind == _ADAPTERS else "transformers",
+        library_name="peft" if kind == ADAPTERS else "transformers",
         tags=["mmedit", "knowledge-editing", ledger.config["editor"]],
         base_model=known["source"] if hub else None,
         pipeline_tag="image-text-to-text",
     )
-    rows = [
-        f"| {e.id} | {_cell(e.request.prompt)} | {_cell(e.picture)} | {_cell(e.before)} | {_cell(e.request.target)} |"
-        for e in ledger.active[:_LISTED]
-    ]
-    more = len(ledger.active) - _LISTED
     own_code = not type(edited.backbone.model).__module__.startswith("transformers.")
     text = [
-        f"# {name}", "",
+        f"# {name}",
+        "",
         f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
-        f"`{ledger.config['editor']}` of mmedit {__version__}.", "",
-        *_loading(kind, own_code=own_code), "", "## Edits", "",
-        "| edit | question | picture | answer before | answer taught |", "|---:|---|---|---|---|", *rows,
-        *([f"\nand {more:,} more in `edits.json`"] if more > 0 else []), "",
+        f"`{ledger.config['editor']}` of mmedit {__version__}.",
+        "",
+        *_loading(kind, own_code=own_code),
+        "",
+        "## Edits",
+        "",
+        *_table(ledger.active),
+        "",
         "The edits change what this model says about the questions above and about what it takes for the same; the "
-        "licence of the base model holds.", "",
-    ]  # fmt: skip
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text)))
+        "licence of the base model holds.",
+        "",
+    ]
+    head = f"---\n{data.to_yaml()}\n---\n\n"
+    return str(ModelCard(head + "\n".join(text)))
+
+
+def _table(edits: Sequence[LedgerEdit]) -> Iterator[str]:
+    """Yield the lines of a table of edits."""
+    yield "| edit | question | picture | answer before | answer taught |"
+    yield "|---:|---|---|---|---|"
+    for edit in edits[:_LISTED]:
+        request = edit.request
+        texts = (request.prompt, edit.picture, edit.before, request.target)
+        cells = " | ".join(map(_cell, texts))
+        yield f"| {edit.id} | {cells} |"
+    more = len(edits) - _LISTED
+    if more > 0:
+        yield f"\nand {more:,} more in `edits.json`"
 
 
 def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
-    if kind == _ADAPTERS:
+    if kind == ADAPTERS:
         yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
         return
-    remote = ", trust_remote_code=True" if kind == _STANDALONE or own_code else ""
-    if kind == _STANDALONE:
+    remote = ", trust_remote_code=True" if kind == STANDALONE or own_code else ""
+    if kind == STANDALONE:
         yield (
             f"The base model in `base/`, the edits in `edits.safetensors`, and `{RUNTIME}`, which chooses the edits "
             "for each question. It needs transformers and nothing else; `generate` and its cache work as usual. "
@@ -412,29 +427,6 @@ def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
     yield f'model = AutoModelForImageTextToText.from_pretrained("FOLDER"{remote})'
     yield f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})'
     yield "```"
-
-
-def said(report: dict[str, Any]) -> Sequence[str]:
-    """Return in lines what an export is, and how it loads."""
-    lines = [f"{report['folder']}: {report['kind']}, {report['edits']:,} edits"]
-    if report["kind"] == _STANDALONE:
-        lines.append(
-            f"the edits need the code in {RUNTIME}: load it with trust_remote_code=True; mmedit is not needed"
-        )
-    if "checked" in report:
-        lines.append(
-            f"loaded again and asked {report['checked']} questions: logits at most {report['largest_difference']:.3g} "
-            "from the edited model"
-        )
-    if "continued" in report:
-        lines.append(
-            "a batch of an edit's question and another: routed as alone; generate says the same without its cache"
-        )
-    if report["kind"] == _ADAPTERS:
-        lines.append(
-            "one adapter an edit: which one answers a question is not in the files"
-        )
-    return [*lines, *([report["url"]] if "url" in report else [])]
 
 
 def _cell(text: str) -> str:

@@ -1,0 +1,353 @@
+"""The tables of `mmedit edit`, `mmedit edits` and `mmedit ask --compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.output import Output
+
+_MOST = 20  # rows of a table of edits; the rest is in --json
+_OF_NEW_EDITS = [
+    "edit",
+    "question",
+    "picture",
+    "target",
+    "answer before",
+    "answer after",
+    "holds",
+]
+_OF_PROBES = ["locality probe", "picture", "answer before", "answer after", "same"]
+_OF_LISTED_EDITS = [
+    "edit",
+    "made",
+    "question",
+    "picture",
+    "answer before",
+    "target",
+    "",
+]
+
+
+def learned(out: Output, folder: Path, entry: Mapping[str, Any]) -> None:
+    """Print what a text-to-image model has learned, and how it is drawn."""
+
+    def show() -> None:
+        out.line(
+            f"{entry['token']}: {entry['bytes']:,} bytes in {folder / entry['file']}, {entry['seconds']:.0f} s"
+        )
+        out.line(
+            f'mmedit generate --edits {folder} "a {entry["token"]} in the snow" --compare'
+        )
+
+    out.result(entry, show)
+
+
+def concepts(
+    out: Output, head: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Print the concepts of a folder."""
+
+    def show() -> None:
+        out.line(f"{head['editor']} on {head['model']}: {len(entries):,} concepts")
+        rows = []
+        for entry in entries:
+            row = [
+                entry["token"],
+                entry["superclass"],
+                str(len(entry["images"])),
+                f"{entry['bytes']:,}",
+                entry["time"],
+            ]
+            rows.append(row)
+        out.table(["token", "superclass", "photos", "bytes", "time"], rows)
+
+    out.result({**head, "concepts": entries}, show)
+
+
+def exported_concepts(out: Output, done: Mapping[str, Any]) -> None:
+    """Print the LoRA files that were written, and how each subject is called with them."""
+
+    def show() -> None:
+        for written in done["written"]:
+            out.line(f"{written['file']}: {written['called']}")
+
+    out.result(done, show)
+
+
+def exported_model(out: Output, report: Mapping[str, Any]) -> None:
+    """Print what an export of edits is, how it loads, and how it was checked."""
+    from mmedit_cli.knowledge.workflow.exporting import ADAPTERS, RUNTIME, STANDALONE
+
+    def show() -> None:
+        kind = report["kind"]
+        out.line(f"{report['folder']}: {kind}, {report['edits']:,} edits")
+        if kind == STANDALONE:
+            out.line(
+                f"the edits need the code in {RUNTIME}: load it with trust_remote_code=True; mmedit is not needed"
+            )
+        if "checked" in report:
+            out.line(
+                f"loaded again and asked {report['checked']} questions: "
+                f"logits at most {report['largest_difference']:.3g} from the edited model"
+            )
+        if "continued" in report:
+            out.line(
+                "a batch of an edit's question and another: routed as alone; generate says the same without its cache"
+            )
+        if kind == ADAPTERS:
+            out.line(
+                "one adapter an edit: which one answers a question is not in the files"
+            )
+        if "url" in report:
+            out.line(report["url"])
+
+    out.result(report, show)
+
+
+def made(out: Output, report: Mapping[str, Any]) -> None:
+    """Print what new edits did: answers before and after, locality probes, time and memory."""
+
+    def show() -> None:
+        edits = report["edits"]
+        rows = []
+        for edit in edits[:_MOST]:
+            row = [
+                str(edit["id"]),
+                edit["prompt"],
+                edit["picture"],
+                edit["target"],
+                edit["before"],
+                edit["after"],
+                _yes(edit["holds"]),
+            ]
+            rows.append(row)
+        out.table(_OF_NEW_EDITS, rows)
+        _more(out, len(edits))
+        n_held = sum(edit["holds"] for edit in edits)
+        held = _count(n_held, len(edits), "edit holds", "edits hold")
+        if report["new"]:
+            _print_effect(out, report, held)
+        else:
+            out.line(f"{held}; nothing new was made")
+        out.line(f"kept in {report['ledger']}, which has {report['active']:,} active")
+
+    out.result(report, show)
+
+
+def _print_effect(out: Output, report: Mapping[str, Any], held: str) -> None:
+    """Print the locality probes of new edits, and what the edits cost."""
+    locality, cost = report["locality"], report["cost"]
+    rows = []
+    for probe in locality:
+        row = [
+            probe["prompt"],
+            probe["picture"],
+            probe["before"],
+            probe["after"],
+            _yes(probe["same"]),
+        ]
+        rows.append(row)
+    out.table(_OF_PROBES, rows)
+    same = sum(probe["same"] for probe in locality)
+    out.line(f"{held}; {same} of {len(locality)} locality probes answered as before")
+    sizes = []
+    for name, size in cost["peak_memory"].items():
+        sizes.append(f"{name} {size / (1 << 20):,.0f} MiB")
+    seconds = cost["seconds"] / report["new"]
+    out.line(f"{seconds:.3g} s an edit; peak memory: {', '.join(sizes)}")
+
+
+def advice(report: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what to say, and what to do, where none of the edits that were asked for holds."""
+    edits, ledger, editor = report["edits"], report["ledger"], report["editor"]
+    which = (
+        "the edit does not hold"
+        if len(edits) == 1
+        else f"none of the {len(edits):,} edits holds"
+    )
+    ids = [edit["id"] for edit in edits]
+    together = ids == list(range(ids[0], ids[-1] + 1)) and len(ids) > 1
+    named = f"{ids[0]}-{ids[-1]}" if together else ",".join(map(str, ids))
+    ways = [f"`mmedit edits undo {ledger} {named}` takes it back"]
+    if editor in ("ft", "lora", "t-patcher"):
+        ways.append("more steps may do it (--set steps=...)")
+    if editor != "multi-melo":
+        ways.append("multi-melo holds facts with and without a picture")
+    return f"{which}: kept in {ledger} all the same", "; ".join(ways)
+
+
+def listed(
+    out: Output, edits: Sequence[Mapping[str, Any]], head: Mapping[str, Any]
+) -> None:
+    """Print the edits of a ledger."""
+
+    def show() -> None:
+        out.line(
+            f"{head['editor']} on {head['model']}: {head['active']:,} active of {head['edits']:,} edits"
+        )
+        rows = []
+        for edit in edits:
+            row = [
+                str(edit["id"]),
+                edit["time"],
+                edit["prompt"],
+                edit["picture"],
+                edit["before"],
+                edit["target"],
+                "" if edit["active"] else "undone",
+            ]
+            rows.append(row)
+        if rows:
+            out.table(_OF_LISTED_EDITS, rows)
+
+    out.result({**head, "list": list(edits)}, show)
+
+
+def verified(out: Output, found: Sequence[Mapping[str, Any]]) -> None:
+    """Print which edits hold."""
+
+    def show() -> None:
+        asked = [edit for edit in found if edit["replaced_by"] is None]
+        failed = [edit for edit in asked if not edit["holds"]]
+        rows = []
+        for edit in failed[:_MOST]:
+            row = [
+                str(edit["id"]),
+                edit["prompt"],
+                edit["picture"],
+                edit["target"],
+                edit["answer"],
+            ]
+            rows.append(row)
+        if rows:
+            out.table(["edit", "question", "picture", "target", "answer"], rows)
+            _more(out, len(failed))
+        n_held = len(asked) - len(failed)
+        out.line(_count(n_held, len(asked), "edit holds", "edits hold"))
+        replaced = len(found) - len(asked)
+        if replaced:
+            out.line(
+                f"{replaced} were replaced by a later edit of the same picture and question"
+            )
+
+    out.result(list(found), show)
+
+
+def compared(out: Output, difference: Mapping[str, Any]) -> None:
+    """Print how two ledgers differ."""
+
+    def show() -> None:
+        rows = []
+        for sign, key in (("<", "only_in_first"), (">", "only_in_second")):
+            for edit in difference[key]:
+                row = [
+                    sign,
+                    str(edit["id"]),
+                    edit["prompt"],
+                    edit["picture"],
+                    edit["target"],
+                ]
+                rows.append(row)
+        for pair in difference["other_target"]:
+            first, second = pair["first"], pair["second"]
+            row = [
+                "!",
+                f"{first['id']} / {second['id']}",
+                first["prompt"],
+                first["picture"],
+                f"{first['target']} / {second['target']}",
+            ]
+            rows.append(row)
+        if rows:
+            out.table(["", "edit", "question", "picture", "target"], rows)
+        for key, (one, two) in difference["settings"].items():
+            out.line(f"{key}: {_brief(one)} / {_brief(two)}")
+        out.line(f"{difference['same']:,} active edits are the same")
+
+    out.result(difference, show)
+
+
+def answers(out: Output, found: Sequence[Mapping[str, Any]], *, compare: bool) -> None:
+    """Print the answers to many questions, or base and edited side by side with the edits that took part."""
+
+    def show() -> None:
+        header = ["question", "picture", "answer"]
+        if compare:
+            header = ["question", "picture", "base", "edited", "edits"]
+        rows = []
+        for line in found:
+            row = [line["prompt"], str(line["image"] or "")]
+            if compare:
+                row += [line["base"], line["answer"], fired(line)]
+            else:
+                row.append(line["answer"])
+            rows.append(row)
+        out.table(header, rows)
+
+    out.result(list(found), show)
+
+
+def fired(row: Mapping[str, Any]) -> str:
+    """Return in a few words which edits took part in an answer."""
+    if row["fired"] is None:
+        return "all (weights)"
+    named = [f"{edit['edit']} ({edit['weight']:.2f})" for edit in row["fired"]]
+    return ", ".join(named) or "none"
+
+
+def _count(some: int, of: int, one: str, many: str) -> str:
+    return f"{some:,} of {of:,} {one if of == 1 else many}"
+
+
+def _more(out: Output, count: int) -> None:
+    if count > _MOST:
+        out.line(f"and {count - _MOST:,} more: --json lists all")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _brief(value: Any) -> str:
+    text = str(value.get("name", value) if isinstance(value, dict) else value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def repaired(out: Output, folder: Path, done: dict[str, Any]) -> None:
+    """Print what a repair did."""
+
+    def show() -> None:
+        taken = done["taken_up"]
+        lines = done["unreadable_lines"]
+        lost = done["without_tensors"]
+        if taken:
+            out.line(
+                f"taken up: {len(taken):,} edits ({_ids(taken)}), as active: undo what had been undone"
+            )
+        if lines:
+            out.line(
+                f"left out: {len(lines):,} lines that cannot be read ({_ids(lines)})"
+            )
+        if done["copy"]:
+            out.line(f"the old lines are in {folder / done['copy']}")
+        for name in done["left"]:
+            out.line(
+                f"left: {name} does not say whose tensors it holds, or is older than what is there"
+            )
+        if lost:
+            out.line(
+                f"without tensors: {_ids(lost)}; mmedit edits compact {folder} --remake makes them again"
+            )
+        if not (taken or lines or lost):
+            out.line(
+                "nothing to repair: every edit is in its line, and its tensors are there"
+            )
+
+    out.result({"repair": done}, show)
+
+
+def _ids(ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ids[:10]))
+    return shown if len(ids) <= 10 else f"{shown}, ... {ids[-1]}"
