@@ -1,10 +1,13 @@
-.PHONY: test slow quality style
+.PHONY: test slow mutants quality style
 
 test:
 	python -m pytest -n 2
 
 slow:
-	python -m pytest -m slow
+	python -m pytest -n 2 -m slow
+
+mutants:
+	python scripts/mutants.py
 
 quality:
 	ruff check .

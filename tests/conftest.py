@@ -41,17 +41,24 @@ FAMILIES = (
     *(name for name in named_models() if name not in MODELS),  # of MMEDIT_PLUGINS
 )
 
-# A test with one of these between the brackets of its name repeats a fast test for another family of models, or in
-# another number format: it is slow.
-REPEATED = (*FAMILIES[1:], "mini-llava", "tiny-sdxl", "bfloat16", "float16")
+# A test with one of these between the brackets of its name repeats a fast test: for another family of models, or in
+# half precision.
+REPEATED = (*FAMILIES[1:], "mini-llava", "tiny-sdxl", "float16")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what repeats a fast test for another family of models."""
+    """Mark as slow what repeats a fast test, and as nightly what repeats a slow one."""
     for item in items:
+        if item.get_closest_marker("gpu"):
+            continue
         parameters = item.name.partition("[")[2]
-        if any(word in parameters for word in REPEATED):
+        reasons = sum(word in parameters for word in REPEATED)
+        if reasons and item.get_closest_marker("slow"):
+            reasons += 1
+        if reasons:
             item.add_marker(pytest.mark.slow)
+        if reasons > 1:
+            item.add_marker(pytest.mark.nightly)
 
 
 torch.set_num_threads(1)

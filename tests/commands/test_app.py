@@ -27,6 +27,8 @@ EVAL = (
     "tiny-blip2",
     "--data",
     SHAPES,
+    "--limit",
+    8,
     "--sequential",
     8,
     "--report-at",
@@ -66,7 +68,7 @@ def test_eval_prints_a_table_and_json_has_the_same_numbers(cli, tmp_path):
     assert reliability[2] == f"{100 * scores[-1]['before']:.1f}"
     assert reliability[3::2] == [f"{100 * score['mean']:.1f}" for score in scores]
     assert [m["edits"] for m in report["milestones"]] == [1, 8]
-    assert [s["n"] for s in scores] == [3, 24]
+    assert [s["n"] for s in scores] == [1, 8]
     for milestone in report["milestones"]:
         for columns in milestone["scores"].values():
             for score in columns.values():
@@ -103,7 +105,7 @@ def test_report_and_list(cli, tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(cli, tmp_path):
     code, text, _ = cli(*EVAL, "--dry-run", "--json", "--set", "steps=3")
     plan = json.loads(text)
-    assert (code, plan["hparams"]["steps"], plan["groups"]) == (0, 3, 3)
+    assert (code, plan["hparams"]["steps"], plan["groups"]) == (0, 3, 1)
     assert not (tmp_path / "records").exists()
     assert "steps: 50" in cli(*EVAL, "--dry-run")[1]
 

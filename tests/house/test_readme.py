@@ -31,9 +31,11 @@ def test_two_commands_do_all_the_set_up():
     assert all("pip install -q -e" in line for line in SETUPS)
 
 
-def test_ci_runs_exactly_the_test_command():
-    script = (ROOT / ".ci" / "run").read_text()
-    assert SETUPS[1] in script.splitlines()
+def test_ci_runs_exactly_the_test_command_and_then_slow_tests():
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
+    assert commands[0] == SETUPS[1]
+    assert commands[1].startswith(".venv/bin/python -m pytest -n 2 -m ")
+    assert "slow and not nightly" in commands[1]
 
 
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")

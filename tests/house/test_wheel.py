@@ -137,6 +137,7 @@ def test_it_lists_what_comes_along(program):
     )
 
 
+@pytest.mark.nightly  # the test of the README does the same in the checkout
 def test_it_does_the_main_job_of_the_readme(program):
     report = json.loads(program("eval", "--sequential", "1000", "--json").stdout)
     assert (report["editor"], report["model"]["name"]) == ("liveedit", "mini-blip2")

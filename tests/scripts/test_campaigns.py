@@ -29,6 +29,7 @@ def test_commands_that_are_killed_at_every_change_end_as_if_undisturbed():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_every_command_that_is_killed_at_every_change_ends_as_if_undisturbed():
     assert len(kill()) > 25

@@ -400,6 +400,7 @@ def test_wishes_cover_every_drawing_once(scripts, drawn):
     assert {wish.source for wish in wanted} == {"", *scripts.score.SOURCES}
 
 
+@pytest.mark.nightly
 def test_quick_mode_learns(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(
         scripts.runs.signal, "signal", lambda *_: None
@@ -418,6 +419,7 @@ def test_quick_mode_learns(scripts, tmp_path, monkeypatch):
     assert ends["diffusion"]["loss"] < 0.6  # 1 is what guessing nothing costs
 
 
+@pytest.mark.nightly
 def test_the_model_that_comes_along_draws_what_its_card_says(scripts, tmp_path):
     """A sample of the captions of its card, drawn and judged anew: near what was measured on all of them."""
     shipped = ROOT / "data" / "models" / "mini-sd"

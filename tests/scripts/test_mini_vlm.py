@@ -448,6 +448,7 @@ def test_items_ask_every_figure_of_the_issue(scripts):
     assert asked == list(scripts.score.items(kb))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RECIPES)
 def test_quick_mode_learns(scripts, name, tmp_path, monkeypatch):
     monkeypatch.setattr(

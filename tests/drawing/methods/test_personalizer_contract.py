@@ -83,6 +83,7 @@ def test_the_same_seed_learns_the_same(editor, concept):
     third.close()
 
 
+@pytest.mark.slow
 def test_in_little_memory_it_learns_the_same(editor, concept):
     first = editor.learn(concept)
     lean = load_stable_diffusion(editor.model.name, device="cpu", low_memory=True)

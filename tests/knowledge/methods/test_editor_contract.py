@@ -73,6 +73,16 @@ def editors() -> Iterator[pytest.ParameterSet]:
 EDITORS = list(editors())
 
 
+def slow_but_for(first: str) -> list[pytest.ParameterSet]:
+    """All forms of all editors; those of all but one editor are slow."""
+    found = []
+    for form in EDITORS:
+        (named,) = form.values
+        marks = form.marks if named[0] == first else [pytest.mark.slow]
+        found.append(pytest.param(named, id=form.id, marks=marks))
+    return found
+
+
 def snapshot(backbone) -> dict:
     """Everything an editor could leave behind: bits of tensors, hooks, flags, gradients."""
     model = backbone.model
@@ -314,7 +324,7 @@ def test_a_batch_edit_teaches_all_of_it(editor):
     assert_learned(editor.name, before, likelihood(editor.backbone, REQUESTS))
 
 
-@pytest.mark.parametrize("form", EDITORS)
+@pytest.mark.parametrize("form", slow_but_for("ft"))
 def test_two_editors_on_two_models_do_not_disturb_each_other(form):
     models = [load_backbone(family, device="cpu") for family in FAMILIES[:2]]
     editors = [make(*form, model) for model in models]

@@ -38,7 +38,6 @@ PAIRS = [
     for pair in open_pairs("emojikb-edits:train")[1][:400]
     if pair.kind in ("background", "turn")
 ][:12]
-MODES = ("reference", "lora", "two_phase", "none")
 
 
 def hp(train_lm: str = "lora", **training) -> MgieHparams:
@@ -101,7 +100,15 @@ def digests(editor: Mgie) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("train_lm", MODES)
+@pytest.mark.parametrize(
+    "train_lm",
+    [
+        "lora",
+        "none",
+        pytest.param("reference", marks=pytest.mark.slow),
+        pytest.param("two_phase", marks=pytest.mark.slow),
+    ],
+)
 def test_only_what_should_change_changes(train, train_lm):
     hparams = hp(train_lm, steps=3)
     before = digests(fresh(hparams))
