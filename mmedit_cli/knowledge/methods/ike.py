@@ -88,7 +88,8 @@ class Ike(Editor):
                 check_picture(request.image)
             self.backbone.encode(request)
         self._add(requests)
-        added = self._demos[-len(requests) :]
+        count = len(requests)
+        added = self._demos[-count:]
         counts = [len(demos) for demos in added]
         return {"form": "copied-answer", "demonstrations": counts}
 

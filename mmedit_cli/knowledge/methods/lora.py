@@ -121,7 +121,9 @@ class Lora(Editor):
         """Take the steps of one edit, with an optimiser of its own; return the losses."""
         hp = self.hparams
         optimizer = torch.optim.AdamW(
-            parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay
+            parameters,
+            lr=hp.learning_rate,
+            weight_decay=hp.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, hp.decay_every, hp.decay)
         losses: list[float] = []

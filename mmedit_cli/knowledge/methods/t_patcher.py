@@ -107,14 +107,16 @@ class TPatcher(Editor):
     # -- editing ------------------------------------------------------------------------------------------------
 
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
-        learn = self._learn if self.hparams.variant == "vl" else self._learn_published
-        losses = []
+        published = self.hparams.variant == "paper"
+        learn = self._learn_published if published else self._learn
+        losses: list[list[float]] = []
         for request in requests:
             batch = self.backbone.batch([request])
             with torch.no_grad():
                 prefix = self.backbone.prefix(batch, self.first_layer)
             neurons, course = learn(prefix, source)
-            if not all(tensor.isfinite().all() for tensor in neurons.values()):
+            finite = [tensor.isfinite().all() for tensor in neurons.values()]
+            if not all(finite):
                 raise MmeditError(
                     "t-patcher: the loss became infinite", "lower learning_rate"
                 )

@@ -241,8 +241,10 @@ class LiveEdit(TrainedEditor):
             batch.image_mask[rows],
             mean[rows],
         )
-        by_vision = self._bank.compare("vision", partial(networks.similarity, vision))
-        by_prompt = self._bank.compare("prompt", partial(networks.similarity, prompt))
+        to_vision = partial(networks.similarity, vision)
+        to_prompt = partial(networks.similarity, prompt)
+        by_vision = self._bank.compare("vision", to_vision)
+        by_prompt = self._bank.compare("prompt", to_prompt)
         margin = by_vision - sentinel
         score = networks.score(by_prompt, margin)
         # published: the picture alone decides which experts pass

@@ -130,10 +130,12 @@ def _own_weight(
         mean,
     )
     vision_keys, prompt_keys = networks.keys(prefix, mean)
-    by_vision = networks.similarity(vision, vision_keys).diagonal()
-    by_prompt = networks.similarity(prompt, prompt_keys).diagonal()
-    margin = by_vision[:, None] - sentinel
-    score = networks.score(by_prompt[:, None], margin)
+    by_vision = networks.similarity(vision, vision_keys)
+    by_prompt = networks.similarity(prompt, prompt_keys)
+    own_vision = by_vision.diagonal()[:, None]
+    own_prompt = by_prompt.diagonal()[:, None]
+    margin = own_vision - sentinel
+    score = networks.score(own_prompt, margin)
     return score.sigmoid()
 
 
@@ -159,8 +161,9 @@ def _log_probabilities(
     changed = replace(prefix, hidden=adapted)
     logits = backbone.resume(changed, at).float()
     every = logits.log_softmax(-1)
-    wanted = labels[at][:, None]
-    return every.gather(1, wanted)[:, 0]
+    wanted = labels[at]
+    found = every.gather(1, wanted[:, None])
+    return found[:, 0]
 
 
 def _all_tokens(right: Tensor, prefix: Prefix, backbone: VisionLanguageModel) -> Tensor:

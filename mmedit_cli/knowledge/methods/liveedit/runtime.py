@@ -102,8 +102,10 @@ class LiveEditEdits(RoutedEdits):
             question.image[rows],
             mean,
         )
-        by_vision = self.bank.compare("vision", partial(networks.similarity, vision))
-        by_prompt = self.bank.compare("prompt", partial(networks.similarity, prompt))
+        to_vision = partial(networks.similarity, vision)
+        to_prompt = partial(networks.similarity, prompt)
+        by_vision = self.bank.compare("vision", to_vision)
+        by_prompt = self.bank.compare("prompt", to_prompt)
         margin = by_vision - sentinel
         score = networks.score(by_prompt, margin)
         decisive = margin if networks.published else score

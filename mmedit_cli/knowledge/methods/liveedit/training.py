@@ -39,7 +39,8 @@ class Items:
 
     def upto(self, cases: int) -> Items:
         """Return the sequences of the first cases."""
-        kept = (self.case < cases).nonzero()[:, 0]
+        is_first = self.case < cases
+        kept = is_first.nonzero()[:, 0]
         queries = [self.queries[i] for i in kept.tolist()]
         return Items(
             queries=tuple(queries),

@@ -161,9 +161,8 @@ class ClusterIndex:
         if not self.clusters:
             return rows
         distances, numbers = self.nearest(tokens)
-        pairs = zip(distances.tolist(), numbers.tolist(), strict=True)
-        for i, (distance, number) in enumerate(pairs):
-            cluster = self.clusters[number]
+        for i, distance in enumerate(distances.tolist()):
+            cluster = self.clusters[int(numbers[i])]
             if distance > cluster.radius:
                 continue
             points = torch.stack([point for point, _ in cluster.points])

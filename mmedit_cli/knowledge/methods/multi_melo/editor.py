@@ -90,7 +90,8 @@ class MultiMelo(Editor):
             for role in hp.roles:
                 path = backbone.anchors.path(role, layer)
                 linear: Any = backbone.model.get_submodule(path)
-                shapes[path] = (linear.in_features, linear.out_features)
+                width = linear.in_features
+                shapes[path] = (width, linear.out_features)
         self._bank = BlockBank(
             shapes,
             hp.rank,
@@ -312,13 +313,15 @@ class MultiMelo(Editor):
                 "multi-melo must know the questions and pictures: ask the backbone, not the model inside",
                 "use backbone.generate(queries) or backbone.logits(batch)",
             )
-        whole_question = hidden.shape[1] == batch.input_ids.shape[1]
+        length = batch.input_ids.shape[1]
+        whole_question = hidden.shape[1] == length
         if self._given is None and whole_question:
             with torch.no_grad():
                 keys = self._keys.keys(hidden, batch)
-                index = self._block_of(self._index.search(keys))
-            has_block = bool((index != NONE).any())
-            self._routed = (batch, index if has_block else None)
+                rows = self._index.search(keys)
+                index = self._block_of(rows)
+            has_block = index != NONE
+            self._routed = (batch, index if bool(has_block.any()) else None)
 
     def _adapt(self, path: str, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the blocks to what leaves a linear layer."""

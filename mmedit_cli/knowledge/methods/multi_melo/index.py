@@ -225,8 +225,11 @@ class VectorIndex:
             return
         room = max(self._size, 2 * room, 64)
         device = keys.seen.device
-        parts = {name: _room_for(part, room) for name, part in keys.parts.items()}
-        larger = Keys(parts, _room_for(keys.seen, room))
+        parts: dict[str, Tensor] = {}
+        for name, part in keys.parts.items():
+            parts[name] = _room_for(part, room)
+        seen = _room_for(keys.seen, room)
+        larger = Keys(parts, seen)
         labels = torch.zeros(
             room,
             dtype=torch.int64,
@@ -239,7 +242,8 @@ class VectorIndex:
             device=device,
         )
         if self._keys is not None:
-            old = [*self._keys.tensors(), self._labels, self._radii, self._hidden]
+            columns = [self._labels, self._radii, self._hidden]
+            old = [*self._keys.tensors(), *columns]
             new = [*larger.tensors(), labels, radii, hidden]
             for mine, before in zip(new, old, strict=True):
                 mine[: len(before)] = before

@@ -51,7 +51,9 @@ def train_blocks(
     blocks = Blocks(_trainable(start.a, device), _trainable(start.b, device))
     done = blocks.detached()
     optimizer = torch.optim.AdamW(
-        blocks.parameters(), lr=hp.learning_rate, weight_decay=hp.weight_decay
+        blocks.parameters(),
+        lr=hp.learning_rate,
+        weight_decay=hp.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.StepLR(
         optimizer,

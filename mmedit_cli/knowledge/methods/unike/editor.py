@@ -335,7 +335,8 @@ class Unike(TrainedEditor):
             return False
         kept = list(positions)
         requests = [self.requests[i] for i in kept]
-        edits = {name: tensor[kept] for name, tensor in self._present.items()}
+        present = self._present
+        edits = {name: tensor[kept] for name, tensor in present.items()}
         self._reset()
         self._add(edits, requests)
         return True

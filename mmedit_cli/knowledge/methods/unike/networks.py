@@ -147,7 +147,8 @@ class UnikeNetworks(MemoryNetworks):
 
     def know(self, sem: Tensor, pos: Tensor) -> None:
         """Take (N', D) and (S, N', D) as the knowledge; of more rows than there is room for, evenly many are taken."""
-        count = min(len(self.sem), len(sem))
+        room = len(self.sem)
+        count = min(room, len(sem))
         spread = torch.linspace(
             start=0,
             end=len(sem) - 1,
