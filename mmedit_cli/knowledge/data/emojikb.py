@@ -248,12 +248,19 @@ def check_files(folder: Path) -> list[str]:
 
 def leaks(one: Split, other: Split) -> dict[str, list[str]]:
     """What two sides share, by sort; a text-only question has an empty picture."""
-    shared: dict[str, set[Any]] = {}
-    for sort in ("concepts", "images", "requests", "locality"):
-        shared[sort] = getattr(one, sort) & getattr(other, sort)
     edited_there = one.locality & other.requests
-    shared["crossed"] = (one.requests & other.locality) | edited_there
-    return {sort: sorted(map(str, items)) for sort, items in shared.items()}
+    edited_here = one.requests & other.locality
+    shared: dict[str, set[Any]] = {
+        "concepts": one.concepts & other.concepts,
+        "images": one.images & other.images,
+        "requests": one.requests & other.requests,
+        "locality": one.locality & other.locality,
+        "crossed": edited_here | edited_there,
+    }
+    found = {}
+    for sort, items in shared.items():
+        found[sort] = sorted(map(str, items))
+    return found
 
 
 def audit(folder: Path) -> Json:
@@ -373,13 +380,17 @@ class EmojiKBDataset(Dataset):
         for key in ("concepts", "flags", "pictures"):
             yield key, True, f"{found[key]:,}"
         for name, counts in found["splits"].items():
-            types = [f"{kind} {count}" for kind, count in counts["types"].items()]
+            types = []
+            for kind, count in counts["types"].items():
+                types.append(f"{kind} {count}")
             listed = ", ".join(types)
             yield f"{name} cases", True, f"{counts['cases']:,}: {listed}"
         for pair, shared in found["leaks"].items():
-            sorts = [f"{sort} {len(items)}" for sort, items in shared.items()]
-            none = not any(shared.values())
-            yield f"leaks {pair}", none, ", ".join(sorts)
+            sorts = []
+            for sort, items in shared.items():
+                sorts.append(f"{sort} {len(items)}")
+            is_clean = not any(shared.values())
+            yield f"leaks {pair}", is_clean, ", ".join(sorts)
         for source, licence in found["licences"].items():
             yield f"licence {source}", True, licence
         for problem in found["problems"]:
