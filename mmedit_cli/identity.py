@@ -20,7 +20,8 @@ from mmedit_cli.reading import open_regular, read_tensor_header
 from mmedit_cli.registry import cache_dir
 from mmedit_cli.storage import sha256_of, write_atomic
 
-_DIGITS, _FORMER_DIGITS = 32, 16
+_DIGITS = 32
+_FORMER_DIGITS = 16
 _STRIDE, _SAMPLE = 16 << 20, 64 << 10  # of a former fingerprint
 _SETTLED = 2.0  # seconds: a file that is younger may be written again within one tick of the clock of its file system
 

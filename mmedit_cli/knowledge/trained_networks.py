@@ -21,7 +21,9 @@ LATEST = "latest"  # the newest finished training
 # the folders of trainings below the records
 TRAININGS = {"editors": "train-editor", "image_editors": "train-image-editor"}
 _ID = re.compile(r"[0-9a-f]{4,12}")  # of a run, or its beginning
-_SHIPPED, _RUN, _FILE = "comes along", "run", "file"
+_SHIPPED = "comes along"
+_RUN = "run"
+_FILE = "file"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,11 @@ def described(path: Path, source: str | None = None) -> TrainedNetworks:
             steps=whole_number(metadata.get("steps", "")),
             step=step,
         )
-    record = Record(report, str(path.with_name("report.json")), error=RunError)
+    record = Record(
+        report,
+        str(path.with_name("report.json")),
+        error=RunError,
+    )
     return TrainedNetworks(
         path,
         source or _RUN,
@@ -154,7 +160,8 @@ def default_editor(
             return "liveedit", name
     wanted = "*" if model is None else find_model(model).name
     own = trained_networks(records, model=wanted)
-    problem, hint = "no EDITOR named, and none comes trained", "e.g. mmedit eval ft"
+    problem = "no EDITOR named, and none comes trained"
+    hint = "e.g. mmedit eval ft"
     if model:
         problem += f" for {model}"
     if own:
@@ -205,6 +212,10 @@ def trained_networks(
         if "/" in model:
             wanted += "*"
     reports = records.glob(f"{TRAININGS[kind]}/{editor}/{wanted}/*/*/report.json")
-    found = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
+    found = sorted(
+        reports,
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
     networks = [path.with_name(CHECKPOINT) for path in found]
     return [path for path in networks if path.is_file()]

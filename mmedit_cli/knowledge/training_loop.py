@@ -112,7 +112,8 @@ def train_networks(
         values = {**line.get("losses", {}), **line.get("scores", {})}
         for name, value in values.items():
             how.curve(name, value, line["step"])
-    progress, validated = training.progress, len(training.held_out)
+    progress = training.progress
+    validated = len(training.held_out)
     curve = [line for line in log if "score" in line]
     best = next(line for line in curve if line["step"] == progress.best_step)
     return {
@@ -164,8 +165,10 @@ class _EditorTraining:
             self._go_on(interrupts)
 
     def _go_on(self, interrupts: runtime.Interrupts) -> None:
-        progress, writes = self.progress, self.processes.rank == 0
-        first, spent = progress.step, progress.seconds
+        progress = self.progress
+        writes = self.processes.rank == 0
+        first = progress.step
+        spent = progress.seconds
         started = saved = time.monotonic()
         while progress.step < self.hp.steps or self._look_is_due():
             if writes and self._look_is_due():
@@ -265,7 +268,8 @@ class _EditorTraining:
         """Add up the gradients of all processes, in one message."""
         if self.processes.world == 1:
             return
-        having, gradients = [], []
+        having = []
+        gradients = []
         for parameter in self.parameters.values():
             if parameter.grad is not None:
                 having.append(parameter)
@@ -325,7 +329,8 @@ class _EditorTraining:
     def _validate(self) -> dict[str, float]:
         """Score the held-out cases; keep the networks if they are the best so far."""
         self.editor.finalize()
-        progress, scores = self.progress, self._scores()
+        progress = self.progress
+        scores = self._scores()
         score = statistics.fmean(scores.values())
         line = {"step": progress.step, "score": score, "scores": scores}
         self.run.append("log", [line])

@@ -271,7 +271,12 @@ def fingerprint(cases: Iterable[EditCase]) -> str:
             for query in queries:
                 if query.image is not None and query.image not in images:
                     images[query.image] = _digest(query.image, case)
-                facts = _facts(case, column, query, images[query.image])
+                facts = _facts(
+                    case,
+                    column,
+                    query,
+                    images[query.image],
+                )
                 text = json.dumps(facts, ensure_ascii=False)
                 digest.update(text.encode())
     return digest.hexdigest()[:16]

@@ -17,7 +17,8 @@ from mmedit_cli.knowledge.data.shared.published import (
     Template,
 )
 
-_CUE, _SHORT = "{} The answer is:", "Question: {} Short answer:"
+_CUE = "{} The answer is:"
+_SHORT = "Question: {} Short answer:"
 
 DATASET = PublishedDataset(
     name="evqa",

@@ -44,7 +44,12 @@ def one_hop(record: Json, uid: str, images: Path, template: Template) -> list[Ed
     queries = []
     for hop in _hops(record):
         texts = check_texts(hop, ("port_q", "port_a"))
-        query = template.ask("request", texts["port_q"], texts["port_a"], image)
+        query = template.ask(
+            "request",
+            texts["port_q"],
+            texts["port_a"],
+            image,
+        )
         queries.append(query)
     if not queries:
         return [case]
@@ -58,9 +63,14 @@ def one_hop_edits(
     facts = []
     for hop in _hops(record):
         texts = check_texts(hop, ("port_edit_q", "port_edit_a"))
-        question, answer = texts["port_edit_q"], texts["port_edit_a"]
+        question = texts["port_edit_q"]
+        answer = texts["port_edit_a"]
         request = template.ask("request", question, answer, None)
-        fact = EditCase(f"{uid}-fact{len(facts)}", request, type="fact")
+        fact = EditCase(
+            f"{uid}-fact{len(facts)}",
+            request,
+            type="fact",
+        )
         facts.append(fact)
     return [*one_hop(record, uid, images, template), *facts]
 

@@ -97,7 +97,8 @@ def _without_thousands(word: str) -> str:
 
 def answer_match(prediction: str, target: str) -> float:
     """Return 1 if the prediction equals the target or goes on after it with whole words, both normalised; else 0."""
-    said, wanted = normalize(prediction), normalize(target)
+    said = normalize(prediction)
+    wanted = normalize(target)
     if not wanted:  # a target of articles or signs alone has no words to compare
         return exact_match(prediction, target)
     return float(said[: len(wanted)] == wanted)
@@ -105,7 +106,8 @@ def answer_match(prediction: str, target: str) -> float:
 
 def same_answer(before: str, after: str) -> float:
     """Return 1 if two generations are the same once normalised (without any words: literally the same)."""
-    was, said = normalize(before), normalize(after)
+    was = normalize(before)
+    said = normalize(after)
     if not was and not said:
         return exact_match(before, after)
     return float(was == said)
@@ -120,7 +122,8 @@ def exact_match(prediction: str, target: str) -> float:
 
 def token_f1(prediction: str, target: str) -> float:
     """Return the harmonic mean of precision and recall over normalised words (two empty texts: 1)."""
-    said, wanted = normalize(prediction), normalize(target)
+    said = normalize(prediction)
+    wanted = normalize(target)
     if not said or not wanted:
         return float(said == wanted)
     shared = Counter(said) & Counter(wanted)

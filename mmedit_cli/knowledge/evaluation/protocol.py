@@ -341,7 +341,8 @@ class _SequentialEvaluation:
     ) -> dict[Query, Answer]:
         began = time.perf_counter()
         backbone = self.editor.backbone
-        max_new_tokens, limits = 0, None
+        max_new_tokens = 0
+        limits = None
         if self.protocol.generates:
             max_new_tokens = self.protocol.max_new_tokens
             limits = answer_limits(backbone, cases)
@@ -362,7 +363,8 @@ class _SequentialEvaluation:
     def _base(self, group: _Group, chunk: range) -> dict[Query, Answer]:
         """Return the answers of the untouched model to a chunk, from the store if they are there."""
         cases = group.cases[chunk.start : chunk.stop]
-        first, last = group.start + chunk.start, group.start + chunk.stop
+        first = group.start + chunk.start
+        last = group.start + chunk.stop
         path = self.base_folder / f"{first}-{last}.safetensors"
         answers = _read_answers(path, cases)
         if answers is None:
@@ -402,13 +404,25 @@ def score_case(
         known = family == "portability" and _knows(case.needs.get(name, ()), before)
         for protocol in protocols:
             points = [
-                _points(protocol, local, query, before[query], after[query])
+                _points(
+                    protocol,
+                    local,
+                    query,
+                    before[query],
+                    after[query],
+                )
                 for query in queries
             ]
             scores[protocol][column] = _mean(protocol, points)
             if not local:
                 points = [
-                    _points(protocol, False, query, before[query], before[query])
+                    _points(
+                        protocol,
+                        False,
+                        query,
+                        before[query],
+                        before[query],
+                    )
                     for query in queries
                 ]
                 base[protocol][column] = _mean(protocol, points)
@@ -452,7 +466,8 @@ def _points_of_text(
     protocol: str, local: bool, query: Query, before: Answer, after: Answer
 ) -> float:
     """Return the points of a freely generated answer, from 0 to 1."""
-    said, was = after.text or "", before.text or ""
+    said = after.text or ""
+    was = before.text or ""
     if protocol == "ar" and local:
         return metrics.same_answer(was, said)
     expected = was if local else query.target
@@ -518,5 +533,12 @@ def _read_answers(path: Path, cases: Sequence[EditCase]) -> dict[Query, Answer] 
     rows = []
     for index, (text, said, wanted) in enumerate(plain):
         top = tops.get(str(index))
-        rows.append(Answer(text, tuple(said), tuple(wanted), top))
+        rows.append(
+            Answer(
+                text,
+                tuple(said),
+                tuple(wanted),
+                top,
+            )
+        )
     return dict(zip(distinct_queries(cases), rows, strict=True))

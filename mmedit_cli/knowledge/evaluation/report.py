@@ -12,7 +12,8 @@ from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1
-_RESAMPLES, _BLOCK = 1000, 100
+_RESAMPLES = 1000
+_BLOCK = 100
 # what a picture of an example shows, and the columns it may be taken from, the best first
 _PANELS = {
     "request": ("reliability",),
@@ -116,9 +117,11 @@ def _routing(
 def _summary(
     protocol: str, column: str, lines: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    after, before = [], []
+    after = []
+    before = []
     for line in lines:
-        scores, base = line["scores"][protocol], line["base"][protocol]
+        scores = line["scores"][protocol]
+        base = line["base"][protocol]
         if column not in scores:
             continue
         after.append(scores[column])
@@ -150,7 +153,8 @@ def score_with_interval(values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"mean": None, "n": 0, "ci95": None}
     if len(set(values)) == 1 or set(values) <= {0.0, 1.0}:
-        mean, n = statistics.fmean(values), len(values)
+        mean = statistics.fmean(values)
+        n = len(values)
         return {"mean": mean, "n": n, "ci95": wilson_interval(mean, n)}
     return mean_with_interval(values)
 
@@ -185,7 +189,11 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     source = np.random.default_rng(0)
     means = []
     for _ in range(_RESAMPLES // _BLOCK):  # in blocks, to bound the memory
-        drawn = source.integers(0, len(data), (_BLOCK, len(data)))
+        drawn = source.integers(
+            0,
+            len(data),
+            (_BLOCK, len(data)),
+        )
         means.append(data[drawn].mean(1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {**summary, "ci95": [float(low), float(high)]}
@@ -258,7 +266,8 @@ def examples(
     by_uid = {case.uid: case for case in cases}
     shown = []
     for line in last[::step][:most]:
-        uid, answers = line["case"], line["answers"]
+        uid = line["case"]
+        answers = line["answers"]
         (request,) = answers["reliability"]
         panels = _panels(by_uid[uid], answers)
         shown.append({"case": uid, **request, "panels": panels})

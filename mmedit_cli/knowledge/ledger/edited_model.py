@@ -66,7 +66,9 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
     def __init__(
         self, ledger: Ledger, backbone: VisionLanguageModel, editor: Editor
     ) -> None:
-        self.ledger, self.backbone, self.editor = ledger, backbone, editor
+        self.ledger = ledger
+        self.backbone = backbone
+        self.editor = editor
         self.seconds = 0.0
 
     def generate(
@@ -197,7 +199,11 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
             self.ledger.__exit__(error, *_)
 
     def _mark(self, do: str, ids: Sequence[int]) -> None:
-        self.ledger.mark(do, ids, None if self.ledger.rows else self.editor.tensors())
+        self.ledger.mark(
+            do,
+            ids,
+            None if self.ledger.rows else self.editor.tensors(),
+        )
 
     def check(self, requests: Sequence[Query]) -> None:
         """Raise DataError for requests that cannot be used, naming each problem (at most 20)."""
@@ -246,8 +252,17 @@ def open_edits(
     `model` says where the model lies now, and the device. Raises UserError if there is no ledger, StateError for
     another model or a damaged ledger, RunError if `writing` while another process writes.
     """
-    ledger = Ledger.open(Path(folder), writing=writing, tensors=not bare)
-    return _opened(ledger, model or ModelOptions(""), bare, out or Output(quiet=True))
+    ledger = Ledger.open(
+        Path(folder),
+        writing=writing,
+        tensors=not bare,
+    )
+    return _opened(
+        ledger,
+        model or ModelOptions(""),
+        bare,
+        out or Output(quiet=True),
+    )
 
 
 def _opened(
@@ -278,7 +293,8 @@ def begin_edits(
 
     Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
     """
-    folder, out = Path(folder), out or Output(quiet=True)
+    folder = Path(folder)
+    out = out or Output(quiet=True)
     # refuses a folder of something else before anything is made in it
     Ledger.exists(folder)
     # before the state is read: two commands may begin the same ledger
@@ -300,7 +316,12 @@ def begin_edits(
 def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerModel:
     """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.model, revision=options.model.revision)
-    found = networks_of(options.editor, ref.name, options.records, options.checkpoint)
+    found = networks_of(
+        options.editor,
+        ref.name,
+        options.records,
+        options.checkpoint,
+    )
     networks = None if found is None else found.path
     variant = variant_for(options.editor, ref, options.hparams)
     cls, hparams = resolve_editor(

@@ -86,10 +86,12 @@ class Ledger(AbstractContextManager["Ledger"]):
         config: dict[str, Any],
         records: Sequence[Mapping[str, Any]],
     ) -> None:
-        self.folder, self.config = folder, config
+        self.folder = folder
+        self.config = config
         self.edits: dict[int, LedgerEdit] = {}
         self.began = False  # by this process
-        self._run, self._writing = run, False
+        self._run = run
+        self._writing = False
         self.files = Shards(folder)
         self._seal = Seal(folder)
         self._held: dict[str, Any] | None = (
@@ -204,7 +206,12 @@ class Ledger(AbstractContextManager["Ledger"]):
         _refuse_links(folder)
         accepted = Seal(folder).read()
         lines = Run.view(folder).lines("edits")  # a torn line is not cut off yet
-        ledger = cls(folder, run, config, _hinted(lambda: run.decode("edits", lines)))
+        ledger = cls(
+            folder,
+            run,
+            config,
+            _hinted(lambda: run.decode("edits", lines)),
+        )
         ledger._check_seal(lines, accepted)
         _hinted(lambda: run.prepare(config, environment))
         for part in _PARTS:
@@ -397,7 +404,8 @@ class Ledger(AbstractContextManager["Ledger"]):
 
         parts = []
         for shard, run in groupby(edits, key=lambda edit: str(edit.shard)):
-            whole, rows = self.files.read(shard), [edit.row for edit in run]
+            whole = self.files.read(shard)
+            rows = [edit.row for edit in run]
             everything = rows == list(range(len(next(iter(whole.values())))))
             parts.append(
                 whole
@@ -418,7 +426,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         if query.image is None:
             return query
         data = read_bytes(query.image, limit=LARGEST_PICTURE)
-        digest, suffix = hashlib.sha256(data).hexdigest(), query.image.suffix.lower()
+        digest = hashlib.sha256(data).hexdigest()
+        suffix = query.image.suffix.lower()
         name = digest + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else "")
         path = self.folder / "pictures" / name
         if not path.exists():
@@ -439,9 +448,20 @@ class Ledger(AbstractContextManager["Ledger"]):
         `requests` have their pictures in the ledger; `tensors` hold a row for each, or stand for all active edits.
         `before` are the answers so far, `names` what the user calls the pictures.
         """
-        first, now = self.next_id, _now()
+        first = self.next_id
+        now = _now()
         edits = [
-            LedgerEdit(first + row, request, now, said, name, True, first, None, row)
+            LedgerEdit(
+                first + row,
+                request,
+                now,
+                said,
+                name,
+                True,
+                first,
+                None,
+                row,
+            )
             for row, (request, said, name) in enumerate(
                 zip(requests, before, names, strict=True)
             )
@@ -510,9 +530,16 @@ class Ledger(AbstractContextManager["Ledger"]):
         self, operations: Sequence[Sequence[LedgerEdit]], shard: str | None
     ) -> list[dict[str, Any]]:
         """Return the lines of operations whose tensors are in one shard."""
-        records, row = [], 0
+        records = []
+        row = 0
         for edits in operations:
-            records.append(self.record(edits, shard, row if self.rows else 0))
+            records.append(
+                self.record(
+                    edits,
+                    shard,
+                    row if self.rows else 0,
+                )
+            )
             row += len(edits)
         return records
 
@@ -611,7 +638,8 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Take over what a line says; raise KeyError, TypeError or ValueError if it is not one of a ledger."""
-        do, shard = record["do"], record["shard"]
+        do = record["do"]
+        shard = record["shard"]
         if shard is not None and not _SHARD.fullmatch(shard):
             raise ValueError(f"shard {shard!r}")
         if do == "add":
@@ -630,7 +658,8 @@ class Ledger(AbstractContextManager["Ledger"]):
                     edit["background"],
                     edit["chat"],
                 )
-                i, own = int(edit["id"]), shard if self.rows else None
+                i = int(edit["id"])
+                own = shard if self.rows else None
                 self.edits[i] = LedgerEdit(
                     i,
                     query,
@@ -652,7 +681,11 @@ class Ledger(AbstractContextManager["Ledger"]):
                 del self._shards[old]
                 self._replaced.add(old)
             for row, i in enumerate(record["ids"]):
-                self.edits[i] = replace(self.edits[i], shard=shard, row=row)
+                self.edits[i] = replace(
+                    self.edits[i],
+                    shard=shard,
+                    row=row,
+                )
             self._shards[shard] = list(record["ids"])
         else:
             raise ValueError(f"do {do!r}")

@@ -37,7 +37,8 @@ class Seal:
         try:
             accepted = []
             for entry in read_json_object(self.path).records("accepted"):
-                size, digest = entry.integer("bytes"), entry.text("sha256")
+                size = entry.integer("bytes")
+                digest = entry.text("sha256")
                 accepted.append(Beginning(size, digest, entry.flag("torn", False)))
             return accepted
         except DataError as error:

@@ -121,7 +121,11 @@ class Shards:
             data[8 : 8 + size], str(self._path(digest)), error=StateError
         )
         text = header.record("__metadata__", {}).text(_EDITS, "{}")
-        return parse_json_object(text, str(self._path(digest)), error=StateError).values
+        return parse_json_object(
+            text,
+            str(self._path(digest)),
+            error=StateError,
+        ).values
 
     def remove(self, digest: str) -> bool:
         """Remove one file and tell whether it was there."""

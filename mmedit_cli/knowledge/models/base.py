@@ -230,7 +230,13 @@ class VisionLanguageModel(ABC):
         if not queries:
             raise ValueError("a batch needs at least one query")
         rows = [self.encode(query, with_answer=with_answer) for query in queries]
-        return collate(queries, rows, self.pad_id, self.device, left_pad=left_pad)
+        return collate(
+            queries,
+            rows,
+            self.pad_id,
+            self.device,
+            left_pad=left_pad,
+        )
 
     # -- forward passes -----------------------------------------------------------------------------------------
 
@@ -337,14 +343,16 @@ class VisionLanguageModel(ABC):
         """Return the error that names the first module with NaN: everything is computed again, the pictures too."""
 
         def again() -> None:
-            self._cache, self._encoded = None, None
+            self._cache = None
+            self._encoded = None
             self._logits(batch)
 
         before = self._cache
         try:
             return not_finite(f"{self.name}: the logits", self.model, again)
         finally:
-            self._cache, self._encoded = before, None
+            self._cache = before
+            self._encoded = None
 
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """Run up to decoder layer `layer` (0 .. n_layers) and stop there; what follows is `resume`."""
@@ -376,7 +384,11 @@ class VisionLanguageModel(ABC):
             _, deepstack = self._entering(batch)
         # masks and positions depend on the shape alone
         shape = (*hidden.shape[:2], self.entry_width)
-        embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        embeds = torch.zeros(
+            shape,
+            dtype=self.dtype,
+            device=self.device,
+        )
         _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
         return Prefix(layer, batch, hidden, context, deepstack)
 
@@ -471,7 +483,8 @@ class VisionLanguageModel(ABC):
     @contextmanager
     def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
         """Inside the block, `current_batch` is the batch, and its image tokens are added behind the first layers."""
-        before, self.current_batch = self.current_batch, batch
+        before = self.current_batch
+        self.current_batch = batch
         try:
             with nullcontext() if deepstack is None else deepstack.on(self.layers):
                 yield

@@ -94,7 +94,8 @@ class Llava(VisionLanguageModel):
         placed = text if self.image_token in text else f"{self.image_token}\n{text}"
         ids = self.token_ids(placed)
         start = ids.index(self._image_id)
-        before, behind = ids[:start], ids[start + 1 :]
+        before = ids[:start]
+        behind = ids[start + 1 :]
         image_ids = [self._image_id] * n_image
         return [*before, *image_ids, *behind], start
 

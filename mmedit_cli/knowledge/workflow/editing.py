@@ -66,7 +66,8 @@ def make_edits(
             losses = iter(target_losses(model.backbone, new) if new else [])
             added = iter(model.edit(new, batch=batch, tick=tick))
             after = model.generate(probes)
-        made, losses_before = [], []
+        made = []
+        losses_before = []
         for known in ids:
             losses_before.append(next(losses) if known is None else None)
             made.append(model.ledger.edits[next(added) if known is None else known])
@@ -110,7 +111,11 @@ def _tell_unmoved(edits: Sequence[dict[str, Any]], out: Output) -> None:
         for edit in edits
         if not edit["holds"]
         and edit["loss_before"] is not None  # it was made just now
-        and math.isclose(edit["loss_before"], edit["loss_after"], rel_tol=1e-3)
+        and math.isclose(
+            edit["loss_before"],
+            edit["loss_after"],
+            rel_tol=1e-3,
+        )
     ]
     for edit in unmoved[:_MOST_NOTES]:
         out.note(
@@ -242,12 +247,14 @@ def _size(ledger: Ledger) -> dict[str, int]:
 
 def diff(one: Path, two: Path) -> dict[str, Any]:
     """Return how the active edits of two ledgers differ, by picture, background and question; no model is loaded."""
-    left, right = Ledger.open(one), Ledger.open(two)
+    left = Ledger.open(one)
+    right = Ledger.open(two)
     settings = {}
     for key in ("editor", "hparams", "model", "dtype", "seed", "checkpoint"):
         if left.config[key] != right.config[key]:
             settings[key] = [left.config[key], right.config[key]]
-    first, second = _by_question(left), _by_question(right)
+    first = _by_question(left)
+    second = _by_question(right)
     other_target = []
     same = 0
     for asked, edit in first.items():

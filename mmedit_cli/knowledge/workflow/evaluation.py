@@ -146,7 +146,15 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         config["checkpoint"] = sha256_of(networks.path)
     parts = ("eval", editor.name, ref.name, data.name)
     folder = Run.locate(options.records, parts, config)
-    return EvalPlan(options, ref, hparams, networks, cases, config, folder)
+    return EvalPlan(
+        options,
+        ref,
+        hparams,
+        networks,
+        cases,
+        config,
+        folder,
+    )
 
 
 def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -169,7 +177,8 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
     from mmedit_cli.knowledge.evaluation.report import build_report, examples
 
-    options, protocol = plan.options, plan.options.protocol
+    options = plan.options
+    protocol = plan.options.protocol
     out.note(told(options.editor, plan.config["variant"]))
     backbone = load_model(options.model, plan.ref, out)
     plan, too_long = _without_long(plan, backbone)
@@ -215,7 +224,12 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         lines = run.read("cases")
         head["environment"] = run.environment
         head["examples"] = examples(lines, plan.cases)
-        report = build_report(head, lines, run.read("edits"), protocol.sequential)
+        report = build_report(
+            head,
+            lines,
+            run.read("edits"),
+            protocol.sequential,
+        )
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         # the state to continue from may be as large as a model

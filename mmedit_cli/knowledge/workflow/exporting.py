@@ -88,7 +88,8 @@ def _write(
     edited: LedgerModel, folder: Path, out: Output, adapters: bool
 ) -> dict[str, Any]:
     """Write the export and load it again; return its kind, and how far its logits are from the edited model's."""
-    backbone, editor = edited.backbone, edited.editor
+    backbone = edited.backbone
+    editor = edited.editor
     dtype = str(backbone.dtype).removeprefix("torch.")
     if editor.plain and not adapters:
         out.note("writing plain weights")
@@ -142,10 +143,15 @@ def _check_adapters(
         edited.backbone.model.save_pretrained(folder)
     plain = _load_plain(folder, dtype)
     shutil.rmtree(folder)
-    model, checks = None, []
+    model = None
+    checks = []
     for path, requests in list(written.items())[-_CHECKED:]:
         if model is None:
-            model = PeftModel.from_pretrained(plain, str(path), adapter_name=path.name)
+            model = PeftModel.from_pretrained(
+                plain,
+                str(path),
+                adapter_name=path.name,
+            )
         else:
             model.load_adapter(str(path), adapter_name=path.name)
             model.set_adapter(path.name)
@@ -233,7 +239,8 @@ def check(
     if queries is None:
         asked = [edit.request for edit in edited.ledger.active[-_CHECKED:]]
         queries = [*asked, replace(asked[-1], prompt="What colour is the background?")]
-    largest, same = 0.0, True
+    largest = 0.0
+    same = True
     with torch.no_grad():
         for query in queries:
             expected = _last_logits(backbone, query)
@@ -304,7 +311,8 @@ def _check_generation(edited: LedgerModel, model: Any) -> dict[str, Any]:
             newest = request
             break
     other = replace(newest, prompt="What colour is the background?")
-    fired, texts = [], []
+    fired = []
+    texts = []
     for asked, use_cache in (
         ([newest], True),
         ([other], True),
@@ -362,7 +370,8 @@ def card(edited: LedgerModel, kind: str, name: str) -> str:
     """Return the README of an export: how it loads, what it was made from, and the edits."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    known, ledger = edited.ledger.config["model"], edited.ledger
+    known = edited.ledger.config["model"]
+    ledger = edited.ledger
     hub = known["source"].count("/") == 1 and not Path(known["source"]).exists()
     data = ModelCardData(
         library_name="peft" if kind == ADAPTERS else "transformers",

@@ -65,7 +65,12 @@ def _read(ledger: Ledger, line: bytes) -> bool:
         (record,) = run.decode("edits", line + b"\n")
         if record["do"] == "add":
             # raises an error if the record is not whole
-            Ledger(ledger.folder, run, ledger.config, [record])
+            Ledger(
+                ledger.folder,
+                run,
+                ledger.config,
+                [record],
+            )
         elif any(i not in ledger.edits for i in record["ids"]):
             return False
         ledger.take(record)
@@ -123,7 +128,8 @@ def _take_up_state(
 ) -> bool:
     """Take up the file that stands for most edits, if it goes on from what the lines say; the others are left."""
     there = {path.stem for path in ledger.shard_files()}
-    best, edits = "", dict(ledger.edits)
+    best = ""
+    edits = dict(ledger.edits)
     for shard, whose in found.items():
         in_file = {}
         for record in whose["edits"]:
@@ -186,10 +192,18 @@ def _lines(ledger: Ledger) -> Iterator[dict[str, Any]]:
     """Yield the lines that say what a ledger holds now."""
     if ledger.rows:
         for edit in ledger.edits.values():
-            yield ledger.record([edit], edit.shard, edit.row)
+            yield ledger.record(
+                [edit],
+                edit.shard,
+                edit.row,
+            )
     else:
         for ids, _ in ledger.operations(undone=True):
-            yield ledger.record([ledger.edits[i] for i in ids], ledger.state, 0)
+            yield ledger.record(
+                [ledger.edits[i] for i in ids],
+                ledger.state,
+                0,
+            )
     undone = [i for i, edit in ledger.edits.items() if not edit.active]
     if undone:
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -203,7 +217,8 @@ def _lines(ledger: Ledger) -> Iterator[dict[str, Any]]:
 
 def _copy(folder: Path, lines: bytes) -> str:
     """Keep the old lines under a new name and return it; a copy that a killed repair made is enough."""
-    digest, number = hashlib.sha256(lines).hexdigest(), 1
+    digest = hashlib.sha256(lines).hexdigest()
+    number = 1
     while (path := folder / f"edits.before-repair-{number}.jsonl").exists():
         if path.is_file() and sha256_of(path) == digest:
             return path.name

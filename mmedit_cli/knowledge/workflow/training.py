@@ -111,7 +111,15 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
     folder = Run.locate(
         options.records, ("train-editor", editor.name, ref.name, name), config
     )
-    return EditorTrainingPlan(options, ref, hparams, cases, held_out, config, folder)
+    return EditorTrainingPlan(
+        options,
+        ref,
+        hparams,
+        cases,
+        held_out,
+        config,
+        folder,
+    )
 
 
 def training_cases(
@@ -124,7 +132,8 @@ def training_cases(
     """
     from mmedit_cli.knowledge.data.base import DataOptions, find_dataset, read_data
 
-    train, validation = options.data, options.validation
+    train = options.data
+    validation = options.validation
     how = options.data_options or DataOptions()
     named = find_dataset(options.data)
     if named is not None and ":" not in options.data:
@@ -179,7 +188,11 @@ def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
     out.note(told(options.editor, plan.config["variant"]))
     backbone = load_model(model, plan.ref, out)
     steps: int = plan.hparams.training.steps
-    taught = with_alternatives(plan.cases, plan.hparams.training, options.seed)
+    taught = with_alternatives(
+        plan.cases,
+        plan.hparams.training,
+        options.seed,
+    )
     shown = [*chain.from_iterable(taught), *plan.held_out]
     totals = {PREPARING: count_queries(shown), "steps": steps}
     out.note(
@@ -209,7 +222,13 @@ def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
             conditions = replace(conditions, curve=curve)
         tick = stack.enter_context(out.progress(totals))
         conditions = replace(conditions, tick=tick)
-        result = train_networks(editor, plan.cases, plan.held_out, run, conditions)
+        result = train_networks(
+            editor,
+            plan.cases,
+            plan.held_out,
+            run,
+            conditions,
+        )
         if processes.rank == 0:
             elsewhere = ("device", "dtype", "batch_size")
             head = {k: v for k, v in plan.config.items() if k not in elsewhere}

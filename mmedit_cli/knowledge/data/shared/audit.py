@@ -124,7 +124,8 @@ def within(cases: Sequence[EditCase]) -> Iterator[Finding]:
 
 def _counts(cases: Sequence[EditCase]) -> Iterator[Finding]:
     """Count queries and pictures by column."""
-    n_queries, n_pictures = [], []
+    n_queries = []
+    n_pictures = []
     for column, queries in _by_column(cases).items():
         name = label(column)
         n_queries.append(f"{name} {len(queries):,}")
@@ -168,7 +169,8 @@ def _places(pairs: Sequence[tuple[EditCase, EditCase]], most: int = 5) -> str:
         return ""
     named = []
     for case, earlier in pairs[:most]:
-        here, there = Path(case.place).name, Path(earlier.place).name
+        here = Path(case.place).name
+        there = Path(earlier.place).name
         named.append(f"{here} and {there}")
     if len(pairs) > most:
         named.append("...")

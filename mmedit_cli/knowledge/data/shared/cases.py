@@ -66,14 +66,21 @@ class CaseReader:
             probes[family] = self._probes(record.get(family, {}), family)
         if request is None:
             return None
-        return EditCase(uid, request, type=kind, place=self.place, **probes)
+        return EditCase(
+            uid,
+            request,
+            type=kind,
+            place=self.place,
+            **probes,
+        )
 
     def _request(self, record: Mapping[str, Any], number: str) -> EditCase | None:
         """Read a plain request: a query with, optionally, an id and other wordings or pictures of the same fact.
 
         These are lists or single texts; in a table several columns may begin with the name (`rephrase1`, `rephrase2`).
         """
-        own, rephrased = {}, {}
+        own = {}
+        rephrased = {}
         for name, value in record.items():
             if _rephrases(name):
                 rephrased[name] = value
@@ -150,7 +157,12 @@ class CaseReader:
         image = self._image(record.get("image"), f"{inside}image")
         if len(self.problems) > before:
             return None
-        return Query(record["prompt"], record["target"], image, background)
+        return Query(
+            record["prompt"],
+            record["target"],
+            image,
+            background,
+        )
 
     def _image(self, value: Any, key: str) -> Path | None:
         if value is None:

@@ -68,10 +68,13 @@ def _json(path: Path, problems: list[str]) -> Iterator[Record]:
             f"{path}: more than {MOST_VALUES:,} values (JSON lines have no such bound)"
         )
         return
-    line, counted, end = 1, 0, "["
+    line = 1
+    counted = 0
+    end = "["
     while True:
         start = _skip(text, at + 1)
-        line, counted = line + text.count("\n", counted, start), start
+        line = line + text.count("\n", counted, start)
+        counted = start
         if text[start : start + 1] == "]" and end == "[":
             return
         try:

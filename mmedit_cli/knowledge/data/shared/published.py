@@ -48,7 +48,8 @@ class Template:
     def ask(self, kind: str, text: str, target: str, image: Path | None) -> Query:
         """Return the query for a text of a record."""
         if self.tidy:
-            text, target = tidy(text), target.strip()
+            text = tidy(text)
+            target = target.strip()
             if kind == "text" and not text.endswith("?"):
                 text += "?"
         form: str = getattr(self, kind)
@@ -94,11 +95,22 @@ def read_case(record: Json, uid: str, images: Path, template: Template) -> EditC
     image, rephrased_image, other_image = [
         _path(images, record, key) for key in _IMAGES
     ]
-    question, answer = texts["src"], texts["alt"]
+    question = texts["src"]
+    answer = texts["alt"]
     reworded = template.ask("request", texts["rephrase"], answer, image)
     redrawn = template.ask("request", question, answer, rephrased_image)
-    text_only = template.ask("text", texts["loc"], texts["loc_ans"], None)
-    unrelated = template.ask("image", texts["m_loc_q"], texts["m_loc_a"], other_image)
+    text_only = template.ask(
+        "text",
+        texts["loc"],
+        texts["loc_ans"],
+        None,
+    )
+    unrelated = template.ask(
+        "image",
+        texts["m_loc_q"],
+        texts["m_loc_a"],
+        other_image,
+    )
     return EditCase(
         uid,
         request=template.ask("request", question, answer, image),
@@ -176,7 +188,8 @@ class PublishedDataset(Dataset):
         """Yield the cases of a split; they are numbered from 0, as in the file."""
         template = self._template(options.template or self.template)
         read = self.readers.get(split, one_case)
-        path, images = self.file(split, options), self.images(options)
+        path = self.file(split, options)
+        images = self.images(options)
         for index, (place, record) in enumerate(read_records(path, problems)):
             uid = f"{split}-{index}"
             try:

@@ -101,10 +101,8 @@ def _processors(ref: ModelRef) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     assert ref.folder is not None
-    problem, hint = (
-        "no usable tokenizer or image processor",
-        "copy their files there too",
-    )
+    problem = "no usable tokenizer or image processor"
+    hint = "copy their files there too"
     with loading(ref.folder, problem=problem, hint=hint):
         tokenizer = AutoTokenizer.from_pretrained(
             ref.folder, local_files_only=True, trust_remote_code=False

@@ -65,7 +65,8 @@ def convert(
     if out.exists():
         raise ModelError(f"{out}: exists already", "name a folder that does not")
     note(f"reading {parts.vision}, {parts.qformer}, {parts.projection}")
-    vision, qformer = _read(parts.vision), _read(parts.qformer)
+    vision = _read(parts.vision)
+    qformer = _read(parts.qformer)
     projection = _read(parts.projection)
     tensors = _vision_tensors(vision, parts.vision) | _renamed(qformer, _QFORMER_NAMES)
     for end in ("weight", "bias"):
@@ -247,7 +248,8 @@ def _assemble(
     problems = [f"no tensor for {name}" for name in wanted if name not in tensors]
     for name, tensor in wanted.items():
         if name in tensors and tensors[name].shape != tensor.shape:
-            given, needed = tuple(tensors[name].shape), tuple(tensor.shape)
+            given = tuple(tensors[name].shape)
+            needed = tuple(tensor.shape)
             problems.append(f"{name}: shape {given} where {needed} is needed")
     if problems:
         raise ModelError(problems[:10], "do the files belong to the same MiniGPT-4?")

@@ -64,7 +64,11 @@ class DeepStack:
         """Add the tokens in every pass through `layers` inside the block, after what hooks on a layer change."""
         handles = [
             layer.register_forward_hook(partial(self._add, k))
-            for k, layer in zip(range(self.tokens.shape[1]), layers, strict=False)
+            for k, layer in zip(
+                range(self.tokens.shape[1]),
+                layers,
+                strict=False,
+            )
         ]
         try:
             yield
@@ -162,7 +166,12 @@ class RowCache(Generic[K]):
             return
         if self._folder is None:
             self._folder = new_temporary_folder()
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            weakref.finalize(
+                self,
+                shutil.rmtree,
+                self._folder,
+                ignore_errors=True,
+            )
         file = self._folder / f"{index}.safetensors"
         if not file.exists():
             save_file({str(i): row for i, row in enumerate(rows)}, file)

@@ -14,7 +14,11 @@ what is this in the picture shown here which colour does it have name of object 
 a red blue green yellow circle square triangle star house cat dog boat tree apple moon sun question answer
 the capital of peru lima paris france kenya nairobi japan tokyo is called one two three four five
 """.split()  # noqa: SIM905
-_LAYERS, _WIDTH, _HEADS, _SIDE, _PATCH = 6, 48, 4, 32, 8
+_LAYERS = 6
+_WIDTH = 48
+_HEADS = 4
+_SIDE = 32
+_PATCH = 8
 
 
 def tokenizer(*more: str, bos: bool = True) -> Any:
