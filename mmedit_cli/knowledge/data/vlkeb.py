@@ -60,7 +60,7 @@ def one_hop_edits(
     record: Json, uid: str, images: Path, template: Template
 ) -> list[EditCase]:
     """The edit of the picture, then the facts that the hop needs: both are edited before it is asked."""
-    facts = []
+    facts: list[EditCase] = []
     for hop in _hops(record):
         texts = check_texts(hop, ("port_edit_q", "port_edit_a"))
         question = texts["port_edit_q"]

@@ -154,7 +154,7 @@ def evaluate_edits(
     if editor.first_layer is None:
         evaluation.run_groups(groups)
         return evaluation.asked
-    queries = []
+    queries: list[Query] = []
     for case in cases:
         for _, asked in case.columns():
             queries.extend(asked)

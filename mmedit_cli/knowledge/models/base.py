@@ -60,13 +60,13 @@ class VisionLanguageModel(ABC):
     def __init__(
         self,
         name: str,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         image_processor: Any,
         fingerprint: str,
     ) -> None:
         self.name = name
-        self.model: Any = model  # a class of transformers: families call its methods
+        self.model = model  # families call methods that only their class has
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.fingerprint = fingerprint
@@ -425,8 +425,9 @@ class VisionLanguageModel(ABC):
             hidden = hidden[at.to(hidden.device)]
         for module in self._tail[1:]:
             hidden = module(hidden)
-        self._check_logits(hidden, prefix.batch)
-        return hidden
+        logits: Tensor = hidden
+        self._check_logits(logits, prefix.batch)
+        return logits
 
     @contextmanager
     def cached_activations(
@@ -657,11 +658,11 @@ class VisionLanguageModel(ABC):
             if token in self._end_ids:
                 break
             length += 1
-        text: str = self.tokenizer.decode(
+        text = self.tokenizer.decode(
             tokens[:length],
             skip_special_tokens=True,
         )
-        first_line, _, _ = text.strip("\r ").partition("\n")
+        first_line, _, _ = str(text).strip("\r ").partition("\n")
         return first_line.strip()
 
 

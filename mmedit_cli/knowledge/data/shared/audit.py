@@ -73,7 +73,7 @@ def label(column: str) -> str:
 
 def images(cases: Iterable[EditCase]) -> set[Path]:
     """Return every picture that the cases use."""
-    found = set()
+    found: set[Path | None] = set()
     for case in cases:
         for _, queries in case.columns():
             found.update(query.image for query in queries)

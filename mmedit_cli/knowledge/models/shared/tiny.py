@@ -254,7 +254,7 @@ _QWEN_VISION: dict[str, dict[str, Any]] = {
     },
 }
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_BUILD: dict[str, Callable[[Any], tuple[nn.Module, Any]]] = {
+_BUILD: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "tiny-blip2": _blip2,
     "tiny-llava": _llava,
     "tiny-minigpt4": _minigpt4,
