@@ -19,11 +19,19 @@ _MARKS = {True: "ok", False: "PROBLEM", None: "note"}
 
 def run(out: Output, findings: Iterable[Finding] = ()) -> bool:
     """Check the installation, print that and the `findings` about data; return whether all is well."""
-    rows = [*installation.check(), *findings]
-    found = [{"check": name, "ok": ok, "found": text} for name, ok, text in rows]
-    table = [[_MARKS[ok], name, text] for name, ok, text in rows]
-    out.result(found, lambda: out.table(["", "check", "found"], table))
-    return all(ok is not False for _, ok, _ in rows)
+    found = []
+    rows = []
+    well = True
+    for name, ok, text in [*installation.check(), *findings]:
+        found.append({"check": name, "ok": ok, "found": text})
+        rows.append([_MARKS[ok], name, text])
+        well = well and ok is not False
+
+    def show() -> None:
+        out.table(["", "check", "found"], rows)
+
+    out.result(found, show)
+    return well
 
 
 def check_subjects(data: str, options: DataOptions) -> Iterator[Finding]:

@@ -15,7 +15,9 @@ class MmeditError(Exception):
     exit_code = 1
 
     def __init__(self, problems: str | Sequence[str], hint: str = "") -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        if isinstance(problems, str):
+            problems = (problems,)
+        self.problems = tuple(problems)
         self.hint = hint
         super().__init__("\n".join(self.problems))
 

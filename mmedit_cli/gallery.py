@@ -26,9 +26,8 @@ THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
 HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
 _STYLE = """body { font: 15px sans-serif; margin: 2em } p { margin: 1em 0 0 } div { display: flex; flex-wrap: wrap }
 figure { margin: 0 1.5em 0 0 } figcaption { color: #707070 } img { height: 96px; margin-right: 4px }"""
-Row = tuple[
-    str, Sequence[tuple[str, Sequence[Path]]]
-]  # words, and groups of pictures by name
+# words, and groups of pictures by name
+Row = tuple[str, Sequence[tuple[str, Sequence[Path]]]]
 INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
 
 
@@ -72,38 +71,30 @@ def edit_sheet(
     from mmedit_cli.storage import write_atomic
 
     shown = [(load_picture(Picture(source, background)), "before")]
-    shown += [
-        (
-            load_picture(Picture(Path(edit["output"]), background)),
-            f"seed {edit['seed']}",
-        )
-        for edit in edits
-    ]
+    for edit in edits:
+        edited = load_picture(Picture(Path(edit["output"]), background))
+        shown.append((edited, f"seed {edit['seed']}"))
     across = math.ceil(math.sqrt(len(shown))) if len(shown) > 3 else len(shown)
     side = max(THUMB, min(2 * THUMB, 1200 // across))
     down = math.ceil(len(shown) / across)
-    sheet = Image.new(
-        "RGB",
-        (GAP + across * (side + GAP), 2 * LINE + down * (side + LINE + GAP)),
-        "white",
-    )
+    column_width = side + GAP
+    row_height = side + LINE + GAP
+    size = (GAP + across * column_width, 2 * LINE + down * row_height)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text(
-        (GAP, GAP), _cut(edits[0]["instruction"], sheet.width // 9), INK, _font(15)
-    )
+    title = _cut(edits[0]["instruction"], sheet.width // 9)
+    pen.text((GAP, GAP), title, INK, _font(15))
     for i, (picture, caption) in enumerate(shown):
-        left, top = (
-            GAP + i % across * (side + GAP),
-            2 * LINE + i // across * (side + LINE + GAP),
-        )
+        row, column = divmod(i, across)
+        left = GAP + column * column_width
+        top = 2 * LINE + row * row_height
         scale = side / max(picture.size)
         fitted = picture.resize(
             [max(1, round(length * scale)) for length in picture.size]
         )
-        sheet.paste(
-            fitted,
-            (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2),
-        )
+        margin_left = (side - fitted.width) // 2
+        margin_top = (side - fitted.height) // 2
+        sheet.paste(fitted, (left + margin_left, top + margin_top))
         pen.text((left, top + side + 2), caption, GREY, _font(13))
     write_atomic(path, png(sheet, small=True))
 
@@ -191,7 +182,9 @@ def _panel(
             (round(picture.width * scale), round(picture.height * scale))
         )
     sheet.paste(picture, (left, top))
-    good = panel["after"] == panel["before"] if kind == "local" else panel["right"]
+    good = panel["right"]
+    if kind == "local":
+        good = panel["after"] == panel["before"]
     lines = [
         (panel["prompt"], INK),
         (f"before: {panel['before']}", GREY),
@@ -200,7 +193,8 @@ def _panel(
     if kind == "request":
         lines.insert(1, (f"wanted: {panel['target']}", GREY))
     for i, (text, colour) in enumerate(lines):
-        pen.text((left + SIDE + GAP, top + 6 + i * LINE), _cut(text), colour, _font(14))
+        corner = (left + SIDE + GAP, top + 6 + i * LINE)
+        pen.text(corner, _cut(text), colour, _font(14))
 
 
 def _font(size: int) -> Any:

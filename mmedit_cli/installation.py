@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmedit_cli import runtime
 
 if TYPE_CHECKING:
-    from mmedit_cli.knowledge.data.base import Finding
+    from mmedit_cli.knowledge.data.shared.audit import Finding
 
 _MODULES = {"pillow": "PIL"}  # where the module is not called like the package
 _DISTRIBUTION = "mmedit-cli"

@@ -51,9 +51,12 @@ def visible(text: str) -> str:
 
 def cut(text: str, most: int) -> str:
     """Return a text of about `most` characters and at most 8 lines that says how much was left out."""
-    kept = "\n".join(text[:most].split("\n", _MOST_LINES)[:_MOST_LINES])
+    lines = text[:most].split("\n", _MOST_LINES)
+    kept = "\n".join(lines[:_MOST_LINES])
     left_out = len(text) - len(kept)
-    return f"{kept} ... ({left_out:,} more characters)" if left_out else text
+    if not left_out:
+        return text
+    return f"{kept} ... ({left_out:,} more characters)"
 
 
 class Output:
@@ -196,25 +199,27 @@ class _ProgressLines:
     FIRST, EVERY = 10.0, 30.0  # seconds
 
     def __init__(self, totals: Mapping[str, int], say: Callable[[str], None]) -> None:
-        self.totals, self.say = totals, say
+        self.totals = totals
+        self.say = say
         self.done = dict.fromkeys(totals, 0)
-        self.began: dict[
-            str, tuple[float, int]
-        ] = {}  # when a thing was first heard of, and how much was done then
+        # when a thing was first heard of, and how much was done then
+        self.began: dict[str, tuple[float, int]] = {}
         self.next = time.monotonic() + self.FIRST
 
     def __call__(self, what: str, n: int) -> None:
         now = time.monotonic()
         self.done[what] += n
-        began, before = self.began.setdefault(what, (now, self.done[what]))
+        done = self.done[what]
+        began, before = self.began.setdefault(what, (now, done))
         if now < self.next:
             return
         self.next = now + self.EVERY
-        done, total = self.done[what], self.totals[what]
+        total = self.totals[what]
         left = ""
-        if done > before and done < total:
-            seconds = (now - began) * (total - done) / (done - before)
-            left = f", about {_duration(seconds)} left"
+        if before < done < total:
+            seconds_each = (now - began) / (done - before)
+            seconds_left = seconds_each * (total - done)
+            left = f", about {_duration(seconds_left)} left"
         self.say(f"{what}: {done:,} of {total:,}{left}")
 
 
@@ -241,7 +246,9 @@ def report_error(error: MmeditError) -> None:
 def report_failure(error: BaseException) -> None:
     """Print an unexpected failure as one line."""
     text = " ".join(str(error).split()) or "no message"
-    _tell(f"error: {type(error).__name__}: {cut(text, 300)}")
+    kind = type(error).__name__
+    shortened = cut(text, 300)
+    _tell(f"error: {kind}: {shortened}")
     _tell("hint: run the same command with --debug to see where; please report it")
 
 

@@ -25,7 +25,8 @@ def unpack_beside(home: Path) -> None:
     """
     remove_temporaries(home)
     for archive in sorted(home.glob("*.zip")):
-        folder, state = archive.with_suffix(""), archive.stat()
+        folder = archive.with_suffix("")
+        state = archive.stat()
         mark = f"{state.st_size} {state.st_mtime_ns}\n"
         with suppress(OSError):
             if (folder / MARK).read_text(encoding="utf-8") == mark:
@@ -41,7 +42,8 @@ def mirror(home: Path, copy: Path) -> None:
     """
     for source in loose(home):
         goal = copy / source.relative_to(home)
-        if not goal.is_file() or goal.stat().st_size != source.stat().st_size:
+        size = source.stat().st_size
+        if not goal.is_file() or goal.stat().st_size != size:
             goal.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(goal, source.read_bytes())
 
@@ -50,9 +52,8 @@ def way_out(missing: Path) -> str:
     """Return how a file comes back that is not there, if a zip beside its folder has it; else nothing."""
     folder = missing.absolute().parent
     archive = folder.parent / f"{folder.name}.zip"
-    theirs = (
-        folder.is_dir() and not (folder / MARK).is_file()
-    )  # never ask anyone to delete a folder of their own
+    # never ask anyone to delete a folder of their own
+    theirs = folder.is_dir() and not (folder / MARK).is_file()
     if theirs or not archive.is_file():
         return ""
     if not zipfile.is_zipfile(archive):
@@ -60,11 +61,9 @@ def way_out(missing: Path) -> str:
     with zipfile.ZipFile(archive) as file:
         if missing.name not in file.namelist():
             return ""
-    return (
-        f"delete {folder}, which is unpacked anew"
-        if folder.is_dir()
-        else f"unpack {archive} as {folder}"
-    )
+    if folder.is_dir():
+        return f"delete {folder}, which is unpacked anew"
+    return f"unpack {archive} as {folder}"
 
 
 def loose(home: Path) -> list[Path]:
@@ -110,13 +109,14 @@ def compare(
 ) -> list[str]:
     """Return in a line each which files below `home` are missing, not in `origin`, or not of the digest wanted."""
     files = {path.relative_to(home).as_posix(): path for path in found}
-    lines = [f"{name} is missing" for name in sorted(wanted.keys() - files.keys())]
-    lines += [
-        f"{name} is not in {origin}" for name in sorted(files.keys() - wanted.keys())
-    ]
+    missing = sorted(wanted.keys() - files.keys())
+    unexpected = sorted(files.keys() - wanted.keys())
     both = sorted(files.keys() & wanted.keys())
-    return lines + [
-        f"{name} has changed" for name in both if digest(files[name]) != wanted[name]
+    changed = [name for name in both if digest(files[name]) != wanted[name]]
+    return [
+        *(f"{name} is missing" for name in missing),
+        *(f"{name} is not in {origin}" for name in unexpected),
+        *(f"{name} has changed" for name in changed),
     ]
 
 
@@ -124,11 +124,12 @@ def pack(folder: Path) -> Path:
     """Put a folder into the zip beside it, the same bytes for the same files; PNGs would not get any smaller."""
     archive = folder.with_suffix(".zip")
     with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file():
+                continue
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # of 1980
-            info.compress_type = (
-                zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
-            )
+            is_png = path.suffix == ".png"
+            info.compress_type = zipfile.ZIP_STORED if is_png else zipfile.ZIP_DEFLATED
             info.external_attr = 0o644 << 16
             file.writestr(info, path.read_bytes())
     return archive

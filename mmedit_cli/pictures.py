@@ -21,8 +21,9 @@ from mmedit_cli.registry import emojikb_dir
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 # Pictures that nothing here opens: in a folder of photos they are named, not passed over.
 _OTHER_ENDINGS = (
-    ".heic", ".heif", ".jxl", ".jp2", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".psd", ".svg",
-)  # fmt: skip
+    *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg"),
+    *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),  # of cameras
+)
 # What a file may be inside, whatever its name says. Left out is what starts other programs (EPS: Ghostscript) or is
 # hardly ever met, and so hardly ever tested (FLI, PCX, ...).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
@@ -30,10 +31,10 @@ _LONGEST_SIDE = 65_535  # pixels, as in JPEG: a picture of 1 x 80,000,000 is non
 _MOST_TIMES_AS_LONG = 200  # than wide: processors that scale the shorter side would make gigabytes of more
 _MOST_PIXELS = 50_000_000  # decoded and converted, they take less than 512 MiB
 _STRIP = 1 << 20  # pixels that are composed at once
-_SAMPLE_FORMAT, _SIGNED = (
-    339,
-    2,
-)  # a tag of TIFF files, and its value for whole numbers that have a sign
+# A tag of TIFF files, and its value for whole numbers that have a sign.
+_SAMPLE_FORMAT = 339
+_SIGNED = 2
+_LYING = (5, 6, 7, 8)  # values of the EXIF orientation where width and height change
 
 
 class Picture(NamedTuple):
@@ -61,19 +62,18 @@ def picture_digest(path: Path) -> str:
 def picture_size(picture: Picture) -> tuple[int, int]:
     """Return (width, height) in pixels of the upright picture from its header; raise DataError if it has none."""
     with _reading(picture.path) as image:
-        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if lying else (image.width, image.height)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        width, height = image.size
+    return (height, width) if orientation in _LYING else (width, height)
 
 
 def load_picture(picture: Picture) -> Image.Image:
     """Return the picture as RGB, upright, on its background; raise DataError if it cannot be decoded."""
     with _reading(picture.path) as image:
         upright = _upright(image)
-        return (
-            _composed(upright, picture.background)
-            if upright.has_transparency_data
-            else upright.convert("RGB")
-        )
+        if upright.has_transparency_data:
+            return _composed(upright, picture.background)
+        return upright.convert("RGB")
 
 
 def _composed(image: Image.Image, background: str) -> Image.Image:
@@ -82,9 +82,11 @@ def _composed(image: Image.Image, background: str) -> Image.Image:
     rows = max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
-        above = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        strip = image.crop((0, top, image.width, bottom))
+        above = strip.convert("RGBA")
         ground = Image.new("RGBA", above.size, background)
-        done.paste(Image.alpha_composite(ground, above).convert("RGB"), (0, top))
+        composed = Image.alpha_composite(ground, above)
+        done.paste(composed.convert("RGB"), (0, top))
     return done
 
 
@@ -96,9 +98,8 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
         raise DataError(f"{folder}: not a folder", "a folder with three to six photos")
     files = sorted(folder.iterdir())
     found = tuple(path for path in files if path.suffix.lower() in ENDINGS)
-    left_out = ", ".join(
-        path.name for path in files if path.suffix.lower() in _OTHER_ENDINGS
-    )
+    unusable = [path for path in files if path.suffix.lower() in _OTHER_ENDINGS]
+    left_out = ", ".join(path.name for path in unusable)
     if not found:
         more = f", and {left_out} cannot be opened" if left_out else ""
         raise DataError(

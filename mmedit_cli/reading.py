@@ -92,9 +92,9 @@ def open_regular(
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(
-                os.fstat(descriptor).st_mode
-            ):  # it may have been replaced in between
+            # it may have been replaced in between
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
                 raise error(f"{path}: is not a regular file", hint)
             yield file
     except OSError as refused:
@@ -110,9 +110,11 @@ def read_bytes(
 ) -> bytes:
     """Return the content of a regular file of at most `limit` bytes; raise `error` otherwise."""
     with open_regular(path, error=error, hint=hint) as file:
-        size = os.fstat(file.fileno()).st_size  # what is too large is not read at all
-        data = b"" if size > limit else file.read(limit + 1) or b""
-    if max(size, len(data)) > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:  # what is too large is not read at all
+            raise error(f"{path}: larger than {_size(limit)}", hint)
+        data = file.read(limit + 1) or b""
+    if len(data) > limit:
         raise error(f"{path}: larger than {_size(limit)}", hint)
     return data
 
@@ -122,9 +124,11 @@ def digest_of(
 ) -> str:
     """Return the SHA-256 of a regular file of at most `limit` bytes; raise `error` otherwise."""
     with open_regular(path, error=error, hint=hint) as file:
-        if os.fstat(file.fileno()).st_size > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise error(f"{path}: larger than {_size(limit)}", hint)
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        digest = hashlib.file_digest(cast(Any, file), "sha256")
+    return digest.hexdigest()
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
@@ -235,10 +239,18 @@ class _Refused(Exception):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = _first_repeated([key for key, _ in pairs])
         raise _Refused(f"the key {shown(twice)} stands twice")
     return found
+
+
+def _first_repeated(keys: list[str]) -> str:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("every key stands once")
 
 
 def _integer(text: str) -> int:
@@ -420,7 +432,8 @@ def read_json_lines(
     """
     for number, line in read_lines(path, error=error, hint=hint):
         if line.strip():
-            yield parse_json_object(line, f"{path}:{number}", error=error, hint=hint)
+            place = f"{path}:{number}"
+            yield parse_json_object(line, place, error=error, hint=hint)
 
 
 def read_csv(
@@ -580,7 +593,10 @@ class Record:
         error: ErrorType = DataError,
         hint: str = "",
     ) -> None:
-        self.place, self.key, self.error, self.hint = place, key, error, hint
+        self.place = place
+        self.key = key
+        self.error = error
+        self.hint = hint
         if not isinstance(value, dict):
             start = f"{place}: {key}" if key else place
             raise error(
@@ -671,10 +687,12 @@ class Record:
             return cast("list[Any]", value)
         if not isinstance(value, list):
             self._wrong(key, "a list", value)
+        takes_flags = kind in (bool, object)  # a bool is an int to Python
         for index, item in enumerate(value):
-            strange = isinstance(item, bool) and kind is not bool and kind is not object
-            if strange or not isinstance(item, kind):
-                self._wrong(f"{key}[{index}]", _WORDS.get(kind, kind.__name__), item)
+            is_flag = isinstance(item, bool) and not takes_flags
+            if is_flag or not isinstance(item, kind):
+                wanted = _WORDS.get(kind, kind.__name__)
+                self._wrong(f"{key}[{index}]", wanted, item)
         return value
 
     def mapping(self, key: str, default: Any = _NEEDED) -> Mapping[str, Any]:

@@ -33,8 +33,9 @@ class _Rules:
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Read a whole number that is not absurdly long."""
-        if len(node.value) > self.longest_integer:
-            _fail(node, f"a whole number of {len(node.value):,} digits")
+        digits = len(node.value)
+        if digits > self.longest_integer:
+            _fail(node, f"a whole number of {digits:,} digits")
         return yaml.SafeLoader.construct_yaml_int(self, node)  # type: ignore[arg-type]
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:

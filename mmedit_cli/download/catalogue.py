@@ -217,10 +217,13 @@ def _file(entry: Record) -> File:
     entry.only("path", "bytes", *_DIGESTS)
     digests = {}
     for key, form in _DIGESTS.items():
-        digests[key] = entry.text(key, None)
-        if digests[key] is not None and not form.fullmatch(digests[key]):
-            entry.fail(key, f"{digests[key]!r} is no {key}")
-    return File(entry.text("path"), entry.integer("bytes", None, low=0), **digests)
+        digest = entry.text(key, None)
+        if digest is not None and not form.fullmatch(digest):
+            entry.fail(key, f"{digest!r} is no {key}")
+        digests[key] = digest
+    path = entry.text("path")
+    size = entry.integer("bytes", None, low=0)
+    return File(path, size, **digests)
 
 
 def _source(entry: Record) -> Source:

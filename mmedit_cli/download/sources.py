@@ -201,15 +201,19 @@ class _Form(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.action, self.fields = "", dict[str, str]()
+        self.action = ""
+        self.fields: dict[str, str] = {}
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         if tag == "form":
             self.action = found.get("action") or ""
-        elif tag == "input" and found.get("type") == "hidden" and found.get("name"):
-            self.fields[str(found["name"])] = found.get("value") or ""
+        if tag != "input" or found.get("type") != "hidden":
+            return
+        name = found.get("name")
+        if name:
+            self.fields[name] = found.get("value") or ""
 
 
 def _from_data(courier: Courier, source: Source, item: Item, folder: Path) -> Fetched:

@@ -58,20 +58,21 @@ class Limits:
     entries: int = 300_000
     bytes: int = 2 << 40
     ratio: int = 200
-    free_ratio_bytes: int = (
-        1 << 30
-    )  # below this size any ratio is fine: annotations compress well
+    # below this size any ratio is fine: annotations compress well
+    free_ratio_bytes: int = 1 << 30
 
 
 class _Budget:
     """Counts what really comes out of an archive; sizes in headers may lie."""
 
     def __init__(self, archive: Path, folder: Path, limits: Limits) -> None:
-        size = archive.stat().st_size
-        self.archive, self.limits = archive, limits
-        self.most = min(limits.bytes, max(limits.free_ratio_bytes, size * limits.ratio))
+        self.archive = archive
+        self.limits = limits
+        by_ratio = archive.stat().st_size * limits.ratio
+        self.most = min(limits.bytes, max(limits.free_ratio_bytes, by_ratio))
         self.free = shutil.disk_usage(folder).free
-        self.entries = self.bytes = 0
+        self.entries = 0
+        self.bytes = 0
 
     def entry(self) -> None:
         self.entries += 1

@@ -88,7 +88,8 @@ class KindCommand(TyperCommand):
 
     def _named_kind(self, values: dict[str, Any]) -> tuple[Kind, bool]:
         """Return the kind that the arguments name, or the first one, and whether they name any."""
-        method, folder = values.get(METHOD), values.get(FOLDER)
+        method = values.get(METHOD)
+        folder = values.get(FOLDER)
         if folder is not None:
             return kind_of_folder(Path(folder), self.task), True
         if method is None or method.startswith("-"):  # an option that is unknown
@@ -113,7 +114,8 @@ class KindCommand(TyperCommand):
         """Return the parameters of all kinds, those with the same spelling once."""
         found: dict[str, Any] = {}
         for kind in kinds_with(self.task):
-            for param in _build(self.task, kind.commands[self.task]).params:
+            command = _build(self.task, kind.commands[self.task])
+            for param in command.params:
                 found.setdefault(param.opts[0], param)
         return list(found.values())
 

@@ -93,7 +93,9 @@ def _print_head(out: Output, report: Mapping[str, Any]) -> None:
 
 
 def _print_scores(out: Output, milestones: Sequence[Mapping[str, Any]]) -> None:
-    heads = [f"after {m['edits']}\nn={m['cases']}" for m in milestones]
+    heads = []
+    for milestone in milestones:
+        heads.append(f"after {milestone['edits']}\nn={milestone['cases']}")
     rows, sections = _score_rows(milestones)
     out.table(["protocol", "score", "before", *heads], rows, sections=sections)
     for protocol in milestones[0]["scores"]:
@@ -107,10 +109,14 @@ def _print_retention(out: Output, retention: Mapping[str, Any], protocol: str) -
 
 
 def _print_examples(out: Output, examples: Sequence[Mapping[str, Any]]) -> None:
-    rows = [[_short(str(example[key])) for key in _EXAMPLE] for example in examples]
-    if examples and examples[0]["after"] is not None:
-        out.line()
-        out.table(["edit", "target", "answer before", "answer after"], rows)
+    if not examples or examples[0]["after"] is None:
+        return
+    rows = []
+    for example in examples:
+        texts = [str(example[key]) for key in _EXAMPLE]
+        rows.append([_short(text) for text in texts])
+    out.line()
+    out.table(["edit", "target", "answer before", "answer after"], rows)
 
 
 def _whole_groups(
@@ -127,12 +133,15 @@ def _whole_groups(
 def _cost(cost: Mapping[str, Any]) -> str:
     """Say how fast it went."""
     seconds = cost["seconds_per_edit"]
-    spread = f"median {seconds['median']:.3g} s, p95 {seconds['p95']:.3g} s"
-    text = f"{cost['edits']:,} edits, {1 / seconds['mean']:.3g} a second ({spread})"
+    rate = 1 / seconds["mean"]
+    median = f"median {seconds['median']:.3g} s"
+    slowest = f"p95 {seconds['p95']:.3g} s"
+    text = f"{cost['edits']:,} edits, {rate:.3g} a second ({median}, {slowest})"
     asked = cost.get("asked", {"questions": 0})
-    if asked["questions"]:
-        rate = asked["questions"] / asked["seconds"]
-        text += f"; {asked['questions']:,.0f} questions asked, {rate:,.0f} a second"
+    questions = asked["questions"]
+    if questions:
+        rate = questions / asked["seconds"]
+        text += f"; {questions:,.0f} questions asked, {rate:,.0f} a second"
     return text
 
 
@@ -155,11 +164,13 @@ def _selection(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _skipped(gone: Mapping[str, Any]) -> str:
     """Say which pictures are missing, and which cases and probes went with them."""
-    counts = [
-        f"{column_name(column)} {count}" for column, count in gone["queries"].items()
-    ]
-    probes = f" and the probes {', '.join(counts)}" if counts else ""
-    images = f"{gone['missing_images']} of {gone['images']} images are missing"
+    counts = []
+    for column, count in gone["queries"].items():
+        counts.append(f"{column_name(column)} {count}")
+    names = ", ".join(counts)
+    probes = f" and the probes {names}" if names else ""
+    missing = gone["missing_images"]
+    images = f"{missing} of {gone['images']} images are missing"
     return f"skipped: {images}, and with them {gone['cases']} cases{probes}"
 
 
@@ -186,9 +197,11 @@ def _score_rows(
 
 def _before(scores: Sequence[Mapping[str, Any] | None]) -> str:
     """Return the score of the untouched model, which the last milestone knows best; empty where none has one."""
-    known = [score["before"] for score in scores if score and "before" in score]
-    before = known[-1] if known else None
-    return "" if before is None else f"{100 * before:.1f}"
+    before = None
+    for score in scores:
+        if score is not None and "before" in score:
+            before = score["before"]
+    return "" if before is None else _percent(before)
 
 
 def _retention_table(
@@ -196,12 +209,16 @@ def _retention_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Return (header, rows): the reliability of the edits made in each stretch, asked at each later milestone."""
     asked = [f"after {milestone}" for milestone in retention["milestones"]]
+    header = [f"Rel retained ({protocol})", *asked]
+    cohorts = retention["cohorts"]
     matrix = retention[protocol]["matrix"]
     rows = []
-    for cohort, values in zip(retention["cohorts"], matrix, strict=True):
-        cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-        rows.append([f"edits {cohort}", *cells])
-    return [f"Rel retained ({protocol})", *asked], rows
+    for cohort, values in zip(cohorts, matrix, strict=True):
+        row = [f"edits {cohort}"]
+        for value in values:
+            row.append("" if value is None else _percent(value))
+        rows.append(row)
+    return header, rows
 
 
 def _routing_table(
@@ -210,16 +227,22 @@ def _routing_table(
     """Return (header, rows): which share of the queries of each column was answered by which edit, in %."""
     rows = []
     for column, shares in routing.items():
-        percents = [100 * shares[route] for route in _ROUTES]
-        rows.append([column_name(column), *(f"{percent:.1f}" for percent in percents)])
+        cells = [_percent(shares[route]) for route in _ROUTES]
+        rows.append([column_name(column), *cells])
     return ["answered by", "its own edit", "another", "none"], rows
 
 
 def _cell(score: Mapping[str, Any] | None, cases: int) -> str:
     if score is None or score["mean"] is None:
         return "-"
+    mean = _percent(score["mean"])
+    spread = half_interval(score, 1, scale=100)
     count = "" if score["n"] == cases else f" n={score['n']}"
-    return f"{100 * score['mean']:.1f}{half_interval(score, 1, scale=100)}{count}"
+    return f"{mean}{spread}{count}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _short(text: str, most: int = 36) -> str:

@@ -77,17 +77,23 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
 
 def _score_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Return a row a score: of all pairs, then of each kind of pair."""
-    everything = report["scores"].items()
-    rows = [_score_row("all", name, score) for name, score in everything]
+    rows = []
+    for name, score in report["scores"].items():
+        rows.append(_score_row("all", name, score))
     for kind, scores in report["by_kind"].items():
-        names = [name for name in _OF_A_KIND if name in scores]
-        rows += [_score_row(kind, name, scores[name]) for name in names]
+        for name in _OF_A_KIND:
+            if name in scores:
+                rows.append(_score_row(kind, name, scores[name]))
     return rows
 
 
 def _score_row(pairs: str, name: str, score: Mapping[str, Any]) -> list[str]:
     from mmedit_cli.picture_editing.workflow.evaluation import SCORES
 
-    mean = f"{score['mean']:.4f}{half_interval(score, 4)}"
-    unchanged = "-" if score["unchanged"] is None else f"{score['unchanged']:.4f}"
-    return [pairs, name, SCORES[name], mean, unchanged, str(score["n"])]
+    spread = half_interval(score, 4)
+    edited = f"{score['mean']:.4f}{spread}"
+    floor = score["unchanged"]
+    unchanged = "-" if floor is None else f"{floor:.4f}"
+    better = SCORES[name]
+    count = str(score["n"])
+    return [pairs, name, better, edited, unchanged, count]

@@ -45,8 +45,11 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
     Raises RunError if it has not the form of one.
     """
     with _form(str(report.get("run", "report.json"))):
-        printers = [shown for key, shown in _PRINTERS.items() if key in report]
-        print_report = printers[0] if printers else picture_editing.print_training
+        print_report = picture_editing.print_training
+        for key, printer in _PRINTERS.items():
+            if key in report:
+                print_report = printer
+                break
         print_report(out, report)
 
 
@@ -75,11 +78,14 @@ def _run_row(done: Mapping[str, Any], folder: Path) -> list[str]:
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))
         made = str(last["edits"])
-        score = f"{protocol} {100 * scores['reliability']['mean']:.1f}"
+        reliability = 100 * scores["reliability"]["mean"]
+        score = f"{protocol} {reliability:.1f}"
     elif "best" in done:
-        score = f"held out {100 * done['best']['score']:.1f}"
+        held_out = 100 * done["best"]["score"]
+        score = f"held out {held_out:.1f}"
     elif "scores" in done:
-        made = f"L1 {done['scores']['L1']['mean']:.4f}"
+        distance = done["scores"]["L1"]["mean"]
+        made = f"L1 {distance:.4f}"
     elif "sides" in done:
         made = f"{done['data']['cases']} subjects"
     names = [done["editor"], done["model"]["name"], done["data"]["name"]]
