@@ -56,7 +56,7 @@ def test_the_examples_pass_their_own_tests(copied):
 
 def test_the_editor_keeps_the_contract_of_editors(copied):
     last = run_tests(copied, METHOD_TESTS, "-k", "nudge and tiny-blip2")
-    assert int(last.split()[0]) >= 12
+    assert int(last.split()[0]) >= 10
     assert "failed" not in last
 
 
