@@ -238,15 +238,16 @@ def test_the_handle_undoes_its_own_edits(editor):
 
 
 def test_what_lies_below_first_layer_never_changes(editor):
-    backbone, batch = editor.backbone, editor.backbone.batch(QUERIES)
-    if editor.first_layer is None:
-        assert torch.equal(backbone.embed(batch)[1], backbone.embed(batch)[1])
-        before = [backbone.prefix(backbone.batch(QUERIES[1:2]), 3).hidden]
+    backbone = editor.backbone
+    if editor.first_layer is None:  # what enters the language model changes
+        plain = QUERIES[1:2]
+        before = backbone.prefix(backbone.batch(plain), 3).hidden
         editor.edit(REQUESTS)
-        if backbone.rewrite is None:
-            hidden = backbone.prefix(backbone.batch(QUERIES[1:2]), 3).hidden
-            assert torch.equal(hidden, before[0]), "no image, no change"
+        after = backbone.prefix(backbone.batch(plain), 3).hidden
+        rewritten = backbone.rewrite is not None
+        assert torch.equal(after, before) != rewritten, "without a picture only words"
         return
+    batch = backbone.batch(QUERIES)
     layers = range(editor.first_layer + 1)
     before = [backbone.prefix(batch, layer).hidden for layer in layers]
     editor.edit(REQUESTS)
@@ -315,6 +316,38 @@ def test_a_failed_edit_leaves_the_earlier_ones(editor, tmp_path):
     with pytest.raises(DataError):
         editor.edit([REQUESTS[1], replace(REQUESTS[2], image=tmp_path / "broken.png")])
     assert_same(snapshot(editor.backbone), once)
+    assert editor.edit(REQUESTS[1:2]).ids == (2,)
+
+
+def same_tensors(some, others) -> bool:
+    """Whether two tables hold equal tensors under the same names."""
+    if some.keys() != others.keys():
+        return False
+    return all(torch.equal(some[name], others[name]) for name in some)
+
+
+def test_what_fails_when_the_model_is_changed_already_is_rolled_back(
+    editor, monkeypatch
+):
+    editor.edit(REQUESTS[:1])
+    once, before = logits(editor.backbone), snapshot(editor.backbone)
+    kept = {name: tensor.clone() for name, tensor in editor.tensors().items()}
+    operations, apply = list(editor.operations), editor._apply
+
+    def late(requests, source):
+        info = apply(requests, source)
+        if tuple(requests) == REQUESTS[1:]:
+            assert not same_tensors(editor.tensors(), kept), "the edits are in"
+            raise ZeroDivisionError
+        return info
+
+    monkeypatch.setattr(editor, "_apply", late)
+    with pytest.raises(ZeroDivisionError):
+        editor.edit(REQUESTS[1:])
+    assert editor.operations == operations
+    assert same_tensors(editor.tensors(), kept)
+    assert_same(snapshot(editor.backbone), before)
+    assert torch.equal(logits(editor.backbone), once)
     assert editor.edit(REQUESTS[1:2]).ids == (2,)
 
 
