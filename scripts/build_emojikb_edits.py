@@ -69,9 +69,11 @@ def export(pairs: list[EditPair], folder: Path) -> None:
         place = folder / pair.uid
         place.mkdir(parents=True, exist_ok=True)
         told = {
-            "edit": pair.instruction, "input": pair.caption, "output": pair.target_caption,
+            "edit": pair.instruction,
+            "input": pair.caption,
+            "output": pair.target_caption,
             "expressive": pair.expressive,
-        }  # fmt: skip
+        }
         write_atomic(place / "0_0.png", png(pair.source()))
         write_atomic(place / "0_1.png", png(pair.target()))
         write_atomic(place / "prompt.json", json.dumps(told, ensure_ascii=False))

@@ -36,8 +36,14 @@ from mmedit_cli.storage import write_atomic
 from mmedit_cli.types import Query
 
 TARGETS = {
-    "name": 0.90, "kind": 0.95, "category": 0.95, "background": 0.97, "country": 0.90, "capital": 0.85, "text": 0.95,
-}  # fmt: skip
+    "name": 0.90,
+    "kind": 0.95,
+    "category": 0.95,
+    "background": 0.97,
+    "country": 0.90,
+    "capital": 0.85,
+    "text": 0.95,
+}
 LONGEST_ANSWER = 20  # tokens
 FAMILIES = {
     "blip2": "BLIP-2 (vision tower, Q-Former, OPT decoder)",

@@ -38,10 +38,17 @@ def tower(layers: int) -> Any:
     torch.manual_seed(0)
     encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words), hidden_size=768, intermediate_size=3072, num_hidden_layers=layers,
-            num_attention_heads=12, max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            vocab_size=len(words),
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=layers,
+            num_attention_heads=12,
+            max_position_embeddings=77,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     words.model_max_length = 77
 
     class Tower:

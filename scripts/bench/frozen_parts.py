@@ -40,21 +40,39 @@ def moderate_blip2(layers: int) -> Blip2:
     words = tiny.tokenizer()
     config = Blip2Config(
         vision_config={
-            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": 64, "patch_size": 8, "initializer_range": 0.02,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            "initializer_range": 0.02,
         },
         qformer_config={
-            "vocab_size": 8, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "intermediate_size": 512, "encoder_hidden_size": 128, "max_position_embeddings": 8,
+            "vocab_size": 8,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "encoder_hidden_size": 128,
+            "max_position_embeddings": 8,
         },
         text_config=OPTConfig(
-            vocab_size=len(words), hidden_size=256, num_hidden_layers=layers, ffn_dim=1024, num_attention_heads=8,
-            word_embed_proj_dim=256, max_position_embeddings=128, dropout=0.0, pad_token_id=0, bos_token_id=1,
+            vocab_size=len(words),
+            hidden_size=256,
+            num_hidden_layers=layers,
+            ffn_dim=1024,
+            num_attention_heads=8,
+            word_embed_proj_dim=256,
+            max_position_embeddings=128,
+            dropout=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
             eos_token_id=2,
         ).to_dict(),
         num_query_tokens=32,
         image_token_index=3,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config)
     tiny.spread(model)

@@ -40,10 +40,35 @@ BATCH = (
     "--batch-size",
     "2",
 )
-TRAINED = ("liveedit", "--model", "tiny-blip2", "--data", str(SHAPES), "--set", "training.batch_size=2",
-           "--set", "training.validate_every=2", "--set", "training.alternatives=1", "--limit", "20")  # fmt: skip
-LEARNED = ("--model", "tiny-sd", "--images", "photos", "--superclass", "dog", "--device", "cpu", "--into", "mine",
-           "--set", "steps=2")  # fmt: skip
+TRAINED = (
+    "liveedit",
+    "--model",
+    "tiny-blip2",
+    "--data",
+    str(SHAPES),
+    "--set",
+    "training.batch_size=2",
+    "--set",
+    "training.validate_every=2",
+    "--set",
+    "training.alternatives=1",
+    "--limit",
+    "20",
+)
+LEARNED = (
+    "--model",
+    "tiny-sd",
+    "--images",
+    "photos",
+    "--superclass",
+    "dog",
+    "--device",
+    "cpu",
+    "--into",
+    "mine",
+    "--set",
+    "steps=2",
+)
 TOKEN = ("--token", "<my-dog>")
 FACTS = ("--requests", "facts.jsonl", "--into", "ledger")
 UNNAMED = r"ledger/(shards/[0-9a-f]{64}\.safetensors|pictures/[0-9a-f]{64}\.png)"  # kept until `edits compact`
@@ -340,8 +365,19 @@ def _files() -> list[Scenario]:
         "cpu",
     )
     download = ("download", "--catalogue", "catalogue.yaml")
-    convert = ("convert", "minigpt4", "model", "--vision", "published/eva.pth", "--qformer", "published/qformer.pth",
-               "--projection", "published/projection.pth", "--llm", "published/vicuna")  # fmt: skip
+    convert = (
+        "convert",
+        "minigpt4",
+        "model",
+        "--vision",
+        "published/eva.pth",
+        "--qformer",
+        "published/qformer.pth",
+        "--projection",
+        "published/projection.pth",
+        "--llm",
+        "published/vicuna",
+    )
     return [
         Scenario("covariance", covariance, before=[captions], done=(2,)),
         Scenario("download", (*download, "things"), before=[catalogue]),
@@ -353,13 +389,58 @@ def _files() -> list[Scenario]:
 
 
 def _runs() -> list[Scenario]:
-    evaluated = ("eval", "ft", "--model", "tiny-blip2", "--data", str(SHAPES), "--sequential", "3", "--limit", "3",
-                 "--report-at", "1,3", "--device", "cpu")  # fmt: skip
-    painted = ("eval", "instruct-pix2pix", "--model", "tiny-ip2p", "--data", "emojikb-edits", "--limit", "2", "--set",
-               "steps=1", "--set", "judge=none", "--device", "cpu")  # fmt: skip
-    drawn = ("eval", "multi-melo-diffusion", "--model", "tiny-sd", "--data", "subjects", "--device", "cpu", "--set",
-             "steps=1", "--set", "eval.steps=1", "--set", "eval.seeds=1", "--set", "eval.batch_size=3", "--set",
-             "eval.encoder=tiny-blip2")  # fmt: skip
+    evaluated = (
+        "eval",
+        "ft",
+        "--model",
+        "tiny-blip2",
+        "--data",
+        str(SHAPES),
+        "--sequential",
+        "3",
+        "--limit",
+        "3",
+        "--report-at",
+        "1,3",
+        "--device",
+        "cpu",
+    )
+    painted = (
+        "eval",
+        "instruct-pix2pix",
+        "--model",
+        "tiny-ip2p",
+        "--data",
+        "emojikb-edits",
+        "--limit",
+        "2",
+        "--set",
+        "steps=1",
+        "--set",
+        "judge=none",
+        "--device",
+        "cpu",
+    )
+    drawn = (
+        "eval",
+        "multi-melo-diffusion",
+        "--model",
+        "tiny-sd",
+        "--data",
+        "subjects",
+        "--device",
+        "cpu",
+        "--set",
+        "steps=1",
+        "--set",
+        "eval.steps=1",
+        "--set",
+        "eval.seeds=1",
+        "--set",
+        "eval.batch_size=3",
+        "--set",
+        "eval.encoder=tiny-blip2",
+    )
     return [
         Scenario("run", recording, short=True),
         Scenario("eval", evaluated),
@@ -407,8 +488,21 @@ def _concepts() -> list[Scenario]:
     return [
         Scenario("learn", learn, before=[photos], done=(2,)),
         Scenario("learn-second", learn, before=[photos, other], done=(2,)),
-        Scenario("learn-force", (*learn, "--seed", "1", "--force"), before=[photos, other, learn]),
-        Scenario("forget", ("edits", "undo", "mine", "<my-dog>"), before=[photos, other, learn], done=(2,)),
-        Scenario("export-concepts", ("edits", "export", "mine", "--to", "lora", "--device", "cpu"),
-                 before=[photos, learn], done=(2,)),
-    ]  # fmt: skip
+        Scenario(
+            "learn-force",
+            (*learn, "--seed", "1", "--force"),
+            before=[photos, other, learn],
+        ),
+        Scenario(
+            "forget",
+            ("edits", "undo", "mine", "<my-dog>"),
+            before=[photos, other, learn],
+            done=(2,),
+        ),
+        Scenario(
+            "export-concepts",
+            ("edits", "export", "mine", "--to", "lora", "--device", "cpu"),
+            before=[photos, learn],
+            done=(2,),
+        ),
+    ]

@@ -14,11 +14,41 @@ from typing import Any
 
 # texts that stand for a value where JSON is written; `json.dumps` could not write most of them
 LITERALS = (
-    "null", "true", "0", "-1", "1.5", "9" * 4301, "1e999", "NaN", "Infinity", "-Infinity", '""', '" "', '"\\u0000"',
-    '"\\ud800"', '"a\\u001b[31mb"', '"[bold]:apple:\\\\"', '"../../canary/victim.txt"', '"/dev/zero"', '"x\\u0000y"',
-    "[]", "{}", "[[]]", "[null]", '{"":null}', "[" * 300 + "]" * 300, "[" * 100_000, '{"a":' * 200 + "1" + "}" * 200,
-    '"' + "x" * 100_000 + '"', "-0", "1_000", "undefined", '{"a":1,"a":2}', '["a","a"]', "10000000000000000000000",
-)  # fmt: skip
+    "null",
+    "true",
+    "0",
+    "-1",
+    "1.5",
+    "9" * 4301,
+    "1e999",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    '""',
+    '" "',
+    '"\\u0000"',
+    '"\\ud800"',
+    '"a\\u001b[31mb"',
+    '"[bold]:apple:\\\\"',
+    '"../../canary/victim.txt"',
+    '"/dev/zero"',
+    '"x\\u0000y"',
+    "[]",
+    "{}",
+    "[[]]",
+    "[null]",
+    '{"":null}',
+    "[" * 300 + "]" * 300,
+    "[" * 100_000,
+    '{"a":' * 200 + "1" + "}" * 200,
+    '"' + "x" * 100_000 + '"',
+    "-0",
+    "1_000",
+    "undefined",
+    '{"a":1,"a":2}',
+    '["a","a"]',
+    "10000000000000000000000",
+)
 MARK = "\x01HERE\x01"  # where a literal goes
 
 

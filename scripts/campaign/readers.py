@@ -300,8 +300,10 @@ def main() -> int:
         print(
             f"{kind:10}{number:8}{seen if kind != 'process' else '-':>13}{median:10.2f}{failed:10}"
         )
-    print(f"{len(failures)} failures in {len(found)} readers beside {changes} changes of two writers, "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    print(
+        f"{len(failures)} failures in {len(found)} readers beside {changes} changes of two writers, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     for line in failures:
         print(f"  {line}")
     return 1 if failures else 0

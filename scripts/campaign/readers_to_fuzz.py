@@ -12,16 +12,34 @@ from typing import Any
 
 QUERY = {"prompt": "What is this?", "target": "a star", "image": "a.png"}
 CASE = {
-    "id": "1", "type": "name", "request": QUERY, "generality": {"text": [QUERY]},
-    "locality": {"text": [{"prompt": "Who?", "target": "me"}]}, "portability": {}, "needs": {},
-}  # fmt: skip
+    "id": "1",
+    "type": "name",
+    "request": QUERY,
+    "generality": {"text": [QUERY]},
+    "locality": {"text": [{"prompt": "Who?", "target": "me"}]},
+    "portability": {},
+    "needs": {},
+}
 RECORD = {
-    "src": "What is this?", "alt": "a star", "rephrase": "What do you see?", "image": "a.png",
+    "src": "What is this?",
+    "alt": "a star",
+    "rephrase": "What do you see?",
+    "image": "a.png",
     "image_rephrase": "a.png",
-    "loc": "Who?", "loc_ans": "me", "m_loc": "a.png", "m_loc_q": "And this?", "m_loc_a": "a cat",
-    "port_new": [{"port_q": "What does it do?", "port_a": "shine", "port_type": "1-hop",
-                  "Q&A": {"Question": "What does it do?", "Answer": "shine"}}],
-}  # fmt: skip
+    "loc": "Who?",
+    "loc_ans": "me",
+    "m_loc": "a.png",
+    "m_loc_q": "And this?",
+    "m_loc_a": "a cat",
+    "port_new": [
+        {
+            "port_q": "What does it do?",
+            "port_a": "shine",
+            "port_type": "1-hop",
+            "Q&A": {"Question": "What does it do?", "Answer": "shine"},
+        }
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -45,22 +63,50 @@ def import_all() -> None:
 def readers() -> list[Reader]:
     """Return all readers."""
     return [
-        Reader("cases.jsonl", lambda f: _data(f, "cases.jsonl", _lines(CASE, {**CASE, "id": "2"})), _cases("")),
-        Reader("facts.json", lambda f: _data(f, "facts.json", json.dumps([QUERY, QUERY])), _cases("facts.json")),
+        Reader(
+            "cases.jsonl",
+            lambda f: _data(f, "cases.jsonl", _lines(CASE, {**CASE, "id": "2"})),
+            _cases(""),
+        ),
+        Reader(
+            "facts.json",
+            lambda f: _data(f, "facts.json", json.dumps([QUERY, QUERY])),
+            _cases("facts.json"),
+        ),
         Reader("facts.csv", lambda f: _data(f, "facts.csv", _CSV), _cases("facts.csv")),
         Reader("facts.jsonl.gz", _gzipped, _cases("facts.jsonl.gz")),
-        Reader("vlkeb", lambda f: _data(f, "eval_multihop.json", json.dumps([RECORD])), _vlkeb),
-        Reader("doctor data", lambda f: _data(f, "cases.jsonl", _lines(CASE)), _command("doctor", ".")),
+        Reader(
+            "vlkeb",
+            lambda f: _data(f, "eval_multihop.json", json.dumps([RECORD])),
+            _vlkeb,
+        ),
+        Reader(
+            "doctor data",
+            lambda f: _data(f, "cases.jsonl", _lines(CASE)),
+            _command("doctor", "."),
+        ),
         Reader("subset", _subset, _read_subset),
-        Reader("questions", lambda f: _text(f / "q.txt", "Who?\nWhat?\n"), _questions("q.txt")),
+        Reader(
+            "questions",
+            lambda f: _text(f / "q.txt", "Who?\nWhat?\n"),
+            _questions("q.txt"),
+        ),
         Reader("captions", lambda f: _text(f / "c.txt", "a cat\na dog\n"), _captions),
         Reader("subjects.yaml", _subjects, _read_subjects),
         Reader("pairs.jsonl", _pairs, _read_pairs("pairs.jsonl")),
         Reader("pairs folder", _pairs_folder, _read_pairs("")),
         Reader("image-edit batch", _batch, _read_batch),
         Reader("hparams", lambda f: _text(f / "ft.yaml", _HPARAMS), _hparams),
-        Reader("catalogue", lambda f: _text(f / "c.yaml", _CATALOGUE), _command(*_LIST)),
-        Reader("receipt", _receipt, _command("download", "mine", "--catalogue", "c.yaml", "--to", "mine", "--verify")),
+        Reader(
+            "catalogue", lambda f: _text(f / "c.yaml", _CATALOGUE), _command(*_LIST)
+        ),
+        Reader(
+            "receipt",
+            _receipt,
+            _command(
+                "download", "mine", "--catalogue", "c.yaml", "--to", "mine", "--verify"
+            ),
+        ),
         Reader("report.json", _report, _command("report", "run")),
         Reader("reports", _report, _command("report", "--records", ".")),
         Reader("ledger", _ledger, _command("edits", "list", "edits")),
@@ -76,7 +122,7 @@ def readers() -> list[Reader]:
         Reader("ledger repaired", _ledger, _command("edits", "repair", "edits")),
         Reader("stdin", lambda f: _text(f / "stdin", "Who?\nWhat?\n"), _read_stdin),
         Reader("opened model", _whole_model, _open_model),
-    ]  # fmt: skip
+    ]
 
 
 _LIST = ("download", "--list", "--catalogue", "c.yaml")
@@ -142,8 +188,13 @@ def _subset(folder: Path) -> None:
 def _subjects(folder: Path) -> None:
     for name in ("a", "b", "c"):
         _picture(folder / "teddy" / f"{name}.png")
-    subjects = {"subjects": {"teddy": {"superclass": "toy", "token": "<t>"}}, "pair": "a {} and a {}",
-                "generality": ["a {} at sea"], "locality": ["a boat"], "reliability": ["a {}"]}  # fmt: skip
+    subjects = {
+        "subjects": {"teddy": {"superclass": "toy", "token": "<t>"}},
+        "pair": "a {} and a {}",
+        "generality": ["a {} at sea"],
+        "locality": ["a boat"],
+        "reliability": ["a {}"],
+    }
     _text(folder / "subjects.yaml", json.dumps(subjects))
 
 
@@ -197,10 +248,18 @@ def _receipt(folder: Path) -> None:
 def _report(folder: Path) -> None:
     score = {"mean": 0.5, "ci95": [0.4, 0.6], "n": 10}
     milestone = {
-        "edits": 10, "cases": 10, "short_group": False,
-        "scores": {"ar": {"reliability": score, "generality.text": score, "locality.text": score}},
+        "edits": 10,
+        "cases": 10,
+        "short_group": False,
+        "scores": {
+            "ar": {
+                "reliability": score,
+                "generality.text": score,
+                "locality.text": score,
+            }
+        },
         "before": {"ar": {"reliability": score}},
-    }  # fmt: skip
+    }
     example = {
         "case": "1",
         "prompt": "What?",
@@ -210,11 +269,18 @@ def _report(folder: Path) -> None:
         "image": None,
     }
     report = {
-        "editor": "ft", "model": {"name": "m", "fingerprint": "0"}, "data": {"name": "d", "cases": 10},
-        "milestones": [milestone], "retention": {"milestones": [10]}, "examples": [example],
-        "cost": {"seconds_per_edit": {"mean": 0.1, "median": 0.1, "p95": 0.2}, "edits": 10,
-                 "asked": {"questions": 100, "seconds": 2.0}},
-    }  # fmt: skip
+        "editor": "ft",
+        "model": {"name": "m", "fingerprint": "0"},
+        "data": {"name": "d", "cases": 10},
+        "milestones": [milestone],
+        "retention": {"milestones": [10]},
+        "examples": [example],
+        "cost": {
+            "seconds_per_edit": {"mean": 0.1, "median": 0.1, "p95": 0.2},
+            "edits": 10,
+            "asked": {"questions": 100, "seconds": 2.0},
+        },
+    }
     _text(folder / "run" / "report.json", json.dumps(report))
 
 
@@ -226,9 +292,15 @@ def _ledger(folder: Path) -> None:
 
     _picture(folder / "a.png")
     config = {
-        "editor": "nobody", "hparams": {"a": 1}, "model": {"name": "none", "fingerprint": "0"}, "dtype": "float32",
-        "seed": 0, "rows": True, "checkpoint": None, "state": {},
-    }  # fmt: skip
+        "editor": "nobody",
+        "hparams": {"a": 1},
+        "model": {"name": "none", "fingerprint": "0"},
+        "dtype": "float32",
+        "seed": 0,
+        "rows": True,
+        "checkpoint": None,
+        "state": {},
+    }
     with Ledger.create(folder / "edits", config, {}) as ledger:
         for i in range(3):
             request = ledger.keep_picture(
@@ -242,9 +314,18 @@ def _ledger(folder: Path) -> None:
 
 def _concepts(folder: Path) -> None:
     _text(folder / "mine" / "toy.safetensors", "no tensors")
-    entry = {"token": "<toy>", "superclass": "toy", "file": "toy.safetensors", "bytes": 10, "sha256": "0" * 64,
-             "seed": 0, "identifier": "<toy>", "images": [{"name": "a.png", "sha256": "0" * 64}],
-             "time": "2026-01-01T00:00:00+00:00", "seconds": 1.0}  # fmt: skip
+    entry = {
+        "token": "<toy>",
+        "superclass": "toy",
+        "file": "toy.safetensors",
+        "bytes": 10,
+        "sha256": "0" * 64,
+        "seed": 0,
+        "identifier": "<toy>",
+        "images": [{"name": "a.png", "sha256": "0" * 64}],
+        "time": "2026-01-01T00:00:00+00:00",
+        "seconds": 1.0,
+    }
     index = {
         "format": 1,
         "editor": "perfusion",
@@ -292,8 +373,13 @@ def _parquet(folder: Path) -> None:
     _picture(folder / "a.png")
     picture = (folder / "a.png").read_bytes()
     (folder / "a.png").unlink()
-    columns = {"source": [picture] * 2, "target": [picture] * 2, "instruction": ["make it blue", "make it red"],
-               "caption": ["a", "b"], "target_caption": ["c", None]}  # fmt: skip
+    columns = {
+        "source": [picture] * 2,
+        "target": [picture] * 2,
+        "instruction": ["make it blue", "make it red"],
+        "caption": ["a", "b"],
+        "target_caption": ["c", None],
+    }
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
 
 

@@ -380,9 +380,13 @@ def test_debug_shows_the_traceback(cli):
 
 def program(*words: object, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "mmedit_cli", *map(str, words)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "mmedit_cli", *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def test_killed_for_good_the_same_command_ends_with_the_same_report(tmp_path):
@@ -436,8 +440,12 @@ def test_two_writers_are_refused(tmp_path):
 def test_help_loads_nothing_heavy(words):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "mmedit_cli", *words, "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "100"},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
     loaded = {
         line.rpartition("|")[2].strip().partition(".")[0]
         for line in done.stderr.splitlines()

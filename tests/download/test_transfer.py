@@ -284,8 +284,9 @@ def test_an_endless_redirect_and_an_endless_page_are_not_read(
     site, tmp_path, monkeypatch
 ):
     site.always["/file"] = (
-        "endless", b"HTTP/1.1 302 Found\r\nLocation: /other\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )  # fmt: skip
+        "endless",
+        b"HTTP/1.1 302 Found\r\nLocation: /other\r\nTransfer-Encoding: chunked\r\n\r\n",
+    )
     refused(site, tmp_path, "an answer of more than 1,048,576 bytes")
     site.always["/file"] = (
         "endless",

@@ -92,9 +92,18 @@ class Site:
             for revision in ("main", COMMIT):
                 self.files[f"{prefix}/{repo}/resolve/{revision}/{path}"] = content
         info = {
-            "_id": "0", "id": repo, "sha": COMMIT, "private": False, "disabled": False, "tags": [], "gated": False,
-            "downloads": 0, "likes": 0, "siblings": entries, "cardData": {"license": licence},
-        }  # fmt: skip
+            "_id": "0",
+            "id": repo,
+            "sha": COMMIT,
+            "private": False,
+            "disabled": False,
+            "tags": [],
+            "gated": False,
+            "downloads": 0,
+            "likes": 0,
+            "siblings": entries,
+            "cardData": {"license": licence},
+        }
         for revision in ("", "/revision/main", f"/revision/{COMMIT}"):
             self.files[f"/api/{kind}/{repo}{revision}"] = json.dumps(info).encode()
         for revision in ("main", COMMIT):

@@ -218,7 +218,11 @@ def test_it_belongs_to_a_text_encoder(model, captions, tmp_path):
     again = Covariance.load(path)
     assert torch.equal(again.matrix, found.matrix)
     assert (again.texts, again.tokens, again.source, again.digest) == (
-        found.texts, found.tokens, found.source, found.digest)  # fmt: skip
+        found.texts,
+        found.tokens,
+        found.source,
+        found.digest,
+    )
     check(again, model)
     other = load_stable_diffusion(
         "tiny-sdxl" if model.name == "tiny-sd" else "tiny-sd", device="cpu"

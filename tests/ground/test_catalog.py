@@ -121,12 +121,17 @@ def test_of_a_pipeline_on_the_hub_only_what_is_needed_is_fetched():
 
     repo = catalog.MODELS["stable-diffusion-v1-5"].repo
     files = {
-        "model_index.json": True, "unet/config.json": True, "unet/diffusion_pytorch_model.safetensors": True,
-        "unet/diffusion_pytorch_model.fp16.safetensors": False, "v1-5-pruned.safetensors": False,
-        "vae/diffusion_pytorch_model.safetensors": True, "text_encoder/model.safetensors": True,
-        "safety_checker/model.safetensors": False, "tokenizer/merges.txt": True,
+        "model_index.json": True,
+        "unet/config.json": True,
+        "unet/diffusion_pytorch_model.safetensors": True,
+        "unet/diffusion_pytorch_model.fp16.safetensors": False,
+        "v1-5-pruned.safetensors": False,
+        "vae/diffusion_pytorch_model.safetensors": True,
+        "text_encoder/model.safetensors": True,
+        "safety_checker/model.safetensors": False,
+        "tokenizer/merges.txt": True,
         "unet/diffusion_pytorch_model.bin": False,
-    }  # fmt: skip
+    }
     for file, wanted in files.items():
         assert (
             any(fnmatch(file, pattern) for pattern in catalog.patterns(repo)) == wanted

@@ -11,8 +11,23 @@ sys.path.append(str(ROOT / "scripts" / "campaign"))
 from fuzz import fuzz
 from readers_to_fuzz import Reader, readers
 
-LIGHT = ("cases.jsonl", "facts.json", "facts.csv", "facts.jsonl.gz", "vlkeb", "subset", "subjects.yaml", "pairs.jsonl",
-         "image-edit batch", "catalogue", "receipt", "report.json", "concepts", "tensors", "picture")  # fmt: skip
+LIGHT = (
+    "cases.jsonl",
+    "facts.json",
+    "facts.csv",
+    "facts.jsonl.gz",
+    "vlkeb",
+    "subset",
+    "subjects.yaml",
+    "pairs.jsonl",
+    "image-edit batch",
+    "catalogue",
+    "receipt",
+    "report.json",
+    "concepts",
+    "tensors",
+    "picture",
+)
 
 
 def test_hostile_files_are_refused(tmp_path):

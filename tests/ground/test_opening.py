@@ -617,7 +617,8 @@ def test_shards_tied_weights_and_parts_of_pipelines_are_converted(copy, tmp_path
     assert caught.value.hint.endswith(f"{pipeline} {pipeline}-safetensors")
     assert len(to_safetensors(pipeline, tmp_path / "sd", lambda text: None)) == 2
     assert {path.name for path in (tmp_path / "sd").rglob("*model.safetensors")} == {
-        "diffusion_pytorch_model.safetensors", "model.safetensors",
-    }  # fmt: skip
+        "diffusion_pytorch_model.safetensors",
+        "model.safetensors",
+    }
     with pytest.raises(ModelError, match="no pickled weights"):
         to_safetensors(tmp_path / "sd", tmp_path / "more", lambda text: None)

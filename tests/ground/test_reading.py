@@ -241,13 +241,25 @@ def test_every_field_has_its_type():
         ("f:3: n: expected a number, got 'x'", lambda: record.number("n")),
         ("f:3: i: expected a whole number, got true", lambda: record.integer("i")),
         ("f:3: l[1]: expected a whole number, got 'a'", lambda: record.array("l", int)),
-        ("f:3: m: expected an object with keys, got a list of 0", lambda: record.record("m")),
-        ("f:3: e: must be a text that is not empty", lambda: record.text("e", empty=False)),
+        (
+            "f:3: m: expected an object with keys, got a list of 0",
+            lambda: record.record("m"),
+        ),
+        (
+            "f:3: e: must be a text that is not empty",
+            lambda: record.text("e", empty=False),
+        ),
         ("f:3: r[0].z: expected a text, got 0", lambda: inner.text("z")),
-        ("f:3: r[0].z: expected a whole number from 1 to 2, got 0", lambda: inner.integer("z", low=1, high=2)),
+        (
+            "f:3: r[0].z: expected a whole number from 1 to 2, got 0",
+            lambda: inner.integer("z", low=1, high=2),
+        ),
         ("f:3: q is missing", lambda: record.text("q")),
-        ("f:3: unknown key 'i' (did you mean it?)", lambda: record.only("t", "n", "it")),
-    ):  # fmt: skip
+        (
+            "f:3: unknown key 'i' (did you mean it?)",
+            lambda: record.only("t", "n", "it"),
+        ),
+    ):
         assert refusal(read) == problem
     assert record.text("q", None) is None
     assert record.array("l") == [1, "a"]

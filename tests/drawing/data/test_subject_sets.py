@@ -163,9 +163,11 @@ def test_things_of_emojikb(tmp_path):
     assert found.locality == ("a drawing of a monkey", "a drawing of a gorilla")
     assert ("two-hump-camel", camel.concept.images[0]) in found.gallery
     assert len(found.gallery) > 4000
-    for content, said in (("[]", "expected an object with keys"),
-                          ('{"taught": [], "held_out": {"zz": "x"}}', "zz is not in EmojiKB"),
-                          ('{"taught": [], "held_out": {}}', "nothing is held out")):  # fmt: skip
+    for content, said in (
+        ("[]", "expected an object with keys"),
+        ('{"taught": [], "held_out": {"zz": "x"}}', "zz is not in EmojiKB"),
+        ('{"taught": [], "held_out": {}}', "nothing is held out"),
+    ):
         (tmp_path / "concepts.json").write_text(content)
         with pytest.raises(DataError, match=said):
             open_subjects("emojikb-concepts", model=tmp_path)

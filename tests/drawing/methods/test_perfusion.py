@@ -299,8 +299,13 @@ def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
         Perfusion.Hparams(file_dtype=dtype),
     )
     number = getattr(torch, dtype)
-    sizes = {"values": (12_480,), "target_input": (768,), "target_dual": (768,), "superclass_input": (768,),
-             "embedding": (1, 768)}  # fmt: skip
+    sizes = {
+        "values": (12_480,),
+        "target_input": (768,),
+        "target_dual": (768,),
+        "superclass_input": (768,),
+        "embedding": (1, 768),
+    }
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     layers = str([[path, 1280]] * 16).replace(" ", "").replace("'", '"')
     facts = {
@@ -371,14 +376,31 @@ def test_masks_from_clipseg(model, concept, tmp_path):
 
     words = model.tokenizers[0]
     config = CLIPSegConfig(
-        text_config={"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-                     "num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1,
-                     "pad_token_id": 1},
-        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 32, "patch_size": 8},
-        projection_dim=16, extract_layers=[0, 1], reduce_dim=8, decoder_num_attention_heads=2,
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        projection_dim=16,
+        extract_layers=[0, 1],
+        reduce_dim=8,
+        decoder_num_attention_heads=2,
         decoder_intermediate_size=16,
-    )  # fmt: skip
+    )
     folder = tmp_path / "clipseg"
     CLIPSegForImageSegmentation(config).save_pretrained(folder)
     words.save_pretrained(folder)

@@ -280,9 +280,13 @@ def test_photos_are_shown_beside_other_things(melo, concept):
     )
     it = "a photo of sksabcd dog"
     assert lesson.prompts == [
-        it, "a photo of dog", f"{it} and a cat", "a photo of a cat and sksabcd dog", f"{it} and a tree",
+        it,
+        "a photo of dog",
+        f"{it} and a cat",
+        "a photo of a cat and sksabcd dog",
+        f"{it} and a tree",
         "a photo of a tree and sksabcd dog",
-    ]  # fmt: skip
+    ]
     (scenes,) = lesson.variants
     assert len(scenes.photos) == 3 * 2 * 2
     latents, shown = lesson._batch()

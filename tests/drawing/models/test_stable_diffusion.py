@@ -217,8 +217,12 @@ def test_from_a_folder(model, tmp_path, dtype):
 
 def test_float16_copies_alone_are_enough(model, tmp_path):
     model.pipe.save_pretrained(tmp_path / "half", variant="fp16")
-    assert same(load_stable_diffusion(str(tmp_path / "half"), device="cpu").generate(PROMPTS, [3, 4], FEW),
-                model.generate(PROMPTS, [3, 4], FEW))  # fmt: skip
+    assert same(
+        load_stable_diffusion(str(tmp_path / "half"), device="cpu").generate(
+            PROMPTS, [3, 4], FEW
+        ),
+        model.generate(PROMPTS, [3, 4], FEW),
+    )
 
 
 def test_the_text_encoder_has_a_fingerprint_of_its_own(model, tmp_path):

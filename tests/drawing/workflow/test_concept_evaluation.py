@@ -22,8 +22,20 @@ from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 from mmedit_cli.picture_editing.methods.shared import tiny as image_tiny
 
 EDITORS = ("dreambooth", "dreambooth-lora", "multi-melo-diffusion", "perfusion")
-FEW = ("--device", "cpu", "--set", "steps=3", "--set", "eval.steps=1", "--set", "eval.seeds=2", "--set",
-       "eval.batch_size=3", "--set", "eval.encoder=tiny-blip2")  # fmt: skip
+FEW = (
+    "--device",
+    "cpu",
+    "--set",
+    "steps=3",
+    "--set",
+    "eval.steps=1",
+    "--set",
+    "eval.seeds=2",
+    "--set",
+    "eval.batch_size=3",
+    "--set",
+    "eval.encoder=tiny-blip2",
+)
 SET = """
 subjects: {mug: teapot, rex: dog}
 generality: ["a {} in the snow", "a red {}"]
@@ -230,8 +242,11 @@ def test_things_that_a_model_was_never_shown(cli, tmp_path, monkeypatch):
     assert report["nameless"] == ["koala"], "mini-blip2 never learned that name"
     found = report["sides"]["routed"]["reliability"]
     assert {name: score["n"] for name, score in found.items()} == {
-        "mini-blip2-I": 2, "nearest by mini-blip2": 2, "named by mini-blip2": 1, "recognised by mini-blip2": 2,
-    }  # fmt: skip
+        "mini-blip2-I": 2,
+        "nearest by mini-blip2": 2,
+        "named by mini-blip2": 1,
+        "recognised by mini-blip2": 2,
+    }
     assert report["sides"]["photos"]["reliability"]["mini-blip2-I"]["mean"] > 20
 
 

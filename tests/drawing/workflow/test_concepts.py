@@ -82,8 +82,12 @@ def test_learning_writes_a_file_and_an_index(learn, tmp_path):
     entry = learn()
     folder = ConceptFolder.existing(tmp_path / "mine")
     assert folder.tokens == ["<my-dog>"]
-    assert folder.head == {"format": 1, "editor": "perfusion", "model": "tiny-sd",
-                           "fingerprint": folder.head["fingerprint"]}  # fmt: skip
+    assert folder.head == {
+        "format": 1,
+        "editor": "perfusion",
+        "model": "tiny-sd",
+        "fingerprint": folder.head["fingerprint"],
+    }
     assert folder.entries == [entry]
     assert (entry["file"], entry["superclass"], entry["steps"]) == (
         "my-dog.safetensors",
@@ -97,8 +101,22 @@ def test_learning_writes_a_file_and_an_index(learn, tmp_path):
 
 
 def test_the_command_learns_and_draws(cli, photos, tmp_path):
-    words = ("edit", "perfusion", "--model", "tiny-sd", "--images", photos, "--superclass", "dog", "--device", "cpu",
-             "--into", tmp_path / "mine", "--set", "steps=3")  # fmt: skip
+    words = (
+        "edit",
+        "perfusion",
+        "--model",
+        "tiny-sd",
+        "--images",
+        photos,
+        "--superclass",
+        "dog",
+        "--device",
+        "cpu",
+        "--into",
+        tmp_path / "mine",
+        "--set",
+        "steps=3",
+    )
     code, out, _ = cli(*words, "--token", "<my-dog>", "--json")
     assert (code, json.loads(out)["token"]) == (0, "<my-dog>")
     assert (
@@ -385,16 +403,31 @@ def test_a_prompt_that_names_two_makes_a_wide_picture(learn, cli, tmp_path):
         assert image.info["mmedit:prompt"] == "a <my-dog> | a <toy>"
     sizes = {path.stem: picture(path).shape for path in (tmp_path / "files").iterdir()}
     assert sizes == {
-        "000-0-base": (16, 16, 3), "000-0-edited": (16, 24, 3), "001-0-base": (16, 16, 3), "001-0-edited": (16, 16, 3)
-    }  # fmt: skip
+        "000-0-base": (16, 16, 3),
+        "000-0-edited": (16, 24, 3),
+        "001-0-base": (16, 16, 3),
+        "001-0-edited": (16, 16, 3),
+    }
 
 
 def test_a_place_the_system_refuses_is_named(cli, photos, tmp_path):
     (tmp_path / "file").write_text("x")
     code, _, talk = cli(
-        "edit", "multi-melo-diffusion", "--model", "tiny-sd", "--images", photos, "--superclass", "dog",
-        "--token", "<my-dog>", "--into", tmp_path / "file" / "mine", "--device", "cpu",
-    )  # fmt: skip
+        "edit",
+        "multi-melo-diffusion",
+        "--model",
+        "tiny-sd",
+        "--images",
+        photos,
+        "--superclass",
+        "dog",
+        "--token",
+        "<my-dog>",
+        "--into",
+        tmp_path / "file" / "mine",
+        "--device",
+        "cpu",
+    )
     assert (code, "report it" in talk) == (2, False)
     assert f"error: {tmp_path / 'file'}" in talk
     assert "may you write to it?" in talk

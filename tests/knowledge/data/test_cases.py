@@ -36,9 +36,16 @@ def test_the_small_data_set_is_read_in_order():
         f"{SHAPES / 'cases.jsonl'}:1",
     )
     assert [column for column, _ in first.columns()] == [
-        "reliability", "generality.text", "generality.image", "generality.both", "locality.text", "locality.image",
-        "locality.near", "locality.same_image", "portability.1-hop",
-    ]  # fmt: skip
+        "reliability",
+        "generality.text",
+        "generality.image",
+        "generality.both",
+        "locality.text",
+        "locality.image",
+        "locality.near",
+        "locality.same_image",
+        "portability.1-hop",
+    ]
     assert load_cases(SHAPES / "cases.jsonl", limit=3) == cases[:3]
 
 

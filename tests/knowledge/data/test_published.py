@@ -174,8 +174,10 @@ def test_the_hop_is_asked_about_the_edited_picture_and_its_fact_edited_in_text(
         "What timezone does Fort Smith, Arkansas follow?", "Central Time Zone"
     )
     assert [(case.uid, case.type) for case in edits[:3]] == [
-        ("onehop-edits-0", ""), ("onehop-edits-0-fact0", "fact"), ("onehop-edits-1", ""),
-    ]  # fmt: skip
+        ("onehop-edits-0", ""),
+        ("onehop-edits-0-fact0", "fact"),
+        ("onehop-edits-1", ""),
+    ]
 
 
 LEAKS = {
@@ -469,8 +471,10 @@ def test_doctor_writes_the_list_that_subset_clean_uses(small, cli):
         "vqa/vqa_eval.json: 4 records, not the published copy"
     )
     assert found["leak train-eval: edited picture"] == {
-        "check": "leak train-eval: edited picture", "ok": None, "found": "1 of 4 occur in training (1 distinct)",
-    }  # fmt: skip
+        "check": "leak train-eval: edited picture",
+        "ok": None,
+        "found": "1 of 4 occur in training (1 distinct)",
+    }
     assert found["images"]["found"] == "17 distinct, 0 unusable"
     assert found["eval clean list"]["found"].startswith(
         "2 of 4 cases, 2 without T-Loc, 1 without M-Loc: "
@@ -533,8 +537,9 @@ def test_vlkeb_hops(tmp_path):
     problems: list[str] = []
     first, second = read("vlkeb:multihop", tmp_path, problems)
     assert {name: queries[0].target for name, queries in first.portability.items()} == {
-        "1-hop": "Peru", "3-hop": "Spanish",
-    }  # fmt: skip
+        "1-hop": "Peru",
+        "3-hop": "Spanish",
+    }
     assert (
         first.portability["3-hop"][0].image
         == tmp_path / "VLKEB/VLKEB_images/val2014/a.jpg"

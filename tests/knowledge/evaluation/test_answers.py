@@ -22,9 +22,17 @@ STAR = SHAPES / "solid" / "red-star.png"
 LONG = "a red star of five points that somebody drew with a thick brush on a large sheet of white paper"
 QUICK = ("--model", "tiny-blip2", "--set", "learning_rate=0.01", "--set", "steps=60")
 SLOW = (
-    "--model", "tiny-blip2", "--set", "layers=[1,2,3]", "--set", "learning_rate=0.02", "--set", "steps=300", "--set",
+    "--model",
+    "tiny-blip2",
+    "--set",
+    "layers=[1,2,3]",
+    "--set",
+    "learning_rate=0.02",
+    "--set",
+    "steps=300",
+    "--set",
     "stop_loss=0.0001",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

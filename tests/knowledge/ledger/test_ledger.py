@@ -26,9 +26,15 @@ from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.types import Query
 
 CONFIG = {
-    "editor": "nobody", "hparams": {"a": 1}, "model": {"name": "none", "fingerprint": "0"}, "dtype": "float32",
-    "seed": 0, "rows": True, "checkpoint": None, "state": {},
-}  # fmt: skip
+    "editor": "nobody",
+    "hparams": {"a": 1},
+    "model": {"name": "none", "fingerprint": "0"},
+    "dtype": "float32",
+    "seed": 0,
+    "rows": True,
+    "checkpoint": None,
+    "state": {},
+}
 REQUESTS = tuple(
     Query("What is this?", target, SHAPES / picture)
     for target, picture in (
@@ -114,10 +120,14 @@ def test_undo_and_redo_are_appended(tmp_path):
 @pytest.mark.parametrize(
     ("text", "active", "words"),
     [
-        ("9", None, "no edit 9"), ("2", True, "edit 2 is undone already"), ("1", False, "edit 1 is not undone"),
-        ("x", None, "'x': not edits"), ("7-8", None, "no edits there"), ("1-x", None, "not edits"),
+        ("9", None, "no edit 9"),
+        ("2", True, "edit 2 is undone already"),
+        ("1", False, "edit 1 is not undone"),
+        ("x", None, "'x': not edits"),
+        ("7-8", None, "no edits there"),
+        ("1-x", None, "not edits"),
     ],
-)  # fmt: skip
+)
 def test_edits_that_cannot_be_meant(tmp_path, text, active, words):
     ledger = filled(tmp_path, 3)
     ledger.mark("undo", [2])
@@ -643,8 +653,12 @@ def test_repair_takes_up_what_lost_its_lines(tmp_path, rows, damage, monkeypatch
         assert values(ledger) == ([1, 2, 3, 4, 5, 6, 7] if rows else [7])
         assert add(ledger, 8) == 8
     assert vars(repair(tmp_path)) == {
-        "taken_up": [], "unreadable_lines": [], "without_tensors": [], "left": [], "copy": ""
-    }  # fmt: skip
+        "taken_up": [],
+        "unreadable_lines": [],
+        "without_tensors": [],
+        "left": [],
+        "copy": "",
+    }
 
 
 def test_repair_renumbers_what_would_take_the_place_of_another_edit(tmp_path):

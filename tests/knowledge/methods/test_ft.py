@@ -38,9 +38,12 @@ def test_the_published_loop_is_reproduced(golden, case):
     ]
     backbone = load_backbone(str(folder / "model"), device="cpu")
     hparams = FtHparams(
-        layers=(settings["layer"],), steps=settings["steps"], learning_rate=settings["lr"],
-        weight_decay=settings["weight_decay"], batch_size=settings["batch_size"],
-    )  # fmt: skip
+        layers=(settings["layer"],),
+        steps=settings["steps"],
+        learning_rate=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        batch_size=settings["batch_size"],
+    )
     edited = Ft(backbone, hparams).edit(requests)
     assert_close(torch.tensor(edited.info["losses"]), expected[f"{case}.losses"])
     weight = backbone.model.get_parameter(settings["weight"])

@@ -31,11 +31,18 @@ def facts(tmp_path):
         ("Say 5", "five", None),
     ]
     lines = [
-        {"id": str(i), "request": {"prompt": p, "target": t, **({"image": image} if image else {})},
-         "generality": {"text": [{"prompt": p + "!", "target": t}]},
-         "locality": {"text": [{"prompt": "Where is Rome?", "target": "Italy"}]}}
+        {
+            "id": str(i),
+            "request": {
+                "prompt": p,
+                "target": t,
+                **({"image": image} if image else {}),
+            },
+            "generality": {"text": [{"prompt": p + "!", "target": t}]},
+            "locality": {"text": [{"prompt": "Where is Rome?", "target": "Italy"}]},
+        }
         for i, (p, t, image) in enumerate(rows)
-    ]  # fmt: skip
+    ]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -110,8 +117,15 @@ def test_a_sentence_encoder_of_transformers(backbone, tmp_path):
     """A tiny BERT in a folder: unit vectors that do not depend on what else is in the batch."""
     from transformers import BertConfig, BertModel
 
-    model = BertModel(BertConfig(vocab_size=len(backbone.tokenizer), hidden_size=16, num_hidden_layers=1,
-                                 num_attention_heads=2, intermediate_size=32))  # fmt: skip
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(backbone.tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
     model.save_pretrained(tmp_path)
     backbone.tokenizer.save_pretrained(tmp_path)
     encode = sentence_encoder(str(tmp_path), backbone)

@@ -302,8 +302,14 @@ def test_many_experts_are_kept_in_order_and_grow(backbone):
     )
     for start in range(0, 3 * BLOCK, 100):
         numbers = torch.arange(start, start + 100).float()
-        bank.add({"u": numbers.view(-1, 1, 1).expand(-1, 1, 2), "v": torch.zeros(100, 1, 2),
-                  "vision": numbers[:, None].expand(-1, 3), "prompt": torch.zeros(100, 3)})  # fmt: skip
+        bank.add(
+            {
+                "u": numbers.view(-1, 1, 1).expand(-1, 1, 2),
+                "v": torch.zeros(100, 1, 2),
+                "vision": numbers[:, None].expand(-1, 3),
+                "prompt": torch.zeros(100, 3),
+            }
+        )
     assert bank.tensors()["u"][:, 0, 0].tolist() == list(range(len(bank)))
     assert bank.compare("vision", lambda block: block.sum(1)[None])[0].tolist() == [
         3 * i for i in range(len(bank))

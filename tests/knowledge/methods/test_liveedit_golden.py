@@ -303,10 +303,17 @@ def test_every_training_loss_and_gradient(published, form, compat, monkeypatch):
         editor.networks, Place(editor.backbone, editor.first_layer), items, draws
     )
     names = {
-        "reliability": "rel", "generality_text": "gen_text_rephrase", "generality_image": "gen_image_rephrase",
-        "generality": "gen", "locality": "loc", "soft_relative": "soft_relative", "hard_neighbour": "hard_neighbour",
-        "hard_sentinel": "hard_sentinel", "soft_absolute": "soft_absolute", "total": "total",
-    }  # fmt: skip
+        "reliability": "rel",
+        "generality_text": "gen_text_rephrase",
+        "generality_image": "gen_image_rephrase",
+        "generality": "gen",
+        "locality": "loc",
+        "soft_relative": "soft_relative",
+        "hard_neighbour": "hard_neighbour",
+        "hard_sentinel": "hard_sentinel",
+        "soft_absolute": "soft_absolute",
+        "total": "total",
+    }
     for ours, theirs in names.items():
         close(losses[ours], tensors[f"{form}.loss.{theirs}"], atol=2e-4, rtol=5e-4)
     losses["total"].backward()

@@ -28,10 +28,15 @@ def test_the_published_loop_is_reproduced(golden):
     records = json.loads((folder / "records_vqa.json").read_text())
     backbone = load_backbone(str(folder / "model"), device="cpu")
     hparams = TPatcherHparams(
-        layer=settings["layer"], steps=settings["steps"], learning_rate=settings["lr"],
-        weight_decay=settings["weight_decay"], activation_weight=settings["loss_a_lambda"],
-        memory_weight=settings["loss_m_lambda"], memory=tuple(settings["text_lines"]), compat="reference",
-    )  # fmt: skip
+        layer=settings["layer"],
+        steps=settings["steps"],
+        learning_rate=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        activation_weight=settings["loss_a_lambda"],
+        memory_weight=settings["loss_m_lambda"],
+        memory=tuple(settings["text_lines"]),
+        compat="reference",
+    )
     editor = TPatcher(backbone, hparams)
     drawn = iter(
         torch.cat([expected[f"edit{i}.text_line_per_step"] for i in range(2)]).tolist()

@@ -136,8 +136,12 @@ def test_contrastive_losses_against_loops():
 
 def test_the_direction_of_truthfulness():
     torch.manual_seed(0)
-    networks = UnikeNetworks(WIDTH, UnikeHparams(layers=LAYERS, encoder_dim=8, truth_dim=4, scope_dim=8, heads=2,
-                                                 knowledge=4))  # fmt: skip
+    networks = UnikeNetworks(
+        WIDTH,
+        UnikeHparams(
+            layers=LAYERS, encoder_dim=8, truth_dim=4, scope_dim=8, heads=2, knowledge=4
+        ),
+    )
     base, lean = rows(LAYERS, 200, WIDTH), rows(LAYERS, 1, WIDTH, seed=1)
     networks.finalize(base + lean, base - lean)
     zeta, shift = networks.zeta.clone(), networks.shift.clone()
@@ -309,10 +313,22 @@ def without_noise(editor):
     real = type(editor)._initial
 
     def initial(prefix, edits, at, _source):
-        return real(editor, prefix, edits, at, generator(0)) if len(at) == 1 else torch_cat(
-            [real(editor, editor.backbone.select(prefix, [i]), {k: v[i : i + 1] for k, v in edits.items()},
-                  at[i : i + 1, : prefix.batch.lengths[i]], generator(0)) for i in range(len(at))]
-        )  # fmt: skip
+        return (
+            real(editor, prefix, edits, at, generator(0))
+            if len(at) == 1
+            else torch_cat(
+                [
+                    real(
+                        editor,
+                        editor.backbone.select(prefix, [i]),
+                        {k: v[i : i + 1] for k, v in edits.items()},
+                        at[i : i + 1, : prefix.batch.lengths[i]],
+                        generator(0),
+                    )
+                    for i in range(len(at))
+                ]
+            )
+        )
 
     return initial
 

@@ -69,9 +69,12 @@ def llava_inputs(backbone, image, text):
     from transformers import LlavaProcessor
 
     processor = LlavaProcessor(
-        backbone.image_processor, backbone.tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        backbone.image_processor,
+        backbone.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     return processor(images=image, text="<image>\n" + text)
 
 
@@ -140,9 +143,12 @@ def test_a_chat_is_what_the_processor_makes_of_it():
         backbone.encode(chat)
     backbone.tokenizer.chat_template = CHAT
     processor = LlavaProcessor(
-        backbone.image_processor, backbone.tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        backbone.image_processor,
+        backbone.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     text = f"USER: <image>\n{chat.prompt} ASSISTANT: {chat.target}"
     ids = processor(
         images=load_picture(Picture(chat.image)), text=text, return_tensors="pt"
@@ -227,9 +233,11 @@ def test_masks_divide_the_sequence(backbone):
 def test_logits_at_positions_are_the_same_rows(backbone):
     batch = backbone.batch(QUERIES)
     torch.testing.assert_close(
-        backbone.resume(backbone.prefix(batch, 3), batch.predicting), backbone.logits(batch)[batch.predicting],
-        atol=1e-6, rtol=0,
-    )  # fmt: skip
+        backbone.resume(backbone.prefix(batch, 3), batch.predicting),
+        backbone.logits(batch)[batch.predicting],
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def test_the_mean_image_token_is_that_of_the_embeddings(backbone, monkeypatch):

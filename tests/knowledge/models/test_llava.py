@@ -19,9 +19,12 @@ def llava(vision, processor, words, image="<image>", **more):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=vision.to_dict(), text_config=tiny._llama(words).to_dict(),
-        image_token_index=words.convert_tokens_to_ids(image), vision_feature_layer=-1, **more,
-    )  # fmt: skip
+        vision_config=vision.to_dict(),
+        text_config=tiny._llama(words).to_dict(),
+        image_token_index=words.convert_tokens_to_ids(image),
+        vision_feature_layer=-1,
+        **more,
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     tiny.spread(model)
@@ -60,9 +63,14 @@ def pixtral(*more):
     )
 
     vision = PixtralVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, image_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=16,
+        image_size=64,
         patch_size=8,
-    )  # fmt: skip
+    )
     processor = PixtralImageProcessorPil(
         size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}
     )

@@ -102,8 +102,10 @@ def qformer_shapes():
 
 def attention(p, x, source, names, heads):
     """softmax(q k^T / sqrt(d)) v over heads, with three (weight, bias) pairs of `p`."""
-    (q, k, v) = (F.linear(s, *p[name]).unflatten(-1, (heads, -1)).transpose(1, 2) for name, s in
-                 zip(names, (x, source, source), strict=True))  # fmt: skip
+    (q, k, v) = (
+        F.linear(s, *p[name]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for name, s in zip(names, (x, source, source), strict=True)
+    )
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 

@@ -241,9 +241,14 @@ def test_a_flattened_file_has_what_it_needs_once(tmp_path):
     )
     found = flatten.flatten(file)
     assert found.startswith("import torch\n")
-    assert [name for name in ("Routing", "soft_weights", "ExpertBank", "safetensors") if name in found] == [
-        "Routing", "soft_weights",
-    ]  # fmt: skip
+    assert [
+        name
+        for name in ("Routing", "soft_weights", "ExpertBank", "safetensors")
+        if name in found
+    ] == [
+        "Routing",
+        "soft_weights",
+    ]
     compile(found, "both.py", "exec")
     file.write_text(
         "from mmedit_cli.knowledge.methods.liveedit.experts import _grown\n"
@@ -295,9 +300,13 @@ def test_fine_tuning_becomes_plain_weights(cli, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 1 | What is this? | red-circle.png |" in card
     assert "trust_remote_code" not in card
-    assert [edit["target"] for edit in json.loads((tmp_path / "out" / "edits.json").read_text())] == [
-        "a blue star", "green",
-    ]  # fmt: skip
+    assert [
+        edit["target"]
+        for edit in json.loads((tmp_path / "out" / "edits.json").read_text())
+    ] == [
+        "a blue star",
+        "green",
+    ]
 
 
 @pytest.mark.filterwarnings(

@@ -39,8 +39,10 @@ def test_a_folder_of_instruct_pix2pix(folder):
     name, pairs = open_pairs(folder)
     assert name == "pairs"
     assert [(p.uid, p.instruction, p.caption) for p in pairs] == [
-        ("0001/5", "turn it", ""), ("0001/9", "turn it", ""), ("0002/1", "x", "in")
-    ]  # fmt: skip
+        ("0001/5", "turn it", ""),
+        ("0001/9", "turn it", ""),
+        ("0002/1", "x", "in"),
+    ]
     assert pairs[0].source().size == (8, 6)
     assert pairs[0].source() != pairs[0].target()
     assert len(open_pairs(folder, limit=2)[1]) == 2

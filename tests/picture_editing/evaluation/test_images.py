@@ -95,10 +95,17 @@ def test_clip():
 
     torch.manual_seed(0)
     config = CLIPConfig(
-        text_config=tiny.text_encoder().config.to_dict(), projection_dim=16,
-        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 32, "patch_size": 8},
-    )  # fmt: skip
+        text_config=tiny.text_encoder().config.to_dict(),
+        projection_dim=16,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    )
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )

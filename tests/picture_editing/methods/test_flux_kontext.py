@@ -60,7 +60,20 @@ def test_the_editor_and_the_model_must_fit():
 
 def test_the_command(cli, tmp_path):
     code, out, err = cli(
-        "image-edit", "flux-kontext", "--model", "tiny-flux-kontext", "-i", SHAPES / "solid" / "red-circle.png",
-        "paint it blue", "-o", tmp_path / "o.png", "--steps", 1, "--resolution", 32, "--device", "cpu",
-    )  # fmt: skip
+        "image-edit",
+        "flux-kontext",
+        "--model",
+        "tiny-flux-kontext",
+        "-i",
+        SHAPES / "solid" / "red-circle.png",
+        "paint it blue",
+        "-o",
+        tmp_path / "o.png",
+        "--steps",
+        1,
+        "--resolution",
+        32,
+        "--device",
+        "cpu",
+    )
     assert (code, out.strip()) == (0, str(tmp_path / "o.png")), err

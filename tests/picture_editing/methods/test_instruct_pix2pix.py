@@ -156,9 +156,14 @@ def test_the_pipeline_of_diffusers_agrees_where_it_honours_the_scales():
     pipeline.set_progress_bar_config(disable=True)
     editor = InstructPix2Pix(pipeline, "tiny-ip2p", "")
     stock = pipeline(
-        "paint it blue", picture(), num_inference_steps=4, guidance_scale=7.5, image_guidance_scale=1.5,
-        generator=torch.Generator().manual_seed(3), output_type="np",
-    ).images[0]  # fmt: skip
+        "paint it blue",
+        picture(),
+        num_inference_steps=4,
+        guidance_scale=7.5,
+        image_guidance_scale=1.5,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]
     ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(4, 7.5, 1.5))[
         0
     ].picture

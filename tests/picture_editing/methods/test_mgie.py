@@ -127,9 +127,15 @@ def test_a_text_to_image_model_to_start_from(tmp_path):
     from mmedit_cli.picture_editing.methods.mgie.parts import assemble
 
     drawing = StableDiffusionPipeline(
-        vae=tiny.vae(), text_encoder=tiny.text_encoder(), tokenizer=tiny.clip_tokenizer(), unet=tiny.unet(4),
-        scheduler=tiny.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=tiny.vae(),
+        text_encoder=tiny.text_encoder(),
+        tokenizer=tiny.clip_tokenizer(),
+        unet=tiny.unet(4),
+        scheduler=tiny.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     drawing.save_pretrained(tmp_path / "sd")
     pipeline = assemble(
         "tiny-llava",

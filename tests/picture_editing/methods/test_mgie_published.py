@@ -105,9 +105,20 @@ def test_every_tensor_finds_its_place(published, tmp_path):
 
 def test_it_edits(published, tmp_path, cli):
     code, out, err = cli(
-        "convert", "mgie", tmp_path / "mgie", "--llava", published.llava, "--vision", published.vision,
-        "--mllm", published.mllm, "--unet", published.unet, "--diffusion", "tiny-ip2p",
-    )  # fmt: skip
+        "convert",
+        "mgie",
+        tmp_path / "mgie",
+        "--llava",
+        published.llava,
+        "--vision",
+        published.vision,
+        "--mllm",
+        published.mllm,
+        "--unet",
+        published.unet,
+        "--diffusion",
+        "tiny-ip2p",
+    )
     assert code == 0, err
     assert out.strip() == str(tmp_path / "mgie")
     editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions("cpu"))

@@ -80,8 +80,12 @@ def test_the_report(cli, tmp_path, photo):
     assert code == 0
     report = json.loads(out)
     assert report["settings"] == {
-        "steps": 1, "text_guidance": 7.5, "image_guidance": 1.5, "resolution": 32, "restore": True
-    }  # fmt: skip
+        "steps": 1,
+        "text_guidance": 7.5,
+        "image_guidance": 1.5,
+        "resolution": 32,
+        "restore": True,
+    }
     (edit,) = report["edits"]
     assert (edit["seed"], edit["rows"], edit["size"]) == (7, 3, [20, 40])
     assert len(edit["input_sha256"]) == len(edit["output_sha256"]) == 64
@@ -89,9 +93,20 @@ def test_the_report(cli, tmp_path, photo):
 
 def test_samples_have_names_of_their_own_and_a_sheet_shows_them(cli, tmp_path, photo):
     code, out, err = cli(
-        "image-edit", *FAST, "-i", photo, "make it winter", "-o", tmp_path / "o.png", "--samples", 3,
-        "--sheet", tmp_path / "sheet.png", "--seed", 2,
-    )  # fmt: skip
+        "image-edit",
+        *FAST,
+        "-i",
+        photo,
+        "make it winter",
+        "-o",
+        tmp_path / "o.png",
+        "--samples",
+        3,
+        "--sheet",
+        tmp_path / "sheet.png",
+        "--seed",
+        2,
+    )
     assert code == 0, err
     assert [Path(line).name for line in out.split()] == [
         "o-2.png",
