@@ -31,6 +31,9 @@ TABLE = Path(__file__).with_suffix(".yaml")
 SECONDS = 600  # a mutant that runs longer than this hangs, and so was noticed
 COPIED = ("mmedit_cli", "tests", "scripts")  # the rest of the repository is linked
 LEFT_OUT = {".git", ".venv", "records"}
+_CRASHED = 70  # no exit code of pytest: it did not get as far as the tests
+# pytest warns of what was imported before it, and its settings here turn warnings into errors
+_PRELOADED = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 _CONTEXT = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
 
 
@@ -152,11 +155,14 @@ def _pytest(folder: Path, tests: Sequence[str], report: Path) -> None:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)  # of programs that tests start
         sys.path.insert(0, str(folder))
-        options = ["-x", "-q", "-p", "no:cacheprovider"]
-        code = pytest.main([*options, "-m", "not gpu and not network", *tests])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(code))
+        options = ["-x", "-q", "-p", "no:cacheprovider", *_PRELOADED]
+        code = _CRASHED
+        try:
+            code = int(pytest.main([*options, "-m", "not gpu and not network", *tests]))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def preload() -> None:

@@ -86,6 +86,8 @@ def test_killed_and_survived_are_told_apart(tmp_path):
     for folder in ("mmedit_cli", "tests", "scripts"):
         (tmp_path / folder).mkdir()
     (tmp_path / "mmedit_cli" / "__init__.py").touch()
+    settings = '[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n'
+    (tmp_path / "pyproject.toml").write_text(settings)
     (tmp_path / "mmedit_cli" / "box.py").write_text(SOURCE)
     (tmp_path / "tests" / "test_box.py").write_text(
         "from mmedit_cli.box import outer\n\n\n"

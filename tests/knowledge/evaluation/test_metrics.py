@@ -66,6 +66,8 @@ def test_strict_match_and_f1():
     assert metrics.exact_match(" green apple ", "green apple") == 1
     assert metrics.exact_match("Green apple", "green apple") == 0
     assert metrics.token_f1("a green apple", "green pear") == pytest.approx(0.5)
+    # one of three words said, one of two wanted
+    assert metrics.token_f1("a green apple tree", "green pear") == pytest.approx(0.4)
     assert metrics.token_f1("", "") == 1
     assert metrics.token_f1("", "x") == 0
 

@@ -462,6 +462,15 @@ def test_a_hop_counts_as_known_where_the_untouched_model_knows_its_facts():
         assert {scored["scores"]["tf_em"][c] for c in columns[1:]} == {1.0}
 
 
+def test_all_tokens_must_be_right_for_an_exact_match():
+    request = Query("Which country?", "Peru")
+    answer = Answer(None, (1, 2), (1, 3))
+    case, answers = EditCase("x", request), {request: answer}
+    scores = score_case(case, answers, answers, ("tf_em", "tf_liveedit"))["scores"]
+    assert scores["tf_em"]["reliability"] == 0
+    assert scores["tf_liveedit"]["reliability"] == 0.5
+
+
 def test_a_hop_of_two_facts_is_known_where_both_are():
     hop = Query("Its capital?", "Lima")
     facts = (Query("Whose flag?", "Peru"), Query("The capital of Peru?", "Lima"))
