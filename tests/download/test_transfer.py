@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -12,7 +13,12 @@ from download.website import CHUNKED, CONTENT, HASTY, QUICK
 from mmedit_cli import web
 from mmedit_cli.download import transfer
 from mmedit_cli.download.sources import Courier
-from mmedit_cli.download.transfer import PageInstead, Transfer, TransferError
+from mmedit_cli.download.transfer import (
+    PageInstead,
+    Transfer,
+    TransferError,
+    _validator,
+)
 from mmedit_cli.errors import UserError
 
 
@@ -435,3 +441,22 @@ def test_a_proxy_that_is_not_there_is_named_without_its_password(tmp_path, monke
         caught.value
     )
     assert "secret" not in str(caught.value)
+
+
+def test_a_stream_that_ends_early_is_no_file(tmp_path):
+    """Without a stated length the end of a stream looks like the end of the file."""
+    target = tmp_path / "file"
+    (tmp_path / "file.part").touch()
+    begun = Transfer(None, "http://x/file", target, 10, QUICK, lambda *_: None)
+    response = SimpleNamespace(iter_raw=lambda: iter([b"abc", b"def"]))
+    with pytest.raises(httpx2.RemoteProtocolError, match="ended early"):
+        begun._take(response, 0)
+    assert (tmp_path / "file.part").read_bytes() == b"abcdef"
+
+
+@pytest.mark.parametrize(
+    ("etag", "validator"), [('"a"', '"a"'), ('W/"a"', "yesterday"), ("", "yesterday")]
+)
+def test_a_weak_etag_does_not_name_the_bytes(etag, validator):
+    headers = {"ETag": etag, "Last-Modified": "yesterday"}
+    assert _validator(httpx2.Response(200, headers=headers)) == validator
