@@ -413,7 +413,16 @@ def test_interrupted_by_the_keyboard(tmp_path):
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     }  # what runs behind a shell ignores it
     with program(
-        *EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=2000", **heard
+        *EVAL,
+        "--records",
+        tmp_path,
+        "--limit",
+        24,
+        "--sequential",
+        24,
+        "--set",
+        "steps=2000",
+        **heard,
     ) as running:
         while running.poll() is None and not list(tmp_path.rglob("edits.jsonl")):
             time.sleep(0.001)
@@ -424,7 +433,17 @@ def test_interrupted_by_the_keyboard(tmp_path):
 
 
 def test_two_writers_are_refused(tmp_path):
-    words = (*EVAL, "--records", tmp_path, "--sequential", 24, "--set", "steps=200")
+    words = (
+        *EVAL,
+        "--records",
+        tmp_path,
+        "--limit",
+        24,
+        "--sequential",
+        24,
+        "--set",
+        "steps=200",
+    )
     with program(*words) as first:
         while first.poll() is None and not list(tmp_path.rglob("run.yaml")):
             time.sleep(0.001)

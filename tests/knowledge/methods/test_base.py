@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from mmedit_cli.errors import StateError
 from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.ft import FtHparams
 from mmedit_cli.types import Query
 
 REQUESTS = [Query("What is this?", target) for target in ("a", "b", "c", "d")]
@@ -18,7 +21,7 @@ class Writing(Editor):
     failing = ""
 
     def __init__(self, *, seed=0):
-        super().__init__(None, {}, seed=seed)
+        super().__init__(SimpleNamespace(n_layers=1), FtHparams(), seed=seed)
         self.made = []
 
     def _apply(self, requests, source):
