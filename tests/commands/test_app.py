@@ -267,7 +267,7 @@ def test_an_image_that_is_none(cli, tmp_path):
     assert_refused(
         cli,
         tmp_path,
-        (*EVAL, "--data", folder),
+        (*EVAL, "--data", folder, "--limit", "24"),
         "cases.jsonl:",
         "red-star.png: not a readable image",
     )
