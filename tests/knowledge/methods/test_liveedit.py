@@ -391,15 +391,15 @@ def test_what_says_its_answer_is_left_to_the_bit(backbone, monkeypatch):
 
 def test_refinement_stops_where_every_token_is_said(backbone, monkeypatch):
     """One look before the first step and one a step; after the one that finds the answer nothing else is done."""
-    told, looks = refining._told, []
+    measured, looks = refining._log_probabilities, []
 
     def look(*arguments):
-        heard = told(*arguments)
-        looks.append(heard)
+        said = measured(*arguments)
+        looks.append(said)
         probability = refining._SURE + 0.01 if len(looks) == 4 else 0.5
-        return 0 * heard + math.log(probability)
+        return 0 * said + math.log(probability)
 
-    monkeypatch.setattr(refining, "_told", look)
+    monkeypatch.setattr(refining, "_log_probabilities", look)
     editor = make("liveedit", ("refine=50",), backbone, trained=False)
     editor.edit(REQUESTS[:1])
     editor.undo()
