@@ -49,7 +49,7 @@ VARIANTS = {
         ),
     ),
 }
-TRAINING_STEPS = 100
+TRAINING_STEPS = 200
 AFTER_TRAINING = ("refine=", "margin=")  # what training does not depend on
 IN_CONTEXT = {
     "ike"
