@@ -60,7 +60,12 @@ def is_shown(line: str, printed: str) -> bool:
 
 
 def assert_shown(shown: list[str], printed: list[str]) -> None:
-    """Check that the lines shown are printed in their order, without others between them but at `...`."""
+    """Check that the lines shown are printed in their order, without others between them but at `...`.
+
+    Empty lines do not count.
+    """
+    shown = [line for line in shown if line.strip()]
+    printed = [line for line in printed if line.strip()]
     place, gap = 0, False
     for line in shown:
         if line.strip() == "...":
