@@ -348,8 +348,8 @@ def _pictures() -> list[Scenario]:
         Scenario("generate-sheet", (*draw, "sheet.png"), done=(2,)),
         Scenario(
             "generate-folder",
-            (*draw, "out", "--samples", "2"),
-            again=[(*draw, "out", "--samples", "2", "--force")],
+            (*draw, "out", "--seeds", "0,1"),
+            again=[(*draw, "out", "--seeds", "0,1", "--force")],
         ),
     ]
 
