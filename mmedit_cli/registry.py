@@ -74,9 +74,10 @@ class Registry(Generic[T]):
         """Return what others offer, by public name; raise UserError for a name that there is already."""
         if not self.group:
             return {}
+        offered = plugin_sources(self.group, self.attribute)
+        own = self._own_sources() if offered else {}
         found: dict[str, Source] = {}
-        own = self._own_sources()
-        for name, source in plugin_sources(self.group, self.attribute):
+        for name, source in offered:
             public = _public(name)
             if public in own or public in found:
                 kind = self.attribute.lower().replace("_", " ")
@@ -185,7 +186,7 @@ def use_plugins(files: Sequence[Path]) -> Iterator[None]:
 
 def registry_of(name: str, registries: Sequence[Registry[Any]]) -> Registry[Any]:
     """Return which of some registries of methods has a name; raise UnknownName with the names of all of them."""
-    public = name.replace("_", "-")
+    public = _public(name)
     known = {known: found for found in registries for known in found.names()}
     if public not in known:
         raise _unknown("editor", name, known)

@@ -37,15 +37,14 @@ class KindCommand(TyperCommand):
         self._refuse_others(kind, scan)
         if not named:
             return super().make_context(info_name, args, parent, **extra)
-        command = _build(self.task, kind.commands[self.task])
-        return command.make_context(info_name, args, parent, **extra)
+        return self._command(kind).make_context(info_name, args, parent, **extra)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options of every kind, those that not all kinds take below a heading of their own."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         kinds = kinds_with(self.task)
         for param in self._every_param():
-            takers = [kind for kind in kinds if _takes(kind.commands[self.task], param)]
+            takers = [kind for kind in kinds if _takes(self._command(kind), param)]
             names = " and ".join(self._noun(kind).many for kind in takers)
             heading = "Options" if len(takers) == len(kinds) else f"Options of {names}"
             if param.param_type_name == "argument":
@@ -99,7 +98,7 @@ class KindCommand(TyperCommand):
     def _refuse_others(self, kind: Kind, scan: Any) -> None:
         """Raise UserError for options that were given and that this kind does not take."""
         given = [param for param in self._every_param() if _is_given(param, scan)]
-        own = kind.commands[self.task]
+        own = self._command(kind)
         wrong = [param.opts[0] for param in given if not _takes(own, param)]
         if not wrong:
             return
@@ -118,6 +117,10 @@ class KindCommand(TyperCommand):
             for param in command.params:
                 found.setdefault(param.opts[0], param)
         return list(found.values())
+
+    def _command(self, kind: Kind) -> Any:
+        """Return what typer makes of the function of a kind."""
+        return _build(self.task, kind.commands[self.task])
 
     def _noun(self, kind: Kind) -> Noun:
         return kind.folder if self.task.startswith("edits ") else kind.method
@@ -146,10 +149,10 @@ def _build(name: str, function: Command) -> Any:
     return get_command(single)
 
 
-def _takes(function: Command, param: Any) -> bool:
-    """Tell whether a function has an option or argument with that spelling."""
+def _takes(command: Any, param: Any) -> bool:
+    """Tell whether a command has an option or argument with that spelling."""
     spelled = set(param.opts) | set(param.secondary_opts)
-    return any(spelled & set(own.opts) for own in _build("any", function).params)
+    return any(spelled & set(own.opts) for own in command.params)
 
 
 def _is_given(param: Any, scan: Any) -> bool:

@@ -223,18 +223,12 @@ def export(
 
     out = Output(as_json=as_json)
     how = {"adapters": False, "model": model}
-    done = None
-    if push_to_hub is not None:
-        pushing.check(push_to_hub)
-        done = pushing.waiting(to, folder, how)
-    if done is not None:
-        out.note(f"{to} is complete, and not uploaded yet")
-    else:
-        done = export_concepts(ConceptFolder(folder), to, model, device, out)
-    if push_to_hub is not None:
-        done["url"] = pushing.push(
-            done, to, push_to_hub, private=private, made_from=folder, how=how
-        )
+    asked = pushing.Export(folder, to, how, push_to_hub, private)
+    done = pushing.export_and_push(
+        asked,
+        lambda: export_concepts(ConceptFolder(folder), to, model, device, out),
+        out,
+    )
     edit_tables.exported_concepts(out, done)
 
 

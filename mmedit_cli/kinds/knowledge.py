@@ -419,19 +419,13 @@ def export(
 
     out = Output(as_json=as_json)
     how = {"adapters": adapters, "model": model}
-    done = None
-    if push_to_hub is not None:
-        pushing.check(push_to_hub)
-        done = pushing.waiting(to, folder, how)
-    if done is not None:
-        out.note(f"{to} is complete, and not uploaded yet")
-    else:
-        chosen = ModelOptions(model or "", device)
-        done = exporting.export(folder, to, chosen, out, adapters=adapters)
-    if push_to_hub is not None:
-        done["url"] = pushing.push(
-            done, to, push_to_hub, private=private, made_from=folder, how=how
-        )
+    asked = pushing.Export(folder, to, how, push_to_hub, private)
+    chosen = ModelOptions(model or "", device)
+    done = pushing.export_and_push(
+        asked,
+        lambda: exporting.export(folder, to, chosen, out, adapters=adapters),
+        out,
+    )
     edit_tables.exported_model(out, done)
 
 

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmedit_cli import __version__, hub, reading
 from mmedit_cli.errors import UserError
+from mmedit_cli.output import Output
 from mmedit_cli.storage import remove_file, sha256_json, sha256_of, write_json
 
 WAITING = "not-uploaded.json"  # in an export: what was printed of it, and what it was made from
 
 
-def check(repo: str) -> None:
+@dataclass(frozen=True)
+class Export:
+    """An export that is asked for: from a ledger or a folder of concepts `made_from` to the new folder `to`.
+
+    how: the options it is made with. repo: where it is uploaded to, if anywhere. private: whether it is private there.
+    """
+
+    made_from: Path
+    to: Path
+    how: dict[str, Any]
+    repo: str | None
+    private: bool
+
+
+def export_and_push(
+    asked: Export, make: Callable[[], dict[str, Any]], out: Output
+) -> dict[str, Any]:
+    """Return the report of `make()`, which writes the folder, with the address where it was uploaded to.
+
+    A folder that is complete and was not uploaded is not made again. Raises UserError if the hub would refuse it,
+    before anything is written, or if the upload fails.
+    """
+    if asked.repo is None:
+        return make()
+    _check(asked.repo)
+    report = _waiting(asked)
+    if report is not None:
+        out.note(f"{asked.to} is complete, and not uploaded yet")
+    else:
+        report = make()
+    return {**report, "url": _push(asked, asked.repo, report)}
+
+
+def _check(repo: str) -> None:
     """Raise UserError unless the hub is there and this user may write to the repository's owner.
 
     Nothing is created.
@@ -52,11 +88,9 @@ def check(repo: str) -> None:
         )
 
 
-def waiting(to: Path, made_from: Path, how: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what is known of an export that only its upload is missing of; None if there is none like this one.
-
-    `how`: the options it is made with.
-    """
+def _waiting(asked: Export) -> dict[str, Any] | None:
+    """Return the report of an export that only its upload is missing of; None if there is none like this one."""
+    to = asked.to
     path = to / WAITING
     if not path.is_file():
         return None
@@ -64,33 +98,30 @@ def waiting(to: Path, made_from: Path, how: dict[str, Any]) -> dict[str, Any] | 
         path, error=UserError, hint=f"remove {to}, or name another folder with --to"
     )
     same = (
-        note.text("made_from") == _state_of(made_from)
-        and dict(note.mapping("how")) == how
+        note.text("made_from") == _state_of(asked.made_from)
+        and dict(note.mapping("how")) == asked.how
     )
     return dict(note.mapping("report")) if same else None
 
 
-def push(
-    report: dict[str, Any],
-    to: Path,
-    repo: str,
-    *,
-    private: bool,
-    made_from: Path,
-    how: dict[str, Any],
-) -> str:
+def _push(asked: Export, repo: str, report: dict[str, Any]) -> str:
     """Upload an export to a repository of the hub and return its address; the same again uploads what is missing.
 
     Raises UserError if it fails; the folder is complete then.
     """
     from huggingface_hub import HfApi
 
-    note = {"made_from": _state_of(made_from), "how": how, "report": report}
+    to = asked.to
+    note = {
+        "made_from": _state_of(asked.made_from),
+        "how": asked.how,
+        "report": report,
+    }
     write_json(to / WAITING, note)
     api = HfApi(library_name="mmedit", library_version=__version__)
     try:
         hub.prepare()
-        url = api.create_repo(repo, private=private, exist_ok=True)
+        url = api.create_repo(repo, private=asked.private, exist_ok=True)
         api.upload_folder(
             folder_path=to,
             repo_id=url.repo_id,
