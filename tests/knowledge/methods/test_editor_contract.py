@@ -276,6 +276,29 @@ def test_save_and_load_give_the_same_logits(editor, tmp_path):
     )
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+def test_an_edit_after_loading_is_the_edit_without_it(editor, backwards):
+    """A file lists its tensors in any order."""
+    editor.edit(REQUESTS[:1])
+    tensors, metadata = editor.state()
+    editor.edit(REQUESTS[1:])
+    whole, _ = editor.state()
+    edited = logits(editor.backbone)
+    editor.undo()
+    fresh = make(*editor.recipe, editor.backbone)
+    names = sorted(tensors, reverse=backwards)
+    fresh.load_state({name: tensors[name] for name in names}, metadata)
+    fresh.edit(REQUESTS[1:])
+    continued, _ = fresh.state()
+    try:
+        assert torch.equal(logits(editor.backbone), edited)
+        assert continued.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(continued[name], tensor), name
+    finally:
+        fresh.undo()
+
+
 def test_a_state_of_another_kind_is_refused(editor, tmp_path):
     editor.edit(REQUESTS[:1])
     tensors, metadata = editor.state()

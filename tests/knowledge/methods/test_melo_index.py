@@ -45,6 +45,19 @@ def index_of(keys, labels):
     return index
 
 
+def test_the_order_in_which_parts_are_named_does_not_matter():
+    """Keys read from a file name their parts in any order; parts of one width were once taken for each other."""
+    keys = keys_of(100)
+    keys.parts["question"] = F.pad(keys.parts["question"], (0, 4))
+    labels = [str(i) for i in range(100)]
+    backwards = Keys(dict(reversed(keys.parts.items())), keys.seen)
+    index = index_of(backwards[:3], labels[:3])
+    index.insert(keys[3:70], labels[3:70])  # into more room
+    index.insert(keys[70:], labels[70:])  # into the room there is
+    for name, part in keys.parts.items():
+        assert torch.equal(index.keys.parts[name], part), name
+
+
 def test_every_key_goes_to_its_own_newest_row_among_a_thousand_that_contradict_each_other():
     base = keys_of(100)
     keys = keys_of(1000, 1, near=base, spread=0.1)

@@ -44,8 +44,10 @@ class Keys:
         return cls(parts, torch.cat(seen))
 
     def tensors(self) -> list[Tensor]:
-        """Return the parts in order, and `seen`."""
-        return [*self.parts.values(), self.seen]
+        """Return the parts, in the order of their names, and `seen`."""
+        # a file that keys are read from lists them in any order
+        parts = [self.parts[name] for name in sorted(self.parts)]
+        return [*parts, self.seen]
 
 
 Distance = Callable[[Keys, Keys], Tensor]
