@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -31,7 +31,9 @@ Rule = Literal["valid", "all"]
 FORMAT = "1"
 ENOUGH = 20  # tokens per dimension above which no ridge is needed
 RIDGE = 1e-3  # of the mean of the diagonal, below that
-_CHUNK, _BATCH_TOKENS, _SAVE_SECONDS = 2048, 1024, 20.0
+_CHUNK = 2048  # captions
+_BATCH_TOKENS = 1024
+_SAVE_SECONDS = 20.0
 _CAPTIONS = (
     "a photo of {}",
     "a drawing of {}",
@@ -57,8 +59,10 @@ class SecondMoment:
 
     def add(self, encodings: Tensor) -> None:
         """Add all encodings (B, n, D) of B texts."""
-        rows = encodings.detach().flatten(0, 1).double()
-        self.sums = self.sums.to(rows.device).addmm_(rows.T, rows)
+        flat = encodings.detach().flatten(0, 1)
+        rows = flat.double()
+        sums = self.sums.to(rows.device)
+        self.sums = sums.addmm_(rows.T, rows)
         self.texts += len(encodings)
         self.tokens += len(rows)
 
@@ -72,8 +76,8 @@ class SecondMoment:
 class Covariance:
     """A second moment `matrix` (D, D) in float64, up to scale, and where it comes from.
 
-    `tokens` is None where it is not known how many encodings there were. `source` says which text encoder, which
-    captions, and by which rule: `encoder`, `captions`, `rule`, ...
+    `tokens` is None if the number of encodings is not known. `source` names the text encoder, the captions and the
+    rule under the keys `encoder`, `captions`, `rule`, ...
     """
 
     matrix: Tensor
@@ -98,29 +102,26 @@ class Covariance:
         return hashlib.sha256(self.matrix.numpy().tobytes()).hexdigest()[:16]
 
     def factor(self, ridge: float | None = None) -> tuple[Tensor, float]:
-        """Return (lower Cholesky factor in float64, ridge that was added, as a share of the mean of the diagonal).
+        """Return the lower Cholesky factor in float64 and the ridge that was added, as a share of the mean diagonal.
 
-        None adds one only where it is needed: with fewer than 20 tokens a dimension, or if the matrix is not positive
-        definite. Raises DataError if it cannot be factored with the given ridge.
+        Without a given `ridge`, one is added only if there are fewer than 20 tokens a dimension, or if the matrix is
+        not positive definite. Raises DataError if the matrix cannot be factored with the given ridge.
         """
-        few = self.tokens is not None and self.tokens < ENOUGH * self.width
-        chosen = (
-            [ridge]
-            if ridge is not None
-            else [RIDGE]
-            if few
-            else [0.0, 1e-6, 1e-5, 1e-4, RIDGE]
-        )
-        for share in chosen:
-            lifted = self.matrix + share * self.matrix.diagonal().mean() * torch.eye(
-                self.width, dtype=torch.float64
-            )
-            factor, failed = torch.linalg.cholesky_ex(lifted)
+        if ridge is not None:
+            shares = [ridge]
+        elif self.tokens is not None and self.tokens < ENOUGH * self.width:
+            shares = [RIDGE]
+        else:
+            shares = [0.0, 1e-6, 1e-5, 1e-4, RIDGE]
+        identity = torch.eye(self.width, dtype=torch.float64)
+        for share in shares:
+            added = share * self.matrix.diagonal().mean() * identity
+            factor, failed = torch.linalg.cholesky_ex(self.matrix + added)
             if not failed:
                 return factor, share
-        problem = "the covariance is not positive definite" + (
-            f" with ridge {ridge:g}" if ridge is not None else ""
-        )
+        problem = "the covariance is not positive definite"
+        if ridge is not None:
+            problem += f" with ridge {ridge:g}"
         raise DataError(
             problem, "use more captions, or a larger ridge (--set ridge=1e-3)"
         )
@@ -128,17 +129,20 @@ class Covariance:
     def summary(self) -> dict[str, Any]:
         """Return counts, the span of the eigenvalues, the condition number, and the rank in terms of entropy."""
         values = torch.linalg.eigvalsh(self.matrix)
-        shares = values.clamp_min(0) / values.clamp_min(0).sum()
+        positive = values.clamp_min(0)
+        shares = positive / positive.sum()
         entropy = -(shares * shares.clamp_min(1e-300).log()).sum()
         lowest = float(values[0])
+        highest = float(values[-1])
+        condition = highest / lowest if lowest > 0 else None
         return {
             "width": self.width,
             "texts": self.texts,
             "tokens": self.tokens,
             "trace": float(values.sum()),
             "smallest_eigenvalue": lowest,
-            "largest_eigenvalue": float(values[-1]),
-            "condition": float(values[-1]) / lowest if lowest > 0 else None,
+            "largest_eigenvalue": highest,
+            "condition": condition,
             "effective_rank": float(entropy.exp()),
             "ridge": self.factor()[1],
             "digest": self.digest,
@@ -182,9 +186,8 @@ def import_matrix(path: Path, model: StableDiffusion) -> Covariance:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        matrices = [
-            tensor for tensor in read_tensors(path)[0].values() if tensor.dim() == 2
-        ]
+        tensors, _ = read_tensors(path)
+        matrices = [tensor for tensor in tensors.values() if tensor.dim() == 2]
         matrix: Any = matrices[0] if len(matrices) == 1 else None
     else:
         try:
@@ -198,12 +201,20 @@ def import_matrix(path: Path, model: StableDiffusion) -> Covariance:
         raise DataError(f"{path}: holds no single matrix", "save the matrix alone")
     _check_matrix(matrix, path)
     if len(matrix) != model.width:
-        raise DataError(f"{path}: {len(matrix)} x {len(matrix)}, but the text encodings of {model.name} have "
-                        f"{model.width} numbers", "choose the model the matrix was made for")  # fmt: skip
-    digest = sha256_of(path)[:16]
-    source = {"encoder": model.text_fingerprint, "model": model.name, "imported": path.name, "file": digest,
-              "rule": "valid"}  # fmt: skip
-    return Covariance((matrix.double() + matrix.double().T) / 2, source=source)
+        size = f"{len(matrix)} x {len(matrix)}"
+        raise DataError(
+            f"{path}: {size}, but the text encodings of {model.name} have {model.width} numbers",
+            "choose the model the matrix was made for",
+        )
+    source = {
+        "encoder": model.text_fingerprint,
+        "model": model.name,
+        "imported": path.name,
+        "file": sha256_of(path)[:16],
+        "rule": "valid",
+    }
+    matrix = matrix.double()
+    return Covariance((matrix + matrix.T) / 2, source=source)
 
 
 def estimate(
@@ -215,20 +226,25 @@ def estimate(
     limit: int | None = None,
     tick: Callable[[int], None] = lambda n: None,
 ) -> Covariance:
-    """Return the second moment of the caption tokens' encodings, and save it to `path`.
+    """Return the second moment of the encodings of caption tokens, and save it to `path`.
 
-    `captions` has one a line; None takes those about the things of EmojiKB. Rule `valid` counts the tokens from the
-    start to the first end, `all` the padding too. What is done is saved beside `path` now and then, and continued;
-    the result is the same to the last bit. `tick(n)` is told of n more captions. Raises DataError without captions.
+    `captions` is a text file with one caption a line; None takes captions about the things of EmojiKB. Rule `valid`
+    counts the tokens from the start to the first end, `all` the padding too. Progress is saved beside `path` from time
+    to time; a run that continues gives the same result to the last bit. `tick(n)` is called after n more captions.
+    Raises DataError if there are no captions.
     """
     digest, total = survey(captions)
     total = total if limit is None else min(limit, total)
     if not total:
         raise DataError(f"{captions}: no captions", "one a line")
     source = {
-        "encoder": model.text_fingerprint, "model": model.name, "captions": digest, "rule": rule,
-        "limit": str(total), "dtype": str(model.dtype),
-    }  # fmt: skip
+        "encoder": model.text_fingerprint,
+        "model": model.name,
+        "captions": digest,
+        "rule": rule,
+        "limit": str(total),
+        "dtype": str(model.dtype),
+    }
     partial = path.with_name(path.name + ".partial")
     moment = _continue(partial, model.width, source)
     tick(moment.texts)
@@ -252,25 +268,28 @@ def default_path(model: StableDiffusion) -> Path:
     """Return where the covariance of a model's text encoder is looked for."""
     folder = cache_dir() / "covariance"
     path = folder / f"{model.text_fingerprint}.safetensors"
-    former = folder / f"{model.former_text}.safetensors"  # kept by version 0.1.0
-    return former if former.is_file() and not path.is_file() else path
+    if path.is_file():
+        return path
+    of_version_0_1 = folder / f"{model.former_text}.safetensors"
+    return of_version_0_1 if of_version_0_1.is_file() else path
 
 
 def check(covariance: Covariance, model: StableDiffusion) -> None:
     """Raise StateError unless a covariance was made for the text encoder of a model."""
-    made_for = covariance.source.get("encoder")
-    if (
-        not same_model(made_for, model.text_fingerprint, model.former_text)
-        or covariance.width != model.width
-    ):
-        made = covariance.source.get("model", "another model")
-        raise StateError(f"the covariance was made for the text encoder of {made}, this is {model.name}",
-                         f"mmedit covariance --model {model.name} --captions FILE")  # fmt: skip
+    encoder = covariance.source.get("encoder")
+    same = same_model(encoder, model.text_fingerprint, model.former_text)
+    if not same or covariance.width != model.width:
+        other = covariance.source.get("model", "another model")
+        raise StateError(
+            f"the covariance was made for the text encoder of {other}, this is {model.name}",
+            f"mmedit covariance --model {model.name} --captions FILE",
+        )
 
 
 def survey(captions: Path | None) -> tuple[str, int]:
     """Return (digest, number) of the captions of a file, reading it once; raise DataError if it cannot be read."""
-    digest, count = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    count = 0
     for text in read_captions(captions):
         digest.update(text.encode() + b"\n")
         count += 1
@@ -282,56 +301,62 @@ def read_captions(path: Path | None) -> Iterator[str]:
     if path is None:
         from mmedit_cli.knowledge.data.emojikb import concepts_in
 
-        named = [
-            concept["it"] for concept in concepts_in(share_dir("data") / "emojikb")
-        ]
-        for i, thing in enumerate(named):
-            yield from (template.format(thing, named[i - 1]) for template in _CAPTIONS)
+        concepts = concepts_in(share_dir("data") / "emojikb")
+        things = [concept["it"] for concept in concepts]
+        for i, thing in enumerate(things):
+            for template in _CAPTIONS:
+                yield template.format(thing, things[i - 1])
         return
-    for _, line in read_lines(
-        path, hint="--captions takes a text file with a caption a line"
-    ):
-        if text := line.strip():
+    hint = "--captions takes a text file with a caption a line"
+    for _, line in read_lines(path, hint=hint):
+        text = line.strip()
+        if text:
             yield text
 
 
 def batches(
     model: StableDiffusion, texts: list[str], rule: Rule
 ) -> Iterator[list[Tensor]]:
-    """Yield ids (B, n) for each text encoder, of captions of one length: nothing is padded but by rule `all`."""
+    """Yield ids (B, n) for each text encoder, of captions of one length; only rule `all` pads."""
     padding: Any = "max_length" if rule == "all" else False
-    spelled = [
-        tokenizer(texts, truncation=True, padding=padding)["input_ids"]
-        for tokenizer in model.tokenizers
-    ]
-    rows: Iterable[tuple[list[int], ...]] = sorted(
-        zip(*spelled, strict=True), key=lambda row: len(row[0])
-    )
-    for length, group in groupby(rows, key=lambda row: len(row[0])):
-        while some := list(islice(group, max(1, _BATCH_TOKENS // length))):
-            yield [torch.tensor([row[i] for row in some]) for i in range(len(spelled))]
+    by_encoder = []
+    for tokenizer in model.tokenizers:
+        encoded = tokenizer(texts, truncation=True, padding=padding)
+        by_encoder.append(encoded["input_ids"])
+    captions: list[tuple[list[int], ...]] = list(zip(*by_encoder, strict=True))
+    captions.sort(key=_length)
+    for length, group in groupby(captions, key=_length):
+        size = max(1, _BATCH_TOKENS // length)
+        while batch := list(islice(group, size)):
+            columns = zip(*batch, strict=True)
+            yield [torch.tensor(ids) for ids in columns]
+
+
+def _length(caption: tuple[list[int], ...]) -> int:
+    first_encoder = caption[0]
+    return len(first_encoder)
 
 
 def _continue(path: Path, width: int, source: Mapping[str, str]) -> SecondMoment:
-    """Return what an interrupted run has done already, if it was the same."""
-    if path.exists():
-        tensors, meta = read_tensors(path)
-        if (
-            parse_json(meta.get("source", "{}"), f"{path}: source", error=StateError)
-            == source
-        ):
-            sums = tensors[
-                "sums"
-            ].clone()  # into memory as torch aligns it, on which the last bits of a product depend
-            return SecondMoment(sums, int(meta["texts"]), int(meta["tokens"]))
-    return SecondMoment.empty(width)
+    """Return the sum of an interrupted run if it had the same source, else an empty one."""
+    if not path.exists():
+        return SecondMoment.empty(width)
+    tensors, meta = read_tensors(path)
+    text = meta.get("source", "{}")
+    if parse_json(text, f"{path}: source", error=StateError) != source:
+        return SecondMoment.empty(width)
+    # A clone is aligned as torch does it; the last bits of a product depend on the alignment.
+    sums = tensors["sums"].clone()
+    return SecondMoment(sums, int(meta["texts"]), int(meta["tokens"]))
 
 
 def _pause(path: Path, moment: SecondMoment, source: Mapping[str, str]) -> None:
-    counts = {"texts": str(moment.texts), "tokens": str(moment.tokens)}
-    write_tensors(
-        path, {"sums": moment.sums.cpu()}, {**counts, "source": json.dumps(source)}
-    )
+    meta = {
+        "texts": str(moment.texts),
+        "tokens": str(moment.tokens),
+        "source": json.dumps(source),
+    }
+    write_tensors(path, {"sums": moment.sums.cpu()}, meta)
 
 
 def _check_matrix(matrix: Tensor, path: Path) -> None:

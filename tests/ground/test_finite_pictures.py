@@ -68,7 +68,7 @@ def test_drawing(drawing, broken, part, word, what):
 
 
 def test_learning(drawing, broken):
-    pixels = torch.zeros(1, 3, drawing.side, drawing.side)
+    pixels = torch.zeros(1, 3, drawing.resolution, drawing.resolution)
     latents, _ = drawing.latents(pixels)
     encoding = drawing.encode(drawing.tokenize(["a dog"]))
     name = first(drawing.model, "mid_block")

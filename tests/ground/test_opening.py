@@ -373,7 +373,7 @@ def test_a_unet_that_does_not_say_its_size_draws_a_size_that_is_given(copy):
     with pytest.raises(ModelError, match="has no sample_size") as caught:
         model.generate(["a dog"], [0], Sampling(steps=2))
     assert "--size" in caught.value.hint
-    (picture,) = model.generate(["a dog"], [0], Sampling(steps=2, side=16))
+    (picture,) = model.generate(["a dog"], [0], Sampling(steps=2, resolution=16))
     assert picture.size == (16, 16)
 
 

@@ -15,56 +15,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SHARE = 8  # neighbours have this part of a window in common
+OVERLAP = 8  # neighbours share one eighth of a window
 GRID = 8  # diffusers draws pictures of multiples of 8 pixels
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """`count` windows of `side` latents beside each other, neighbours with `common` columns in common."""
+    """A row of `count` windows of `size` x `size` latents; neighbours share `overlap` columns."""
 
     count: int
-    side: int
-    common: int
+    size: int
+    overlap: int
 
     @classmethod
-    def of(cls, count: int, side: int, scale: int) -> Canvas:
-        """Return the canvas for windows of `side` pixels, where a latent is `scale` pixels wide."""
+    def of(cls, count: int, resolution: int, scale: int) -> Canvas:
+        """Return the canvas for windows of `resolution` pixels, where a latent is `scale` pixels wide."""
         step = math.lcm(GRID, scale)
-        common = max(step, side // SHARE // step * step)
-        return cls(count, side // scale, common // scale if 2 * common <= side else 0)
+        shared_steps = resolution // OVERLAP // step
+        shared = max(step, shared_steps * step)
+        if 2 * shared > resolution:
+            shared = 0
+        return cls(count, resolution // scale, shared // scale)
 
     @property
     def width(self) -> int:
-        """Its width in latents."""
-        return self.count * self.side - (self.count - 1) * self.common
+        """Width in latents."""
+        return self.count * self.size - (self.count - 1) * self.overlap
 
     @property
     def starts(self) -> list[int]:
         """The first column of every window."""
-        return [i * (self.side - self.common) for i in range(self.count)]
+        stride = self.size - self.overlap
+        return [i * stride for i in range(self.count)]
 
     def weights(self) -> Tensor:
-        """Return (count, side) weights that fall off linearly towards a neighbour; those of a column sum to 1."""
-        fall = torch.arange(1, self.common + 1) / (self.common + 1)
-        found = torch.ones(self.count, self.side)
-        found[1:, : self.common] = fall
-        found[:-1, self.side - self.common :] = fall.flip(0)
-        return found
+        """Return weights (count, size) that fall linearly towards a neighbour; those of one column sum to 1."""
+        steps = torch.arange(1, self.overlap + 1)
+        rising = steps / (self.overlap + 1)
+        falling = rising.flip(0)
+        left = slice(None, self.overlap)
+        right = slice(self.size - self.overlap, None)
+        weights = torch.ones(self.count, self.size)
+        weights[1:, left] = rising
+        weights[:-1, right] = falling
+        return weights
 
     def cut(self, wide: Tensor) -> Tensor:
-        """Return the windows (B * count, C, h, side) of canvases (B, C, h, width), those of a canvas in a row."""
-        return torch.stack(
-            [wide[..., i : i + self.side] for i in self.starts], 1
-        ).flatten(0, 1)
+        """Return the windows (B * count, C, h, size) of canvases (B, C, h, width), canvas by canvas."""
+        windows = []
+        for start in self.starts:
+            end = start + self.size
+            windows.append(wide[..., start:end])
+        stacked = torch.stack(windows, 1)
+        return stacked.flatten(0, 1)
 
     def join(self, windows: Tensor) -> Tensor:
-        """Return canvases (B, C, h, width) of windows (B * count, C, h, side): the mean where they overlap."""
-        parts = windows.unflatten(0, (-1, self.count))
+        """Return canvases (B, C, h, width) of windows (B * count, C, h, size): the weighted mean of overlaps."""
+        by_canvas = windows.unflatten(0, (-1, self.count))
+        batch, _, channels, height, _ = by_canvas.shape
         weights = self.weights().to(windows)
-        total = windows.new_zeros(*parts.shape[:1], *parts.shape[2:4], self.width)
+        # The weights of a column sum to 1, so the sum is the mean of equation 5.
+        total = windows.new_zeros(batch, channels, height, self.width)
         for i, start in enumerate(self.starts):
-            total[..., start : start + self.side] += parts[:, i] * weights[i]
+            weighted = by_canvas[:, i] * weights[i]
+            end = start + self.size
+            total[..., start:end] += weighted
         return total
 
 
@@ -75,30 +90,31 @@ def in_windows(
     hidden: Tensor,
     conditions: Callable[[Tensor], dict[str, Any] | None],
 ) -> Iterator[None]:
-    """Let a UNet of diffusers that is given canvases see their windows inside the block.
+    """Inside the block, a UNet of diffusers that is given canvases sees their windows.
 
-    `hidden` (B * count, N, D) is what the windows are told; `conditions(windows)` are those of XL.
+    `hidden` (B * count, N, D) are the prompt encodings of the windows. `conditions(windows)` returns the
+    `added_cond_kwargs` of SDXL.
     """
 
     def cut(
-        _unet: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+        _unet: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        windows = canvas.cut(inputs[0])
-        options = {
-            **options,
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": conditions(windows),
-        }
-        if options.get("timestep_cond") is not None:
-            options["timestep_cond"] = options["timestep_cond"].repeat_interleave(
-                canvas.count, 0
-            )
-        return (windows, *inputs[1:]), options
+        wide, *others = inputs
+        windows = canvas.cut(wide)
+        kwargs = dict(kwargs)
+        kwargs["encoder_hidden_states"] = hidden
+        kwargs["added_cond_kwargs"] = conditions(windows)
+        time_condition = kwargs.get("timestep_cond")
+        if time_condition is not None:
+            repeated = time_condition.repeat_interleave(canvas.count, 0)
+            kwargs["timestep_cond"] = repeated
+        return (windows, *others), kwargs
 
     def join(
         _unet: nn.Module, _inputs: Any, output: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        return (canvas.join(output[0]), *output[1:])
+        predicted, *others = output
+        return (canvas.join(predicted), *others)
 
     handles = [
         unet.register_forward_pre_hook(cut, with_kwargs=True),

@@ -33,7 +33,8 @@ def load_stable_diffusion(
 ) -> StableDiffusion:
     """Return the text-to-image model for a name of the catalogue, a local folder or a hub id.
 
-    `low_memory`: see `StableDiffusion.save_memory`. Raises ModelError if the files cannot be used, or draw nothing.
+    With `low_memory`, see `StableDiffusion.save_memory`. Raises ModelError if the files cannot be used, or if they are
+    no text-to-image model.
     """
     ref = find_model(model, revision=revision) if isinstance(model, str) else model
     check_draws(ref)
@@ -93,13 +94,11 @@ def _from_folder(ref: ModelRef, dtype: Any) -> Any:
     assert ref.folder is not None
     config = read_config(ref.folder)
     kind = getattr(diffusers, config["_class_name"])
-    half = any((ref.folder / "unet").glob("*.fp16.safetensors"))
-    whole = any(
-        path
-        for path in (ref.folder / "unet").glob("*.safetensors")
-        if ".fp16" not in path.suffixes
-    )
-    options: dict[str, Any] = {"variant": "fp16"} if half and not whole else {}
+    weights = list((ref.folder / "unet").glob("*.safetensors"))
+    half = [path for path in weights if ".fp16" in path.suffixes]
+    options: dict[str, Any] = {}
+    if half and len(half) == len(weights):  # no weights in full precision
+        options["variant"] = "fp16"
     if "safety_checker" in config:
         options |= {
             "safety_checker": None,

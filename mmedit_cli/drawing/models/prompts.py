@@ -1,4 +1,4 @@
-"""Prompts as token ids: what a token of one's own stands for, and where it stands."""
+"""Prompts as token ids: what a new token stands for, and where it stands."""
 
 from __future__ import annotations
 
@@ -57,30 +57,35 @@ def tokenize(
     """
     texts = [_spell_out(prompt, words) for prompt in prompts]
     learned = {token: word for token, word in words.items() if word.vectors}
-    rows = [
-        [_row(tokenizer, learned, text) for text in texts] for tokenizer in tokenizers
-    ]
-    for tokenizer, some in zip(tokenizers, rows, strict=True):
-        for prompt, row in zip(prompts, some, strict=True):
+    by_encoder: list[list[_Row]] = []
+    for tokenizer in tokenizers:
+        rows = [_row(tokenizer, learned, text) for text in texts]
+        for prompt, row in zip(prompts, rows, strict=True):
             if row.length == tokenizer.model_max_length:
                 _check_whole(tokenizer, words, prompt)
-    first = rows[0]
+        by_encoder.append(rows)
+    first = by_encoder[0]
+    ids = [torch.tensor([row.ids for row in rows]) for rows in by_encoder]
+    plain_ids = [torch.tensor([row.plain_ids for row in rows]) for rows in by_encoder]
     return Tokens(
-        tuple(prompts),
-        tuple(torch.tensor([row.ids for row in some]) for some in rows),
-        tuple(torch.tensor([row.plain_ids for row in some]) for some in rows),
-        torch.tensor([row.aligned for row in first]),
-        {
-            token: torch.tensor([[t == token for t in row.owners] for row in first])
-            for token in learned
-        },
-        torch.tensor([row.length for row in first]),
-        torch.arange(len(prompts)) < unconditional,
+        prompts=tuple(prompts),
+        ids=tuple(ids),
+        plain_ids=tuple(plain_ids),
+        aligned=torch.tensor([row.aligned for row in first]),
+        places={token: _places_of(token, first) for token in learned},
+        lengths=torch.tensor([row.length for row in first]),
+        unconditional=torch.arange(len(prompts)) < unconditional,
     )
 
 
+def _places_of(token: str, rows: Sequence[_Row]) -> Tensor:
+    """Return where a token's vectors stand, (B, N)."""
+    masks = [[owner == token for owner in row.owners] for row in rows]
+    return torch.tensor(masks)
+
+
 def check_token(token: str) -> None:
-    """Raise DataError unless a token can name something of one's own."""
+    """Raise DataError unless a text can be the name of a concept, such as `<my-dog>`."""
     if not re.fullmatch(r"<[^<>\s]{1,40}>", token):
         raise DataError(
             f"--token {token}: not a name in angle brackets", 'e.g. --token "<my-dog>"'
@@ -89,6 +94,8 @@ def check_token(token: str) -> None:
 
 @dataclass(frozen=True)
 class _Row:
+    """One prompt as ids; `owners` names the learned token that stands at a position, "" for none."""
+
     ids: list[int]
     plain_ids: list[int]
     aligned: list[int]
@@ -105,18 +112,15 @@ def _spell_out(prompt: str, words: Mapping[str, Word]) -> str:
 
 def _check_whole(tokenizer: Any, words: Mapping[str, Word], prompt: str) -> None:
     """Raise TooLong if a token of a long prompt is spelled out where the model no longer reads."""
+    longest = tokenizer.model_max_length
     for token, word in words.items():
         if word.vectors or token not in prompt:
             continue
-        until = _spell_out(prompt[: prompt.rindex(token) + len(token)], words)
-        if (
-            len(tokenizer(until, add_special_tokens=False)["input_ids"])
-            > tokenizer.model_max_length - 2
-        ):
-            raise TooLong(
-                _cut_off(prompt, token, tokenizer.model_max_length),
-                "shorten the prompt",
-            )
+        end = prompt.rindex(token) + len(token)
+        read = _spell_out(prompt[:end], words)
+        ids = tokenizer(read, add_special_tokens=False)["input_ids"]
+        if len(ids) > longest - 2:  # start and end take two places
+            raise TooLong(_cut_off(prompt, token, longest), "shorten the prompt")
 
 
 def _cut_off(prompt: str, token: str, longest: int) -> str:
@@ -126,22 +130,14 @@ def _cut_off(prompt: str, token: str, longest: int) -> str:
 def _row(tokenizer: Any, learned: Mapping[str, Word], text: str) -> _Row:
     """Return one prompt as ids, cut and padded to the longest the tokenizer allows."""
     longest = tokenizer.model_max_length
-    ids, plain, aligned, owners = (
-        [tokenizer.bos_token_id],
-        [tokenizer.bos_token_id],
-        [0],
-        [""],
-    )
-    pieces = (
-        re.split("|".join(f"({re.escape(token)})" for token in learned), text)
-        if learned
-        else [text]
-    )
-    for piece in filter(None, pieces):
+    ids = [tokenizer.bos_token_id]
+    plain = [tokenizer.bos_token_id]
+    aligned = [0]
+    owners = [""]
+    for piece in _pieces(text, learned):
         word = learned.get(piece)
-        spelled = tokenizer(
-            piece if word is None else word.text, add_special_tokens=False
-        )["input_ids"]
+        words = piece if word is None else word.text
+        spelled = tokenizer(words, add_special_tokens=False)["input_ids"]
         before = len(plain)
         plain += spelled
         if word is None:
@@ -158,15 +154,36 @@ def _row(tokenizer: Any, learned: Mapping[str, Word], text: str) -> _Row:
         raise TooLong(_cut_off(text, cut[0], longest), "shorten the prompt")
     length = min(len(ids) + 1, longest)
     plain_length = min(len(plain) + 1, longest)
-    aligned = [min(i, longest - 1) for i in aligned[: length - 1]]
-    aligned += [
-        min(plain_length - 1 + i, longest - 1) for i in range(longest - len(aligned))
-    ]
-    owners = (owners[: length - 1] + [""] * longest)[:longest]
-    return _Row(_pad(tokenizer, ids), _pad(tokenizer, plain), aligned, owners, length)
+    last = longest - 1
+    aligned = [min(position, last) for position in aligned[: length - 1]]
+    # The end and the padding correspond to the end and the padding of the plain prompt.
+    for offset in range(longest - len(aligned)):
+        aligned.append(min(plain_length - 1 + offset, last))
+    owners = owners[: length - 1]
+    owners += [""] * (longest - len(owners))
+    return _Row(
+        ids=_pad(tokenizer, ids),
+        plain_ids=_pad(tokenizer, plain),
+        aligned=aligned,
+        owners=owners,
+        length=length,
+    )
+
+
+def _pieces(text: str, learned: Mapping[str, Word]) -> list[str]:
+    """Return a text cut before and behind every learned token."""
+    if not learned:
+        return [text] if text else []
+    alternatives = [f"({re.escape(token)})" for token in learned]
+    pieces = re.split("|".join(alternatives), text)
+    return [piece for piece in pieces if piece]
 
 
 def _pad(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return ids cut to the length of the model, with an end, and padded."""
     longest = tokenizer.model_max_length
-    whole = [*ids[: longest - 1], tokenizer.eos_token_id]
-    return whole + [tokenizer.pad_token_id] * (longest - len(whole))
+    padded = ids[: longest - 1]
+    padded.append(tokenizer.eos_token_id)
+    missing = longest - len(padded)
+    padded += [tokenizer.pad_token_id] * missing
+    return padded

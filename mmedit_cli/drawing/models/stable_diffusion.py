@@ -1,13 +1,13 @@
-"""Stable Diffusion 1.x, 2.x and XL through diffusers: prompts with tokens of one's own, losses, seeded pictures."""
+"""Stable Diffusion 1.x, 2.x and XL through diffusers: prompts with new tokens, losses, seeded pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,10 +30,11 @@ class Encoding(NamedTuple):
     pooled: Tensor | None = None
 
     def rows(self, which: Sequence[int]) -> Encoding:
-        """Return those of some prompts."""
-        return Encoding(
-            self.hidden[which], None if self.pooled is None else self.pooled[which]
-        )
+        """Return the encodings of some of the prompts."""
+        hidden = self.hidden[which]
+        if self.pooled is None:
+            return Encoding(hidden)
+        return Encoding(hidden, self.pooled[which])
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +56,15 @@ class Projection:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made: `steps` of the model's scheduler, `guidance` scale, `side` in pixels.
+    """How pictures are drawn: scheduler `steps`, `guidance` scale, `resolution` (height and width in pixels).
 
-    None is what is usual for the model. `batch_size` pictures are made at once; same seeds in the same batches give
-    the same pictures.
+    None stands for the model's usual value. `batch_size` pictures are drawn at once; the same seeds in the same
+    batches give the same pictures.
     """
 
     steps: int = 50
     guidance: float | None = None
-    side: int | None = None
+    resolution: int | None = None
     negative: str = ""
     batch_size: int = 4
 
@@ -71,41 +72,37 @@ class Sampling:
 class StableDiffusion:
     """A Stable Diffusion pipeline with frozen weights; `model` holds its parts `unet`, `vae` and `text_encoder(_2)`.
 
-    `words` are the tokens of one's own that prompts may name. `windows` may say that the picture of a prompt has
-    several windows beside each other, and what each is told; it is wider then. While rows are in a forward pass
-    `current_prompts` says what they are; hooks of an editor read it. `guidance` is the scale that is usual for it.
+    `words` are the new tokens that prompts may contain. `windows`, if set, splits a prompt into the prompts of several
+    windows beside each other; the picture is wider then. `current_prompts` are the prompts whose rows are in a forward
+    pass; the hooks of a personalizer read it. `guidance` is the usual guidance scale of the model.
     """
 
     family: ClassVar[str] = "stable-diffusion"
-    former, former_text = (
-        "",
-        "",
-    )  # the fingerprints that version 0.1.0 gave to the model and to its text encoders
+    # The fingerprints that version 0.1.0 gave to the model and to its text encoders.
+    former: str = ""
+    former_text: str = ""
 
     def __init__(
         self, name: str, pipe: Any, fingerprint: str, text_fingerprint: str
     ) -> None:
         from diffusers import DDPMScheduler
 
-        self.name, self.pipe, self.fingerprint, self.text_fingerprint = (
-            name,
-            pipe,
-            fingerprint,
-            text_fingerprint,
-        )
+        self.name = name
+        self.pipe = pipe
+        self.fingerprint = fingerprint
+        self.text_fingerprint = text_fingerprint
         self.is_xl = getattr(pipe, "text_encoder_2", None) is not None
-        names = ["unet", "vae", "text_encoder"] + ["text_encoder_2"] * self.is_xl
-        self.model = (
-            nn.ModuleDict({part: getattr(pipe, part) for part in names})
-            .eval()
-            .requires_grad_(False)
-        )
-        self.tokenizers = (
-            [pipe.tokenizer, pipe.tokenizer_2] if self.is_xl else [pipe.tokenizer]
-        )
+        names = ["unet", "vae", "text_encoder"]
+        self.tokenizers = [pipe.tokenizer]
+        if self.is_xl:
+            names.append("text_encoder_2")
+            self.tokenizers.append(pipe.tokenizer_2)
+        parts = {part: getattr(pipe, part) for part in names}
+        self.model = nn.ModuleDict(parts).eval().requires_grad_(False)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             cap_length(tokenizer, encoder)
-        self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
+        build: Any = DDPMScheduler.from_config
+        self.noise_scheduler = build(pipe.scheduler.config)
         self.words: dict[str, Word] = {}
         self.windows: Callable[[str], Sequence[str]] | None = None
         self.current_prompts: CurrentPrompts | None = None
@@ -116,10 +113,9 @@ class StableDiffusion:
 
     @property
     def text_encoders(self) -> list[Any]:
-        """The text encoders, in the order of their encodings."""
-        return [
-            self.model[part] for part in self.model if part.startswith("text_encoder")
-        ]
+        """The text encoders, in the order in which their encodings are joined."""
+        names = [part for part in self.model if part.startswith("text_encoder")]
+        return [self.model[name] for name in names]
 
     @property
     def unet(self) -> Any:
@@ -129,12 +125,12 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.unet.device  # type: ignore[no-any-return]
+        return cast(torch.device, self.unet.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The number format of the weights."""
-        return self.unet.dtype  # type: ignore[no-any-return]
+        return cast(torch.dtype, self.unet.dtype)
 
     @property
     def width(self) -> int:
@@ -147,8 +143,8 @@ class StableDiffusion:
         return int(self.tokenizers[0].model_max_length)
 
     @property
-    def side(self) -> int:
-        """The native height and width in pixels; raises ModelError where the model does not say it."""
+    def resolution(self) -> int:
+        """The native height and width in pixels; raises ModelError if the model's config does not name it."""
         size = self.unet.config.sample_size
         if not isinstance(size, int):
             raise ModelError(
@@ -164,29 +160,33 @@ class StableDiffusion:
 
     def cross_attention(self) -> list[Projection]:
         """Return the key and value projections that read the prompt, found from the structure of the UNet."""
-        found = []
+        projections = []
         for name, module in self.unet.named_modules():
-            if getattr(module, "is_cross_attention", False) and hasattr(module, "to_k"):
-                found += [
-                    Projection(
-                        f"unet.{name}.to_{role}",
-                        role,
-                        getattr(module, f"to_{role}").weight.shape[0],
-                    )
-                    for role in ("k", "v")
-                ]
-        return found
+            reads_prompt = getattr(module, "is_cross_attention", False)
+            if not reads_prompt or not hasattr(module, "to_k"):
+                continue
+            for role in ("k", "v"):
+                weight = getattr(module, f"to_{role}").weight
+                path = f"unet.{name}.to_{role}"
+                projections.append(Projection(path, role, weight.shape[0]))
+        return projections
 
     def attention(self, roles: Sequence[str], *, text: Sequence[str] = ()) -> list[str]:
         """Return paths of attention projections: `roles` ("q", "v") in the UNet, `text` in the text encoders."""
-        unet = tuple(f".to_{role}" for role in roles)
-        encoder = tuple(f".{role}_proj" for role in text)
-        return [
-            path
-            for path, _ in self.model.named_modules()
-            if (path.startswith("unet.") and path.endswith(unet))
-            or (path.startswith("text_encoder") and path.endswith(encoder))
-        ]
+        in_unet = tuple(f".to_{role}" for role in roles)
+        in_text_encoder = tuple(f".{role}_proj" for role in text)
+
+        paths = []
+        for path, _ in self.model.named_modules():
+            if path.startswith("unet."):
+                ends = in_unet
+            elif path.startswith("text_encoder"):
+                ends = in_text_encoder
+            else:
+                continue
+            if path.endswith(ends):
+                paths.append(path)
+        return paths
 
     # -- prompts ------------------------------------------------------------------------------------------------
 
@@ -199,88 +199,87 @@ class StableDiffusion:
     def encode(self, tokens: Tokens, *, plain: bool = False) -> Encoding:
         """Run the text encoders; gradients reach the vectors of `words`.
 
-        With `plain`, every token of one's own is encoded as its plain word, and positions are those of `tokens`.
+        With `plain`, every new token is encoded as its plain word, moved to the positions of `tokens`.
         """
-        hidden, pooled = [], None
+        by_encoder = tokens.plain_ids if plain else tokens.ids
+        encodings = []
+        pooled = None
         for i, encoder in enumerate(self.text_encoders):
-            ids = (tokens.plain_ids if plain else tokens.ids)[i].to(self.device)
+            ids = by_encoder[i].to(self.device)
             with ExitStack() as stack:
                 if not plain:
-                    stack.enter_context(self._speaking(encoder, i, tokens))
+                    stack.enter_context(self._learned_embeddings(encoder, i, tokens))
                 stack.enter_context(self.running(tokens))
                 out = encoder(ids, output_hidden_states=self.is_xl)
-            hidden.append(
-                out.hidden_states[-2] if self.is_xl else out.last_hidden_state
-            )
+            encodings.append(self._hidden_of(out))
             pooled = getattr(out, "text_embeds", pooled)
-        whole = torch.cat(hidden, -1)
+        hidden = torch.cat(encodings, -1)
         if plain:
-            rows = torch.arange(len(whole), device=self.device)[:, None]
-            whole = whole[rows, tokens.aligned.to(self.device)]
-        return Encoding(whole, pooled)
+            rows = torch.arange(len(hidden), device=self.device)[:, None]
+            hidden = hidden[rows, tokens.aligned.to(self.device)]
+        return Encoding(hidden, pooled)
 
     def encode_ids(self, ids: Sequence[Tensor]) -> Tensor:
         """Return the encodings (B, n, D) of unpadded token ids (B, n), one tensor for each text encoder."""
-        outs = [
-            encoder(some.to(self.device), output_hidden_states=self.is_xl)
-            for encoder, some in zip(self.text_encoders, ids, strict=True)
-        ]
-        return torch.cat(
-            [
-                out.hidden_states[-2] if self.is_xl else out.last_hidden_state
-                for out in outs
-            ],
-            -1,
-        )
+        encodings = []
+        for encoder, its_ids in zip(self.text_encoders, ids, strict=True):
+            on_device = its_ids.to(self.device)
+            out = encoder(on_device, output_hidden_states=self.is_xl)
+            encodings.append(self._hidden_of(out))
+        return torch.cat(encodings, -1)
+
+    def _hidden_of(self, output: Any) -> Tensor:
+        """Return the hidden states that the UNet reads; SDXL takes those below the last layer."""
+        hidden = output.hidden_states[-2] if self.is_xl else output.last_hidden_state
+        return cast(Tensor, hidden)
 
     @contextmanager
     def running(
         self, tokens: Tokens, encoding: Encoding | None = None
     ) -> Iterator[None]:
-        """Say inside the block which prompts the rows of a forward pass belong to."""
-        before, self.current_prompts = (
-            self.current_prompts,
-            CurrentPrompts(tokens, encoding),
-        )
+        """Set `current_prompts` inside the block: the prompts that the rows of a forward pass belong to."""
+        before = self.current_prompts
+        self.current_prompts = CurrentPrompts(tokens, encoding)
         try:
             yield
         finally:
             self.current_prompts = before
 
-    def rows(self, of: int) -> CurrentPrompts:
-        """Return the current prompts, for a hook that sees `of` rows; raise MmeditError if it is something else."""
-        if (
-            self.current_prompts is None
-            or len(self.current_prompts.tokens.prompts) != of
-        ):
+    def rows(self, count: int) -> CurrentPrompts:
+        """Return the current prompts for a hook that sees `count` rows; raise MmeditError if they are not those."""
+        current = self.current_prompts
+        if current is None or len(current.tokens.prompts) != count:
             raise MmeditError(
-                f"{self.name} with edits was called with {of} rows that are not known here",
+                f"{self.name} with edits was called with {count} rows that are not known here",
                 "go through StableDiffusion.generate, or remove the edits first",
             )
-        return self.current_prompts
+        return current
 
     @contextmanager
-    def _speaking(self, encoder: Any, index: int, tokens: Tokens) -> Iterator[None]:
-        """Let the vectors of tokens of one's own stand in the place of their embeddings inside the block."""
-        present = [
-            (place, self.words[t].vectors[index])
-            for t, place in tokens.places.items()
-            if place.any()
-        ]
+    def _learned_embeddings(
+        self, encoder: Any, index: int, tokens: Tokens
+    ) -> Iterator[None]:
+        """Inside the block, learned vectors replace the embeddings of the new tokens of a text encoder."""
+        present = []
+        for token, mask in tokens.places.items():
+            if mask.any():
+                present.append((mask, self.words[token].vectors[index]))
         if not present:
             yield
             return
 
-        def put(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            for place, vectors in present:
-                times = int(place.sum()) // len(vectors)
-                here = place[..., None].to(output.device)
+        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            for mask, vectors in present:
+                times = int(mask.sum()) // len(vectors)
+                repeated = vectors.repeat(times, 1)
                 output = output.masked_scatter(
-                    here, vectors.repeat(times, 1).to(output)
+                    mask[..., None].to(output.device),
+                    repeated.to(output),
                 )
             return output
 
-        handle = encoder.get_input_embeddings().register_forward_hook(put)
+        embeddings = encoder.get_input_embeddings()
+        handle = embeddings.register_forward_hook(replace)
         try:
             yield
         finally:
@@ -288,7 +287,7 @@ class StableDiffusion:
 
     def embedding(self, text: str) -> tuple[Tensor, ...]:
         """Return the input embedding (width,) of the last token of a text, for each text encoder, in float32."""
-        found = []
+        embeddings = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
@@ -296,10 +295,9 @@ class StableDiffusion:
                     f"superclass {text!r}: not a word the model can read",
                     "e.g. --superclass dog",
                 )
-            found.append(
-                encoder.get_input_embeddings().weight[ids[-1]].detach().float().clone()
-            )
-        return tuple(found)
+            matrix = encoder.get_input_embeddings().weight
+            embeddings.append(matrix[ids[-1]].detach().float().clone())
+        return tuple(embeddings)
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
@@ -307,62 +305,65 @@ class StableDiffusion:
     def latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return (mean, standard deviation) of the latents (B, C, h, w) of pictures (B, 3, H, W) in -1..1."""
         vae = self.model["vae"]
-        spread = vae.encode(pixels.to(self.device, self.dtype)).latent_dist
-        check_finite(
-            spread.mean,
-            f"{self.name}: the latents of the pictures",
-            self.model,
-            lambda: vae.encode(pixels.to(self.device, self.dtype)),
-        )
-        return (
-            spread.mean.float() * vae.config.scaling_factor,
-            spread.std.float() * vae.config.scaling_factor,
-        )
+
+        def encode() -> Any:
+            return vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+
+        distribution = encode()
+        what = f"{self.name}: the latents of the pictures"
+        check_finite(distribution.mean, what, self.model, encode)
+        mean = distribution.mean.float() * vae.config.scaling_factor
+        deviation = distribution.std.float() * vae.config.scaling_factor
+        return mean, deviation
 
     def errors(self, latents: Tensor, encoding: Encoding, source: Generator) -> Tensor:
-        """Return the squared errors (B, C, h, w) of what is predicted for noisy latents, at random steps.
+        """Return the squared errors (B, C, h, w) of the prediction for noisy latents, at random time steps.
 
-        To be called, and followed back, inside `running`: a block that kept nothing is run again on the way back.
+        Call it, and the backward pass too, inside `running`: gradient checkpointing runs blocks again on the way back.
         """
+        scheduler = self.noise_scheduler
         noise = torch.randn(latents.shape, generator=source).to(latents)
-        steps = torch.randint(
+        times = torch.randint(
             0,
-            self.noise.config.num_train_timesteps,
+            scheduler.config.num_train_timesteps,
             latents.shape[:1],
             generator=source,
-        )
-        steps = steps.to(latents.device)
-        noisy = self.noise.add_noise(latents, noise, steps)
-        kind = self.noise.config.prediction_type
-        wanted = (
-            noise
-            if kind == "epsilon"
-            else self.noise.get_velocity(latents, noise, steps)
-        )
-        added = self._xl_conditions(encoding, latents)
+        ).to(latents.device)
+        noisy = scheduler.add_noise(latents, noise, times)
+        target = noise
+        if scheduler.config.prediction_type != "epsilon":
+            target = scheduler.get_velocity(latents, noise, times)
+        conditions = self._xl_conditions(encoding, latents)
 
         def predict() -> Tensor:
-            told = {
-                "encoder_hidden_states": encoding.hidden,
-                "added_cond_kwargs": added,
-            }
-            return self.unet(noisy.to(self.dtype), steps, **told).sample  # type: ignore[no-any-return]
+            output = self.unet(
+                noisy.to(self.dtype),
+                times,
+                encoder_hidden_states=encoding.hidden,
+                added_cond_kwargs=conditions,
+            )
+            return cast(Tensor, output.sample)
 
-        out = predict()
-        check_finite(out, f"{self.name}: the predicted noise", self.model, predict)
-        return (out.float() - wanted.float()).square()
+        predicted = predict()
+        what = f"{self.name}: the predicted noise"
+        check_finite(predicted, what, self.model, predict)
+        return (predicted.float() - target.float()).square()
 
     def _xl_conditions(
         self, encoding: Encoding, latents: Tensor
     ) -> dict[str, Tensor | None] | None:
-        """Return what XL is told besides the prompt: the sizes of the picture; None for the others."""
+        """Return what SDXL is given besides the prompt: the sizes of the picture; None for other models."""
         if not self.is_xl:
             return None
-        height, width = (int(n) * self.scale for n in latents.shape[-2:])
-        ids = torch.tensor(
-            [[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype
-        )
-        return {"text_embeds": encoding.pooled, "time_ids": ids.repeat(len(latents), 1)}
+        height = latents.shape[-2] * self.scale
+        width = latents.shape[-1] * self.scale
+        # original size, corner of the crop, target size
+        sizes = [height, width, 0, 0, height, width]
+        ids = torch.tensor([sizes], device=self.device, dtype=self.dtype)
+        return {
+            "text_embeds": encoding.pooled,
+            "time_ids": ids.repeat(len(latents), 1),
+        }
 
     def generate(
         self,
@@ -372,103 +373,97 @@ class StableDiffusion:
         *,
         tick: Tick | None = None,
     ) -> list[Any]:
-        """Return one PIL image for each prompt and its seed; `tick(n)` is told of every picture's step that is done.
+        """Return one PIL image for each prompt and its seed; `tick(n)` is called after n pictures made one step.
 
-        Raises DataError for a size the model cannot draw, TooLong for a prompt whose own token would be cut off.
+        Raises DataError for a size the model cannot draw, TooLong for a prompt whose new token would be cut off.
         """
         check_steps(self.pipe.scheduler, sampling.steps)
-        side = sampling.side or self.side
-        step = math.lcm(GRID, self.scale)
-        if side % step or side < step:
+        resolution = sampling.resolution or self.resolution
+        grid = math.lcm(GRID, self.scale)
+        if resolution % grid or resolution < grid:
             raise DataError(
-                f"size {side}: not a multiple of {step} pixels",
-                f"e.g. {max(1, side // step) * step}",
+                f"size {resolution}: not a multiple of {grid} pixels",
+                f"e.g. {max(1, resolution // grid) * grid}",
             )
+        sampling = replace(sampling, resolution=resolution)
         images: list[Any] = []
-        for i in range(0, len(prompts), sampling.batch_size):
-            some = slice(i, i + sampling.batch_size)
-            images += self._batch(
-                list(prompts[some]), list(seeds[some]), sampling, side, tick
+        for start in range(0, len(prompts), sampling.batch_size):
+            batch = slice(start, start + sampling.batch_size)
+            images += self._draw_batch(
+                list(prompts[batch]), list(seeds[batch]), sampling, tick
             )
         return images
 
-    def _batch(
+    def _draw_batch(
         self,
         prompts: list[str],
         seeds: list[int],
         sampling: Sampling,
-        side: int,
         tick: Tick | None,
     ) -> list[Any]:
-        told = [self.told(prompt) for prompt in prompts]
-        wide = {i: len(texts) for i, texts in enumerate(told) if len(texts) > 1}
+        """Draw pictures of one window together, then the wide ones by their number of windows."""
+        by_prompt = [self.window_prompts(prompt) for prompt in prompts]
+        counts = [len(window_prompts) for window_prompts in by_prompt]
         images: list[Any] = [None] * len(prompts)
-        if len(wide) < len(prompts):
-            # the wide ones too, and in vain: the others are the same bit for bit only in a batch of the same size
-            images, tick = self._generate(prompts, seeds, sampling, side, tick), None
-        for count in sorted({*wide.values()}):
-            rows = [i for i in wide if wide[i] == count]
-            texts = [text for i in rows for text in told[i]]
-            drawn = self._generate(
-                texts, [seeds[i] for i in rows], sampling, side, tick, windows=count
+        if 1 in counts:
+            # Wide ones are drawn here too, and thrown away: the other pictures are the same bit for bit
+            # only in a batch of the same size.
+            images = self._draw(prompts, seeds, sampling, tick)
+            tick = None
+        for count in sorted(set(counts) - {1}):
+            rows = [row for row, windows in enumerate(counts) if windows == count]
+            texts = []
+            for row in rows:
+                texts += by_prompt[row]
+            drawn = self._draw(
+                texts,
+                [seeds[row] for row in rows],
+                sampling,
+                tick,
+                windows=count,
             )
-            for i, image in zip(rows, drawn, strict=True):
-                images[i] = image
+            for row, image in zip(rows, drawn, strict=True):
+                images[row] = image
         return images
 
-    def told(self, prompt: str) -> list[str]:
-        """Return what each window of a prompt's picture is told: mostly one, the prompt itself."""
+    def window_prompts(self, prompt: str) -> list[str]:
+        """Return the prompt of each window of a picture; mostly there is one window, and it is the prompt itself."""
         return [prompt] if self.windows is None else list(self.windows(prompt))
 
-    def scale_of(self, sampling: Sampling) -> float:
-        """Return the scale of guidance that pictures are made with."""
+    def guidance_scale(self, sampling: Sampling) -> float:
+        """Return the guidance scale that pictures are drawn with."""
         return self.guidance if sampling.guidance is None else sampling.guidance
 
     @torch.no_grad()
-    def _generate(
+    def _draw(
         self,
         prompts: list[str],
         seeds: list[int],
         sampling: Sampling,
-        side: int,
         tick: Tick | None,
         windows: int = 1,
     ) -> list[Any]:
-        """Return a picture for each seed, of as many `prompts` as it has windows."""
-        count = len(prompts)
-        scale = self.scale_of(sampling)
+        """Return a picture for each seed; each has `windows` prompts, one for each of its windows."""
+        scale = self.guidance_scale(sampling)
         guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
-        tokens = self.tokenize(
-            [sampling.negative] * count * guided + prompts, unconditional=count * guided
-        )
+        unguided_rows = len(prompts) if guided else 0
+        negatives = [sampling.negative] * unguided_rows
+        tokens = self.tokenize(negatives + prompts, unconditional=unguided_rows)
         encoding = self.encode(tokens)
-        if (
-            guided
-            and self.is_xl
-            and not sampling.negative
-            and self.pipe.config.force_zeros_for_empty_prompt
-        ):
-            encoding.hidden[:count], encoding.pooled[:count] = 0, 0  # type: ignore[index]
-        # of several windows the pipeline is told what the first is; the UNet sees the others in its place
-        parts: dict[str, Any] = {"prompt_embeds": encoding.hidden[-count::windows]}
-        if guided:
-            parts["negative_prompt_embeds"] = encoding.hidden[:count:windows]
-        if self.is_xl:
-            parts["pooled_prompt_embeds"] = encoding.pooled[-count::windows]  # type: ignore[index]
-            if guided:
-                parts["negative_pooled_prompt_embeds"] = encoding.pooled[:count:windows]  # type: ignore[index]
-        canvas = Canvas.of(windows, side, self.scale)
+        if guided and not sampling.negative:
+            self._clear_negative(encoding, unguided_rows)
+        embeds = self._prompt_embeds(encoding, len(prompts), windows, guided)
+        resolution = sampling.resolution or self.resolution
+        canvas = Canvas.of(windows, resolution, self.scale)
 
         def draw(check: Callable[[Tensor, str], None]) -> Tensor:
-            """Return the pixels, (B, 3, H, W) in 0..1; `check` is given all that leaves the model."""
+            """Return the pixels, (B, 3, H, W) in 0..1; `check` sees everything that leaves the model."""
 
             def step_done(
                 _pipe: Any, index: int, _time: Any, values: Any
             ) -> dict[str, Any]:
-                check(
-                    values["latents"],
-                    f"the latents of step {index + 1} of {sampling.steps}",
-                )
+                step = f"step {index + 1} of {sampling.steps}"
+                check(values["latents"], f"the latents of {step}")
                 if tick is not None:
                     tick(len(seeds))
                 return {}
@@ -476,21 +471,21 @@ class StableDiffusion:
             with ExitStack() as stack:
                 stack.enter_context(self.running(tokens, encoding))
                 if windows > 1:
-                    stack.enter_context(
-                        in_windows(
-                            self.unet,
-                            canvas,
-                            encoding.hidden,
-                            partial(self._xl_conditions, encoding),
-                        )
-                    )
+                    conditions = partial(self._xl_conditions, encoding)
+                    hooks = in_windows(self.unet, canvas, encoding.hidden, conditions)
+                    stack.enter_context(hooks)
                 pixels = self.pipe(
-                    **parts, height=side, width=canvas.width * self.scale, num_inference_steps=sampling.steps,
-                    guidance_scale=scale, generator=[runtime.generator(seed) for seed in seeds],
-                    callback_on_step_end=step_done, output_type="pt",
-                ).images  # fmt: skip
+                    **embeds,
+                    height=resolution,
+                    width=canvas.width * self.scale,
+                    num_inference_steps=sampling.steps,
+                    guidance_scale=scale,
+                    generator=[runtime.generator(seed) for seed in seeds],
+                    callback_on_step_end=step_done,
+                    output_type="pt",
+                ).images
             check(pixels, "the pictures")
-            return pixels  # type: ignore[no-any-return]
+            return cast(Tensor, pixels)
 
         def again() -> None:
             self.encode(tokens)
@@ -501,12 +496,39 @@ class StableDiffusion:
 
         check(encoding.hidden, "the encodings of the prompts")
         processor = self.pipe.image_processor
-        return list(processor.numpy_to_pil(processor.pt_to_numpy(draw(check))))
+        pixels = processor.pt_to_numpy(draw(check))
+        return list(processor.numpy_to_pil(pixels))
+
+    def _clear_negative(self, encoding: Encoding, count: int) -> None:
+        """Set the first `count` encodings to zero if SDXL wants that for an empty negative prompt."""
+        if self.is_xl and self.pipe.config.force_zeros_for_empty_prompt:
+            assert encoding.pooled is not None
+            encoding.hidden[:count] = 0
+            encoding.pooled[:count] = 0
+
+    def _prompt_embeds(
+        self, encoding: Encoding, count: int, windows: int, guided: bool
+    ) -> dict[str, Tensor]:
+        """Return the embeddings that the pipeline is called with.
+
+        The pipeline sees the first window of each picture; `in_windows` gives all of them to the UNet.
+        """
+        named = {"prompt_embeds": encoding.hidden}
+        if encoding.pooled is not None and self.is_xl:
+            named["pooled_prompt_embeds"] = encoding.pooled
+        positive = slice(-count, None, windows)
+        negative = slice(None, count, windows)
+        embeds = {}
+        for name, rows in named.items():
+            embeds[name] = rows[positive]
+            if guided:
+                embeds[f"negative_{name}"] = rows[negative]
+        return embeds
 
     def save_memory(self) -> None:
-        """Decode pictures one by one, and keep little of the UNet's blocks while learning: slower, in less memory.
+        """Decode pictures one by one and checkpoint the gradients of the UNet: slower, with less memory.
 
-        Attention is not sliced: PyTorch's own needs no more memory than slices do.
+        Attention is not sliced, because PyTorch's own attention needs no more memory than the slices do.
         """
         self.model["vae"].enable_slicing()
         self.unet.enable_gradient_checkpointing()

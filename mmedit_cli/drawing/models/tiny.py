@@ -14,12 +14,11 @@ a an the of in on with and photo good picture image drawing shown photograph dog
 stuffed animal red blue green yellow snow beach jungle table forest background my sks is
 """.split()  # noqa: SIM905
 _START, _END, _SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
-_TOKENS, _LATENT = 24, 8  # longest prompt; height and width of the latents
-_CAPTION, _POOLED, _TIME = (
-    32,
-    24,
-    8,
-)  # widths: text encodings, pooled encoding (SDXL), a time id (SDXL)
+_TOKENS = 24  # the longest prompt
+_LATENT = 8  # height and width of the latents
+_CAPTION = 32  # width of the text encodings
+_POOLED = 24  # width of the pooled encoding (SDXL)
+_TIME = 8  # width of a time id (SDXL)
 
 
 def tokenizer() -> Any:
@@ -29,21 +28,23 @@ def tokenizer() -> Any:
 
     plain = CLIPTokenizer().backend_tokenizer  # for how it cuts texts into words
     bpe = Tokenizer(models.BPE(end_of_word_suffix=_SUFFIX))
-    bpe.normalizer, bpe.pre_tokenizer = plain.normalizer, plain.pre_tokenizer
+    bpe.normalizer = plain.normalizer
+    bpe.pre_tokenizer = plain.pre_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [letter + _SUFFIX for letter in letters]
-    trainer = trainers.BpeTrainer(  # ends are named, so that their ids, and with them ties, are always the same
+    # Ends are named, so that their ids, and with them ties, are always the same.
+    trainer = trainers.BpeTrainer(
         vocab_size=10_000,
         end_of_word_suffix=_SUFFIX,
         special_tokens=ends,
         show_progress=False,
     )
     bpe.train_from_iterator([" ".join(WORDS)], trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    spelled = (*letters, *ends, *(a + b for a, b in merges))
-    vocabulary = {
-        token: i for i, token in enumerate(dict.fromkeys((_START, _END, *spelled)))
-    }
+    content = json.loads(bpe.to_str())
+    merges = [tuple(pair) for pair in content["model"]["merges"]]
+    merged = [a + b for a, b in merges]
+    tokens = dict.fromkeys([_START, _END, *letters, *ends, *merged])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_TOKENS)
 
 
@@ -60,9 +61,15 @@ def _sd() -> Any:
 
     words = tokenizer()
     return StableDiffusionPipeline(
-        vae=_vae(), text_encoder=_text(CLIPTextModel, words, _CAPTION), tokenizer=words, unet=_unet(),
-        scheduler=_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=_vae(),
+        text_encoder=_text(CLIPTextModel, words, _CAPTION),
+        tokenizer=words,
+        unet=_unet(),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def _sdxl() -> Any:
@@ -71,24 +78,37 @@ def _sdxl() -> Any:
 
     words = tokenizer()
     unet = _unet(
-        addition_embed_type="text_time", addition_time_embed_dim=_TIME,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=_TIME,
         projection_class_embeddings_input_dim=6 * _TIME + _POOLED,
-    )  # fmt: skip
+    )
     return StableDiffusionXLPipeline(
-        vae=_vae(), text_encoder=_text(CLIPTextModel, words, _CAPTION - _POOLED),
-        text_encoder_2=_text(CLIPTextModelWithProjection, words, _POOLED), tokenizer=words, tokenizer_2=tokenizer(),
-        unet=unet, scheduler=_scheduler(), add_watermarker=False,
-    )  # fmt: skip
+        vae=_vae(),
+        text_encoder=_text(CLIPTextModel, words, _CAPTION - _POOLED),
+        text_encoder_2=_text(CLIPTextModelWithProjection, words, _POOLED),
+        tokenizer=words,
+        tokenizer_2=tokenizer(),
+        unet=unet,
+        scheduler=_scheduler(),
+        add_watermarker=False,
+    )
 
 
 def _text(model: Any, words: Any, width: int) -> Any:
     from transformers import CLIPTextConfig
 
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=_TOKENS, projection_dim=width,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=_TOKENS,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     made = model(config)
     spread(made)
     return made.eval()
@@ -98,25 +118,39 @@ def _vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=2 * _LATENT,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=2 * _LATENT,
+    ).eval()
 
 
 def _unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=_LATENT, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=_CAPTION, attention_head_dim=8, **more,
-    ).eval()  # fmt: skip
+        sample_size=_LATENT,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=_CAPTION,
+        attention_head_dim=8,
+        **more,
+    ).eval()
 
 
 def _scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

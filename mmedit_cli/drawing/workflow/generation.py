@@ -109,7 +109,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
             f"{prompt!r} has a window for each subject: {', '.join(map(repr, told))}"
         )
     facts = {
-        "model": model.name, "steps": sampling.steps, "guidance": model.scale_of(sampling),
+        "model": model.name, "steps": sampling.steps, "guidance": model.guidance_scale(sampling),
         "edits": None if folder is None else str(options.edits),
         "concepts": [] if folder is None else folder.tokens,
     }  # fmt: skip
@@ -186,7 +186,8 @@ def _rows(
     if folder is not None:
         with folder.load(model, overrides=options.overrides):
             told["edited"] = {
-                prompt: tuple(model.told(prompt)) for prompt in options.prompts
+                prompt: tuple(model.window_prompts(prompt))
+                for prompt in options.prompts
             }
             sides["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
     count = len(options.seeds)

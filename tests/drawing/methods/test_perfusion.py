@@ -86,7 +86,7 @@ def test_learning_moves_nothing_but_what_is_learned(editor, concept):
 
 
 def test_gradients_reach_both(lesson, photos, editor):
-    some = Photos(editor.model, open_squares(photos, editor.model.side))
+    some = Photos(editor.model, open_squares(photos, editor.model.resolution))
     lesson._accumulate(some)
     assert lesson.values.grad.abs().sum() > 0
     assert all(v.grad.abs().sum() > 0 for v in lesson.vectors)
@@ -127,7 +127,7 @@ def test_straight_through_changes_the_gradient_and_not_the_value(
     for flag in ("true", "false"):
         editor = make("perfusion", model, *QUICK, f"straight_through={flag}")
         lesson = _Lesson(editor, concept, generator(0))
-        loss = lesson._accumulate(Photos(model, open_squares(photos, model.side)))
+        loss = lesson._accumulate(Photos(model, open_squares(photos, model.resolution)))
         found.append((loss, lesson.vectors[0].grad.clone()))
         model.words.clear()
         editor._active = []
@@ -321,7 +321,7 @@ def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
 
 
 def test_photos_are_drawn_as_they_are_and_mirrored(model, photos):
-    squares = open_squares(photos, model.side)
+    squares = open_squares(photos, model.resolution)
     marks = torch.zeros(3, 16, 16)
     marks[:, :, :8] = 1
     for flip, left in ((0.0, 1.0), (1.0, 0.0)):

@@ -148,16 +148,16 @@ def test_a_canvas_is_denoised_as_written_down(two):
     (drawn,) = draw(
         model, [BOTH], seed=5, sampling=Sampling(steps=steps, guidance=scale)
     )
-    canvas = Canvas.of(2, model.side, model.scale)
+    canvas = Canvas.of(2, model.resolution, model.scale)
     scheduler = deepcopy(model.pipe.scheduler)
     scheduler.set_timesteps(steps)
-    shape = (1, model.unet.config.in_channels, canvas.side, canvas.width)
+    shape = (1, model.unet.config.in_channels, canvas.size, canvas.width)
     latents = torch.randn(shape, generator=generator(5)) * scheduler.init_noise_sigma
     with torch.no_grad():
         for time in scheduler.timesteps:
             total, weight = torch.zeros(shape), torch.zeros(canvas.width)
             for i, told in enumerate(two.windows(BOTH)):
-                here = slice(canvas.starts[i], canvas.starts[i] + canvas.side)
+                here = slice(canvas.starts[i], canvas.starts[i] + canvas.size)
                 tokens = model.tokenize(["", told], unconditional=1)
                 encoding = model.encode(tokens)
                 if model.is_xl and model.pipe.config.force_zeros_for_empty_prompt:

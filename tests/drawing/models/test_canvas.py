@@ -23,9 +23,9 @@ def test_neighbours_share_an_eighth_and_the_width_is_one_diffusers_takes(
     side, scale, count, width, common
 ):
     canvas = Canvas.of(count, side, scale)
-    assert (canvas.width * scale, canvas.common * scale) == (width, common)
+    assert (canvas.width * scale, canvas.overlap * scale) == (width, common)
     assert width % 8 == 0
-    assert canvas.starts[-1] + canvas.side == canvas.width
+    assert canvas.starts[-1] + canvas.size == canvas.width
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_neighbours_share_an_eighth_and_the_width_is_one_diffusers_takes(
 def test_what_is_cut_and_joined_is_as_before(canvas):
     wide = torch.randn(2, 4, 8, canvas.width)
     windows = canvas.cut(wide)
-    assert windows.shape == (2 * canvas.count, 4, 8, canvas.side)
-    assert torch.equal(windows[canvas.count - 1], wide[0, ..., -canvas.side :])
+    assert windows.shape == (2 * canvas.count, 4, 8, canvas.size)
+    assert torch.equal(windows[canvas.count - 1], wide[0, ..., -canvas.size :])
     torch.testing.assert_close(canvas.join(windows), wide)
 
 

@@ -67,13 +67,13 @@ def test_every_step_of_every_picture_is_told(model):
 
 
 def test_a_size_that_cannot_be_drawn_is_refused(model):
-    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, side=32))[0].size == (
+    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, resolution=32))[0].size == (
         32,
         32,
     )
     for side in (33, 36):
         with pytest.raises(DataError, match="not a multiple of 8 pixels"):
-            model.generate(PROMPTS, [0, 1], Sampling(steps=1, side=side))
+            model.generate(PROMPTS, [0, 1], Sampling(steps=1, resolution=side))
 
 
 def test_key_and_value_projections_read_the_prompt(model):

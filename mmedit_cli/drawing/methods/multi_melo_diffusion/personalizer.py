@@ -101,7 +101,7 @@ class MultiMeloDiffusion(Personalizer):
         told = [
             (i, text)
             for i, prompt in enumerate(prompts)
-            for text in self.model.told(prompt)
+            for text in self.model.window_prompts(prompt)
         ]
         found: list[list[str]] = [[] for _ in prompts]
         for (i, _), tokens in zip(
@@ -174,7 +174,7 @@ class MultiMeloDiffusion(Personalizer):
         """
         self._given = {}
         for prompt, tokens in blocks.items():
-            for told in self.model.told(prompt):
+            for told in self.model.window_prompts(prompt):
                 self._given[told] = [token for token in tokens if token in told]
             self._given[prompt] = list(tokens)
 

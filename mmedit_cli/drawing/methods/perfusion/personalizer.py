@@ -332,7 +332,7 @@ class Perfusion(Personalizer):
             )
         hp, model = self.hparams, self.model
         squares = open_squares(
-            concept.images, hp.side or model.side, crop=hp.center_crop
+            concept.images, hp.side or model.resolution, crop=hp.center_crop
         )
         options = MaskOptions(hp.mask, hp.mask_model, hp.templates, hp.center_crop)
         masks = masks_of(

@@ -128,7 +128,7 @@ class SubjectLesson:
     ) -> None:
         self.model, self.hp, self.source = model, hparams, source
         squares = open_squares(
-            concept.images, hparams.side or model.side, crop=hparams.center_crop
+            concept.images, hparams.side or model.resolution, crop=hparams.center_crop
         )
         self.photos = Photos(model, squares, flip=hparams.flip)
         subject, superclass = (
@@ -268,7 +268,7 @@ class SubjectLesson:
         for name, colour in (text.rsplit(" ", 1) for text in self.hp.colours):
             squares = open_squares(
                 clear,
-                self.hp.side or self.model.side,
+                self.hp.side or self.model.resolution,
                 crop=self.hp.center_crop,
                 background=colour,
             )
@@ -281,7 +281,7 @@ class SubjectLesson:
     def _drawn(self, prompts: Sequence[str]) -> list[Any]:
         """Return what the model draws to prompts as it is."""
         sampling = Sampling(
-            guidance=self.hp.prior_guidance, side=self.hp.side or self.model.side
+            guidance=self.hp.prior_guidance, side=self.hp.side or self.model.resolution
         )
         return self.model.generate(prompts, range(len(prompts)), sampling)
 
