@@ -12,6 +12,7 @@ from mmedit_cli.registry import data_home
 from mmedit_cli.types import Concept
 
 _LIST = "prompts_and_classes.txt"
+_AGAIN = "download it again: mmedit download dreambooth"
 LIVE = ("cat", "dog")
 
 
@@ -32,38 +33,40 @@ def locate(root: Path | None) -> Path:
     for folder in tried:
         if is_release(folder):
             return folder
-    raise DataError(f"--data dreambooth: no {_LIST} in {home} or {home / 'dreambooth'}",
-                    "mmedit download dreambooth, or name its folder with --root")  # fmt: skip
+    raise DataError(
+        f"--data dreambooth: no {_LIST} in {home} or {home / 'dreambooth'}",
+        "mmedit download dreambooth, or name its folder with --root",
+    )
 
 
 def read(folder: Path) -> SubjectSet:
     """Return the subjects of the release with its prompts; raise DataError for a list that cannot be read."""
     path = folder / _LIST
-    text = read_text(
-        path, limit=1 << 20, hint="download it again: mmedit download dreambooth"
-    )
+    text = read_text(path, limit=1 << 20, hint=_AGAIN)
     classes = dict(re.findall(r"^([a-z0-9_]+),([a-z ]+?)\s*$", text, re.MULTILINE))
     classes.pop("subject_name", None)
-    objects, _, live = text.partition("Live Subject Prompts")
-    prompts = [tuple(p.replace("{0} {1}", "{}") for p in re.findall(r"'(.*?)'\.format", part))
-               for part in (objects, live)]  # fmt: skip
-    if (
-        not classes
-        or not all(prompts)
-        or any(p.count("{}") != 1 for part in prompts for p in part)
+    first, _, second = text.partition("Live Subject Prompts")
+    of_objects = _prompts_in(first)
+    of_pets = _prompts_in(second)
+    complete = classes and of_objects and of_pets
+    if not complete or any(
+        prompt.count("{}") != 1 for prompt in (*of_objects, *of_pets)
     ):
-        raise DataError(
-            f"{path}: not the list of the release",
-            "download it again: mmedit download dreambooth",
-        )
+        raise DataError(f"{path}: not the list of the release", _AGAIN)
     photos = photos_of(folder, list(classes))
-    subjects = tuple(
-        Subject(name, Concept(f"<{name}>", kind, photos[name]))
-        for name, kind in classes.items()
-    )
+    subjects = []
+    for name, superclass in classes.items():
+        concept = Concept(f"<{name}>", superclass, photos[name])
+        subjects.append(Subject(name, concept))
     return SubjectSet(
         "dreambooth",
-        subjects,
-        generality=prompts[0],
-        special=dict.fromkeys(LIVE, prompts[1]),
+        tuple(subjects),
+        generality=of_objects,
+        special=dict.fromkeys(LIVE, of_pets),
     )
+
+
+def _prompts_in(part: str) -> tuple[str, ...]:
+    """Return the prompts of a part of the list, with `{}` where it has two placeholders."""
+    templates = re.findall(r"'(.*?)'\.format", part)
+    return tuple(template.replace("{0} {1}", "{}") for template in templates)

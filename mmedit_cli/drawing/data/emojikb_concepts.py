@@ -17,11 +17,17 @@ from mmedit_cli.types import Concept
 LIST = "concepts.json"  # in a model's folder: what it was taught, and what was held out
 _OTHERS = 20  # prompts about things the model was taught
 _GENERALITY = (
-    "a noto drawing of a {}", "a twemoji drawing of a {}", "a fluent drawing of a {}", "an openmoji drawing of a {}",
-    "a drawing of a {} on a blue background", "a drawing of a {} on a yellow background",
-    "a drawing of a {} on a grey background", "a twemoji drawing of a {} on a green background",
-    "a noto drawing of a {} on a pink background", "a {} on an orange background",
-)  # fmt: skip
+    "a noto drawing of a {}",
+    "a twemoji drawing of a {}",
+    "a fluent drawing of a {}",
+    "an openmoji drawing of a {}",
+    "a drawing of a {} on a blue background",
+    "a drawing of a {} on a yellow background",
+    "a drawing of a {} on a grey background",
+    "a twemoji drawing of a {} on a green background",
+    "a noto drawing of a {} on a pink background",
+    "a {} on an orange background",
+)
 
 
 def read(model: Path | None) -> SubjectSet:
@@ -33,20 +39,19 @@ def read(model: Path | None) -> SubjectSet:
     known = {concept["id"]: concept for concept in concepts_in(home)}
     held_out, taught = _held_out(model, known)
     subjects = tuple(_subject(known[key], home) for key in held_out)
-    gallery = [
-        (slug(c["name"]), home / artist / f"{key}.png")
-        for key, c in known.items()
-        for artist in c["artists"]
-    ]
+    gallery = []
+    for key, concept in known.items():
+        name = slug(concept["name"])
+        for artist in concept["artists"]:
+            gallery.append((name, home / artist / f"{key}.png"))
     stride = max(1, len(taught) // _OTHERS)
+    others = taught[::stride][:_OTHERS]
     return SubjectSet(
         "emojikb-concepts",
         subjects,
         reliability=("a drawing of a {}",),
         generality=_GENERALITY,
-        locality=tuple(
-            f"a drawing of {known[key]['it']}" for key in taught[::stride][:_OTHERS]
-        ),
+        locality=tuple(f"a drawing of {known[key]['it']}" for key in others),
         pair="a drawing of a {} and a {}",
         gallery=tuple(gallery),
         guidance=2.0,
@@ -60,44 +65,42 @@ def slug(name: str) -> str:
 
 def _subject(concept: dict[str, Any], home: Path) -> Subject:
     name = slug(concept["name"])
-    images = tuple(
-        home / artist / f"{concept['id']}.png" for artist in concept["artists"]
-    )
+    file = f"{concept['id']}.png"
+    images = tuple(home / artist / file for artist in concept["artists"])
     return Subject(
         name,
         Concept(f"<{name}>", concept["kind"], images),
-        concept["name"],
-        concept["id"],
+        answer=concept["name"],
+        key=concept["id"],
     )
 
 
 def _ids(content: Record, key: str) -> list[str]:
     """Return the ids under a key: a list, or the keys of an object."""
-    return (
-        list(content.mapping(key))
-        if isinstance(content.values.get(key), dict)
-        else content.array(key, str)
-    )
+    if isinstance(content.values.get(key), dict):
+        return list(content.mapping(key))
+    return content.array(key, str)
 
 
 def _held_out(model: Path | None, known: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the ids of what a model was not shown, and of what it was."""
-    folders = [
-        folder for folder in (model, bundled().get("mini-sd")) if folder is not None
-    ]
-    path = next(
-        (folder / LIST for folder in folders if (folder / LIST).is_file()), None
-    )
-    if path is None:
-        raise DataError(f"--data emojikb-concepts: no {LIST} says what the model was not shown",
-                        "take mini-sd, a model trained by scripts/train_mini_sd.py, or other --data")  # fmt: skip
-    content = read_json_object(
-        path, hint="take mini-sd, or copy the model's folder again"
-    )
-    held_out, taught = _ids(content, "held_out"), _ids(content, "taught")
-    strange = [key for key in (*held_out, *taught) if key not in known]
-    if strange or not held_out:
+    """Return the ids of what a model was not shown in training, and of what it was shown."""
+    lists = []
+    for folder in (model, bundled().get("mini-sd")):
+        if folder is not None and (folder / LIST).is_file():
+            lists.append(folder / LIST)
+    if not lists:
         raise DataError(
-            f"{path}: {f'{strange[0]} is not in EmojiKB' if strange else 'nothing is held out'}"
+            f"--data emojikb-concepts: no {LIST} says what the model was not shown",
+            "take mini-sd, a model trained by scripts/train_mini_sd.py, or other --data",
         )
+    path = lists[0]
+    hint = "take mini-sd, or copy the model's folder again"
+    content = read_json_object(path, hint=hint)
+    held_out = _ids(content, "held_out")
+    taught = _ids(content, "taught")
+    for key in (*held_out, *taught):
+        if key not in known:
+            raise DataError(f"{path}: {key} is not in EmojiKB")
+    if not held_out:
+        raise DataError(f"{path}: nothing is held out")
     return held_out, taught

@@ -1,4 +1,4 @@
-"""Where a set of subjects comes from: a name, the DreamBooth release, or a folder of one's own."""
+"""Open a set of subjects: by its name, the DreamBooth release, or a folder with a subjects.yaml."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ def open_subjects(
 ) -> SubjectSet:
     """Return the subjects of a name or folder, at most `limit`; photos are looked for but not decoded.
 
-    `root` is where a published set lies, if not where it is downloaded to; the folder of the `model` says which
-    concepts it has never drawn. Raises DataError with all that is wrong.
+    `root` is the folder of a published set, if it is not the one it is downloaded to. The folder of the `model` lists
+    the concepts that it was not trained on. Raises DataError with all that is wrong.
     """
     from mmedit_cli.drawing.data import dreambooth, emojikb_concepts, folder
 
     path = Path(data)
     if path.is_dir():
-        found = (
-            dreambooth.read(path) if dreambooth.is_release(path) else folder.read(path)
-        )
+        read = dreambooth.read if dreambooth.is_release(path) else folder.read
+        found = read(path)
     elif data == "dreambooth":
         found = dreambooth.read(dreambooth.locate(root))
     elif data == "emojikb-concepts":

@@ -1,4 +1,4 @@
-"""What every personalizer can do: learn a concept from pictures, draw it by its token, forget it, save and load it."""
+"""The base class of personalizers: they learn a concept from pictures, draw it by its token, save and load it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Tick = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Learned:
-    """A concept that was learned: its token, the word for what it is, tensors, and what else the method needs.
+class LearnedConcept:
+    """A learned concept: its token, the word for what it is, its tensors, and texts that the method needs (`facts`).
 
-    `facts` are texts; `info` says how the learning went (steps, losses) and is not saved with it.
+    `info` describes the training (steps, losses) and is not saved with the concept.
     """
 
     token: str
@@ -41,22 +41,23 @@ class Learned:
 
 
 class Personalizer(AbstractContextManager["Personalizer"], ABC):
-    """Teaches one text-to-image model concepts, each from a few pictures; what is drawn without their tokens is kept
-    as far as the method promises it.
+    """Teaches a text-to-image model concepts, each from a few pictures.
 
-    Leaving it as a context manager forgets all concepts: the model is then the base model, bit for bit.
+    `several` is true if a model can hold more than one concept at a time. `routes` is true if a concept acts only on
+    prompts that name it. Leaving the personalizer as a context manager forgets all concepts: the model is then the
+    base model, bit for bit.
     """
 
     name: ClassVar[str]
     Hparams: ClassVar[type]
-    several: ClassVar[bool] = True  # concepts at a time
-    routes: ClassVar[bool] = (
-        False  # whether a concept acts on prompts that name it, so that any number may be there
-    )
+    several: ClassVar[bool] = True
+    routes: ClassVar[bool] = False
 
     def __init__(self, model: StableDiffusion, hparams: Any, *, seed: int = 0) -> None:
-        self.model, self.hparams, self.seed = model, hparams, seed
-        self.concepts: dict[str, Learned] = {}
+        self.model = model
+        self.hparams = hparams
+        self.seed = seed
+        self.concepts: dict[str, LearnedConcept] = {}
         self.identifiers: set[str] = set()  # words that concepts have been given
 
     # -- what a method has to say -------------------------------------------------------------------------------
@@ -64,15 +65,15 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """How often `tick(1)` is told while a concept is learned."""
+        """How often `tick(1)` is called while a concept is learned."""
 
     @abstractmethod
-    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
-        """Learn a concept; afterwards the model is as before, whatever happens."""
+    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> LearnedConcept:
+        """Learn a concept, and leave the model as it was, even after an error."""
 
     @abstractmethod
-    def _attach(self, learned: Learned) -> None:
-        """Put a concept into the model; raise StateError, with the model as before, if it does not fit."""
+    def _attach(self, learned: LearnedConcept) -> None:
+        """Put a concept into the model; if it does not fit, leave the model as it was and raise StateError."""
 
     @abstractmethod
     def _detach(self, token: str) -> None:
@@ -80,16 +81,16 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
 
     # -- the verbs ----------------------------------------------------------------------------------------------
 
-    def learn(self, concept: Concept, *, tick: Tick = lambda n: None) -> Learned:
+    def learn(self, concept: Concept, *, tick: Tick = lambda n: None) -> LearnedConcept:
         """Learn a concept from its pictures and put it into the model.
 
-        If it fails, the model and the other concepts are as they were. Raises DataError for pictures, a token or a
+        After an error, the model and the other concepts are as they were. Raises DataError for pictures, a token or a
         superclass that cannot be used, StateError for a token that is taken.
         """
         check_concept(concept)
         self._check_free(concept.token)
         others = list(self.concepts.values())
-        self.close()  # concepts are learned on the base model, each for itself
+        self.close()  # every concept is learned on the base model
         try:
             learned = self._learn(concept, generator(self.seed), tick)
         finally:
@@ -98,14 +99,16 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
         self.add(learned)
         return learned
 
-    def add(self, learned: Learned) -> None:
+    def add(self, learned: LearnedConcept) -> None:
         """Put a concept that was learned into the model; raise StateError if it does not fit."""
-        self._check_free(learned.token)
+        token = learned.token
+        self._check_free(token)
         self._attach(learned)
-        self.identifiers.add(learned.facts.get("identifier", learned.token))
-        self.concepts[learned.token] = learned
+        identifier = learned.facts.get("identifier", token)
+        self.identifiers.add(identifier)
+        self.concepts[token] = learned
 
-    def remove(self, token: str) -> Learned:
+    def remove(self, token: str) -> LearnedConcept:
         """Take one concept out of the model and return it; raise StateError if it is not there."""
         if token not in self.concepts:
             raise StateError(
@@ -140,62 +143,68 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
     def save(self, token: str, path: Path) -> None:
         """Write one concept to a safetensors file."""
         learned = self.concepts[token]
-        head = {
+        defaults = to_dict(self.Hparams())
+        changed = {}
+        for key, value in to_dict(self.hparams).items():
+            if value != defaults[key]:
+                changed[key] = value
+        metadata = {
+            **self._identity(),
             "token": token,
             "superclass": learned.superclass,
             "seed": str(self.seed),
+            **learned.facts,
+            "hparams": json.dumps(changed, separators=(",", ":")),
         }
-        usual = to_dict(self.Hparams())
-        hparams = json.dumps(
-            {k: v for k, v in to_dict(self.hparams).items() if v != usual[k]},
-            separators=(",", ":"),
-        )
-        write_tensors(
-            path,
-            learned.tensors,
-            {**self._identity(), **head, **learned.facts, "hparams": hparams},
-        )
+        write_tensors(path, learned.tensors, metadata)
 
-    def load(self, path: Path) -> Learned:
+    def load(self, path: Path) -> LearnedConcept:
         """Put the concept of a file into the model and return it; raise StateError if it does not fit."""
         learned = self.read(path)
         self.add(learned)
         return learned
 
-    def read(self, path: Path) -> Learned:
+    def read(self, path: Path) -> LearnedConcept:
         """Return the concept of a file; raise StateError if it was made by another method or for another model."""
         tensors, facts = read_tensors(path)
-        for key, value in self._identity().items():
-            former = self.model.former if key == "fingerprint" else ""
-            if key != "model" and not same_model(facts.get(key), value, former):
-                what = (
-                    f"made for {facts.get('model')}"
-                    if key == "fingerprint"
-                    else f"made with {key} {facts.get(key)}"
-                )
+        self._check_identity(facts, path)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
                 raise StateError(
-                    f"{path}: {what}, this is {self.model.name if key == 'fingerprint' else value}"
+                    f"{path}: {name} has numbers that are not finite",
+                    "learn the concept again",
                 )
-        if bad := [
-            name for name, tensor in tensors.items() if not tensor.isfinite().all()
-        ]:
-            raise StateError(
-                f"{path}: {bad[0]} has numbers that are not finite",
-                "learn the concept again",
-            )
+        token = facts.get("token", "")
+        superclass = facts.get("superclass", "")
         try:
-            check_token(facts.get("token", ""))
+            check_token(token)
         except DataError as error:
             raise StateError(f"{path}: {error}") from error
-        return Learned(facts["token"], facts.get("superclass", ""), tensors, facts)
+        return LearnedConcept(token, superclass, tensors, facts)
+
+    def _check_identity(self, facts: Mapping[str, str], path: Path) -> None:
+        """Raise StateError unless a file is of this format and method, and was made for this model."""
+        identity = self._identity()
+        for key in ("format", "method"):
+            made, expected = facts.get(key), identity[key]
+            if made != expected:
+                raise StateError(f"{path}: made with {key} {made}, this is {expected}")
+        model = self.model
+        if not same_model(facts.get("fingerprint"), model.fingerprint, model.former):
+            made = facts.get("model")
+            raise StateError(f"{path}: made for {made}, this is {model.name}")
 
     def _identity(self) -> dict[str, str]:
-        model = {"model": self.model.name, "fingerprint": self.model.fingerprint}
-        return {"format": FORMAT, "method": self.name, **model}
+        return {
+            "format": FORMAT,
+            "method": self.name,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+        }
 
 
 def check_concept(concept: Concept) -> None:
-    """Raise DataError for a token or a superclass that is none, and without pictures, or naming every bad one."""
+    """Raise DataError for an invalid token or superclass, for no pictures, or naming every bad picture."""
     check_token(concept.token)
     if not concept.images:
         raise DataError(
@@ -219,8 +228,9 @@ def check_concept(concept: Concept) -> None:
 
 
 def summary(losses: Sequence[float]) -> dict[str, Any]:
-    """Return how a training went: its steps, the first loss, and the mean of the last tenth."""
-    tail = losses[-max(1, len(losses) // 10) :]
+    """Return the steps of a training, the first loss, and the mean of the last tenth of the losses."""
+    tenth = max(1, len(losses) // 10)
+    tail = losses[-tenth:]
     return {
         "steps": len(losses),
         "loss_first": losses[0],

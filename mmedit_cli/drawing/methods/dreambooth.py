@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Generator
+from torch import Generator, Tensor
 
-from mmedit_cli.drawing.methods.base import Learned, Personalizer, Tick, summary
+from mmedit_cli.drawing.methods.base import LearnedConcept, Personalizer, Tick, summary
 from mmedit_cli.drawing.methods.shared.subject_training import (
     SubjectHparams,
-    SubjectLesson,
+    SubjectTraining,
     identifier,
     word_for,
 )
@@ -21,7 +22,7 @@ from mmedit_cli.types import Concept
 class Dreambooth(Personalizer):
     """Full fine-tuning on a few photos (Ruiz et al. 2023), with prior preservation if wanted.
 
-    A concept is a copy of all weights that were trained, and a model holds one of them.
+    A concept is a copy of all trained weights, so a model holds only one concept.
     """
 
     name = "dreambooth"
@@ -37,30 +38,28 @@ class Dreambooth(Personalizer):
         """The optimiser's steps."""
         return int(self.hparams.steps)
 
-    def _names(self) -> list[str]:
-        parts = (
-            ("unet.", "text_encoder") if self.hparams.train_text_encoder else ("unet.",)
-        )
-        return [
-            name
-            for name, _ in self.model.model.named_parameters()
-            if name.startswith(parts)
-        ]
+    def _trained_paths(self) -> list[str]:
+        parts: tuple[str, ...] = ("unet.",)
+        if self.hparams.train_text_encoder:
+            parts = ("unet.", "text_encoder")
+        paths = [path for path, _ in self.model.model.named_parameters()]
+        return [path for path in paths if path.startswith(parts)]
 
-    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
+    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> LearnedConcept:
         hp, model = self.hparams, self.model
         name = hp.identifier or identifier(model.tokenizers[0], concept.token, ())
-        lesson = SubjectLesson(model, concept, hp, source, name)
+        training = SubjectTraining(model, concept, hp, source, name)
         with Patch(model.model) as patch:
-            parameters = [patch.parameter(path) for path in self._names()]
-            losses = lesson.run(
+            parameters = [patch.parameter(path) for path in self._trained_paths()]
+            losses = training.run(
                 parameters,
                 tick,
                 text=hp.train_text_encoder,
                 float_copies=model.dtype.itemsize < 4,
             )
-            tensors = {path: tensor.cpu() for path, tensor in patch.changed().items()}
-        return Learned(
+            changed = patch.changed()
+            tensors = {path: tensor.cpu() for path, tensor in changed.items()}
+        return LearnedConcept(
             concept.token,
             concept.superclass,
             tensors,
@@ -68,32 +67,39 @@ class Dreambooth(Personalizer):
             summary(losses),
         )
 
-    def _attach(self, learned: Learned) -> None:
-        known = dict(self.model.model.named_parameters())
-        strange = [
-            path
-            for path, t in learned.tensors.items()
-            if path not in known or known[path].shape != t.shape
-        ]
-        parts = {"unet", *(path.partition(".")[0] for path in learned.tensors)}
-        missing = [
-            path
-            for path in known
-            if path.partition(".")[0] in parts and path not in learned.tensors
-        ]
-        if strange or missing:
-            raise StateError(
-                f"{learned.token}: {(strange + missing)[0]} does not fit {self.model.name}"
-            )
+    def _attach(self, learned: LearnedConcept) -> None:
+        token = learned.token
+        parameters = dict(self.model.model.named_parameters())
+        misfit = _first_misfit(learned.tensors, parameters)
+        if misfit is not None:
+            raise StateError(f"{token}: {misfit} does not fit {self.model.name}")
         for path, tensor in learned.tensors.items():
-            self._patch.set_(path, tensor.to(known[path]))
-        self.model.words[learned.token] = word_for(
-            learned.facts["identifier"], learned.superclass
-        )
+            self._patch.set_(path, tensor.to(parameters[path]))
+        name = learned.facts["identifier"]
+        self.model.words[token] = word_for(name, learned.superclass)
 
     def _detach(self, token: str) -> None:
         self._patch.undo()
         del self.model.words[token]
+
+
+def _first_misfit(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> str | None:
+    """Return the first path that does not fit the parameters, or is missing from the tensors of its part."""
+    for path, tensor in tensors.items():
+        if path not in parameters or parameters[path].shape != tensor.shape:
+            return path
+    parts = {"unet"} | {_part_of(path) for path in tensors}
+    for path in parameters:
+        if _part_of(path) in parts and path not in tensors:
+            return path
+    return None
+
+
+def _part_of(path: str) -> str:
+    part, _, _ = path.partition(".")
+    return part
 
 
 PERSONALIZER = Dreambooth

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Generator, nn
 
 from mmedit_cli.adapters import LoraLayers, joined
-from mmedit_cli.drawing.methods.base import Learned, Personalizer, Tick, summary
+from mmedit_cli.drawing.methods.base import LearnedConcept, Personalizer, Tick, summary
 from mmedit_cli.drawing.methods.shared import lora_files
 from mmedit_cli.drawing.methods.shared.subject_training import (
     SubjectHparams,
-    SubjectLesson,
+    SubjectTraining,
     identifier,
     word_for,
 )
@@ -39,7 +39,7 @@ class DreamboothLoraHparams(SubjectHparams):
 
 
 class DreamboothLora(Personalizer):
-    """One LoRA a subject (Hu et al. 2022), always on: several are added up, and no prompt escapes them.
+    """One LoRA for each subject (Hu et al. 2022), always on: several are added up, and they act on every prompt.
 
     The tensors of a concept are a LoRA as diffusers loads it.
     """
@@ -56,32 +56,29 @@ class DreamboothLora(Personalizer):
         """The optimiser's steps."""
         return int(self.hparams.steps)
 
-    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
+    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> LearnedConcept:
         hp, model = self.hparams, self.model
         name = hp.identifier or identifier(
             model.tokenizers[0], concept.token, self.identifiers
         )
-        lesson = SubjectLesson(model, concept, hp, source, name)
-        targets = {"unet": [f"to_{role}" for role in hp.unet_targets]}
-        if hp.train_text_encoder and hp.text_targets:
-            texts = [part for part in model.model if part.startswith("text_encoder")]
-            targets |= {
-                part: [f"{role}_proj" for role in hp.text_targets] for part in texts
-            }
-        paths = [
-            path
-            for part, ends in targets.items()
-            for path in _paths(model.model, part, ends)
-        ]
-        ranks, alphas = dict.fromkeys(paths, hp.rank), dict.fromkeys(paths, hp.alpha)
+        training = SubjectTraining(model, concept, hp, source, name)
+        paths = _paths(model.model, "unet", [f"to_{role}" for role in hp.unet_targets])
+        trains_text = bool(hp.train_text_encoder and hp.text_targets)
+        if trains_text:
+            ends = [f"{role}_proj" for role in hp.text_targets]
+            for part in model.model:
+                if part.startswith("text_encoder"):
+                    paths += _paths(model.model, part, ends)
+        ranks = dict.fromkeys(paths, hp.rank)
+        alphas = dict.fromkeys(paths, hp.alpha)
         with Patch(model.model) as patch:
             layers = LoraLayers(patch, ranks, alphas, self.seed)
             parameters = layers.parameters()
             for parameter in parameters:
                 parameter.data = parameter.data.float()
-            losses = lesson.run(parameters, tick, text=len(targets) > 1)
+            losses = training.run(parameters, tick, text=trains_text)
             tensors = lora_files.tensors_of(layers.pairs(), hp.alpha / hp.rank)
-        return Learned(
+        return LearnedConcept(
             concept.token,
             concept.superclass,
             tensors,
@@ -89,37 +86,33 @@ class DreamboothLora(Personalizer):
             summary(losses),
         )
 
-    def _attach(self, learned: Learned) -> None:
+    def _attach(self, learned: LearnedConcept) -> None:
+        token = learned.token
         blocks = lora_files.pairs(learned.tensors)
-        modules = {
-            path: module
-            for path, module in self.model.model.named_modules()
-            if path in blocks
-        }
-        lora_files.check_fits(
-            blocks,
-            {path: module.weight.shape for path, module in modules.items()},
-            learned.token,
-        )
-        self._load([*self.concepts.values(), learned])
-        self.model.words[learned.token] = word_for(
-            learned.facts["identifier"], learned.superclass
-        )
+        shapes = {}
+        for path, module in self.model.model.named_modules():
+            if path in blocks:
+                weight: Any = module.weight
+                shapes[path] = weight.shape
+        lora_files.check_fits(blocks, shapes, token)
+        self._replace_adapters([*self.concepts.values(), learned])
+        name = learned.facts["identifier"]
+        self.model.words[token] = word_for(name, learned.superclass)
 
     def _detach(self, token: str) -> None:
-        self._load(
-            [learned for learned in self.concepts.values() if learned.token != token]
-        )
+        others = [
+            learned for learned in self.concepts.values() if learned.token != token
+        ]
+        self._replace_adapters(others)
         del self.model.words[token]
 
-    def _load(self, concepts: list[Learned]) -> None:
-        """Put just these adapters into the model, all of them on."""
+    def _replace_adapters(self, concepts: list[LearnedConcept]) -> None:
+        """Put just the adapters of these concepts into the model, and switch all of them on."""
         self._patch.undo()
-        if concepts:
-            LoraLayers.of(
-                self._patch,
-                joined([lora_files.pairs(learned.tensors) for learned in concepts]),
-            )
+        if not concepts:
+            return
+        pairs = [lora_files.pairs(learned.tensors) for learned in concepts]
+        LoraLayers.of(self._patch, joined(pairs))
 
     def export(self, token: str, path: Path) -> None:
         """Write a concept as a LoRA file of diffusers; the subject is called by `facts["identifier"]` there."""
@@ -128,11 +121,12 @@ class DreamboothLora(Personalizer):
 
 def _paths(model: nn.Module, part: str, ends: Sequence[str]) -> list[str]:
     """Return the paths of the modules of a part whose last name is one of `ends`."""
-    return [
-        f"{part}.{path}"
-        for path, _ in model.get_submodule(part).named_modules()
-        if path.rpartition(".")[2] in ends
-    ]
+    paths = []
+    for path, _ in model.get_submodule(part).named_modules():
+        _, _, last = path.rpartition(".")
+        if last in ends:
+            paths.append(f"{part}.{path}")
+    return paths
 
 
 PERSONALIZER = DreamboothLora

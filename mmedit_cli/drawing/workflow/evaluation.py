@@ -310,7 +310,7 @@ class _Evaluation:
                         if self.names(sheet)
                         else []
                     )
-                    personalizer.give(dict.fromkeys(prompts, named))  # type: ignore[union-attr]
+                    personalizer.assign_blocks(dict.fromkeys(prompts, named))  # type: ignore[union-attr]
                 paths[0].parent.mkdir(parents=True, exist_ok=True)
                 for path, picture in zip(
                     paths, self.model.generate(prompts, seeds, sampling), strict=True

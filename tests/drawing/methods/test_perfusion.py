@@ -11,8 +11,11 @@ from PIL import Image
 
 from drawing.methods.conftest import covariance, draw, make, snapshot
 from mmedit_cli.drawing.covariance import Covariance
-from mmedit_cli.drawing.methods.base import Learned
-from mmedit_cli.drawing.methods.perfusion.personalizer import Perfusion, _Lesson
+from mmedit_cli.drawing.methods.base import LearnedConcept
+from mmedit_cli.drawing.methods.perfusion.personalizer import (
+    Perfusion,
+    PerfusionTraining,
+)
 from mmedit_cli.drawing.methods.shared.photos import (
     Photos,
     masked_loss,
@@ -57,10 +60,10 @@ def editor(model):
 def lesson(editor, concept):
     """The middle of learning: the editor as `_learn` has it."""
     editor._lock = "local"
-    made = _Lesson(editor, concept, generator(0))
+    made = PerfusionTraining(editor, concept, generator(0))
     yield made
     editor.model.words.clear()
-    editor._active = []
+    editor._loaded = []
     editor._hook()
 
 
@@ -126,11 +129,11 @@ def test_straight_through_changes_the_gradient_and_not_the_value(
     found = []
     for flag in ("true", "false"):
         editor = make("perfusion", model, *QUICK, f"straight_through={flag}")
-        lesson = _Lesson(editor, concept, generator(0))
+        lesson = PerfusionTraining(editor, concept, generator(0))
         loss = lesson._accumulate(Photos(model, open_squares(photos, model.resolution)))
         found.append((loss, lesson.vectors[0].grad.clone()))
         model.words.clear()
-        editor._active = []
+        editor._loaded = []
         editor._hook()
     assert found[0][0] == found[1][0]
     assert not torch.allclose(found[0][1], found[1][1], rtol=1e-3)
@@ -202,7 +205,7 @@ def test_the_gate_can_be_moved_after_learning(editor, concept):
         "<my-dog>", beta=1e6
     )  # shut: what is left is the part that is not along the target
     outputs, _, encoding = projections(editor.model, [NAMED])
-    active = editor._active[0]
+    active = editor._loaded[0]
     share = (encoding.hidden @ active.dual) / (active.target_input @ active.dual)
     rest = encoding.hidden - share[..., None] * active.target_input
     for layer in editor.layers:
@@ -315,7 +318,7 @@ def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
         "ridge": "0",
     }
     tensors = {key: torch.zeros(shape, dtype=number) for key, shape in sizes.items()}
-    editor.concepts = {"<my-dog>": Learned("<my-dog>", "dog", tensors, facts)}
+    editor.concepts = {"<my-dog>": LearnedConcept("<my-dog>", "dog", tensors, facts)}
     editor.save("<my-dog>", tmp_path / "c.safetensors")
     assert (tmp_path / "c.safetensors").stat().st_size <= most
 

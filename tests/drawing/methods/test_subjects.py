@@ -17,7 +17,7 @@ from mmedit_cli.drawing.methods.multi_melo_diffusion.routing import TokenTrie, n
 from mmedit_cli.drawing.methods.shared.photos import Photos, side_by_side
 from mmedit_cli.drawing.methods.shared.subject_training import (
     SubjectHparams,
-    SubjectLesson,
+    SubjectTraining,
     identifier,
 )
 from mmedit_cli.drawing.models.canvas import Canvas
@@ -84,15 +84,15 @@ def test_rows_of_one_batch_get_their_own_blocks(melo, concept):
     melo.learn(concept)
     mixed = draw(melo.model, [UNNAMED, NAMED, KIND])
     assert np.array_equal(mixed[[0, 2]], base[[0, 2]])
-    melo.give({NAMED: ["<my-dog>"]})
+    melo.assign_blocks({NAMED: ["<my-dog>"]})
     assert np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND]), mixed), (
         "the router is right"
     )
-    melo.give({NAMED: []})
+    melo.assign_blocks({NAMED: []})
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[1], mixed[1])
-    melo.give({UNNAMED: ["<my-dog>"]})
+    melo.assign_blocks({UNNAMED: ["<my-dog>"]})
     assert not np.array_equal(draw(melo.model, [UNNAMED, NAMED, KIND])[0], base[0])
-    melo.give({})
+    melo.assign_blocks({})
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_subjects_of_one_prompt_get_a_window_each(two):
 
 def test_windows_can_be_given_their_blocks_too(two):
     routed, plain = draw(two.model, [BOTH]), two.model.words.copy()
-    two.give({BOTH: ["<toy>", "<my-dog>"]})
+    two.assign_blocks({BOTH: ["<toy>", "<my-dog>"]})
     assert np.array_equal(draw(two.model, [BOTH]), routed)
     drawn = []
     for blocks in (["<my-dog>"], ["<toy>"], []):
-        two.give({BOTH: blocks})
+        two.assign_blocks({BOTH: blocks})
         drawn.append(draw(two.model, [BOTH]))
     assert len({picture.tobytes() for picture in (routed, *drawn)}) == 4
     assert two.model.words == plain
@@ -246,18 +246,19 @@ def test_a_fresh_block_changes_nothing_and_others_keep_their_bytes(melo, concept
         torch.equal(melo.concepts["<my-dog>"].tensors[key], tensor)
         for key, tensor in kept.items()
     )
-    down, up = melo._fresh(melo.targets[0], generator(0))
+    down, up = melo._initial_pair(melo.targets[0], generator(0))
     assert not up.any()
     assert down.abs().max() <= melo.hparams.rank**-0.5
 
 
 def test_prior_preservation_leaves_the_superclass_to_the_base(melo, concept):
     hp = replace(melo.hparams, prior_weight=1.0, prior_images=2)
-    lesson = SubjectLesson(melo.model, concept, hp, generator(0), "sksabcd")
+    lesson = SubjectTraining(melo.model, concept, hp, generator(0), "sksabcd")
     assert lesson.prompts == ["a photo of sksabcd dog", "a photo of dog"]
     assert len(lesson.prior) == 2
     latents, shown = lesson._batch()
-    tokens, encoding = lesson._encoder(cached=True)(shown)
+    tokens = lesson._tokens(shown)
+    encoding = lesson._encode_all().rows(shown)
     with melo.model.running(tokens, encoding):
         plain = lesson._loss(latents, encoding)
     assert plain.isfinite()
@@ -275,7 +276,7 @@ def test_photos_are_shown_beside_other_things(melo, concept):
         beside_words=("a cat", "a tree"),
         prior_weight=1.0,
     )
-    lesson = SubjectLesson(
+    lesson = SubjectTraining(
         melo.model, concept, replace(hp, prior_images=2), generator(0), "sksabcd"
     )
     it = "a photo of sksabcd dog"
@@ -319,7 +320,7 @@ def test_cut_outs_are_shown_on_colours_that_are_named(melo, concept, tmp_path):
         coloured=0.5,
         colours=("blue #b3d1ff", "orange #ffc890"),
     )
-    lesson = SubjectLesson(melo.model, some, hp, generator(0), "sksabcd")
+    lesson = SubjectTraining(melo.model, some, hp, generator(0), "sksabcd")
     it = "a photo of sksabcd dog"
     assert lesson.prompts == [
         it,
@@ -338,10 +339,10 @@ def test_cut_outs_are_shown_on_colours_that_are_named(melo, concept, tmp_path):
     assert 20 < sum(i > 0 for i in shown) < 44
     assert {*shown} == {0, 1, 2}
     both = replace(hp, beside=0.3, beside_words=("a cat",))
-    lesson = SubjectLesson(melo.model, some, both, generator(0), "sksabcd")
+    lesson = SubjectTraining(melo.model, some, both, generator(0), "sksabcd")
     assert [variants.prompts for variants in lesson.variants] == [[1, 2] * 4, [3, 4]]
     assert (
-        SubjectLesson(melo.model, concept, hp, generator(0), "sksabcd").variants == []
+        SubjectTraining(melo.model, concept, hp, generator(0), "sksabcd").variants == []
     )
     for wrong, said in (
         ({"colours": ()}, "coloured needs colours"),
@@ -478,7 +479,7 @@ def test_published_blocks(melo, case, factor, monkeypatch):
         monkeypatch.setattr(melo, "_rows", lambda _count, rows=rows: rows)
         bias = tensors.get(f"case{case}.bias")
         base = torch.nn.functional.linear(inputs, tensors[f"case{case}.W"], bias)
-        out = melo._change("x")(inputs, base)
+        out = melo._add_blocks("x")(inputs, base)
         torch.testing.assert_close(out, tensors[f"{name}.out"], atol=1e-4, rtol=1e-4)
         idle = [i for i, block in enumerate(blocks) if block < 0]
         assert torch.equal(out[idle], base[idle])

@@ -67,7 +67,9 @@ def test_every_step_of_every_picture_is_told(model):
 
 
 def test_a_size_that_cannot_be_drawn_is_refused(model):
-    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, resolution=32))[0].size == (
+    assert model.generate(PROMPTS[:1], [0], Sampling(steps=1, resolution=32))[
+        0
+    ].size == (
         32,
         32,
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.drawing.methods.base import Learned, Personalizer, Tick, summary
+from mmedit_cli.drawing.methods.base import LearnedConcept, Personalizer, Tick, summary
 from mmedit_cli.drawing.methods.multi_melo_diffusion.routing import (
     TokenTrie,
     mean_encoding,
@@ -20,11 +20,11 @@ from mmedit_cli.drawing.methods.multi_melo_diffusion.routing import (
 from mmedit_cli.drawing.methods.shared import lora_files
 from mmedit_cli.drawing.methods.shared.subject_training import (
     SubjectHparams,
-    SubjectLesson,
+    SubjectTraining,
     identifier,
     word_for,
 )
-from mmedit_cli.drawing.models.stable_diffusion import Tokens
+from mmedit_cli.drawing.models.prompts import Tokens
 from mmedit_cli.errors import StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Concept
@@ -55,11 +55,11 @@ class MultiMeloDiffusionHparams(SubjectHparams):
 
 
 class MultiMeloDiffusion(Personalizer):
-    """A LoRA block a subject in the UNet and the text encoders (Multi-MELO), chosen by the prompt.
+    """One LoRA block for each subject in the UNet and the text encoders (Multi-MELO), chosen by the prompt.
 
-    A prompt that names no subject is drawn as by the base model, bit for bit. One that names several is drawn in as
-    many windows beside each other, each with a block, or gets the sum of their blocks. For ablations `router: always`
-    puts all blocks on every prompt, and `give` decides in the place of the router.
+    A prompt that names no subject is drawn as by the base model, bit for bit. A prompt that names several subjects is
+    drawn in one window for each of them, with its block, or gets the sum of their blocks. For ablations,
+    `router: always` puts all blocks on every prompt, and `assign_blocks` overrides the router.
     """
 
     name = "multi-melo-diffusion"
@@ -68,18 +68,17 @@ class MultiMeloDiffusion(Personalizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._given: dict[str, list[str]] = {}
+        self._assigned: dict[str, list[str]] = {}
         self._patch = Patch(self.model.model)
         self._blocks: dict[str, Block] = {}
         self._keys: dict[str, Tensor] = {}
         self._names: dict[str, list[int]] = {}
         self._trie = TokenTrie()
-        self._router, self._scale = (
-            self.hparams.router,
-            1.0,
-        )  # other than these while a block is learned
-        self._seen: Tokens | None = None
-        self._routed: dict[tuple[str, ...], Tensor] = {}
+        # While a block is learned, the router is another one and the scale is that of the hyper-parameters.
+        self._router = self.hparams.router
+        self._scale = 1.0
+        self._routed_tokens: Tokens | None = None
+        self._routed_rows: dict[tuple[str, ...], Tensor] = {}
 
     @property
     def steps(self) -> int:
@@ -90,135 +89,141 @@ class MultiMeloDiffusion(Personalizer):
     def targets(self) -> list[str]:
         """The paths of the projections that every block changes."""
         hp = self.hparams
-        return self.model.attention(
-            hp.unet_targets, text=hp.text_targets if hp.train_text_encoder else ()
-        )
+        text_targets = hp.text_targets if hp.train_text_encoder else ()
+        return self.model.attention(hp.unet_targets, text=text_targets)
 
     # -- routing ------------------------------------------------------------------------------------------------
 
     def route(self, prompts: Sequence[str]) -> list[list[str]]:
-        """Return the tokens of the concepts whose blocks each prompt gets, all windows of its picture together."""
-        told = [
-            (i, text)
-            for i, prompt in enumerate(prompts)
-            for text in self.model.window_prompts(prompt)
-        ]
-        found: list[list[str]] = [[] for _ in prompts]
-        for (i, _), tokens in zip(
-            told,
-            self._route(self.model.tokenize([text for _, text in told])),
-            strict=True,
-        ):
-            found[i] += [token for token in tokens if token not in found[i]]
-        return found
+        """Return the tokens of the concepts whose blocks each prompt gets, in all windows of its picture."""
+        texts = []
+        owners = []
+        for i, prompt in enumerate(prompts):
+            for text in self.model.window_prompts(prompt):
+                texts.append(text)
+                owners.append(i)
+        routes = self._route(self.model.tokenize(texts))
+        by_prompt: list[list[str]] = [[] for _ in prompts]
+        for i, tokens in zip(owners, routes, strict=True):
+            by_prompt[i] += [token for token in tokens if token not in by_prompt[i]]
+        return by_prompt
 
     def _route(self, tokens: Tokens) -> list[list[str]]:
-        count = int(tokens.unconditional.sum())
+        """Return the tokens of the blocks that each row gets, those of classifier-free guidance first."""
+        unguided_rows = int(tokens.unconditional.sum())
+        prompts = tokens.prompts[unguided_rows:]
         if self._router == "none":
-            wanted: list[list[str]] = [[] for _ in tokens.prompts[count:]]
-        elif self._router == "always":
-            wanted = [list(self._blocks)] * (len(tokens.prompts) - count)
-        elif self._router == "embedding":
-            wanted = self._by_embedding(tokens, count)
+            routes: list[list[str]] = [[] for _ in prompts]
         else:
-            wanted = [self._trie.find(ids) for ids in tokens.ids[0][count:].tolist()]
-        if self._router != "none":
-            told = zip(tokens.prompts[count:], wanted, strict=True)
-            wanted = [self._given.get(prompt, found) for prompt, found in told]
-        if not count:
-            return wanted
-        return [
-            *(wanted if self.hparams.cfg_route == "both" else [[]] * count),
-            *wanted,
-        ]
+            routes = self._choose(prompts, tokens.ids[0][unguided_rows:].tolist())
+        if not unguided_rows:
+            return routes
+        if self.hparams.cfg_route == "both":
+            return routes + routes
+        return [[]] * unguided_rows + routes
 
-    def _by_embedding(self, tokens: Tokens, count: int) -> list[list[str]]:
+    def _choose(
+        self, prompts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> list[list[str]]:
+        """Ask the router; what `assign_blocks` said of a prompt comes first."""
+        if self._router == "always":
+            routes = [list(self._blocks) for _ in prompts]
+        elif self._router == "embedding":
+            routes = self._choose_by_embedding(prompts)
+        else:
+            routes = [self._trie.find(row) for row in ids]
+        for i, prompt in enumerate(prompts):
+            routes[i] = self._assigned.get(prompt, routes[i])
+        return routes
+
+    def _choose_by_embedding(self, prompts: Sequence[str]) -> list[list[str]]:
+        embeddings = self._embed(prompts)
         names = list(self._keys)
-        keys = torch.stack(list(self._keys.values())) if names else torch.empty(0, 0)
-        found = nearest(
-            self._embed(tokens.prompts[count:]), keys, self.hparams.threshold
-        )
-        return [[] if i is None else [names[i]] for i in found]
+        keys = torch.empty(0, 0)
+        if names:
+            keys = torch.stack(list(self._keys.values()))
+        routes = []
+        for i in nearest(embeddings, keys, self.hparams.threshold):
+            routes.append([] if i is None else [names[i]])
+        return routes
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Tensor:
-        """Return what the untouched text encoders say of prompts: (B, D)."""
-        router, self._router, self._seen = self._router, "none", None
+        """Return the mean encodings (B, D) of prompts by the text encoders without any block."""
+        router = self._router
+        self._router = "none"
+        self._routed_tokens = None
         try:
             tokens = self.model.tokenize(prompts)
-            return mean_encoding(self.model.encode(tokens).hidden, tokens.lengths)
+            encoding = self.model.encode(tokens)
+            return mean_encoding(encoding.hidden, tokens.lengths)
         finally:
-            self._router, self._seen = router, None
+            self._router = router
+            self._routed_tokens = None
 
-    def _rows(self, rows: int) -> dict[tuple[str, ...], Tensor]:
-        """Return which of the current rows get which blocks; decided once for the tokens, whatever layer asks."""
-        tokens = self.model.rows(rows).tokens
-        if tokens is not self._seen:
-            routes = [tuple(route) for route in self._route(tokens)]
-            where = {
-                some: [i for i, other in enumerate(routes) if other == some]
-                for some in dict.fromkeys(routes)
-                if some
-            }
-            self._routed = {
-                key: torch.tensor(which, device=self.model.device)
-                for key, which in where.items()
-            }
-            self._seen = tokens
-        return self._routed
+    def _rows(self, count: int) -> dict[tuple[str, ...], Tensor]:
+        """Return the rows of the current pass that get the same blocks; decided once, whatever layer asks first."""
+        tokens = self.model.rows(count).tokens
+        if tokens is self._routed_tokens:
+            return self._routed_rows
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row, route in enumerate(self._route(tokens)):
+            if route:
+                rows.setdefault(tuple(route), []).append(row)
+        device = self.model.device
+        self._routed_rows = {}
+        for names, numbers in rows.items():
+            self._routed_rows[names] = torch.tensor(numbers, device=device)
+        self._routed_tokens = tokens
+        return self._routed_rows
 
-    def give(self, blocks: Mapping[str, Sequence[str]]) -> None:
-        """Say for some prompts which tokens' blocks they get, whatever the router says; nothing for nothing.
+    def assign_blocks(self, blocks: Mapping[str, Sequence[str]]) -> None:
+        """Give some prompts the blocks of these tokens, whatever the router says; an empty mapping ends that.
 
-        A window of such a prompt's picture gets the block of its own subject, if that is among them.
+        A window of such a prompt gets the block of its own subject, if that is among them.
         """
-        self._given = {}
+        self._assigned = {}
         for prompt, tokens in blocks.items():
-            for told in self.model.window_prompts(prompt):
-                self._given[told] = [token for token in tokens if token in told]
-            self._given[prompt] = list(tokens)
+            for text in self.model.window_prompts(prompt):
+                named = [token for token in tokens if token in text]
+                self._assigned[text] = named
+            self._assigned[prompt] = list(tokens)
 
     def windows(self, prompt: str) -> list[str]:
-        """Return what each window of a prompt's picture is told: the subject alone, in the words around them all.
+        """Return the prompt of each window of a picture: one subject alone, with the words around all of them.
 
-        "a <dog> and a <cat> on a beach" is "a <dog> on a beach" beside "a <cat> on a beach".
+        "a <dog> and a <cat> on a beach" becomes "a <dog> on a beach" and "a <cat> on a beach".
         """
-        found = [
-            match
-            for match in re.finditer(r"<[^<>\s]+>", prompt)
-            if match[0] in self._blocks
-        ]
-        subjects = dict.fromkeys(match[0] for match in found)
+        matches = []
+        for match in re.finditer(r"<[^<>\s]+>", prompt):
+            if match[0] in self._blocks:
+                matches.append(match)
+        subjects = dict.fromkeys(match[0] for match in matches)
         if len(subjects) < 2:
             return [prompt]
-        return [
-            prompt[: found[0].start()] + subject + prompt[found[-1].end() :]
-            for subject in subjects
-        ]
+        before = prompt[: matches[0].start()]
+        behind = prompt[matches[-1].end() :]
+        return [before + subject + behind for subject in subjects]
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
-    def _attach(self, learned: Learned) -> None:
+    def _attach(self, learned: LearnedConcept) -> None:
+        token = learned.token
         tensors = dict(learned.tensors)
         key = tensors.pop(_KEY, None)
-        if (
-            key is None
-            or key.shape != (self.model.width,)
-            or "identifier" not in learned.facts
-        ):
-            raise StateError(f"{learned.token}: what the router needs is missing")
-        blocks = lora_files.pairs(tensors)
-        shapes = {
-            path: self.model.model.get_submodule(path).weight.shape
-            for path in self.targets
-        }
-        lora_files.check_fits(blocks, shapes, learned.token)
+        name = learned.facts.get("identifier")
+        if key is None or key.shape != (self.model.width,) or name is None:
+            raise StateError(f"{token}: what the router needs is missing")
+        pairs = lora_files.pairs(tensors)
+        shapes = {path: self._weight_shape(path) for path in self.targets}
+        lora_files.check_fits(pairs, shapes, token)
         device = self.model.device
-        self._name(learned.token, learned.facts["identifier"], learned.superclass)
-        self._keys[learned.token] = key.to(device, torch.float32)
-        self._blocks[learned.token] = {
-            path: (a.to(device), b.to(device)) for path, (a, b) in blocks.items()
-        }
+        self._add_name(token, name, learned.superclass)
+        self._keys[token] = key.to(device, torch.float32)
+        block = {}
+        for path, (down, up) in pairs.items():
+            block[path] = (down.to(device), up.to(device))
+        self._blocks[token] = block
         self._hook()
 
     def _detach(self, token: str) -> None:
@@ -227,69 +232,79 @@ class MultiMeloDiffusion(Personalizer):
         self._hook()
 
     def _hook(self) -> None:
-        """Hook the projections anew, if there is a block at all, and learn the names of those that are there."""
+        """Hook the projections anew, if there is a block at all, and tell the router the names of the blocks."""
         self._patch.undo()
-        self.model.windows = (
-            self.windows if self._blocks and self.hparams.several == "beside" else None
-        )
-        self._seen, self._trie = None, TokenTrie()
+        in_windows = self._blocks and self.hparams.several == "beside"
+        self.model.windows = self.windows if in_windows else None
+        self._routed_tokens = None
+        self._trie = TokenTrie()
         for token, ids in self._names.items():
             self._trie.insert(ids, token)
         if self._blocks:
             for path in self.targets:
-                self._patch.hook_call(path, self._change(path))
+                self._patch.hook_call(path, self._add_blocks(path))
 
-    def _name(self, token: str, name: str, superclass: str) -> None:
-        """Let a token stand for an identifier and its superclass, by which the router will know it."""
-        self.model.words[token] = word_for(name, superclass)
-        spelled = (
-            name if self.hparams.named_by == "identifier" else f"{name} {superclass}"
-        )
-        self._names[token] = self.model.tokenizers[0](
-            spelled, add_special_tokens=False
-        )["input_ids"]
+    def _add_name(self, token: str, name: str, superclass: str) -> None:
+        """Let a token stand for an identifier and its superclass; the router finds it by their token ids."""
+        word = word_for(name, superclass)
+        self.model.words[token] = word
+        text = name if self.hparams.named_by == "identifier" else word.text
+        tokenizer = self.model.tokenizers[0]
+        self._names[token] = tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _change(self, path: str) -> Callable[[Tensor, Tensor], Tensor | None]:
-        def change(inputs: Tensor, output: Tensor) -> Tensor | None:
-            for names, rows in self._rows(len(inputs)).items():
+    def _weight_shape(self, path: str) -> tuple[int, ...]:
+        weight: Any = self.model.model.get_submodule(path).weight
+        return tuple(weight.shape)
+
+    def _add_blocks(self, path: str) -> Callable[[Tensor, Tensor], Tensor | None]:
+        """Return the hook of one projection: it adds B A x of a row's blocks to W x."""
+
+        def add(inputs: Tensor, output: Tensor) -> Tensor | None:
+            routed = self._rows(len(inputs))
+            for names, rows in routed.items():
                 some = inputs[rows]
                 for name in names:
                     down, up = self._blocks[name][path]
-                    added = (some.to(down.dtype) @ down.T) @ up.T * self._scale
+                    low_rank = some.to(down.dtype) @ down.T
+                    added = low_rank @ up.T * self._scale
                     output = output.index_add(0, rows, added.to(output.dtype))
             return output
 
-        return change
+        return add
 
     # -- learning -----------------------------------------------------------------------------------------------
 
-    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
+    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> LearnedConcept:
         hp, model = self.hparams, self.model
         name = hp.identifier or identifier(
             model.tokenizers[0], concept.token, self.identifiers
         )
-        lesson = SubjectLesson(model, concept, hp, source, name)
-        key = self._embed([lesson.prompts[0]])[0]
-        block = {path: self._fresh(path, source) for path in self.targets}
-        parameters = [parameter for pair in block.values() for parameter in pair]
-        self._name(concept.token, name, concept.superclass)
-        self._blocks = {concept.token: block}  # type: ignore[dict-item]
-        # rows of prior preservation do not name the subject, so this router leaves them alone
-        self._router, self._scale = "token", hp.scale
+        training = SubjectTraining(model, concept, hp, source, name)
+        (key,) = self._embed([training.prompts[0]])
+        parameters = []
+        block: Block = {}
+        for path in self.targets:
+            down, up = self._initial_pair(path, source)
+            parameters += [down, up]
+            block[path] = (down, up)
+        self._add_name(concept.token, name, concept.superclass)
+        self._blocks = {concept.token: block}
+        # Rows of prior preservation do not name the subject, so the token router leaves them alone.
+        self._router = "token"
+        self._scale = hp.scale
         try:
             self._hook()
-            losses = lesson.run(
-                parameters,
-                tick,
-                text=any(not path.startswith("unet.") for path in block),
-            )
+            trains_text = any(not path.startswith("unet.") for path in block)
+            losses = training.run(parameters, tick, text=trains_text)
         finally:
-            self._router, self._scale = hp.router, 1.0
-            self._blocks, self._names = {}, {}
+            self._router = hp.router
+            self._scale = 1.0
+            self._blocks = {}
+            self._names = {}
             del model.words[concept.token]
             self._hook()
         tensors = {_KEY: key.cpu(), **lora_files.tensors_of(block, hp.scale)}
-        return Learned(
+        return LearnedConcept(
             concept.token,
             concept.superclass,
             tensors,
@@ -297,24 +312,25 @@ class MultiMeloDiffusion(Personalizer):
             summary(losses),
         )
 
-    def _fresh(self, path: str, source: Generator) -> tuple[nn.Parameter, nn.Parameter]:
+    def _initial_pair(
+        self, path: str, source: Generator
+    ) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A (r, in), uniform within 1 / sqrt(r), and B (out, r), zero: a block that changes nothing yet."""
-        outputs, inputs = self.model.model.get_submodule(path).weight.shape
-        down = (
-            torch.rand(self.hparams.rank, inputs, generator=source) * 2 - 1
-        ) * self.hparams.rank**-0.5
-        up = torch.zeros(outputs, self.hparams.rank)
-        return nn.Parameter(down.to(self.model.device)), nn.Parameter(
-            up.to(self.model.device)
+        outputs, inputs = self._weight_shape(path)
+        rank = self.hparams.rank
+        device = self.model.device
+        uniform = torch.rand(rank, inputs, generator=source) * 2 - 1
+        down = uniform * rank**-0.5
+        up = torch.zeros(outputs, rank)
+        return (
+            nn.Parameter(down.to(device)),
+            nn.Parameter(up.to(device)),
         )
 
     def export(self, token: str, path: Path) -> None:
         """Write a block as a LoRA file of diffusers; the subject is called by `facts["identifier"]` there."""
-        tensors = {
-            key: tensor
-            for key, tensor in self.concepts[token].tensors.items()
-            if key != _KEY
-        }
+        tensors = dict(self.concepts[token].tensors)
+        del tensors[_KEY]
         lora_files.export(path, tensors)
 
 

@@ -17,6 +17,18 @@ TEMPLATES = (
     "A photo of {}",
 )
 
+_POSITIVE = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "learning_rate_embedding",
+    "learning_rate_values",
+    "train_tau",
+    "tau",
+    "vectors",
+    "mask_power",
+)
+
 
 @dataclass(frozen=True)
 class PerfusionHparams:
@@ -54,17 +66,14 @@ class PerfusionHparams:
     templates: tuple[str, ...] = TEMPLATES
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "accumulate", "learning_rate_embedding", "learning_rate_values",
-                    "train_tau", "tau", "vectors", "mask_power")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
         for name in ("decay", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} must be from 0 to 1, not {getattr(self, name)}"
-                )
-        if not self.templates or any(
-            template.count("{}") != 1 for template in self.templates
-        ):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {value}")
+        nouns = [template.count("{}") for template in self.templates]
+        if not nouns or any(count != 1 for count in nouns):
             raise ValueError("templates must each have one {} where the concept stands")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mmedit_cli.drawing.covariance import Covariance
-from mmedit_cli.drawing.methods.base import Learned, Personalizer, Tick, summary
+from mmedit_cli.drawing.methods.base import LearnedConcept, Personalizer, Tick, summary
 from mmedit_cli.drawing.methods.perfusion.hparams import PerfusionHparams
 from mmedit_cli.drawing.methods.perfusion.rank_one import (
     Gates,
@@ -28,7 +28,7 @@ from mmedit_cli.drawing.methods.shared.photos import (
     masks_of,
     open_squares,
 )
-from mmedit_cli.drawing.models.prompts import Word
+from mmedit_cli.drawing.models.prompts import Tokens, Word
 from mmedit_cli.drawing.models.stable_diffusion import CurrentPrompts, Projection
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.patch import Patch
@@ -39,10 +39,10 @@ _ASYMMETRY = 1e-2  # of two concepts learned with one covariance, saved in float
 
 
 @dataclass(eq=False)
-class Active:
-    """A concept in the model: input i*, dual C^-1 i* and superclass encoding s* (D,), outputs of all layers in a row.
+class LoadedConcept:
+    """A concept in the model: target input i*, its dual C^-1 i* and the superclass encoding s*, each (D,).
 
-    `keys` are None where they are locked: then each is W s*.
+    `values` and `keys` are the target outputs of all layers in one vector. Locked keys are None: then each is W s*.
     """
 
     token: str
@@ -72,12 +72,12 @@ class Perfusion(Personalizer):
         super().__init__(*args, **kwargs)
         self.covariance = covariance
         self.layers = self.model.cross_attention()
-        self._slices = _slices([layer for layer in self.layers if layer.role == "v"])
-        self._slices |= _slices([layer for layer in self.layers if layer.role == "k"])
+        self._slices = _slices(self._layers_of("v")) | _slices(self._layers_of("k"))
         self._patch = Patch(self.model.model)
-        self._active: list[Active] = []
+        self._loaded: list[LoadedConcept] = []
         self._lock = self.hparams.key_lock
-        self._seen: CurrentPrompts | None = None
+        # computed once for the current prompts, by the first layer that needs it:
+        self._computed_for: CurrentPrompts | None = None
         self._mixed: Tensor | None = None
         self._plain: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
@@ -90,46 +90,39 @@ class Perfusion(Personalizer):
     def set_gate(
         self, token: str, *, beta: float | None = None, tau: float | None = None
     ) -> None:
-        """Change how a learned concept opens: a higher `beta` weakens it in favour of the prompt."""
-        active = self._of(token)
+        """Change the gate of a learned concept: a higher `beta` weakens the concept in favour of the prompt."""
+        concept = self._find(token)
         if tau is not None and tau <= 0:
             raise StateError(f"{token}: tau must be above 0, not {tau}")
-        active.beta = active.beta if beta is None else beta
-        active.tau = active.tau if tau is None else tau
-        self._forget()
+        if beta is not None:
+            concept.beta = beta
+        if tau is not None:
+            concept.tau = tau
+        self._clear_cache()
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
-    def _attach(self, learned: Learned) -> None:
-        active, vectors = self._read(learned)
-        for other in self._active:
-            pairs = active.target_input @ other.dual, other.target_input @ active.dual
-            size = (
-                (
-                    (active.target_input @ active.dual)
-                    * (other.target_input @ other.dual)
-                )
-                .clamp_min(0)
-                .sqrt()
-            )
-            if (pairs[0] - pairs[1]).abs() > _ASYMMETRY * size:
+    def _attach(self, learned: LearnedConcept) -> None:
+        concept, vectors = self._unpack(learned)
+        for other in self._loaded:
+            if not _same_covariance(concept, other):
                 raise StateError(
                     f"{learned.token} and {other.token} were learned with different covariances",
                     "learn one of them again with the covariance of the other",
                 )
         self.model.words[learned.token] = Word(learned.superclass, vectors)
-        self._active.append(active)
+        self._loaded.append(concept)
         self._hook()
 
     def _detach(self, token: str) -> None:
-        self._active.remove(self._of(token))
+        self._loaded.remove(self._find(token))
         del self.model.words[token]
         self._hook()
 
-    def _of(self, token: str) -> Active:
-        for active in self._active:
-            if active.token == token:
-                return active
+    def _find(self, token: str) -> LoadedConcept:
+        for concept in self._loaded:
+            if concept.token == token:
+                return concept
         raise StateError(
             f"no concept {token} here",
             f"there are: {', '.join(self.concepts) or 'none'}",
@@ -138,254 +131,278 @@ class Perfusion(Personalizer):
     def _hook(self) -> None:
         """Hook the layers anew, if there is a concept at all."""
         self._patch.undo()
-        self._forget()
-        if not self._active:
+        self._clear_cache()
+        if not self._loaded:
             return
-        for layer in self.layers:
-            if layer.role == "k" and self._lock.startswith("global"):
-                self._patch.hook_input(layer.path, self._superclass)
-        for layer in self._edited():
+        if self._lock.startswith("global"):
+            for layer in self._layers_of("k"):
+                self._patch.hook_input(layer.path, self._encode_superclass)
+        for layer in self._edited_layers():
             self._patch.hook_call(layer.path, self._edit(layer))
 
-    def _edited(self) -> list[Projection]:
-        """The layers whose outputs change."""
-        return [
-            layer
-            for layer in self.layers
-            if layer.role == "v" or self._lock != "global"
-        ]
+    def _layers_of(self, role: str) -> list[Projection]:
+        return [layer for layer in self.layers if layer.role == role]
 
-    def _forget(self) -> None:
-        self._seen = self._mixed = self._plain = None
+    def _edited_layers(self) -> list[Projection]:
+        """The layers whose outputs change."""
+        return self._layers_of("v") if self._lock == "global" else self.layers
+
+    def _clear_cache(self) -> None:
+        self._computed_for = None
+        self._mixed = None
+        self._plain = None
         self._rows = {}
 
-    def _edit(self, layer: Projection) -> Any:
+    def _edit(self, layer: Projection) -> Callable[[Tensor, Tensor], Tensor | None]:
         """Return the hook of one layer."""
         gated_keys = layer.role == "k" and self._lock == "global_gated"
 
         def edit(inputs: Tensor, output: Tensor) -> Tensor | None:
-            self._prepare(len(inputs))
+            current = self._prepare(len(inputs))
             mixed = self._mixed
             if mixed is None:
                 return None
             if gated_keys:
-                mixed = self._mix(inputs.float(), self._scope())
+                mixed = self._mix(inputs.float(), self._scope(current))
             if layer.path not in self._rows:
                 self._rows[layer.path] = self._layer_rows(layer).to(output.dtype)
             return add_edit(output, mixed.to(output.dtype), self._rows[layer.path])
 
         return edit
 
-    def _superclass(self, inputs: Tensor) -> Tensor | None:
-        """Give the keys of a global lock what the text encoder says of the prompt with the superclass."""
+    def _encode_superclass(self, inputs: Tensor) -> Tensor | None:
+        """Replace the input of globally locked keys by the encoding of the prompt with the superclass."""
         current = self._prepare(len(inputs))
         if self._mixed is None:
             return None
         if self._plain is None:
             with torch.no_grad():
-                self._plain = self.model.encode(current.tokens, plain=True).hidden.to(
-                    inputs.dtype
-                )
-        named = self._named(current).any(1)[:, None, None]
-        return torch.where(named, self._plain, inputs)
+                encoding = self.model.encode(current.tokens, plain=True)
+            self._plain = encoding.hidden.to(inputs.dtype)
+        named = self._named(current).any(1)
+        return torch.where(named[:, None, None], self._plain, inputs)
 
     def _prepare(self, rows: int) -> CurrentPrompts:
         """Compute similarities and gates once for the current prompts: all layers share them."""
         current = self.model.rows(rows)
-        if current is not self._seen:
-            if current.encoding is None:
-                raise MmeditError(
-                    "the UNet was called without an encoding",
-                    "go through StableDiffusion.generate",
-                )
-            self._seen, self._plain = current, None
-            scope = self._scope()
-            self._mixed = (
-                self._mix(current.encoding.hidden.float(), scope)
-                if scope.any()
-                else None
+        if current is self._computed_for:
+            return current
+        if current.encoding is None:
+            raise MmeditError(
+                "the UNet was called without an encoding",
+                "go through StableDiffusion.generate",
             )
+        self._computed_for = current
+        self._plain = None
+        self._mixed = None
+        scope = self._scope(current)
+        if scope.any():
+            self._mixed = self._mix(current.encoding.hidden.float(), scope)
         return current
 
     def prepare(self) -> None:
-        """Compute all that layers share before the first asks for it: a checkpointed block would not keep it."""
-        assert self.model.current_prompts is not None
-        self._prepare(len(self.model.current_prompts.tokens.prompts))
-        self._rows = {
-            layer.path: self._layer_rows(layer).to(self.model.dtype)
-            for layer in self._edited()
-        }
+        """Compute what the layers share in advance: a checkpointed block would not keep it."""
+        current = self.model.current_prompts
+        assert current is not None
+        self._prepare(len(current.tokens.prompts))
+        self._rows = {}
+        for layer in self._edited_layers():
+            self._rows[layer.path] = self._layer_rows(layer).to(self.model.dtype)
 
     def _mix(self, hidden: Tensor, scope: Tensor) -> Tensor:
-        inputs, duals = (
-            torch.stack([getattr(a, key) for a in self._active])
-            for key in ("target_input", "dual")
-        )
-        gates = torch.tensor(
-            [[a.beta, a.tau] for a in self._active], device=hidden.device
-        )
+        device = hidden.device
         hp = self.hparams
+        gates = Gates(
+            beta=torch.tensor([c.beta for c in self._loaded], device=device),
+            tau=torch.tensor([c.tau for c in self._loaded], device=device),
+            exact=hp.overlap == "exact",
+            normalized=hp.gate == "normalized",
+        )
         return mixing_in_scope(
             hidden,
-            inputs,
-            duals,
-            Gates(
-                gates[:, 0], gates[:, 1], hp.overlap == "exact", hp.gate == "normalized"
-            ),
+            torch.stack([c.target_input for c in self._loaded]),
+            torch.stack([c.dual for c in self._loaded]),
+            gates,
             scope,
         )
 
-    def _scope(self) -> Tensor:
+    def _scope(self, current: CurrentPrompts) -> Tensor:
         """Return which of the current prompts know which concepts: (B, n)."""
-        assert self._seen is not None
         if self.hparams.gate_scope == "tokens":
-            return self._named(self._seen)
-        edited = torch.ones_like(self._seen.tokens.unconditional) if self.hparams.edit_uncond else (
-            ~self._seen.tokens.unconditional)  # fmt: skip
-        return edited[:, None].expand(-1, len(self._active)).to(self.model.device)
+            return self._named(current)
+        edited = ~current.tokens.unconditional
+        if self.hparams.edit_uncond:
+            edited = torch.ones_like(edited)
+        by_concept = edited[:, None].expand(-1, len(self._loaded))
+        return by_concept.to(self.model.device)
 
     def _named(self, current: CurrentPrompts) -> Tensor:
         """Return which prompts name which concepts: (B, n)."""
-        places = [current.tokens.places[active.token].any(1) for active in self._active]
-        return torch.stack(places, 1).to(self.model.device)
+        columns = []
+        for concept in self._loaded:
+            places = current.tokens.places[concept.token]
+            columns.append(places.any(1))
+        return torch.stack(columns, 1).to(self.model.device)
 
     def _layer_rows(self, layer: Projection) -> Tensor:
-        weight = self.model.model.get_submodule(layer.path).weight.float()
+        """Return [-W i ; o] of a layer for the loaded concepts."""
+        weight = self._weight(layer)
+        inputs = []
         outputs = []
-        for active in self._active:
-            if layer.role == "v":
-                outputs.append(active.values[self._slices[layer.path]])
-            elif active.keys is None:
-                outputs.append(F.linear(active.superclass_input, weight))
+        for concept in self._loaded:
+            inputs.append(concept.target_input)
+            learned = concept.values if layer.role == "v" else concept.keys
+            if learned is None:
+                # key locking: the key of the superclass
+                outputs.append(F.linear(concept.superclass_input, weight))
             else:
-                outputs.append(active.keys[self._slices[layer.path]])
-        return edit_rows(
-            torch.stack([a.target_input for a in self._active]),
-            weight,
-            torch.stack(outputs),
-        )
+                outputs.append(learned[self._slices[layer.path]])
+        return edit_rows(torch.stack(inputs), weight, torch.stack(outputs))
+
+    def _weight(self, layer: Projection) -> Tensor:
+        weight: Any = self.model.model.get_submodule(layer.path).weight
+        return cast(Tensor, weight.float())
 
     # -- files --------------------------------------------------------------------------------------------------
 
-    def _read(self, learned: Learned) -> tuple[Active, tuple[Tensor, ...]]:
-        """Return what a learned concept puts into the model; raise StateError if it does not fit."""
-        facts, device, width = learned.facts, self.model.device, self.model.width
-        if (
-            parse_json(facts.get("layers", "[]"), "layers", error=StateError)
-            != self._layout()
-        ):
+    def _unpack(
+        self, learned: LearnedConcept
+    ) -> tuple[LoadedConcept, tuple[Tensor, ...]]:
+        """Return the concept and its embeddings (n, width) for each text encoder; raise StateError for a misfit."""
+        token = learned.token
+        layers = parse_json(
+            learned.facts.get("layers", "[]"), "layers", error=StateError
+        )
+        if layers != self._layout():
             raise StateError(
-                f"{learned.token}: learned for other layers than those of {self.model.name}"
+                f"{token}: learned for other layers than those of {self.model.name}"
             )
-        tensors = {
-            key: tensor.to(device, torch.float32)
-            for key, tensor in learned.tensors.items()
-        }
-        total = sum(layer.outputs for layer in self.layers if layer.role == "v")
-        one = {
+        tensors = {}
+        for key, tensor in learned.tensors.items():
+            tensors[key] = tensor.to(self.model.device, torch.float32)
+        self._check_shapes(token, tensors)
+        concept = LoadedConcept(
+            token,
+            target_input=tensors["target_input"],
+            dual=tensors["target_dual"],
+            superclass_input=tensors["superclass_input"],
+            values=tensors["values"],
+            keys=tensors.get("keys"),
+            beta=self.hparams.beta,
+            tau=self.hparams.tau,
+        )
+        split: Any = tensors["embedding"].split
+        return concept, split(self._embedding_widths(), 1)
+
+    def _check_shapes(self, token: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raise StateError unless all tensors of a concept are there and fit the model."""
+        width = self.model.width
+        total = sum(layer.outputs for layer in self._layers_of("v"))
+        shapes = {
             "target_input": (width,),
             "target_dual": (width,),
             "superclass_input": (width,),
             "values": (total,),
         }
-        widths = [
-            encoder.get_input_embeddings().embedding_dim
-            for encoder in self.model.text_encoders
-        ]
-        for key, shape in one.items():
+        for key, shape in shapes.items():
             if key not in tensors or tuple(tensors[key].shape) != shape:
-                raise StateError(
-                    f"{learned.token}: {key} is missing or not of shape {shape}"
-                )
+                raise StateError(f"{token}: {key} is missing or not of shape {shape}")
         embedding = tensors.get("embedding", torch.empty(0, 0))
-        if (
-            embedding.dim() != 2
-            or embedding.shape[1] != sum(widths)
-            or not len(embedding)
-        ):
+        embedding_width = sum(self._embedding_widths())
+        is_matrix = embedding.dim() == 2 and len(embedding) > 0
+        if not is_matrix or embedding.shape[1] != embedding_width:
             raise StateError(
-                f"{learned.token}: embedding is missing or not of width {sum(widths)}"
+                f"{token}: embedding is missing or not of width {embedding_width}"
             )
         if "keys" in tensors and tuple(tensors["keys"].shape) != (total,):
-            raise StateError(f"{learned.token}: keys are not of shape ({total},)")
-        active = Active(
-            learned.token, tensors["target_input"], tensors["target_dual"], tensors["superclass_input"],
-            tensors["values"], tensors.get("keys"), self.hparams.beta, self.hparams.tau,
-        )  # fmt: skip
-        return active, embedding.split(widths, 1)
+            raise StateError(f"{token}: keys are not of shape ({total},)")
+
+    def _embedding_widths(self) -> list[int]:
+        widths = []
+        for encoder in self.model.text_encoders:
+            widths.append(encoder.get_input_embeddings().embedding_dim)
+        return widths
 
     def _layout(self) -> list[list[Any]]:
         """The edited attention layers and their widths, as a file names them."""
-        return [
-            [layer.path.rpartition(".")[0], layer.outputs]
-            for layer in self.layers
-            if layer.role == "v"
-        ]
+        layout = []
+        for layer in self._layers_of("v"):
+            attention, _, _ = layer.path.rpartition(".")
+            layout.append([attention, layer.outputs])
+        return layout
 
     # -- learning -----------------------------------------------------------------------------------------------
 
-    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> Learned:
+    def _learn(self, concept: Concept, source: Generator, tick: Tick) -> LearnedConcept:
         if self.covariance is None:
             raise StateError(
                 "perfusion needs the covariance of the text encodings",
                 "see mmedit covariance --help",
             )
         hp, model = self.hparams, self.model
-        squares = open_squares(
-            concept.images, hp.side or model.resolution, crop=hp.center_crop
-        )
-        options = MaskOptions(hp.mask, hp.mask_model, hp.templates, hp.center_crop)
+        resolution = hp.side or model.resolution
+        squares = open_squares(concept.images, resolution, crop=hp.center_crop)
         masks = masks_of(
-            options, concept.images, squares, concept.superclass, model.device
+            MaskOptions(hp.mask, hp.mask_model, hp.templates, hp.center_crop),
+            concept.images,
+            squares,
+            concept.superclass,
+            model.device,
         )
         photos = Photos(model, squares, masks, hp.flip)
-        self._lock = (
-            "none" if hp.key_lock == "none" else "local"
-        )  # a global lock is a way to draw
+        # Global locking only changes how pictures are drawn; training locks keys locally.
+        self._lock = "none" if hp.key_lock == "none" else "local"
         try:
-            return _Lesson(self, concept, source).run(photos, tick)
+            training = PerfusionTraining(self, concept, source)
+            return training.run(photos, tick)
         finally:
             self._lock = hp.key_lock
             model.words.pop(concept.token, None)
-            self._active = []
+            self._loaded = []
             self._hook()
 
 
-class _Lesson:
-    """The learning of one concept: what is trained, and the running means (sections 4.2 to 4.4 of the paper)."""
+class PerfusionTraining:
+    """The training of one concept: its parameters and running means (sections 4.2 to 4.4 of the paper)."""
 
     def __init__(self, editor: Perfusion, concept: Concept, source: Generator) -> None:
-        self.editor, self.concept, self.source = editor, concept, source
-        self.hp, self.model = editor.hparams, editor.model
+        self.editor = editor
+        self.concept = concept
+        self.source = source
+        self.hp = editor.hparams
+        self.model = editor.model
         assert editor.covariance is not None
         factor, self.ridge = editor.covariance.factor(self.hp.ridge)
         self.factor = factor.to(self.model.device)
-        self.vectors = self._first_vectors()
+        self.vectors = self._initial_vectors()
         self.model.words[concept.token] = Word(concept.superclass, tuple(self.vectors))
-        total = sum(layer.outputs for layer in editor.layers if layer.role == "v")
+        total = sum(layer.outputs for layer in editor._layers_of("v"))
         zeros = torch.zeros(total, device=self.model.device)
         self.values = nn.Parameter(zeros.clone())
-        self.keys = nn.Parameter(zeros.clone()) if self.hp.key_lock == "none" else None
-        self.tokens = [template.format(concept.token) for template in self.hp.templates]
-        with (
-            torch.no_grad()
-        ):  # what the superclass is called in each template never changes
-            tokens = self.model.tokenize(self.tokens)
-            self.superclass = self._at_token(
-                self.model.encode(tokens, plain=True).hidden, tokens
-            )
+        self.keys: nn.Parameter | None = None
+        if self.hp.key_lock == "none":
+            self.keys = nn.Parameter(zeros.clone())
+        self.prompts = [t.format(concept.token) for t in self.hp.templates]
+        # The encoding of the superclass in each template never changes.
+        with torch.no_grad():
+            tokens = self.model.tokenize(self.prompts)
+            plain = self.model.encode(tokens, plain=True)
+            self.superclass = self._at_token(plain.hidden, tokens)
         self.input_mean: Tensor | None = None
         self.superclass_mean = self.superclass[0]
 
-    def run(self, photos: Photos, tick: Tick) -> Learned:
+    def run(self, photos: Photos, tick: Tick) -> LearnedConcept:
         """Learn from the photos."""
         hp = self.hp
         outputs = [self.values] if self.keys is None else [self.values, self.keys]
         trained = [*self.vectors, *outputs]
         optimizer = torch.optim.AdamW(
-            [{"params": self.vectors, "lr": hp.learning_rate_embedding},
-             {"params": outputs, "lr": hp.learning_rate_values}], weight_decay=hp.weight_decay,
-        )  # fmt: skip
+            [
+                {"params": self.vectors, "lr": hp.learning_rate_embedding},
+                {"params": outputs, "lr": hp.learning_rate_values},
+            ],
+            weight_decay=hp.weight_decay,
+        )
         losses = []
         for _ in range(hp.steps):
             optimizer.zero_grad()
@@ -401,116 +418,157 @@ class _Lesson:
 
     def _accumulate(self, photos: Photos) -> float:
         """Add the gradients of one batch and return its share of the loss."""
-        count = self.hp.batch_size
-        which = torch.randint(
-            0, len(self.tokens), (count,), generator=self.source
-        ).tolist()
+        hp = self.hp
+        count = hp.batch_size
+        chosen = torch.randint(0, len(self.prompts), (count,), generator=self.source)
+        templates = chosen.tolist()
         latents, masks = photos.sample(count, self.source)
-        tokens = self.model.tokenize([self.tokens[i] for i in which])
+        tokens = self.model.tokenize([self.prompts[i] for i in templates])
         encoding = self.model.encode(tokens)
-        seen = self._at_token(encoding.hidden, tokens).mean(0)
-        self.step(seen, self.superclass[which].mean(0))
+        concept_inputs = self._at_token(encoding.hidden, tokens)
+        superclass_inputs = self.superclass[templates]
+        self.step(concept_inputs.mean(0), superclass_inputs.mean(0))
         with self.model.running(tokens, encoding):
             self.editor.prepare()
             errors = self.model.errors(latents, encoding, self.source)
-            loss = masked_loss(errors, masks, self.hp.mask_power) / self.hp.accumulate
+            loss = masked_loss(errors, masks, hp.mask_power) / hp.accumulate
             if not loss.isfinite():
                 raise MmeditError(
                     f"perfusion: the loss became {loss.item()}",
                     "lower the learning rates",
                 )
-            loss.backward()
+            torch.autograd.backward(loss)
         return loss.item()
 
-    def step(self, seen: Tensor, superclass: Tensor) -> None:
-        """Move the running means by the encodings (D,) of one batch, then put the concept as it is now to use."""
+    def step(self, concept_input: Tensor, superclass_input: Tensor) -> None:
+        """Move the running means by the mean encodings (D,) of one batch, then load the concept as it is now."""
         hp, editor = self.hp, self.editor
         if self.input_mean is None:
-            self.superclass_mean = superclass
-            self.input_mean = (
-                seen if hp.input_from == "concept" else superclass
-            ).detach()
-            with torch.no_grad():
-                for layer in editor.layers:
-                    target = self.values if layer.role == "v" else self.keys
-                    if target is not None:
-                        weight = self.model.model.get_submodule(
-                            layer.path
-                        ).weight.float()
-                        target[editor._slices[layer.path]] = F.linear(
-                            superclass, weight
-                        )
+            self._start(concept_input, superclass_input)
         else:
-            self.input_mean = torch.lerp(seen.detach(), self.input_mean, hp.decay)
+            # Section 4.4: exponential moving averages, so that all batches take part in i* and s*.
+            self.input_mean = torch.lerp(
+                concept_input.detach(), self.input_mean, hp.decay
+            )
             self.superclass_mean = torch.lerp(
-                superclass, self.superclass_mean, hp.decay
+                superclass_input, self.superclass_mean, hp.decay
             )
-        target_input = (
-            self.input_mean + seen - seen.detach()
-            if hp.straight_through
-            else self.input_mean
-        )
-        first, editor._active = not editor._active, [
-            Active(self.concept.token, target_input, dual(self.factor, target_input), self.superclass_mean,
-                   self.values, self.keys, hp.train_beta, hp.train_tau)
-        ]  # fmt: skip
-        if first:
-            editor._hook()
-        editor._forget()
-
-    def _at_token(self, hidden: Tensor, tokens: Any) -> Tensor:
-        """Return the encodings (B, D) of the concept in each prompt: of its last vector."""
-        place = tokens.places[self.concept.token].long()
-        last = (place * torch.arange(1, place.shape[1] + 1)).argmax(1)
-        return hidden[
-            torch.arange(len(last), device=hidden.device), last.to(hidden.device)
-        ].float()
-
-    def _first_vectors(self) -> list[nn.Parameter]:
-        """Return the embeddings to learn, (n, width) for each text encoder: at first those of the superclass."""
-        found = []
-        for vector in self.model.embedding(self.concept.superclass):
-            start = vector.repeat(self.hp.vectors, 1)
-            if self.hp.initializer == "random":
-                start = torch.randn(start.shape, generator=self.source).to(start) * 0.02
-            found.append(nn.Parameter(start))
-        return found
-
-    def _learned(self, losses: Sequence[float]) -> Learned:
-        hp, editor = self.hp, self.editor
         assert self.input_mean is not None
-        assert editor.covariance is not None
-        tensors = {
-            "values": self.values, "target_input": self.input_mean, "target_dual": dual(self.factor, self.input_mean),
-            "superclass_input": self.superclass_mean, "embedding": torch.cat(self.vectors, 1),
-        } | ({} if self.keys is None else {"keys": self.keys})  # fmt: skip
-        number = torch.float16 if hp.file_dtype == "float16" else torch.float32
-        tensors = {
-            key: tensor.detach().cpu().to(number) for key, tensor in tensors.items()
+        target_input = self.input_mean
+        if hp.straight_through:
+            # the value of the mean, with the gradient of this batch's encoding
+            target_input = self.input_mean + concept_input - concept_input.detach()
+        is_first = not editor._loaded
+        loaded = LoadedConcept(
+            self.concept.token,
+            target_input=target_input,
+            dual=dual(self.factor, target_input),
+            superclass_input=self.superclass_mean,
+            values=self.values,
+            keys=self.keys,
+            beta=hp.train_beta,
+            tau=hp.train_tau,
+        )
+        editor._loaded = [loaded]
+        if is_first:
+            editor._hook()
+        editor._clear_cache()
+
+    @torch.no_grad()
+    def _start(self, concept_input: Tensor, superclass_input: Tensor) -> None:
+        """Start the means at the first batch, and the target outputs at those of the superclass."""
+        from_concept = self.hp.input_from == "concept"
+        start = concept_input if from_concept else superclass_input
+        self.input_mean = start.detach()
+        self.superclass_mean = superclass_input
+        for layer in self.editor.layers:
+            target = self.values if layer.role == "v" else self.keys
+            if target is None:
+                continue
+            weight = self.editor._weight(layer)
+            output = F.linear(superclass_input, weight)
+            target[self.editor._slices[layer.path]] = output
+
+    def _at_token(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Return the encodings (B, D) of the concept in each prompt: of its last vector."""
+        places = tokens.places[self.concept.token].long()
+        batch, length = places.shape
+        # The largest marked position comes last.
+        positions = torch.arange(1, length + 1)
+        last = (places * positions).argmax(1)
+        rows = torch.arange(batch, device=hidden.device)
+        encodings = hidden[rows, last.to(hidden.device)]
+        return encodings.float()
+
+    def _initial_vectors(self) -> list[nn.Parameter]:
+        """Return the embeddings to learn, (n, width) for each text encoder: at first those of the superclass."""
+        vectors = []
+        for embedding in self.model.embedding(self.concept.superclass):
+            start = embedding.repeat(self.hp.vectors, 1)
+            if self.hp.initializer == "random":
+                noise = torch.randn(start.shape, generator=self.source)
+                start = noise.to(start) * 0.02
+            vectors.append(nn.Parameter(start))
+        return vectors
+
+    def _learned(self, losses: Sequence[float]) -> LearnedConcept:
+        hp, editor = self.hp, self.editor
+        covariance = editor.covariance
+        assert self.input_mean is not None
+        assert covariance is not None
+        trained = {
+            "values": self.values,
+            "target_input": self.input_mean,
+            "target_dual": dual(self.factor, self.input_mean),
+            "superclass_input": self.superclass_mean,
+            "embedding": torch.cat(list(self.vectors), 1),
         }
-        if bad := [
-            key for key, tensor in tensors.items() if not tensor.isfinite().all()
-        ]:
-            raise MmeditError(
-                f"perfusion: {bad[0]} does not fit into {hp.file_dtype}",
-                "--set file_dtype=float32",
-            )
+        if self.keys is not None:
+            trained["keys"] = self.keys
+        dtype = torch.float16 if hp.file_dtype == "float16" else torch.float32
+        tensors = {}
+        for key, tensor in trained.items():
+            tensors[key] = tensor.detach().cpu().to(dtype)
+            if not tensors[key].isfinite().all():
+                raise MmeditError(
+                    f"perfusion: {key} does not fit into {hp.file_dtype}",
+                    "--set file_dtype=float32",
+                )
         facts = {
             "layers": json.dumps(editor._layout(), separators=(",", ":")),
-            "covariance": editor.covariance.digest,
-            "covariance_tokens": editor.covariance.source.get("rule", ""),
+            "covariance": covariance.digest,
+            "covariance_tokens": covariance.source.get("rule", ""),
             "ridge": f"{self.ridge:g}",
         }
-        return Learned(
-            self.concept.token, self.concept.superclass, tensors, facts, summary(losses)
+        return LearnedConcept(
+            self.concept.token,
+            self.concept.superclass,
+            tensors,
+            facts,
+            summary(losses),
         )
+
+
+def _same_covariance(one: LoadedConcept, other: LoadedConcept) -> bool:
+    """Whether two concepts agree on i . C^-1 j = j . C^-1 i, as they do for one symmetric covariance C."""
+    forward = one.target_input @ other.dual
+    backward = other.target_input @ one.dual
+    difference = forward - backward
+    own = one.target_input @ one.dual
+    others = other.target_input @ other.dual
+    product = own * others
+    size = product.clamp_min(0).sqrt()
+    return not bool(difference.abs() > _ASYMMETRY * size)
 
 
 def _slices(layers: Sequence[Projection]) -> dict[str, slice]:
-    ends, found = 0, {}
+    """Return where the outputs of each layer stand in one vector of all of them."""
+    found = {}
+    start = 0
     for layer in layers:
-        found[layer.path] = slice(ends, ends + layer.outputs)
-        ends += layer.outputs
+        end = start + layer.outputs
+        found[layer.path] = slice(start, end)
+        start = end
     return found
 
 

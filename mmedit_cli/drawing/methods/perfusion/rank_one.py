@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Gates:
-    """How n concepts open: `beta` and `tau` (n,); `exact` takes the overlap of concepts into account.
+    """The gates of n concepts: bias `beta` and temperature `tau` (n,) of a sigmoid (equation 3).
 
-    `normalized` shifts and scales each gate so that it is 0 at similarity 0 and 1 at 1.
+    `exact` takes the overlap of concepts into account. `normalized` shifts and scales each gate so that it is 0 at
+    similarity 0 and 1 at similarity 1.
     """
 
     beta: Tensor
@@ -35,19 +36,26 @@ class Gates:
         if not self.normalized:
             return opened
         closed = torch.sigmoid(-self.beta / self.tau)
-        return (
-            (opened - closed) / (torch.sigmoid((1 - self.beta) / self.tau) - closed)
-        ).clamp_min(0)
+        fully_open = torch.sigmoid((1 - self.beta) / self.tau)
+        scaled = (opened - closed) / (fully_open - closed)
+        return scaled.clamp_min(0)
 
     def of(self, which: Tensor) -> Gates:
         """Return the gates of some of the concepts."""
-        return Gates(self.beta[which], self.tau[which], self.exact, self.normalized)
+        return Gates(
+            beta=self.beta[which],
+            tau=self.tau[which],
+            exact=self.exact,
+            normalized=self.normalized,
+        )
 
 
 def dual(factor: Tensor, inputs: Tensor) -> Tensor:
     """Return C^-1 i for inputs (..., D) and the lower Cholesky factor of C, solved in float64."""
-    flat = inputs.reshape(-1, inputs.shape[-1]).double()
-    return torch.cholesky_solve(flat.T, factor).T.reshape(inputs.shape).to(inputs.dtype)
+    width = inputs.shape[-1]
+    columns = inputs.reshape(-1, width).double().T
+    solved = torch.cholesky_solve(columns, factor)
+    return solved.T.reshape(inputs.shape).to(inputs.dtype)
 
 
 def similarity(hidden: Tensor, inputs: Tensor, duals: Tensor) -> Tensor:
@@ -56,33 +64,49 @@ def similarity(hidden: Tensor, inputs: Tensor, duals: Tensor) -> Tensor:
 
 
 def mixing(hidden: Tensor, inputs: Tensor, duals: Tensor, gates: Gates) -> Tensor:
-    """Return [rho, g] (B, N, 2n) for encodings (B, N, D), inputs and duals (n, D)."""
-    alike = similarity(hidden, inputs, duals)
-    removed = alike
+    """Return [rho, g] (B, N, 2n) for encodings (B, N, D), inputs and duals (n, D).
+
+    rho is the share of each concept's input that is removed from an encoding, g its gate (equations 6 and 10).
+    """
+    similarities = similarity(hidden, inputs, duals)
+    removed = similarities
     if gates.exact and len(inputs) > 1:
-        gram = (inputs @ duals.T).double()
-        # a pseudo-inverse: two concepts with one and the same input are no reason to fail
-        inverse = torch.linalg.pinv((gram + gram.T) / 2, hermitian=True)
-        removed = ((hidden @ duals.T).double() @ inverse).to(hidden.dtype)
-    return torch.cat([removed, gates(alike)], -1)
+        # Concepts overlap (appendix B). A pseudo-inverse also works for two concepts with the same input.
+        products = inputs @ duals.T
+        gram = products.double()
+        symmetric = (gram + gram.T) / 2
+        inverse = torch.linalg.pinv(symmetric, hermitian=True)
+        projections = hidden @ duals.T
+        solved = projections.double() @ inverse
+        removed = solved.to(hidden.dtype)
+    opened = gates(similarities)
+    return torch.cat([removed, opened], -1)
 
 
 def mixing_in_scope(
     hidden: Tensor, inputs: Tensor, duals: Tensor, gates: Gates, scope: Tensor
 ) -> Tensor:
-    """Return [rho, g] (B, N, 2n) where each prompt knows the concepts of `scope` (B, n) only, the others being 0."""
+    """Return [rho, g] (B, N, 2n) where prompt b only knows the concepts of scope[b], (B, n); the others are 0."""
     count = len(inputs)
-    whole = hidden.new_zeros(*hidden.shape[:2], 2 * count)
+    batch, length, _ = hidden.shape
+    mixed = hidden.new_zeros(batch, length, 2 * count)
     for pattern in scope.unique(dim=0):
-        rows = (scope == pattern).all(1).nonzero()[:, 0]
-        which = pattern.nonzero()[:, 0]
-        if len(which):
-            some = mixing(hidden[rows], inputs[which], duals[which], gates.of(which))
-            wide = whole.new_zeros(len(rows), *whole.shape[1:])
-            whole = whole.index_copy(
-                0, rows, wide.index_copy(-1, torch.cat([which, which + count]), some)
-            )
-    return whole
+        same = (scope == pattern).all(1)
+        rows = same.nonzero()[:, 0]
+        known = pattern.nonzero()[:, 0]
+        if not len(known):
+            continue
+        some = mixing(
+            hidden[rows],
+            inputs[known],
+            duals[known],
+            gates.of(known),
+        )
+        columns = torch.cat([known, known + count])
+        empty = mixed.new_zeros(len(rows), length, 2 * count)
+        filled = empty.index_copy(-1, columns, some)
+        mixed = mixed.index_copy(0, rows, filled)
+    return mixed
 
 
 def edit_rows(inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
@@ -91,9 +115,11 @@ def edit_rows(inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
 
 
 def add_edit(output: Tensor, mixed: Tensor, rows: Tensor) -> Tensor:
-    """Return W e + [rho, g] . [-W i ; o] for outputs (B, N, d) of the layer; in place where no gradient is wanted."""
-    flat, factors = output.view(-1, output.shape[-1]), mixed.view(-1, mixed.shape[-1])
+    """Return W e + [rho, g] . [-W i ; o] for outputs W e (B, N, d) of the layer; in place if no gradient is wanted."""
+    flat = output.view(-1, output.shape[-1])
+    factors = mixed.view(-1, mixed.shape[-1])
     if torch.is_grad_enabled():
-        return torch.addmm(flat, factors, rows).view_as(output)
+        edited = torch.addmm(flat, factors, rows)
+        return edited.view_as(output)
     flat.addmm_(factors, rows)
     return output

@@ -16,29 +16,37 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (A (r, in), B (out, r)) by module path; raise StateError if one of a pair is missing."""
     paths = {key.removesuffix(A).removesuffix(B) for key in tensors}
-    if broken := sorted(
-        path for path in paths if path + A not in tensors or path + B not in tensors
-    ):
-        raise StateError(f"{broken[0]}: half of a LoRA pair is missing")
-    return {path: (tensors[path + A], tensors[path + B]) for path in sorted(paths)}
+    found = {}
+    for path in sorted(paths):
+        if path + A not in tensors or path + B not in tensors:
+            raise StateError(f"{path}: half of a LoRA pair is missing")
+        found[path] = (tensors[path + A], tensors[path + B])
+    return found
 
 
 def tensors_of(
     blocks: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Return tensors under the names of a LoRA file, the scale in B: it then holds with alpha = rank, as usual."""
+    """Return tensors under the names of a LoRA file; B is multiplied by the scale, so that alpha equals the rank."""
     found = {}
     for path, (down, up) in blocks.items():
-        found[path + A], found[path + B] = (
-            down.detach().cpu().contiguous(),
-            (up.detach() * scale).cpu().contiguous(),
-        )
+        scaled = up.detach() * scale
+        found[path + A] = down.detach().cpu().contiguous()
+        found[path + B] = scaled.cpu().contiguous()
     return found
 
 
 def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a LoRA file that `load_lora_weights` of diffusers reads."""
     write_tensors(path, tensors, {"format": "pt"})
+
+
+def _is_pair_for(shape: Sequence[int], down: Tensor, up: Tensor) -> bool:
+    if down.dim() != 2 or up.dim() != 2:
+        return False
+    rank, inputs = down.shape
+    outputs, rank_of_up = up.shape
+    return rank == rank_of_up and [outputs, inputs] == list(shape)
 
 
 def check_fits(
@@ -53,11 +61,12 @@ def check_fits(
                 f"{token}: {path} is missing, so it does not fit this model or rank"
             )
         down, up = blocks[path]
-        if [up.shape[0], down.shape[1]] != list(shape) or down.shape[0] != up.shape[1]:
+        if not _is_pair_for(shape, down, up):
             raise StateError(
                 f"{token}: {path} does not fit a weight of shape {tuple(shape)}"
             )
-    if strange := sorted(set(blocks) - set(shapes)):
+    unknown = sorted(set(blocks) - set(shapes))
+    if unknown:
         raise StateError(
-            f"{token}: {strange[0]} does not fit, there is no such projection"
+            f"{token}: {unknown[0]} does not fit, there is no such projection"
         )

@@ -18,14 +18,15 @@ from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.model_folder import loading
 from mmedit_cli.pictures import Picture, load_picture
 
-_SEGMENT_SIDE = 352  # pixels, what CLIPSeg was trained on
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_SEGMENT_SIZE = 352  # pixels, what CLIPSeg was trained on
+_MEAN = (0.485, 0.456, 0.406)  # of ImageNet
+_STD = (0.229, 0.224, 0.225)
 
 
 class Photos:
-    """The photos of a concept, P of them: latents (P, 2, C, h, w) as mean and deviation, mirrored in the second place.
+    """The P photos of a concept as latents (P, 2, C, h, w), with mean and deviation; index 1 of 2 is mirrored.
 
-    `masks` (P, 2, 1, h, w) in 0..1 say where the concept is; None: everywhere.
+    `masks` (P, 2, 1, h, w) in 0..1 show where the concept is; None means everywhere.
     """
 
     def __init__(
@@ -37,14 +38,15 @@ class Photos:
     ) -> None:
         self.flip = flip
         pixels = torch.stack([_pixels(picture) for picture in pictures])
-        both = torch.stack([pixels, pixels.flip(-1)], 1)
-        parts = [
-            model.latents(some) for some in both
-        ]  # one photo at a time: little memory
-        self.mean, self.deviation = (
-            torch.stack(some) for some in zip(*parts, strict=True)
-        )
-        self.masks = None
+        means = []
+        deviations = []
+        for pair in _with_mirrored(pixels):  # one photo at a time: little memory
+            mean, deviation = model.latents(pair)
+            means.append(mean)
+            deviations.append(deviation)
+        self.mean = torch.stack(means)
+        self.deviation = torch.stack(deviations)
+        self.masks: Tensor | None = None
         if masks is not None:
             small = F.interpolate(
                 masks[:, None].float(),
@@ -52,47 +54,62 @@ class Photos:
                 mode="bilinear",
                 align_corners=False,
             )
-            self.masks = torch.stack([small, small.flip(-1)], 1).to(self.mean.device)
+            self.masks = _with_mirrored(small).to(self.mean.device)
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def sample(self, count: int, source: Generator) -> tuple[Tensor, Tensor | None]:
-        """Return (latents, masks) of photos drawn at random: (count, C, h, w) and (count, 1, h, w) or None."""
-        return self.at(torch.randint(0, len(self), (count,), generator=source), source)
+        """Return (latents, masks) of photos chosen at random: (count, C, h, w) and (count, 1, h, w) or None."""
+        chosen = torch.randint(0, len(self), (count,), generator=source)
+        return self.at(chosen, source)
 
-    def at(self, which: Tensor, source: Generator) -> tuple[Tensor, Tensor | None]:
-        """Return what `sample` does, of given photos (count,)."""
-        side = (torch.rand(len(which), generator=source) < self.flip).long()
-        noise = torch.randn(len(which), *self.mean.shape[2:], generator=source).to(
-            self.mean
+    def at(self, chosen: Tensor, source: Generator) -> tuple[Tensor, Tensor | None]:
+        """Return (latents, masks) as `sample` does, of the photos with these indices (count,)."""
+        device = self.mean.device
+        count = len(chosen)
+        mirrored = torch.rand(count, generator=source) < self.flip
+        noise = torch.randn(count, *self.mean.shape[2:], generator=source)
+        index = (
+            chosen.to(device),
+            mirrored.long().to(device),
         )
-        which, side = which.to(self.mean.device), side.to(self.mean.device)
-        latents = self.mean[which, side] + self.deviation[which, side] * noise
-        return latents, None if self.masks is None else self.masks[which, side]
+        mean = self.mean[index]
+        deviation = self.deviation[index]
+        # A sample of the VAE's normal distribution.
+        latents = mean + deviation * noise.to(mean)
+        masks = None if self.masks is None else self.masks[index]
+        return latents, masks
 
 
 def masked_loss(errors: Tensor, masks: Tensor | None, power: int = 1) -> Tensor:
     """Return the mean of squared errors (B, C, h, w), weighted by masks (B, 1, h, w) if there are any."""
-    return errors.mean() if masks is None else (errors * masks.pow(power)).mean()
+    if masks is None:
+        return errors.mean()
+    weighted = errors * masks.pow(power)
+    return weighted.mean()
 
 
 def open_squares(
-    images: Sequence[Path], side: int, *, crop: bool = True, background: str = "#ffffff"
+    images: Sequence[Path], size: int, *, crop: bool = True, background: str = "#ffffff"
 ) -> list[Image.Image]:
-    """Return the pictures as squares, cut around the middle or squeezed, on a background where they are transparent.
+    """Return the pictures as squares of `size` pixels, cropped around the middle or squeezed.
 
-    Raises DataError naming every bad one.
+    Transparent parts get the background. Raises DataError naming every bad picture.
     """
-    squares, problems = [], []
+    squares: list[Image.Image] = []
+    problems: list[str] = []
     for path in images:
         try:
             picture = load_picture(Picture(path, background))
         except MmeditError as error:
             problems += error.problems
             continue
-        fit = ImageOps.fit if crop else Image.Image.resize
-        squares.append(fit(picture, (side, side), Image.Resampling.BICUBIC))
+        if crop:
+            square = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        else:
+            square = picture.resize((size, size), Image.Resampling.BICUBIC)
+        squares.append(square)
     if problems:
         raise DataError(
             problems, "replace the pictures, or take them out of the folder"
@@ -101,21 +118,28 @@ def open_squares(
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Return two squares in half their size beside each other; above and below each goes on in its edge's colour."""
+    """Return two squares at half their size beside each other.
+
+    The space above and below each has the median colour of its upper and lower edge.
+    """
     width, height = left.size
+    half_width = width // 2
     scene = Image.new("RGB", left.size)
     for i, picture in enumerate((left, right)):
-        edge = np.asarray(picture)[[0, -1]].reshape(-1, 3)
-        colour = tuple(int(value) for value in np.median(edge, 0))
-        half = ImageOps.pad(
-            picture, (width // 2, height), Image.Resampling.BICUBIC, colour
+        edges = np.asarray(picture)[[0, -1]]
+        median = np.median(edges.reshape(-1, 3), 0)
+        padded = ImageOps.pad(
+            picture,
+            (half_width, height),
+            Image.Resampling.BICUBIC,
+            color=tuple(int(value) for value in median),
         )
-        scene.paste(half, (i * (width // 2), 0))
+        scene.paste(padded, (i * half_width, 0))
     return scene
 
 
 class MaskOptions(NamedTuple):
-    """Where masks come from: `kind` none, file (masks/NAME.png beside a photo) or clipseg; `model` for clipseg."""
+    """Where masks come from: `kind` is none, file (masks/NAME.png beside a photo) or clipseg, with its `model`."""
 
     kind: str
     model: str
@@ -137,23 +161,29 @@ def masks_of(
     if options.kind == "none":
         return None
     if options.kind == "file":
-        files = [path.parent / "masks" / f"{path.stem}.png" for path in images]
-        if missing := [path for path in files if not path.is_file()]:
-            raise DataError(
-                [f"{path}: no such mask" for path in missing],
-                "or learn with --set mask=none",
-            )
-        cut = open_squares(files, squares[0].width, crop=options.crop)
-        masks = torch.stack(
-            [torch.from_numpy(np.asarray(mask.convert("L")) / 255.0) for mask in cut]
-        )
+        masks = _masks_of_files(images, squares[0].width, options.crop)
     else:
         masks = _segment(options, squares, superclass, device)
     return normalized(masks)
 
 
+def _masks_of_files(images: Sequence[Path], size: int, crop: bool) -> Tensor:
+    files = [path.parent / "masks" / f"{path.stem}.png" for path in images]
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise DataError(
+            [f"{path}: no such mask" for path in missing],
+            "or learn with --set mask=none",
+        )
+    masks = []
+    for square in open_squares(files, size, crop=crop):
+        grey = np.asarray(square.convert("L"))
+        masks.append(torch.from_numpy(grey / 255.0))
+    return torch.stack(masks)
+
+
 def normalized(masks: Tensor) -> Tensor:
-    """Return masks (P, H, W) divided by their largest value, each by its own; an empty one stays empty."""
+    """Return masks (P, H, W), each divided by its own largest value; an empty one stays empty."""
     largest = masks.amax((1, 2), keepdim=True)
     return masks / torch.where(largest > 0, largest, 1.0)
 
@@ -168,39 +198,47 @@ def _segment(
     """Ask CLIPSeg where the superclass is, in the words of every template (Lüddecke and Ecker 2022)."""
     from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
-    folder = (
-        Path(options.model)
-        if Path(options.model).is_dir()
-        else hub_folder(options.model, None)
-    )
+    folder = Path(options.model)
+    if not folder.is_dir():
+        folder = hub_folder(options.model, None)
     with loading(folder):
         segmenter: Any = CLIPSegForImageSegmentation.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     segmenter.to(device).eval()
     prompts = [template.format(superclass) for template in options.templates]
-    words = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(
-        device
-    )
-    side = min(_SEGMENT_SIDE, 2 * segmenter.config.vision_config.image_size)
-    mean, std = (torch.tensor(some).view(3, 1, 1) for some in (_MEAN, _STD))
+    words = tokenizer(
+        prompts,
+        padding=True,
+        truncation=True,
+        return_tensors="pt",
+    ).to(device)
+    size = min(_SEGMENT_SIZE, 2 * segmenter.config.vision_config.image_size)
+    mean = torch.tensor(_MEAN).view(3, 1, 1)
+    std = torch.tensor(_STD).view(3, 1, 1)
     masks = []
     for square in squares:
-        pixels = (
-            _pixels(square.resize((side, side), Image.Resampling.BILINEAR)) / 2
-            + 0.5
-            - mean
-        ) / std
-        logits = segmenter(
-            pixel_values=pixels.expand(len(prompts), -1, -1, -1).to(device), **words
-        ).logits
-        masks.append(logits.view(len(prompts), side, side).sigmoid().mean(0).cpu())
+        resized = square.resize((size, size), Image.Resampling.BILINEAR)
+        pixels = (_pixels(resized) / 2 + 0.5 - mean) / std
+        repeated = pixels.expand(len(prompts), -1, -1, -1)
+        output = segmenter(pixel_values=repeated.to(device), **words)
+        by_prompt = output.logits.view(len(prompts), size, size)
+        masks.append(by_prompt.sigmoid().mean(0).cpu())
     return torch.stack(masks)
 
 
 def _pixels(picture: Image.Image) -> Tensor:
     """Return a picture as (3, H, W) in -1..1."""
-    return torch.from_numpy(
-        np.asarray(picture, dtype=np.float32) / 127.5 - 1.0
-    ).permute(2, 0, 1)
+    values = np.asarray(picture, dtype=np.float32)
+    scaled = torch.from_numpy(values / 127.5 - 1.0)
+    return scaled.permute(2, 0, 1)
+
+
+def _with_mirrored(pictures: Tensor) -> Tensor:
+    """Return pictures (P, C, H, W) with their mirror images behind them, (P, 2, C, H, W)."""
+    mirrored = pictures.flip(-1)
+    return torch.stack([pictures, mirrored], 1)

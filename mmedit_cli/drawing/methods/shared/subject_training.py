@@ -14,12 +14,11 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.drawing.data.base import with_article
 from mmedit_cli.drawing.methods.shared.photos import Photos, open_squares, side_by_side
-from mmedit_cli.drawing.models.prompts import Word
+from mmedit_cli.drawing.models.prompts import Tokens, Word
 from mmedit_cli.drawing.models.stable_diffusion import (
     Encoding,
     Sampling,
     StableDiffusion,
-    Tokens,
 )
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.patch import trainable
@@ -31,7 +30,7 @@ _RARE_FROM = 40_000  # ids of CLIP's vocabulary from which its tokens are rare
 
 @dataclass(frozen=True)
 class SubjectHparams:
-    """What all methods that learn an identifier share; see hparams/dreambooth.yaml."""
+    """What all methods that learn an identifier share; `side` are pixels; see hparams/dreambooth.yaml."""
 
     steps: int = 800
     batch_size: int = 1
@@ -54,17 +53,17 @@ class SubjectHparams:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "prior_images"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
         if self.prior_weight < 0:
             raise ValueError(
                 f"prior_weight must not be below 0, not {self.prior_weight}"
             )
         for name in ("beside", "coloured"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be from 0 to below 1, not {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, not {value}")
         if self.beside and not self.beside_words:
             raise ValueError(
                 "beside needs beside_words: what the model can draw beside the subject, e.g. [a cat]"
@@ -73,49 +72,50 @@ class SubjectHparams:
             raise ValueError(
                 'coloured needs colours behind the subject, by name, e.g. ["blue #b3d1ff"]'
             )
-        if wrong := [
-            colour
-            for colour in self.colours
-            if not re.fullmatch(r"\S.* #[0-9a-fA-F]{6}", colour)
-        ]:
-            raise ValueError(
-                f"colours: {wrong[0]!r} is not a name and a colour, as 'blue #b3d1ff'"
-            )
+        for colour in self.colours:
+            if not re.fullmatch(r"\S.* #[0-9a-fA-F]{6}", colour):
+                raise ValueError(
+                    f"colours: {colour!r} is not a name and a colour, as 'blue #b3d1ff'"
+                )
         if self.template.count("{}") != 1:
             raise ValueError("template must have one {} where the subject stands")
 
 
 def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:
-    """Return a word that means nothing to the model, for a token of one's own: always the same for the same token.
+    """Return a word that means nothing to the model; the same token always gets the same word.
 
-    It is a rare token of CLIP's vocabulary (two or three letters, a high id), or letters where there is none.
+    It is a rare token of CLIP's vocabulary (two or three letters, a high id), or random letters if there is none.
     """
-    rare = sorted(
-        word.removesuffix("</w>")
-        for word, i in tokenizer.get_vocab().items()
-        if i >= _RARE_FROM and re.fullmatch(r"[a-z]{2,3}</w>", word)
-    )
-    free = [word for word in rare if word not in taken]
+    free = []
+    for token_text, i in tokenizer.get_vocab().items():
+        if i < _RARE_FROM or not re.fullmatch(r"[a-z]{2,3}</w>", token_text):
+            continue
+        word = token_text.removesuffix("</w>")
+        if word not in taken:
+            free.append(word)
+    free.sort()
     digest = hashlib.sha256(token.encode()).digest()
     if free:
-        return free[int.from_bytes(digest[:8], "big") % len(free)]
-    return "sks" + "".join(chr(ord("a") + byte % 26) for byte in digest[:4])
+        number = int.from_bytes(digest[:8], "big")
+        return str(free[number % len(free)])
+    letters = [chr(ord("a") + byte % 26) for byte in digest[:4]]
+    return "sks" + "".join(letters)
 
 
 class Variants(NamedTuple):
-    """Photos in another form: the share of a batch that they take, and which prompt goes with each."""
+    """Changed copies of the photos: their share of a batch, and the index of each one's prompt."""
 
     share: float
     photos: Photos
     prompts: list[int]
 
 
-class SubjectLesson:
-    """The learning of one subject: photos, prompts, and the loss of a step with or without prior preservation.
+class SubjectTraining:
+    """The training of one subject: photos, prompts, and the loss of a step with or without prior preservation.
 
-    With `beside`, some photos stand in half their size beside something the model draws, and the prompt names both:
-    so the subject learns to share a picture (Cut-Mix of SVDiff, Han et al. 2023). With `coloured`, some that have a
-    transparent background stand on a colour that the prompt names: so what is behind them is not learned with them.
+    With `beside`, some photos stand at half their size beside something the model draws, and the prompt names both:
+    so the subject learns to share a picture (Cut-Mix of SVDiff, Han et al. 2023). With `coloured`, some photos that
+    have a transparent background stand on a colour that the prompt names: so the background is not learned with them.
     """
 
     def __init__(
@@ -126,28 +126,30 @@ class SubjectLesson:
         source: Generator,
         name: str,
     ) -> None:
-        self.model, self.hp, self.source = model, hparams, source
+        self.model = model
+        self.hp = hparams
+        self.source = source
+        self.resolution = hparams.side or model.resolution
         squares = open_squares(
-            concept.images, hparams.side or model.resolution, crop=hparams.center_crop
+            concept.images, self.resolution, crop=hparams.center_crop
         )
         self.photos = Photos(model, squares, flip=hparams.flip)
-        subject, superclass = (
-            f"{name} {concept.superclass}",
-            hparams.template.format(concept.superclass),
-        )
+        subject = f"{name} {concept.superclass}"
         self.prompts = [hparams.template.format(subject)]
-        self.prior, self.variants = None, []
+        self.prior: Photos | None = None
+        self.variants: list[Variants] = []
         if hparams.prior_weight:
+            superclass = hparams.template.format(concept.superclass)
             self.prompts.append(superclass)
-            self.prior = Photos(
-                model,
-                self._drawn([superclass] * hparams.prior_images),
-                flip=hparams.flip,
-            )
+            drawn = self._draw([superclass] * hparams.prior_images)
+            self.prior = Photos(model, drawn, flip=hparams.flip)
         if hparams.beside:
-            self._add(hparams.beside, self._scenes(squares, subject), flip=0.0)
-        if hparams.coloured and (pictures := self._coloured(concept.images)):
-            self._add(hparams.coloured, pictures, flip=hparams.flip)
+            scenes = self._scenes(squares, subject)
+            self._add(hparams.beside, scenes, flip=0.0)
+        if hparams.coloured:
+            pictures = self._coloured(concept.images)
+            if pictures:
+                self._add(hparams.coloured, pictures, flip=hparams.flip)
 
     def run(
         self,
@@ -157,133 +159,150 @@ class SubjectLesson:
         text: bool,
         float_copies: bool = False,
     ) -> list[float]:
-        """Train the parameters; return the losses. `text` says whether they change what the text encoders say.
+        """Train the parameters and return the losses; `text` says whether they change the text encoders.
 
-        With `float_copies` steps are taken on float32 copies: in low precision small ones would round to nothing.
+        With `float_copies`, steps are taken on float32 copies: in low precision small steps would round to nothing.
         """
         hp = self.hp
-        copies = (
-            [p.detach().float().clone() for p in parameters]
-            if float_copies
-            else list(parameters)
-        )
+        copies: list[Tensor] = list(parameters)
+        if float_copies:
+            copies = [tensor.detach().float().clone() for tensor in parameters]
         optimizer = torch.optim.AdamW(
-            copies, lr=hp.learning_rate, weight_decay=hp.weight_decay
+            copies,
+            lr=hp.learning_rate,
+            weight_decay=hp.weight_decay,
         )
-        encode = self._encoder(cached=not text)
+        fixed_encodings = None if text else self._encode_all()
         losses = []
         with trainable(parameters):
             for _ in range(hp.steps):
                 for parameter in parameters:
                     parameter.grad = None
-                latents, shown = self._batch()
-                tokens, encoding = encode(shown)
-                with self.model.running(tokens, encoding):
-                    loss = self._loss(latents, encoding)
-                    if not loss.isfinite():
-                        raise MmeditError(
-                            f"the loss became {loss.item()}", "lower learning_rate"
-                        )
-                    loss.backward()
+                loss = self._backward(fixed_encodings)
                 if hp.clip is not None:
                     nn.utils.clip_grad_norm_(parameters, hp.clip)
                 _step(optimizer, parameters, copies)
-                losses.append(loss.item())
+                losses.append(loss)
                 tick(1)
         return losses
 
+    def _backward(self, fixed_encodings: Encoding | None) -> float:
+        """Run one batch forward and backward; return its loss."""
+        latents, prompts = self._batch()
+        tokens = self._tokens(prompts)
+        fixed = fixed_encodings
+        encoding = self.model.encode(tokens) if fixed is None else fixed.rows(prompts)
+        with self.model.running(tokens, encoding):
+            loss = self._loss(latents, encoding)
+            if not loss.isfinite():
+                raise MmeditError(
+                    f"the loss became {loss.item()}", "lower learning_rate"
+                )
+            torch.autograd.backward(loss)
+        return loss.item()
+
     def _batch(self) -> tuple[Tensor, list[int]]:
-        """Return the latents of a step, those of the superclass behind the others, and the prompt of each."""
+        """Return the latents of a step and the index of each one's prompt; those of the superclass come last."""
         count = self.hp.batch_size
-        latents, shown = self.photos.sample(count, self.source)[0], [0] * count
+        latents, _ = self.photos.sample(count, self.source)
+        prompts = [0] * count
         for variants in self.variants:
-            rows = (
-                torch.rand(count, generator=self.source) < variants.share
-            ).nonzero()[:, 0]
-            which = torch.randint(
-                0, len(variants.photos), rows.shape, generator=self.source
-            )
-            latents[rows.to(latents.device)] = variants.photos.at(which, self.source)[0]
-            for row, i in zip(rows.tolist(), which.tolist(), strict=True):
-                shown[row] = variants.prompts[i]
+            self._replace_some(latents, prompts, variants)
         if self.prior is None:
-            return latents, shown
-        return torch.cat([latents, self.prior.sample(count, self.source)[0]]), [
-            *shown,
-            *[1] * count,
-        ]
+            return latents, prompts
+        of_superclass, _ = self.prior.sample(count, self.source)
+        prompts += [1] * count
+        return torch.cat([latents, of_superclass]), prompts
+
+    def _replace_some(
+        self, latents: Tensor, prompts: list[int], variants: Variants
+    ) -> None:
+        """Replace a random share of the rows of a batch by variants."""
+        chance = torch.rand(len(prompts), generator=self.source)
+        rows = (chance < variants.share).nonzero()[:, 0]
+        chosen = torch.randint(
+            0,
+            len(variants.photos),
+            rows.shape,
+            generator=self.source,
+        )
+        replacements, _ = variants.photos.at(chosen, self.source)
+        latents[rows.to(latents.device)] = replacements
+        for row, i in zip(rows.tolist(), chosen.tolist(), strict=True):
+            prompts[row] = variants.prompts[i]
 
     def _loss(self, latents: Tensor, encoding: Encoding) -> Tensor:
         errors = self.model.errors(latents, encoding, self.source)
         if self.prior is None:
             return errors.mean()
-        own, kind = errors.chunk(2)
-        return own.mean() + self.hp.prior_weight * kind.mean()
+        # DreamBooth, equation 2: the second term preserves the prior of the superclass.
+        own, of_superclass = errors.chunk(2)
+        prior_loss: Tensor = self.hp.prior_weight * of_superclass.mean()
+        return own.mean() + prior_loss
 
-    def _encoder(
-        self, *, cached: bool
-    ) -> Callable[[list[int]], tuple[Tokens, Encoding]]:
-        """Return a function from the prompts of a step to their tokens and encodings."""
+    def _tokens(self, prompts: Sequence[int]) -> Tokens:
+        return self.model.tokenize([self.prompts[i] for i in prompts])
 
-        def tokens_of(shown: list[int]) -> Tokens:
-            return self.model.tokenize([self.prompts[i] for i in shown])
-
-        if not cached:
-            return lambda shown: (
-                (tokens := tokens_of(shown)),
-                self.model.encode(tokens),
-            )
-        with torch.no_grad():
-            every = self.model.encode(tokens_of(list(range(len(self.prompts)))))
-        return lambda shown: (tokens_of(shown), every.rows(shown))
+    @torch.no_grad()
+    def _encode_all(self) -> Encoding:
+        every = range(len(self.prompts))
+        return self.model.encode(self._tokens(every))
 
     def _add(
         self, share: float, pictures: Sequence[tuple[Any, str]], *, flip: float
     ) -> None:
         """Let pictures with prompts of their own take a share of every batch."""
-        self.prompts += dict.fromkeys(text for _, text in pictures)
-        photos = Photos(self.model, [picture for picture, _ in pictures], flip=flip)
-        self.variants.append(
-            Variants(share, photos, [self.prompts.index(text) for _, text in pictures])
+        images = []
+        texts = []
+        for image, text in pictures:
+            images.append(image)
+            texts.append(text)
+        self.prompts += dict.fromkeys(texts)
+        variants = Variants(
+            share,
+            Photos(self.model, images, flip=flip),
+            prompts=[self.prompts.index(text) for text in texts],
         )
+        self.variants.append(variants)
 
     def _scenes(self, squares: Sequence[Any], subject: str) -> list[tuple[Any, str]]:
-        """Return each photo beside each of the words, on either side, and what there is to say of it."""
-        words, say = self.hp.beside_words, self.hp.template.format
-        others = self._drawn([say(word) for word in words])
-        return [
-            scene
-            for square in squares
-            for other, word in zip(others, words, strict=True)
-            for scene in (
-                (side_by_side(square, other), say(f"{subject} and {word}")),
-                (side_by_side(other, square), say(f"{word} and {subject}")),
-            )
-        ]
+        """Return each photo to the left and to the right of each other thing, with the prompt of the scene."""
+        words = self.hp.beside_words
+        prompt = self.hp.template.format
+        others = self._draw([prompt(word) for word in words])
+        scenes = []
+        for square in squares:
+            for other, word in zip(others, words, strict=True):
+                left = side_by_side(square, other)
+                right = side_by_side(other, square)
+                scenes.append((left, prompt(f"{subject} and {word}")))
+                scenes.append((right, prompt(f"{word} and {subject}")))
+        return scenes
 
     def _coloured(self, images: Sequence[Path]) -> list[tuple[Any, str]]:
-        """Return each photo that has a transparent background on each colour, and what there is to say of it."""
-        clear = [path for path in images if load_alpha(path) is not None]
-        found: list[tuple[Any, str]] = []
-        for name, colour in (text.rsplit(" ", 1) for text in self.hp.colours):
+        """Return each photo with a transparent background on each colour, with the prompt that names the colour."""
+        transparent = [path for path in images if load_alpha(path) is not None]
+        pictures: list[tuple[Any, str]] = []
+        for text in self.hp.colours:
+            name, colour = text.rsplit(" ", 1)
             squares = open_squares(
-                clear,
-                self.hp.side or self.model.resolution,
+                transparent,
+                self.resolution,
                 crop=self.hp.center_crop,
                 background=colour,
             )
-            found += [
-                (square, f"{self.prompts[0]} on {with_article(name)} background")
-                for square in squares
-            ]
-        return found
+            prompt = f"{self.prompts[0]} on {with_article(name)} background"
+            pictures += [(square, prompt) for square in squares]
+        return pictures
 
-    def _drawn(self, prompts: Sequence[str]) -> list[Any]:
-        """Return what the model draws to prompts as it is."""
+    def _draw(self, prompts: Sequence[str]) -> list[Any]:
+        """Return what the model draws for prompts before it is trained."""
         sampling = Sampling(
-            guidance=self.hp.prior_guidance, side=self.hp.side or self.model.resolution
+            guidance=self.hp.prior_guidance,
+            resolution=self.resolution,
         )
-        return self.model.generate(prompts, range(len(prompts)), sampling)
+        seeds = range(len(prompts))
+        return self.model.generate(prompts, seeds, sampling)
 
 
 def word_for(name: str, superclass: str) -> Word:
@@ -296,6 +315,7 @@ def _step(
     parameters: Sequence[nn.Parameter],
     copies: Sequence[Tensor],
 ) -> None:
+    """Take a step on the copies, which may be the parameters themselves, and write them back."""
     if copies[0] is parameters[0]:
         optimizer.step()
         return
