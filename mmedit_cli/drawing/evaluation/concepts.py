@@ -1,17 +1,18 @@
-"""Scores of drawn concepts: how like their photos, whose picture it is, and what became of everything else.
+"""Scores of drawn concepts: likeness to their photos, whose picture it is, and what happened to everything else.
 
-A test has prompts, each drawn with the same seeds; every score has one value a prompt. A score that needs an encoder
-carries its name, so two encoders are never in one column.
+The prompts of a test are drawn with the same seeds; every score has one value for each prompt. The name of a score
+contains that of its encoder, so two encoders never share a column.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmedit_cli.drawing.evaluation import picture_scores
-from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder
+from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, all_pairs
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.knowledge.evaluation.report import mean_with_interval
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
@@ -27,59 +28,69 @@ from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
 NAMING = "What is this?"  # asked of a vision-language model about a drawn picture
-GROUND_ASKED = "What colour is the background?"
-GROUND = re.compile(r"\bon an? (\w+) background\b")  # in a prompt
-_LONGEST = 16  # tokens of a name
-_CHUNK = 32  # pictures in one pass of an encoder
+BACKGROUND_QUESTION = "What colour is the background?"
+BACKGROUND = re.compile(r"\bon an? (\w+) background\b")  # in a prompt
+_LONGEST_NAME = 16  # tokens
+_BATCH = 32  # pictures in one pass of an encoder
 Scores = dict[str, list[float]]
+Item = TypeVar("Item")
 
 
-class Encoder(Protocol):
-    """Whatever makes a vector of a picture."""
+class PictureEncoder(Protocol):
+    """Anything that turns pictures into vectors."""
 
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return (B, D)."""
 
 
 @dataclass
-class Eyes:
-    """What looks at the pictures: encoders by the name of their column, CLIP for texts, a model that says names.
+class ScoringModels:
+    """The models that look at pictures: encoders by the name of their column, CLIP for texts, a model that says names.
 
-    `gallery` are the names and the pictures a drawn picture is compared with; `unknown` the subjects that the model
-    has no name for.
+    A drawn picture is compared with the `gallery` of (name, picture). `unknown` are the subjects that the model has no
+    name for.
     """
 
-    encoders: Mapping[str, Encoder]
+    encoders: Mapping[str, PictureEncoder]
     gallery: Sequence[tuple[str, Path]]
     clip: ClipEncoder | None = None
     namer: VisionLanguageModel | None = None
     unknown: frozenset[str] = frozenset()
-    _known: dict[str, Tensor] = field(default_factory=dict)
+    _gallery_encodings: dict[str, Tensor] = field(default_factory=dict)
 
     def encode(self, column: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return (B, D) of one encoder."""
-        parts = [pictures[i : i + _CHUNK] for i in range(0, len(pictures), _CHUNK)]
-        return torch.cat([self.encoders[column].pictures(part) for part in parts])
+        """Return the encodings (B, D) of pictures by one encoder."""
+        encoder = self.encoders[column]
+        encodings = [encoder.pictures(batch) for batch in _batches(pictures)]
+        return torch.cat(encodings)
+
+    def encode_files(self, column: str, files: Sequence[Path]) -> Tensor:
+        """Return the encodings (B, D) of picture files by one encoder."""
+        encodings = []
+        for batch in _batches(files):
+            encodings.append(self.encode(column, _load(batch)))
+        return torch.cat(encodings)
 
     def nearest(self, column: str, encodings: Tensor) -> list[str]:
         """Return, for encodings (B, D), the name of the picture in the gallery with the largest cosine."""
-        if column not in self._known:
+        if column not in self._gallery_encodings:
             files = [path for _, path in self.gallery]
-            parts = [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]
-            rows = [
-                self.encode(column, [load_picture(Picture(path)) for path in part])
-                for part in parts
-            ]
-            self._known[column] = normalize(torch.cat(rows), dim=-1)
-        best = (normalize(encodings, dim=-1) @ self._known[column].T).argmax(1)
-        return [self.gallery[i][0] for i in best.tolist()]
+            known = self.encode_files(column, files)
+            self._gallery_encodings[column] = normalize(known, dim=-1)
+        cosines = normalize(encodings, dim=-1) @ self._gallery_encodings[column].T
+        names = []
+        for index in cosines.argmax(1).tolist():
+            name, _ = self.gallery[index]
+            names.append(name)
+        return names
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The pictures of a test: files (P prompts, S seeds), of the same seeds by the base model, and who is on them.
+class DrawnTest:
+    """The pictures of a test: `files` (P prompts, S seeds), and those of the same seeds by the base model.
 
-    `plain` are the prompts in plain words; `subjects` the names of who should be seen, with `photos` of a single one.
+    `plain` are the prompts in plain words, `subjects` the names of who should be seen. If it is a single one, `photos`
+    are its photos and `answer` is its name in plain words.
     """
 
     files: Sequence[Sequence[Path]]
@@ -89,162 +100,198 @@ class Drawn:
     photos: Sequence[Path] = ()
     answer: str = ""
 
-    def flat(self, files: Sequence[Sequence[Path]]) -> list[Image.Image]:
+    def pictures(self, files: Sequence[Sequence[Path]]) -> list[Image.Image]:
         """Return all pictures, prompt by prompt."""
-        return [load_picture(Picture(path)) for row in files for path in row]
+        return _load(_flat(files))
 
     def by_prompt(self, values: Sequence[Any] | Tensor) -> list[Any]:
         """Return values of all pictures as one piece for each prompt."""
-        size = len(self.files[0])
-        return [values[i : i + size] for i in range(0, len(values), size)]
+        seeds = len(self.files[0])
+        pieces = []
+        for start in range(0, len(values), seeds):
+            end = start + seeds
+            pieces.append(values[start:end])
+        return pieces
+
+    def percent(self, hits: Sequence[bool]) -> list[float]:
+        """Return the percentage of hits for each prompt."""
+        return [100 * fmean(some) for some in self.by_prompt(hits)]
 
 
-def resemblance(drawn: Drawn, eyes: Eyes) -> Scores:
+def score_subject(drawn: DrawnTest, models: ScoringModels) -> Scores:
     """Score pictures of a subject: likeness to its photos, whose picture it is, and how well prompts are followed."""
-    pictures = drawn.flat(drawn.files)
-    found: Scores = {}
-    for column in eyes.encoders:
-        photos = eyes.encode(
-            column, [load_picture(Picture(path)) for path in drawn.photos]
-        )
-        encodings = eyes.encode(column, pictures)
-        found[f"{column}-I"] = [
-            picture_scores.all_pairs(some, photos)
-            for some in drawn.by_prompt(encodings)
-        ]
-        near = [name in drawn.subjects for name in eyes.nearest(column, encodings)]
-        found[f"nearest by {column}"] = [
-            100 * fmean(some) for some in drawn.by_prompt(near)
-        ]
-        if column == "CLIP" and eyes.clip is not None:
-            texts = eyes.clip.texts(drawn.plain)
-            pieces = zip(drawn.by_prompt(encodings), texts, strict=True)
-            found["CLIP-T"] = [
-                picture_scores.all_pairs(some, text[None]) for some, text in pieces
-            ]
-        if eyes.namer is not None and column == eyes.namer.name:
-            found |= _grounds(drawn, eyes.namer)
-        if eyes.namer is not None and column == eyes.namer.name and drawn.answer:
-            said = _said(
-                eyes.namer, NAMING, [path for row in drawn.files for path in row]
-            )
-            named = [answer_match(text, drawn.answer) == 1 for text in said]
-            if not eyes.unknown & {*drawn.subjects}:
-                found[f"named by {column}"] = [
-                    100 * fmean(some) for some in drawn.by_prompt(named)
-                ]
-            either = [one or other for one, other in zip(near, named, strict=True)]
-            found[f"recognised by {column}"] = [
-                100 * fmean(some) for some in drawn.by_prompt(either)
-            ]
-    return found
+    pictures = drawn.pictures(drawn.files)
+    scores: Scores = {}
+    for column in models.encoders:
+        photos = models.encode(column, _load(drawn.photos))
+        encodings = models.encode(column, pictures)
+        by_prompt = drawn.by_prompt(encodings)
+        scores[f"{column}-I"] = [all_pairs(some, photos) for some in by_prompt]
+        names = models.nearest(column, encodings)
+        is_nearest = [name in drawn.subjects for name in names]
+        scores[f"nearest by {column}"] = drawn.percent(is_nearest)
+        if column == "CLIP" and models.clip is not None:
+            texts = models.clip.texts(drawn.plain)
+            pieces = zip(by_prompt, texts, strict=True)
+            scores["CLIP-T"] = [all_pairs(some, text[None]) for some, text in pieces]
+        if models.namer is not None and column == models.namer.name:
+            scores |= _background_scores(drawn, models.namer)
+            if drawn.answer:
+                scores |= _naming_scores(drawn, models, models.namer, is_nearest)
+    return scores
 
 
-def of_photos(photos: Sequence[Path], eyes: Eyes) -> Scores:
-    """Score the photos among themselves, what a drawn one can at best expect; nothing for a single one."""
-    found: Scores = {}
-    for column in eyes.encoders:
-        value = picture_scores.among_themselves(
-            eyes.encode(column, [load_picture(Picture(path)) for path in photos])
-        )
+def score_photos(photos: Sequence[Path], models: ScoringModels) -> Scores:
+    """Score the photos among themselves, the best a drawn picture can expect; nothing for a single photo."""
+    scores: Scores = {}
+    for column in models.encoders:
+        encodings = models.encode(column, _load(photos))
+        value = picture_scores.among_themselves(encodings)
         if value is not None:
-            found[f"{column}-I"] = [value]
-    return found
+            scores[f"{column}-I"] = [value]
+    return scores
 
 
-def constancy(drawn: Drawn, eyes: Eyes) -> Scores:
-    """Score pictures of something else against those of the base model with the same seeds."""
-    now, before = drawn.flat(drawn.files), drawn.flat(drawn.base)
-    apart = [
-        picture_scores.l1(picture_scores.pixels(one), picture_scores.pixels(other))
-        for one, other in zip(now, before, strict=True)
-    ]
-    # an L1 of zero is equality of all values of all pixels
-    found: Scores = {
-        "identical": [
-            100 * fmean(d == 0 for d in some) for some in drawn.by_prompt(apart)
-        ],
-        "L1": [fmean(some) for some in drawn.by_prompt(apart)],
-    }
-    for column in eyes.encoders:
-        pieces = [drawn.by_prompt(eyes.encode(column, some)) for some in (now, before)]
-        both = list(zip(*pieces, strict=True))
-        found[f"{column}-I paired"] = [
-            picture_scores.paired(one, other) for one, other in both
-        ]
-        found[f"{column}-I all pairs"] = [
-            picture_scores.all_pairs(one, other) for one, other in both
-        ]
-    return found
-
-
-def togetherness(drawn: Drawn, eyes: Eyes) -> Scores:
-    """Score pictures of two subjects: one is seen where it is nearest to the picture or to a part of it."""
-    pictures = drawn.flat(drawn.files)
-    parts = [windows(picture) for picture in pictures]
-    found: Scores = {}
-    for column in eyes.encoders:
-        names = iter(
-            eyes.nearest(
-                column, eyes.encode(column, [part for some in parts for part in some])
+def score_locality(drawn: DrawnTest, models: ScoringModels) -> Scores:
+    """Score pictures of other things against those of the base model with the same seeds."""
+    now = drawn.pictures(drawn.files)
+    before = drawn.pictures(drawn.base)
+    distances = []
+    for one, other in zip(now, before, strict=True):
+        distances.append(
+            picture_scores.l1(
+                picture_scores.pixels(one),
+                picture_scores.pixels(other),
             )
         )
-        seen = [{next(names) for _ in some} & {*drawn.subjects} for some in parts]
-        for title, least in (("both", 2), ("one at least", 1)):
-            found[f"{title} by {column}"] = [
-                100 * fmean(len(s) >= least for s in some)
-                for some in drawn.by_prompt(seen)
-            ]
-    return found
+    scores: Scores = {
+        # An L1 of zero is equality of all values of all pixels.
+        "identical": drawn.percent([distance == 0 for distance in distances]),
+        "L1": [fmean(some) for some in drawn.by_prompt(distances)],
+    }
+    for column in models.encoders:
+        ours = drawn.by_prompt(models.encode(column, now))
+        theirs = drawn.by_prompt(models.encode(column, before))
+        both = list(zip(ours, theirs, strict=True))
+        paired = [picture_scores.paired(one, other) for one, other in both]
+        scores[f"{column}-I paired"] = paired
+        scores[f"{column}-I all pairs"] = [all_pairs(*pair) for pair in both]
+    return scores
+
+
+def score_pairs(drawn: DrawnTest, models: ScoringModels) -> Scores:
+    """Score pictures of two subjects: one is seen if it is nearest to the whole picture or to a part of it."""
+    parts = []
+    counts = []
+    for picture in drawn.pictures(drawn.files):
+        some = windows(picture)
+        parts += some
+        counts.append(len(some))
+    wanted = set(drawn.subjects)
+    scores: Scores = {}
+    for column in models.encoders:
+        names = iter(models.nearest(column, models.encode(column, parts)))
+        seen = []
+        for count in counts:
+            of_picture = set(islice(names, count))
+            seen.append(len(of_picture & wanted))
+        both = [number >= 2 for number in seen]
+        scores[f"both by {column}"] = drawn.percent(both)
+        one_at_least = [number >= 1 for number in seen]
+        scores[f"one at least by {column}"] = drawn.percent(one_at_least)
+    return scores
 
 
 def windows(picture: Image.Image) -> list[Image.Image]:
-    """Return a picture and squares of it that overlap by half: of half its longer side, if it is as high as that."""
-    side = max(1, min(max(picture.size) // 2, *picture.size))
-    step = max(1, side // 2)
-    left, top = (range(0, length - side + 1, step) for length in picture.size)
-    return [
-        picture,
-        *(picture.crop((x, y, x + side, y + side)) for y in top for x in left),
-    ]
+    """Return a picture, and squares of half its longer edge that overlap by half; they are no higher than it is."""
+    width, height = picture.size
+    edge = min(max(width, height) // 2, width, height)
+    edge = max(1, edge)
+    step = max(1, edge // 2)
+    parts = [picture]
+    for top in range(0, height - edge + 1, step):
+        for left in range(0, width - edge + 1, step):
+            box = (left, top, left + edge, top + edge)
+            parts.append(picture.crop(box))
+    return parts
 
 
-def _grounds(drawn: Drawn, namer: VisionLanguageModel) -> Scores:
-    """Score how often the background has the colour that a prompt names; nothing where none does."""
-    named = [
-        (row, found[1])
-        for row, text in zip(drawn.files, drawn.plain, strict=True)
-        if (found := GROUND.search(text))
-    ]
-    said = iter(_said(namer, GROUND_ASKED, [path for row, _ in named for path in row]))
-    right = [
-        100 * fmean(answer_match(next(said), colour) == 1 for _ in row)
-        for row, colour in named
-    ]
-    return {f"background by {namer.name}": right} if right else {}
+def _naming_scores(
+    drawn: DrawnTest,
+    models: ScoringModels,
+    namer: VisionLanguageModel,
+    is_nearest: Sequence[bool],
+) -> Scores:
+    """Score how often a model names the subject, or its picture is nearest."""
+    answers = _ask(namer, NAMING, _flat(drawn.files))
+    named = [answer_match(text, drawn.answer) == 1 for text in answers]
+    scores: Scores = {}
+    if models.unknown.isdisjoint(drawn.subjects):
+        scores[f"named by {namer.name}"] = drawn.percent(named)
+    pairs = zip(is_nearest, named, strict=True)
+    recognised = [any(pair) for pair in pairs]
+    scores[f"recognised by {namer.name}"] = drawn.percent(recognised)
+    return scores
 
 
-def _said(
-    namer: VisionLanguageModel, question: str, files: Sequence[Path]
-) -> list[str]:
+def _background_scores(drawn: DrawnTest, namer: VisionLanguageModel) -> Scores:
+    """Score how often the background has the colour that a prompt names; nothing if no prompt names one."""
+    files: list[Path] = []
+    colours = []
+    for row, text in zip(drawn.files, drawn.plain, strict=True):
+        match = BACKGROUND.search(text)
+        if match:
+            files += row
+            colours.append(match[1])
+    if not colours:
+        return {}
+    answers = _ask(namer, BACKGROUND_QUESTION, files)
+    scores = []
+    for colour, some in zip(colours, drawn.by_prompt(answers), strict=True):
+        right = [answer_match(text, colour) == 1 for text in some]
+        scores.append(100 * fmean(right))
+    return {f"background by {namer.name}": scores}
+
+
+def _ask(namer: VisionLanguageModel, question: str, files: Sequence[Path]) -> list[str]:
+    """Return the model's answers to a question about each picture."""
     queries = [Query(question, image=path) for path in files]
-    parts = [queries[i : i + _CHUNK] for i in range(0, len(queries), _CHUNK)]
-    return [
-        text for part in parts for text in namer.generate(part, max_new_tokens=_LONGEST)
-    ]
+    answers: list[str] = []
+    for batch in _batches(queries):
+        answers += namer.generate(batch, max_new_tokens=_LONGEST_NAME)
+    return answers
+
+
+def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]
+
+
+def _flat(files: Sequence[Sequence[Path]]) -> list[Path]:
+    return [path for row in files for path in row]
+
+
+def _load(files: Sequence[Path]) -> list[Image.Image]:
+    return [load_picture(Picture(path)) for path in files]
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return mean, n and interval by side, test and score, of lines with `side`, `test`, `subject` and `scores`.
 
-    What is about a subject counts once a subject (the mean of its prompts), what is about none once a prompt.
+    Scores about a subject count once for the subject (the mean of its prompts), others once for each prompt.
     """
     values: dict[tuple[str, str, str], list[float]] = {}
     for line in lines:
         for name, scores in line["scores"].items():
-            cell = values.setdefault((line["side"], line["test"], name), [])
-            cell += [fmean(scores)] if line["subject"] else scores
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+            key = (line["side"], line["test"], name)
+            cell = values.setdefault(key, [])
+            if line["subject"]:
+                cell.append(fmean(scores))
+            else:
+                cell += scores
+    table: dict[str, dict[str, dict[str, Any]]] = {}
     for (side, test, name), cell in values.items():
-        found.setdefault(side, {}).setdefault(test, {})[name] = mean_with_interval(cell)
-    return found
+        by_test = table.setdefault(side, {})
+        by_score = by_test.setdefault(test, {})
+        by_score[name] = mean_with_interval(cell)
+    return table

@@ -17,23 +17,26 @@ from torch.nn.functional import conv2d, cosine_similarity, normalize
 
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
-UNCHANGED = (
-    4 / 255
-)  # a pixel that source and goal share up to this belongs to what should stay
-_STILL = 1e-6  # length of a change that is rounding
-SMALLEST = _WINDOW = 11  # pixels: the window of SSIM
-_SIGMA, _K1, _K2 = 1.5, 0.01, 0.03
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+UNCHANGED = 4 / 255  # pixels of source and goal that differ less should stay
+_NO_CHANGE = 1e-6  # a change of an encoding that is shorter is rounding
+SMALLEST = 11  # pixels: the window of SSIM
+_SIGMA = 1.5
+_K1 = 0.01
+_K2 = 0.03
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pixels(picture: Image.Image, like: Image.Image | None = None) -> Tensor:
     """Return an RGB picture as (3, H, W) in 0 .. 1, resized to the size of `like` first (bicubic)."""
     if like is not None and picture.size != like.size:
-        picture = picture.resize(like.size, Image.Resampling.BICUBIC)
-    return (
-        torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float()
-        / 255
-    )
+        picture = picture.resize(
+            like.size,
+            Image.Resampling.BICUBIC,
+        )
+    values = np.array(picture.convert("RGB"))
+    channels_first = torch.from_numpy(values).permute(2, 0, 1)
+    return channels_first.float() / 255
 
 
 def l1(o: Tensor, g: Tensor) -> float:
@@ -51,37 +54,54 @@ def ssim(o: Tensor, g: Tensor) -> float:
 
     Raises ValueError for pictures smaller than the window.
     """
-    if min(o.shape[1:]) < _WINDOW:
+    size = tuple(o.shape[1:])
+    if min(size) < SMALLEST:
         raise ValueError(
-            f"SSIM needs pictures of {_WINDOW} pixels at least, not {tuple(o.shape[1:])}"
+            f"SSIM needs pictures of {SMALLEST} pixels at least, not {size}"
         )
-    at = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
-    row = torch.exp(-(at**2) / (2 * _SIGMA**2))
-    row = row / row.sum()
-    window = torch.outer(row, row)[None, None]
+    window = _gaussian_window()
 
     def mean(x: Tensor) -> Tensor:
         return conv2d(x[:, None], window)[:, 0]
 
-    x, y = o.double(), g.double()
-    mx, my = mean(x), mean(y)
-    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = _K1**2, _K2**2
-    return float(
-        (
-            ((2 * mx * my + c1) * (2 * vxy + c2))
-            / ((mx * mx + my * my + c1) * (vx + vy + c2))
-        ).mean()
-    )
+    x = o.double()
+    y = g.double()
+    mean_x = mean(x)
+    mean_y = mean(y)
+    variance_x = mean(x * x) - mean_x * mean_x
+    variance_y = mean(y * y) - mean_y * mean_y
+    covariance = mean(x * y) - mean_x * mean_y
+    c1 = _K1**2
+    c2 = _K2**2
+    # Wang et al. 2004, equation 13
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    luminance = mean_x * mean_x + mean_y * mean_y + c1
+    contrast = variance_x + variance_y + c2
+    similarities = numerator / (luminance * contrast)
+    return float(similarities.mean())
+
+
+def _gaussian_window() -> Tensor:
+    """Return weights (1, 1, 11, 11) that sum to 1."""
+    positions = torch.arange(SMALLEST, dtype=torch.float64)
+    offsets = positions - SMALLEST // 2
+    exponents = -(offsets**2) / (2 * _SIGMA**2)
+    row = torch.exp(exponents)
+    row = row / row.sum()
+    window = torch.outer(row, row)
+    return window[None, None]
 
 
 def preserved(o: Tensor, v: Tensor, g: Tensor) -> float | None:
-    """Return the mean absolute difference of output and source where source and goal agree: what should have stayed.
+    """Return the mean absolute difference of output and source in the pixels that source and goal share.
 
-    None where nothing should have: then there is nothing to score.
+    None if they share no pixel: then there is nothing to score.
     """
-    stays = ((v - g).abs() <= UNCHANGED).all(0)
-    return float((o - v).abs()[:, stays].mean()) if stays.any() else None
+    shared = ((v - g).abs() <= UNCHANGED).all(0)
+    if not shared.any():
+        return None
+    differences = (o - v).abs()
+    return float(differences[:, shared].mean())
 
 
 def similarity(one: Tensor, other: Tensor) -> float:
@@ -99,19 +119,20 @@ def all_pairs(ones: Tensor, others: Tensor) -> float:
 
     Of a set of different pictures with itself it is below 100.
     """
-    return 100 * float(
-        (normalize(ones.float(), dim=-1) @ normalize(others.float(), dim=-1).T).mean()
-    )
+    unit_ones = normalize(ones.float(), dim=-1)
+    unit_others = normalize(others.float(), dim=-1)
+    cosines = unit_ones @ unit_others.T
+    return 100 * float(cosines.mean())
 
 
 def among_themselves(encodings: Tensor) -> float | None:
     """Return the mean similarity over all pairs of different rows of (B, D), B > 1; None for a single row."""
     count = len(encodings)
-    return (
-        None
-        if count < 2
-        else (all_pairs(encodings, encodings) * count - 100) / (count - 1)
-    )
+    if count < 2:
+        return None
+    # the mean over all pairs contains each row's similarity to itself, 100
+    with_itself = all_pairs(encodings, encodings)
+    return (with_itself * count - 100) / (count - 1)
 
 
 def direction(
@@ -119,34 +140,39 @@ def direction(
 ) -> float | None:
     """Return the cosine of the change of the picture and that of its caption (Gal et al. 2022), in one space.
 
-    None where nothing changed: then there is no direction.
+    None if picture or caption did not change: then there is no direction.
     """
-    unit = [
-        normalize(encoding.float(), dim=-1)
-        for encoding in (v, o, caption, target_caption)
-    ]
-    picture, text = unit[1] - unit[0], unit[3] - unit[2]
-    if min(float(picture.norm()), float(text.norm())) < _STILL:
+
+    def unit(encoding: Tensor) -> Tensor:
+        return normalize(encoding.float(), dim=-1)
+
+    picture_change = unit(o) - unit(v)
+    caption_change = unit(target_caption) - unit(caption)
+    lengths = [float(change.norm()) for change in (picture_change, caption_change)]
+    if min(lengths) < _NO_CHANGE:
         return None
-    return float(cosine_similarity(picture, text, dim=-1))
+    return float(cosine_similarity(picture_change, caption_change, dim=-1))
 
 
 class ClipEncoder:
     """A CLIP that encodes pictures and texts in one space; scores that use it carry its name."""
 
     def __init__(self, model: Any, processor: Any, name: str) -> None:
-        self.model, self.processor, self.name = model.eval(), processor, name
+        self.model = model.eval()
+        self.processor = processor
+        self.name = name
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return (B, D)."""
         inputs = self.processor.image_processor(
-            images=list(pictures), return_tensors="pt"
+            images=list(pictures),
+            return_tensors="pt",
         )
-        found = self.model.get_image_features(
-            inputs["pixel_values"].to(self.model.device), return_dict=True
-        )
-        return found.pooler_output.float().cpu()  # type: ignore[no-any-return]
+        pixel_values = inputs["pixel_values"].to(self.model.device)
+        output = self.model.get_image_features(pixel_values, return_dict=True)
+        features: Tensor = output.pooler_output
+        return features.float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -159,27 +185,30 @@ class ClipEncoder:
             max_length=longest,
             return_tensors="pt",
         ).to(self.model.device)
-        found = self.model.get_text_features(
-            inputs["input_ids"], inputs["attention_mask"], return_dict=True
+        output = self.model.get_text_features(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            return_dict=True,
         )
-        return found.pooler_output.float().cpu()  # type: ignore[no-any-return]
+        features: Tensor = output.pooler_output
+        return features.float().cpu()
 
 
 class TokenEncoder:
     """The mean of the image tokens a vision-language model sees; scores that use it carry its name."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
-        self.model, self.name = model, model.name
+        self.model = model
+        self.name = model.name
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return (B, D)."""
-        return torch.stack(
-            [
-                tokens.float().mean(0).cpu()
-                for tokens in self.model.encode_images(pictures)
-            ]
-        )
+        means = []
+        for tokens in self.model.encode_images(pictures):
+            mean = tokens.float().mean(0)
+            means.append(mean.cpu())
+        return torch.stack(means)
 
 
 class DinoEncoder:
@@ -188,30 +217,32 @@ class DinoEncoder:
     def __init__(
         self, model: Any, name: str, *, resize: int = 256, crop: int = 224
     ) -> None:
-        self.model, self.name, self._resize, self._crop = (
-            model.eval(),
-            name,
-            resize,
-            crop,
-        )
+        self.model = model.eval()
+        self.name = name
+        self._resize = resize
+        self._crop = crop
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return (B, D)."""
-        inputs = torch.stack([self._prepared(picture) for picture in pictures]).to(
-            self.model.device
-        )
-        return self.model(pixel_values=inputs).last_hidden_state[:, 0].float().cpu()  # type: ignore[no-any-return]
+        prepared = [self._prepare(picture) for picture in pictures]
+        pixel_values = torch.stack(prepared).to(self.model.device)
+        output = self.model(pixel_values=pixel_values)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, 0].float().cpu()
 
-    def _prepared(self, picture: Image.Image) -> Tensor:
+    def _prepare(self, picture: Image.Image) -> Tensor:
+        """Return the normalised pixels (3, H, W) of the middle of a picture."""
         scale = self._resize / min(picture.size)
-        width, height = (
-            max(self._resize, round(side * scale)) for side in picture.size
-        )
-        picture = picture.convert("RGB").resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
-        left, top = (width - self._crop) // 2, (height - self._crop) // 2
-        cropped = pixels(picture.crop((left, top, left + self._crop, top + self._crop)))
-        mean, spread = (torch.tensor(values)[:, None, None] for values in _IMAGENET)
-        return (cropped - mean) / spread
+        width = max(self._resize, round(picture.width * scale))
+        height = max(self._resize, round(picture.height * scale))
+        rgb = picture.convert("RGB")
+        resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        edge = self._crop
+        left = (width - edge) // 2
+        top = (height - edge) // 2
+        box = (left, top, left + edge, top + edge)
+        middle = pixels(resized.crop(box))
+        mean = torch.tensor(_IMAGENET_MEAN).view(3, 1, 1)
+        std = torch.tensor(_IMAGENET_STD).view(3, 1, 1)
+        return (middle - mean) / std

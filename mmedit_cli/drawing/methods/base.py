@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
@@ -201,6 +201,14 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
         }
+
+
+@runtime_checkable
+class ExportsLora(Protocol):
+    """A personalizer whose concepts are LoRA files of diffusers."""
+
+    def export(self, token: str, path: Path) -> None:
+        """Write one concept as a LoRA file."""
 
 
 def check_concept(concept: Concept) -> None:

@@ -1,7 +1,7 @@
-"""Concepts of one's own, kept in a folder: learned, listed, forgotten, and put into a model again.
+"""A folder of learned concepts: they are learned into it, listed, forgotten, and loaded into a model.
 
-A folder holds one safetensors file a concept and an `index.json` that names them, the method and the model. All of its
-concepts were learned by one method for one model. The index is written last, so a crash loses no concept.
+A folder holds one safetensors file for each concept, and an `index.json` that names them, the method and the model.
+All of its concepts were learned by one method for one model. The index is written last, so a crash loses no concept.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 _CONCEPT_FILE = re.compile(r"[A-Za-z0-9_-]+\.safetensors")  # what `_file_name` makes
 _LARGEST_CONCEPT = 1 << 34  # bytes: a whole UNet of SDXL in float32
-_USUAL = range(3, 7)  # photos a concept
+_FEWEST_PHOTOS = 3  # usual for a concept
+_MOST_PHOTOS = 6
 
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """What to learn, how, and where to keep it.
+    """What to learn, how, and into which folder.
 
-    `model` is a name, a folder or a hub id; `covariance` a file of `mmedit covariance` (None: where that puts it).
-    With `force` a concept of the same token is replaced; `low_memory` learns with gradient checkpointing.
+    `model` is a name, a folder or a hub id. `covariance` is a file of `mmedit covariance` (None: its usual place).
+    `force` replaces a concept of the same token. `low_memory` learns with gradient checkpointing.
     """
 
     editor: str
@@ -77,15 +78,13 @@ class LearnOptions:
 
 
 class ConceptFolder:
-    """The concepts of a folder; `entries` are what the index says of each."""
+    """The concepts of a folder; `entries` are their descriptions in the index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.head: dict[str, Any] = {}
         self.entries: list[dict[str, Any]] = []
-        self._leaving: list[
-            str
-        ] = []  # files that the index has ceased to name and that are to be removed
+        self._leaving: list[str] = []  # files of replaced concepts, to be removed
         if (folder / CONCEPT_INDEX).exists():
             self._read()
 
@@ -115,26 +114,33 @@ class ConceptFolder:
         for entry in self.entries:
             if entry["token"] == token:
                 return entry
-        raise StateError(f"{self.folder}: no concept {token}{near_miss(token, self.tokens)}",
-                         f"there are: {', '.join(self.tokens) or 'none'}")  # fmt: skip
+        raise StateError(
+            f"{self.folder}: no concept {token}{near_miss(token, self.tokens)}",
+            f"there are: {', '.join(self.tokens) or 'none'}",
+        )
 
     def select(self, which: str) -> list[str]:
-        """Return the tokens that a text names, or the `last`, or `all`; raise StateError for one that is not there."""
-        if which in ("last", "all"):
-            return self.tokens[-1:] if which == "last" else self.tokens
-        named = dict.fromkeys(re.findall(r"<[^<>\s]+>", which) or [which])
-        return [self.entry(token)["token"] for token in named]
+        """Return the tokens that a text names, or the `last`, or `all`; raise StateError for an unknown one."""
+        if which == "all":
+            return self.tokens
+        if which == "last":
+            return self.tokens[-1:]
+        named = re.findall(r"<[^<>\s]+>", which) or [which]
+        tokens = []
+        for token in dict.fromkeys(named):
+            entry = self.entry(token)
+            tokens.append(entry["token"])
+        return tokens
 
     def check_takes(
         self, editor: str, model: ModelRef, token: str, *, force: bool = False
     ) -> None:
         """Raise StateError unless a concept of this method, model and token may be put here."""
-        if self.head:
-            same = same_model(self.head["fingerprint"], model.fingerprint, model.former)
-            if self.head["editor"] != editor or not same:
-                what = (
-                    f"holds concepts of {self.head['editor']} for {self.head['model']}"
-                )
+        head = self.head
+        if head:
+            same = same_model(head["fingerprint"], model.fingerprint, model.former)
+            if head["editor"] != editor or not same:
+                what = f"holds concepts of {head['editor']} for {head['model']}"
                 raise StateError(
                     f"{self.folder}: {what}",
                     "choose another folder for another method or model",
@@ -154,9 +160,12 @@ class ConceptFolder:
     def check_covariance(self, covariance: Covariance, token: str) -> None:
         """Raise StateError if a concept beside `token` was learned with another covariance: they could not mix."""
         for entry in self.entries:
-            if entry["token"] != token and entry.get("covariance") != covariance.digest:
-                raise StateError(f"{self.folder}: {entry['token']} was learned with another covariance",
-                                 "name that with --covariance, or choose another folder")  # fmt: skip
+            other = entry["token"]
+            if other != token and entry.get("covariance") != covariance.digest:
+                raise StateError(
+                    f"{self.folder}: {other} was learned with another covariance",
+                    "name that with --covariance, or choose another folder",
+                )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -184,23 +193,22 @@ class ConceptFolder:
         info: dict[str, Any],
     ) -> dict[str, Any]:
         """Save a concept that is in a personalizer, with the name its model is found by; return its entry."""
-        name, saved = self._save(personalizer, concept.token)
-        before = [
-            entry["file"] for entry in self.entries if entry["token"] == concept.token
-        ]
+        token = concept.token
+        name, saved = self._save(personalizer, token)
+        replaced = [e for e in self.entries if e["token"] == token]
+        others = [e for e in self.entries if e["token"] != token]
+        facts = personalizer.concepts[token].facts
+        images = []
+        for path in concept.images:
+            images.append({"name": path.name, "sha256": picture_digest(path)})
         entry = {
-            "token": concept.token,
+            "token": token,
             "superclass": concept.superclass,
             "file": name,
             **saved,
             "seed": personalizer.seed,
-            "identifier": personalizer.concepts[concept.token].facts.get(
-                "identifier", concept.token
-            ),
-            "images": [
-                {"name": path.name, "sha256": picture_digest(path)}
-                for path in concept.images
-            ],
+            "identifier": facts.get("identifier", token),
+            "images": images,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **info,
         }
@@ -210,11 +218,8 @@ class ConceptFolder:
             "model": model,
             "fingerprint": personalizer.model.fingerprint,
         }
-        self.entries = [
-            *(other for other in self.entries if other["token"] != concept.token),
-            entry,
-        ]
-        self._write(leaving=before)
+        self.entries = [*others, entry]
+        self._write(leaving=[old["file"] for old in replaced])
         self._finish()
         return entry
 
@@ -229,16 +234,11 @@ class ConceptFolder:
         temporary = temporary_beside(self.folder / name)
         try:
             personalizer.save(token, temporary)
-            digest, size = sha256_of(temporary), temporary.stat().st_size
-            same = [
-                entry["file"]
-                for entry in self.entries
-                if (entry["token"], entry["sha256"]) == (token, digest)
-            ]
-            if same and _CONCEPT_FILE.fullmatch(
-                same[0]
-            ):  # learned again, as after a kill
-                name = same[0]
+            digest = sha256_of(temporary)
+            size = temporary.stat().st_size
+            same = self._files_of(token, digest)
+            if same and _CONCEPT_FILE.fullmatch(same[0]):
+                name = same[0]  # the concept was learned again, as after a kill
             elif any(entry["file"] == name for entry in self.entries):
                 name = f"{Path(name).stem}-{digest[:8]}.safetensors"
             os.replace(temporary, self.folder / name)
@@ -246,10 +246,18 @@ class ConceptFolder:
             temporary.unlink(missing_ok=True)
         return name, {"bytes": size, "sha256": digest}
 
-    def _finish(self) -> None:
-        """Remove the files that the index has ceased to name, if their names are of this program.
+    def _files_of(self, token: str, digest: str) -> list[str]:
+        """Return the files that the index names for a concept with this digest."""
+        files = []
+        for entry in self.entries:
+            if entry["token"] == token and entry["sha256"] == digest:
+                files.append(entry["file"])
+        return files
 
-        The index says which they are until they are gone, so that the next writer does what a kill prevents.
+    def _finish(self) -> None:
+        """Remove the files of replaced and forgotten concepts, if this program made their names.
+
+        The index lists them until they are gone, so that the next writer finishes what a kill interrupts.
         """
         if not self._leaving:
             return
@@ -260,19 +268,17 @@ class ConceptFolder:
         self._write(leaving=[])
 
     def forget(self, which: str) -> list[str]:
-        """Take what a text names out of the folder and return the tokens; raise StateError for one that is not there.
+        """Take concepts out of the folder and return their tokens; raise StateError for an unknown one.
 
-        See `select` for the text. All of them go, or none.
+        See `select` for the text. All of them are forgotten, or none.
         """
         with self.writing():
-            gone = self.select(which)
-            files = [self.entry(token)["file"] for token in gone]
-            self.entries = [
-                entry for entry in self.entries if entry["token"] not in gone
-            ]
+            tokens = self.select(which)
+            files = [self.entry(token)["file"] for token in tokens]
+            self.entries = [e for e in self.entries if e["token"] not in tokens]
             self._write(leaving=files)
             self._finish()
-        return gone
+        return tokens
 
     def load(
         self,
@@ -283,8 +289,8 @@ class ConceptFolder:
     ) -> Personalizer:
         """Put concepts into a model, all or those of `tokens`; raise StateError if a file was changed or does not fit.
 
-        The hyper-parameters are those the concepts were learned with; `overrides` are KEY=VALUE texts. Where another
-        process learns or forgets at the same time, they are the concepts as they were before or as they are then.
+        The hyper-parameters are those that the concepts were learned with; `overrides` are KEY=VALUE texts. If another
+        process learns or forgets at the same time, the concepts are those before or after its change.
         """
         while True:
             try:
@@ -292,9 +298,8 @@ class ConceptFolder:
             except StateError:
                 before = self.entries
                 self._read()
-                if (
-                    self.entries == before
-                ):  # nobody has changed anything meanwhile: it is damaged
+                unchanged = self.entries == before
+                if unchanged:  # so the folder is damaged
                     raise
 
     def _load(
@@ -307,15 +312,14 @@ class ConceptFolder:
 
         name = self.head["editor"]
         cls = registry.personalizers.get(name)
+        entries = self.entries
+        if tokens is not None:
+            entries = [self.entry(token) for token in tokens]
         learned_with: dict[str, Any] = {}
-        entries = (
-            self.entries if tokens is None else [self.entry(token) for token in tokens]
-        )
         for entry in entries:
             text = self._metadata(entry).get("hparams", "{}")
-            learned_with |= parse_json_object(
-                text, f"{self._file(entry)}: hparams", error=StateError
-            ).values
+            place = f"{self._file(entry)}: hparams"
+            learned_with |= parse_json_object(text, place, error=StateError).values
         hparams = load_hparams(
             registry.hparams_file(name),
             cls.Hparams,
@@ -333,24 +337,28 @@ class ConceptFolder:
         return personalizer
 
     def _metadata(self, entry: dict[str, Any]) -> dict[str, str]:
-        """Return what the file of a concept says of itself; raise StateError unless it is the one that was saved."""
+        """Return the metadata of a concept's file; raise StateError unless it is the one that was saved."""
         path = self._file(entry)
-        way_out = f"learn {entry['token']} again, with --force"
+        hint = f"learn {entry['token']} again, with --force"
         size = path.stat().st_size
-        same = size == entry.get("bytes", size)
-        if (
-            not same
-            or digest_of(path, limit=_LARGEST_CONCEPT, error=StateError, hint=way_out)
-            != entry["sha256"]
-        ):
-            raise StateError(f"{path}: not the file that was saved", way_out)
-        return read_tensors(path)[1]
+        if size != entry.get("bytes", size):
+            raise StateError(f"{path}: not the file that was saved", hint)
+        digest = digest_of(path, limit=_LARGEST_CONCEPT, error=StateError, hint=hint)
+        if digest != entry["sha256"]:
+            raise StateError(f"{path}: not the file that was saved", hint)
+        _, metadata = read_tensors(path)
+        return metadata
 
     def _file(self, entry: dict[str, Any]) -> Path:
-        path = self.folder / entry["file"]
+        token = entry["token"]
+        name = entry["file"]
+        path = self.folder / name
         if not path.is_file() or is_link(path):
-            problem = f"{self.folder / CONCEPT_INDEX}: {entry['token']}: no file {entry['file']!r} in the folder"
-            raise StateError(problem, f"learn {entry['token']} again, with --force")
+            index = self.folder / CONCEPT_INDEX
+            raise StateError(
+                f"{index}: {token}: no file {name!r} in the folder",
+                f"learn {token} again, with --force",
+            )
         return path
 
     def _read(self) -> None:
@@ -362,9 +370,11 @@ class ConceptFolder:
             hint="choose another folder, or put it back from a copy",
         )
         head: dict[str, Any] = {
-            key: content.text(key) for key in ("editor", "model", "fingerprint")
+            "editor": content.text("editor"),
+            "model": content.text("model"),
+            "fingerprint": content.text("fingerprint"),
+            "format": content.integer("format"),
         }
-        head["format"] = content.integer("format")
         entries = [_checked_entry(entry) for entry in content.records("concepts")]
         leaving = content.array("leaving", str, [])
         if head["format"] != FORMAT:
@@ -378,19 +388,17 @@ class ConceptFolder:
                 raise StateError(
                     problem, "concepts lie beside their index; put it back from a copy"
                 )
-        self.head, self.entries, self._leaving = head, entries, leaving
+        self.head = head
+        self.entries = entries
+        self._leaving = leaving
 
     def _write(self, *, leaving: Sequence[str]) -> None:
         self._leaving = list(leaving)
-        content = {
-            **self.head,
-            "concepts": self.entries,
-            **({"leaving": self._leaving} if leaving else {}),
-        }
-        write_atomic(
-            self.folder / CONCEPT_INDEX,
-            json.dumps(content, indent=2, ensure_ascii=False) + "\n",
-        )
+        content = {**self.head, "concepts": self.entries}
+        if leaving:
+            content["leaving"] = self._leaving
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_atomic(self.folder / CONCEPT_INDEX, text + "\n")
 
 
 def _checked_entry(entry: Record) -> dict[str, Any]:
@@ -416,7 +424,8 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     from mmedit_cli.shapes import pick_variant, shape_of, told
 
     out = out or Output()
-    concept, folder = options.concept, ConceptFolder(options.folder)
+    concept = options.concept
+    folder = ConceptFolder(options.folder)
     cls = registry.personalizers.get(options.editor)
     check_concept(concept)
     ref = find_model(options.model, revision=options.revision)
@@ -428,14 +437,15 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
         file, cls.Hparams, variant=variant, overrides=options.overrides
     )
     out.note(told(cls.name, variant))
-    if len(concept.images) not in _USUAL:
-        out.note(
-            f"{len(concept.images)} photos: {_USUAL.start} to {_USUAL.stop - 1} are usual"
-        )
+    photos = len(concept.images)
+    if not _FEWEST_PHOTOS <= photos <= _MOST_PHOTOS:
+        out.note(f"{photos} photos: {_FEWEST_PHOTOS} to {_MOST_PHOTOS} are usual")
     out.note(loading(ref.name))
-    dtype = training_dtype(options.device, options.dtype)
     model = load_stable_diffusion(
-        ref, device=options.device, dtype=dtype, low_memory=options.low_memory
+        ref,
+        device=options.device,
+        dtype=training_dtype(options.device, options.dtype),
+        low_memory=options.low_memory,
     )
     personalizer = personalizer_for(
         model, cls, hparams, options.seed, options.covariance, out
@@ -456,12 +466,10 @@ def personalizer_for(
     covariance: Path | None,
     out: Output,
 ) -> Personalizer:
-    """Return a personalizer that can learn, with what its method needs beside the model."""
-    needs = (
-        {"covariance": covariance_for(model, covariance, out)}
-        if cls.name == "perfusion"
-        else {}
-    )
+    """Return a personalizer that can learn; Perfusion also gets its covariance."""
+    if cls.name != "perfusion":
+        return cls(model, hparams, seed=seed)
+    needs: dict[str, Any] = {"covariance": covariance_for(model, covariance, out)}
     return cls(model, hparams, seed=seed, **needs)
 
 
@@ -472,22 +480,25 @@ def learn_into(
     model: str,
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Learn a concept, put it into the folder, which is being written, and return its entry.
+    """Learn a concept, put it into the folder, and return its entry; the caller holds the folder's lock.
 
-    `model` is what the model was found by. No two concepts of a folder get one identifier.
+    `model` is the name or folder that the model was found by. No two concepts of a folder get the same identifier.
     """
-    more = {}
-    if (covariance := getattr(personalizer, "covariance", None)) is not None:
+    info: dict[str, Any] = {}
+    covariance = getattr(personalizer, "covariance", None)
+    if covariance is not None:
         folder.check_covariance(covariance, concept.token)
-        more["covariance"] = covariance.digest
-    others = (entry for entry in folder.entries if entry["token"] != concept.token)
-    personalizer.identifiers = {
-        entry.get("identifier", entry["token"]) for entry in others
-    }
+        info["covariance"] = covariance.digest
+    personalizer.identifiers = set()
+    for entry in folder.entries:
+        if entry["token"] != concept.token:
+            identifier = entry.get("identifier", entry["token"])
+            personalizer.identifiers.add(identifier)
     started = time.perf_counter()
     learned = personalizer.learn(concept, tick=tick)
-    info = {**learned.info, **more, "seconds": round(time.perf_counter() - started, 3)}
-    return folder.put(personalizer, concept, _findable(model), info)
+    seconds = time.perf_counter() - started
+    info = {**learned.info, **info, "seconds": round(seconds, 3)}
+    return folder.put(personalizer, concept, _absolute(model), info)
 
 
 def export_concepts(
@@ -495,9 +506,10 @@ def export_concepts(
 ) -> dict[str, Any]:
     """Write each concept as a LoRA file that diffusers loads, named by its token, and return what was written.
 
-    Raises StateError for a method whose concepts are no LoRA, UserError for a folder that is there already.
+    Raises StateError for a method whose concepts are no LoRA, UserError for a folder that exists already.
     """
     from mmedit_cli.catalog import loading
+    from mmedit_cli.drawing.methods.base import ExportsLora
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
     name = folder.head["editor"]
@@ -508,44 +520,45 @@ def export_concepts(
         )
     if to.exists():
         raise UserError(f"{to}: there already", "name a new folder")
-    out.note(loading(model or folder.head["model"]))
-    loaded = load_stable_diffusion(model or folder.head["model"], device=device)
+    found_by = model or folder.head["model"]
+    out.note(loading(found_by))
+    loaded = load_stable_diffusion(found_by, device=device)
     written = []
     with staged_folder(to) as fresh, folder.load(loaded) as personalizer:
+        assert isinstance(personalizer, ExportsLora)
         for entry in folder.entries:
-            file = _file_name(entry["token"])
-            personalizer.export(entry["token"], fresh / file)  # type: ignore[attr-defined]
-            called = f"{personalizer.concepts[entry['token']].facts['identifier']} {entry['superclass']}"
-            written.append(
-                {"token": entry["token"], "file": str(to / file), "called": called}
-            )
+            token = entry["token"]
+            file = _file_name(token)
+            personalizer.export(token, fresh / file)
+            identifier = personalizer.concepts[token].facts["identifier"]
+            called = f"{identifier} {entry['superclass']}"
+            written.append({"token": token, "file": str(to / file), "called": called})
     return {"editor": name, "model": loaded.name, "written": written}
 
 
 def covariance_for(
     model: StableDiffusion, path: Path | None, out: Output
 ) -> Covariance:
-    """Return the covariance of a model's text encodings: of a file, of the usual place, or computed and put there."""
+    """Return the covariance of a model's text encodings: from a file or its usual place, or computed and put there."""
     from mmedit_cli.drawing import covariance as moments
 
-    usual = moments.default_path(model)
-    if path is None and not usual.exists():
-        out.note(
-            "no covariance for this text encoder yet: computing it from captions about the things of EmojiKB"
-        )
-        out.note("with captions of your own: mmedit covariance --captions FILE --force")
-        usual.parent.mkdir(parents=True, exist_ok=True)
-        with out.progress({"captions": moments.survey(None)[1]}) as tick:
-            return moments.estimate(
-                model, None, usual, tick=lambda n: tick("captions", n)
-            )
-    found = moments.Covariance.load(path or usual)
-    moments.check(found, model)
-    return found
+    file = path or moments.default_path(model)
+    if path is not None or file.exists():
+        found = moments.Covariance.load(file)
+        moments.check(found, model)
+        return found
+    out.note(
+        "no covariance for this text encoder yet: computing it from captions about the things of EmojiKB"
+    )
+    out.note("with captions of your own: mmedit covariance --captions FILE --force")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _, count = moments.survey(None)
+    with out.progress({"captions": count}) as tick:
+        return moments.estimate(model, None, file, tick=lambda n: tick("captions", n))
 
 
 def training_dtype(device: str, dtype: str) -> str:
-    """Return the number format to learn in; raise UserError for one that loses small gradients."""
+    """Return the dtype to learn in; raise UserError for one that loses small gradients."""
     if dtype == "float16":
         raise UserError(
             "--dtype float16: small gradients vanish in it",
@@ -555,12 +568,14 @@ def training_dtype(device: str, dtype: str) -> str:
     return dtype if dtype != "auto" or on_cpu else "bfloat16"
 
 
-def _findable(model: str) -> str:
-    """Return a name by which the model is found from any folder."""
+def _absolute(model: str) -> str:
+    """Return a name by which the model is found from any working directory."""
     from mmedit_cli.catalog import MODELS, bundled
 
-    own = model not in MODELS and model not in bundled() and Path(model).is_dir()
-    return str(Path(model).resolve()) if own else model
+    has_name = model in MODELS or model in bundled()
+    if has_name or not Path(model).is_dir():
+        return model
+    return str(Path(model).resolve())
 
 
 def _is_name(name: str) -> bool:
@@ -569,13 +584,10 @@ def _is_name(name: str) -> bool:
 
 
 def _file_name(token: str) -> str:
-    """Return a file name for a token; where the token had to be changed a short hash keeps it distinct."""
+    """Return a file name for a token; if its characters had to be changed, a short hash makes the name unique."""
     inner = token.strip("<>")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", inner).strip("-")
     if name == inner:
         return f"{name}.safetensors"
-    return (
-        f"{name}-{hashlib.sha256(token.encode()).hexdigest()[:8]}.safetensors".lstrip(
-            "-"
-        )
-    )
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return f"{name}-{digest[:8]}.safetensors".lstrip("-")

@@ -1,8 +1,8 @@
 """`mmedit eval` for personalizers: learn every subject of a set, draw it and everything else, compare, and report.
 
-Pictures lie in the run folder as `pictures/SIDE/SHEET/PROMPT-SEED.png`. A side is the base model, which is told plain
-words, or the model with the concepts; both draw a sheet in the same batches, so that what a concept leaves alone is
-the same bit for bit. What lies there is not done again.
+Pictures lie in the run folder as `pictures/SIDE/SHEET/PROMPT-SEED.png`. A side is the base model, whose prompts are in
+plain words, or the model with the concepts. Both draw a sheet in the same batches: pictures that a concept does not
+change are the same bit for bit. Pictures that exist already are not drawn again.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ from mmedit_cli.shapes import told
 from mmedit_cli.storage import sweep_tree, write_atomic
 
 if TYPE_CHECKING:
-    from mmedit_cli.drawing.evaluation.concepts import Eyes, Scores
-    from mmedit_cli.drawing.methods.base import Personalizer
+    from mmedit_cli.drawing.evaluation.concepts import (
+        PictureEncoder,
+        Scores,
+        ScoringModels,
+    )
     from mmedit_cli.drawing.models.stable_diffusion import StableDiffusion
 
 BASE, PHOTOS = "base", "photos"
-_WRITTEN = re.compile(
-    r".+\.(png|safetensors|html)|index\.json|\.lock"
-)  # names of files in its folders
+# names of files that this program writes into the folders of a run
+_WRITTEN = re.compile(r".+\.(png|safetensors|html)|index\.json|\.lock")
 _SHOWN = 10  # rows of a subject's sheet; the page has all
-_KEPT = (
+_LEARNED_KEYS = (
     "token",
     "superclass",
     "bytes",
@@ -70,11 +72,10 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
 
     out = out or Output()
     plan = plan_evaluation(options)
-    if (
-        report := Run.done_before(plan.folder, force=options.force, say=out.note)
-    ) is not None:
+    report = Run.done_before(plan.folder, force=options.force, say=out.note)
+    if report is not None:
         return report
-    eyes = load_eyes(plan)
+    models = load_scoring_models(plan)
     out.note(told(plan.options.editor, plan.config["variant"]))
     out.note(loading(plan.ref.name))
     model = load_stable_diffusion(
@@ -82,136 +83,155 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
         device=options.device,
         dtype=training_dtype(options.device, options.dtype),
     )
-    with Run.open(
-        plan.folder, plan.config, runtime.environment(model.device), force=options.force
-    ) as run:
-        if report := Run.done_before(plan.folder, force=False, say=out.note):
-            return (
-                report  # of an equal command that ended while the model was loaded here
-            )
+    environment = runtime.environment(model.device)
+    with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+        # An equal command may have ended while the model was loaded here.
+        report = Run.done_before(plan.folder, force=False, say=out.note)
+        if report:
+            return report
         if options.force:
             for name in ("pictures", "concepts", "gallery"):
                 sweep_tree(run.folder / name, _WRITTEN)
-        return _Evaluation(plan, run, model, out).run(eyes)
+        return _ConceptEvaluation(plan, run, model, out).run(models)
 
 
-def load_eyes(plan: ConceptPlan) -> Eyes:
-    """Load what looks at the pictures; raise ModelError if one cannot be used, UserError if nothing looks."""
-    from mmedit_cli.drawing.evaluation.concepts import Eyes
+def load_scoring_models(plan: ConceptPlan) -> ScoringModels:
+    """Load the models that look at pictures; raise ModelError if one cannot be used, UserError if there is none."""
+    from mmedit_cli.drawing.evaluation.concepts import ScoringModels
     from mmedit_cli.drawing.evaluation.encoders import load_clip_and_dino
     from mmedit_cli.drawing.evaluation.picture_scores import TokenEncoder
     from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
     settings = plan.settings
     device = str(runtime.resolve_device(plan.options.device))
-    clip, dino = (
-        "" if name == "none" else name for name in (settings.clip, settings.dino)
-    )
-    both, eye = load_clip_and_dino(clip, dino, device)
-    encoders: dict[str, Any] = {"CLIP": both, "DINO": eye}
-    namer, unknown = None, frozenset[str]()
+    clip_name = "" if settings.clip == "none" else settings.clip
+    dino_name = "" if settings.dino == "none" else settings.dino
+    clip, dino = load_clip_and_dino(clip_name, dino_name, device)
+    encoders: dict[str, PictureEncoder] = {}
+    if clip is not None:
+        encoders["CLIP"] = clip
+    if dino is not None:
+        encoders["DINO"] = dino
+    namer = None
+    unknown = frozenset[str]()
     if settings.encoder != "none":
         namer = load_backbone(settings.encoder, device=device)
         encoders[namer.name] = TokenEncoder(namer)
-        held = bundled().get(settings.encoder, Path(settings.encoder)) / "holdout.json"
-        if held.is_file():
-            never = set(
-                read_json_object(held, error=ModelError).array("concepts", str, [])
-            )
-            unknown = frozenset(s.name for s in plan.found.subjects if s.key in never)
-    encoders = {
-        name: encoder for name, encoder in encoders.items() if encoder is not None
-    }
+        unknown = _subjects_without_a_name(plan)
     if not encoders:
         raise UserError(
             "nothing looks at the pictures: no encoder",
             "--set eval.encoder=mini-blip2, or eval.clip=...",
         )
-    return Eyes(encoders, plan.found.pictures(), both, namer, unknown)
+    return ScoringModels(encoders, plan.found.pictures(), clip, namer, unknown)
 
 
-class _Evaluation:
+def _subjects_without_a_name(plan: ConceptPlan) -> frozenset[str]:
+    """Return the subjects that the encoder was not trained on, by the list in its folder."""
+    encoder = plan.settings.encoder
+    folder = bundled().get(encoder, Path(encoder))
+    file = folder / "holdout.json"
+    if not file.is_file():
+        return frozenset()
+    content = read_json_object(file, error=ModelError)
+    held_out = set(content.array("concepts", str, []))
+    subjects = plan.found.subjects
+    return frozenset(s.name for s in subjects if s.key in held_out)
+
+
+class _ConceptEvaluation:
     """A run in its folder: subjects are learned, sheets drawn and scored, each once."""
 
     def __init__(
         self, plan: ConceptPlan, run: Run, model: StableDiffusion, out: Output
     ) -> None:
-        self.plan, self.record, self.model, self.out = plan, run, model, out
-        self.sheets = list(
-            sheets_of(plan.found, routes=plan.routes, several=plan.several)
-        )
+        self.plan = plan
+        self.record = run
+        self.model = model
+        self.out = out
+        sheets = sheets_of(plan.found, routes=plan.routes, several=plan.several)
+        self.sheets = list(sheets)
         self.seeds = range(plan.settings.seeds)
         self.learned = {line["subject"] for line in run.read("learned")}
         self.routing: dict[str, Counter[str]] = {}
-        cls, options = registry.personalizers.get(plan.options.editor), plan.options
         self.learner = personalizer_for(
-            model, cls, plan.hparams, options.seed, None, out
+            model,
+            registry.personalizers.get(plan.options.editor),
+            plan.hparams,
+            plan.options.seed,
+            None,
+            out,
         )
 
-    def run(self, eyes: Eyes) -> dict[str, Any]:
-        plan, run = self.plan, self.record
-        bases = list(
-            {
-                sheet.base: replace(sheet, name=sheet.base, prompts=sheet.plain)
-                for sheet in self.sheets
-            }.values()
-        )
-        todo = [(BASE, sheet) for sheet in bases] + [
-            (side, sheet) for side in plan.sides for sheet in self.sheets
-        ]
-        totals = {"steps": self.learner.steps * len(plan.found.subjects),
-                  "pictures": sum(len(sheet.prompts) for _, sheet in todo) * len(self.seeds),
-                  "scores": (len(plan.sides) + 2) * len(self.sheets)}  # fmt: skip
-        with self.out.progress(totals) as self.tick:
+    def totals(self, bases: Sequence[Sheet]) -> dict[str, int]:
+        """Return how much there is to do, for the progress bars."""
+        sides = self.plan.sides
+        prompts = sum(len(sheet.prompts) for sheet in bases)
+        prompts += len(sides) * sum(len(sheet.prompts) for sheet in self.sheets)
+        return {
+            "steps": self.learner.steps * len(self.plan.found.subjects),
+            "pictures": prompts * len(self.seeds),
+            "scores": (len(sides) + 2) * len(self.sheets),
+        }
+
+    def run(self, models: ScoringModels) -> dict[str, Any]:
+        run = self.record
+        by_base = {}
+        for sheet in self.sheets:
+            in_plain_words = replace(sheet, name=sheet.base, prompts=sheet.plain)
+            by_base[sheet.base] = in_plain_words
+        bases = list(by_base.values())
+        with self.out.progress(self.totals(bases)) as self.tick:
             for sheet in bases:
                 self.draw(BASE, sheet)
             for group in self.groups():
                 self.learn_and_draw(group)
-            self.score(eyes)
+            self.score(models)
         lines = run.read("cases")
-        report = self.report(lines, eyes)
+        report = self.report(lines, models)
         self.show()
         run.finish(report)
         return report
 
     def groups(self) -> list[list[Sheet]]:
         """Return the sheets that are drawn with the same concepts loaded."""
-        found: dict[Any, list[Sheet]] = {}
+        by_loaded: dict[Any, list[Sheet]] = {}
         for sheet in self.sheets:
-            found.setdefault(sheet.loaded, []).append(sheet)
-        return list(found.values())
+            group = by_loaded.setdefault(sheet.loaded, [])
+            group.append(sheet)
+        return list(by_loaded.values())
 
     # -- learning and drawing -----------------------------------------------------------------------------------
 
     def learn_and_draw(self, group: Sequence[Sheet]) -> None:
         """Draw sheets on every side, with their concepts learned and loaded."""
         subjects = group[0].loaded or self.plan.found.subjects
+        tokens = [subject.concept.token for subject in subjects]
         folder = None
         for side in self.plan.sides:
             if side != "routed" and all(self.is_drawn(side, sheet) for sheet in group):
                 for sheet in group:
-                    self.draw(side, sheet)  # counts, no more
+                    self.draw(side, sheet)  # only counts them as drawn
                 continue
             folder = folder or self.learn(subjects)
             overrides = ("router=always",) if side == "always-on" else ()
-            tokens = [subject.concept.token for subject in subjects]
-            with folder.load(
-                self.model, tokens=tokens, overrides=overrides
-            ) as personalizer:
+            loaded = folder.load(self.model, tokens=tokens, overrides=overrides)
+            with loaded as personalizer:
                 if side == "routed":
                     self.ask_the_router(personalizer, group)
                 for sheet in group:
                     self.draw(side, sheet, personalizer)
-        if not self.plan.several:  # a copy of all weights a subject is no thing to keep
+        if not self.plan.several:
+            # Each subject is a copy of all weights: too much to keep.
             sweep_tree(self.concepts(subjects[0]), _WRITTEN)
 
     def concepts(self, subject: Subject) -> Path:
-        """Return the folder a subject is learned into."""
+        """Return the folder that a subject is learned into."""
         home = self.record.folder / "concepts"
         return home if self.plan.several else home / subject.name
 
     def learn(self, subjects: Sequence[Subject]) -> ConceptFolder:
-        """Learn what is not learned yet and return the folder."""
+        """Learn the subjects that are not learned yet and return their folder."""
         folder = ConceptFolder(self.concepts(subjects[0]))
         with folder.writing():
             for subject in subjects:
@@ -228,171 +248,180 @@ class _Evaluation:
                 elif subject.name not in self.learned:
                     self.step(self.learner.steps)
                 if subject.name not in self.learned:
-                    entry = folder.entry(token)
-                    self.record.append(
-                        "learned",
-                        [
-                            {
-                                "subject": subject.name,
-                                **{k: entry[k] for k in _KEPT if k in entry},
-                            }
-                        ],
-                    )
-                    self.learned.add(subject.name)
+                    self.record_learned(subject, folder.entry(token))
         return folder
+
+    def record_learned(self, subject: Subject, entry: dict[str, Any]) -> None:
+        """Write how a subject was learned into the run."""
+        line = {"subject": subject.name}
+        for key in _LEARNED_KEYS:
+            if key in entry:
+                line[key] = entry[key]
+        self.record.append("learned", [line])
+        self.learned.add(subject.name)
 
     def step(self, count: int) -> None:
         """Count steps of learning."""
         self.tick("steps", count)
 
     def ask_the_router(self, personalizer: Any, group: Sequence[Sheet]) -> None:
-        """Note where the router sends the prompts of the sheets: to whom they name, to others, or to none."""
+        """Count the prompts that the router sends to the subjects they name, to others, and to none."""
         for sheet in group:
-            wanted = (
-                {s.concept.token for s in sheet.subjects}
-                if self.names(sheet)
-                else set()
-            )
-            for sent in personalizer.route(sheet.prompts):
-                said = (
-                    "none" if not sent else "right" if set(sent) == wanted else "other"
-                )
-                self.routing.setdefault(sheet.test, Counter())[said] += 1
+            wanted = self.named_tokens(sheet)
+            for tokens in personalizer.route(sheet.prompts):
+                if not tokens:
+                    outcome = "none"
+                elif set(tokens) == set(wanted):
+                    outcome = "right"
+                else:
+                    outcome = "other"
+                counts = self.routing.setdefault(sheet.test, Counter())
+                counts[outcome] += 1
 
     @staticmethod
     def names(sheet: Sheet) -> bool:
         """Whether the prompts of a sheet name its subjects."""
         return sheet.test not in ("class", "other")
 
+    def named_tokens(self, sheet: Sheet) -> list[str]:
+        """Return the tokens that the prompts of a sheet name."""
+        if not self.names(sheet):
+            return []
+        return [subject.concept.token for subject in sheet.subjects]
+
     def files(self, side: str, sheet: Sheet) -> list[list[Path]]:
         """Return the pictures of a sheet: (P prompts, S seeds)."""
-        home = (
-            self.record.folder
-            / "pictures"
-            / side
-            / (sheet.base if side == BASE else sheet.name)
-        )
-        return [
-            [home / f"{i:02d}-{seed}.png" for seed in self.seeds]
-            for i in range(len(sheet.prompts))
-        ]
+        name = sheet.base if side == BASE else sheet.name
+        home = self.record.folder / "pictures" / side / name
+        rows = []
+        for i in range(len(sheet.prompts)):
+            names = [f"{i:02d}-{seed}.png" for seed in self.seeds]
+            rows.append([home / name for name in names])
+        return rows
 
     def is_drawn(self, side: str, sheet: Sheet) -> bool:
         """Whether all pictures of a sheet are there."""
         return all(path.is_file() for row in self.files(side, sheet) for path in row)
 
-    def draw(
-        self, side: str, sheet: Sheet, personalizer: Personalizer | None = None
-    ) -> None:
+    def draw(self, side: str, sheet: Sheet, personalizer: Any = None) -> None:
         """Draw a sheet in batches that depend on the sheet alone; a batch that is there is not drawn again."""
+        wanted = []
+        for prompt, row in zip(sheet.prompts, self.files(side, sheet), strict=True):
+            for seed, path in zip(self.seeds, row, strict=True):
+                wanted.append((prompt, seed, path))
+        size = self.plan.settings.batch_size
+        for start in range(0, len(wanted), size):
+            batch = wanted[start : start + size]
+            if not all(path.is_file() for _, _, path in batch):
+                if side == "oracle":
+                    tokens = self.named_tokens(sheet)
+                    blocks = {prompt: tokens for prompt, _, _ in batch}
+                    personalizer.assign_blocks(blocks)
+                self.draw_batch(batch)
+            self.tick("pictures", len(batch))
+
+    def draw_batch(self, batch: Sequence[tuple[str, int, Path]]) -> None:
+        """Draw pictures for (prompt, seed, file) and write them."""
         from mmedit_cli.drawing.models.stable_diffusion import Sampling
 
         settings = self.plan.settings
         sampling = Sampling(
-            settings.steps,
-            settings.guidance,
-            settings.size,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            resolution=settings.size,
             batch_size=settings.batch_size,
         )
-        wanted = [
-            (prompt, seed, path)
-            for prompt, row in zip(sheet.prompts, self.files(side, sheet), strict=True)
-            for seed, path in zip(self.seeds, row, strict=True)
-        ]
-        for start in range(0, len(wanted), settings.batch_size):
-            prompts, seeds, paths = zip(
-                *wanted[start : start + settings.batch_size], strict=True
-            )
-            if not all(path.is_file() for path in paths):
-                if side == "oracle":
-                    named = (
-                        [s.concept.token for s in sheet.subjects]
-                        if self.names(sheet)
-                        else []
-                    )
-                    personalizer.assign_blocks(dict.fromkeys(prompts, named))  # type: ignore[union-attr]
-                paths[0].parent.mkdir(parents=True, exist_ok=True)
-                for path, picture in zip(
-                    paths, self.model.generate(prompts, seeds, sampling), strict=True
-                ):
-                    write_atomic(path, png(picture))
-            self.tick("pictures", len(paths))
+        prompts, seeds, paths = zip(*batch, strict=True)
+        pictures = self.model.generate(prompts, seeds, sampling)
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path, picture in zip(paths, pictures, strict=True):
+            write_atomic(path, png(picture))
 
     # -- looking ------------------------------------------------------------------------------------------------
 
-    def score(self, eyes: Eyes) -> None:
+    def score(self, models: ScoringModels) -> None:
         """Score what is not scored yet."""
         known = {(line["side"], line["sheet"]) for line in self.record.read("cases")}
         for side in (*self.plan.sides, BASE, PHOTOS):
             for sheet in self.sheets:
-                if (side, sheet.name) not in known and (
-                    scores := self.scores(side, sheet, eyes)
-                ):
-                    about = "+".join(subject.name for subject in sheet.subjects)
-                    line = {
-                        "side": side,
-                        "sheet": sheet.name,
-                        "test": sheet.test,
-                        "subject": about,
-                        "scores": scores,
-                    }
-                    self.record.append("cases", [line])
+                if (side, sheet.name) not in known:
+                    self.record_scores(side, sheet, models)
                 self.tick("scores", 1)
 
-    def scores(self, side: str, sheet: Sheet, eyes: Eyes) -> Scores:
+    def record_scores(self, side: str, sheet: Sheet, models: ScoringModels) -> None:
+        """Write the scores of a sheet on a side into the run, if there are any."""
+        scores = self.scores(side, sheet, models)
+        if not scores:
+            return
+        line = {
+            "side": side,
+            "sheet": sheet.name,
+            "test": sheet.test,
+            "subject": "+".join(subject.name for subject in sheet.subjects),
+            "scores": scores,
+        }
+        self.record.append("cases", [line])
+
+    def scores(self, side: str, sheet: Sheet, models: ScoringModels) -> Scores:
         """Return the scores of a sheet on a side by name.
 
-        The base model tells what there is to gain, and what its own pictures have in common; photos what they do.
+        The base model is the lower bound of what a concept can gain, and shows what its own pictures have in common;
+        the photos are the upper bound.
         """
         from mmedit_cli.drawing.evaluation import concepts
 
         if side == PHOTOS:
-            single = sheet.test == "reliability"
-            return (
-                concepts.of_photos(sheet.subjects[0].concept.images, eyes)
-                if single
-                else {}
-            )
-        subject = sheet.subjects[0] if len(sheet.subjects) == 1 else None
-        drawn = concepts.Drawn(
-            self.files(side, sheet), self.files(BASE, sheet), sheet.plain, [s.name for s in sheet.subjects],
-            subject.concept.images if subject else (), subject.answer if subject else "",
-        )  # fmt: skip
+            if sheet.test != "reliability":
+                return {}
+            return concepts.score_photos(sheet.subjects[0].concept.images, models)
+        single = sheet.subjects[0] if len(sheet.subjects) == 1 else None
+        drawn = concepts.DrawnTest(
+            files=self.files(side, sheet),
+            base=self.files(BASE, sheet),
+            plain=sheet.plain,
+            subjects=[subject.name for subject in sheet.subjects],
+            photos=single.concept.images if single else (),
+            answer=single.answer if single else "",
+        )
         if sheet.test == "pair":
-            return concepts.togetherness(drawn, eyes)
+            return concepts.score_pairs(drawn, models)
         if self.names(sheet):
-            return concepts.resemblance(drawn, eyes)
-        found = concepts.constancy(drawn, eyes)
-        return {
-            name: v
-            for name, v in found.items()
-            if side != BASE or name.endswith("all pairs")
-        }
+            return concepts.score_subject(drawn, models)
+        scores = concepts.score_locality(drawn, models)
+        if side == BASE:
+            # Compared with itself, only its different pictures say something.
+            return {
+                name: values
+                for name, values in scores.items()
+                if name.endswith("all pairs")
+            }
+        return scores
 
-    def report(self, lines: Sequence[dict[str, Any]], eyes: Eyes) -> dict[str, Any]:
+    def report(
+        self, lines: Sequence[dict[str, Any]], models: ScoringModels
+    ) -> dict[str, Any]:
         """Return the report: means by side, test and score, the same by subject, routing, and cost."""
         from mmedit_cli.drawing.evaluation.concepts import summary
 
         learned = self.record.read("learned")
         seconds = [line.pop("seconds") for line in learned]
+        folder = self.record.folder
         return {
             "format": 1,
             **self.plan.config,
             "environment": self.record.environment,
             "sides": summary(lines),
-            "subjects": [
-                {**{key: line[key] for key in ("subject", "side", "test")},
-                 "scores": {name: fmean(values) for name, values in line["scores"].items()}} for line in lines
-            ],
-            "routing": {test: {said: n / found.total() for said, n in found.items()}
-                        for test, found in self.routing.items()},
-            "nameless": sorted(eyes.unknown),
+            "subjects": [_means(line) for line in lines],
+            "routing": {test: _shares(n) for test, n in self.routing.items()},
+            "nameless": sorted(models.unknown),
             "concepts": learned,
-            "cost": {"seconds_per_subject": round(fmean(seconds), 3),
-                     "peak_memory": runtime.peak_memory(self.model.device)},
-            "gallery": str(self.record.folder / "gallery" / "index.html"),
-            "run": str(self.record.folder),
-        }  # fmt: skip
+            "cost": {
+                "seconds_per_subject": round(fmean(seconds), 3),
+                "peak_memory": runtime.peak_memory(self.model.device),
+            },
+            "gallery": str(folder / "gallery" / "index.html"),
+            "run": str(folder),
+        }
 
     # -- showing ------------------------------------------------------------------------------------------------
 
@@ -402,34 +431,55 @@ class _Evaluation:
         (home / "photos").mkdir(parents=True, exist_ok=True)
         sections = []
         for subject in self.plan.found.subjects:
-            photos = []
-            for i, path in enumerate(subject.concept.images):
-                photos.append(home / "photos" / f"{subject.name}-{i}.png")
-                photo = load_picture(Picture(path))
-                photo.thumbnail((gallery.THUMB, gallery.THUMB))
-                write_atomic(photos[-1], png(photo))
-            rows = self.rows(
-                sheet for sheet in self.sheets if sheet.subjects == (subject,)
-            )
-            rows = [(subject.concept.superclass, [("photos", photos)]), *rows]
+            photos = self.thumbnails(subject, home / "photos")
+            about = [sheet for sheet in self.sheets if sheet.subjects == (subject,)]
+            rows = [(subject.concept.superclass, [("photos", photos)])]
+            rows += self.rows(about)
             gallery.contact_sheet(rows[:_SHOWN], home / f"{subject.name}.png")
             sections.append((subject.name, rows))
         pairs = self.rows(sheet for sheet in self.sheets if sheet.test == "pair")
+        if pairs:
+            sections.append(("two in one prompt", pairs))
         others = self.rows(sheet for sheet in self.sheets if not sheet.subjects)
-        sections += [
-            (title, rows)
-            for title, rows in (("two in one prompt", pairs), ("other things", others))
-            if rows
-        ]
-        gallery.page(
-            f"{self.plan.options.editor} on {self.plan.ref.name}",
-            sections,
-            home / "index.html",
-        )
+        if others:
+            sections.append(("other things", others))
+        title = f"{self.plan.options.editor} on {self.plan.ref.name}"
+        gallery.page(title, sections, home / "index.html")
+
+    @staticmethod
+    def thumbnails(subject: Subject, folder: Path) -> list[Path]:
+        """Write small copies of the photos of a subject and return their files."""
+        files = []
+        for i, path in enumerate(subject.concept.images):
+            photo = load_picture(Picture(path))
+            photo.thumbnail((gallery.THUMB, gallery.THUMB))
+            file = folder / f"{subject.name}-{i}.png"
+            write_atomic(file, png(photo))
+            files.append(file)
+        return files
 
     def rows(self, sheets: Iterable[Sheet]) -> list[gallery.Row]:
         """Return a row for each prompt of some sheets: the pictures of the base model, then those of each side."""
-        return [
-            (prompt, [(side, self.files(side, sheet)[i]) for side in (BASE, *self.plan.sides)])
-            for sheet in sheets for i, prompt in enumerate(sheet.prompts)
-        ]  # fmt: skip
+        rows = []
+        for sheet in sheets:
+            by_side = {s: self.files(s, sheet) for s in (BASE, *self.plan.sides)}
+            for i, prompt in enumerate(sheet.prompts):
+                cells = [(side, files[i]) for side, files in by_side.items()]
+                rows.append((prompt, cells))
+        return rows
+
+
+def _means(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean of each score of a line."""
+    scores = {name: fmean(values) for name, values in line["scores"].items()}
+    return {
+        "subject": line["subject"],
+        "side": line["side"],
+        "test": line["test"],
+        "scores": scores,
+    }
+
+
+def _shares(counts: Counter[str]) -> dict[str, float]:
+    total = counts.total()
+    return {outcome: count / total for outcome, count in counts.items()}

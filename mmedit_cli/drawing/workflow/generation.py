@@ -29,12 +29,12 @@ LONGEST = {
     ".jpg": 65535,
     ".jpeg": 65535,
 }  # pixels of a side that a format holds
-GAP, LINE, INK, GREY = (
-    8,
-    16,
-    "#202020",
-    "#707070",
-)  # pixels between things, height of a line of text; colours
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+GAP = 8  # pixels between things
+LINE = 16  # height of a line of text in pixels
+INK = "#202020"
+GREY = "#707070"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DrawOptions:
     """What to draw: each prompt with each seed, with the concepts of the folder `edits` if there is one.
 
     `compare` also draws with the base model, where each concept is its plain word. `overrides` change how concepts
-    are used (KEY=VALUE). `output` is a picture for a sheet of all, or a folder for a file each.
+    are used (KEY=VALUE). `output` is a picture file for a sheet of all pictures, or a folder for single files.
     """
 
     prompts: tuple[str, ...]
@@ -60,25 +60,26 @@ class DrawOptions:
 
 
 @dataclass(frozen=True)
-class Row:
-    """The pictures of one prompt, by one side: `base` or `edited`; `told` is what each of their windows was told."""
+class DrawnPrompt:
+    """The pictures of one prompt by one side, `base` or `edited`; each of their windows has a prompt of its own."""
 
     prompt: str
-    told: tuple[str, ...]
+    window_prompts: tuple[str, ...]
     side: str
     seeds: tuple[int, ...]
     images: tuple[Any, ...]
 
     @property
-    def said(self) -> str:
-        """What the model was told, in a line."""
-        return " | ".join(self.told)
+    def caption(self) -> str:
+        """The prompts of all windows in one line."""
+        return " | ".join(self.window_prompts)
 
 
 def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any]:
     """Draw, write the pictures, and return what was written.
 
-    Raises UserError for an output that is there already, DataError for a prompt with an unknown token, StateError.
+    Raises UserError for an output that exists already, DataError for a prompt with an unknown token, StateError for
+    concepts that do not fit the model.
     """
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
@@ -90,8 +91,10 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     check_output(options)
     folder = None if options.edits is None else ConceptFolder.existing(options.edits)
     check_tokens(options.prompts, folder)
-    name = options.model or (folder.head["model"] if folder is not None else None)
-    assert name is not None
+    name = options.model
+    if not name:
+        assert folder is not None
+        name = str(folder.head["model"])
     out.note(loading(name))
     model = load_stable_diffusion(
         name,
@@ -102,19 +105,29 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     )
     pictures = len(options.prompts) * len(options.seeds) * (1 + options.compare)
     with out.progress({"steps": pictures * sampling.steps}) as tick:
-        rows = _rows(model, folder, options, sampling, lambda n: tick("steps", n))
-    windows = {row.prompt: list(row.told) for row in rows if len(row.told) > 1}
-    for prompt, told in windows.items():
-        out.note(
-            f"{prompt!r} has a window for each subject: {', '.join(map(repr, told))}"
-        )
+        rows = _draw_all(model, folder, options, sampling, lambda n: tick("steps", n))
+    windows: dict[str, list[str]] = {}
+    for row in rows:
+        if len(row.window_prompts) > 1:
+            windows[row.prompt] = list(row.window_prompts)
+    for prompt, window_prompts in windows.items():
+        quoted = ", ".join(map(repr, window_prompts))
+        out.note(f"{prompt!r} has a window for each subject: {quoted}")
     facts = {
-        "model": model.name, "steps": sampling.steps, "guidance": model.guidance_scale(sampling),
+        "model": model.name,
+        "steps": sampling.steps,
+        "guidance": model.guidance_scale(sampling),
         "edits": None if folder is None else str(options.edits),
         "concepts": [] if folder is None else folder.tokens,
-    }  # fmt: skip
-    return {**facts, "prompts": list(options.prompts), "windows": windows, "seeds": list(options.seeds),
-            "files": [str(path) for path in write(rows, options.output, facts)]}  # fmt: skip
+    }
+    files = write(rows, options.output, facts)
+    return {
+        **facts,
+        "prompts": list(options.prompts),
+        "windows": windows,
+        "seeds": list(options.seeds),
+        "files": [str(path) for path in files],
+    }
 
 
 def is_sheet(output: Path) -> bool:
@@ -153,135 +166,157 @@ def check_output(options: DrawOptions) -> None:
 def check_tokens(prompts: Sequence[str], folder: ConceptFolder | None) -> None:
     """Raise DataError for every token in angle brackets that no concept of the folder has."""
     known = [] if folder is None else folder.tokens
-    problems = [
-        f"{prompt!r}: no concept {token}{near_miss(token, known)}"
-        for prompt in prompts
-        for token in re.findall(r"<[^<>\s]+>", prompt)
-        if token not in known
-    ]
+    problems = []
+    for prompt in prompts:
+        for token in re.findall(r"<[^<>\s]+>", prompt):
+            if token not in known:
+                near = near_miss(token, known)
+                problems.append(f"{prompt!r}: no concept {token}{near}")
     if problems:
-        raise DataError(
-            problems,
-            f"there are: {', '.join(known)}"
-            if known
-            else "give the concepts with --edits DIR",
-        )
+        hint = "give the concepts with --edits DIR"
+        if known:
+            hint = f"there are: {', '.join(known)}"
+        raise DataError(problems, hint)
 
 
-def _rows(
+def _draw_all(
     model: StableDiffusion,
     folder: ConceptFolder | None,
     options: DrawOptions,
     sampling: Sampling,
     tick: Any,
-) -> list[Row]:
-    """Draw everything; both sides in the same batches, so that what an edit leaves alone is the same bit for bit."""
+) -> list[DrawnPrompt]:
+    """Draw every prompt on every side, in the same batches: what an edit does not change is the same bit for bit."""
     prompts = [prompt for prompt in options.prompts for _ in options.seeds]
     seeds = list(options.seeds) * len(options.prompts)
-    sides: dict[str, list[Any]] = {}
-    told = {"base": {prompt: (_plain(prompt, folder),) for prompt in options.prompts}}
+    images: dict[str, list[Any]] = {}
+    window_prompts: dict[str, list[tuple[str, ...]]] = {}
     if options.compare or folder is None:
-        plain = [told["base"][prompt][0] for prompt in prompts]
-        sides["base"] = model.generate(plain, seeds, sampling, tick=tick)
+        plain = [_plain(prompt, folder) for prompt in prompts]
+        images["base"] = model.generate(plain, seeds, sampling, tick=tick)
+        window_prompts["base"] = [(_plain(p, folder),) for p in options.prompts]
     if folder is not None:
         with folder.load(model, overrides=options.overrides):
-            told["edited"] = {
-                prompt: tuple(model.window_prompts(prompt))
-                for prompt in options.prompts
-            }
-            sides["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
+            by_prompt = [model.window_prompts(prompt) for prompt in options.prompts]
+            window_prompts["edited"] = [tuple(texts) for texts in by_prompt]
+            images["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
     count = len(options.seeds)
-    return [
-        Row(
-            prompt,
-            told[side][prompt],
-            side,
-            options.seeds,
-            tuple(images[i * count : (i + 1) * count]),
-        )
-        for i, prompt in enumerate(options.prompts)
-        for side, images in sides.items()
-    ]
+    rows = []
+    for i, prompt in enumerate(options.prompts):
+        for side in images:
+            row = DrawnPrompt(
+                prompt,
+                window_prompts[side][i],
+                side,
+                options.seeds,
+                tuple(images[side][i * count : (i + 1) * count]),
+            )
+            rows.append(row)
+    return rows
 
 
 def _plain(prompt: str, folder: ConceptFolder | None) -> str:
     """Return a prompt with the plain word for each concept."""
-    for entry in [] if folder is None else folder.entries:
+    if folder is None:
+        return prompt
+    for entry in folder.entries:
         prompt = prompt.replace(entry["token"], entry["superclass"])
     return prompt
 
 
-def write(rows: Sequence[Row], output: Path, facts: dict[str, Any]) -> list[Path]:
+def write(
+    rows: Sequence[DrawnPrompt], output: Path, facts: dict[str, Any]
+) -> list[Path]:
     """Write all pictures on one sheet, or each into a folder; return the files."""
     if is_sheet(output):
-        single = len(rows) == 1 and len(rows[0].images) == 1
-        whole = rows[0].images[0] if single else sheet(rows)
-        if max(whole.size) > LONGEST.get(
-            output.suffix.lower(), math.inf
-        ):  # then it would be lost
-            output = output.with_name(f"{output.name}.png")
-        write_atomic(output, _encoded(whole, output.suffix, _said(rows, facts)))
-        return [output]
+        return [_write_sheet(rows, output, facts)]
     output.mkdir(parents=True, exist_ok=True)
     files = []
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     for row in rows:
+        number = prompts.index(row.prompt)
         for seed, image in zip(row.seeds, row.images, strict=True):
-            files.append(
-                output / f"{prompts.index(row.prompt):03d}-{seed}-{row.side}.png"
-            )
-            write_atomic(
-                files[-1],
-                _encoded(image, ".png", {**facts, "prompt": row.said, "seed": seed}),
-            )
+            file = output / f"{number:03d}-{seed}-{row.side}.png"
+            about = {**facts, "prompt": row.caption, "seed": seed}
+            write_atomic(file, _encode(image, ".png", about))
+            files.append(file)
     return files
 
 
-def sheet(rows: Sequence[Row]) -> Image.Image:
+def _write_sheet(
+    rows: Sequence[DrawnPrompt], output: Path, facts: dict[str, Any]
+) -> Path:
+    """Write all pictures on one sheet, or a single picture as it is; return the file."""
+    first = rows[0]
+    single = len(rows) == 1 and len(first.images) == 1
+    picture = first.images[0] if single else sheet(rows)
+    longest = LONGEST.get(output.suffix.lower(), math.inf)
+    if max(picture.size) > longest:  # the format could not hold it
+        output = output.with_name(f"{output.name}.png")
+    prompts = dict.fromkeys(row.prompt for row in rows)
+    about = {
+        **facts,
+        "prompt": " | ".join(prompts),
+        "seed": ",".join(map(str, first.seeds)),
+    }
+    write_atomic(output, _encode(picture, output.suffix, about))
+    return output
+
+
+def sheet(rows: Sequence[DrawnPrompt]) -> Image.Image:
     """Return all pictures on one: a row of seeds for each prompt and side, with its words above it."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
-    cell, side = (
-        max(getattr(image, edge) for row in rows for image in row.images)
-        for edge in ("width", "height")
-    )
-    width = GAP + len(rows[0].images) * (cell + GAP)
-    font = ImageFont.load_default(12)
-    several = len({row.side for row in rows}) > 1
-    texts = []
+    images = [image for row in rows for image in row.images]
+    cell_width = max(image.width for image in images)
+    cell_height = max(image.height for image in images)
+    width = GAP + len(rows[0].images) * (cell_width + GAP)
+    characters = max(8, (width - 2 * GAP) // 7)
+    show_side = len({row.side for row in rows}) > 1
+    captions = []
     for row in rows:
-        words = f"{row.side}: {row.said}" if several else row.said
-        texts.append(textwrap.wrap(words, max(8, (width - 2 * GAP) // 7)) or [""])
-    heights = [len(lines) * LINE + LINE + side + GAP for lines in texts]
-    whole = Image.new("RGB", (width, GAP + sum(heights)), "white")
-    pen = ImageDraw.Draw(whole)
-    top = GAP
-    for row, lines, height in zip(rows, texts, heights, strict=True):
-        for i, line in enumerate(lines):
-            pen.text((GAP, top + i * LINE), line, INK, font)
-        for j, (seed, image) in enumerate(zip(row.seeds, row.images, strict=True)):
-            left = GAP + j * (cell + GAP)
-            pen.text((left, top + len(lines) * LINE), f"seed {seed}", GREY, font)
-            whole.paste(image, (left, top + (len(lines) + 1) * LINE))
-        top += height
-    return whole
+        text = f"{row.side}: {row.caption}" if show_side else row.caption
+        lines = textwrap.wrap(text, characters)
+        captions.append(lines or [""])
+    tops = [GAP]
+    for lines in captions:
+        height = len(lines) * LINE + LINE + cell_height + GAP
+        tops.append(tops[-1] + height)
+    canvas = Image.new("RGB", (width, tops[-1]), "white")
+    for row, lines, top in zip(rows, captions, tops, strict=False):
+        _paste_row(canvas, row, lines, top, cell_width)
+    return canvas
 
 
-def _said(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
-    prompts = " | ".join(dict.fromkeys(row.prompt for row in rows))
-    return {**facts, "prompt": prompts, "seed": ",".join(map(str, rows[0].seeds))}
+def _paste_row(
+    canvas: Image.Image, row: DrawnPrompt, lines: list[str], top: int, cell_width: int
+) -> None:
+    """Write the caption of a row, and its pictures with their seeds below."""
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.load_default(12)
+    pen = ImageDraw.Draw(canvas)
+    for line in lines:
+        pen.text((GAP, top), line, INK, font)
+        top += LINE
+    left = GAP
+    for seed, image in zip(row.seeds, row.images, strict=True):
+        pen.text((left, top), f"seed {seed}", GREY, font)
+        canvas.paste(image, (left, top + LINE))
+        left += cell_width + GAP
 
 
-def _encoded(image: Image.Image, suffix: str, facts: dict[str, Any]) -> bytes:
-    """Return the bytes of a picture; a PNG carries how it was made."""
+def _encode(image: Image.Image, suffix: str, facts: dict[str, Any]) -> bytes:
+    """Return the bytes of a picture; a PNG contains how it was made."""
     from PIL.PngImagePlugin import PngInfo
 
-    file, options = io.BytesIO(), {}
+    format_name = _FORMATS.get(suffix.lower(), "PNG")
+    options = {}
     if suffix.lower() == ".png":
         info = PngInfo()
         for key, value in facts.items():
             info.add_itxt(f"mmedit:{key}", str(value))
-        options = {"pnginfo": info}
-    kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix.lower(), "PNG")
-    image.save(file, kind, **options)
+        options["pnginfo"] = info
+    file = io.BytesIO()
+    image.save(file, format_name, **options)
     return file.getvalue()

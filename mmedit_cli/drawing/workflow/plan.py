@@ -1,4 +1,4 @@
-"""What is to be done to evaluate a personalizer: subjects, settings, sheets of prompts; no model is loaded for it."""
+"""The plan of an evaluation of a personalizer: subjects, settings, sheets of prompts. No model is loaded for it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ from mmedit_cli.types import Concept
 FOLDER = "eval-concepts"  # below the records
 DATA = "emojikb-concepts"  # where no data are named
 ROUTED = ("routed", "oracle", "always-on")  # sides of a method with a router of its own
-CLIP, DINO = (
-    "openai/clip-vit-base-patch32",
-    "facebook/dino-vits16",
-)  # as published, if they are in the hub's cache
+# The published encoders, used if they are in the hub's cache.
+CLIP = "openai/clip-vit-base-patch32"
+DINO = "facebook/dino-vits16"
 OWN = "mini-blip2"
 KINDS: dict[str, type] = {
-    "eval.steps": int, "eval.guidance": float, "eval.size": int, "eval.seeds": int, "eval.batch_size": int,
-    "eval.clip": str, "eval.dino": str, "eval.encoder": str,
-}  # fmt: skip
+    "eval.steps": int,
+    "eval.guidance": float,
+    "eval.size": int,
+    "eval.seeds": int,
+    "eval.batch_size": int,
+    "eval.clip": str,
+    "eval.dino": str,
+    "eval.encoder": str,
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,11 @@ class ConceptEvalOptions:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn and looked at: `seeds` pictures a prompt, `batch_size` at a time; encoders by name.
+class DrawingSettings:
+    """How pictures are drawn and scored: `seeds` pictures for each prompt, `batch_size` at a time; encoders by name.
 
-    `auto` is the published encoder if it is in the hub's cache, for `encoder` mini-blip2 if nothing else looks or the
-    subjects are of EmojiKB; `none` leaves one out.
+    For `clip` and `dino`, `auto` is the published encoder if it is in the hub's cache. For `encoder`, it is mini-blip2
+    if there is no other one or the subjects are of EmojiKB. `none` leaves an encoder out.
     """
 
     steps: int = 25
@@ -76,31 +81,33 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "batch_size", "size"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UserError(f"--set eval.{name}={value}: must be above 0")
-        if self.size is not None and self.size % 8:
-            raise UserError(f"--set eval.size={self.size}: not a multiple of 8 pixels")
+        size = self.size
+        if size is not None and size % 8:
+            raise UserError(f"--set eval.size={size}: not a multiple of 8 pixels")
 
-    def found(self, *, emoji: bool) -> Settings:
-        """Return the settings with the encoders that `auto` comes to."""
-        clip, dino = (
-            (name if in_cache(name) else "none") if given == "auto" else given
-            for given, name in ((self.clip, CLIP), (self.dino, DINO))
-        )
-        own = OWN if emoji or (clip, dino) == ("none", "none") else "none"
-        return replace(
-            self,
-            clip=clip,
-            dino=dino,
-            encoder=own if self.encoder == "auto" else self.encoder,
-        )
+    def resolved(self, *, emoji: bool) -> DrawingSettings:
+        """Return the settings with `auto` replaced by the name of an encoder, or by `none`."""
+        clip = self.clip
+        if clip == "auto":
+            clip = CLIP if in_cache(CLIP) else "none"
+        dino = self.dino
+        if dino == "auto":
+            dino = DINO if in_cache(DINO) else "none"
+        encoder = self.encoder
+        if encoder == "auto":
+            no_other = clip == "none" and dino == "none"
+            encoder = OWN if emoji or no_other else "none"
+        return replace(self, clip=clip, dino=dino, encoder=encoder)
 
 
 @dataclass(frozen=True)
 class Sheet:
     """Prompts of a test, drawn with every seed, about `subjects`; `base` is the folder of the base model's pictures.
 
-    Pictures of a method that is always on differ by the concept `loaded`; None: all are.
+    `loaded` are the concepts in the model; None stands for all of them.
     """
 
     test: str
@@ -119,7 +126,7 @@ class ConceptPlan:
     options: ConceptEvalOptions
     ref: ModelRef
     hparams: Any
-    settings: Settings
+    settings: DrawingSettings
     found: SubjectSet
     config: dict[str, Any]
     folder: Path
@@ -132,20 +139,21 @@ class ConceptPlan:
     @property
     def sides(self) -> tuple[str, ...]:
         """The sides with concepts."""
-        return (
-            ROUTED
-            if hasattr(registry.personalizers.get(self.options.editor), "route")
-            else ("edited",)
-        )
+        personalizer = registry.personalizers.get(self.options.editor)
+        return ROUTED if hasattr(personalizer, "route") else ("edited",)
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values."""
-        sheets = list(sheets_of(self.found, routes=self.routes, several=self.several))
-        drawn = sum(len(s.prompts) for s in sheets) * len(self.sides)
-        drawn += sum(len(s.prompts) for s in {s.base: s for s in sheets}.values())
+        prompts = 0
+        by_base = {}
+        for sheet in sheets_of(self.found, routes=self.routes, several=self.several):
+            count = len(sheet.prompts)
+            prompts += count * len(self.sides)
+            by_base[sheet.base] = count
+        prompts += sum(by_base.values())
         return {
             **self.config,
-            "pictures": drawn * self.settings.seeds,
+            "pictures": prompts * self.settings.seeds,
             "run": str(self.folder),
         }
 
@@ -165,22 +173,19 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
     training_dtype(options.device, options.dtype)
     ref = find_model(options.model, revision=options.revision)
     check_draws(ref)
-    given = [text for text in options.overrides if text.startswith("eval.")]
-    values = {
-        key.removeprefix("eval."): value
-        for key, value in read_values(given, KINDS).items()
-    }
+    for_settings = [text for text in options.overrides if text.startswith("eval.")]
+    for_method = [text for text in options.overrides if text not in for_settings]
     file = options.hparams or registry.hparams_file(options.editor)
     variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(
-        file, cls.Hparams, variant=variant,
-        overrides=[text for text in options.overrides if text not in given],
-    )  # fmt: skip
+    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=for_method)
     data = DATA if options.data == "emojikb" else options.data
     found = open_subjects(
-        data, root=options.root, model=ref.folder, limit=options.limit
+        data,
+        root=options.root,
+        model=ref.folder,
+        limit=options.limit,
     )
-    problems = []
+    problems: list[str] = []
     for subject in found.subjects:
         try:
             check_concept(subject.concept)
@@ -190,9 +195,10 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
         raise DataError(
             problems[:20], "replace the pictures, or take them out of the folder"
         )
-    settings = Settings(**{"guidance": found.guidance, **values}).found(
-        emoji=found.name == DATA
-    )
+    values: dict[str, Any] = {"guidance": found.guidance}
+    for key, value in read_values(for_settings, KINDS).items():
+        values[key.removeprefix("eval.")] = value
+    settings = DrawingSettings(**values).resolved(emoji=found.name == DATA)
     config = {
         "command": "eval",
         "editor": options.editor,
@@ -217,71 +223,77 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
 
 
 def sheets_of(found: SubjectSet, *, routes: bool, several: bool) -> Iterator[Sheet]:
-    """Yield everything that is drawn.
+    """Yield every sheet.
 
-    Of a method that routes, what is about no subject is drawn once, with all concepts loaded; of another one once a
-    subject, with that one loaded.
+    If the method routes, prompts about no subject are drawn once, with all concepts loaded; otherwise they are drawn
+    once for each subject, with that one loaded.
     """
     for subject in found.subjects:
-        concept = subject.concept
-        loaded = None if routes else (subject,)
-        for test, templates in (
-            ("reliability", found.reliability),
-            ("generality", found.generality_of(subject)),
-        ):
-            prompts = tuple(
-                template.replace("{}", concept.token) for template in templates
-            )
-            plain = tuple(in_plain_words(prompt, [concept]) for prompt in prompts)
-            about = ((subject,), loaded)
-            yield Sheet(
-                test,
-                f"{subject.name}.{test}",
-                _base(plain, concept),
-                prompts,
-                plain,
-                *about,
-            )
-            if test == "reliability":
-                yield Sheet(
-                    "class",
-                    f"{subject.name}.class",
-                    _base(plain, concept),
-                    plain,
-                    plain,
-                    *about,
-                )
-        if not routes:
-            name = f"{subject.name}.other"
-            yield Sheet(
-                "other",
-                name,
-                "other",
-                found.locality,
-                found.locality,
-                (subject,),
-                loaded,
-            )
+        yield from _sheets_of_subject(found, subject, routes=routes)
     if routes:
         yield Sheet("other", "other", "other", found.locality, found.locality)
     if several:
-        ring = [*found.subjects, *found.subjects[: len(found.subjects) > 2]]
+        ring = list(found.subjects)
+        if len(ring) > 2:
+            ring.append(ring[0])
         for both in pairwise(ring):
-            concepts = [subject.concept for subject in both]
-            prompt = found.pair.replace("{}", concepts[0].token, 1).replace(
-                "{}", concepts[1].token, 1
-            )
-            name = "+".join(subject.name for subject in both)
-            plain = (in_plain_words(prompt, concepts),)
-            yield Sheet(
-                "pair",
-                name,
-                _base(plain, *concepts),
-                (prompt,),
-                plain,
-                both,
-                None if routes else both,
-            )
+            yield _sheet_of_pair(found, both, routes=routes)
+
+
+def _sheets_of_subject(
+    found: SubjectSet, subject: Subject, *, routes: bool
+) -> Iterator[Sheet]:
+    concept = subject.concept
+    loaded = None if routes else (subject,)
+    tests = {
+        "reliability": found.reliability,
+        "generality": found.generality_of(subject),
+    }
+    for test, templates in tests.items():
+        prompts = tuple(text.replace("{}", concept.token) for text in templates)
+        plain = tuple(in_plain_words(prompt, [concept]) for prompt in prompts)
+        sheet = Sheet(
+            test,
+            f"{subject.name}.{test}",
+            _base(plain, concept),
+            prompts,
+            plain,
+            subjects=(subject,),
+            loaded=loaded,
+        )
+        yield sheet
+        if test == "reliability":
+            name = f"{subject.name}.class"
+            yield replace(sheet, test="class", name=name, prompts=plain)
+    if not routes:
+        yield Sheet(
+            "other",
+            f"{subject.name}.other",
+            "other",
+            found.locality,
+            found.locality,
+            subjects=(subject,),
+            loaded=loaded,
+        )
+
+
+def _sheet_of_pair(
+    found: SubjectSet, both: tuple[Subject, Subject], *, routes: bool
+) -> Sheet:
+    concepts = [subject.concept for subject in both]
+    prompt = found.pair
+    for concept in concepts:
+        prompt = prompt.replace("{}", concept.token, 1)
+    plain = (in_plain_words(prompt, concepts),)
+    return Sheet(
+        "pair",
+        "+".join(subject.name for subject in both),
+        _base(plain, *concepts),
+        (prompt,),
+        plain,
+        subjects=both,
+        loaded=None if routes else both,
+    )
 
 
 def _base(plain: Sequence[str], *concepts: Concept) -> str:

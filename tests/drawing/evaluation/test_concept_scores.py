@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mmedit_cli.drawing.evaluation import concepts, picture_scores
-from mmedit_cli.drawing.evaluation.concepts import Drawn, Eyes
+from mmedit_cli.drawing.evaluation.concepts import DrawnTest, ScoringModels
 from mmedit_cli.pictures import Picture, load_picture
 
 RED, GREEN, BLUE = "#ff0000", "#00ff00", "#0000ff"
@@ -57,8 +57,8 @@ def paint(tmp_path):
 
 
 @pytest.fixture
-def eyes(paint):
-    return Eyes(
+def models(paint):
+    return ScoringModels(
         {"colours": Colours()},
         [("red", paint(RED)), ("green", paint(GREEN)), ("blue", paint(BLUE))],
     )
@@ -77,37 +77,37 @@ def test_pairs_by_seed_and_all_pairs():
     assert picture_scores.among_themselves(same[:1]) is None
 
 
-def test_likeness_to_the_photos(eyes, paint):
-    drawn = Drawn(
+def test_likeness_to_the_photos(models, paint):
+    drawn = DrawnTest(
         [[paint(RED), paint(BLUE)], [paint(RED), paint(RED)]],
         [],
         ["one", "two"],
         ["red"],
         [paint(RED)],
     )
-    found = concepts.resemblance(drawn, eyes)
+    found = concepts.score_subject(drawn, models)
     assert found == {
         "colours-I": pytest.approx([50, 100]),
         "nearest by colours": [50, 100],
     }
-    assert concepts.of_photos([paint(RED), paint(RED)], eyes) == {
+    assert concepts.score_photos([paint(RED), paint(RED)], models) == {
         "colours-I": [pytest.approx(100)]
     }
-    assert concepts.of_photos([paint(RED)], eyes) == {}
+    assert concepts.score_photos([paint(RED)], models) == {}
 
 
 def test_names_are_asked_for_where_there_are_any(paint):
-    drawn = Drawn(
+    drawn = DrawnTest(
         [[paint(RED), paint(BLUE)]], [], ["one"], ["red"], [paint(RED)], "red thing"
     )
     gallery = [("red", paint(GREEN)), ("other", paint(RED)), ("blue", paint(BLUE))]
-    eyes = Eyes({"namer": Colours()}, gallery, namer=Namer())
-    found = concepts.resemblance(drawn, eyes)
+    models = ScoringModels({"namer": Colours()}, gallery, namer=Namer())
+    found = concepts.score_subject(drawn, models)
     assert found["named by namer"] == [50]
     assert found["nearest by namer"] == [0]
     assert found["recognised by namer"] == [50], "by its name or by its neighbour"
-    eyes.unknown = frozenset({"red"})
-    assert "named by namer" not in concepts.resemblance(drawn, eyes)
+    models.unknown = frozenset({"red"})
+    assert "named by namer" not in concepts.score_subject(drawn, models)
 
 
 def test_backgrounds_are_asked_for_where_a_prompt_names_one(paint):
@@ -121,35 +121,37 @@ def test_backgrounds_are_asked_for_where_a_prompt_names_one(paint):
         "a thing on a red background",
         "it, on a red background, twice",
     ]
-    eyes = Eyes({"namer": Colours()}, [("red", paint(RED))], namer=Namer())
-    found = concepts.resemblance(Drawn(rows, [], texts, ["red"], [paint(RED)]), eyes)
+    models = ScoringModels({"namer": Colours()}, [("red", paint(RED))], namer=Namer())
+    found = concepts.score_subject(
+        DrawnTest(rows, [], texts, ["red"], [paint(RED)]), models
+    )
     assert found["background by namer"] == [50, 0], (
         "one value for each prompt that names one"
     )
-    plain = concepts.resemblance(
-        Drawn(rows[:1], [], texts[:1], ["red"], [paint(RED)]), eyes
+    plain = concepts.score_subject(
+        DrawnTest(rows[:1], [], texts[:1], ["red"], [paint(RED)]), models
     )
     assert "background by namer" not in plain
 
 
-def test_what_stayed(eyes, paint):
+def test_what_stayed(models, paint):
     base = [[paint(RED), paint(BLUE)]]
-    found = concepts.constancy(Drawn(base, base, ["x"]), eyes)
+    found = concepts.score_locality(DrawnTest(base, base, ["x"]), models)
     assert (found["identical"], found["L1"]) == ([100], [0])
     assert found["colours-I paired"] == [pytest.approx(100)]
     assert found["colours-I all pairs"] == [pytest.approx(50)], (
         "the ceiling of the published form"
     )
-    found = concepts.constancy(
-        Drawn([[paint(RED), paint("#0000fe")]], base, ["x"]), eyes
+    found = concepts.score_locality(
+        DrawnTest([[paint(RED), paint("#0000fe")]], base, ["x"]), models
     )
     assert found["identical"] == [50], "one step of one channel is a difference"
     assert 0 < found["L1"][0] < 1e-3
 
 
-def test_two_in_one_picture(eyes, paint):
-    drawn = Drawn([[paint(RED, GREEN), paint(RED)]], [], ["x"], ["red", "green"])
-    found = concepts.togetherness(drawn, eyes)
+def test_two_in_one_picture(models, paint):
+    drawn = DrawnTest([[paint(RED, GREEN), paint(RED)]], [], ["x"], ["red", "green"])
+    found = concepts.score_pairs(drawn, models)
     assert found == {"both by colours": [50], "one at least by colours": [100]}
     assert [part.size for part in concepts.windows(Image.new("RGB", (8, 8)))] == [
         (8, 8),
@@ -197,10 +199,12 @@ def test_clip_also_reads_the_prompts(paint):
                 [torch.eye(3)[{"red": 0, "blue": 2}[text]] for text in texts]
             )
 
-    eyes = Eyes({"CLIP": Colours()}, [("red", paint(RED))], Texts())
-    found = concepts.resemblance(
-        Drawn([[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]),
-        eyes,
+    models = ScoringModels({"CLIP": Colours()}, [("red", paint(RED))], Texts())
+    found = concepts.score_subject(
+        DrawnTest(
+            [[paint(RED)], [paint(RED)]], [], ["red", "blue"], ["red"], [paint(RED)]
+        ),
+        models,
     )
     assert found["CLIP-T"] == [pytest.approx(100), pytest.approx(0)]
     assert set(found) == {"CLIP-I", "CLIP-T", "nearest by CLIP"}

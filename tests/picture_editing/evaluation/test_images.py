@@ -147,5 +147,5 @@ def test_dino():
     assert picture_scores.similarity(
         encoder.pictures([picture])[0], same[0]
     ) == pytest.approx(100, abs=1e-3)
-    prepared = encoder._prepared(Image.new("RGB", (30, 30), "white"))
+    prepared = encoder._prepare(Image.new("RGB", (30, 30), "white"))
     assert prepared[0, 0, 0] == pytest.approx((1 - 0.485) / 0.229, rel=1e-4)

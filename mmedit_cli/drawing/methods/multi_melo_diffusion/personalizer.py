@@ -68,6 +68,7 @@ class MultiMeloDiffusion(Personalizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        hp = self.hparams
         self._assigned: dict[str, list[str]] = {}
         self._patch = Patch(self.model.model)
         self._blocks: dict[str, Block] = {}
@@ -75,7 +76,7 @@ class MultiMeloDiffusion(Personalizer):
         self._names: dict[str, list[int]] = {}
         self._trie = TokenTrie()
         # While a block is learned, the router is another one and the scale is that of the hyper-parameters.
-        self._router = self.hparams.router
+        self._router = hp.router
         self._scale = 1.0
         self._routed_tokens: Tokens | None = None
         self._routed_rows: dict[tuple[str, ...], Tensor] = {}
@@ -248,9 +249,11 @@ class MultiMeloDiffusion(Personalizer):
         """Let a token stand for an identifier and its superclass; the router finds it by their token ids."""
         word = word_for(name, superclass)
         self.model.words[token] = word
-        text = name if self.hparams.named_by == "identifier" else word.text
+        by_identifier = self.hparams.named_by == "identifier"
+        text = name if by_identifier else word.text
         tokenizer = self.model.tokenizers[0]
-        self._names[token] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        encoded = tokenizer(text, add_special_tokens=False)
+        self._names[token] = encoded["input_ids"]
 
     def _weight_shape(self, path: str) -> tuple[int, ...]:
         weight: Any = self.model.model.get_submodule(path).weight
