@@ -133,11 +133,13 @@ def mgie(
       mmedit image-edit mgie --model models/mgie-7b --image beach.jpg "make it more dramatic" -o drama.png
     """
     from mmedit_cli import runtime
-    from mmedit_cli.picture_editing.methods.mgie.published import Published, convert
+    from mmedit_cli.picture_editing.methods.mgie.published import PublishedMgie, convert
 
     output = Output(as_json=as_json)
     runtime.quiet_libraries()
-    folder = convert(Published(llava, vision, mllm, unet, diffusion), out, output.note)
+    folder = convert(
+        PublishedMgie(llava, vision, mllm, unet, diffusion), out, output.note
+    )
     output.result(
         {"model": str(folder), "editor": "mgie"}, lambda: output.line(str(folder))
     )

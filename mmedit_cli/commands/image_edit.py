@@ -145,18 +145,18 @@ def image_edit(
 
       mmedit image-edit mgie --batch edits.jsonl -o edited/ --batch-size 4
     """
-    from mmedit_cli.picture_editing.methods.base import Settings
+    from mmedit_cli.picture_editing.methods.base import EditSettings
     from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import editing
     from mmedit_cli.reports.picture_editing import print_edits
 
     out = Output(as_json=as_json)
     editing.one_of(image, instruction, batch)
-    request = editing.EditOptions(
+    request = editing.PictureEditOptions(
         editor,
         model,
         LoadOptions(device, dtype, revision),
-        Settings(steps, text_guidance, image_guidance, resolution, restore),
+        EditSettings(steps, text_guidance, image_guidance, resolution, restore),
         editing.colour(background),
         keep_alpha,
         batch_size,
@@ -168,7 +168,7 @@ def image_edit(
         wishes = editing.read_wishes(batch, output, seed)
         report = editing.edit_batch(wishes, output, request, out)
     else:
-        wish = editing.Wish(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
+        wish = editing.RequestedEdit(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
         report = editing.edit_pictures(
             editing.samples(wish, samples), request, out, sheet
         )

@@ -10,7 +10,7 @@ from mmedit_cli import runtime
 from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import NotFinite
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
@@ -101,4 +101,6 @@ def test_editing(editor, broken, part, word, what):
     with pytest.raises(
         NotFinite, match=f"{what} are not finite: {part}.{name} holds NaN or infinity"
     ):
-        editor.edit([Job(Image.new("RGB", (32, 32)), "make it red")], Settings(steps=2))
+        editor.edit(
+            [EditJob(Image.new("RGB", (32, 32)), "make it red")], EditSettings(steps=2)
+        )

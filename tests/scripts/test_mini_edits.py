@@ -20,7 +20,7 @@ from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.picture_editing.data import emojikb_edits
 from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier
 from mmedit_cli.picture_editing.evaluation.judge import Judge
-from mmedit_cli.picture_editing.methods.base import Job
+from mmedit_cli.picture_editing.methods.base import EditJob
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_held_out_edits_are_made(shipped):
     ][:16]
     sources = [pair.source() for pair in pairs]
     jobs = [
-        Job(source, pair.instruction)
+        EditJob(source, pair.instruction)
         for source, pair in zip(sources, pairs, strict=True)
     ]
     made = [edited.picture for edited in editor.edit(jobs, batch_size=16)]
@@ -119,7 +119,7 @@ def test_what_the_language_model_says_does_not_depend_on_company(shipped):
         kinds[kind]
         for kind in ("background", "style", "bigger", "opposite-background", "turn")
     ]
-    jobs = [Job(pair.source(), pair.instruction) for pair in pairs]
+    jobs = [EditJob(pair.source(), pair.instruction) for pair in pairs]
     together = editor.write(jobs)
     assert len({len(written.text) for written in together}) > 2
     assert together == [editor.write([job])[0] for job in jobs]

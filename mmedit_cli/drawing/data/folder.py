@@ -30,10 +30,7 @@ def read(folder: Path) -> SubjectSet:
     described: dict[str, tuple[str, str]] = {}
     for name, given in listed.items():
         described[str(name)] = _describe(str(name), given, problems)
-    tokens = [token for token, _ in described.values()]
-    for token in sorted(set(tokens)):
-        if tokens.count(token) > 1:
-            problems.append(f"{token} names two subjects")
+    problems += _repeated([token for token, _ in described.values()])
     prompts: dict[str, Any] = {}
     for key in _NOUNS:
         if key in content:
@@ -48,6 +45,14 @@ def read(folder: Path) -> SubjectSet:
         concept = Concept(token, superclass, photos[name])
         subjects.append(Subject(name, concept))
     return SubjectSet(folder.resolve().name, tuple(subjects), **prompts)
+
+
+def _repeated(tokens: list[str]) -> list[str]:
+    problems = []
+    for token in sorted(set(tokens)):
+        if tokens.count(token) > 1:
+            problems.append(f"{token} names two subjects")
+    return problems
 
 
 def _unknown_keys(content: dict[Any, Any]) -> list[str]:

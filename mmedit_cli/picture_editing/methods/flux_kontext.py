@@ -12,10 +12,10 @@ from torch import nn
 from mmedit_cli.errors import DataError
 from mmedit_cli.finite import check_finite
 from mmedit_cli.picture_editing.methods.base import (
-    Edited,
+    EditedPicture,
+    EditJob,
+    EditSettings,
     ImageEditor,
-    Job,
-    Settings,
     Tick,
 )
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
@@ -25,14 +25,17 @@ from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_
 class FluxKontext(ImageEditor):
     """FLUX.1 Kontext (Black Forest Labs 2025), for any checkpoint that FluxKontextPipeline reads.
 
-    Its guidance is distilled into the model: one pass a step whatever the scale, and none for the picture.
+    Its guidance is distilled into the model: there is one pass for each step at any scale, and no guidance by the
+    picture.
     """
 
     name = "flux-kontext"
-    defaults = Settings(steps=28, text_guidance=3.5)
+    defaults = EditSettings(steps=28, text_guidance=3.5)
 
     def __init__(self, pipeline: Any, model: str, fingerprint: str) -> None:
-        self.pipeline, self.model, self.fingerprint = pipeline, model, fingerprint
+        self.pipeline = pipeline
+        self.model = model
+        self.fingerprint = fingerprint
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -44,7 +47,8 @@ class FluxKontext(ImageEditor):
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return self.pipeline.transformer.device  # type: ignore[no-any-return]
+        device: torch.device = self.pipeline.transformer.device
+        return device
 
     @property
     def multiple(self) -> int:
@@ -66,17 +70,17 @@ class FluxKontext(ImageEditor):
             )
 
     def edit_batch(
-        self, jobs: Sequence[Job], settings: Settings, tick: Tick
-    ) -> list[Edited]:
+        self, jobs: Sequence[EditJob], settings: EditSettings, tick: Tick
+    ) -> list[EditedPicture]:
         """Edit pictures one after another: the pipeline takes one picture a call."""
         return [self._edit(job, settings, tick) for job in jobs]
 
-    def _edit(self, job: Job, settings: Settings, tick: Tick) -> Edited:
+    def _edit(self, job: EditJob, settings: EditSettings, tick: Tick) -> EditedPicture:
         width, height = job.picture.size
         steps = settings.steps or 1
 
         def make(check: Callable[[torch.Tensor, str], None]) -> torch.Tensor:
-            """Return the pixels, (1, 3, H, W) in 0..1; `check` is given all that leaves the model."""
+            """Return the pixels, (1, 3, H, W) in 0..1; `check` sees everything that leaves the model."""
 
             def after_step(
                 _pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]
@@ -85,27 +89,35 @@ class FluxKontext(ImageEditor):
                 tick(1)
                 return tensors
 
-            made = self.pipeline(
-                image=job.picture, prompt=job.instruction, width=width, height=height, max_area=width * height,
-                num_inference_steps=steps, guidance_scale=settings.text_guidance,
-                generator=torch.Generator().manual_seed(job.seed), callback_on_step_end=after_step, output_type="pt",
-            )  # fmt: skip
-            check(made.images, "the edited picture")
-            return made.images  # type: ignore[no-any-return]
+            output = self.pipeline(
+                image=job.picture,
+                prompt=job.instruction,
+                width=width,
+                height=height,
+                max_area=width * height,
+                num_inference_steps=steps,
+                guidance_scale=settings.text_guidance,
+                generator=torch.Generator().manual_seed(job.seed),
+                callback_on_step_end=after_step,
+                output_type="pt",
+            )
+            pixels: torch.Tensor = output.images
+            check(pixels, "the edited picture")
+            return pixels
 
-        parts = {
-            name: part
-            for name, part in self.pipeline.components.items()
-            if isinstance(part, nn.Module)
-        }
+        modules = nn.ModuleDict()
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module):
+                modules[name] = part
 
         def check(values: torch.Tensor, what: str) -> None:
             again = partial(make, lambda _values, _what: None)
-            check_finite(values, f"{self.model}: {what}", nn.ModuleDict(parts), again)
+            check_finite(values, f"{self.model}: {what}", modules, again)
 
         processor = self.pipeline.image_processor
-        (picture,) = processor.numpy_to_pil(processor.pt_to_numpy(make(check)))
-        return Edited(picture, rows=steps)
+        pixels = processor.pt_to_numpy(make(check))
+        (picture,) = processor.numpy_to_pil(pixels)
+        return EditedPicture(picture, rows=steps)
 
 
 IMAGE_EDITOR = FluxKontext

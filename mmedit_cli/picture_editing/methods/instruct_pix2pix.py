@@ -1,16 +1,18 @@
-"""InstructPix2Pix: the instruction as CLIP reads it, and the latents of the picture beside the noise."""
+"""InstructPix2Pix: the condition is CLIP's encoding of the instruction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmedit_cli.errors import DataError
-from mmedit_cli.picture_editing.methods.base import Edited, Job, Settings
-from mmedit_cli.picture_editing.methods.shared.latent import Condition, LatentEditor
+from mmedit_cli.picture_editing.methods.base import EditedPicture, EditJob, EditSettings
+from mmedit_cli.picture_editing.methods.shared.latent import (
+    LatentCondition,
+    LatentEditor,
+)
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
 
 
@@ -21,10 +23,15 @@ class InstructPix2Pix(LatentEditor):
     name = "instruct-pix2pix"
 
     def __init__(
-        self, pipeline: Any, model: str, fingerprint: str, usual: Settings | None = None
+        self,
+        pipeline: Any,
+        model: str,
+        fingerprint: str,
+        usual: EditSettings | None = None,
     ) -> None:
         super().__init__(model, fingerprint, pipeline, usual)
-        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
+        self.tokenizer = pipeline.tokenizer
+        self.text_encoder = pipeline.text_encoder
         self.reading = nn.ModuleDict({"text_encoder": self.text_encoder})
 
     @classmethod
@@ -37,27 +44,33 @@ class InstructPix2Pix(LatentEditor):
         )
         return cls(found.pipeline, found.name, found.fingerprint, found.settings)
 
-    def conditions(self, jobs: Sequence[Job]) -> Condition:
-        """Return the instructions, and the empty one, as CLIP reads them: (B, T, D)."""
-        text = self.encode([job.instruction for job in jobs])
-        null = self.encode([""]).expand_as(text)
-        return Condition(text, null, [Edited(job.picture) for job in jobs])
+    def conditions(self, jobs: Sequence[EditJob]) -> LatentCondition:
+        """Return the encodings (B, T, D) of the instructions and of the empty one."""
+        instructions = [job.instruction for job in jobs]
+        text = self.encode(instructions)
+        null = self.encode([""])
+        notes = [EditedPicture(job.picture) for job in jobs]
+        return LatentCondition(text, null.expand_as(text), notes)
 
-    def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return texts as CLIP reads them, (B, T, D); raise DataError for one that is too long."""
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the encodings (B, T, D) of texts; raise DataError for a text that is too long."""
         longest = self.tokenizer.model_max_length
-        for text, ids in zip(
-            texts, self.tokenizer(list(texts))["input_ids"], strict=True
-        ):
+        unpadded = self.tokenizer(list(texts))
+        for text, ids in zip(texts, unpadded["input_ids"], strict=True):
             if len(ids) > longest:
                 raise DataError(
                     f"{text!r} takes {len(ids)} tokens; {self.model} reads {longest}",
                     "say it shorter",
                 )
         inputs = self.tokenizer(
-            list(texts), padding="max_length", max_length=longest, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            max_length=longest,
+            return_tensors="pt",
         )
-        return self.text_encoder(inputs["input_ids"].to(self.text_encoder.device))[0]  # type: ignore[no-any-return]
+        token_ids = inputs["input_ids"].to(self.text_encoder.device)
+        hidden: Tensor = self.text_encoder(token_ids)[0]
+        return hidden
 
 
 IMAGE_EDITOR = InstructPix2Pix

@@ -23,7 +23,12 @@ from mmedit_cli.knowledge.trained_networks import (
     networks_line,
 )
 from mmedit_cli.output import Output
-from mmedit_cli.picture_editing.methods.base import Edited, ImageEditor, Job, Settings
+from mmedit_cli.picture_editing.methods.base import (
+    EditedPicture,
+    EditJob,
+    EditSettings,
+    ImageEditor,
+)
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.pictures import (
     Picture,
@@ -45,7 +50,7 @@ _NO_ALPHA = ("JPEG", "BMP")
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedEdit:
     """One picture to make: from `image`, as `instruction` says, into `output`; `place` is where it was asked for."""
 
     image: Path
@@ -57,13 +62,13 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class EditOptions:
+class PictureEditOptions:
     """How pictures are edited; the defaults are those of `mmedit image-edit`."""
 
     editor: str
     model: str | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
-    settings: Settings = field(default_factory=Settings)
+    settings: EditSettings = field(default_factory=EditSettings)
     background: str = "#ffffff"
     keep_alpha: bool = False
     batch_size: int = 1
@@ -72,26 +77,26 @@ class EditOptions:
     checkpoint: str | None = None
 
 
-def samples(wish: Wish, count: int) -> list[Wish]:
+def samples(wish: RequestedEdit, count: int) -> list[RequestedEdit]:
     """Return a wish with `count` seeds in a row; several outputs have their seed behind the name."""
     if count == 1:
         return [wish]
     seeds = range(wish.seed, wish.seed + count)
     named = [wish.output.with_stem(f"{wish.output.stem}-{seed}") for seed in seeds]
     return [
-        Wish(wish.image, wish.instruction, output, seed, wish.expressive)
+        RequestedEdit(wish.image, wish.instruction, output, seed, wish.expressive)
         for output, seed in zip(named, seeds, strict=True)
     ]
 
 
-def read_wishes(file: Path, out: Path, seed: int) -> list[Wish]:
+def read_wishes(file: Path, out: Path, seed: int) -> list[RequestedEdit]:
     """Read a JSONL file, one object a line: image, instruction and, if you like, output, seed, expressive.
 
     Images are named relative to the file, outputs relative to the folder `out`, which none of them leaves. Raises
     DataError with every bad line.
     """
     form = 'a line is {"image": ..., "instruction": ...}'
-    wishes: list[Wish] = []
+    wishes: list[RequestedEdit] = []
     problems: list[str] = []
     for number, line in read_lines(file, hint=form):
         if line.strip() and len(problems) < _MOST_PROBLEMS:
@@ -100,7 +105,7 @@ def read_wishes(file: Path, out: Path, seed: int) -> list[Wish]:
                 found = _read_line(
                     parse_json_object(line, place), number, file.parent, out, seed
                 )
-                wishes.append(Wish(**{**vars(found), "place": place}))
+                wishes.append(RequestedEdit(**{**vars(found), "place": place}))
             except DataError as error:
                 problems += error.problems
     outputs: dict[Path, str] = {}
@@ -115,7 +120,9 @@ def read_wishes(file: Path, out: Path, seed: int) -> list[Wish]:
     return wishes
 
 
-def _read_line(record: Record, number: int, images: Path, out: Path, seed: int) -> Wish:
+def _read_line(
+    record: Record, number: int, images: Path, out: Path, seed: int
+) -> RequestedEdit:
     """Return the wish of a line; raise DataError for what is wrong with it."""
     record.only(*_KEYS)
     image = record.path("image")
@@ -127,7 +134,7 @@ def _read_line(record: Record, number: int, images: Path, out: Path, seed: int) 
     ):
         record.fail("output", f"{name!r} is not inside {out}")
     own = record.integer("seed", seed, low=0)
-    return Wish(
+    return RequestedEdit(
         images / image,
         record.text("instruction"),
         output,
@@ -137,7 +144,9 @@ def _read_line(record: Record, number: int, images: Path, out: Path, seed: int) 
 
 
 def check(
-    wishes: Sequence[Wish], options: EditOptions, done: frozenset[Path] = frozenset()
+    wishes: Sequence[RequestedEdit],
+    options: PictureEditOptions,
+    done: frozenset[Path] = frozenset(),
 ) -> None:
     """Look at every input and output before a model is loaded; raise DataError with all that is wrong."""
     problems: list[str] = []
@@ -172,7 +181,7 @@ def check(
         )
 
 
-def load_editor(options: EditOptions, out: Output) -> ImageEditor:
+def load_editor(options: PictureEditOptions, out: Output) -> ImageEditor:
     """Load the editor, saying so: it may take a while. Raises UnknownName, ModelError, UserError."""
     cls, model = registry.image_editors.get(options.editor), options.model
     networks = own_networks(options)
@@ -184,7 +193,7 @@ def load_editor(options: EditOptions, out: Output) -> ImageEditor:
     return editor
 
 
-def own_networks(options: EditOptions) -> TrainedNetworks | None:
+def own_networks(options: PictureEditOptions) -> TrainedNetworks | None:
     """Return the training that `--checkpoint` names; None without the option. Raises UserError."""
     checkpoint = options.checkpoint
     if checkpoint is None:
@@ -211,7 +220,10 @@ def own_networks(options: EditOptions) -> TrainedNetworks | None:
 
 
 def edit_pictures(
-    wishes: Sequence[Wish], options: EditOptions, out: Output, sheet: Path | None = None
+    wishes: Sequence[RequestedEdit],
+    options: PictureEditOptions,
+    out: Output,
+    sheet: Path | None = None,
 ) -> dict[str, Any]:
     """Make pictures of one picture and return the report; with `sheet`, draw it and them beside each other there.
 
@@ -219,7 +231,9 @@ def edit_pictures(
     """
     registry.image_editors.get(options.editor)
     drawn = (
-        [] if sheet is None else [Wish(wishes[0].image, wishes[0].instruction, sheet)]
+        []
+        if sheet is None
+        else [RequestedEdit(wishes[0].image, wishes[0].instruction, sheet)]
     )
     check([*wishes, *drawn], options)
     editor = load_editor(options, out)
@@ -239,7 +253,10 @@ def edit_pictures(
 
 
 def edit_batch(
-    wishes: Sequence[Wish], folder: Path, options: EditOptions, out: Output
+    wishes: Sequence[RequestedEdit],
+    folder: Path,
+    options: PictureEditOptions,
+    out: Output,
 ) -> dict[str, Any]:
     """Make the pictures of a list in a folder and return the report; what is there already is not made again.
 
@@ -313,13 +330,16 @@ def _known(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
 class _Made:
     """An edited picture as the bytes of its file, and how it came about."""
 
-    wish: Wish
+    wish: RequestedEdit
     data: bytes
     record: dict[str, Any]
 
 
 def _edited(
-    editor: ImageEditor, wishes: Sequence[Wish], options: EditOptions, tick: Tick
+    editor: ImageEditor,
+    wishes: Sequence[RequestedEdit],
+    options: PictureEditOptions,
+    tick: Tick,
 ) -> Iterator[list[_Made]]:
     """Edit and yield the pictures, as many at a time as go through the model together; nothing is written."""
     import torch
@@ -332,7 +352,7 @@ def _edited(
             load_picture(Picture(wish.image, options.background)) for wish in part
         ]
         jobs = [
-            Job(p, w.instruction, w.seed, w.expressive)
+            EditJob(p, w.instruction, w.seed, w.expressive)
             for p, w in zip(pictures, part, strict=True)
         ]
         try:
@@ -370,7 +390,9 @@ def _edited(
         yield made
 
 
-def _encoded(wish: Wish, result: Edited, options: EditOptions) -> bytes:
+def _encoded(
+    wish: RequestedEdit, result: EditedPicture, options: PictureEditOptions
+) -> bytes:
     """Return the bytes of the file of an edited picture."""
     picture = result.picture
     alpha = load_alpha(wish.image) if options.keep_alpha else None
@@ -393,7 +415,7 @@ def _write(made: _Made) -> None:
     write_atomic(output, made.data)
 
 
-def _head(editor: ImageEditor, options: EditOptions) -> dict[str, Any]:
+def _head(editor: ImageEditor, options: PictureEditOptions) -> dict[str, Any]:
     settings = options.settings.over(editor.defaults)
     return {
         "editor": options.editor,
@@ -409,11 +431,11 @@ def _head(editor: ImageEditor, options: EditOptions) -> dict[str, Any]:
     }
 
 
-def _steps(editor: ImageEditor, options: EditOptions) -> int:
+def _steps(editor: ImageEditor, options: PictureEditOptions) -> int:
     return options.settings.over(editor.defaults).steps or 1
 
 
-def _key(wish: Wish, folder: Path) -> str:
+def _key(wish: RequestedEdit, folder: Path) -> str:
     """Return a digest of all that a picture depends on, apart from what the whole folder shares."""
     facts = [
         wish.instruction,

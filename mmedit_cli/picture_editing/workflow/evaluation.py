@@ -27,7 +27,12 @@ from mmedit_cli.output import Output
 from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
 from mmedit_cli.picture_editing.data.opening import open_pairs
 from mmedit_cli.picture_editing.evaluation.lpips import SMALLEST, Lpips
-from mmedit_cli.picture_editing.methods.base import Edited, ImageEditor, Job, Settings
+from mmedit_cli.picture_editing.methods.base import (
+    EditedPicture,
+    EditJob,
+    EditSettings,
+    ImageEditor,
+)
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.workflow.editing import (
     EditOptions,
@@ -97,11 +102,11 @@ class Encoders:
     judge: Judge | None = None
 
 
-def read_settings(overrides: Sequence[str]) -> tuple[Settings, dict[str, str]]:
+def read_settings(overrides: Sequence[str]) -> tuple[EditSettings, dict[str, str]]:
     """Return (settings, names of what takes scores) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
     found = read_values(overrides, _KEYS)
     looks = {name: found.pop(name, "") for name in _LOOKS}
-    return Settings(**found), looks
+    return EditSettings(**found), looks
 
 
 def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def _score_all(
         began = time.monotonic()
         sources = [pair.source() for pair in part]
         jobs = [
-            Job(source, pair.instruction, seed)
+            EditJob(source, pair.instruction, seed)
             for source, pair in zip(sources, part, strict=True)
         ]
         results = editor.edit(jobs, options.settings, batch_size=options.batch_size)
@@ -285,7 +290,7 @@ def _draw(pairs: Sequence[EditPair], folder: Path, title: str) -> Path:
 
 
 def _line(
-    pair: EditPair, source: Image.Image, result: Edited, encoders: Encoders
+    pair: EditPair, source: Image.Image, result: EditedPicture, encoders: Encoders
 ) -> dict[str, Any]:
     goal = pair.target()
     return {

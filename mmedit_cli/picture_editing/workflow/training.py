@@ -29,7 +29,7 @@ FOLDER = "train-image-editor"  # below the records
 
 
 @dataclass(frozen=True)
-class TrainPlan:
+class PictureTrainingPlan:
     """Everything resolved before a model is loaded."""
 
     options: EditorTrainingOptions
@@ -41,7 +41,7 @@ class TrainPlan:
     folder: Path
 
 
-def plan_training(options: EditorTrainingOptions) -> TrainPlan:
+def plan_training(options: EditorTrainingOptions) -> PictureTrainingPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     cls = registry.image_editors.get(options.editor)
     if not cls.trains:
@@ -74,7 +74,7 @@ def plan_training(options: EditorTrainingOptions) -> TrainPlan:
         "versions": runtime.versions(),
     }
     folder = Run.locate(options.records, (FOLDER, cls.name, ref.name, name), config)
-    return TrainPlan(options, ref, hparams, pairs, held_out, config, folder)
+    return PictureTrainingPlan(options, ref, hparams, pairs, held_out, config, folder)
 
 
 def training_pairs(
@@ -112,7 +112,7 @@ def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str
     )
 
 
-def run_training(plan: TrainPlan, out: Output) -> dict[str, Any]:
+def run_training(plan: PictureTrainingPlan, out: Output) -> dict[str, Any]:
     """Load the parts, train, and write what was trained and the report; the first process writes, all return it."""
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING
     from mmedit_cli.knowledge.training_loop import Conditions

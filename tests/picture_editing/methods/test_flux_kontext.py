@@ -6,14 +6,14 @@ import pytest
 from conftest import SHAPES
 
 from mmedit_cli.errors import DataError, ModelError
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.flux_kontext import FluxKontext
 from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.pictures import Picture, load_picture
 
 CPU = LoadOptions("cpu")
-SMALL = Settings(2, resolution=32)
+SMALL = EditSettings(2, resolution=32)
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +28,30 @@ def picture():
 
 def test_the_seed_and_the_instruction_decide(editor, picture):
     ticks = []
-    first = editor.edit([Job(picture, "paint it blue", 1)], SMALL, tick=ticks.append)[0]
+    first = editor.edit(
+        [EditJob(picture, "paint it blue", 1)], SMALL, tick=ticks.append
+    )[0]
     assert first.picture.size == (45, 31)
     assert ticks == [1, 1]
     assert (
-        editor.edit([Job(picture, "paint it blue", 1)], SMALL)[0].picture
+        editor.edit([EditJob(picture, "paint it blue", 1)], SMALL)[0].picture
         == first.picture
     )
     assert (
-        editor.edit([Job(picture, "paint it blue", 2)], SMALL)[0].picture
+        editor.edit([EditJob(picture, "paint it blue", 2)], SMALL)[0].picture
         != first.picture
     )
     assert (
-        editor.edit([Job(picture, "make it a house", 1)], SMALL)[0].picture
+        editor.edit([EditJob(picture, "make it a house", 1)], SMALL)[0].picture
         != first.picture
     )
 
 
 def test_it_has_no_guidance_by_the_picture(editor, picture):
     with pytest.raises(DataError, match="no guidance by the picture"):
-        editor.edit([Job(picture, "paint it blue")], Settings(2, image_guidance=1.5))
+        editor.edit(
+            [EditJob(picture, "paint it blue")], EditSettings(2, image_guidance=1.5)
+        )
 
 
 def test_the_editor_and_the_model_must_fit():

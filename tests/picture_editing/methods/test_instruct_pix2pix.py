@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmedit_cli.errors import DataError, ModelError
-from mmedit_cli.picture_editing.methods.base import Job, Settings, working_size
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings, working_size
 from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
 from mmedit_cli.picture_editing.methods.shared import tiny
 from mmedit_cli.picture_editing.methods.shared.latent import (
@@ -21,7 +21,7 @@ from mmedit_cli.picture_editing.methods.shared.latent import (
 )
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.methods.shared.sampling import (
-    Conditioned,
+    DenoiserInputs,
     coefficients,
     combine,
     denoise,
@@ -94,7 +94,7 @@ def test_coefficients_sum_to_one_and_take_a_scale_a_picture():
 def test_branches_without_weight_are_not_run(editor, text, image, rows):
     with Rows(editor.unet) as passed:
         result = editor.edit(
-            [Job(picture(), "paint it blue")], Settings(2, text, image)
+            [EditJob(picture(), "paint it blue")], EditSettings(2, text, image)
         )[0]
     assert passed.counts == [rows, rows]
     assert result.rows == 2 * rows
@@ -132,7 +132,7 @@ def published(editor, told, seed: int, text: float, image: float, steps: int) ->
 )
 @torch.no_grad()
 def test_every_pair_of_scales_is_the_published_sum(editor, scales):
-    job = Job(picture(), "paint it blue", seed=5)
+    job = EditJob(picture(), "paint it blue", seed=5)
     told = (
         encode_pictures(editor.vae, [job.picture]),
         editor.encode([job.instruction]),
@@ -142,7 +142,7 @@ def test_every_pair_of_scales_is_the_published_sum(editor, scales):
     got = denoise(
         editor.unet,
         editor.scheduler,
-        Conditioned(*told),
+        DenoiserInputs(*told),
         coefficients(*scales, 1),
         3,
         [5],
@@ -164,9 +164,8 @@ def test_the_pipeline_of_diffusers_agrees_where_it_honours_the_scales():
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).images[0]
-    ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(4, 7.5, 1.5))[
-        0
-    ].picture
+    job = EditJob(picture(), "paint it blue", 3)
+    ours = editor.edit([job], EditSettings(4, 7.5, 1.5))[0].picture
     expected = to_pixels([ours])[0].permute(1, 2, 0) / 2 + 0.5
     assert (
         torch.from_numpy(stock) - expected
@@ -177,9 +176,9 @@ def test_scales_below_one_count(editor):
     results = {
         scales: to_pixels(
             [
-                editor.edit([Job(picture(), "paint it blue")], Settings(2, *scales))[
-                    0
-                ].picture
+                editor.edit(
+                    [EditJob(picture(), "paint it blue")], EditSettings(2, *scales)
+                )[0].picture
             ]
         )
         for scales in [(1.0, 1.0), (1.0, 1.5), (1.0, 3.0), (7.5, 0.9), (0.5, 1.0)]
@@ -195,10 +194,10 @@ def test_the_source_is_the_mode_and_is_not_scaled(editor):
 
 @pytest.mark.parametrize("size", [(333, 257), (32, 32), (1, 1), (500, 3), (7, 900)])
 def test_a_picture_keeps_its_size(editor, size):
-    result = editor.edit([Job(picture(*size), "paint it blue")], Settings(1))[0]
+    result = editor.edit([EditJob(picture(*size), "paint it blue")], EditSettings(1))[0]
     assert result.picture.size == size
     free = editor.edit(
-        [Job(picture(*size), "paint it blue")], Settings(1, restore=False)
+        [EditJob(picture(*size), "paint it blue")], EditSettings(1, restore=False)
     )[0]
     assert max(free.picture.size) == 32
     assert all(side % 2 == 0 and side >= 4 for side in free.picture.size)
@@ -213,37 +212,39 @@ def test_working_sizes():
 
 def test_company_does_not_matter_and_a_seed_repeats(editor):
     jobs = [
-        Job(picture(seed=i), text, seed)
+        EditJob(picture(seed=i), text, seed)
         for i, (text, seed) in enumerate([("a", 1), ("b c", 2), ("d", 1)])
     ]
-    alone = [to_pixels([editor.edit([job], Settings(2))[0].picture]) for job in jobs]
+    alone = [
+        to_pixels([editor.edit([job], EditSettings(2))[0].picture]) for job in jobs
+    ]
     together = editor.edit(
-        [*jobs, Job(picture(64, 16), "e")], Settings(2), batch_size=4
+        [*jobs, EditJob(picture(64, 16), "e")], EditSettings(2), batch_size=4
     )
     for one, other in zip(alone, together[:3], strict=True):
         assert (one - to_pixels([other.picture])).abs().max() <= 1.01 / 127.5
     assert torch.equal(
-        alone[0], to_pixels([editor.edit([jobs[0]], Settings(2))[0].picture])
+        alone[0], to_pixels([editor.edit([jobs[0]], EditSettings(2))[0].picture])
     )
-    reseeded = editor.edit([Job(jobs[0].picture, jobs[0].instruction, 9)], Settings(2))[
-        0
-    ]
+    reseeded = editor.edit(
+        [EditJob(jobs[0].picture, jobs[0].instruction, 9)], EditSettings(2)
+    )[0]
     assert not torch.equal(alone[0], to_pixels([reseeded.picture]))
 
 
 def test_no_instruction_gives_the_picture_back(editor):
-    result = editor.edit([Job(picture(), "  ")])[0]
+    result = editor.edit([EditJob(picture(), "  ")])[0]
     assert result.picture == picture()
     assert result.warnings
 
 
 def test_what_cannot_be_done_is_said(editor):
     with pytest.raises(DataError, match="80 tokens; tiny-ip2p reads 77"):
-        editor.edit([Job(picture(), "x" * 78)], Settings(1))
+        editor.edit([EditJob(picture(), "x" * 78)], EditSettings(1))
     with pytest.raises(DataError, match="derives no expressive instruction"):
-        editor.edit([Job(picture(), "x", expressive="y")], Settings(1))
+        editor.edit([EditJob(picture(), "x", expressive="y")], EditSettings(1))
     with pytest.raises(DataError, match="steps 0") as caught:
-        editor.edit([Job(picture(), "x")], Settings(0, resolution=9999))
+        editor.edit([EditJob(picture(), "x")], EditSettings(0, resolution=9999))
     assert len(caught.value.problems) == 2
     pipeline = tiny.build("tiny-ip2p")
     pipeline.register_modules(unet=tiny.unet(4))
@@ -256,10 +257,10 @@ def test_what_cannot_be_done_is_said(editor):
 def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
     tiny.build("tiny-ip2p").save_pretrained(tmp_path / "mine")
     loaded = InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions("cpu"))
-    job = Job(picture(), "paint it blue")
+    job = EditJob(picture(), "paint it blue")
     assert (
-        loaded.edit([job], Settings(2))[0].picture
-        == editor.edit([job], Settings(2))[0].picture
+        loaded.edit([job], EditSettings(2))[0].picture
+        == editor.edit([job], EditSettings(2))[0].picture
     )
     assert loaded.model == "mine"
     index = tmp_path / "mine" / "model_index.json"
@@ -276,7 +277,7 @@ def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
 
 def test_bfloat16():
     editor = InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu", "bfloat16"))
-    result = editor.edit([Job(picture(), "paint it blue")], Settings(2))[0]
+    result = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
     assert editor.unet.dtype == torch.bfloat16
     assert result.picture.size == (32, 32)
 
@@ -290,4 +291,4 @@ def test_latents_that_are_no_numbers_stop_the_edit():
     with pytest.raises(
         MmeditError, match=r"step 1 of 3 are not finite: unet\.conv_out"
     ):
-        editor.edit([Job(picture(), "paint it blue")], Settings(3))
+        editor.edit([EditJob(picture(), "paint it blue")], EditSettings(3))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from mmedit_cli.errors import DataError, ModelError, UserError
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.mgie import Mgie
 from mmedit_cli.picture_editing.methods.mgie.guide import IGNORE, cache_argument, clean
 from mmedit_cli.picture_editing.methods.mgie.modules import (
@@ -146,9 +146,9 @@ def test_a_text_to_image_model_to_start_from(tmp_path):
         pipeline.unet.config.in_channels == pipeline.unet.conv_in.weight.shape[1] == 8
     )
     assert not pipeline.unet.conv_in.weight[:, 4:].any()
-    assert Mgie(pipeline, "", "").edit([Job(picture(), "paint it blue")], Settings(1))[
-        0
-    ].picture.size == (32, 32)
+    assert Mgie(pipeline, "", "").edit(
+        [EditJob(picture(), "paint it blue")], EditSettings(1)
+    )[0].picture.size == (32, 32)
 
 
 # -- guide ------------------------------------------------------------------------------------------------------
@@ -275,9 +275,9 @@ def test_writing_in_company_is_writing_alone(editor):
 
 def test_what_cannot_be_asked(editor):
     with pytest.raises(DataError, match="stands for the picture"):
-        editor.edit([Job(picture(), "put an <image> there")], Settings(1))
+        editor.edit([EditJob(picture(), "put an <image> there")], EditSettings(1))
     with pytest.raises(DataError, match=r"the model reads \d+"):
-        editor.edit([Job(picture(), "long " * 100)], Settings(1))
+        editor.edit([EditJob(picture(), "long " * 100)], EditSettings(1))
 
 
 @pytest.mark.parametrize(
@@ -291,12 +291,14 @@ def test_cleaning_keeps_the_words(text):
 
 
 def test_the_same_text_by_the_user_gives_the_same_picture(editor):
-    first = editor.edit([Job(picture(), "paint it blue")], Settings(2))[0]
+    first = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
     again = editor.edit(
-        [Job(picture(), "paint it blue", expressive=first.expressive)], Settings(2)
+        [EditJob(picture(), "paint it blue", expressive=first.expressive)],
+        EditSettings(2),
     )[0]
     other = editor.edit(
-        [Job(picture(), "paint it blue", expressive="a star in the moon")], Settings(2)
+        [EditJob(picture(), "paint it blue", expressive="a star in the moon")],
+        EditSettings(2),
     )[0]
     assert (first.source, again.source) == ("model", "user")
     assert first.picture == again.picture
@@ -305,12 +307,12 @@ def test_the_same_text_by_the_user_gives_the_same_picture(editor):
 
 def test_company_and_sizes_do_not_matter(editor):
     jobs = [
-        Job(picture(33, 17, seed=i), text, i)
+        EditJob(picture(33, 17, seed=i), text, i)
         for i, text in enumerate(["paint it blue", "a", "what is this"])
     ]
-    together = editor.edit(jobs, Settings(2), batch_size=3)
+    together = editor.edit(jobs, EditSettings(2), batch_size=3)
     for job, result in zip(jobs, together, strict=True):
-        alone = editor.edit([job], Settings(2))[0]
+        alone = editor.edit([job], EditSettings(2))[0]
         assert result.picture.size == (33, 17)
         assert result.expressive == alone.expressive
         pairs = zip(result.picture.tobytes(), alone.picture.tobytes(), strict=True)
@@ -318,7 +320,7 @@ def test_company_and_sizes_do_not_matter(editor):
 
 
 def test_the_condition_does_not_depend_on_the_denoiser(editor):
-    jobs = [Job(picture(), "paint it blue")]
+    jobs = [EditJob(picture(), "paint it blue")]
     with torch.no_grad():
         before = editor.conditions(jobs).text.clone()
         bias = editor.unet.conv_out.bias.clone()
@@ -341,19 +343,21 @@ def test_a_pipeline_of_diffusers(editor, tmp_path):
     ]
     pipeline = MGIEPipeline.from_pretrained(tmp_path / "mgie")
     made = pipeline(picture(), "paint it blue", num_inference_steps=2, seed=3)
-    ours = editor.edit([Job(picture(), "paint it blue", 3)], Settings(2))[0]
+    ours = editor.edit([EditJob(picture(), "paint it blue", 3)], EditSettings(2))[0]
     assert made.images[0] == ours.picture
     assert made.expressive == [ours.expressive]
     loaded = Mgie.load(str(tmp_path / "mgie"), CPU)
     assert (
-        loaded.edit([Job(picture(), "paint it blue", 3)], Settings(2))[0].picture
+        loaded.edit([EditJob(picture(), "paint it blue", 3)], EditSettings(2))[
+            0
+        ].picture
         == ours.picture
     )
 
 
 def test_bfloat16():
     editor = Mgie.load("tiny-mgie", LoadOptions("cpu", "bfloat16"))
-    result = editor.edit([Job(picture(), "paint it blue")], Settings(2))[0]
+    result = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
     assert (
         editor.guide.mllm.dtype
         == editor.unet.dtype

@@ -11,13 +11,13 @@ from PIL import Image
 
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.shared import tiny as tiny_backbones
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.mgie import Mgie
 from mmedit_cli.picture_editing.methods.mgie.modules import MGIEEditHead
 from mmedit_cli.picture_editing.methods.mgie.published import (
-    Published,
+    PublishedMgie,
     convert,
-    read_guidance,
+    read_mllm,
     read_tensors,
 )
 from mmedit_cli.picture_editing.methods.shared import tiny
@@ -27,7 +27,7 @@ WIDTH = 48
 
 
 @pytest.fixture
-def published(tmp_path: Path) -> Published:
+def published(tmp_path: Path) -> PublishedMgie:
     """Folders and files as they are published; the language model knows 8 tokens more than its tokenizer's 451."""
     llava, tokenizer, processor = tiny_backbones.build("tiny-llava")
     tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
@@ -63,7 +63,7 @@ def published(tmp_path: Path) -> Published:
     mllm["emb"] = torch.randn(1, 8, WIDTH, generator=seeded)
     torch.save(mllm, tmp_path / "mllm.pt")
     torch.save(tiny.unet().state_dict(), tmp_path / "unet.pt")
-    return Published(
+    return PublishedMgie(
         folder, vision, tmp_path / "mllm.pt", tmp_path / "unet.pt", "tiny-ip2p"
     )
 
@@ -131,7 +131,8 @@ def test_it_edits(published, tmp_path, cli):
     assert ids[at - 1 : at + 17] == [start, *[patch] * 16, end]
     assert (
         editor.edit(
-            [Job(Image.new("RGB", (32, 32)), "paint it", expressive="a")], Settings(1)
+            [EditJob(Image.new("RGB", (32, 32)), "paint it", expressive="a")],
+            EditSettings(1),
         )[0].source
         == "user"
     )
@@ -140,7 +141,7 @@ def test_it_edits(published, tmp_path, cli):
 def test_the_embeddings_of_the_visual_tokens_may_be_left_out(published):
     tensors = read_tensors(published.mllm)
     del tensors["emb"]
-    found = read_guidance(tensors, "mllm.pt")
+    found = read_mllm(tensors, "mllm.pt")
     assert torch.equal(found.visual_embed, tensors["model.embed_tokens.weight"][-8:])
 
 

@@ -10,7 +10,11 @@ from conftest import SHAPES
 from PIL import ExifTags, Image
 
 from mmedit_cli.output import Output
-from mmedit_cli.picture_editing.workflow.editing import EditOptions, Wish, edit_pictures
+from mmedit_cli.picture_editing.workflow.editing import (
+    PictureEditOptions,
+    RequestedEdit,
+    edit_pictures,
+)
 
 CIRCLE = SHAPES / "solid" / "red-circle.png"
 FAST = ("instruct-pix2pix", "--model", "tiny-ip2p", "--steps", "1", "--device", "cpu")
@@ -388,13 +392,13 @@ def test_bad_lines_are_all_named(cli, tmp_path):
 
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
-    from mmedit_cli.picture_editing.methods.base import Settings
+    from mmedit_cli.picture_editing.methods.base import EditSettings
     from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import editing
 
-    wish = Wish(CIRCLE, "paint it blue", tmp_path / "o.png")
-    options = EditOptions(
-        "instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), Settings(1)
+    wish = RequestedEdit(CIRCLE, "paint it blue", tmp_path / "o.png")
+    options = PictureEditOptions(
+        "instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), EditSettings(1)
     )
     monkeypatch.setattr(
         editing, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)

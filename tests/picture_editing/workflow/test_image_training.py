@@ -15,13 +15,13 @@ from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.training_loop import Conditions
 from mmedit_cli.picture_editing.data.opening import open_pairs
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.mgie import Mgie
 from mmedit_cli.picture_editing.methods.mgie import training as mgie_training
 from mmedit_cli.picture_editing.methods.mgie.hparams import MgieHparams
 from mmedit_cli.picture_editing.methods.mgie.parts import assemble
 from mmedit_cli.picture_editing.methods.mgie.training import (
-    _Training,
+    MgieTraining,
     dropped,
     train_mgie,
 )
@@ -76,10 +76,10 @@ def train(tmp_path):
 def training(tmp_path):
     """The state of a training that has not begun: `training(hparams)`."""
 
-    def build(hparams: MgieHparams) -> _Training:
+    def build(hparams: MgieHparams) -> MgieTraining:
         run = Run.open(tmp_path / f"state-{hparams.train_lm}", {}, {})
-        state = _Training(fresh(hparams), hparams, run, Conditions(), 0)
-        state.say_expressively(PAIRS, [])
+        state = MgieTraining(fresh(hparams), hparams, run, Conditions(), 0)
+        state.prepare(PAIRS, [])
         return state
 
     return build
@@ -162,17 +162,17 @@ def test_lora_of_the_denoiser(train):
 
 def test_what_was_trained_loads_and_edits_as_it_did(train):
     editor, folder = train(hp())
-    job = Job(PAIRS[0].source(), PAIRS[0].instruction)
-    expected = editor.edit([job], Settings(2))[0]
+    job = EditJob(PAIRS[0].source(), PAIRS[0].instruction)
+    expected = editor.edit([job], EditSettings(2))[0]
     loaded = Mgie.load(str(folder), CPU)
-    got = loaded.edit([job], Settings(2))[0]
+    got = loaded.edit([job], EditSettings(2))[0]
     assert got.expressive == expected.expressive
     pairs = zip(got.picture.tobytes(), expected.picture.tobytes(), strict=True)
     assert (
         max(abs(a - b) for a, b in pairs) <= 1
     )  # LoRA is folded in: the same up to rounding
     assert (
-        loaded.edit([replace(job, expressive="x")], Settings(2))[0].picture
+        loaded.edit([replace(job, expressive="x")], EditSettings(2))[0].picture
         != got.picture
     )
 
@@ -185,9 +185,9 @@ def test_another_base_model_is_refused(train, monkeypatch):
     )  # trained from the library: nothing is known of the base
     editor.fingerprint = "another"
     with Run.open(folder, {}, {}) as run:
-        state = _Training(fresh(hp(steps=1)), hp(steps=1), run, Conditions(), 0)
+        state = MgieTraining(fresh(hp(steps=1)), hp(steps=1), run, Conditions(), 0)
         state.editor.fingerprint = "another"
-        state._keep()
+        state._write_result()
     with pytest.raises(StateError, match="is not the model it was trained for"):
         Mgie.load(str(folder), CPU)
 
@@ -250,7 +250,7 @@ def test_a_frozen_prefix_gives_the_same_losses_and_gradients(
     samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:3])]
     found = []
     for frozen in (True, False):
-        monkeypatch.setattr(_Training, "frozen_prefix", frozen)
+        monkeypatch.setattr(MgieTraining, "frozen_prefix", frozen)
         said, _, edit, _ = state.losses(samples)
         gradients = torch.autograd.grad(said + 0.5 * edit, wanted.values())
         found.append((said.detach(), edit.detach(), *gradients))
@@ -286,7 +286,7 @@ def test_the_edit_loss_by_hand(training):
     moments = editor.vae.encode(to_pixels([s.target])).latent_dist
     latents = (moments.mean + moments.std * s.spread) * editor.vae.config.scaling_factor
     t = int(s.t * 1000)
-    a = state.noising.alphas_cumprod[t]
+    a = state.noise_scheduler.alphas_cumprod[t]
     noisy = a.sqrt() * latents + (1 - a).sqrt() * s.noise
     (row,) = state.guide.rows(
         state.guide.features([s.source]), [s.instruction], [s.expressive]
@@ -515,7 +515,9 @@ def test_bfloat16(tmp_path):
     kept = load_file(tmp_path / "run" / "editor.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
     loaded = Mgie.load(str(tmp_path / "run"), LoadOptions("cpu", "bfloat16"))
-    assert loaded.edit([Job(PAIRS[0].source(), "a")], Settings(1))[0].picture.size == (
+    assert loaded.edit([EditJob(PAIRS[0].source(), "a")], EditSettings(1))[
+        0
+    ].picture.size == (
         64,
         64,
     )

@@ -72,13 +72,16 @@ class SubjectHparams:
             raise ValueError(
                 'coloured needs colours behind the subject, by name, e.g. ["blue #b3d1ff"]'
             )
+        self._check_colours()
+        if self.template.count("{}") != 1:
+            raise ValueError("template must have one {} where the subject stands")
+
+    def _check_colours(self) -> None:
         for colour in self.colours:
             if not re.fullmatch(r"\S.* #[0-9a-fA-F]{6}", colour):
                 raise ValueError(
                     f"colours: {colour!r} is not a name and a colour, as 'blue #b3d1ff'"
                 )
-        if self.template.count("{}") != 1:
-            raise ValueError("template must have one {} where the subject stands")
 
 
 def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:

@@ -1,14 +1,15 @@
-"""The language model of MGIE: what it says an edited picture will look like, and the states of its visual tokens.
+"""The language model of MGIE: it describes the edited picture, and gives the states of its visual tokens.
 
 A sequence is [prompt with the picture | expressive instruction | IMG0 ... IMG7 | end], padded on the left, so that the
-visual tokens of all rows stand in the same columns. They are put there as embeddings: there are exactly eight in a
-row, however long the text is, and no tokenizer can put anything between them.
+visual tokens of all rows stand in the same columns. They are inserted as embeddings: there are exactly eight in a row,
+however long the text is, and no tokenizer can put anything between them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,8 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Written:
-    """An expressive instruction and who it is from: model, user, or fallback where the model said nothing."""
+class ExpressiveInstruction:
+    """An expressive instruction and its source: model, user, or fallback if the model said nothing."""
 
     text: str
     source: str
@@ -36,8 +37,8 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt and an expressive instruction as embeddings (T, D) and ids (T,), of which `n_prompt` are asked."""
+class GuideInput:
+    """A prompt and an expressive instruction as embeddings (T, D) and ids (T,); `n_prompt` of them are the prompt."""
 
     embeddings: Tensor
     ids: Tensor
@@ -45,7 +46,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class States:
+class HiddenStates:
     """The last hidden states (B, T + 8, D) of a batch whose visual tokens begin in column `start` (= T)."""
 
     hidden: Tensor
@@ -55,7 +56,8 @@ class States:
     @property
     def visual(self) -> Tensor:
         """The states that predict IMG0 ... IMG7, (B, 8, D): those one column before each (as published)."""
-        return self.hidden[:, self.start - 1 : self.start - 1 + N_TOKENS]
+        first = self.start - 1
+        return self.hidden[:, first : first + N_TOKENS]
 
 
 class Guide:
@@ -64,11 +66,10 @@ class Guide:
     def __init__(
         self, mllm: Any, processor: Any, tokens: VisualTokens, prompt: str = PROMPT
     ) -> None:
-        self.mllm, self.tokens = mllm, tokens
-        self.tokenizer, self.image_processor = (
-            processor.tokenizer,
-            processor.image_processor,
-        )
+        self.mllm = mllm
+        self.tokens = tokens
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
         self.prompt = prompt or PROMPT
         self._image_id: int = mllm.config.image_token_id
         self._placeholder = self.tokenizer.convert_ids_to_tokens(self._image_id)
@@ -82,7 +83,8 @@ class Guide:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are."""
-        return self._embedding.weight.device  # type: ignore[no-any-return]
+        device: torch.device = self._embedding.weight.device
+        return device
 
     @property
     def _embedding(self) -> Any:
@@ -93,18 +95,20 @@ class Guide:
     @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         """Return the image tokens of pictures: (N_v, D) each."""
-        inputs = self.image_processor(images=list(pictures), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.device, self.mllm.dtype)
-        return list(
-            self.mllm.get_image_features(pixels, return_dict=True).pooler_output
+        inputs = self.image_processor(
+            images=list(pictures),
+            return_tensors="pt",
         )
+        pixels = inputs["pixel_values"].to(self.device, self.mllm.dtype)
+        output = self.mllm.get_image_features(pixels, return_dict=True)
+        return list(output.pooler_output)
 
     def token_ids(
         self, instruction: str, expressive: str | None, n_image: int
     ) -> tuple[list[int], int]:
-        """Return (ids, how many are the prompt's) with `n_image` placeholders for the picture.
+        """Return (ids, length of the prompt) with `n_image` placeholders for the picture.
 
-        Raises DataError for an instruction that is too long or holds the placeholder itself.
+        Raises DataError for an instruction that is too long or contains the placeholder itself.
         """
         for text in (instruction, expressive or ""):
             if self._placeholder in text or "<image>" in text:
@@ -112,25 +116,33 @@ class Guide:
                     f"{text!r}: {self._placeholder} stands for the picture",
                     "leave it out",
                 )
-        before, _, after = self.prompt.replace("{instruction}", instruction).partition(
-            "<image>"
-        )
-        texts = [before + self._placeholder + after]
-        texts += [f"{texts[0]} {expressive}"] if expressive else []
-        lists = []
-        for ids in self.tokenizer(texts)["input_ids"]:
-            at = ids.index(self._image_id)
-            lists.append(ids[:at] + [self._image_id] * n_image + ids[at + 1 :])
-        if len(lists[0]) >= self.room:
+        filled = self.prompt.replace("{instruction}", instruction)
+        before, _, after = filled.partition("<image>")
+        prompt = before + self._placeholder + after
+        prompt_ids = self._expand_picture(prompt, n_image)
+        ids = prompt_ids
+        if expressive:
+            ids = self._expand_picture(f"{prompt} {expressive}", n_image)
+        n_prompt = len(prompt_ids)
+        if n_prompt >= self.room:
             raise DataError(
-                f"{instruction[:80]!r} takes {len(lists[0])} tokens with its picture; the model reads {self.room - 1}",
+                f"{instruction[:80]!r} takes {n_prompt} tokens with its picture; the model reads {self.room - 1}",
                 "say it shorter",
             )
-        return lists[-1][: self.room], min(len(lists[0]), len(lists[-1]))
+        return ids[: self.room], min(n_prompt, len(ids))
+
+    def _expand_picture(self, text: str, n_image: int) -> list[int]:
+        """Return the ids of a text with `n_image` placeholders in the place of its one."""
+        (ids,) = self.tokenizer([text])["input_ids"]
+        place = ids.index(self._image_id)
+        expanded: list[int] = ids[:place]
+        expanded += [self._image_id] * n_image
+        expanded += ids[place + 1 :]
+        return expanded
 
     @property
     def room(self) -> int:
-        """How many tokens a prompt and its expressive instruction may take; what is longer is cut."""
+        """The most tokens that a prompt and its expressive instruction may take; a longer one is cut."""
         return self.max_length - N_TOKENS - 1
 
     def rows(
@@ -138,24 +150,21 @@ class Guide:
         features: Sequence[Tensor],
         instructions: Sequence[str],
         expressive: Sequence[str | None],
-    ) -> list[Row]:
-        """Return the rows of some pictures' features with their texts; None asks for the prompt alone."""
-        found = []
-        for tokens, instruction, text in zip(
-            features, instructions, expressive, strict=True
-        ):
+    ) -> list[GuideInput]:
+        """Return the inputs for the features of some pictures with their texts; without one, the prompt alone."""
+        rows = []
+        texts = zip(features, instructions, expressive, strict=True)
+        for tokens, instruction, text in texts:
             listed, n_prompt = self.token_ids(instruction, text, len(tokens))
             ids = torch.tensor(listed, device=self.device)
             embeddings = self._embedding(ids)
-            place = (ids == self._image_id)[:, None]
-            found.append(
-                Row(
-                    embeddings.masked_scatter(place, tokens.to(embeddings.dtype)),
-                    ids,
-                    n_prompt,
-                )
+            is_picture = (ids == self._image_id)[:, None]
+            with_picture = embeddings.masked_scatter(
+                is_picture,
+                tokens.to(embeddings.dtype),
             )
-        return found
+            rows.append(GuideInput(with_picture, ids, n_prompt))
+        return rows
 
     # -- what the model says ------------------------------------------------------------------------------------
 
@@ -167,167 +176,192 @@ class Guide:
         *,
         longest: int = 64,
         briefly: bool = False,
-    ) -> list[Written]:
-        """Return what the model says the edited pictures will look like: greedy, up to its end or IMG0.
+    ) -> list[ExpressiveInstruction]:
+        """Return the model's descriptions of the edited pictures: greedy decoding, up to its end or IMG0.
 
-        `briefly` asks for few words, for a model that was not trained to use few. Never empty: where the model says
-        nothing, the instruction stands for itself.
+        `briefly` asks for few words, for a model that was not trained to use few. A description is never empty: if the
+        model says nothing, it is the instruction.
         """
         from transformers import GenerationConfig
 
-        asked = [text + BRIEFLY * briefly for text in instructions]
+        asked = [text + BRIEFLY if briefly else text for text in instructions]
         rows = self.rows(self.features(pictures), asked, [None] * len(asked))
         embeddings, mask = padded(rows)
-        limits = [
-            min(longest, self.room - len(row.ids)) for row in rows
-        ]  # of each alone: company does not matter
-        ends = {self.tokenizer.eos_token_id, self.n_vocabulary}
-        pad = self.tokenizer.pad_token_id
+        # A limit for each row, so that the other rows of a batch do not matter.
+        limits = [min(longest, self.room - len(row.ids)) for row in rows]
+        end_id = self.tokenizer.eos_token_id
+        pad_id = self.tokenizer.pad_token_id
+        first_visual = self.n_vocabulary
+        ends = {end_id, first_visual}
+        later_visual = range(first_visual + 1, first_visual + N_TOKENS)
         config = GenerationConfig(
             max_new_tokens=max(limits),
             do_sample=False,
             eos_token_id=sorted(ends),
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            suppress_tokens=[
-                self._image_id,
-                *range(self.n_vocabulary + 1, self.n_vocabulary + N_TOKENS),
-            ],
+            pad_token_id=end_id if pad_id is None else pad_id,
+            suppress_tokens=[self._image_id, *later_visual],
         )
+        with self._with_visual_tokens(), set_aside(self.mllm):
+            output = self.mllm.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                generation_config=config,
+            )
+        derived = []
+        for ids, limit, text in zip(output.tolist(), limits, instructions, strict=True):
+            derived.append(self._read(ids[:limit], text, ends))
+        return derived
+
+    @contextmanager
+    def _with_visual_tokens(self) -> Iterator[None]:
+        """Inside the block, the language model can generate the visual tokens."""
 
         def widen(_module: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            return torch.cat([logits, self._visual_logits(inputs[0])], -1)
+            visual = self._visual_logits(inputs[0])
+            return torch.cat([logits, visual], -1)
 
         def narrow(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (
-                inputs[0].clamp(max=self.n_vocabulary - 1),
-            )  # IMG0 of a row that ended while others go on
+            # A row that ended with IMG0 is fed back while others go on.
+            (ids,) = inputs
+            return (ids.clamp(max=self.n_vocabulary - 1),)
 
         handles = [
             self.mllm.get_output_embeddings().register_forward_hook(widen),
             self._embedding.register_forward_pre_hook(narrow),
         ]
         try:
-            with set_aside(self.mllm):
-                out = self.mllm.generate(
-                    inputs_embeds=embeddings,
-                    attention_mask=mask,
-                    generation_config=config,
-                )
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        said = [ids[:limit] for ids, limit in zip(out.tolist(), limits, strict=True)]
-        return [
-            self._written(ids, text, ends)
-            for ids, text in zip(said, instructions, strict=True)
-        ]
 
-    def _written(self, ids: list[int], instruction: str, ends: set[int]) -> Written:
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        text = clean(self.tokenizer.decode(ids[:stop], skip_special_tokens=True))
+    def _read(
+        self, ids: list[int], instruction: str, ends: set[int]
+    ) -> ExpressiveInstruction:
+        """Return generated ids as an expressive instruction; `instruction` is the fallback."""
+        stops = [i for i, token in enumerate(ids) if token in ends]
+        used = ids[: stops[0]] if stops else ids
+        text = clean(self.tokenizer.decode(used, skip_special_tokens=True))
         if not text:
-            return Written(
-                instruction,
-                "fallback",
-                ("the model said nothing: the instruction stands for itself",),
-            )
-        cut = (
-            ()
-            if stop is not None
-            else (f"the expressive instruction was cut after {len(ids)} tokens",)
-        )
-        return Written(text, "model", cut)
+            warning = "the model said nothing: the instruction stands for itself"
+            return ExpressiveInstruction(instruction, "fallback", (warning,))
+        if stops:
+            return ExpressiveInstruction(text, "model")
+        warning = f"the expressive instruction was cut after {len(ids)} tokens"
+        return ExpressiveInstruction(text, "model", (warning,))
 
     # -- states and logits --------------------------------------------------------------------------------------
 
-    def states(self, rows: Sequence[Row], *, frozen_prefix: bool = False) -> States:
+    def states(
+        self, rows: Sequence[GuideInput], *, frozen_prefix: bool = False
+    ) -> HiddenStates:
         """Return the last hidden states of rows with the visual tokens behind them.
 
-        With `frozen_prefix`, what precedes the visual tokens is run without gradients and only they are run with
-        them: equal, if no parameter that the prefix depends on is trained, and far cheaper.
+        With `frozen_prefix`, everything before the visual tokens runs without gradients. The result is equal if no
+        parameter that the prefix depends on is trained, and it is far cheaper.
         """
+        batch = len(rows)
         embeddings, mask = padded(rows)
-        visual = self.tokens.embed.to(embeddings.dtype).expand(len(rows), -1, -1)
-        whole = torch.cat([mask, mask.new_ones(len(rows), N_TOKENS)], dim=1)
-        positions = (whole.cumsum(1) - 1).clamp(min=0)
-        stack, start = self.mllm.get_decoder(), embeddings.shape[1]
+        visual = self.tokens.embed.to(embeddings.dtype).expand(batch, -1, -1)
+        visual_mask = mask.new_ones(batch, N_TOKENS)
+        whole_mask = torch.cat([mask, visual_mask], dim=1)
+        positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
+        start = embeddings.shape[1]
+        decoder = self.mllm.get_decoder()
         if not frozen_prefix:
-            out = stack(
-                inputs_embeds=torch.cat([embeddings, visual], 1), attention_mask=whole, position_ids=positions,
+            output = decoder(
+                inputs_embeds=torch.cat([embeddings, visual], 1),
+                attention_mask=whole_mask,
+                position_ids=positions,
                 use_cache=False,
-            )  # fmt: skip
-            return States(out.last_hidden_state, whole, start)
-        cache = {cache_argument(stack): DynamicCache(config=stack.config)}
+            )
+            return HiddenStates(output.last_hidden_state, whole_mask, start)
+        cache = {cache_argument(decoder): DynamicCache(config=decoder.config)}
         with torch.no_grad():
-            prefix = stack(
+            prefix = decoder(
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 position_ids=positions[:, :start],
                 use_cache=True,
                 **cache,
             )
-        tail = stack(
+        tail = decoder(
             inputs_embeds=visual,
-            attention_mask=whole,
+            attention_mask=whole_mask,
             position_ids=positions[:, start:],
             use_cache=True,
             **cache,
         )
-        return States(
-            torch.cat([prefix.last_hidden_state, tail.last_hidden_state], 1),
-            whole,
-            start,
-        )
+        hidden = torch.cat([prefix.last_hidden_state, tail.last_hidden_state], 1)
+        return HiddenStates(hidden, whole_mask, start)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V + 8) of hidden states (..., D), the visual tokens behind the vocabulary."""
-        head = self.mllm.get_output_embeddings()
-        return torch.cat([head(hidden), self._visual_logits(hidden)], -1)
+        of_vocabulary = self.mllm.get_output_embeddings()(hidden)
+        of_visual_tokens = self._visual_logits(hidden)
+        return torch.cat([of_vocabulary, of_visual_tokens], -1)
 
     def _visual_logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.tokens.unembed.to(hidden.dtype).T
 
-    def labels(self, rows: Sequence[Row], *, visual_only: bool = False) -> Tensor:
-        """Return what each column of `states` should predict, (B, T + 8): -100 for what was asked, and for padding.
+    def labels(
+        self, rows: Sequence[GuideInput], *, visual_only: bool = False
+    ) -> Tensor:
+        """Return the labels of the columns of `states`, (B, T + 8): -100 for the prompt and for padding.
 
-        The visual tokens come behind the expressive instruction, and the end behind them; with `visual_only`, nothing
-        but these counts.
+        The visual tokens come behind the expressive instruction, and the end behind them. With `visual_only`, only
+        these have labels.
         """
         longest = max(len(row.ids) for row in rows)
-        labels = torch.full((len(rows), longest + N_TOKENS), IGNORE, device=self.device)
-        visual = torch.arange(
-            self.n_vocabulary, self.n_vocabulary + N_TOKENS, device=self.device
+        shape = (len(rows), longest + N_TOKENS)
+        labels = torch.full(shape, IGNORE, device=self.device)
+        # A column predicts the next token: the first visual one is the label of the last column of the text.
+        first = longest - 1
+        end = first + N_TOKENS
+        labels[:, first:end] = torch.arange(
+            self.n_vocabulary,
+            self.n_vocabulary + N_TOKENS,
+            device=self.device,
         )
-        labels[:, longest - 1 : longest - 1 + N_TOKENS] = visual
         labels[:, -1] = self.tokenizer.eos_token_id
-        if not visual_only:
-            for i, row in enumerate(rows):
-                said = row.ids[row.n_prompt :]
-                labels[i, longest - 1 - len(said) : longest - 1] = said
+        if visual_only:
+            return labels
+        for i, row in enumerate(rows):
+            expressive = row.ids[row.n_prompt :]
+            start = first - len(expressive)
+            labels[i, start:first] = expressive
         return labels
 
 
 def cache_argument(decoder: nn.Module) -> str:
-    """Return what a decoder calls the argument for its cache: `cache` since transformers 5.24."""
+    """Return the name of a decoder's argument for its cache: `cache` since transformers 5.24."""
     known = inspect.signature(decoder.forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
 
-def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[GuideInput]) -> tuple[Tensor, Tensor]:
     """Return rows as one batch, padded on the left: embeddings (B, T, D) and mask (B, T)."""
-    longest = max(len(row.ids) for row in rows)
+    lengths = [len(row.ids) for row in rows]
+    longest = max(lengths)
     first = rows[0].embeddings
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=first.device)
-    parts = []
+    width = first.shape[1]
+    mask = torch.zeros(
+        len(rows),
+        longest,
+        dtype=torch.long,
+        device=first.device,
+    )
+    padded_rows = []
     for i, row in enumerate(rows):
-        room = longest - len(row.ids)
-        mask[i, room:] = 1
-        parts.append(torch.cat([first.new_zeros(room, first.shape[1]), row.embeddings]))
-    return torch.stack(parts), mask
+        missing = longest - lengths[i]
+        mask[i, missing:] = 1
+        zeros = first.new_zeros(missing, width)
+        padded_rows.append(torch.cat([zeros, row.embeddings]))
+    return torch.stack(padded_rows), mask
 
 
 def clean(text: str) -> str:
-    """Return a text in one line, without what a chat puts around it."""
+    """Return a text in one line, without the marks of a conversation."""
     for mark in ("ASSISTANT:", "</s>"):
         text = text.replace(mark, " ")
     return " ".join(text.split())

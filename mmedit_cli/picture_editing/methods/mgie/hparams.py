@@ -30,21 +30,17 @@ class TrainingHparams:
     schedule: ClassVar[str] = "cosine"
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "steps",
             "batch_size",
             "micro_batch",
             "learning_rate",
             "unet_learning_rate",
             "resolution",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if (
-            self.edit_weight < 0
-            or self.align_weight < 0
-            or not self.edit_weight + self.align_weight
-        ):
+        )
+        weights = (self.edit_weight, self.align_weight)
+        if min(weights) < 0 or not sum(weights):
             raise ValueError(
                 "edit_weight and align_weight must not be below 0, and not both be 0"
             )
@@ -57,10 +53,9 @@ class TrainingHparams:
                 f"drop must be from 0 to 1/3 (there are three such shares), not {self.drop}"
             )
         for name in ("flip", "phase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} must be from 0 to 1, not {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {value}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(
                 f"ema must be above 0 and below 1, or null, not {self.ema}"
@@ -86,7 +81,8 @@ class MgieHparams:
     training: TrainingHparams = field(default_factory=TrainingHparams)
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "lora_rank",
             "unet_lora_rank",
             "longest",
@@ -94,6 +90,12 @@ class MgieHparams:
             "d_feedforward",
             "layers",
             "heads",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        )
+
+
+def check_positive(hparams: object, *names: str) -> None:
+    """Raise ValueError for the first of these values that is not above 0."""
+    for name in names:
+        value = getattr(hparams, name)
+        if value <= 0:
+            raise ValueError(f"{name} must be above 0, not {value}")

@@ -18,26 +18,33 @@ class VisualTokens(nn.Module):
 
     def __init__(self, d_llm: int) -> None:
         super().__init__()
-        self.embed = nn.Parameter(torch.zeros(N_TOKENS, d_llm))
-        self.unembed = nn.Parameter(torch.zeros(N_TOKENS, d_llm))
+        zeros = torch.zeros(N_TOKENS, d_llm)
+        self.embed = nn.Parameter(zeros.clone())
+        self.unembed = nn.Parameter(zeros)
 
     @torch.no_grad()
     def start_from(
         self, embed: Tensor, unembed: Tensor, generator: torch.Generator
     ) -> None:
         """Start as the mean row of both matrices (V, D), each with its own noise of a row's spread."""
-        for own, rows in ((self.embed, embed), (self.unembed, unembed)):
-            rows = rows.float()
-            noise = torch.randn(own.shape, generator=generator).to(own.device)
-            own.copy_(rows.mean(0) + noise * rows.std(0))
+        _start_rows(self.embed, embed, generator)
+        _start_rows(self.unembed, unembed, generator)
+
+
+def _start_rows(own: nn.Parameter, rows: Tensor, generator: torch.Generator) -> None:
+    rows = rows.float()
+    mean = rows.mean(0)
+    spread = rows.std(0)
+    noise = torch.randn(own.shape, generator=generator).to(own.device)
+    own.copy_(mean + noise * spread)
 
 
 class MGIEEditHead(ModelMixin, ConfigMixin):
-    """From the states of the visual tokens to what stands in the place of a text encoding (Fu et al. 2024).
+    """Turns the states of the visual tokens into the condition of the denoiser, a text encoding (Fu et al. 2024).
 
-    A transformer without masks and without positions: encoder over the 8 sums of state and embedding, decoder over
-    `n_queries` learned queries. Names and shapes of the parameters are those of the published weights, but for the
-    visual tokens, which lie here too.
+    A transformer without masks and without positions: the encoder reads the 8 sums of state and embedding, the decoder
+    has `n_queries` learned queries. Names and shapes of the parameters are those of the published weights, except for
+    the visual tokens, which are part of this module.
     """
 
     @register_to_config
@@ -74,20 +81,24 @@ class MGIEEditHead(ModelMixin, ConfigMixin):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the condition (B, n_queries, d_context) for the states (B, 8, D) of the visual tokens."""
-        hidden = self.llm2hid(
-            (states + self.tokens.embed).to(self.llm2hid.weight.dtype)
-        )
-        return self.hid2feat(
-            self.mapper(hidden, self.query.expand(len(hidden), -1, -1))
-        )  # type: ignore[no-any-return]
+        summed = states + self.tokens.embed
+        dtype = self.llm2hid.weight.dtype
+        hidden = self.llm2hid(summed.to(dtype))
+        batch = len(hidden)
+        queries = self.query.expand(batch, -1, -1)
+        decoded = self.mapper(hidden, queries)
+        features: Tensor = self.hid2feat(decoded)
+        return features
 
     def null(self, n: int) -> Tensor:
-        """Return the condition of nothing, (n, n_queries, d_context): that of states that are 0."""
-        return self(torch.zeros_like(self.tokens.embed)[None]).expand(n, -1, -1)  # type: ignore[no-any-return]
+        """Return the condition of no instruction, (n, n_queries, d_context): that of states that are 0."""
+        zeros = torch.zeros_like(self.tokens.embed)
+        condition: Tensor = self(zeros[None])
+        return condition.expand(n, -1, -1)
 
 
 def widened(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """Return a convolution with more input channels that gives what the old one gave, whatever the new ones hold.
+    """Return a convolution with more input channels; whatever they hold, its output is that of the old one.
 
     Weight and bias are copied, the rest is 0 (the published training code leaves the bias random).
     """

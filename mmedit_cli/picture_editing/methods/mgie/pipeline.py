@@ -1,16 +1,16 @@
-"""MGIE as a pipeline of diffusers: one folder with all its parts, made by save_pretrained."""
+"""MGIE as a pipeline of diffusers: its components in one folder, called with pictures and instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from mmedit_cli.picture_editing.methods.base import Job, Settings
+from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
+from mmedit_cli.picture_editing.methods.mgie.components import MGIEComponents
+from mmedit_cli.picture_editing.methods.mgie.editor import Mgie
 
 
 @dataclass
@@ -21,26 +21,8 @@ class MGIEOutput(BaseOutput):
     expressive: list[str]
 
 
-class MGIEPipeline(DiffusionPipeline):
-    """A multimodal language model, the edit head with its visual tokens, an InstructPix2Pix denoiser and its VAE."""
-
-    model_cpu_offload_seq = "mllm->edit_head->unet->vae"
-
-    def __init__(
-        self,
-        mllm: Any,
-        processor: Any,
-        edit_head: Any,
-        unet: Any,
-        vae: Any,
-        scheduler: Any,
-        prompt: str = "",
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            mllm=mllm, processor=processor, edit_head=edit_head, unet=unet, vae=vae, scheduler=scheduler
-        )  # fmt: skip
-        self.register_to_config(prompt=prompt)
+class MGIEPipeline(MGIEComponents):
+    """The components of MGIE, and a call that edits pictures with them."""
 
     def __call__(
         self,
@@ -54,29 +36,25 @@ class MGIEPipeline(DiffusionPipeline):
     ) -> MGIEOutput:
         """Return pictures edited as instructions say, each in its own size; every pair of scales is honoured.
 
-        `expressive` takes the place of what the model would say. Raises DataError.
+        `expressive` replaces the instruction that the model would derive. Raises DataError.
         """
-        from mmedit_cli.picture_editing.methods.mgie.editor import Mgie
-
         images = [image] if isinstance(image, Image.Image) else list(image)
-        texts = (
-            [instruction] * len(images)
-            if isinstance(instruction, str)
-            else list(instruction)
+        count = len(images)
+        if isinstance(instruction, str):
+            instruction = [instruction] * count
+        if expressive is None or isinstance(expressive, str):
+            expressive = [expressive] * count
+        jobs = []
+        for picture, text, own in zip(images, instruction, expressive, strict=True):
+            jobs.append(EditJob(picture.convert("RGB"), text, seed, own))
+        settings = EditSettings(
+            steps=num_inference_steps,
+            text_guidance=guidance_scale,
+            image_guidance=image_guidance_scale,
         )
-        given = (
-            [expressive] * len(images)
-            if expressive is None or isinstance(expressive, str)
-            else list(expressive)
-        )
-        jobs = [
-            Job(i.convert("RGB"), t, seed, e)
-            for i, t, e in zip(images, texts, given, strict=True)
-        ]
-        settings = Settings(num_inference_steps, guidance_scale, image_guidance_scale)
-        done = Mgie(self, self.config.get("_name_or_path", ""), "").edit(
-            jobs, settings, batch_size=len(jobs)
-        )
+        editor = Mgie(self, self.config.get("_name_or_path", ""), "")
+        results = editor.edit(jobs, settings, batch_size=count)
         return MGIEOutput(
-            images=[d.picture for d in done], expressive=[d.expressive for d in done]
+            images=[result.picture for result in results],
+            expressive=[result.expressive for result in results],
         )

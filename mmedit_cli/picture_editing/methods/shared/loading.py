@@ -18,7 +18,7 @@ from mmedit_cli.not_a_model import (
     check_is_model,
     check_not_a_path,
 )
-from mmedit_cli.picture_editing.methods.base import Settings
+from mmedit_cli.picture_editing.methods.base import EditSettings
 from mmedit_cli.picture_editing.methods.shared import tiny
 from mmedit_cli.reading import read_json_object
 from mmedit_cli.vocabulary import cap_length, check_text_encoders, check_vocabulary
@@ -28,9 +28,9 @@ REPOS = {  # short names of published pipelines
     "magicbrush": "vinesmsuic/magicbrush-jul7",
     "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
 }
-# not the same weights a second time, in one file or in half precision, and nothing that is pickled
+# Neither the same weights again, in one file or in half precision, nor pickled files.
 _WANTED = (INDEX, "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
-_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class LoadOptions:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A pipeline that was loaded, its name, a digest of its content, and how it is best used."""
+class LoadedPipeline:
+    """A pipeline, its name, a digest of its content, and the settings that suit it best."""
 
     pipeline: Any
     name: str
     fingerprint: str
-    settings: Settings
+    settings: EditSettings
 
 
 def find_pipeline(name: str, *, revision: str | None = None) -> tuple[str, Path]:
-    """Return (name, folder) of a pipeline: one that comes along, a folder, a short name or a hub id.
+    """Return (name, folder) of a pipeline: part of this package, a folder, a short name or a hub id.
 
-    Raises ModelError if it is none.
+    Raises ModelError if it is none of these.
     """
     own = {**bundled(), **own_image_editors()}
     check_folder_is_meant(name, [*own, *tiny.NAMES, *REPOS], own.get(name))
@@ -63,55 +63,55 @@ def find_pipeline(name: str, *, revision: str | None = None) -> tuple[str, Path]
     if folder.exists():
         check_is_model(folder)
         return folder.resolve().name, folder
-    if name not in REPOS and name.count("/") != 1:
+    if name in REPOS:
+        return name, hub_folder(REPOS[name], revision, _WANTED)
+    if name.count("/") != 1:
         known = [*own_image_editors(), *tiny.NAMES, *REPOS]
         problem = f"--model {name}: neither a known name, nor a folder, nor a hub id{near_miss(name, known)}"
         raise ModelError(problem, f"known names: {', '.join(known)}")
-    if name not in REPOS and not in_cache(name):
+    if not in_cache(name):
         check_not_a_path(name)
-    return name, hub_folder(REPOS.get(name, name), revision, _WANTED)
+    return name, hub_folder(name, revision, _WANTED)
 
 
 def load_pipeline(
     name: str, wanted: str | Sequence[str], options: LoadOptions
-) -> Found:
-    """Load a pipeline of one of the classes `wanted`, without its safety checker and with no bars.
+) -> LoadedPipeline:
+    """Load a pipeline of one of the classes `wanted`, without its safety checker and without progress bars.
 
     Raises ModelError if it is of another class, or if its files cannot be used.
     """
-    import diffusers
+    from diffusers.utils import logging
 
     classes = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     runtime.quiet_libraries()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     device = runtime.resolve_device(options.device)
-    number = runtime.resolve_dtype(options.dtype, device)
+    dtype = runtime.resolve_dtype(options.dtype, device)
     if name in tiny.NAMES:
-        pipeline, fingerprint, settings = (
-            tiny.build(name),
-            f"{name}/{tiny.VERSION}",
-            Settings(),
-        )
-        kind = type(pipeline).__name__
-        if kind in classes and not isinstance(number, str):
-            pipeline.to(number)
-    else:
-        name, folder = find_pipeline(name, revision=options.revision)
-        kind, fingerprint, settings = (
-            pipeline_class(folder),
-            digest(folder),
-            usual_settings(folder),
-        )
-    if kind not in classes:
+        pipeline = tiny.build(name)
+        _check_class(name, type(pipeline).__name__, classes)
+        if not isinstance(dtype, str):
+            pipeline.to(dtype)
+        version = f"{name}/{tiny.VERSION}"
+        return LoadedPipeline(pipeline.to(device), name, version, EditSettings())
+    name, folder = find_pipeline(name, revision=options.revision)
+    kind = pipeline_class(folder)
+    content = digest(folder)
+    settings = usual_settings(folder)
+    _check_class(name, kind, classes)
+    pipeline = _from_folder(folder, kind, dtype)
+    check_text_encoders(pipeline, folder)
+    return LoadedPipeline(pipeline.to(device), name, content, settings)
+
+
+def _check_class(name: str, kind: str, wanted: Sequence[str]) -> None:
+    if kind not in wanted:
         raise ModelError(
-            f"--model {name}: a {kind}, where {' or '.join(classes)} is needed",
+            f"--model {name}: a {kind}, where {' or '.join(wanted)} is needed",
             "name another editor",
         )
-    if name not in tiny.NAMES:
-        pipeline = _from_folder(folder, kind, number)
-        check_text_encoders(pipeline, folder)
-    return Found(pipeline.to(device), name, fingerprint, settings)
 
 
 def pipeline_class(folder: Path) -> str:
@@ -122,34 +122,35 @@ def pipeline_class(folder: Path) -> str:
             f"{folder}: no {INDEX}, so not a diffusion pipeline",
             "give a folder of diffusers",
         )
-    return read_json_object(path, error=ModelError, hint="copy it again").text(
-        "_class_name", empty=False
-    )
+    index = read_json_object(path, error=ModelError, hint="copy it again")
+    return index.text("_class_name", empty=False)
 
 
-def usual_settings(folder: Path) -> Settings:
-    """Return how the model of a folder is best used, as far as its `settings.json` says; raise ModelError."""
+def usual_settings(folder: Path) -> EditSettings:
+    """Return the settings of a folder's `settings.json`; raise ModelError if the file is invalid."""
     found = read_settings(folder)
-    return Settings(
-        **{
-            name: found[name]
-            for name in ("steps", "text_guidance", "image_guidance")
-            if name in found
-        }
+    return EditSettings(
+        steps=found.get("steps"),
+        text_guidance=found.get("text_guidance"),
+        image_guidance=found.get("image_guidance"),
     )
 
 
 def digest(folder: Path, *, former: bool = False) -> str:
     """Return a digest of a pipeline's index and of the weights and configs of its parts.
 
-    `former`: the one that version 0.1.0 gave to them.
+    With `former`, it is the digest that version 0.1.0 gave to them.
     """
-    of_part, digits = (former_fingerprint, 16) if former else (fingerprint, 32)
-    found = hashlib.sha256((folder / INDEX).read_bytes())
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (part / "config.json").is_file() and any(part.glob("*.safetensors")):
-            found.update(f"{part.name}:{of_part(part)};".encode())
-    return found.hexdigest()[:digits]
+    fingerprint_of = former_fingerprint if former else fingerprint
+    index = (folder / INDEX).read_bytes()
+    total = hashlib.sha256(index)
+    for part in sorted(folder.iterdir()):
+        has_config = (part / "config.json").is_file()
+        if has_config and any(part.glob("*.safetensors")):
+            line = f"{part.name}:{fingerprint_of(part)};"
+            total.update(line.encode())
+    digits = 16 if former else 32
+    return total.hexdigest()[:digits]
 
 
 def load_text_encoder(name: str) -> tuple[Any, Any]:
@@ -165,7 +166,9 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
     _, folder = find_pipeline(name)
     with loading(folder, problem="the text encoder cannot be loaded"):
         tokenizer = CLIPTokenizer.from_pretrained(
-            folder / "tokenizer", local_files_only=True, trust_remote_code=False
+            folder / "tokenizer",
+            local_files_only=True,
+            trust_remote_code=False,
         )
         encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder",
@@ -184,22 +187,25 @@ def content_of(name: str, *, former: bool = False) -> str:
     """Return the digest of a pipeline by name, without loading it; raise ModelError if there is none."""
     if name in tiny.NAMES:
         return f"{name}/{tiny.VERSION}"
-    return digest(find_pipeline(name)[1], former=former)
+    _, folder = find_pipeline(name)
+    return digest(folder, former=former)
 
 
-def _from_folder(folder: Path, kind: str, number: Any) -> Any:
+def _from_folder(folder: Path, kind: str, dtype: Any) -> Any:
     import diffusers
 
     index = check_parts(folder)
-    without = {name: None for name in _UNUSED if name in index}
-    more = {"requires_safety_checker": False} if "safety_checker" in index else {}
-    more |= {} if isinstance(number, str) else {"dtype": number}
+    options: dict[str, Any] = {part: None for part in _UNUSED if part in index}
+    if "safety_checker" in index:
+        options["requires_safety_checker"] = False
+    if not isinstance(dtype, str):
+        options["dtype"] = dtype
+    pipeline = getattr(diffusers, kind)
     with loading(folder):
-        return getattr(diffusers, kind).from_pretrained(
+        return pipeline.from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            **without,
-            **more,
+            **options,
         )

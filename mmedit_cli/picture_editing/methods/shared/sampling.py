@@ -20,30 +20,35 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.finite import all_finite, not_finite
 
-FULL, PICTURE, NOTHING = range(
-    3
-)  # the branches: picture and condition, picture alone, neither
+# The branches of the guided prediction.
+FULL = 0  # picture and condition
+PICTURE = 1  # the picture alone
+NOTHING = 2
 
 
 def coefficients(text: float | Tensor, image: float | Tensor, n: int) -> Tensor:
-    """Return the weight of each branch for n pictures, (3, B); a scale is one for all or (B,). They sum to 1."""
-    s_t, s_i = (
-        torch.as_tensor(scale, dtype=torch.float64).expand(n) for scale in (text, image)
-    )
+    """Return the weight of each branch for n pictures, (3, B), with sum 1; a scale is a number or (B,)."""
+
+    def by_picture(scale: float | Tensor) -> Tensor:
+        scales = torch.as_tensor(scale, dtype=torch.float64)
+        return scales.expand(n)
+
+    s_t = by_picture(text)
+    s_i = by_picture(image)
     return torch.stack([s_t, s_i - s_t, 1 - s_i])
 
 
 def combine(predictions: Tensor, weights: Tensor) -> Tensor:
     """Return the guided prediction (B, C, H, W) in float32 of the branches (3, B, C, H, W) with weights (3, B)."""
-    return (
-        predictions.float()
-        * weights.to(predictions.device, torch.float32)[..., None, None, None]
-    ).sum(0)
+    factors = weights.to(predictions.device, torch.float32)
+    per_branch = factors[..., None, None, None]
+    weighted = predictions.float() * per_branch
+    return weighted.sum(0)
 
 
 @dataclass(frozen=True)
-class Conditioned:
-    """What the denoiser is told: source (B, 4, h, w), the latents of the picture; text and null (B, T, D)."""
+class DenoiserInputs:
+    """The inputs of the denoiser: the latents of the picture `source` (B, 4, h, w), `text` and `null` (B, T, D)."""
 
     source: Tensor
     text: Tensor
@@ -51,25 +56,39 @@ class Conditioned:
 
 
 def predict(
-    unet: Any, latents: Tensor, step: Tensor, told: Conditioned, weights: Tensor
+    unet: Any, latents: Tensor, step: Tensor, inputs: DenoiserInputs, weights: Tensor
 ) -> Tensor:
-    """Return the guided prediction (B, C, h, w) for scaled latents, with one pass over the branches that count."""
-    branch, row = (index.to(latents.device) for index in weights.nonzero(as_tuple=True))
-    seen = (branch != NOTHING).to(told.source.dtype)[:, None, None, None]
-    inputs = torch.cat([latents[row], told.source[row] * seen], dim=1)
+    """Return the guided prediction (B, C, h, w) for scaled latents, with one pass over the branches with a weight."""
+    device = latents.device
+    branches, rows = weights.nonzero(as_tuple=True)
+    branches = branches.to(device)
+    rows = rows.to(device)
+    source = inputs.source[rows]
+    sees_picture = branches != NOTHING
+    factors = sees_picture.to(source.dtype)
+    source = source * factors[:, None, None, None]
+    has_text = branches == FULL
     context = torch.where(
-        (branch == FULL)[:, None, None], told.text[row], told.null[row]
+        has_text[:, None, None],
+        inputs.text[rows],
+        inputs.null[rows],
     )
-    predicted = unet(inputs, step, encoder_hidden_states=context, return_dict=False)[0]
+    predicted, *_ = unet(
+        torch.cat([latents[rows], source], dim=1),
+        step,
+        encoder_hidden_states=context,
+        return_dict=False,
+    )
     table = predicted.new_zeros(3, *latents.shape)
-    table[branch, row] = predicted
-    return combine(table, weights).to(latents.dtype)
+    table[branches, rows] = predicted
+    guided = combine(table, weights)
+    return guided.to(latents.dtype)
 
 
 def denoise(
     unet: Any,
     scheduler: Any,
-    told: Conditioned,
+    inputs: DenoiserInputs,
     weights: Tensor,
     steps: int,
     seeds: Sequence[int],
@@ -77,37 +96,37 @@ def denoise(
 ) -> Tensor:
     """Return the latents (B, 4, h, w) of the edited pictures; each depends on its own seed alone.
 
-    Randomness comes from the CPU, so a seed means the same on every device. Raises NotFinite for latents that are not
-    finite, with the step and the first module.
+    Random numbers come from the CPU, so a seed means the same on every device. Raises NotFinite for latents that are
+    not finite, naming the step and the first module.
     """
-    generators = [Generator().manual_seed(seed) for seed in seeds]
-    device, dtype = told.source.device, told.source.dtype
-    noise = [
-        torch.randn(told.source.shape[1:], generator=generator, dtype=dtype)
-        for generator in generators
-    ]
+    device, dtype = inputs.source.device, inputs.source.dtype
+    shape = inputs.source.shape[1:]
+    generators = []
+    noise = []
+    for seed in seeds:
+        generator = Generator().manual_seed(seed)
+        generators.append(generator)
+        noise.append(torch.randn(shape, generator=generator, dtype=dtype))
     scheduler.set_timesteps(steps, device=device)
     latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
-    random = (
-        {"generator": generators}
-        if "generator" in inspect.signature(scheduler.step).parameters
-        else {}
-    )
+    random = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        random["generator"] = generators
     for number, step in enumerate(scheduler.timesteps, 1):
-        guess = partial(
-            predict,
-            unet,
-            scheduler.scale_model_input(latents, step),
+        scaled = scheduler.scale_model_input(latents, step)
+        run_unet = partial(predict, unet, scaled, step, inputs, weights)
+        latents, *_ = scheduler.step(
+            run_unet(),
             step,
-            told,
-            weights,
+            latents,
+            **random,
+            return_dict=False,
         )
-        latents = scheduler.step(guess(), step, latents, **random, return_dict=False)[0]
         if not all_finite(latents):
             raise not_finite(
                 f"the latents of step {number} of {steps}",
                 nn.ModuleDict({"unet": unet}),
-                guess,
+                run_unet,
             )
         tick(len(seeds))
     return latents.to(dtype)

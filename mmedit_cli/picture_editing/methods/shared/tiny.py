@@ -22,9 +22,15 @@ def _ip2p() -> Any:
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     return StableDiffusionInstructPix2PixPipeline(
-        vae=vae(), text_encoder=text_encoder(), tokenizer=clip_tokenizer(), unet=unet(), scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def _flux_kontext() -> Any:
@@ -37,14 +43,30 @@ def _flux_kontext() -> Any:
     from transformers import T5Config, T5EncoderModel
 
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
     encoder = AutoencoderKL(
-        sample_size=SIDE, block_out_channels=(4, 4, 4, 4), latent_channels=4, norm_num_groups=2, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, use_quant_conv=False,
-        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.3,
-    )  # fmt: skip
+        sample_size=SIDE,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=0.3,
+    )
     words = T5EncoderModel(
         T5Config(
             vocab_size=514,
@@ -57,10 +79,14 @@ def _flux_kontext() -> Any:
         )
     )
     return FluxKontextPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=encoder.eval(), text_encoder=text_encoder(),
-        tokenizer=clip_tokenizer(), text_encoder_2=words.eval(), tokenizer_2=clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=encoder.eval(),
+        text_encoder=text_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=words.eval(),
+        tokenizer_2=clip_tokenizer(),
         transformer=transformer.eval(),
-    )  # fmt: skip
+    )
 
 
 def unet(channels: int = 8) -> Any:
@@ -68,10 +94,17 @@ def unet(channels: int = 8) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=SIDE // 2, in_channels=channels, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH, norm_num_groups=8, attention_head_dim=2,
-    ).eval()  # fmt: skip
+        sample_size=SIDE // 2,
+        in_channels=channels,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=8,
+        attention_head_dim=2,
+    ).eval()
 
 
 def vae() -> Any:
@@ -79,9 +112,13 @@ def vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        sample_size=SIDE, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()  # fmt: skip
+        sample_size=SIDE,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
 
 
 def scheduler() -> Any:
@@ -102,9 +139,16 @@ def text_encoder() -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=514, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=LONGEST, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=514,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LONGEST,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     return CLIPTextModel(config).eval()
 
 
