@@ -51,7 +51,7 @@ def manifest() -> dict[str, Any]:
     about = {
         "name": "emojikb-edits",
         "made_from": "data/emojikb",
-        "side": emojikb_edits.SIDE,
+        "side": emojikb_edits.SIZE,
     }
     return {**about, "splits": sides, "without_effect": void}
 
@@ -83,7 +83,7 @@ def sheet(pairs: list[EditPair]) -> Image.Image:
     """Return a picture with the first pair of each kind."""
     firsts = list({pair.kind: pair for pair in reversed(pairs)}.values())
     firsts.sort(key=lambda pair: pair.kind)
-    height, width = emojikb_edits.SIDE + 26, 460
+    height, width = emojikb_edits.SIZE + 26, 460
     paper = Image.new("RGB", (2 * width, height * ((len(firsts) + 1) // 2)), "white")
     pen = ImageDraw.Draw(paper)
     for i, pair in enumerate(firsts):

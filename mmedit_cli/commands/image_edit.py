@@ -152,24 +152,23 @@ def image_edit(
 
     out = Output(as_json=as_json)
     editing.one_of(image, instruction, batch)
-    request = editing.PictureEditOptions(
+    options = editing.PictureEditOptions(
         editor,
         model,
         LoadOptions(device, dtype, revision),
         EditSettings(steps, text_guidance, image_guidance, resolution, restore),
-        editing.colour(background),
-        keep_alpha,
-        batch_size,
-        force,
-        records,
-        checkpoint,
+        background=editing.colour(background),
+        keep_alpha=keep_alpha,
+        batch_size=batch_size,
+        force=force,
+        records=records,
+        checkpoint=checkpoint,
     )
     if batch is not None:
-        wishes = editing.read_wishes(batch, output, seed)
-        report = editing.edit_batch(wishes, output, request, out)
+        requests = editing.read_requests(batch, output, seed)
+        report = editing.edit_batch(requests, output, options, out)
     else:
-        wish = editing.RequestedEdit(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
-        report = editing.edit_pictures(
-            editing.samples(wish, samples), request, out, sheet
-        )
+        request = editing.RequestedEdit(image, instruction, output, seed, expressive)  # type: ignore[arg-type]
+        requests = editing.samples(request, samples)
+        report = editing.edit_pictures(requests, options, out, sheet)
     print_edits(out, report, with_instruction=show_instruction)

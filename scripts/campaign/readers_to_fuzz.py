@@ -500,9 +500,9 @@ def _read_pairs(name: str) -> Callable[[Path], int]:
 
 
 def _read_batch(folder: Path) -> int:
-    from mmedit_cli.picture_editing.workflow.editing import read_wishes
+    from mmedit_cli.picture_editing.workflow.editing import read_requests
 
-    read_wishes(folder / "batch.jsonl", folder / "out", 0)
+    read_requests(folder / "batch.jsonl", folder / "out", 0)
     return 0
 
 

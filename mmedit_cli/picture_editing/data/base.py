@@ -1,4 +1,4 @@
-"""Edit pairs, and where they come from: a named set, a folder as InstructPix2Pix writes it, parquet shards, JSONL."""
+"""Edit pairs: two pictures, the instruction between them, and what is known about both."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mmedit_cli.pictures import picture_digest
 class EditPair:
     """A picture, an instruction, and the picture it leads to.
 
-    `source` and `target` load them, upright and RGB, and raise DataError if they cannot be decoded. `expressive` is
-    the instruction spelled out, `plain` one for who does not see the picture; `caption` and `target_caption` say what
-    is on the pictures: all empty if not known. `kind` is the sort of edit; `digest` stands for the content; `place`
-    says where the record came from. What tells whether an edit was made, if anything does, is the `answer` to a
-    `question` about the result.
+    `source` and `target` load the pictures, upright and RGB, and raise DataError if they cannot be decoded.
+    `expressive` is the instruction in detail, `plain` one that does not need the picture; `caption` and
+    `target_caption` describe the pictures. All of these texts are empty if not known. `kind` is the sort of edit,
+    `digest` one of the content, `place` the origin of the record. An edit was made if a `question` about the result is
+    answered with `answer`.
     """
 
     uid: str

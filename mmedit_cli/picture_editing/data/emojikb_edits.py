@@ -1,18 +1,18 @@
-"""EmojiKB as edit pairs: scenes composed of its drawings when asked for, and what leads from one to another.
+"""EmojiKB as edit pairs: scenes are composed of its drawings on demand, with the edits between them.
 
-Some instructions say all ("make the background blue"), some mean something only to who sees the picture ("give the
-background its opposite colour", "turn it into another of its kind", "make it the flag of the only neighbour of this
-country"): what they come to is the expressive instruction. Sides share no concept; nothing is stored.
+Some instructions are complete ("make the background blue"), some need the picture ("give the background its opposite
+colour", "turn it into another of its kind", "make it the flag of the only neighbour of this country"). The expressive
+instruction says what they mean for this picture. Splits share no concept; no picture is stored.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
@@ -26,7 +26,7 @@ from mmedit_cli.registry import emojikb_dir, share_dir
 from mmedit_cli.storage import sha256_of
 
 SPLITS = ("train", "val", "eval")
-SIDE = 64  # pixels
+SIZE = 64  # pixels
 ARTISTS = {
     "noto": "Noto",
     "twemoji": "Twemoji",
@@ -42,19 +42,16 @@ AMBIGUOUS = (
     "capital",
 )
 WHO = "Who drew this?"  # a question for a classifier of artists
-WHITE = "white"  # no colour of EmojiKB's own backgrounds, so nobody is asked about it
-_COLOUR, _NAME, _ARTIST = (
-    ("What colour is the background?", "ground"),
-    ("What is this?", "name"),
-    (WHO, "artist"),
-)
+WHITE = "white"  # not a colour of EmojiKB's own backgrounds, so no question is asked about it
+# The question about the result of an edit, and the key of its answer.
+_COLOUR = ("What colour is the background?", "ground")
+_NAME = ("What is this?", "name")
+_ARTIST = (WHO, "artist")
 ASKED = {
     "background": _COLOUR,
     "opposite-background": _COLOUR,
     "replace": _NAME,
     "another-kind": _NAME,
-}
-ASKED |= {
     "neighbour": _NAME,
     "capital": _NAME,
     "style": _ARTIST,
@@ -68,20 +65,33 @@ OPPOSITE = {
     "green": "pink",
     "pink": "green",
 }
-# countries with one land neighbour: nothing else can be meant
+# countries with one land neighbour, so the answer is unique
 NEIGHBOUR = {
-    "Portugal": "Spain", "Denmark": "Germany", "Canada": "United States", "Ireland": "United Kingdom",
-    "Gambia": "Senegal", "Lesotho": "South Africa", "South Korea": "North Korea", "Qatar": "Saudi Arabia",
-    "Haiti": "Dominican Republic", "Dominican Republic": "Haiti", "San Marino": "Italy",
-    "Vatican City": "Italy", "Brunei": "Malaysia", "Papua New Guinea": "Indonesia",
-}  # fmt: skip
+    "Portugal": "Spain",
+    "Denmark": "Germany",
+    "Canada": "United States",
+    "Ireland": "United Kingdom",
+    "Gambia": "Senegal",
+    "Lesotho": "South Africa",
+    "South Korea": "North Korea",
+    "Qatar": "Saudi Arabia",
+    "Haiti": "Dominican Republic",
+    "Dominican Republic": "Haiti",
+    "San Marino": "Italy",
+    "Vatican City": "Italy",
+    "Brunei": "Malaysia",
+    "Papua New Guinea": "Indonesia",
+}
 
 Json = dict[str, Any]
+Item = TypeVar("Item")
+
+# The digest of a pair contains the repr of its `Edit`: names of these three classes and their fields stay as they are.
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """A drawing in a scene: which, how large (1 fills the scene), where its middle is, and how it is changed."""
+    """A drawing in a scene: its size (1 fills the scene), the position of its middle, and how it is changed."""
 
     concept: str
     artist: str
@@ -101,8 +111,8 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class EmojiKB:
-    """The concepts of one side by id, the colours by name, and the digest of each picture.
+class EmojiKBSplit:
+    """The concepts of one split by id, the colours by name, and the digest of each picture.
 
     `kin` are the concepts that share the value of a key, drawn by an artist: (key, value, artist) -> concepts.
     """
@@ -116,23 +126,24 @@ class EmojiKB:
 
 @dataclass(frozen=True)
 class Edit:
-    """What leads from one scene to another: in a few words, and spelled out."""
+    """An edit from one scene to another, with its instruction and the expressive one.
+
+    `plain` is an instruction that does not need the picture, if the usual one does.
+    """
 
     kind: str
     instruction: str
     expressive: str
     before: Scene
     after: Scene
-    plain: str = field(
-        default="", repr=False
-    )  # for who does not see the picture, if that is another instruction
+    plain: str = field(default="", repr=False)
 
 
 def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
-    """Return the pairs of a side (train, val, eval; empty: eval) in a mixed but fixed order.
+    """Return the pairs of a split (train, val, eval; empty: eval) in a mixed but fixed order.
 
-    Another `variation` has the same kinds of edits with other colours, artists and things beside. Raises DataError for
-    another side, or where EmojiKB is not there.
+    Another `variation` has the same kinds of edits with other colours, artists and added things. Raises DataError for
+    an unknown split, or if EmojiKB is missing.
     """
     split = split or "eval"
     if split not in SPLITS:
@@ -145,278 +156,346 @@ def pairs(split: str = "", variation: int = 0) -> list[EditPair]:
         raise DataError(
             f"{manifest}: not there", "the data come with a checkout of the repository"
         )
-    left_out = frozenset(read_json_object(manifest).array("without_effect", str))
-    return [pair for pair in every_pair(split, variation) if pair.uid not in left_out]
+    content = read_json_object(manifest)
+    without_effect = set(content.array("without_effect", str))
+    every = every_pair(split, variation)
+    return [pair for pair in every if pair.uid not in without_effect]
 
 
 def every_pair(split: str, variation: int = 0) -> list[EditPair]:
-    """Return the pairs of a side, also those whose edit changes nothing, such as to mirror what is symmetrical."""
+    """Return the pairs of a split, also those whose edit changes nothing, such as mirroring a symmetrical drawing."""
     kb = load(split)
-    found = [
-        _pair(kb, f"{split}-{edit.kind}-{concept['id']}-{artist}", edit)
-        for concept in kb.concepts.values()
-        for artist in concept["artists"]
-        for edit in edits(kb, concept, artist, variation)
-    ]
+    found = []
+    for concept in kb.concepts.values():
+        for artist in concept["artists"]:
+            for edit in edits(kb, concept, artist, variation):
+                uid = f"{split}-{edit.kind}-{concept['id']}-{artist}"
+                found.append(_pair(kb, uid, edit))
     return sorted(found, key=lambda pair: number(pair.uid))
 
 
 @cache
-def load(split: str) -> EmojiKB:
-    """Read the concepts of one side; raise DataError where EmojiKB is not there."""
+def load(split: str) -> EmojiKBSplit:
+    """Read the concepts of one split; raise DataError if EmojiKB is missing."""
     folder = emojikb_dir()
-    concepts = {
-        concept["id"]: concept
-        for concept in concepts_in(folder)
-        if concept["split"] == split
-    }
-    colours = read_json(folder / "backgrounds.json")
-    drawn = [
-        f"{artist}/{concept['id']}.png"
-        for concept in concepts.values()
-        for artist in concept["artists"]
-    ]
-    try:
-        digests = {name: sha256_of(folder / name) for name in drawn}
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{error.filename}: no such image", way_out(Path(error.filename))
-        ) from error
+    concepts = {}
+    for concept in concepts_in(folder):
+        if concept["split"] == split:
+            concepts[concept["id"]] = concept
+    digests: dict[str, str] = {}
     kin: dict[tuple[str, str, str], list[Json]] = {}
     for concept in concepts.values():
         for artist in concept["artists"]:
+            name = f"{artist}/{concept['id']}.png"
+            digests[name] = _digest_of(folder / name)
             for key in ("kind", "category", "country"):
-                kin.setdefault((key, concept.get(key, ""), artist), []).append(concept)
-    return EmojiKB(folder, concepts, kin, {**colours, WHITE: "#ffffff"}, digests)
+                shared = (key, concept.get(key, ""), artist)
+                kin.setdefault(shared, []).append(concept)
+    colours = {**read_json(folder / "backgrounds.json"), WHITE: "#ffffff"}
+    return EmojiKBSplit(folder, concepts, kin, colours, digests)
+
+
+def _digest_of(image: Path) -> str:
+    try:
+        return sha256_of(image)
+    except FileNotFoundError as error:
+        raise DataError(f"{image}: no such image", way_out(image)) from error
 
 
 def number(*key: str) -> int:
     """Return a number that depends on the key alone."""
-    return int.from_bytes(hashlib.sha256("/".join(key).encode()).digest()[:6], "big")
+    text = "/".join(key)
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def _pick(items: Sequence[Item], *key: str) -> Item:
+    """Return one of the items, chosen by a hash of the key."""
+    return items[number(*key) % len(items)]
 
 
 # -- what is done -----------------------------------------------------------------------------------------------
 
 
 def edits(
-    kb: EmojiKB, concept: Json, artist: str, variation: int = 0
+    kb: EmojiKBSplit, concept: Json, artist: str, variation: int = 0
 ) -> Iterator[Edit]:
     """Yield every edit of one drawing; colours and other drawings are chosen by a hash."""
-    key = (concept["id"], artist, *((str(variation),) if variation else ()))
-    colours = list(kb.colours)
-    ground = colours[number("ground", *key) % len(colours)]
+    key = [concept["id"], artist]
+    if variation:
+        key.append(str(variation))
+    ground = _pick(list(kb.colours), "ground", *key)
     sprite = Sprite(concept["id"], artist)
     scene = Scene((sprite,), ground)
-    thing = f"the {concept['name'].removeprefix('the ')}"
-    yield from _of_the_ground(kb, concept, scene, key)
-    yield from _of_the_drawing(concept, scene, thing, key)
-    other = _other(kb, concept, artist, key)
-    if other is not None:
-        swapped = replace(scene, sprites=(Sprite(other["id"], artist),))
-        yield Edit(
-            "replace", _replacing(concept, other), says(kb, swapped), scene, swapped
-        )
-        left, right = (
-            replace(sprite, size=0.5, x=0.25),
-            Sprite(other["id"], artist, 0.5, 0.75),
-        )
-        one, two = (
-            replace(scene, sprites=(left,)),
-            replace(scene, sprites=(left, right)),
-        )
-        yield Edit("add", f"put {other['it']} beside it", says(kb, two), one, two)
-        name = other["name"].removeprefix("the ")
-        yield Edit("remove", f"remove the {name}", says(kb, one), two, one)
-    yield from _by_knowledge(kb, concept, scene)
+    yield from _background_edits(kb, scene, key)
+    yield from _shape_edits(concept, scene)
+    yield from _style_edits(concept, scene, key)
+    kin = _others(kb, concept, "category", artist)
+    if kin:
+        other = _pick(kin, "other", *key)
+        yield from _edits_with_another(kb, concept, other, scene)
+    yield from _edits_by_knowledge(kb, concept, scene)
 
 
-def _of_the_ground(
-    kb: EmojiKB, concept: Json, scene: Scene, key: tuple[str, ...]
+def _with_sprite(scene: Scene, **changes: Any) -> Scene:
+    """Return a scene whose only drawing is changed."""
+    (sprite,) = scene.sprites
+    changed = replace(sprite, **changes)
+    return replace(scene, sprites=(changed,))
+
+
+def _background_edits(
+    kb: EmojiKBSplit, scene: Scene, key: Sequence[str]
 ) -> Iterator[Edit]:
     others = [colour for colour in kb.colours if colour != scene.ground]
-    colour = others[number("other ground", *key) % len(others)]
+    colour = _pick(others, "other ground", *key)
     after = replace(scene, ground=colour)
     yield Edit(
-        "background", f"make the background {colour}", says(kb, after), scene, after
+        "background",
+        f"make the background {colour}",
+        caption(kb, after),
+        scene,
+        after,
     )
-    names = list(OPPOSITE)
-    before = replace(scene, ground=names[number("opposite ground", *key) % len(names)])
-    after = replace(scene, ground=OPPOSITE[before.ground])
+    colour = _pick(list(OPPOSITE), "opposite ground", *key)
+    before = replace(scene, ground=colour)
+    after = replace(scene, ground=OPPOSITE[colour])
     plain = f"make the background {after.ground}"
-    text = f"{plain}: {says(kb, after)}"
     yield Edit(
         "opposite-background",
         "give the background its opposite colour",
-        text,
+        f"{plain}: {caption(kb, after)}",
         before,
         after,
         plain,
     )
 
 
-def _of_the_drawing(
-    concept: Json, scene: Scene, thing: str, key: tuple[str, ...]
-) -> Iterator[Edit]:
-    (sprite,) = scene.sprites
-    small = replace(scene, sprites=(replace(sprite, size=0.5),))
+def _shape_edits(concept: Json, scene: Scene) -> Iterator[Edit]:
+    thing = f"the {_bare_name(concept)}"
+    small = _with_sprite(scene, size=0.5)
     yield Edit("bigger", "make it bigger", f"{thing} fills the picture", small, scene)
     yield Edit("smaller", "make it smaller", f"{thing} is half as large", scene, small)
-    turned = replace(scene, sprites=(replace(sprite, turned=180),))
-    yield Edit(
-        "turn", "turn it upside down", f"{thing} stands on its head", scene, turned
-    )
-    mirrored = replace(scene, sprites=(replace(sprite, mirrored=True),))
+    turned = _with_sprite(scene, turned=180)
+    text = f"{thing} stands on its head"
+    yield Edit("turn", "turn it upside down", text, scene, turned)
+    mirrored = _with_sprite(scene, mirrored=True)
     yield Edit("mirror", "mirror it", f"{thing} looks the other way", scene, mirrored)
-    painted = replace(scene, sprites=(replace(sprite, opposite=True),))
-    told = f"{thing} in the opposite colours, on the same {scene.ground} background"
     yield Edit(
-        "opposite-colour", "make it look like its opposite colour", told, scene, painted
+        "opposite-colour",
+        "make it look like its opposite colour",
+        f"{thing} in the opposite colours, on the same {scene.ground} background",
+        scene,
+        _with_sprite(scene, opposite=True),
     )
+
+
+def _style_edits(concept: Json, scene: Scene, key: Sequence[str]) -> Iterator[Edit]:
+    thing = f"the {_bare_name(concept)}"
+    own = scene.sprites[0].artist
     artists = [artist for artist in ARTISTS if artist in concept["artists"]]
-    if len(artists) > 1:
-        others = [artist for artist in artists if artist != sprite.artist]
-        chosen = others[number("artist", *key) % len(others)]
-        told = f"{thing} drawn in the style of {ARTISTS[chosen]}"
-        after = replace(scene, sprites=(replace(sprite, artist=chosen),))
-        yield Edit(
-            "style", f"draw it in the style of {ARTISTS[chosen]}", told, scene, after
-        )
-        following = artists[(artists.index(sprite.artist) + 1) % len(artists)]
-        told = f"{thing} drawn in the style of {ARTISTS[following]}"
-        after = replace(scene, sprites=(replace(sprite, artist=following),))
-        plain = f"draw it in the style of {ARTISTS[following]}"
-        yield Edit(
-            "another-artist",
-            "draw it as the next artist would",
-            told,
-            scene,
-            after,
-            plain,
-        )
+    if len(artists) < 2:
+        return
+    others = [artist for artist in artists if artist != own]
+    chosen = _pick(others, "artist", *key)
+    yield Edit(
+        "style",
+        f"draw it in the style of {ARTISTS[chosen]}",
+        f"{thing} drawn in the style of {ARTISTS[chosen]}",
+        scene,
+        _with_sprite(scene, artist=chosen),
+    )
+    following = _following(artists, own)
+    yield Edit(
+        "another-artist",
+        "draw it as the next artist would",
+        f"{thing} drawn in the style of {ARTISTS[following]}",
+        scene,
+        _with_sprite(scene, artist=following),
+        f"draw it in the style of {ARTISTS[following]}",
+    )
 
 
-def _by_knowledge(kb: EmojiKB, concept: Json, scene: Scene) -> Iterator[Edit]:
+def _edits_with_another(
+    kb: EmojiKBSplit, concept: Json, other: Json, scene: Scene
+) -> Iterator[Edit]:
+    """Yield the edits that need a second drawing."""
+    (sprite,) = scene.sprites
+    swapped = _with_sprite(scene, concept=other["id"])
+    text = _replacing(concept, other)
+    yield Edit("replace", text, caption(kb, swapped), scene, swapped)
+    left = replace(sprite, size=0.5, x=0.25)
+    right = replace(left, concept=other["id"], x=0.75)
+    one = replace(scene, sprites=(left,))
+    two = replace(scene, sprites=(left, right))
+    yield Edit(
+        "add",
+        f"put {other['it']} beside it",
+        caption(kb, two),
+        before=one,
+        after=two,
+    )
+    yield Edit(
+        "remove",
+        f"remove the {_bare_name(other)}",
+        caption(kb, one),
+        before=two,
+        after=one,
+    )
+
+
+def _edits_by_knowledge(
+    kb: EmojiKBSplit, concept: Json, scene: Scene
+) -> Iterator[Edit]:
     """Yield the edits whose meaning needs the picture and a fact."""
     artist = scene.sprites[0].artist
+
+    def replacing(kind: str, instruction: str, other: Json) -> Edit:
+        after = _with_sprite(scene, concept=other["id"])
+        return Edit(
+            kind,
+            instruction,
+            caption(kb, after),
+            before=scene,
+            after=after,
+            plain=_replacing(concept, other),
+        )
+
     kin = kb.kin["kind", concept["kind"], artist]
     if len(kin) > 1:
-        following = kin[(kin.index(concept) + 1) % len(kin)]
-        after = replace(scene, sprites=(Sprite(following["id"], artist),))
-        known = "country flag" in concept["kind"]
-        text = (
-            "turn it into another flag" if known else "turn it into another of its kind"
-        )
-        yield Edit(
-            "another-kind",
-            text,
-            says(kb, after),
-            scene,
-            after,
-            _replacing(concept, following),
-        )
-    neighbour = NEIGHBOUR.get(concept.get("country", ""))
-    beside = kb.kin.get(("country", neighbour, artist)) if neighbour else None
-    if beside:
-        after = replace(scene, sprites=(Sprite(beside[0]["id"], artist),))
-        text, plain = (
-            "give it the flag of the neighbouring country",
-            _replacing(concept, beside[0]),
-        )
-        yield Edit("neighbour", text, says(kb, after), scene, after, plain)
+        is_flag = "country flag" in concept["kind"]
+        what = "flag" if is_flag else "of its kind"
+        following = _following(kin, concept)
+        yield replacing("another-kind", f"turn it into another {what}", following)
+    neighbour = NEIGHBOUR.get(concept.get("country", ""), "")
+    flags = kb.kin.get(("country", neighbour, artist))
+    if neighbour and flags:
+        text = "give it the flag of the neighbouring country"
+        yield replacing("neighbour", text, flags[0])
     if "country" in concept:
         others = [c for c in kin if "capital" in c and c is not concept]
-        chosen = others[number("capital", concept["id"], artist) % len(others)]
-        after = replace(scene, sprites=(Sprite(chosen["id"], artist),))
+        chosen = _pick(others, "capital", concept["id"], artist)
         text = f"make it the flag of the country whose capital is {chosen['capital']}"
-        yield Edit(
-            "capital", text, says(kb, after), scene, after, _replacing(concept, chosen)
-        )
+        yield replacing("capital", text, chosen)
+
+
+def _bare_name(concept: Json) -> str:
+    name: str = concept["name"]
+    return name.removeprefix("the ")
 
 
 def _replacing(concept: Json, other: Json) -> str:
-    return f"replace the {concept['name'].removeprefix('the ')} with {other['it']}"
+    return f"replace the {_bare_name(concept)} with {other['it']}"
 
 
-def _other(
-    kb: EmojiKB, concept: Json, artist: str, key: tuple[str, ...]
-) -> Json | None:
-    """Return another concept of the same category by the same artist, None if there is none."""
-    kin = [
-        c for c in kb.kin["category", concept["category"], artist] if c is not concept
-    ]
-    return kin[number("other", *key) % len(kin)] if kin else None
+def _following(items: Sequence[Item], item: Item) -> Item:
+    """Return the item behind another one; the first follows the last."""
+    place = items.index(item) + 1
+    return items[place % len(items)]
 
 
-# -- how it looks, and how it is told ---------------------------------------------------------------------------
+def _others(kb: EmojiKBSplit, concept: Json, key: str, artist: str) -> list[Json]:
+    """Return the other concepts with the same value of a key, drawn by the artist."""
+    kin = kb.kin[key, concept[key], artist]
+    return [other for other in kin if other is not concept]
 
 
-def says(kb: EmojiKB, scene: Scene) -> str:
-    """Return a scene in words, as the captions of mini-sd are written."""
-    things = " and ".join(kb.concepts[sprite.concept]["it"] for sprite in scene.sprites)
-    artist = scene.sprites[0].artist
-    return f"{with_article(artist)} drawing of {things} on {with_article(scene.ground)} background"
+# -- pictures and captions --------------------------------------------------------------------------------------
 
 
-def compose(kb: EmojiKB, scene: Scene) -> Image.Image:
-    """Return a scene as an RGB picture of SIDE x SIDE pixels; raise DataError for a drawing that is gone."""
-    canvas = Image.new("RGBA", (SIDE, SIDE), kb.colours[scene.ground])
+def caption(kb: EmojiKBSplit, scene: Scene) -> str:
+    """Return a scene in words, like the captions of mini-sd."""
+    names = []
     for sprite in scene.sprites:
-        path = kb.folder / sprite.artist / f"{sprite.concept}.png"
-        try:
-            with Image.open(path) as file:
-                drawing = file.convert("RGBA")
-        except OSError as error:
-            raise DataError(
-                f"{path}: not a readable image ({error})", way_out(path)
-            ) from error
+        concept = kb.concepts[sprite.concept]
+        names.append(concept["it"])
+    things = " and ".join(names)
+    artist = with_article(scene.sprites[0].artist)
+    ground = with_article(scene.ground)
+    return f"{artist} drawing of {things} on {ground} background"
+
+
+def compose(kb: EmojiKBSplit, scene: Scene) -> Image.Image:
+    """Return a scene as an RGB picture of SIZE x SIZE pixels; raise DataError for a drawing that is gone."""
+    canvas = Image.new("RGBA", (SIZE, SIZE), kb.colours[scene.ground])
+    for sprite in scene.sprites:
+        drawing = _open_drawing(kb.folder / sprite.artist / f"{sprite.concept}.png")
         if sprite.opposite:
             drawing = _opposite(drawing)
         if sprite.mirrored:
             drawing = ImageOps.mirror(drawing)
-        side = round(SIDE * sprite.size)
-        drawing = drawing.rotate(sprite.turned).resize(
-            (side, side), Image.Resampling.LANCZOS
-        )
-        above = Image.new("RGBA", canvas.size)
-        above.paste(drawing, (round(SIDE * sprite.x) - side // 2, (SIDE - side) // 2))
-        canvas = Image.alpha_composite(canvas, above)
+        drawing = drawing.rotate(sprite.turned)
+        size = round(SIZE * sprite.size)
+        drawing = drawing.resize((size, size), Image.Resampling.LANCZOS)
+        left = round(SIZE * sprite.x) - size // 2
+        top = (SIZE - size) // 2
+        layer = Image.new("RGBA", canvas.size)
+        layer.paste(drawing, (left, top))
+        canvas = Image.alpha_composite(canvas, layer)
     return canvas.convert("RGB")
+
+
+def _open_drawing(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGBA")
+    except OSError as error:
+        raise DataError(
+            f"{path}: not a readable image ({error})", way_out(path)
+        ) from error
 
 
 def _opposite(drawing: Image.Image) -> Image.Image:
     """Return a drawing with every hue turned by half the circle; grey, black and white stay."""
-    hue, saturation, value = drawing.convert("RGB").convert("HSV").split()
-    around = hue.point([(h + 128) % 256 for h in range(256)])
-    turned = Image.merge("HSV", (around, saturation, value)).convert("RGB")
-    turned.putalpha(drawing.getchannel("A"))
+    hsv = drawing.convert("RGB").convert("HSV")
+    hue, saturation, value = hsv.split()
+    turned_hue = hue.point([(h + 128) % 256 for h in range(256)])
+    turned_hsv = Image.merge("HSV", (turned_hue, saturation, value))
+    turned = turned_hsv.convert("RGB")
+    alpha = drawing.getchannel("A")
+    turned.putalpha(alpha)
     return turned
 
 
-def _pair(kb: EmojiKB, uid: str, edit: Edit) -> EditPair:
-    drawn = sorted(
-        {
-            f"{s.artist}/{s.concept}.png"
-            for scene in (edit.before, edit.after)
-            for s in scene.sprites
-        }
-    )
-    question, key = ASKED.get(edit.kind, ("", ""))
-    sprite = edit.after.sprites[0]
-    known = {"": "", "ground": edit.after.ground, "artist": ARTISTS[sprite.artist]}
-    known["name"] = kb.concepts[sprite.concept]["name"]
-    facts = [repr(edit), *(kb.digests[name] for name in drawn)]
+def _pair(kb: EmojiKBSplit, uid: str, edit: Edit) -> EditPair:
+    question, answer = _question_about(kb, edit)
     return EditPair(
         uid=uid,
         instruction=edit.instruction,
         source=partial(compose, kb, edit.before),
         target=partial(compose, kb, edit.after),
-        digest=hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16],
+        digest=_content_of(kb, edit),
         expressive=edit.expressive,
-        caption=says(kb, edit.before),
-        target_caption=says(kb, edit.after),
+        caption=caption(kb, edit.before),
+        target_caption=caption(kb, edit.after),
         kind=edit.kind,
         place=f"emojikb-edits: {uid}",
-        question=question if known[key] != WHITE else "",
-        answer=known[key] if known[key] != WHITE else "",
+        question=question,
+        answer=answer,
         plain=edit.plain,
     )
+
+
+def _question_about(kb: EmojiKBSplit, edit: Edit) -> tuple[str, str]:
+    """Return the (question, answer) about the result of an edit; both are empty if there is none."""
+    question, key = ASKED.get(edit.kind, ("", ""))
+    sprite = edit.after.sprites[0]
+    answers = {
+        "": "",
+        "ground": edit.after.ground,
+        "artist": ARTISTS[sprite.artist],
+        "name": kb.concepts[sprite.concept]["name"],
+    }
+    answer = answers[key]
+    return ("", "") if answer == WHITE else (question, answer)
+
+
+def _content_of(kb: EmojiKBSplit, edit: Edit) -> str:
+    """Return a digest of an edit and of its drawings."""
+    files = set()
+    for sprite in (*edit.before.sprites, *edit.after.sprites):
+        files.add(f"{sprite.artist}/{sprite.concept}.png")
+    facts = [repr(edit)]
+    facts += [kb.digests[name] for name in sorted(files)]
+    text = "\n".join(facts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

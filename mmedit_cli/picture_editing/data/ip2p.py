@@ -17,52 +17,58 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 def pairs(root: Path) -> list[EditPair]:
     """Return the pairs of a folder by name; raise DataError with all that is wrong.
 
-    prompt.json holds `edit`, and `input`, `output` (captions) and `expressive` if they are known. Pairs that differ
-    in their seed alone share an instruction.
+    prompt.json contains `edit`, and `input`, `output` (captions) and `expressive` if they are known. Pairs that differ
+    only in their seed share an instruction.
     """
     found: list[EditPair] = []
     problems: list[str] = []
     for file in sorted(root.glob("*/prompt.json")):
-        told = _told(file, problems)
-        before = sorted(
-            p
-            for p in file.parent.iterdir()
-            if p.stem.endswith("_0") and p.suffix.lower() in _ENDINGS
-        )
-        if not before:
+        texts = _texts(file, problems)
+        sources = _sources(file.parent)
+        if not sources:
             problems.append(f"{file.parent}: no picture named SEED_0.jpg")
-        for source in before:
+        for source in sources:
             target = source.with_stem(source.stem[:-1] + "1")
             if not target.is_file():
                 problems.append(f"{source}: its pair {target.name} is missing")
-            elif told:
-                found.append(_pair(file, source, target, told))
+            elif texts:
+                found.append(_pair(file, source, target, texts))
     if problems:
         raise DataError(problems[:20], 'prompt.json holds {"edit": "make it winter"}')
     return found
 
 
-def _told(file: Path, problems: list[str]) -> dict[str, Any]:
+def _sources(folder: Path) -> list[Path]:
+    """Return the pictures of a folder that are to be edited, by name."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.stem.endswith("_0") and path.suffix.lower() in _ENDINGS:
+            found.append(path)
+    return found
+
+
+def _texts(file: Path, problems: list[str]) -> dict[str, Any]:
+    """Return the content of a prompt.json; what is wrong is added to the problems."""
     try:
-        told = read_json_object(file)
-        told.text("edit", empty=False)
+        content = read_json_object(file)
+        content.text("edit", empty=False)
         for key in ("input", "output", "expressive"):
-            told.text(key, "")
+            content.text(key, "")
     except DataError as error:
         problems += error.problems
         return {}
-    return told.values
+    return content.values
 
 
-def _pair(file: Path, source: Path, target: Path, told: dict[str, Any]) -> EditPair:
+def _pair(file: Path, source: Path, target: Path, texts: dict[str, Any]) -> EditPair:
     return EditPair(
         uid=f"{file.parent.name}/{source.stem[:-2]}",
-        instruction=told["edit"].strip(),
+        instruction=texts["edit"].strip(),
         source=partial(load_picture, Picture(source)),
         target=partial(load_picture, Picture(target)),
         digest=picture_content(source, target),
-        expressive=told.get("expressive", "").strip(),
-        caption=told.get("input", "").strip(),
-        target_caption=told.get("output", "").strip(),
+        expressive=texts.get("expressive", "").strip(),
+        caption=texts.get("input", "").strip(),
+        target_caption=texts.get("output", "").strip(),
         place=str(file),
     )

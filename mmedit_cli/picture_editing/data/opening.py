@@ -1,4 +1,4 @@
-"""Where edit pairs come from: a named set, a folder as InstructPix2Pix writes it, parquet shards, or JSONL."""
+"""Open edit pairs: a named set, a folder as InstructPix2Pix writes it, parquet shards, or JSONL."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 from bisect import bisect_right
 from functools import lru_cache, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ _LAYOUTS = (
 )
 
 
-class Shard:
-    """One parquet file, of which a row group at a time is in memory."""
+class ParquetShard:
+    """One parquet file, read one row group at a time."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -43,7 +42,7 @@ class Shard:
                 f"{path}: pyarrow is not installed", "pip install pyarrow"
             ) from error
         self.path = path
-        require_regular(path)  # of a FIFO pyarrow would wait for ever
+        require_regular(path)  # pyarrow would wait for ever for a FIFO
         try:
             self._file = parquet.ParquetFile(path)
         except (OSError, pyarrow.ArrowInvalid) as error:
@@ -51,23 +50,26 @@ class Shard:
                 f"{path}: not a readable parquet file ({error})", "download it again"
             ) from error
         names = set(self._file.schema_arrow.names)
-        self.columns = next(
-            (layout for layout in _LAYOUTS if set(layout[:3]) <= names), ()
-        )
-        if not self.columns:
-            known = "; ".join(", ".join(layout[:3]) for layout in _LAYOUTS)
-            raise DataError(
-                f"{path}: its columns are {', '.join(sorted(names))}",
-                f"known layouts: {known}",
-            )
-        self.texts = self._file.read(
-            [c for c in self.columns[2:] if c in names]
-        ).to_pydict()
-        groups = range(self._file.num_row_groups)
-        self._ends = list(
-            accumulate(self._file.metadata.row_group(i).num_rows for i in groups)
-        )
+        self.columns = self._layout(names)
+        texts = [column for column in self.columns[2:] if column in names]
+        self.texts = self._file.read(texts).to_pydict()
+        self._ends: list[int] = []  # of the row groups
+        end = 0
+        for i in range(self._file.num_row_groups):
+            end += self._file.metadata.row_group(i).num_rows
+            self._ends.append(end)
         self._group = lru_cache(maxsize=1)(self._read_group)
+
+    def _layout(self, names: set[str]) -> tuple[str, ...]:
+        """Return the columns of the first layout that fits; raise DataError if there is none."""
+        for layout in _LAYOUTS:
+            if names.issuperset(layout[:3]):
+                return layout
+        known = [", ".join(layout[:3]) for layout in _LAYOUTS]
+        raise DataError(
+            f"{self.path}: its columns are {', '.join(sorted(names))}",
+            f"known layouts: {'; '.join(known)}",
+        )
 
     def _read_group(self, index: int) -> Any:
         return self._file.read_row_group(index, columns=list(self.columns[:2]))
@@ -75,48 +77,46 @@ class Shard:
     def data(self, row: int, column: int) -> bytes:
         """Return the file of a picture: column 0 is the source, 1 the target."""
         group = bisect_right(self._ends, row)
-        value = (
-            self._group(group)
-            .column(self.columns[column])[row - (self._ends[group - 1] if group else 0)]
-            .as_py()
-        )
+        start = self._ends[group - 1] if group else 0
+        values = self._group(group).column(self.columns[column])
+        value = values[row - start].as_py()
         return bytes(value["bytes"] if isinstance(value, dict) else value)
 
     def picture(self, row: int, column: int) -> Image.Image:
         """Return a picture, upright and RGB; raise DataError if it cannot be decoded."""
-        return upright_rgb(
-            io.BytesIO(self.data(row, column)), f"{self.path}: row {row}"
-        )
+        file = io.BytesIO(self.data(row, column))
+        return upright_rgb(file, f"{self.path}: row {row}")
 
 
 def pairs(folder: Path) -> list[EditPair]:
     """Return the pairs of all shards of a folder; raise UserError without pyarrow, DataError for unknown columns."""
     found = []
     for path in sorted(folder.glob("*.parquet")):
-        shard = Shard(path)
-        _, _, instruction, *captions = shard.columns
-        for row, text in enumerate(shard.texts[instruction]):
-            caption, target_caption = (
-                (shard.texts[name][row] or "" if name in shard.texts else "")
-                for name in captions
-            )
-            stat = path.stat()
-            found.append(
-                EditPair(
-                    uid=f"{path.stem}/{row}",
-                    instruction=str(text or "").strip(),
-                    source=partial(shard.picture, row, 0),
-                    target=partial(shard.picture, row, 1),
-                    digest=hashlib.sha256(
-                        f"{path.name}/{stat.st_size}/{row}".encode()
-                    ).hexdigest()[:16],
-                    caption=caption,
-                    target_caption=target_caption,
-                    place=f"{path}: row {row}",
-                )
-            )
-    if empty := [
-        f"{pair.place}: no instruction" for pair in found if not pair.instruction
-    ]:
-        raise DataError(empty[:20])
+        shard = ParquetShard(path)
+        instruction = shard.columns[2]
+        for row in range(len(shard.texts[instruction])):
+            found.append(_pair(shard, row))
+    empty = [pair.place for pair in found if not pair.instruction]
+    if empty:
+        raise DataError([f"{place}: no instruction" for place in empty[:20]])
     return found
+
+
+def _pair(shard: ParquetShard, row: int) -> EditPair:
+    path = shard.path
+    texts = []
+    for column in shard.columns[2:]:
+        values = shard.texts.get(column)
+        texts.append(values[row] or "" if values else "")
+    instruction, caption, target_caption = texts
+    content = f"{path.name}/{path.stat().st_size}/{row}"
+    return EditPair(
+        uid=f"{path.stem}/{row}",
+        instruction=str(instruction).strip(),
+        source=partial(shard.picture, row, 0),
+        target=partial(shard.picture, row, 1),
+        digest=hashlib.sha256(content.encode()).hexdigest()[:16],
+        caption=caption,
+        target_caption=target_caption,
+        place=f"{path}: row {row}",
+    )

@@ -1,4 +1,4 @@
-"""Edit pairs of one's own: a JSONL file with source, target, instruction and, if known, expressive and captions."""
+"""A user's own edit pairs: a JSONL file with source, target, instruction and, if known, expressive and captions."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def pairs(file: Path) -> list[EditPair]:
                 found.append(_pair(record.values, file.parent, place, number))
             except DataError as error:
                 problems += error.problems
-    twice = [
-        uid for uid, count in Counter(pair.uid for pair in found).items() if count > 1
-    ]
-    problems += [f"{file}: the id {uid!r} stands more than once" for uid in twice]
+    counts = Counter(pair.uid for pair in found)
+    for uid, count in counts.items():
+        if count > 1:
+            problems.append(f"{file}: the id {uid!r} stands more than once")
     if problems:
         raise DataError(
             problems, 'a line is {"source": ..., "target": ..., "instruction": ...}'
@@ -50,14 +50,16 @@ def _check(record: Record, folder: Path) -> None:
     for key in _NEEDED:
         record.text(key, empty=False)
     for key in ("source", "target"):
-        if not os.path.isfile(
-            folder / record.text(key)
-        ):  # False for a name that no file can have, too
-            record.fail(key, f"{record.text(key)}: no such image")
+        name = record.text(key)
+        # Unlike Path.is_file, it is also False for a name that no file can have.
+        if not os.path.isfile(folder / name):
+            record.fail(key, f"{name}: no such image")
 
 
 def _pair(record: dict[str, str], folder: Path, place: str, number: int) -> EditPair:
-    source, target = folder / record["source"], folder / record["target"]
+    source = folder / record["source"]
+    target = folder / record["target"]
+    texts = {key: record.get(key, "").strip() for key in _TEXTS}
     return EditPair(
         uid=record.get("id") or str(number),
         instruction=record["instruction"].strip(),
@@ -65,5 +67,5 @@ def _pair(record: dict[str, str], folder: Path, place: str, number: int) -> Edit
         target=partial(load_picture, Picture(target)),
         digest=picture_content(source, target),
         place=place,
-        **{key: record.get(key, "").strip() for key in _TEXTS},
+        **texts,
     )

@@ -1,4 +1,4 @@
-"""Who drew a picture of EmojiKB: a small convolutional network that tells its artists apart."""
+"""A small convolutional network that recognises the artist of a picture of EmojiKB."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from mmedit_cli.registry import share_dir
 from mmedit_cli.storage import read_tensors
 
 WIDTH = 24  # channels of the first layer
-_GROUPS, _CHUNK = 4, 64
+_GROUPS = 4
+_BATCH = 64  # pictures
 
 
 def weights_file() -> Path:
-    """Return where the weights are that scripts/train_artist_classifier.py writes."""
+    """Return the file of weights that scripts/train_artist_classifier.py writes."""
     return share_dir("data") / "emojikb-edits" / "artists.safetensors"
 
 
@@ -31,25 +32,28 @@ class ArtistClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         wide = 2 * WIDTH
-        shapes = [
+        shapes = [  # input channels, output channels, kernel, stride
             (3, WIDTH, 5, 2),
             (WIDTH, wide, 3, 1),
             (wide, wide, 3, 2),
             (wide, wide, 3, 1),
         ]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, k, s, k // 2) for i, o, k, s in shapes
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(_GROUPS, o) for _, o, _, _ in shapes)
+        self.convolutions = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        for inputs, outputs, kernel, stride in shapes:
+            convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+            self.convolutions.append(convolution)
+            self.norms.append(nn.GroupNorm(_GROUPS, outputs))
         self.head = nn.Linear(3 * wide, len(ARTISTS))
 
     @classmethod
     def load(cls, path: Path | None = None) -> ArtistClassifier:
-        """Return the one that comes along, or that of a file; raise StateError if it cannot be used."""
+        """Return the classifier of this package, or that of a file; raise StateError if it cannot be used."""
         file = path or weights_file()
+        tensors, _ = read_tensors(file)
         found = cls()
         try:
-            found.load_state_dict(read_tensors(file)[0])
+            found.load_state_dict(tensors)
         except RuntimeError as error:
             raise StateError(
                 f"{file}: not the weights of an artist classifier", "copy it again"
@@ -60,15 +64,23 @@ class ArtistClassifier(nn.Module):
         """Return logits (B, artists) of pictures (B, 3, 64, 64) in -1..1."""
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             pixels = F.silu(norm(convolution(pixels)))
-        return self.head(
-            torch.cat([pixels.mean((2, 3)), pixels.std((2, 3)), pixels.amax((2, 3))], 1)
-        )  # type: ignore[no-any-return]
+        area = (2, 3)
+        features = [
+            pixels.mean(area),
+            pixels.std(area),
+            pixels.amax(area),
+        ]
+        logits: Tensor = self.head(torch.cat(features, 1))
+        return logits
 
     @torch.no_grad()
-    def tell(self, pictures: Sequence[Image.Image]) -> list[str]:
+    def classify(self, pictures: Sequence[Image.Image]) -> list[str]:
         """Return the artist of each picture, by name; the pictures have one size."""
-        parts = [pictures[i : i + _CHUNK] for i in range(0, len(pictures), _CHUNK)]
         names = list(ARTISTS.values())
-        return [
-            names[i] for part in parts for i in self(to_pixels(part)).argmax(1).tolist()
-        ]
+        artists = []
+        for start in range(0, len(pictures), _BATCH):
+            end = start + _BATCH
+            logits = self(to_pixels(pictures[start:end]))
+            best = logits.argmax(1)
+            artists += [names[i] for i in best.tolist()]
+        return artists

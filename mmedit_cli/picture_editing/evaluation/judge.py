@@ -1,8 +1,8 @@
-"""Whether an edit of a picture was made: a model, or a classifier of artists, is asked about it."""
+"""A judge of edits: it asks a model, or the classifier of artists, a question about the edited picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from PIL import Image
@@ -19,13 +19,13 @@ _LONGEST = 16  # tokens of an answer
 
 
 class Judge:
-    """Says which pictures are what a pair wants; scores that it gives carry the name of the model it asks."""
+    """Decides which pictures reached the goal of their pair; `name` is that of the model it asks."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
-        self.model, self.name = model, model.name
-        self._legible: dict[
-            tuple[str, str], bool
-        ] = {}  # pairs whose goal was asked about, by uid and digest
+        self.model = model
+        self.name = model.name
+        # Whether the question about the goal itself is answered right, by uid and digest of the pair.
+        self._readable: dict[tuple[str, str], bool] = {}
 
     @cached_property
     def _artists(self) -> ArtistClassifier:
@@ -34,70 +34,75 @@ class Judge:
     def reached(
         self, pictures: Sequence[Image.Image], pairs: Sequence[EditPair]
     ) -> list[float | None]:
-        """Return 100 or 0 for each picture and its pair, None where nothing is asked or the goal is not read right.
+        """Return 100 or 0 for each picture and its pair, None if there is no question or the goal is not read right.
 
-        A question must be answered as the pair says, by the words its answer begins with. Pictures have one size.
+        A question is answered right by the words that the pair's answer begins with. Pictures have one size.
         """
-        asked = [i for i, pair in enumerate(pairs) if pair.question]
-        fresh = [
-            pairs[i]
-            for i in asked
-            if (pairs[i].uid, pairs[i].digest) not in self._legible
-        ]
-        shown = [*(pictures[i] for i in asked), *(pair.target() for pair in fresh)]
-        right = self._right(
-            shown,
-            [
-                (pair.question, pair.answer)
-                for pair in (*(pairs[i] for i in asked), *fresh)
-            ],
-        )
-        self._legible.update(
-            zip(
-                ((pair.uid, pair.digest) for pair in fresh),
-                right[len(asked) :],
-                strict=True,
-            )
-        )
-        found: list[float | None] = [None] * len(pairs)
-        for i, made in zip(asked, right, strict=False):
-            found[i] = (
-                100.0 * made if self._legible[pairs[i].uid, pairs[i].digest] else None
-            )
-        return found
+        asked = []
+        shown = []
+        goals = []
+        for i, pair in enumerate(pairs):
+            if pair.question:
+                asked.append(pair)
+                shown.append(pictures[i])
+                if _key(pair) not in self._readable:
+                    goals.append(pair)
+        # The goals are asked about together with the pictures, each once.
+        shown += [pair.target() for pair in goals]
+        right = self._answered_right(shown, [*asked, *goals])
+        for pair, readable in zip(goals, right[len(asked) :], strict=True):
+            self._readable[_key(pair)] = readable
+        answers = iter(right)
+        values: list[float | None] = []
+        for pair in pairs:
+            if not pair.question:
+                values.append(None)
+                continue
+            reached = next(answers)
+            readable = self._readable[_key(pair)]
+            values.append(100.0 * reached if readable else None)
+        return values
 
-    def _right(
-        self, pictures: Sequence[Image.Image], questions: Sequence[tuple[str, str]]
+    def _answered_right(
+        self, pictures: Sequence[Image.Image], pairs: Sequence[EditPair]
     ) -> list[bool]:
-        """Return whether each question is answered right about its picture."""
-        who = [i for i, (question, _) in enumerate(questions) if question == WHO]
-        others = [i for i, (question, _) in enumerate(questions) if question != WHO]
-        said = (
-            dict(zip(who, self._artists.tell([pictures[i] for i in who]), strict=True))
-            if who
-            else {}
-        )
-        texts = (
-            self._read([pictures[i] for i in others], [questions[i][0] for i in others])
-            if others
-            else []
-        )
-        said |= zip(others, texts, strict=True)
-        return [
-            answer_match(said[i], answer) == 1
-            for i, (_, answer) in enumerate(questions)
-        ]
+        """Return whether the question of each pair is answered right about a picture."""
+        for_classifier = []
+        for_model = []
+        questions = []
+        for picture, pair in zip(pictures, pairs, strict=True):
+            if pair.question == WHO:
+                for_classifier.append(picture)
+            else:
+                for_model.append(picture)
+                questions.append(pair.question)
+        artists: Iterator[str] = iter(())
+        if for_classifier:
+            artists = iter(self._artists.classify(for_classifier))
+        texts: Iterator[str] = iter(())
+        if for_model:
+            texts = iter(self._ask_model(for_model, questions))
+        right = []
+        for pair in pairs:
+            answer = next(artists if pair.question == WHO else texts)
+            match = answer_match(answer, pair.answer)
+            right.append(match == 1)
+        return right
 
-    def _read(
+    def _ask_model(
         self, pictures: Sequence[Image.Image], questions: Sequence[str]
     ) -> list[str]:
-        """Return what the model answers, generated freely."""
+        """Return the answers that the model generates."""
         with temporary_folder() as folder:
-            files = [folder / f"{i}.png" for i in range(len(pictures))]
-            for picture, file in zip(pictures, files, strict=True):
+            queries = []
+            for i, (picture, question) in enumerate(
+                zip(pictures, questions, strict=True)
+            ):
+                file = folder / f"{i}.png"
                 picture.save(file)
-            queries = [
-                Query(question, image=file)
-                for question, file in zip(questions, files, strict=True)
-            ]
+                queries.append(Query(question, image=file))
             return self.model.generate(queries, max_new_tokens=_LONGEST)
+
+
+def _key(pair: EditPair) -> tuple[str, str]:
+    return pair.uid, pair.digest

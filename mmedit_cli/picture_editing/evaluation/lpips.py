@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +21,8 @@ _CONVOLUTIONS = (
     (256, 256, 3, 1, 1),
 )
 _PLACES = (0, 3, 6, 8, 10)  # of the convolutions in AlexNet, which name their weights
-_PARTS = ("weight", "bias")
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in -1..1
+_SHIFT = (-0.030, -0.088, -0.188)  # of pixels in -1..1
+_SCALE = (0.458, 0.448, 0.450)
 SMALLEST = 31  # pixels: below it AlexNet pools everything away
 _HOW = "in an environment with the package lpips: save_file(lpips.LPIPS(net='alex').state_dict(), FILE) of safetensors"
 
@@ -36,17 +35,21 @@ class Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Conv2d(i, o, k, s, p) for i, o, k, s, p in _CONVOLUTIONS
-        )
-        self.weights = nn.ParameterList(torch.zeros(o) for _, o, *_ in _CONVOLUTIONS)
-        self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None])
-        self.register_buffer("scale", torch.tensor(_SCALE)[:, None, None])
+        self.layers = nn.ModuleList()
+        self.weights = nn.ParameterList()
+        for inputs, outputs, kernel, stride, padding in _CONVOLUTIONS:
+            layer = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+            self.layers.append(layer)
+            self.weights.append(torch.zeros(outputs))
+        shift = torch.tensor(_SHIFT)
+        scale = torch.tensor(_SCALE)
+        self.register_buffer("shift", shift[:, None, None])
+        self.register_buffer("scale", scale[:, None, None])
         self.requires_grad_(False)
 
     @classmethod
     def load(cls, file: Path) -> Lpips:
-        """Return the distance with the weights in a safetensors file; raise ModelError if they are not there."""
+        """Return the distance with the weights of a safetensors file; raise ModelError if they are missing."""
         if not file.is_file():
             raise ModelError(f"--set lpips={file}: no such file", _HOW)
         try:
@@ -55,47 +58,56 @@ class Lpips(nn.Module):
             raise ModelError(
                 f"{file}: not a safetensors file ({error})", _HOW
             ) from error
-        names = {
-            f"layers.{i}.{part}": f"net.slice{i + 1}.{n}.{part}"
-            for i, n in enumerate(_PLACES)
-            for part in _PARTS
-        }
-        names |= {f"weights.{i}": f"lin{i}.model.1.weight" for i in range(len(_PLACES))}
-        found, own = cls(), cls().state_dict()
-        wrong = [
-            n
-            for k, n in names.items()
-            if n not in tensors or tensors[n].numel() != own[k].numel()
-        ]
+        found = cls()
+        own = found.state_dict()
+        state = {}
+        wrong = []
+        for key, name in _published_names().items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.numel() != own[key].numel():
+                wrong.append(name)
+            else:
+                state[key] = tensor.view_as(own[key])
         if wrong:
             raise ModelError(
                 f"{file}: {wrong[0]} is missing or has another shape, and {len(wrong) - 1} more",
                 _HOW,
             )
-        found.load_state_dict(
-            {key: tensors[name].view_as(own[key]) for key, name in names.items()},
-            strict=False,
-        )
+        found.load_state_dict(state, strict=False)
         return found
 
     @torch.no_grad()
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        """Return the distances (B,) of pictures (B, 3, H, W) in 0..1, both sides at least SMALLEST pixels."""
-        pairs = zip(
-            self._features(one), self._features(other), self.weights, strict=True
-        )
-        parts: list[Any] = [
-            ((a - b).square() * w[:, None, None]).sum(1).mean((1, 2))
-            for a, b, w in pairs
-        ]
-        return torch.stack(parts).sum(0)
+        """Return the distances (B,) of pictures (B, 3, H, W) in 0..1, at least SMALLEST pixels high and wide."""
+        features = self._features(one)
+        others = self._features(other)
+        distances = []
+        for a, b, weights in zip(features, others, self.weights, strict=True):
+            # equation 1 of the paper
+            squares = (a - b).square()
+            weighted = squares * weights[:, None, None]
+            distances.append(weighted.sum(1).mean((1, 2)))
+        return torch.stack(distances).sum(0)
 
     def _features(self, pixels: Tensor) -> list[Tensor]:
-        """Return what each convolution sees, every position of length one."""
-        x, found = (2 * pixels - 1 - self.shift) / self.scale, []
+        """Return the output of each convolution, with every position of length one."""
+        centred = 2 * pixels - 1 - self.shift
+        x = centred / self.scale
+        features = []
         for i, layer in enumerate(self.layers):
             if i in (1, 2):
                 x = nn.functional.max_pool2d(x, 3, 2)
             x = nn.functional.relu(layer(x))
-            found.append(normalize(x, dim=1, eps=1e-10))
-        return found
+            unit = normalize(x, dim=1, eps=1e-10)
+            features.append(unit)
+        return features
+
+
+def _published_names() -> dict[str, str]:
+    """Return the name in the published file of each of our tensors."""
+    names = {}
+    for i, place in enumerate(_PLACES):
+        for part in ("weight", "bias"):
+            names[f"layers.{i}.{part}"] = f"net.slice{i + 1}.{place}.{part}"
+        names[f"weights.{i}"] = f"lin{i}.model.1.weight"
+    return names

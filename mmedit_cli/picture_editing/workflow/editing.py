@@ -6,7 +6,7 @@ import hashlib
 import io
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ _NO_ALPHA = ("JPEG", "BMP")
 
 @dataclass(frozen=True)
 class RequestedEdit:
-    """One picture to make: from `image`, as `instruction` says, into `output`; `place` is where it was asked for."""
+    """A picture to make: `image`, edited by `instruction`, is written to `output`; `place` is that of the request."""
 
     image: Path
     instruction: str
@@ -77,113 +77,117 @@ class PictureEditOptions:
     checkpoint: str | None = None
 
 
-def samples(wish: RequestedEdit, count: int) -> list[RequestedEdit]:
-    """Return a wish with `count` seeds in a row; several outputs have their seed behind the name."""
+def samples(request: RequestedEdit, count: int) -> list[RequestedEdit]:
+    """Return a request with `count` seeds in a row; several outputs get their seed behind the name."""
     if count == 1:
-        return [wish]
-    seeds = range(wish.seed, wish.seed + count)
-    named = [wish.output.with_stem(f"{wish.output.stem}-{seed}") for seed in seeds]
-    return [
-        RequestedEdit(wish.image, wish.instruction, output, seed, wish.expressive)
-        for output, seed in zip(named, seeds, strict=True)
-    ]
+        return [request]
+    found = []
+    for seed in range(request.seed, request.seed + count):
+        output = request.output.with_stem(f"{request.output.stem}-{seed}")
+        found.append(replace(request, output=output, seed=seed, place=""))
+    return found
 
 
-def read_wishes(file: Path, out: Path, seed: int) -> list[RequestedEdit]:
+def read_requests(file: Path, out: Path, seed: int) -> list[RequestedEdit]:
     """Read a JSONL file, one object a line: image, instruction and, if you like, output, seed, expressive.
 
-    Images are named relative to the file, outputs relative to the folder `out`, which none of them leaves. Raises
+    Images are named relative to the file, outputs relative to the folder `out`; no output may leave it. Raises
     DataError with every bad line.
     """
     form = 'a line is {"image": ..., "instruction": ...}'
-    wishes: list[RequestedEdit] = []
+    requests: list[RequestedEdit] = []
     problems: list[str] = []
     for number, line in read_lines(file, hint=form):
         if line.strip() and len(problems) < _MOST_PROBLEMS:
             place = f"{file}:{number}"
             try:
-                found = _read_line(
-                    parse_json_object(line, place), number, file.parent, out, seed
-                )
-                wishes.append(RequestedEdit(**{**vars(found), "place": place}))
+                record = parse_json_object(line, place)
+                request = _read_line(record, number, file.parent, out, seed)
+                requests.append(replace(request, place=place))
             except DataError as error:
                 problems += error.problems
-    outputs: dict[Path, str] = {}
-    for wish in wishes:
-        if wish.output in outputs:
+    first_places: dict[Path, str] = {}
+    for request in requests:
+        output = request.output
+        first = first_places.setdefault(output, request.place)
+        if first != request.place:
             problems.append(
-                f"{wish.place}: the output {wish.output.name} is that of {outputs[wish.output]} too"
+                f"{request.place}: the output {output.name} is that of {first} too"
             )
-        outputs.setdefault(wish.output, wish.place)
-    if problems or not wishes:
+    if problems or not requests:
         raise DataError(problems[:_MOST_PROBLEMS] or f"{file}: nothing in it", form)
-    return wishes
+    return requests
 
 
 def _read_line(
     record: Record, number: int, images: Path, out: Path, seed: int
 ) -> RequestedEdit:
-    """Return the wish of a line; raise DataError for what is wrong with it."""
+    """Return the request of a line; raise DataError for what is wrong with it."""
     record.only(*_KEYS)
     image = record.path("image")
     name = record.path("output", "") or f"{number:05d}-{Path(image).stem}.png"
     output = out / name
-    if (
-        not output.resolve().is_relative_to(out.resolve())
-        or output.resolve() == out.resolve()
-    ):
+    folder = out.resolve()
+    target = output.resolve()
+    if target == folder or not target.is_relative_to(folder):
         record.fail("output", f"{name!r} is not inside {out}")
-    own = record.integer("seed", seed, low=0)
     return RequestedEdit(
-        images / image,
-        record.text("instruction"),
-        output,
-        own,
-        record.text("expressive", None),
+        seed=record.integer("seed", seed, low=0),
+        image=images / image,
+        instruction=record.text("instruction"),
+        output=output,
+        expressive=record.text("expressive", None),
     )
 
 
 def check(
-    wishes: Sequence[RequestedEdit],
+    requests: Sequence[RequestedEdit],
     options: PictureEditOptions,
     done: frozenset[Path] = frozenset(),
 ) -> None:
-    """Look at every input and output before a model is loaded; raise DataError with all that is wrong."""
+    """Check every input and output before a model is loaded; raise DataError with all that is wrong."""
     problems: list[str] = []
-    overwriting = False
-    suffixes = Image.registered_extensions()
-    Image.init()
-    for wish in wishes:
-        place = f"{wish.place}: " if wish.place else ""
-        kind = suffixes.get(wish.output.suffix.lower())
+    overwrites = False
+    for request in requests:
+        place = f"{request.place}: " if request.place else ""
         try:
-            check_picture(wish.image)
+            check_picture(request.image)
         except MmeditError as error:
             problems += [place + problem for problem in error.problems]
-        if kind not in Image.SAVE:
-            problems.append(
-                f"{place}{wish.output}: {wish.output.suffix or 'no ending'} is no format of pictures"
-            )
-        elif options.keep_alpha and kind in _NO_ALPHA:
-            problems.append(
-                f"{place}{wish.output}: {kind} has no transparency for --keep-alpha"
-            )
-        if wish.output.is_dir():
-            problems.append(f"{place}{wish.output}: is a folder")
-        elif wish.output.exists() and wish.output.resolve() == wish.image.resolve():
-            problems.append(f"{place}{wish.output}: the output is the input")
-        elif wish.output.exists() and not options.force and wish.output not in done:
-            problems.append(f"{place}{wish.output}: exists already")
-            overwriting = True
+        output = request.output
+        problem = _format_problem(output, options)
+        if problem:
+            problems.append(f"{place}{output}: {problem}")
+        if output.is_dir():
+            problems.append(f"{place}{output}: is a folder")
+        elif not output.exists():
+            continue
+        elif output.resolve() == request.image.resolve():
+            problems.append(f"{place}{output}: the output is the input")
+        elif not options.force and output not in done:
+            problems.append(f"{place}{output}: exists already")
+            overwrites = True
     if problems:
-        raise DataError(
-            problems[:20], "--force overwrites outputs" if overwriting else ""
-        )
+        hint = "--force overwrites outputs" if overwrites else ""
+        raise DataError(problems[:_MOST_PROBLEMS], hint)
+
+
+def _format_problem(output: Path, options: PictureEditOptions) -> str:
+    """Return what is wrong with the format of an output, or nothing."""
+    suffixes = Image.registered_extensions()
+    Image.init()
+    kind = suffixes.get(output.suffix.lower())
+    if kind not in Image.SAVE:
+        return f"{output.suffix or 'no ending'} is no format of pictures"
+    if options.keep_alpha and kind in _NO_ALPHA:
+        return f"{kind} has no transparency for --keep-alpha"
+    return ""
 
 
 def load_editor(options: PictureEditOptions, out: Output) -> ImageEditor:
-    """Load the editor, saying so: it may take a while. Raises UnknownName, ModelError, UserError."""
-    cls, model = registry.image_editors.get(options.editor), options.model
+    """Load the editor, and say so, because it may take a while. Raises UnknownName, ModelError, UserError."""
+    cls = registry.image_editors.get(options.editor)
+    model = options.model
     networks = own_networks(options)
     if networks is not None:
         out.note(networks_line(networks.facts()))
@@ -220,31 +224,30 @@ def own_networks(options: PictureEditOptions) -> TrainedNetworks | None:
 
 
 def edit_pictures(
-    wishes: Sequence[RequestedEdit],
+    requests: Sequence[RequestedEdit],
     options: PictureEditOptions,
     out: Output,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Make pictures of one picture and return the report; with `sheet`, draw it and them beside each other there.
+    """Edit one picture in several ways and return the report; `sheet` becomes a picture of all of them.
 
     Raises a UserError for bad input, before a model is loaded.
     """
     registry.image_editors.get(options.editor)
-    drawn = (
-        []
-        if sheet is None
-        else [RequestedEdit(wishes[0].image, wishes[0].instruction, sheet)]
-    )
-    check([*wishes, *drawn], options)
-    editor = load_editor(options, out)
-    with out.progress({"steps": len(wishes) * _steps(editor, options)}) as tick:
-        edits = []
-        for part in _edited(editor, wishes, options, tick):
-            for made in part:
-                _write(made)
-                edits.append(made.record)
+    first = requests[0]
+    outputs = list(requests)
     if sheet is not None:
-        edit_sheet(wishes[0].image, options.background, edits, sheet)
+        outputs.append(RequestedEdit(first.image, first.instruction, sheet))
+    check(outputs, options)
+    editor = load_editor(options, out)
+    edits = []
+    with out.progress({"steps": len(requests) * _steps(editor, options)}) as tick:
+        for batch in _edit_in_batches(editor, requests, options, tick):
+            for file in batch:
+                _write(file)
+                edits.append(file.record)
+    if sheet is not None:
+        edit_sheet(first.image, options.background, edits, sheet)
     return {
         **_head(editor, options),
         "edits": edits,
@@ -253,108 +256,121 @@ def edit_pictures(
 
 
 def edit_batch(
-    wishes: Sequence[RequestedEdit],
+    requests: Sequence[RequestedEdit],
     folder: Path,
     options: PictureEditOptions,
     out: Output,
 ) -> dict[str, Any]:
-    """Make the pictures of a list in a folder and return the report; what is there already is not made again.
+    """Make the pictures of a list in a folder and return the report; finished pictures are not made again.
 
-    `edits.jsonl` in the folder tells how each came about. The line of a picture is written before the picture, so
-    that a picture without a line is never the program's own and the same command continues after a kill at any moment.
+    `edits.jsonl` in the folder describes how each was made. The line of a picture is written before the picture: so a
+    picture without a line was not made by this program, and the same command continues after a kill at any moment.
     Raises a UserError for bad input.
     """
     registry.image_editors.get(options.editor)
-    recorded = (
-        Run.view(folder).read("edits") if folder.is_dir() and not options.force else []
-    )
-    made = frozenset(folder / record["output"] for record in recorded)
-    check(wishes, options, made)
+    check(requests, options, _recorded_outputs(folder, options))
     editor = load_editor(options, out)
     head = _head(editor, options)
+    config = {"command": "image-edit", **head}
     environment = runtime.environment(editor.device)
-    with Run.open(
-        folder, {"command": "image-edit", **head}, environment, force=options.force
-    ) as run:
-        known = _known(run, {_key(wish, folder) for wish in wishes})
-        left = [wish for wish in wishes if _key(wish, folder) not in known]
-        other = {r["output"] for r in known.values()} & {
-            str(wish.output.relative_to(folder)) for wish in left
-        }
-        if other:
-            raise RunError(
-                f"{folder / min(other)}: was made from another picture, instruction or seed",
-                "name other outputs, or replace all with --force",
-            )
-        if len(left) < len(wishes):
-            out.note(f"{len(wishes) - len(left)} of {len(wishes)} are there already")
+    keys = [_key(request, folder) for request in requests]
+    with Run.open(folder, config, environment, force=options.force) as run:
+        lines = _finished_lines(run, set(keys))
+        by_key = zip(keys, requests, strict=True)
+        left = [request for key, request in by_key if key not in lines]
+        _check_outputs_free(left, lines, folder)
+        if len(left) < len(requests):
+            finished = len(requests) - len(left)
+            out.note(f"{finished} of {len(requests)} are there already")
         with out.progress({"steps": len(left) * _steps(editor, options)}) as tick:
-            for part in _edited(editor, left, options, tick):
-                if (
-                    options.force
-                ):  # a line must not speak of the picture that it replaces
-                    for made in part:
-                        made.wish.output.unlink(missing_ok=True)
-                lines = [
-                    {
-                        **made.record,
-                        "output": str(made.wish.output.relative_to(folder)),
-                        "key": _key(made.wish, folder),
-                    }
-                    for made in part
-                ]
-                run.append("edits", lines)
-                for made in part:
-                    _write(made)
-                known |= {line["key"]: line for line in lines}
+            for batch in _edit_in_batches(editor, left, options, tick):
+                if options.force:
+                    # A line must not describe the picture that it replaces.
+                    for file in batch:
+                        file.request.output.unlink(missing_ok=True)
+                for line in _write_with_lines(batch, folder, run):
+                    lines[line["key"]] = line
     return {
         **head,
         "made": len(left),
-        "edits": [known[_key(wish, folder)] for wish in wishes],
+        "edits": [lines[key] for key in keys],
     }
 
 
-def _known(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Return the lines of the pictures that are there, by key; those of wanted pictures that are not are removed."""
+def _recorded_outputs(folder: Path, options: PictureEditOptions) -> frozenset[Path]:
+    """Return the outputs that an earlier run recorded in a folder."""
+    if options.force or not folder.is_dir():
+        return frozenset()
+    lines = Run.view(folder).read("edits")
+    return frozenset(folder / line["output"] for line in lines)
+
+
+def _check_outputs_free(
+    requests: Sequence[RequestedEdit], lines: dict[str, Any], folder: Path
+) -> None:
+    """Raise RunError if an output belongs to a finished picture of another request."""
+    used = {line["output"] for line in lines.values()}
+    wanted = {str(request.output.relative_to(folder)) for request in requests}
+    both = used & wanted
+    if both:
+        raise RunError(
+            f"{folder / min(both)}: was made from another picture, instruction or seed",
+            "name other outputs, or replace all with --force",
+        )
+
+
+def _write_with_lines(
+    batch: Sequence[_PictureFile], folder: Path, run: Run
+) -> list[dict[str, Any]]:
+    """Write the lines of some pictures into the run, then the pictures; return the lines."""
+    lines = []
+    for file in batch:
+        output = file.request.output.relative_to(folder)
+        key = _key(file.request, folder)
+        lines.append({**file.record, "output": str(output), "key": key})
+    run.append("edits", lines)
+    for file in batch:
+        _write(file)
+    return lines
+
+
+def _finished_lines(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Return the lines of finished pictures by key; lines of wanted pictures without a file are removed."""
     lines = run.read("edits")
-    known = {
-        line["key"]: line for line in lines if (run.folder / line["output"]).is_file()
-    }
-    kept = [line for line in lines if line["key"] in known or line["key"] not in wanted]
-    if len(kept) < len(lines):
-        run.rewrite("edits", kept)
-    return known
+    finished = {}
+    for line in lines:
+        if (run.folder / line["output"]).is_file():
+            finished[line["key"]] = line
+    orphans = wanted - finished.keys()
+    remaining = [line for line in lines if line["key"] not in orphans]
+    if len(remaining) < len(lines):
+        run.rewrite("edits", remaining)
+    return finished
 
 
 @dataclass(frozen=True)
-class _Made:
-    """An edited picture as the bytes of its file, and how it came about."""
+class _PictureFile:
+    """An edited picture as the bytes of its file, and the record of how it was made."""
 
-    wish: RequestedEdit
+    request: RequestedEdit
     data: bytes
     record: dict[str, Any]
 
 
-def _edited(
+def _edit_in_batches(
     editor: ImageEditor,
-    wishes: Sequence[RequestedEdit],
+    requests: Sequence[RequestedEdit],
     options: PictureEditOptions,
     tick: Tick,
-) -> Iterator[list[_Made]]:
-    """Edit and yield the pictures, as many at a time as go through the model together; nothing is written."""
+) -> Iterator[list[_PictureFile]]:
+    """Edit and yield the pictures in batches; nothing is written."""
     import torch
 
     settings = options.settings.over(editor.defaults)
-    for start in range(0, len(wishes), options.batch_size):
-        part = wishes[start : start + options.batch_size]
+    for start in range(0, len(requests), options.batch_size):
+        batch = requests[start : start + options.batch_size]
         began = time.monotonic()
-        pictures = [
-            load_picture(Picture(wish.image, options.background)) for wish in part
-        ]
-        jobs = [
-            EditJob(p, w.instruction, w.seed, w.expressive)
-            for p, w in zip(pictures, part, strict=True)
-        ]
+        jobs = [_job(request, options) for request in batch]
         try:
             results = editor.edit(
                 jobs,
@@ -365,54 +381,70 @@ def _edited(
         except torch.OutOfMemoryError as error:
             size = settings.resolution or editor.resolution
             raise MmeditError(
-                f"the device's memory is too small for {len(part)} pictures of {size} pixels",
+                f"the device's memory is too small for {len(batch)} pictures of {size} pixels",
                 "lower --batch-size or --resolution, or try --dtype bfloat16",
             ) from error
-        seconds = (time.monotonic() - began) / len(part)
-        made = []
-        for wish, result in zip(part, results, strict=True):
-            data = _encoded(wish, result, options)
-            record = {
-                "image": str(wish.image),
-                "output": str(wish.output),
-                "instruction": wish.instruction,
-                "expressive": result.expressive,
-                "expressive_source": result.source,
-                "seed": wish.seed,
-                "rows": result.rows,
-                "size": list(result.picture.size),
-                "seconds": round(seconds, 3),
-                "input_sha256": picture_digest(wish.image),
-                "output_sha256": _sha256(data),
-                "warnings": list(result.warnings),
-            }
-            made.append(_Made(wish, data, record))
-        yield made
+        seconds = (time.monotonic() - began) / len(batch)
+        files = []
+        for request, result in zip(batch, results, strict=True):
+            data = _encode(request, result, options)
+            record = _record(request, result, data, seconds)
+            files.append(_PictureFile(request, data, record))
+        yield files
 
 
-def _encoded(
-    wish: RequestedEdit, result: EditedPicture, options: PictureEditOptions
+def _job(request: RequestedEdit, options: PictureEditOptions) -> EditJob:
+    return EditJob(
+        load_picture(Picture(request.image, options.background)),
+        request.instruction,
+        request.seed,
+        request.expressive,
+    )
+
+
+def _record(
+    request: RequestedEdit, result: EditedPicture, data: bytes, seconds: float
+) -> dict[str, Any]:
+    return {
+        "image": str(request.image),
+        "output": str(request.output),
+        "instruction": request.instruction,
+        "expressive": result.expressive,
+        "expressive_source": result.source,
+        "seed": request.seed,
+        "rows": result.rows,
+        "size": list(result.picture.size),
+        "seconds": round(seconds, 3),
+        "input_sha256": picture_digest(request.image),
+        "output_sha256": hashlib.sha256(data).hexdigest(),
+        "warnings": list(result.warnings),
+    }
+
+
+def _encode(
+    request: RequestedEdit, result: EditedPicture, options: PictureEditOptions
 ) -> bytes:
     """Return the bytes of the file of an edited picture."""
     picture = result.picture
-    alpha = load_alpha(wish.image) if options.keep_alpha else None
+    alpha = load_alpha(request.image) if options.keep_alpha else None
     if alpha is not None:
         picture = picture.convert("RGBA")
         picture.putalpha(alpha.resize(picture.size))
+    suffix = request.output.suffix.lower()
     file = io.BytesIO()
-    picture.save(file, Image.registered_extensions()[wish.output.suffix.lower()])
+    picture.save(file, Image.registered_extensions()[suffix])
     return file.getvalue()
 
 
-def _write(made: _Made) -> None:
-    output = made.wish.output
+def _write(file: _PictureFile) -> None:
+    folder = file.request.output.parent
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(
-            f"{output.parent}: cannot create the folder: {error.strerror}"
+            f"{folder}: cannot create the folder: {error.strerror}"
         ) from error
-    write_atomic(output, made.data)
+    write_atomic(file.request.output, file.data)
 
 
 def _head(editor: ImageEditor, options: PictureEditOptions) -> dict[str, Any]:
@@ -435,36 +467,35 @@ def _steps(editor: ImageEditor, options: PictureEditOptions) -> int:
     return options.settings.over(editor.defaults).steps or 1
 
 
-def _key(wish: RequestedEdit, folder: Path) -> str:
-    """Return a digest of all that a picture depends on, apart from what the whole folder shares."""
+def _key(request: RequestedEdit, folder: Path) -> str:
+    """Return a digest of everything that a picture depends on, except what the whole folder shares."""
     facts = [
-        wish.instruction,
-        wish.seed,
-        wish.expressive,
-        str(wish.output.relative_to(folder)),
+        picture_digest(request.image),
+        request.instruction,
+        request.seed,
+        request.expressive,
+        str(request.output.relative_to(folder)),
     ]
-    return sha256_json([picture_digest(wish.image), *facts])[:16]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sha256_json(facts)[:16]
 
 
 def colour(text: str) -> str:
-    """Return a colour as #rrggbb; raise UserError for what is none."""
+    """Return a colour as #rrggbb; raise UserError for a text that is not a colour."""
     try:
-        return "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(text)[:3])
+        red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError as error:
         raise UserError(
             f"--background {text}: not a colour", "e.g. white, '#ffe0c0'"
         ) from error
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def one_of(image: Path | None, instruction: str | None, batch: Path | None) -> None:
     """Check that a command asks for one picture or for a list of them; raise UserError."""
     if batch is None and (image is None or instruction is None):
+        missing = "--image" if image is None else "INSTRUCTION"
         raise UserError(
-            "no " + ("--image" if image is None else "INSTRUCTION"),
+            f"no {missing}",
             'mmedit image-edit EDITOR --image in.png "make it winter" -o out.png, or --batch FILE',
         )
     if batch is not None and (image is not None or instruction is not None):

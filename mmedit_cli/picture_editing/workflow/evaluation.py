@@ -35,7 +35,7 @@ from mmedit_cli.picture_editing.methods.base import (
 )
 from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.workflow.editing import (
-    EditOptions,
+    PictureEditOptions,
     load_editor,
     own_networks,
 )
@@ -46,10 +46,11 @@ from mmedit_cli.storage import write_atomic
 
 if TYPE_CHECKING:
     from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, DinoEncoder
+    from mmedit_cli.output import Tick
     from mmedit_cli.picture_editing.evaluation.judge import Judge
 
 FOLDER = "eval-image-editor"  # below the records
-# better is: less, or more; the first of them are of the pixels alone
+# Whether less or more is better; the first four need the pixels alone.
 SCORES = {
     "L1": "less",
     "L2": "less",
@@ -57,21 +58,21 @@ SCORES = {
     "kept": "less",
     "CLIP-I": "more",
     "CLIP-T": "more",
+    "DINO": "more",
+    "direction": "more",
+    "LPIPS": "less",
+    "reached": "more",
 }
-SCORES |= {"DINO": "more", "direction": "more", "LPIPS": "less", "reached": "more"}
-_LOOKS = (
-    "clip",
-    "dino",
-    "lpips",
-    "judge",
-)  # what takes scores, by the name of a model, folder or file
+_SCORERS = ("clip", "dino", "lpips", "judge")  # by the name of a model, folder or file
 _KEYS: dict[str, type] = {
-    "steps": int, "text_guidance": float, "image_guidance": float, "resolution": int, **dict.fromkeys(_LOOKS, str),
-}  # fmt: skip
-JUDGE, NOBODY = (
-    "mini-blip2",
-    "none",
-)  # who is asked whether an edit was made where pairs say what to ask
+    "steps": int,
+    "text_guidance": float,
+    "image_guidance": float,
+    "resolution": int,
+    **dict.fromkeys(_SCORERS, str),
+}
+JUDGE = "mini-blip2"  # asked about the results of pairs with a question
+NOBODY = "none"
 _SHOWN = 8  # pairs of each kind in the gallery
 
 
@@ -93,8 +94,8 @@ class ImageEvalOptions:
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """What scores are taken with beside the pixels; None leaves those scores out."""
+class PictureScorers:
+    """The models that give scores beside those of the pixels; None leaves their scores out."""
 
     clip: ClipEncoder | None = None
     dino: DinoEncoder | None = None
@@ -103,10 +104,12 @@ class Encoders:
 
 
 def read_settings(overrides: Sequence[str]) -> tuple[EditSettings, dict[str, str]]:
-    """Return (settings, names of what takes scores) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
-    found = read_values(overrides, _KEYS)
-    looks = {name: found.pop(name, "") for name in _LOOKS}
-    return EditSettings(**found), looks
+    """Return (settings, names of scoring models) of KEY=VALUE texts; raise HparamsError with all that is wrong."""
+    values = read_values(overrides, _KEYS)
+    names = {}
+    for scorer in _SCORERS:
+        names[scorer] = values.pop(scorer, "")
+    return EditSettings(**values), names
 
 
 def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -115,26 +118,26 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
     Raises a UserError for bad input, before anything is written.
     """
     out = out or Output()
-    settings, looks = read_settings(options.overrides)
+    settings, scorer_names = read_settings(options.overrides)
     options = replace(options, editor=options.editor.replace("_", "-"))
     registry.image_editors.get(options.editor)
-    name, pairs = open_pairs(
-        DATA if options.data == "emojikb" else options.data, limit=options.limit
-    )
-    asked = EditOptions(
+    data = DATA if options.data == "emojikb" else options.data
+    name, pairs = open_pairs(data, limit=options.limit)
+    edit_options = PictureEditOptions(
         options.editor,
         options.model,
         options.load,
         settings,
+        batch_size=options.batch_size,
         records=options.records,
         checkpoint=options.checkpoint,
     )
-    networks = own_networks(asked)
-    editor = load_editor(asked, out)
-    looks["judge"] = looks["judge"] or (
-        JUDGE if any(pair.question for pair in pairs) else NOBODY
-    )
-    encoders = load_encoders(looks, str(editor.device))
+    networks = own_networks(edit_options)
+    editor = load_editor(edit_options, out)
+    if not scorer_names["judge"]:
+        has_questions = any(pair.question for pair in pairs)
+        scorer_names["judge"] = JUDGE if has_questions else NOBODY
+    scorers = load_scorers(scorer_names, str(editor.device))
     config = {
         "command": "eval",
         "editor": options.editor,
@@ -145,152 +148,165 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
             **asdict(settings.over(editor.defaults)),
             "resolution": settings.resolution or editor.resolution,
         },
-        "encoders": looks,
+        "encoders": scorer_names,
         "seed": options.seed,
         "versions": runtime.versions(),
     }
     folder = Run.locate(
         options.records, (FOLDER, options.editor, editor.model, name), config
     )
-    if (
-        report := Run.done_before(folder, force=options.force, say=out.note)
-    ) is not None:
+    report = Run.done_before(folder, force=options.force, say=out.note)
+    if report is not None:
         return report
-    with Run.open(
-        folder, config, runtime.environment(editor.device), force=options.force
-    ) as run:
-        if report := Run.done_before(folder, force=False, say=out.note):
-            return report  # of an equal command that ended meanwhile
+    environment = runtime.environment(editor.device)
+    with Run.open(folder, config, environment, force=options.force) as run:
+        # An equal command may have ended meanwhile.
+        report = Run.done_before(folder, force=False, say=out.note)
+        if report:
+            return report
+        scoring = _PictureScoring(editor, scorers, run, edit_options, options.seed)
         with out.progress({"pairs": len(pairs)}) as tick:
-            _score_all(
-                editor,
-                encoders,
-                pairs,
-                run,
-                replace(asked, batch_size=options.batch_size),
-                options.seed,
-                tick,
-            )
+            scoring.score_all(pairs, tick)
         lines = run.read("cases")
+        title = f"{options.editor} ({editor.model}) on {name}"
+        seconds = fmean(line["seconds"] for line in lines)
         report = {
             "format": 1,
             **config,
             "networks": None if networks is None else networks.facts(),
             "environment": run.environment,
             "scores": summary(lines),
-            "by_kind": {
-                kind: summary([x for x in lines if x["kind"] == kind])
-                for kind in _kinds(lines)
-            },
-            "cost": {
-                "seconds_per_edit": round(fmean(line["seconds"] for line in lines), 4)
-            },
-            "gallery": str(
-                _draw(pairs, folder, f"{options.editor} ({editor.model}) on {name}")
-            ),
+            "by_kind": _summary_by_kind(lines),
+            "cost": {"seconds_per_edit": round(seconds, 4)},
+            "gallery": str(_write_gallery(pairs, folder, title)),
             "run": str(folder),
         }
         run.finish(report)
     return report
 
 
-def load_encoders(looks: Mapping[str, str], device: str) -> Encoders:
-    """Return what takes scores, by names (see `_LOOKS`; empty: none); raise ModelError if one is not usable."""
-    clip, dino, lpips, judge = (looks.get(name, "") for name in _LOOKS)
-    found = Encoders()
+def load_scorers(names: Mapping[str, str], device: str) -> PictureScorers:
+    """Return the scoring models for names (see `_SCORERS`; empty: none); raise ModelError if one is not usable."""
+    clip, dino, lpips, judge = (names.get(scorer, "") for scorer in _SCORERS)
+    found = PictureScorers()
     if clip or dino:
-        found = Encoders(*load_clip_and_dino(clip, dino, device))
+        found = PictureScorers(*load_clip_and_dino(clip, dino, device))
     if lpips:
         found = replace(found, lpips=Lpips.load(Path(lpips)))
     if judge not in ("", NOBODY):
         from mmedit_cli.knowledge.models.shared.loading import load_backbone
         from mmedit_cli.picture_editing.evaluation.judge import Judge
 
-        found = replace(found, judge=Judge(load_backbone(judge, device=device)))
+        model = load_backbone(judge, device=device)
+        found = replace(found, judge=Judge(model))
     return found
 
 
-def _score_all(
-    editor: ImageEditor,
-    encoders: Encoders,
-    pairs: Sequence[EditPair],
-    run: Run,
-    options: EditOptions,
-    seed: int,
-    tick: Any,
-) -> None:
-    """Edit and score what is not scored yet; the edited pictures stay in the run folder."""
-    known = {line["uid"] for line in run.read("cases")}
-    left = [pair for pair in pairs if pair.uid not in known]
-    tick("pairs", len(known))
-    (run.folder / "pictures").mkdir(exist_ok=True)
-    for start in range(0, len(left), options.batch_size):
-        part = left[start : start + options.batch_size]
+@dataclass(frozen=True)
+class _PictureScoring:
+    """Edits and scores pairs; the edited pictures stay in the run folder."""
+
+    editor: ImageEditor
+    scorers: PictureScorers
+    run: Run
+    options: PictureEditOptions
+    seed: int
+
+    def score_all(self, pairs: Sequence[EditPair], tick: Tick) -> None:
+        """Score the pairs that are not scored yet."""
+        known = {line["uid"] for line in self.run.read("cases")}
+        left = [pair for pair in pairs if pair.uid not in known]
+        tick("pairs", len(known))
+        (self.run.folder / "pictures").mkdir(exist_ok=True)
+        size = self.options.batch_size
+        for start in range(0, len(left), size):
+            batch = left[start : start + size]
+            self.run.append("cases", self.score_batch(batch))
+            tick("pairs", len(batch))
+
+    def score_batch(self, pairs: Sequence[EditPair]) -> list[dict[str, Any]]:
+        """Edit some pairs, write the pictures, and return their lines."""
         began = time.monotonic()
-        sources = [pair.source() for pair in part]
-        jobs = [
-            EditJob(source, pair.instruction, seed)
-            for source, pair in zip(sources, part, strict=True)
-        ]
-        results = editor.edit(jobs, options.settings, batch_size=options.batch_size)
-        seconds = (time.monotonic() - began) / len(part)
+        sources = [pair.source() for pair in pairs]
+        jobs = []
+        for source, pair in zip(sources, pairs, strict=True):
+            jobs.append(EditJob(source, pair.instruction, self.seed))
+        results = self.editor.edit(
+            jobs,
+            self.options.settings,
+            batch_size=self.options.batch_size,
+        )
+        seconds = (time.monotonic() - began) / len(pairs)
         lines = []
-        for pair, source, result in zip(part, sources, results, strict=True):
-            write_atomic(_file(run.folder, pair), png(result.picture))
-            lines.append(
-                _line(pair, source, result, encoders) | {"seconds": round(seconds, 4)}
-            )
-        if encoders.judge is not None:
-            for title, pictures in (
-                ("scores", [result.picture for result in results]),
-                ("unchanged", sources),
-            ):
-                for line, value in zip(
-                    lines, encoders.judge.reached(pictures, part), strict=True
-                ):
-                    line[title] |= {} if value is None else {"reached": value}
-        run.append("cases", lines)
-        tick("pairs", len(part))
+        for pair, source, result in zip(pairs, sources, results, strict=True):
+            write_atomic(_file(self.run.folder, pair), png(result.picture))
+            line = _line(pair, source, result, self.scorers)
+            line["seconds"] = round(seconds, 4)
+            lines.append(line)
+        if self.scorers.judge is not None:
+            edited = [result.picture for result in results]
+            reached = self.scorers.judge.reached(edited, pairs)
+            _add_reached(lines, "scores", reached)
+            reached = self.scorers.judge.reached(sources, pairs)
+            _add_reached(lines, "unchanged", reached)
+        return lines
+
+
+def _add_reached(
+    lines: Sequence[dict[str, Any]], key: str, values: Sequence[float | None]
+) -> None:
+    for line, value in zip(lines, values, strict=True):
+        if value is not None:
+            line[key]["reached"] = value
 
 
 def _file(folder: Path, pair: EditPair) -> Path:
-    """Return where the edited picture of a pair is kept."""
-    return folder / "pictures" / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', pair.uid)}.png"
+    """Return the file of the edited picture of a pair."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "--", pair.uid)
+    return folder / "pictures" / f"{stem}.png"
 
 
-def _draw(pairs: Sequence[EditPair], folder: Path, title: str) -> Path:
-    """Draw the first pairs of each kind, before, after and wanted; return the page that shows them."""
-    home, sections = folder / "gallery", []
+def _write_gallery(pairs: Sequence[EditPair], folder: Path, title: str) -> Path:
+    """Write a page with the first pairs of each kind (before, edited, wanted), and a sheet; return the page."""
+    home = folder / "gallery"
     home.mkdir(exist_ok=True)
-    for kind in dict.fromkeys(pair.kind for pair in pairs):
-        rows: list[gallery.Row] = []
-        for pair in [pair for pair in pairs if pair.kind == kind][:_SHOWN]:
-            files = {
-                name: home / f"{_file(folder, pair).stem}-{name}.png"
-                for name in ("before", "wanted")
-            }
-            for name, load in (("before", pair.source), ("wanted", pair.target)):
-                picture = load()
-                picture.thumbnail((gallery.THUMB, gallery.THUMB))
-                write_atomic(files[name], png(picture))
-            shown = {
-                "before": files["before"],
-                "edited": _file(folder, pair),
-                "wanted": files["wanted"],
-            }
-            rows.append(
-                (pair.instruction, [(name, [file]) for name, file in shown.items()])
-            )
+    by_kind: dict[str, list[EditPair]] = {}
+    for pair in pairs:
+        by_kind.setdefault(pair.kind, []).append(pair)
+    sections = []
+    first_rows = []
+    for kind, some in by_kind.items():
+        rows = [_gallery_row(pair, folder) for pair in some[:_SHOWN]]
         sections.append((kind or "edits", rows))
-    gallery.contact_sheet(
-        [row for _, rows in sections for row in rows[:2]], home / "sheet.png"
-    )
-    gallery.page(title, sections, home / "index.html")
-    return home / "index.html"
+        first_rows += rows[:2]
+    gallery.contact_sheet(first_rows, home / "sheet.png")
+    page = home / "index.html"
+    gallery.page(title, sections, page)
+    return page
+
+
+def _gallery_row(pair: EditPair, folder: Path) -> gallery.Row:
+    """Write small copies of the pictures of a pair, and return its row."""
+    edited = _file(folder, pair)
+    files = {}
+    for name, load in (("before", pair.source), ("wanted", pair.target)):
+        picture = load()
+        picture.thumbnail((gallery.THUMB, gallery.THUMB))
+        files[name] = folder / "gallery" / f"{edited.stem}-{name}.png"
+        write_atomic(files[name], png(picture))
+    cells = [
+        ("before", [files["before"]]),
+        ("edited", [edited]),
+        ("wanted", [files["wanted"]]),
+    ]
+    return pair.instruction, cells
 
 
 def _line(
-    pair: EditPair, source: Image.Image, result: EditedPicture, encoders: Encoders
+    pair: EditPair,
+    source: Image.Image,
+    result: EditedPicture,
+    scorers: PictureScorers,
 ) -> dict[str, Any]:
     goal = pair.target()
     return {
@@ -300,8 +316,8 @@ def _line(
         "expressive": result.expressive,
         "expressive_source": result.source,
         "warnings": list(result.warnings),
-        "scores": score(result.picture, source, goal, pair, encoders),
-        "unchanged": score(source, source, goal, pair, encoders),
+        "scores": score(result.picture, source, goal, pair, scorers),
+        "unchanged": score(source, source, goal, pair, scorers),
     }
 
 
@@ -310,54 +326,71 @@ def score(
     source: Image.Image,
     goal: Image.Image,
     pair: EditPair,
-    encoders: Encoders,
+    scorers: PictureScorers,
 ) -> dict[str, float]:
-    """Return the scores of an output by name; those that have no value for this pair are left out."""
-    o, g, v = (
-        picture_scores.pixels(output, goal),
-        picture_scores.pixels(goal),
-        picture_scores.pixels(source, goal),
-    )
-    found: dict[str, float | None] = {
-        "L1": picture_scores.l1(o, g), "L2": picture_scores.l2(o, g), "kept": picture_scores.preserved(o, v, g),
-        "SSIM": picture_scores.ssim(o, g) if min(goal.size) >= picture_scores.SMALLEST else None,
-    }  # fmt: skip
-    if encoders.clip is not None:
-        eo, eg, ev = encoders.clip.pictures([output, goal, source])
-        found["CLIP-I"] = picture_scores.similarity(eo, eg)
-        if pair.target_caption:
-            before, after = encoders.clip.texts(
-                [pair.caption or pair.target_caption, pair.target_caption]
-            )
-            found["CLIP-T"] = picture_scores.similarity(eo, after)
-            found["direction"] = (
-                picture_scores.direction(ev, eo, before, after)
-                if pair.caption
-                else None
-            )
-    if encoders.dino is not None:
-        found["DINO"] = picture_scores.similarity(
-            *encoders.dino.pictures([output, goal])
-        )
-    if encoders.lpips is not None and min(goal.size) >= SMALLEST:
-        found["LPIPS"] = float(encoders.lpips(o[None], g[None]))
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the scores of an output by name; those without a value for this pair are left out."""
+    o = picture_scores.pixels(output, goal)
+    g = picture_scores.pixels(goal)
+    v = picture_scores.pixels(source, goal)
+    shortest = min(goal.size)
+    scores: dict[str, float | None] = {
+        "L1": picture_scores.l1(o, g),
+        "L2": picture_scores.l2(o, g),
+        "kept": picture_scores.preserved(o, v, g),
+        "SSIM": None,
+    }
+    if shortest >= picture_scores.SMALLEST:
+        scores["SSIM"] = picture_scores.ssim(o, g)
+    if scorers.clip is not None:
+        scores |= _clip_scores(scorers.clip, (output, goal, source), pair)
+    if scorers.dino is not None:
+        of_output, of_goal = scorers.dino.pictures([output, goal])
+        scores["DINO"] = picture_scores.similarity(of_output, of_goal)
+    if scorers.lpips is not None and shortest >= SMALLEST:
+        scores["LPIPS"] = float(scorers.lpips(o[None], g[None]))
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+def _clip_scores(
+    clip: ClipEncoder, pictures: Sequence[Image.Image], pair: EditPair
+) -> dict[str, float | None]:
+    """Return the scores by CLIP of (output, goal, source)."""
+    output, goal, source = clip.pictures(pictures)
+    scores: dict[str, float | None] = {}
+    scores["CLIP-I"] = picture_scores.similarity(output, goal)
+    if not pair.target_caption:
+        return scores
+    captions = [pair.caption or pair.target_caption, pair.target_caption]
+    before, after = clip.texts(captions)
+    scores["CLIP-T"] = picture_scores.similarity(output, after)
+    if pair.caption:
+        scores["direction"] = picture_scores.direction(source, output, before, after)
+    return scores
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return, by score, mean, n and interval, and the mean of giving the picture back as it is."""
+    """Return, by score, mean, n and interval, and the mean of the unchanged pictures."""
     found = {}
     for name in SCORES:
-        values = [line["scores"][name] for line in lines if name in line["scores"]]
-        floor = [line["unchanged"][name] for line in lines if name in line["unchanged"]]
-        if values:
-            summarise = score_with_interval if name == "reached" else mean_with_interval
-            found[name] = {
-                **summarise(values),
-                "unchanged": fmean(floor) if floor else None,
-            }
+        values = _values(lines, "scores", name)
+        if not values:
+            continue
+        summarise = score_with_interval if name == "reached" else mean_with_interval
+        unchanged = _values(lines, "unchanged", name)
+        found[name] = {
+            **summarise(values),
+            "unchanged": fmean(unchanged) if unchanged else None,
+        }
     return found
 
 
-def _kinds(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    return sorted({line["kind"] for line in lines if line["kind"]})
+def _values(lines: Sequence[Mapping[str, Any]], key: str, name: str) -> list[float]:
+    return [line[key][name] for line in lines if name in line[key]]
+
+
+def _summary_by_kind(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    kinds = sorted({line["kind"] for line in lines if line["kind"]})
+    found = {}
+    for kind in kinds:
+        found[kind] = summary([line for line in lines if line["kind"] == kind])
+    return found

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmedit_cli.picture_editing.data.base import EditPair
 from mmedit_cli.picture_editing.workflow.evaluation import (
-    Encoders,
+    PictureScorers,
     read_settings,
     score,
 )
@@ -41,12 +41,16 @@ def pair() -> EditPair:
 
 
 def test_the_goal_scores_best_and_the_source_is_the_floor():
-    best = score(plain("white"), plain("black"), plain("white"), pair(), Encoders())
-    floor = score(plain("black"), plain("black"), plain("white"), pair(), Encoders())
+    best = score(
+        plain("white"), plain("black"), plain("white"), pair(), PictureScorers()
+    )
+    floor = score(
+        plain("black"), plain("black"), plain("white"), pair(), PictureScorers()
+    )
     assert (best["L1"], best["L2"], best["SSIM"]) == (0, 0, pytest.approx(1))
     assert (floor["L1"], floor["L2"]) == (1, 1)
     assert "kept" not in best  # nothing should stay
-    assert score(plain("white"), plain("red"), plain("red"), pair(), Encoders())[
+    assert score(plain("white"), plain("red"), plain("red"), pair(), PictureScorers())[
         "kept"
     ] == pytest.approx(2 / 3)
 
@@ -111,10 +115,10 @@ def test_wrong_input_is_one_line(cli, words, said):
 
 
 def test_settings():
-    settings, looks = read_settings(["steps=3", "image_guidance=1.2", "clip=x/y"])
+    settings, names = read_settings(["steps=3", "image_guidance=1.2", "clip=x/y"])
     assert (settings.steps, settings.image_guidance, settings.text_guidance) == (
         3,
         1.2,
         None,
     )
-    assert looks == {"clip": "x/y", "dino": "", "lpips": "", "judge": ""}
+    assert names == {"clip": "x/y", "dino": "", "lpips": "", "judge": ""}
