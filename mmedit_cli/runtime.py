@@ -35,6 +35,19 @@ PACKAGES = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a pipeline is loaded; the option classes of drawing inherit these fields, those of pictures have one.
+
+    `device` is auto, cpu, cuda, cuda:N or mps; `dtype` auto, float32, bfloat16 or float16; `revision` a branch, tag or
+    commit of the hub.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; raise UserError when it is not there."""
     import torch

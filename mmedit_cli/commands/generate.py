@@ -107,10 +107,10 @@ def generate(
         compare,
         tuple(overrides or ()),
         force,
-        device,
-        dtype,
-        revision,
         low_memory,
+        device=device,
+        dtype=dtype,
+        revision=revision,
     )
     sampling = Sampling(steps, guidance, size, negative, batch_size)
     done = generation.draw(asked, sampling, out)

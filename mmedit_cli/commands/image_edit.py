@@ -146,16 +146,16 @@ def image_edit(
       mmedit image-edit mgie --batch edits.jsonl -o edited/ --batch-size 4
     """
     from mmedit_cli.picture_editing.methods.base import EditSettings
-    from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import editing
     from mmedit_cli.reports.picture_editing import print_edits
+    from mmedit_cli.runtime import LoadOptions
 
     out = Output(as_json=as_json)
     editing.one_of(image, instruction, batch)
     options = editing.PictureEditOptions(
         editor,
         model,
-        LoadOptions(device, dtype, revision),
+        LoadOptions(device=device, dtype=dtype, revision=revision),
         EditSettings(steps, text_guidance, image_guidance, resolution, restore),
         background=editing.colour(background),
         keep_alpha=keep_alpha,

@@ -61,11 +61,11 @@ def evaluate(
         tuple(overrides or ()),
         limit,
         seed,
-        device,
-        dtype,
-        revision,
         records,
         force,
+        device=device,
+        dtype=dtype,
+        revision=revision,
     )
     if dry_run:
         show.plan(out, plan.plan_evaluation(request).describe())
@@ -139,11 +139,11 @@ def edit(
         tuple(overrides or ()),
         covariance,
         seed,
-        device,
-        dtype,
-        revision,
         force,
         low_memory,
+        device=device,
+        dtype=dtype,
+        revision=revision,
     )
     edit_tables.learned(out, into, learn_concept(request, out))
 

@@ -43,15 +43,15 @@ def evaluate(
 
       mmedit eval mgie --data emojikb-edits --limit 100 --set steps=20 --set clip=openai/clip-vit-base-patch32
     """
-    from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import evaluation
     from mmedit_cli.reports.picture_editing import print_scores
+    from mmedit_cli.runtime import LoadOptions
 
     out = Output(as_json=as_json)
     request = evaluation.ImageEvalOptions(
         editor,
         model,
-        LoadOptions(device, dtype, revision),
+        LoadOptions(device=device, dtype=dtype, revision=revision),
         data,
         tuple(overrides or ()),
         limit,
@@ -100,7 +100,12 @@ def train(
     out = Output(as_json=as_json)
     request = EditorTrainingOptions(
         editor,
-        loading.ModelOptions(model or "llava-1.5-7b", device, dtype, revision=revision),
+        loading.ModelOptions(
+            model or "llava-1.5-7b",
+            device=device,
+            dtype=dtype,
+            revision=revision,
+        ),
         data,
         validation=validation,
         hparams=hparams,

@@ -12,7 +12,7 @@ from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import NotFinite
 from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.runtime import LoadOptions
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def drawing():
 
 @pytest.fixture(scope="module")
 def editor():
-    return InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu"))
+    return InstructPix2Pix.load("tiny-ip2p", LoadOptions(device="cpu"))
 
 
 def first(module: torch.nn.Module, word: str) -> str:

@@ -19,10 +19,10 @@ from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.pickled_weights import to_safetensors
 from mmedit_cli.picture_editing.methods.shared.loading import (
-    LoadOptions,
     load_pipeline,
     load_text_encoder,
 )
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.types import Query
 
 EVIL = """
@@ -47,7 +47,7 @@ def originals(tmp_path_factory):
     save(load_backbone("tiny-blip2", device="cpu"), root / "blip2")
     load_stable_diffusion("tiny-sd", device="cpu").pipe.save_pretrained(root / "sd")
     load_pipeline(
-        "tiny-ip2p", "StableDiffusionInstructPix2PixPipeline", LoadOptions("cpu")
+        "tiny-ip2p", "StableDiffusionInstructPix2PixPipeline", LoadOptions(device="cpu")
     ).pipeline.save_pretrained(root / "ip2p")
     return root
 
@@ -185,7 +185,9 @@ def test_a_pipeline_without_its_tokenizer_files_is_refused(copy):
         ModelError, match=r"ip2p/tokenizer: the tokenizer has \d+ of the \d+ tokens"
     ):
         load_pipeline(
-            str(editor), "StableDiffusionInstructPix2PixPipeline", LoadOptions("cpu")
+            str(editor),
+            "StableDiffusionInstructPix2PixPipeline",
+            LoadOptions(device="cpu"),
         )
     with pytest.raises(
         ModelError, match=r"ip2p/tokenizer: the tokenizer has \d+ of the \d+ tokens"
@@ -385,7 +387,7 @@ def test_a_tokenizer_without_a_limit_gets_that_of_its_encoder(copy, value):
     model = load_stable_diffusion(str(folder), device="cpu")
     assert model.max_length == 24
     found = load_pipeline(
-        str(editor), "StableDiffusionInstructPix2PixPipeline", LoadOptions("cpu")
+        str(editor), "StableDiffusionInstructPix2PixPipeline", LoadOptions(device="cpu")
     )
     assert found.pipeline.tokenizer.model_max_length == 77
     assert load_text_encoder(str(editor))[0].model_max_length == 77
@@ -455,7 +457,9 @@ def test_a_lora_for_pictures_says_what_it_is(tmp_path, names, maker):
             ModelError, match=f"a LoRA adapter in the format of {maker}, not a model"
         ):
             load_pipeline(
-                str(given), "StableDiffusionInstructPix2PixPipeline", LoadOptions("cpu")
+                str(given),
+                "StableDiffusionInstructPix2PixPipeline",
+                LoadOptions(device="cpu"),
             )
 
 
@@ -519,7 +523,9 @@ def test_a_folder_with_a_known_name_has_to_be_meant(copy, tmp_path, monkeypatch)
             ModelError, match="the name of a model that is known, and of a folder here"
         ):
             load_pipeline(
-                name, "StableDiffusionInstructPix2PixPipeline", LoadOptions("cpu")
+                name,
+                "StableDiffusionInstructPix2PixPipeline",
+                LoadOptions(device="cpu"),
             )
     (tmp_path / "tiny-llava").mkdir()  # a folder of something else
     assert find_model("tiny-llava").folder is None
@@ -544,7 +550,7 @@ def test_a_folder_that_is_not_there_is_said_before_a_hub_is_asked(
         load_pipeline(
             "models/nosuch",
             "StableDiffusionInstructPix2PixPipeline",
-            LoadOptions("cpu"),
+            LoadOptions(device="cpu"),
         )
 
 

@@ -21,7 +21,7 @@ from mmedit_cli.picture_editing.data import emojikb_edits
 from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier
 from mmedit_cli.picture_editing.evaluation.judge import Judge
 from mmedit_cli.picture_editing.methods.base import EditJob
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.runtime import LoadOptions
 
 pytestmark = pytest.mark.slow
 EDITORS = {"mini-ip2p": "instruct-pix2pix", "mini-mgie": "mgie"}
@@ -47,7 +47,7 @@ def shipped(request):
     """(folder, loaded editor) of each model that comes along."""
     folder = own_image_editors()[request.param]
     cls = registry.image_editors.get(EDITORS[request.param])
-    return folder, cls.load(request.param, LoadOptions("cpu"))
+    return folder, cls.load(request.param, LoadOptions(device="cpu"))
 
 
 def test_the_card_says_what_was_measured(shipped, scripts):
@@ -161,7 +161,7 @@ def test_another_pipeline_than_it_was_trained_from_is_refused(tmp_path, monkeypa
         Exception, match="mini-ip2p is not the pipeline it was trained from"
     ):
         registry.image_editors.get("mgie").load(
-            str(copies / "mini-mgie"), LoadOptions("cpu")
+            str(copies / "mini-mgie"), LoadOptions(device="cpu")
         )
 
 

@@ -27,7 +27,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
 from mmedit_cli.reading import Record, digest_of, parse_json_object, read_json_object
 from mmedit_cli.records import CONCEPT_INDEX
-from mmedit_cli.runtime import resolve_device
+from mmedit_cli.runtime import LoadOptions, resolve_device
 from mmedit_cli.storage import (
     is_link,
     read_tensors,
@@ -55,7 +55,7 @@ _MOST_PHOTOS = 6
 
 
 @dataclass(frozen=True)
-class LearnOptions:
+class LearnOptions(LoadOptions):
     """What to learn, how, and into which folder.
 
     `model` is a name, a folder or a hub id. `covariance` is a file of `mmedit covariance` (None: its usual place).
@@ -70,9 +70,6 @@ class LearnOptions:
     overrides: tuple[str, ...] = ()
     covariance: Path | None = None
     seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
     force: bool = False
     low_memory: bool = False
 

@@ -68,13 +68,21 @@ def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str
 
     Raises a UserError for bad input, before anything is written.
     """
+    talk = out or Output()
+    plan = plan_evaluation(options)
+    return Run.report_once(
+        plan.folder,
+        lambda: run_evaluation(plan, talk),
+        force=options.force,
+        say=talk.note,
+    )
+
+
+def run_evaluation(plan: ConceptPlan, out: Output) -> dict[str, Any]:
+    """Load the models, learn, draw and score, and write the report."""
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
-    out = out or Output()
-    plan = plan_evaluation(options)
-    report = Run.done_before(plan.folder, force=options.force, say=out.note)
-    if report is not None:
-        return report
+    options = plan.options
     models = load_scoring_models(plan)
     out.note(told(plan.options.editor, plan.config["variant"]))
     out.note(loading(plan.ref.name))

@@ -16,6 +16,7 @@ from mmedit_cli.catalog import loading
 from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ GREY = "#707070"
 
 
 @dataclass(frozen=True)
-class DrawOptions:
+class DrawOptions(LoadOptions):
     """What to draw: each prompt with each seed, with the concepts of the folder `edits` if there is one.
 
     `compare` also draws with the base model, where each concept is its plain word. `overrides` change how concepts
@@ -53,9 +54,6 @@ class DrawOptions:
     compare: bool = False
     overrides: tuple[str, ...] = ()
     force: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
     low_memory: bool = False
 
 

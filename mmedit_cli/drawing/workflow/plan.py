@@ -41,7 +41,7 @@ KINDS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class ConceptEvalOptions:
+class ConceptEvalOptions(runtime.LoadOptions):
     """What to evaluate; the defaults are those of `mmedit eval`. `overrides` are KEY=VALUE texts.
 
     Those that begin with `eval.` say how pictures are drawn and looked at, the others are hyper-parameters.
@@ -55,9 +55,6 @@ class ConceptEvalOptions:
     overrides: Sequence[str] = ()
     limit: int | None = None
     seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
     records: Path = Path("records")
     force: bool = False
 

@@ -18,7 +18,10 @@ from mmedit_cli.picture_editing.methods.base import (
     ImageEditor,
     Tick,
 )
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
+from mmedit_cli.picture_editing.methods.shared.loading import (
+    load_pipeline,
+)
+from mmedit_cli.runtime import LoadOptions
 
 
 @final

@@ -13,7 +13,10 @@ from mmedit_cli.picture_editing.methods.shared.latent import (
     LatentCondition,
     LatentEditor,
 )
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
+from mmedit_cli.picture_editing.methods.shared.loading import (
+    load_pipeline,
+)
+from mmedit_cli.runtime import LoadOptions
 
 
 @final

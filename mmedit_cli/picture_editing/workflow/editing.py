@@ -29,7 +29,6 @@ from mmedit_cli.picture_editing.methods.base import (
     EditSettings,
     ImageEditor,
 )
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.pictures import (
     Picture,
     check_picture,
@@ -39,6 +38,7 @@ from mmedit_cli.pictures import (
 )
 from mmedit_cli.reading import Record, parse_json_object, read_lines
 from mmedit_cli.records import Run
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import sha256_json, write_atomic
 
 if TYPE_CHECKING:

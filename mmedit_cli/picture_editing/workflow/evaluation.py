@@ -33,7 +33,6 @@ from mmedit_cli.picture_editing.methods.base import (
     EditSettings,
     ImageEditor,
 )
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.workflow.editing import (
     PictureEditOptions,
     load_editor,
@@ -42,6 +41,7 @@ from mmedit_cli.picture_editing.workflow.editing import (
 from mmedit_cli.picture_editing.workflow.training import DATA
 from mmedit_cli.pictures import png
 from mmedit_cli.records import Run
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -155,34 +155,41 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
     folder = Run.locate(
         options.records, (FOLDER, options.editor, editor.model, name), config
     )
-    report = Run.done_before(folder, force=options.force, say=out.note)
-    if report is not None:
+    talk = out
+    facts = {"networks": None if networks is None else networks.facts()}
+
+    def run_evaluation() -> dict[str, Any]:
+        environment = runtime.environment(editor.device)
+        with Run.open(folder, config, environment, force=options.force) as run:
+            # An equal command may have ended meanwhile.
+            report = Run.done_before(folder, force=False, say=talk.note)
+            if report:
+                return report
+            scoring = _PictureScoring(editor, scorers, run, edit_options, options.seed)
+            with talk.progress({"pairs": len(pairs)}) as tick:
+                scoring.score_all(pairs, tick)
+            title = f"{options.editor} ({editor.model}) on {name}"
+            page = _write_gallery(pairs, folder, title)
+            report = _report(run, {**config, **facts}, page)
+            run.finish(report)
         return report
-    environment = runtime.environment(editor.device)
-    with Run.open(folder, config, environment, force=options.force) as run:
-        # An equal command may have ended meanwhile.
-        report = Run.done_before(folder, force=False, say=out.note)
-        if report:
-            return report
-        scoring = _PictureScoring(editor, scorers, run, edit_options, options.seed)
-        with out.progress({"pairs": len(pairs)}) as tick:
-            scoring.score_all(pairs, tick)
-        lines = run.read("cases")
-        title = f"{options.editor} ({editor.model}) on {name}"
-        seconds = fmean(line["seconds"] for line in lines)
-        report = {
-            "format": 1,
-            **config,
-            "networks": None if networks is None else networks.facts(),
-            "environment": run.environment,
-            "scores": summary(lines),
-            "by_kind": _summary_by_kind(lines),
-            "cost": {"seconds_per_edit": round(seconds, 4)},
-            "gallery": str(_write_gallery(pairs, folder, title)),
-            "run": str(folder),
-        }
-        run.finish(report)
-    return report
+
+    return Run.report_once(folder, run_evaluation, force=options.force, say=out.note)
+
+
+def _report(run: Run, head: Mapping[str, Any], page: Path) -> dict[str, Any]:
+    lines = run.read("cases")
+    seconds = fmean(line["seconds"] for line in lines)
+    return {
+        "format": 1,
+        **head,
+        "environment": run.environment,
+        "scores": summary(lines),
+        "by_kind": _summary_by_kind(lines),
+        "cost": {"seconds_per_edit": round(seconds, 4)},
+        "gallery": str(page),
+        "run": str(run.folder),
+    }
 
 
 def load_scorers(names: Mapping[str, str], device: str) -> PictureScorers:

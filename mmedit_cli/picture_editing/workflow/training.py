@@ -20,8 +20,8 @@ from mmedit_cli.knowledge.workflow.training import (
 from mmedit_cli.output import Output
 from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
 from mmedit_cli.picture_editing.data.opening import NAMED, open_pairs
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.records import Run
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.shapes import pick_variant, shape_of, told
 
 DATA = "emojikb-edits"  # where no data are named
@@ -83,10 +83,12 @@ def training_pairs(
     """Return (name, pairs to train on, pairs held out): a named set's own val split, else every twentieth pair."""
     data, validation = options.data, options.validation
     if data in NAMED and not Path(data).exists():
-        data, validation = f"{data}:train", validation or f"{data}:val"
+        validation = validation or f"{data}:val"
+        data = f"{data}:train"
     name, pairs = open_pairs(data, limit=options.limit)
     if validation is not None:
-        return name, pairs, open_pairs(validation)[1]
+        _, held_out = open_pairs(validation)
+        return name, pairs, held_out
     if len(pairs) < 2:
         raise DataError(
             f"{data}: one pair is too few to hold some out",
@@ -94,7 +96,8 @@ def training_pairs(
         )
     held_out = pairs[::HELD_OUT] if len(pairs) >= HELD_OUT else pairs[:1]
     uids = {pair.uid for pair in held_out}
-    return name, [pair for pair in pairs if pair.uid not in uids], held_out
+    others = [pair for pair in pairs if pair.uid not in uids]
+    return name, others, held_out
 
 
 def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str, Any]:
@@ -119,12 +122,17 @@ def run_training(plan: PictureTrainingPlan, out: Output) -> dict[str, Any]:
     from mmedit_cli.picture_editing.methods.mgie.parts import assemble
     from mmedit_cli.picture_editing.methods.mgie.training import train_mgie
 
-    options, processes = plan.options, runtime.join_processes(plan.options.model.device)
+    options = plan.options
+    processes = runtime.join_processes(options.model.device)
     if processes.rank:
         out = Output(quiet=True)
     out.note(told(options.editor, plan.config["variant"]))
     out.note(f"loading {plan.ref.name} and {plan.hparams.diffusion}")
-    load = LoadOptions(processes.device, options.model.dtype, options.model.revision)
+    load = LoadOptions(
+        device=processes.device,
+        dtype=options.model.dtype,
+        revision=options.model.revision,
+    )
     pipeline = assemble(options.model.model, plan.hparams, load, seed=options.seed)
     editor = registry.image_editors.get(options.editor)(
         pipeline, options.model.model, plan.ref.fingerprint
@@ -139,10 +147,12 @@ def run_training(plan: PictureTrainingPlan, out: Output) -> dict[str, Any]:
         how = Conditions(processes, say=out.note)
         if options.tensorboard and processes.rank == 0:
             how = replace(how, curve=stack.enter_context(tensorboard(plan.folder)))
-        untold = sum(not pair.expressive for pair in (*plan.pairs, *plan.held_out))
-        tick = stack.enter_context(
-            out.progress({PREPARING: untold, "steps": plan.hparams.training.steps})
-        )
+        every = (*plan.pairs, *plan.held_out)
+        totals = {
+            PREPARING: sum(not pair.expressive for pair in every),
+            "steps": plan.hparams.training.steps,
+        }
+        tick = stack.enter_context(out.progress(totals))
         result = train_mgie(
             editor,
             plan.hparams,
@@ -153,21 +163,17 @@ def run_training(plan: PictureTrainingPlan, out: Output) -> dict[str, Any]:
             seed=options.seed,
         )
         if processes.rank == 0:
-            head = {
-                key: value
-                for key, value in plan.config.items()
-                if key not in ("device", "dtype")
+            head = dict(plan.config)
+            del head["device"], head["dtype"]
+            report = {
+                "format": 1,
+                **head,
+                "environment": run.environment,
+                **result,
+                "run": str(plan.folder),
             }
-            run.finish(
-                {
-                    "format": 1,
-                    **head,
-                    "environment": run.environment,
-                    **result,
-                    "run": str(plan.folder),
-                }
-            )
+            run.finish(report)
     processes.wait()
-    report = Run.finished(plan.folder)
-    assert report is not None
-    return report
+    finished = Run.finished(plan.folder)
+    assert finished is not None
+    return finished

@@ -9,10 +9,10 @@ from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.flux_kontext import FluxKontext
 from mmedit_cli.picture_editing.methods.instruct_pix2pix import InstructPix2Pix
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.pictures import Picture, load_picture
+from mmedit_cli.runtime import LoadOptions
 
-CPU = LoadOptions("cpu")
+CPU = LoadOptions(device="cpu")
 SMALL = EditSettings(2, resolution=32)
 
 

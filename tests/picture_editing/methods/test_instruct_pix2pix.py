@@ -19,13 +19,13 @@ from mmedit_cli.picture_editing.methods.shared.latent import (
     to_pictures,
     to_pixels,
 )
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.methods.shared.sampling import (
     DenoiserInputs,
     coefficients,
     combine,
     denoise,
 )
+from mmedit_cli.runtime import LoadOptions
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
@@ -37,7 +37,7 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def editor() -> InstructPix2Pix:
-    return InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu"))
+    return InstructPix2Pix.load("tiny-ip2p", LoadOptions(device="cpu"))
 
 
 class Rows:
@@ -251,12 +251,12 @@ def test_what_cannot_be_done_is_said(editor):
     with pytest.raises(ModelError, match="denoiser of 4 channels"):
         InstructPix2Pix(pipeline, "drawn", "")
     with pytest.raises(ModelError, match="did you mean tiny-ip2p"):
-        InstructPix2Pix.load("tiny-ip2", LoadOptions("cpu"))
+        InstructPix2Pix.load("tiny-ip2", LoadOptions(device="cpu"))
 
 
 def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
     tiny.build("tiny-ip2p").save_pretrained(tmp_path / "mine")
-    loaded = InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions("cpu"))
+    loaded = InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions(device="cpu"))
     job = EditJob(picture(), "paint it blue")
     assert (
         loaded.edit([job], EditSettings(2))[0].picture
@@ -270,13 +270,15 @@ def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
         )
     )
     with pytest.raises(ModelError, match="a FluxPipeline, where"):
-        InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions("cpu"))
+        InstructPix2Pix.load(str(tmp_path / "mine"), LoadOptions(device="cpu"))
     with pytest.raises(ModelError, match=r"no model_index\.json"):
-        InstructPix2Pix.load(str(tmp_path), LoadOptions("cpu"))
+        InstructPix2Pix.load(str(tmp_path), LoadOptions(device="cpu"))
 
 
 def test_bfloat16():
-    editor = InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu", "bfloat16"))
+    editor = InstructPix2Pix.load(
+        "tiny-ip2p", LoadOptions(device="cpu", dtype="bfloat16")
+    )
     result = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
     assert editor.unet.dtype == torch.bfloat16
     assert result.picture.size == (32, 32)
@@ -285,7 +287,7 @@ def test_bfloat16():
 def test_latents_that_are_no_numbers_stop_the_edit():
     from mmedit_cli.errors import MmeditError
 
-    editor = InstructPix2Pix.load("tiny-ip2p", LoadOptions("cpu"))
+    editor = InstructPix2Pix.load("tiny-ip2p", LoadOptions(device="cpu"))
     with torch.no_grad():
         editor.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(

@@ -23,9 +23,9 @@ from mmedit_cli.picture_editing.methods.mgie.modules import (
 from mmedit_cli.picture_editing.methods.mgie.pipeline import MGIEPipeline
 from mmedit_cli.picture_editing.methods.shared import tiny
 from mmedit_cli.picture_editing.methods.shared.latent import to_pictures
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.runtime import LoadOptions
 
-CPU = LoadOptions("cpu")
+CPU = LoadOptions(device="cpu")
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
@@ -356,7 +356,7 @@ def test_a_pipeline_of_diffusers(editor, tmp_path):
 
 
 def test_bfloat16():
-    editor = Mgie.load("tiny-mgie", LoadOptions("cpu", "bfloat16"))
+    editor = Mgie.load("tiny-mgie", LoadOptions(device="cpu", dtype="bfloat16"))
     result = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
     assert (
         editor.guide.mllm.dtype

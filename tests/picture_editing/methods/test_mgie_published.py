@@ -21,7 +21,7 @@ from mmedit_cli.picture_editing.methods.mgie.published import (
     read_tensors,
 )
 from mmedit_cli.picture_editing.methods.shared import tiny
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
+from mmedit_cli.runtime import LoadOptions
 
 WIDTH = 48
 
@@ -70,7 +70,7 @@ def published(tmp_path: Path) -> PublishedMgie:
 
 def test_every_tensor_finds_its_place(published, tmp_path):
     convert(published, tmp_path / "mgie")
-    editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions("cpu"))
+    editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions(device="cpu"))
     mllm, unet = read_tensors(published.mllm), read_tensors(published.unet)
     guide, model = editor.guide, editor.pipeline.mllm
     assert torch.equal(
@@ -121,7 +121,7 @@ def test_it_edits(published, tmp_path, cli):
     )
     assert code == 0, err
     assert out.strip() == str(tmp_path / "mgie")
-    editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions("cpu"))
+    editor = Mgie.load(str(tmp_path / "mgie"), LoadOptions(device="cpu"))
     assert "<im_start><image><im_end>" in editor.guide.prompt
     ids, _ = editor.guide.token_ids("paint it", None, 16)
     patch, start, end = editor.guide.tokenizer.convert_tokens_to_ids(

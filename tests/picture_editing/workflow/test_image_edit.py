@@ -393,12 +393,12 @@ def test_bad_lines_are_all_named(cli, tmp_path):
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
     from mmedit_cli.picture_editing.methods.base import EditSettings
-    from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
     from mmedit_cli.picture_editing.workflow import editing
+    from mmedit_cli.runtime import LoadOptions
 
     wish = RequestedEdit(CIRCLE, "paint it blue", tmp_path / "o.png")
     options = PictureEditOptions(
-        "instruct-pix2pix", "tiny-ip2p", LoadOptions("cpu"), EditSettings(1)
+        "instruct-pix2pix", "tiny-ip2p", LoadOptions(device="cpu"), EditSettings(1)
     )
     monkeypatch.setattr(
         editing, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)

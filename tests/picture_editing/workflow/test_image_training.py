@@ -26,12 +26,11 @@ from mmedit_cli.picture_editing.methods.mgie.training import (
     train_mgie,
 )
 from mmedit_cli.picture_editing.methods.shared.latent import encode_pictures, to_pixels
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions
 from mmedit_cli.picture_editing.methods.shared.tiny import build
 from mmedit_cli.records import Run
-from mmedit_cli.runtime import Processes
+from mmedit_cli.runtime import LoadOptions, Processes
 
-CPU = LoadOptions("cpu")
+CPU = LoadOptions(device="cpu")
 TINY = load_hparams(ROOT / "hparams" / "mgie.yaml", MgieHparams, variant="tiny-llava")
 PAIRS = [
     pair
@@ -505,7 +504,7 @@ def test_a_small_set_is_learned(train, train_lm, monkeypatch):
 def test_bfloat16(tmp_path):
     hparams = hp("lora", steps=2)
     editor = Mgie(
-        assemble("tiny-llava", hparams, LoadOptions("cpu", "bfloat16")),
+        assemble("tiny-llava", hparams, LoadOptions(device="cpu", dtype="bfloat16")),
         "tiny-llava",
         "",
     )
@@ -514,7 +513,9 @@ def test_bfloat16(tmp_path):
     assert report["losses"]
     kept = load_file(tmp_path / "run" / "editor.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
-    loaded = Mgie.load(str(tmp_path / "run"), LoadOptions("cpu", "bfloat16"))
+    loaded = Mgie.load(
+        str(tmp_path / "run"), LoadOptions(device="cpu", dtype="bfloat16")
+    )
     assert loaded.edit([EditJob(PAIRS[0].source(), "a")], EditSettings(1))[
         0
     ].picture.size == (

@@ -19,9 +19,9 @@ from mmedit_cli.picture_editing.methods.shared.latent import (
     LatentEditor,
 )
 from mmedit_cli.picture_editing.methods.shared.loading import (
-    LoadOptions,
     usual_settings,
 )
+from mmedit_cli.runtime import LoadOptions
 
 OWN = "mini-mgie"  # part of the package
 _CUT = "the expressive instruction is longer than the model reads: its end was not used"

@@ -22,7 +22,6 @@ from mmedit_cli.picture_editing.methods.mgie.hparams import MgieHparams
 from mmedit_cli.picture_editing.methods.mgie.modules import MGIEEditHead, widened
 from mmedit_cli.picture_editing.methods.shared import tiny
 from mmedit_cli.picture_editing.methods.shared.loading import (
-    LoadOptions,
     content_of,
     digest,
     find_pipeline,
@@ -30,6 +29,7 @@ from mmedit_cli.picture_editing.methods.shared.loading import (
     pipeline_class,
 )
 from mmedit_cli.reading import open_tensors, parse_json
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import sha256_of
 from mmedit_cli.vocabulary import check_vocabulary
 
@@ -68,7 +68,7 @@ def assemble(
         raise ModelError(
             f"--model {model}: of the family {llava.family}; mgie is built on llava"
         )
-    of_pipeline = LoadOptions(options.device, options.dtype)
+    of_pipeline = LoadOptions(device=options.device, dtype=options.dtype)
     diffusion = load_pipeline(hparams.diffusion, _DIFFUSION, of_pipeline).pipeline
     unet, scheduler = _with_picture_channels(diffusion)
     mllm = llava.model

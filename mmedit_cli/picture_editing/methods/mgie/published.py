@@ -24,8 +24,11 @@ from mmedit_cli.picture_editing.methods.mgie.modules import (
     widened,
 )
 from mmedit_cli.picture_editing.methods.mgie.pipeline import MGIEPipeline
-from mmedit_cli.picture_editing.methods.shared.loading import LoadOptions, load_pipeline
+from mmedit_cli.picture_editing.methods.shared.loading import (
+    load_pipeline,
+)
 from mmedit_cli.reading import read_json_object
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import staged_folder
 
 # the conversation that the published weights were trained with; <image> stands between its own two tokens
@@ -82,7 +85,9 @@ def convert(
     note(f"reading {parts.llava}")
     mllm, processor = _llava(parts, guidance)
     pipelines = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionPipeline")
-    diffusion = load_pipeline(parts.diffusion, pipelines, LoadOptions("cpu")).pipeline
+    diffusion = load_pipeline(
+        parts.diffusion, pipelines, LoadOptions(device="cpu")
+    ).pipeline
     unet = _unet(diffusion.unet, read_tensors(parts.unet), str(parts.unet))
     head = _edit_head(guidance, str(parts.mllm))
     pipeline: Any = MGIEPipeline(

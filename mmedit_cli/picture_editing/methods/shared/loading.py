@@ -21,6 +21,7 @@ from mmedit_cli.not_a_model import (
 from mmedit_cli.picture_editing.methods.base import EditSettings
 from mmedit_cli.picture_editing.methods.shared import tiny
 from mmedit_cli.reading import read_json_object
+from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.vocabulary import cap_length, check_text_encoders, check_vocabulary
 
 REPOS = {  # short names of published pipelines
@@ -31,15 +32,6 @@ REPOS = {  # short names of published pipelines
 # Neither the same weights again, in one file or in half precision, nor pickled files.
 _WANTED = (INDEX, "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Where and how a model is loaded; the values mean what they mean in transformers."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
