@@ -1,1 +1,1 @@
-"""Drawing: what a text-to-image model draws, taught from a few photos and measured."""
+"""Drawing: text-to-image models learn concepts from a few photos, and the pictures are scored."""

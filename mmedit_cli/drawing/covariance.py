@@ -1,4 +1,4 @@
-"""Second moments of text encodings: streamed, in float64, saved with where they come from, and inverted safely.
+"""Second moments of text encodings: streamed, in float64, saved with their source, and inverted safely.
 
 C is the uncentred second moment of the encodings of caption tokens (Tewel et al. 2023, Perfusion, appendix C; Meng et
 al. 2022, ROME). What is computed from it does not depend on its scale.
@@ -74,7 +74,7 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Covariance:
-    """A second moment `matrix` (D, D) in float64, up to scale, and where it comes from.
+    """A second moment `matrix` (D, D) in float64, up to scale, and its source.
 
     `tokens` is None if the number of encodings is not known. `source` names the text encoder, the captions and the
     rule under the keys `encoder`, `captions`, `rule`, ...
@@ -161,7 +161,7 @@ class Covariance:
 
     @classmethod
     def load(cls, path: Path) -> Covariance:
-        """Read what `save` wrote; raise StateError if it is something else."""
+        """Read a file that `save` wrote; raise StateError for any other file."""
         tensors, meta = read_tensors(path)
         matrix = tensors.get("matrix")
         if matrix is None or meta.get("format") != FORMAT:
@@ -265,7 +265,7 @@ def estimate(
 
 
 def default_path(model: StableDiffusion) -> Path:
-    """Return where the covariance of a model's text encoder is looked for."""
+    """Return the usual file of the covariance of a model's text encoder."""
     folder = cache_dir() / "covariance"
     path = folder / f"{model.text_fingerprint}.safetensors"
     if path.is_file():

@@ -22,7 +22,7 @@ def is_release(folder: Path) -> bool:
 
 
 def locate(root: Path | None) -> Path:
-    """Return the folder of the release: `root`, or where it is downloaded to; raise DataError if it is not there."""
+    """Return the folder of the release: `root`, or the folder of downloads; raise DataError if it is missing."""
     home = root or data_home()
     tried = [
         home / "dreambooth" / "dataset",

@@ -233,11 +233,15 @@ class DinoEncoder:
 
     def _prepare(self, picture: Image.Image) -> Tensor:
         """Return the normalised pixels (3, H, W) of the middle of a picture."""
-        scale = self._resize / min(picture.size)
-        width = max(self._resize, round(picture.width * scale))
-        height = max(self._resize, round(picture.height * scale))
+        shortest = self._resize
+        scale = shortest / min(picture.size)
+        width = max(shortest, round(picture.width * scale))
+        height = max(shortest, round(picture.height * scale))
         rgb = picture.convert("RGB")
-        resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        resized = rgb.resize(
+            (width, height),
+            Image.Resampling.BICUBIC,
+        )
         edge = self._crop
         left = (width - edge) // 2
         top = (height - edge) // 2

@@ -109,7 +109,7 @@ class Personalizer(AbstractContextManager["Personalizer"], ABC):
         self.concepts[token] = learned
 
     def remove(self, token: str) -> LearnedConcept:
-        """Take one concept out of the model and return it; raise StateError if it is not there."""
+        """Take one concept out of the model and return it; raise StateError if it is not in the model."""
         if token not in self.concepts:
             raise StateError(
                 f"no concept {token} here",

@@ -1,4 +1,4 @@
-"""Prompts as token ids: what a new token stands for, and where it stands."""
+"""Prompts as token ids: the meaning and the position of new tokens."""
 
 from __future__ import annotations
 

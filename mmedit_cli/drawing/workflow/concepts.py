@@ -107,7 +107,7 @@ class ConceptFolder:
         return [entry["token"] for entry in self.entries]
 
     def entry(self, token: str) -> dict[str, Any]:
-        """Return what is known of a concept; raise StateError if it is not there."""
+        """Return the entry of a concept; raise StateError if it is not in the folder."""
         for entry in self.entries:
             if entry["token"] == token:
                 return entry

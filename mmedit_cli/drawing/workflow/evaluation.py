@@ -172,7 +172,7 @@ class _ConceptEvaluation:
         )
 
     def totals(self, bases: Sequence[Sheet]) -> dict[str, int]:
-        """Return how much there is to do, for the progress bars."""
+        """Return the totals of the progress bars."""
         sides = self.plan.sides
         prompts = sum(len(sheet.prompts) for sheet in bases)
         prompts += len(sides) * sum(len(sheet.prompts) for sheet in self.sheets)
@@ -312,7 +312,7 @@ class _ConceptEvaluation:
         return all(path.is_file() for row in self.files(side, sheet) for path in row)
 
     def draw(self, side: str, sheet: Sheet, personalizer: Any = None) -> None:
-        """Draw a sheet in batches that depend on the sheet alone; a batch that is there is not drawn again."""
+        """Draw a sheet in batches that depend on the sheet alone; a finished batch is not drawn again."""
         wanted = []
         for prompt, row in zip(sheet.prompts, self.files(side, sheet), strict=True):
             for seed, path in zip(self.seeds, row, strict=True):
@@ -348,7 +348,7 @@ class _ConceptEvaluation:
     # -- looking ------------------------------------------------------------------------------------------------
 
     def score(self, models: ScoringModels) -> None:
-        """Score what is not scored yet."""
+        """Score the sheets that are not scored yet."""
         known = {(line["side"], line["sheet"]) for line in self.record.read("cases")}
         for side in (*self.plan.sides, BASE, PHOTOS):
             for sheet in self.sheets:

@@ -1,4 +1,4 @@
-"""Pictures from prompts: with and without one's own concepts, side by side, on one sheet or file by file."""
+"""Draw pictures from prompts, with and without learned concepts, on one sheet or in single files."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class ConceptPlan:
 
     @property
     def routes(self) -> bool:
-        """Whether concepts act only on what names them, so that all of them are loaded at once."""
+        """Whether concepts act only on prompts that name them, so that all of them are loaded at once."""
         return bool(registry.personalizers.get(self.options.editor).routes)
 
     @property
@@ -294,6 +294,6 @@ def _sheet_of_pair(
 
 
 def _base(plain: Sequence[str], *concepts: Concept) -> str:
-    """Return a folder for what the base model draws to plain prompts: the same for the same prompts."""
+    """Return the folder of the base model's pictures for plain prompts; equal prompts share a folder."""
     kinds = "+".join(re.sub(r"\W+", "-", concept.superclass) for concept in concepts)
     return f"{kinds}-{sha256_json(list(plain))[:6]}"

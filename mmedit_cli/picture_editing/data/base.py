@@ -57,7 +57,7 @@ def fingerprint(pairs: Iterable[EditPair]) -> str:
 
 
 def picture_content(*paths: Path) -> str:
-    """Return a digest of the content of some pictures; raise DataError for what is none."""
+    """Return a digest of the content of some pictures; raise DataError for a file that is no picture."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(bytes.fromhex(picture_digest(path)))

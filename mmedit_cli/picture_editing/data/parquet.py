@@ -78,9 +78,12 @@ class ParquetShard:
         """Return the file of a picture: column 0 is the source, 1 the target."""
         group = bisect_right(self._ends, row)
         start = self._ends[group - 1] if group else 0
-        values = self._group(group).column(self.columns[column])
+        table = self._group(group)
+        values = table.column(self.columns[column])
         value = values[row - start].as_py()
-        return bytes(value["bytes"] if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            value = value["bytes"]
+        return bytes(value)
 
     def picture(self, row: int, column: int) -> Image.Image:
         """Return a picture, upright and RGB; raise DataError if it cannot be decoded."""

@@ -1,4 +1,4 @@
-"""`mmedit image-edit`: resolve what is asked, edit, and write the pictures with a record of how each came about."""
+"""`mmedit image-edit`: resolve the options, edit, and write the pictures with a record of each."""
 
 from __future__ import annotations
 

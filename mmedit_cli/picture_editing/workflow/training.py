@@ -1,4 +1,4 @@
-"""`mmedit train-editor` for image editors: resolve what is asked, and train."""
+"""`mmedit train-editor` for image editors: resolve the options, and train."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def train(options: EditorTrainingOptions, out: Output | None = None) -> dict[str
 
 
 def run_training(plan: PictureTrainingPlan, out: Output) -> dict[str, Any]:
-    """Load the parts, train, and write what was trained and the report; the first process writes, all return it."""
+    """Load the parts, train, and write the checkpoint and the report; the first process writes, all return it."""
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING
     from mmedit_cli.knowledge.training_loop import Conditions
     from mmedit_cli.picture_editing.methods.mgie.parts import assemble

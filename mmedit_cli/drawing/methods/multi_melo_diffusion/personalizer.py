@@ -126,7 +126,7 @@ class MultiMeloDiffusion(Personalizer):
     def _choose(
         self, prompts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> list[list[str]]:
-        """Ask the router; what `assign_blocks` said of a prompt comes first."""
+        """Ask the router; a prompt of `assign_blocks` gets its assigned blocks."""
         if self._router == "always":
             routes = [list(self._blocks) for _ in prompts]
         elif self._router == "embedding":
@@ -233,7 +233,7 @@ class MultiMeloDiffusion(Personalizer):
         self._hook()
 
     def _hook(self) -> None:
-        """Hook the projections anew, if there is a block at all, and tell the router the names of the blocks."""
+        """Hook the projections again if there is a block, and give the router the names of all blocks."""
         self._patch.undo()
         in_windows = self._blocks and self.hparams.several == "beside"
         self.model.windows = self.windows if in_windows else None

@@ -1,4 +1,4 @@
-"""Which concepts a prompt is about: by their names as token ids, or by what the text encoder says of the prompt."""
+"""Find the concepts that a prompt names: by the token ids of their names, or by the encoding of the prompt."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Perfusion(Personalizer):
         )
 
     def _hook(self) -> None:
-        """Hook the layers anew, if there is a concept at all."""
+        """Hook the layers again if there is a concept."""
         self._patch.undo()
         self._clear_cache()
         if not self._loaded:
@@ -295,7 +295,7 @@ class Perfusion(Personalizer):
         return concept, split(self._embedding_widths(), 1)
 
     def _check_shapes(self, token: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raise StateError unless all tensors of a concept are there and fit the model."""
+        """Raise StateError if a tensor of a concept is missing or does not fit the model."""
         width = self.model.width
         total = sum(layer.outputs for layer in self._layers_of("v"))
         shapes = {

@@ -53,9 +53,11 @@ class Gates:
 def dual(factor: Tensor, inputs: Tensor) -> Tensor:
     """Return C^-1 i for inputs (..., D) and the lower Cholesky factor of C, solved in float64."""
     width = inputs.shape[-1]
-    columns = inputs.reshape(-1, width).double().T
+    rows = inputs.reshape(-1, width)
+    columns = rows.double().T
     solved = torch.cholesky_solve(columns, factor)
-    return solved.T.reshape(inputs.shape).to(inputs.dtype)
+    duals = solved.T.reshape(inputs.shape)
+    return duals.to(inputs.dtype)
 
 
 def similarity(hidden: Tensor, inputs: Tensor, duals: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class TrainingHparams:
 
 @dataclass(frozen=True)
 class MgieHparams:
-    """What MGIE is made of, and what of it is trained."""
+    """The parts of MGIE, and which of them are trained."""
 
     diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     train_lm: Literal["reference", "lora", "two_phase", "none"] = "lora"

@@ -607,8 +607,9 @@ class MgieTraining:
         means = below(tensors, "mean.")
         self.mean = {name: value.to(device) for name, value in means.items()}
         self._sums = dict(below(tensors, "sums."))
+        of_optimizer = below(tensors, "optimizer.")
         by_index: dict[int, dict[str, Tensor]] = {}
-        for name, value in below(tensors, "optimizer.").items():
+        for name, value in of_optimizer.items():
             index, _, key = name.partition(".")
             of_parameter = by_index.setdefault(int(index), {})
             of_parameter[key] = value
