@@ -56,12 +56,16 @@ def check_steps(scheduler: Any, steps: int) -> None:
 
 def _make_all(scheduler: Any, steps: int) -> torch.Tensor:
     scheduler.set_timesteps(steps)
-    latents = torch.ones(1, 4, 8, 8) * scheduler.init_noise_sigma
+    latents: torch.Tensor = torch.ones(1, 4, 8, 8) * scheduler.init_noise_sigma
     known = inspect.signature(scheduler.step).parameters
     random = {"generator": torch.Generator()} if "generator" in known else {}
     for step in scheduler.timesteps:
         seen = scheduler.scale_model_input(latents, step)
-        latents = scheduler.step(
-            torch.zeros_like(seen), step, latents, **random, return_dict=False
-        )[0]
+        latents, *_ = scheduler.step(
+            torch.zeros_like(seen),
+            step,
+            latents,
+            **random,
+            return_dict=False,
+        )
     return latents

@@ -101,8 +101,8 @@ class StableDiffusion:
         self.model = nn.ModuleDict(parts).eval().requires_grad_(False)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             cap_length(tokenizer, encoder)
-        build: Any = DDPMScheduler.from_config
-        self.noise_scheduler = build(pipe.scheduler.config)
+        config = pipe.scheduler.config
+        self.noise_scheduler: Any = DDPMScheduler.from_config(config)
         self.words: dict[str, Word] = {}
         self.windows: Callable[[str], Sequence[str]] | None = None
         self.current_prompts: CurrentPrompts | None = None

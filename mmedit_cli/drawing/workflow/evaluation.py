@@ -302,9 +302,11 @@ class _ConceptEvaluation:
         name = sheet.base if side == BASE else sheet.name
         home = self.record.folder / "pictures" / side / name
         rows = []
-        for i in range(len(sheet.prompts)):
-            names = [f"{i:02d}-{seed}.png" for seed in self.seeds]
-            rows.append([home / name for name in names])
+        for i, _ in enumerate(sheet.prompts):
+            files = []
+            for seed in self.seeds:
+                files.append(home / f"{i:02d}-{seed}.png")
+            rows.append(files)
         return rows
 
     def is_drawn(self, side: str, sheet: Sheet) -> bool:

@@ -291,8 +291,8 @@ class Perfusion(Personalizer):
             beta=self.hparams.beta,
             tau=self.hparams.tau,
         )
-        split: Any = tensors["embedding"].split
-        return concept, split(self._embedding_widths(), 1)
+        vectors = tensors["embedding"].split(self._embedding_widths(), 1)
+        return concept, vectors
 
     def _check_shapes(self, token: str, tensors: Mapping[str, Tensor]) -> None:
         """Raise StateError if a tensor of a concept is missing or does not fit the model."""

@@ -108,8 +108,7 @@ def _with_picture_channels(diffusion: Any) -> tuple[Any, Any]:
     channels = 2 * diffusion.vae.config.latent_channels
     if unet.config.in_channels != channels:
         # the sampler of InstructPix2Pix
-        build: Any = EulerAncestralDiscreteScheduler.from_config
-        scheduler = build(scheduler.config)
+        scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)
         unet.conv_in = widened(unet.conv_in, channels)
         unet.register_to_config(in_channels=channels)
     return unet, scheduler
@@ -142,8 +141,7 @@ def load_whole(model: str, options: LoadOptions) -> tuple[MGIEComponents, str, s
             trust_remote_code=False,
             backend="pil",
         )
-        open_parts: Any = MGIEComponents.from_pretrained
-        pipeline = open_parts(
+        pipeline: Any = MGIEComponents.from_pretrained(
             folder,
             processor=processor,
             local_files_only=True,

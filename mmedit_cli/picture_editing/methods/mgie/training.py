@@ -140,8 +140,8 @@ class MgieTraining:
         self.pairs: Sequence[EditPair] = ()
         self.held_out: Sequence[EditPair] = ()
         self.expressive: dict[str, str] = {}
-        build: Any = DDPMScheduler.from_config
-        self.noise_scheduler = build(editor.scheduler.config)
+        config = editor.scheduler.config
+        self.noise_scheduler: Any = DDPMScheduler.from_config(config)
         self.optimizer = self._optimizer()
         self.mean: dict[str, Tensor] = {}
         if self.hp.ema:

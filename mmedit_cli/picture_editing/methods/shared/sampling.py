@@ -108,7 +108,8 @@ def denoise(
         generators.append(generator)
         noise.append(torch.randn(shape, generator=generator, dtype=dtype))
     scheduler.set_timesteps(steps, device=device)
-    latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
+    unit_noise = torch.stack(noise).to(device)
+    latents: Tensor = unit_noise * scheduler.init_noise_sigma
     random = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         random["generator"] = generators
