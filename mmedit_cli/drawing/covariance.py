@@ -174,7 +174,12 @@ class Covariance:
         source = parse_json_object(
             meta.get("source", "{}"), f"{path}: source", error=StateError
         )
-        return cls(matrix.double(), counts[0], counts[1], source.values)
+        return cls(
+            matrix.double(),
+            counts[0],
+            counts[1],
+            source.values,
+        )
 
 
 def import_matrix(path: Path, model: StableDiffusion) -> Covariance:
@@ -248,7 +253,11 @@ def estimate(
     partial = path.with_name(path.name + ".partial")
     moment = _continue(partial, model.width, source)
     tick(moment.texts)
-    texts = islice(read_captions(captions), moment.texts, total)
+    texts = islice(
+        read_captions(captions),
+        moment.texts,
+        total,
+    )
     saved = time.monotonic()
     with torch.inference_mode():
         while chunk := list(islice(texts, _CHUNK)):
@@ -277,7 +286,11 @@ def default_path(model: StableDiffusion) -> Path:
 def check(covariance: Covariance, model: StableDiffusion) -> None:
     """Raise StateError unless a covariance was made for the text encoder of a model."""
     encoder = covariance.source.get("encoder")
-    same = same_model(encoder, model.text_fingerprint, model.former_text)
+    same = same_model(
+        encoder,
+        model.text_fingerprint,
+        model.former_text,
+    )
     if not same or covariance.width != model.width:
         other = covariance.source.get("model", "another model")
         raise StateError(

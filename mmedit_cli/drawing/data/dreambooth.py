@@ -43,7 +43,13 @@ def read(folder: Path) -> SubjectSet:
     """Return the subjects of the release with its prompts; raise DataError for a list that cannot be read."""
     path = folder / _LIST
     text = read_text(path, limit=1 << 20, hint=_AGAIN)
-    classes = dict(re.findall(r"^([a-z0-9_]+),([a-z ]+?)\s*$", text, re.MULTILINE))
+    classes = dict(
+        re.findall(
+            r"^([a-z0-9_]+),([a-z ]+?)\s*$",
+            text,
+            re.MULTILINE,
+        )
+    )
     classes.pop("subject_name", None)
     first, _, second = text.partition("Live Subject Prompts")
     of_objects = _prompts_in(first)

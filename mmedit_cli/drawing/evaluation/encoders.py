@@ -40,4 +40,8 @@ def _load_clip(name: str, device: str) -> ClipEncoder:
 
     model = AutoModel.from_pretrained(name, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    return ClipEncoder(model.to(device), processor, name)
+    return ClipEncoder(
+        model.to(device),
+        processor,
+        name,
+    )

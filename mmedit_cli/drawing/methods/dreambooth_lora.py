@@ -62,7 +62,11 @@ class DreamboothLora(Personalizer):
             model.tokenizers[0], concept.token, self.identifiers
         )
         training = SubjectTraining(model, concept, hp, source, name)
-        paths = _paths(model.model, "unet", [f"to_{role}" for role in hp.unet_targets])
+        paths = _paths(
+            model.model,
+            "unet",
+            [f"to_{role}" for role in hp.unet_targets],
+        )
         trains_text = bool(hp.train_text_encoder and hp.text_targets)
         if trains_text:
             ends = [f"{role}_proj" for role in hp.text_targets]
@@ -76,7 +80,11 @@ class DreamboothLora(Personalizer):
             parameters = layers.parameters()
             for parameter in parameters:
                 parameter.data = parameter.data.float()
-            losses = training.run(parameters, tick, text=trains_text)
+            losses = training.run(
+                parameters,
+                tick,
+                text=trains_text,
+            )
             tensors = lora_files.tensors_of(layers.pairs(), hp.alpha / hp.rank)
         return LearnedConcept(
             concept.token,

@@ -35,7 +35,11 @@ class Canvas:
         shared = max(step, shared_steps * step)
         if 2 * shared > resolution:
             shared = 0
-        return cls(count, resolution // scale, shared // scale)
+        return cls(
+            count,
+            resolution // scale,
+            shared // scale,
+        )
 
     @property
     def width(self) -> int:

@@ -54,7 +54,12 @@ def load_stable_diffusion(
         check_text_encoders(pipe, ref.folder)
         text = _joined(fingerprint(part) for part in _text_encoders(ref.folder))[:32]
     check_scheduler(pipe.scheduler, ref.name)
-    made = StableDiffusion(ref.name, pipe, ref.fingerprint, text)
+    made = StableDiffusion(
+        ref.name,
+        pipe,
+        ref.fingerprint,
+        text,
+    )
     if ref.folder is not None:
         made.former = ref.former
         made.former_text = _joined(

@@ -359,7 +359,11 @@ class StableDiffusion:
         width = latents.shape[-1] * self.scale
         # original size, corner of the crop, target size
         sizes = [height, width, 0, 0, height, width]
-        ids = torch.tensor([sizes], device=self.device, dtype=self.dtype)
+        ids = torch.tensor(
+            [sizes],
+            device=self.device,
+            dtype=self.dtype,
+        )
         return {
             "text_embeds": encoding.pooled,
             "time_ids": ids.repeat(len(latents), 1),
@@ -452,7 +456,12 @@ class StableDiffusion:
         encoding = self.encode(tokens)
         if guided and not sampling.negative:
             self._clear_negative(encoding, unguided_rows)
-        embeds = self._prompt_embeds(encoding, len(prompts), windows, guided)
+        embeds = self._prompt_embeds(
+            encoding,
+            len(prompts),
+            windows,
+            guided,
+        )
         resolution = sampling.resolution or self.resolution
         canvas = Canvas.of(windows, resolution, self.scale)
 
@@ -492,7 +501,12 @@ class StableDiffusion:
             draw(lambda _values, _what: None)
 
         def check(values: Tensor, what: str) -> None:
-            check_finite(values, f"{self.name}: {what}", self.model, again)
+            check_finite(
+                values,
+                f"{self.name}: {what}",
+                self.model,
+                again,
+            )
 
         check(encoding.hidden, "the encodings of the prompts")
         processor = self.pipe.image_processor

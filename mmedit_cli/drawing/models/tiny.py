@@ -45,7 +45,11 @@ def tokenizer() -> Any:
     merged = [a + b for a, b in merges]
     tokens = dict.fromkeys([_START, _END, *letters, *ends, *merged])
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=_TOKENS)
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=_TOKENS,
+    )
 
 
 def build(name: str, *, seed: int = 0) -> Any:

@@ -340,7 +340,12 @@ class ConceptFolder:
         size = path.stat().st_size
         if size != entry.get("bytes", size):
             raise StateError(f"{path}: not the file that was saved", hint)
-        digest = digest_of(path, limit=_LARGEST_CONCEPT, error=StateError, hint=hint)
+        digest = digest_of(
+            path,
+            limit=_LARGEST_CONCEPT,
+            error=StateError,
+            hint=hint,
+        )
         if digest != entry["sha256"]:
             raise StateError(f"{path}: not the file that was saved", hint)
         _, metadata = read_tensors(path)
@@ -394,7 +399,11 @@ class ConceptFolder:
         content = {**self.head, "concepts": self.entries}
         if leaving:
             content["leaving"] = self._leaving
-        text = json.dumps(content, indent=2, ensure_ascii=False)
+        text = json.dumps(
+            content,
+            indent=2,
+            ensure_ascii=False,
+        )
         write_atomic(self.folder / CONCEPT_INDEX, text + "\n")
 
 
@@ -427,7 +436,12 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     check_concept(concept)
     ref = find_model(options.model, revision=options.revision)
     check_draws(ref)
-    folder.check_takes(cls.name, ref, concept.token, force=options.force)
+    folder.check_takes(
+        cls.name,
+        ref,
+        concept.token,
+        force=options.force,
+    )
     file = options.hparams or registry.hparams_file(options.editor)
     variant = pick_variant(file, shape_of(ref), ref.name)
     hparams = load_hparams(
@@ -495,7 +509,12 @@ def learn_into(
     learned = personalizer.learn(concept, tick=tick)
     seconds = time.perf_counter() - started
     info = {**learned.info, **info, "seconds": round(seconds, 3)}
-    return folder.put(personalizer, concept, _absolute(model), info)
+    return folder.put(
+        personalizer,
+        concept,
+        _absolute(model),
+        info,
+    )
 
 
 def export_concepts(
@@ -551,7 +570,12 @@ def covariance_for(
     file.parent.mkdir(parents=True, exist_ok=True)
     _, count = moments.survey(None)
     with out.progress({"captions": count}) as tick:
-        return moments.estimate(model, None, file, tick=lambda n: tick("captions", n))
+        return moments.estimate(
+            model,
+            None,
+            file,
+            tick=lambda n: tick("captions", n),
+        )
 
 
 def training_dtype(device: str, dtype: str) -> str:

@@ -92,7 +92,12 @@ def run_evaluation(plan: ConceptPlan, out: Output) -> dict[str, Any]:
         dtype=training_dtype(options.device, options.dtype),
     )
     environment = runtime.environment(model.device)
-    with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+    with Run.open(
+        plan.folder,
+        plan.config,
+        environment,
+        force=options.force,
+    ) as run:
         # An equal command may have ended while the model was loaded here.
         report = Run.done_before(plan.folder, force=False, say=out.note)
         if report:

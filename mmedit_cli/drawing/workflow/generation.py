@@ -299,7 +299,12 @@ def _paste_row(
         top += LINE
     left = GAP
     for seed, image in zip(row.seeds, row.images, strict=True):
-        pen.text((left, top), f"seed {seed}", GREY, font)
+        pen.text(
+            (left, top),
+            f"seed {seed}",
+            GREY,
+            font,
+        )
         canvas.paste(image, (left, top + LINE))
         left += cell_width + GAP
 

@@ -228,7 +228,13 @@ def sheets_of(found: SubjectSet, *, routes: bool, several: bool) -> Iterator[She
     for subject in found.subjects:
         yield from _sheets_of_subject(found, subject, routes=routes)
     if routes:
-        yield Sheet("other", "other", "other", found.locality, found.locality)
+        yield Sheet(
+            "other",
+            "other",
+            "other",
+            found.locality,
+            found.locality,
+        )
     if several:
         ring = list(found.subjects)
         if len(ring) > 2:

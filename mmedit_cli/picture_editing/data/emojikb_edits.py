@@ -366,7 +366,11 @@ def _edits_by_knowledge(
         is_flag = "country flag" in concept["kind"]
         what = "flag" if is_flag else "of its kind"
         following = _following(kin, concept)
-        yield replacing("another-kind", f"turn it into another {what}", following)
+        yield replacing(
+            "another-kind",
+            f"turn it into another {what}",
+            following,
+        )
     neighbour = NEIGHBOUR.get(concept.get("country", ""), "")
     flags = kb.kin.get(("country", neighbour, artist))
     if neighbour and flags:

@@ -41,7 +41,13 @@ class ArtistClassifier(nn.Module):
         self.convolutions = nn.ModuleList()
         self.norms = nn.ModuleList()
         for inputs, outputs, kernel, stride in shapes:
-            convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+            convolution = nn.Conv2d(
+                inputs,
+                outputs,
+                kernel,
+                stride,
+                kernel // 2,
+            )
             self.convolutions.append(convolution)
             self.norms.append(nn.GroupNorm(_GROUPS, outputs))
         self.head = nn.Linear(3 * wide, len(ARTISTS))

@@ -115,7 +115,12 @@ class FluxKontext(ImageEditor):
 
         def check(values: torch.Tensor, what: str) -> None:
             again = partial(make, lambda _values, _what: None)
-            check_finite(values, f"{self.model}: {what}", modules, again)
+            check_finite(
+                values,
+                f"{self.model}: {what}",
+                modules,
+                again,
+            )
 
         processor = self.pipeline.image_processor
         pixels = processor.pt_to_numpy(make(check))

@@ -102,7 +102,13 @@ def read_requests(file: Path, out: Path, seed: int) -> list[RequestedEdit]:
             place = f"{file}:{number}"
             try:
                 record = parse_json_object(line, place)
-                request = _read_line(record, number, file.parent, out, seed)
+                request = _read_line(
+                    record,
+                    number,
+                    file.parent,
+                    out,
+                    seed,
+                )
                 requests.append(replace(request, place=place))
             except DataError as error:
                 problems += error.problems
@@ -268,13 +274,22 @@ def edit_batch(
     Raises a UserError for bad input.
     """
     registry.image_editors.get(options.editor)
-    check(requests, options, _recorded_outputs(folder, options))
+    check(
+        requests,
+        options,
+        _recorded_outputs(folder, options),
+    )
     editor = load_editor(options, out)
     head = _head(editor, options)
     config = {"command": "image-edit", **head}
     environment = runtime.environment(editor.device)
     keys = [_key(request, folder) for request in requests]
-    with Run.open(folder, config, environment, force=options.force) as run:
+    with Run.open(
+        folder,
+        config,
+        environment,
+        force=options.force,
+    ) as run:
         lines = _finished_lines(run, set(keys))
         by_key = zip(keys, requests, strict=True)
         left = [request for key, request in by_key if key not in lines]

@@ -165,7 +165,13 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
             report = Run.done_before(folder, force=False, say=talk.note)
             if report:
                 return report
-            scoring = _PictureScoring(editor, scorers, run, edit_options, options.seed)
+            scoring = _PictureScoring(
+                editor,
+                scorers,
+                run,
+                edit_options,
+                options.seed,
+            )
             with talk.progress({"pairs": len(pairs)}) as tick:
                 scoring.score_all(pairs, tick)
             title = f"{options.editor} ({editor.model}) on {name}"
@@ -174,7 +180,12 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
             run.finish(report)
         return report
 
-    return Run.report_once(folder, run_evaluation, force=options.force, say=out.note)
+    return Run.report_once(
+        folder,
+        run_evaluation,
+        force=options.force,
+        say=out.note,
+    )
 
 
 def _report(run: Run, head: Mapping[str, Any], page: Path) -> dict[str, Any]:

@@ -144,7 +144,8 @@ class MultiMeloDiffusion(Personalizer):
         if names:
             keys = torch.stack(list(self._keys.values()))
         routes = []
-        for i in nearest(embeddings, keys, self.hparams.threshold):
+        indices = nearest(embeddings, keys, self.hparams.threshold)
+        for i in indices:
             routes.append([] if i is None else [names[i]])
         return routes
 
@@ -270,7 +271,11 @@ class MultiMeloDiffusion(Personalizer):
                     down, up = self._blocks[name][path]
                     low_rank = some.to(down.dtype) @ down.T
                     added = low_rank @ up.T * self._scale
-                    output = output.index_add(0, rows, added.to(output.dtype))
+                    output = output.index_add(
+                        0,
+                        rows,
+                        added.to(output.dtype),
+                    )
             return output
 
         return add

@@ -180,7 +180,11 @@ class Perfusion(Personalizer):
                 encoding = self.model.encode(current.tokens, plain=True)
             self._plain = encoding.hidden.to(inputs.dtype)
         named = self._named(current).any(1)
-        return torch.where(named[:, None, None], self._plain, inputs)
+        return torch.where(
+            named[:, None, None],
+            self._plain,
+            inputs,
+        )
 
     def _prepare(self, rows: int) -> CurrentPrompts:
         """Compute similarities and gates once for the current prompts: all layers share them."""
@@ -257,7 +261,11 @@ class Perfusion(Personalizer):
                 outputs.append(F.linear(concept.superclass_input, weight))
             else:
                 outputs.append(learned[self._slices[layer.path]])
-        return edit_rows(torch.stack(inputs), weight, torch.stack(outputs))
+        return edit_rows(
+            torch.stack(inputs),
+            weight,
+            torch.stack(outputs),
+        )
 
     def _weight(self, layer: Projection) -> Tensor:
         weight: Any = self.model.model.get_submodule(layer.path).weight
@@ -420,7 +428,12 @@ class PerfusionTraining:
         """Add the gradients of one batch and return its share of the loss."""
         hp = self.hp
         count = hp.batch_size
-        chosen = torch.randint(0, len(self.prompts), (count,), generator=self.source)
+        chosen = torch.randint(
+            0,
+            len(self.prompts),
+            (count,),
+            generator=self.source,
+        )
         templates = chosen.tolist()
         latents, masks = photos.sample(count, self.source)
         tokens = self.model.tokenize([self.prompts[i] for i in templates])
@@ -430,7 +443,11 @@ class PerfusionTraining:
         self.step(concept_inputs.mean(0), superclass_inputs.mean(0))
         with self.model.running(tokens, encoding):
             self.editor.prepare()
-            errors = self.model.errors(latents, encoding, self.source)
+            errors = self.model.errors(
+                latents,
+                encoding,
+                self.source,
+            )
             loss = masked_loss(errors, masks, hp.mask_power) / hp.accumulate
             if not loss.isfinite():
                 raise MmeditError(

@@ -69,7 +69,11 @@ class Photos:
         device = self.mean.device
         count = len(chosen)
         mirrored = torch.rand(count, generator=source) < self.flip
-        noise = torch.randn(count, *self.mean.shape[2:], generator=source)
+        noise = torch.randn(
+            count,
+            *self.mean.shape[2:],
+            generator=source,
+        )
         index = (
             chosen.to(device),
             mirrored.long().to(device),

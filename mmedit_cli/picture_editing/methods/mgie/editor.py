@@ -73,7 +73,12 @@ class Mgie(LatentEditor):
         folder = own_image_editors().get(model, Path(model))
         if (folder / CHECKPOINT).is_file() and not (folder / INDEX).is_file():
             pipeline, name, fingerprint = parts.load_trained(folder, options)
-            return cls(pipeline, name, fingerprint, usual_settings(folder))
+            return cls(
+                pipeline,
+                name,
+                fingerprint,
+                usual_settings(folder),
+            )
         return cls(*parts.load_whole(model, options))
 
     def conditions(self, jobs: Sequence[EditJob]) -> LatentCondition:
@@ -100,7 +105,11 @@ class Mgie(LatentEditor):
             )
             notes.append(note)
         dtype = self.unet.dtype
-        return LatentCondition(text.to(dtype), null.to(dtype), notes)
+        return LatentCondition(
+            text.to(dtype),
+            null.to(dtype),
+            notes,
+        )
 
     def write(self, jobs: Sequence[EditJob]) -> list[ExpressiveInstruction]:
         """Return the expressive instruction of each job: the user's own, else one that the model derives."""

@@ -155,7 +155,11 @@ class Guide:
         rows = []
         texts = zip(features, instructions, expressive, strict=True)
         for tokens, instruction, text in texts:
-            listed, n_prompt = self.token_ids(instruction, text, len(tokens))
+            listed, n_prompt = self.token_ids(
+                instruction,
+                text,
+                len(tokens),
+            )
             ids = torch.tensor(listed, device=self.device)
             embeddings = self._embedding(ids)
             is_picture = (ids == self._image_id)[:, None]
@@ -185,7 +189,11 @@ class Guide:
         from transformers import GenerationConfig
 
         asked = [text + BRIEFLY if briefly else text for text in instructions]
-        rows = self.rows(self.features(pictures), asked, [None] * len(asked))
+        rows = self.rows(
+            self.features(pictures),
+            asked,
+            [None] * len(asked),
+        )
         embeddings, mask = padded(rows)
         # A limit for each row, so that the other rows of a batch do not matter.
         limits = [min(longest, self.room - len(row.ids)) for row in rows]
@@ -244,7 +252,11 @@ class Guide:
         text = clean(self.tokenizer.decode(used, skip_special_tokens=True))
         if not text:
             warning = "the model said nothing: the instruction stands for itself"
-            return ExpressiveInstruction(instruction, "fallback", (warning,))
+            return ExpressiveInstruction(
+                instruction,
+                "fallback",
+                (warning,),
+            )
         if stops:
             return ExpressiveInstruction(text, "model")
         warning = f"the expressive instruction was cut after {len(ids)} tokens"

@@ -174,7 +174,12 @@ def make_trainable(
     if hparams.train_lm in ("lora", "two_phase"):
         chosen += _add_lora(mllm, hparams.lora_rank, _LM_TARGETS, seed)
     if hparams.train_unet == "lora":
-        chosen += _add_lora(unet, hparams.unet_lora_rank, _UNET_TARGETS, seed)
+        chosen += _add_lora(
+            unet,
+            hparams.unet_lora_rank,
+            _UNET_TARGETS,
+            seed,
+        )
         chosen += unet.conv_in.parameters()
     elif hparams.train_unet == "full":
         chosen += unet.parameters()
@@ -195,7 +200,11 @@ def _add_lora(
     """Put LoRA at the modules whose name matches, and return its parameters."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=pattern,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
@@ -213,7 +222,11 @@ def merge_lora(model: nn.Module) -> None:
             layer: Any = module
             layer.merge()
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            setattr(
+                model.get_submodule(parent),
+                child,
+                layer.get_base_layer(),
+            )
 
 
 def load_trained(folder: Path, options: LoadOptions) -> tuple[MGIEComponents, str, str]:
@@ -253,7 +266,11 @@ def _read_checkpoint(
         with open_tensors(path, error=StateError, hint=hint) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             text = (file.metadata() or {})["mgie"]
-        about = parse_json(text, f"{path}: mgie", error=StateError)
+        about = parse_json(
+            text,
+            f"{path}: mgie",
+            error=StateError,
+        )
         values = dict(about["hparams"])
         values.pop("training", None)
         hparams = MgieHparams(**values)

@@ -52,7 +52,11 @@ class MGIEPipeline(MGIEComponents):
             text_guidance=guidance_scale,
             image_guidance=image_guidance_scale,
         )
-        editor = Mgie(self, self.config.get("_name_or_path", ""), "")
+        editor = Mgie(
+            self,
+            self.config.get("_name_or_path", ""),
+            "",
+        )
         results = editor.edit(jobs, settings, batch_size=count)
         return MGIEOutput(
             images=[result.picture for result in results],

@@ -136,7 +136,11 @@ class MgieTraining:
         self.hp = hparams.training
         self.processes = how.processes
         self.guide = editor.guide
-        self.trained = make_trainable(editor.pipeline, hparams, seed=seed)
+        self.trained = make_trainable(
+            editor.pipeline,
+            hparams,
+            seed=seed,
+        )
         self.pairs: Sequence[EditPair] = ()
         self.held_out: Sequence[EditPair] = ()
         self.expressive: dict[str, str] = {}
@@ -303,7 +307,11 @@ class MgieTraining:
     def losses(self, samples: Sequence[TrainingSample]) -> MgieLosses:
         """Return the losses of some samples; while only the language model is trained, that of the instruction."""
         bfloat16 = self.editor.vae.dtype == torch.bfloat16
-        with torch.autocast(self.editor.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(
+            self.editor.device.type,
+            torch.bfloat16,
+            enabled=bfloat16,
+        ):
             rows = self.guide.rows(
                 self.guide.features([s.source for s in samples]),
                 [s.instruction for s in samples],
@@ -326,7 +334,11 @@ class MgieTraining:
                     edit = self._edit_loss(samples, condition)
                 if self.texts is not None:
                     plain = [s.plain for s in samples]
-                    align = self.texts.distance(condition, self.editor.edit_head, plain)
+                    align = self.texts.distance(
+                        condition,
+                        self.editor.edit_head,
+                        plain,
+                    )
         return MgieLosses(instruction, int(counted.sum()), edit, align)
 
     def _edit_loss(
@@ -388,7 +400,11 @@ class MgieTraining:
         total = 0
         for pair in pairs:
             expressive = self.expressive[_key(pair)]
-            ids, n_prompt = self.guide.token_ids(pair.instruction, expressive, n_image)
+            ids, n_prompt = self.guide.token_ids(
+                pair.instruction,
+                expressive,
+                n_image,
+            )
             if not self.second_phase:
                 total += len(ids) - n_prompt
             total += N_TOKENS + 1  # the visual tokens and the end
@@ -570,7 +586,11 @@ class MgieTraining:
             "fingerprint": self.editor.fingerprint,
             "diffusion": content_of(self.hparams.diffusion),
         }
-        self.run.save_tensors("editor", tensors, {"mgie": json.dumps(about)})
+        self.run.save_tensors(
+            "editor",
+            tensors,
+            {"mgie": json.dumps(about)},
+        )
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}

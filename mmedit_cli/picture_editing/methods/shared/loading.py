@@ -87,7 +87,12 @@ def load_pipeline(
         if not isinstance(dtype, str):
             pipeline.to(dtype)
         version = f"{name}/{tiny.VERSION}"
-        return LoadedPipeline(pipeline.to(device), name, version, EditSettings())
+        return LoadedPipeline(
+            pipeline.to(device),
+            name,
+            version,
+            EditSettings(),
+        )
     name, folder = find_pipeline(name, revision=options.revision)
     kind = pipeline_class(folder)
     content = digest(folder)
