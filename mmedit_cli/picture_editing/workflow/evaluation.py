@@ -117,7 +117,7 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
 
     Raises a UserError for bad input, before anything is written.
     """
-    out = out or Output()
+    talk = out or Output()
     settings, scorer_names = read_settings(options.overrides)
     options = replace(options, editor=options.editor.replace("_", "-"))
     registry.image_editors.get(options.editor)
@@ -133,7 +133,7 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
         checkpoint=options.checkpoint,
     )
     networks = own_networks(edit_options)
-    editor = load_editor(edit_options, out)
+    editor = load_editor(edit_options, talk)
     if not scorer_names["judge"]:
         has_questions = any(pair.question for pair in pairs)
         scorer_names["judge"] = JUDGE if has_questions else NOBODY
@@ -155,7 +155,6 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
     folder = Run.locate(
         options.records, (FOLDER, options.editor, editor.model, name), config
     )
-    talk = out
     facts = {"networks": None if networks is None else networks.facts()}
 
     def run_evaluation() -> dict[str, Any]:
@@ -184,7 +183,7 @@ def evaluate(options: ImageEvalOptions, out: Output | None = None) -> dict[str, 
         folder,
         run_evaluation,
         force=options.force,
-        say=out.note,
+        say=talk.note,
     )
 
 
