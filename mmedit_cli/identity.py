@@ -22,8 +22,11 @@ from mmedit_cli.storage import sha256_of, write_atomic
 
 _DIGITS = 32
 _FORMER_DIGITS = 16
-_STRIDE, _SAMPLE = 16 << 20, 64 << 10  # of a former fingerprint
-_SETTLED = 2.0  # seconds: a file that is younger may be written again within one tick of the clock of its file system
+# of a former fingerprint, in bytes
+_STRIDE = 16 << 20
+_SAMPLE = 64 << 10
+# seconds; a younger file may be written again within one tick of the clock of its file system
+_SETTLED = 2.0
 
 
 def fingerprint(folder: Path) -> str:
@@ -56,7 +59,14 @@ def file_digest(path: Path) -> str:
     again.
     """
     status = path.stat()
-    key = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"
+    numbers = (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    key = "-".join(f"{number:x}" for number in numbers)
     kept = cache_dir() / "digests" / key
     with suppress(OSError, ValueError):
         found = kept.read_text(encoding="ascii").strip()
@@ -65,28 +75,26 @@ def file_digest(path: Path) -> str:
     found = sha256_of(path)
     newest = max(status.st_mtime, status.st_ctime)
     if time.time() - newest > _SETTLED:
-        with suppress(
-            OSError
-        ):  # without a cache folder it is computed again the next time
+        # without a cache folder it is computed again the next time
+        with suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(kept, found)
     return found
 
 
 def _digest_folder(folder: Path, add_weights: Callable[[Any, Path], None]) -> Any:
+    digest = hashlib.sha256()
     config = config_file(folder)
-    is_pipeline = config is not None and config.name == INDEX
-    parts = (
-        [folder / part for part in pipeline_parts(folder)] if is_pipeline else [folder]
-    )
-    digest = hashlib.sha256(config.read_bytes() if config is not None else b"")
-    for part in parts:
-        if part != folder:
-            digest.update(
-                (part / "config.json").read_bytes()
-                if (part / "config.json").is_file()
-                else b""
-            )
+    if config is not None:
+        digest.update(config.read_bytes())
+    if config is None or config.name != INDEX:
+        add_weights(digest, folder)
+        return digest
+    for name in pipeline_parts(folder):
+        part = folder / name
+        part_config = part / "config.json"
+        if part_config.is_file():
+            digest.update(part_config.read_bytes())
         add_weights(digest, part)
     return digest
 

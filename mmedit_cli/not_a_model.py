@@ -1,4 +1,4 @@
-"""What people give in the place of a model: adapters, ledgers, exports, files. Each is told with its way out."""
+"""Things that are given where a model is needed: adapters, ledgers, exports, files. Each gets an error with a hint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmedit_cli.records import CONCEPT_INDEX
 _ADAPTER = "adapter_config.json"  # of peft
 _LORA = ("lora_", ".lora.", ".lora_A.", ".lora_B.")  # in the names of a LoRA's tensors
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_EXPORT = "mmedit-"  # what the model_type of an export with edits begins with
+_EXPORT = "mmedit-"  # the beginning of the model_type of an export with edits
 _MERGE = (
     "merge it with diffusers: pipe.load_lora_weights({path!r}); pipe.fuse_lora(); pipe.unload_lora_weights(); "
     "pipe.save_pretrained('MERGED'); then --model MERGED"
@@ -22,7 +22,7 @@ _MERGE = (
 
 
 def check_is_model(path: Path) -> None:
-    """Raise ModelError for a path that is something else than a model folder, where that can be told."""
+    """Raise ModelError for a path that is known to be something else than a model folder."""
     if path.is_file():
         _refuse_file(path)
     if (path / _ADAPTER).is_file():
@@ -42,7 +42,7 @@ def check_is_model(path: Path) -> None:
 def check_folder_is_meant(
     name: str, known: Collection[str], own: Path | None = None
 ) -> None:
-    """Raise ModelError for a known name that is a model folder here too: which of both is meant cannot be told.
+    """Raise ModelError for a known name that is a model folder here too: either could be meant.
 
     `own` is the folder behind the known name, if it has one.
     """
@@ -62,11 +62,9 @@ def check_not_a_path(name: str) -> None:
     if "/" not in name or not parent.is_dir():
         return
     beside = sorted(path.name for path in parent.iterdir() if path.is_dir())
-    there = (
-        f"{parent} has: {', '.join(beside[:10])}"
-        if beside
-        else f"{parent} has no folders"
-    )
+    there = f"{parent} has no folders"
+    if beside:
+        there = f"{parent} has: {', '.join(beside[:10])}"
     hint = f"{there}; if it is a model of the hub, `mmedit download {name}` first, or start from another folder"
     raise ModelError(
         f"--model {name}: no such folder{near_miss(Path(name).name, beside)}", hint
@@ -98,7 +96,7 @@ def _refuse_peft(path: Path) -> NoReturn:
 
 
 def _check_bare_folder(path: Path) -> None:
-    """Look at a folder without a config."""
+    """Raise ModelError for a folder without a config that is known to be something else than a model."""
     if (path / "run.yaml").is_file() and (path / "edits.jsonl").is_file():
         raise ModelError(
             f"{path}: a ledger of edits, not a model", f"mmedit ask --edits {path}"
@@ -122,12 +120,15 @@ def _check_bare_folder(path: Path) -> None:
 
 def _refuse_lora(path: Path, file: Path) -> None:
     """Raise ModelError if a file of tensors holds a LoRA."""
-    names = list(read_tensor_header(file, error=ModelError)[0].values)
-    if names and all(
-        any(part in name for part in _LORA) or name.endswith(".alpha") for name in names
-    ):
-        maker = (
-            "kohya" if any(name.startswith(_KOHYA) for name in names) else "diffusers"
-        )
+    tensors, _ = read_tensor_header(file, error=ModelError)
+    names = list(tensors.values)
+    if names and all(_is_of_lora(name) for name in names):
+        maker = "diffusers"
+        if any(name.startswith(_KOHYA) for name in names):
+            maker = "kohya"
         problem = f"{path}: a LoRA adapter in the format of {maker}, not a model"
         raise ModelError(problem, _MERGE.format(path=str(path)))
+
+
+def _is_of_lora(name: str) -> bool:
+    return name.endswith(".alpha") or any(part in name for part in _LORA)

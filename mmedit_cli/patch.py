@@ -146,7 +146,7 @@ class Patch(AbstractContextManager["Patch"]):
         self._hooks.append(handle)
 
     def changed(self) -> dict[str, Tensor]:
-        """Return the present value of every parameter that was touched."""
+        """Return the present value of every parameter that was changed."""
         present = {}
         for name in self._originals:
             parameter = self.model.get_parameter(name)

@@ -30,9 +30,8 @@ from mmedit_cli.reading import open_tensors
 
 _CHUNK = 1 << 20
 _DAY = 86_400.0
-_PROCESS = secrets.token_hex(
-    4
-)  # tells this process from an earlier one that had the same number
+# tells this process from an earlier one that had the same number
+_PROCESS = secrets.token_hex(4)
 _TEMPORARY = re.compile(
     r".+\.(?P<host>[0-9a-f]{6})-(?P<pid>\d{1,10})-(?P<process>[0-9a-f]{8})-[0-9a-f]{6}\.tmp",
     re.S,
@@ -44,11 +43,10 @@ _EARLIER = re.compile(r".+\.[0-9a-f]{8}\.tmp", re.S)  # temporary files of mmedi
 
 
 def sha256_of(path: Path, tick: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file; `tick(n)` is told of n more bytes. Raises OSError."""
+    """Return the SHA-256 of a file; `tick(n)` is called after n more bytes. Raises OSError."""
     digest = hashlib.sha256()
-    if (
-        path.exists() and not path.is_file()
-    ):  # a FIFO would wait, a device would never end
+    # a FIFO would wait, a device would never end
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -77,9 +75,8 @@ def dump_json(obj: Any, *, indent: int | None = None, sort: bool = False) -> byt
         indent=indent,
         separators=separators,
     )
-    return text.encode(
-        "utf-8", "backslashreplace"
-    )  # a lone surrogate (an odd path) becomes its own JSON escape
+    # a lone surrogate (an odd path) becomes its own JSON escape
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -110,9 +107,9 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    on_cpu = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
-    }
+    on_cpu = {}
+    for name, tensor in tensors.items():
+        on_cpu[name] = tensor.detach().cpu().contiguous()
     try:
         with replacing(path) as temporary:
             save_file(on_cpu, temporary, dict(metadata) or None)
@@ -122,17 +119,15 @@ def write_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the texts of a safetensors file in order: the library writes them in another one each time."""
+    """Sort the metadata of a safetensors file: the library writes it in another order each time."""
     with path.open("rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = (
-            json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-            .encode()
-            .ljust(size)
-        )
+            metadata = header["__metadata__"]
+            header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        ordered = text.encode().ljust(size)
         if len(ordered) == size:  # the same characters in another order
             file.seek(8)
             file.write(ordered)
@@ -157,9 +152,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove_temporaries_once(path.parent.absolute(), os.getpid())
         try:
             temporary.touch(exist_ok=False)
-            mode = (
-                temporary.stat().st_mode
-            )  # what the user's umask gives; safetensors would make it private
+            # what the user's umask gives; safetensors would make it private
+            mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)
             sync_file(temporary)
@@ -182,7 +176,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
         with temporary_folder(target) as temporary:
             yield temporary
             for path in temporary.rglob("*"):
-                sync_file(path) if path.is_file() else sync_folder(path)
+                if path.is_file():
+                    sync_file(path)
+                else:
+                    sync_folder(path)
             if target.is_dir() and not is_link(target):
                 target.rmdir()  # fails where it is not empty
             temporary.rename(target)
@@ -289,12 +286,13 @@ def unnamed(folder: Path, shape: re.Pattern[str], names: Collection[str]) -> lis
     """Return the regular files of a folder that have a shape and are not among `names`; none where it is a link."""
     if is_link(folder) or not folder.is_dir():
         return []
-    found = [
-        path
-        for path in folder.iterdir()
-        if shape.fullmatch(path.name) and path.name not in names
-    ]
-    return sorted(path for path in found if path.is_file() and not is_link(path))
+    found = []
+    for path in folder.iterdir():
+        if path.name in names or not shape.fullmatch(path.name):
+            continue
+        if path.is_file() and not is_link(path):
+            found.append(path)
+    return sorted(found)
 
 
 def sweep_tree(folder: Path, shape: re.Pattern[str]) -> None:
@@ -351,14 +349,12 @@ def _is_abandoned(path: Path, earlier: bool) -> bool:
     found = _TEMPORARY.fullmatch(path.name)
     if found is None:
         return earlier and _EARLIER.fullmatch(path.name) is not None and path.is_file()
-    if (
-        found["host"] == _host()
-        and found["process"] == _PROCESS
-        and int(found["pid"]) == os.getpid()
-    ):
-        return False
-    if found["host"] == _host() and not _may_run(int(found["pid"])):
-        return True
+    pid = int(found["pid"])
+    if found["host"] == _host():
+        if found["process"] == _PROCESS and pid == os.getpid():
+            return False  # of this process itself
+        if not _may_run(pid):
+            return True
     try:
         return time.time() - path.lstat().st_mtime > _DAY
     except OSError:

@@ -1,4 +1,4 @@
-"""Edits one can keep: a model with the edits of a ledger on it; open, ask, edit, undo, redo, verify."""
+"""A model with the edits of a ledger on it: open, ask, edit, undo, redo, verify."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _BATCH = 32  # questions of one forward pass
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What a new ledger is begun with; where there is one already, what is given has to agree with it.
+    """The settings of a new ledger; for a ledger that is there already, the options given must agree with its own.
 
-    `model.model` may be empty and `seed` None: then a ledger says what they are.
+    `model.model` may be empty and `seed` None: a ledger that is there has both.
     """
 
     editor: str

@@ -1,4 +1,4 @@
-"""Ledger: a folder that keeps edits. What was taught, with what, and the tensors that came of it.
+"""Ledger: a folder that keeps edits: the requests, the settings of the editor, and the tensors that were made.
 
     run.yaml              the editor, its hyper-parameters, and the fingerprint of the model it edits
     edits.jsonl           one line an operation, only ever appended to: add, undo, redo, pack
@@ -228,7 +228,7 @@ class Ledger(AbstractContextManager["Ledger"]):
     @classmethod
     @contextmanager
     def open_damaged(cls, folder: Path) -> Iterator[tuple[Ledger, bytes]]:
-        """Yield a ledger for writing in which no line was read, and the lines; their damage does not matter."""
+        """Yield a ledger for writing in which no line was read, and the lines, which may be damaged."""
         config = _read_config(folder)
         run = _hinted(lambda: Run.lock(folder))
         with run:
@@ -247,7 +247,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     @classmethod
     def _viewed(cls, folder: Path, config: dict[str, Any], tensors: bool) -> Ledger:
-        """Return the ledger as it is between two changes of a writer, who may be at work; take no lock."""
+        """Return the ledger for reading, as it is between two changes of a writer; take no lock."""
         run = Run.view(folder)
         seen: tuple[Any, bytes] | None = None
         while True:
@@ -728,7 +728,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     @contextmanager
     def _writing_shards(self) -> Iterator[None]:
-        """Settle the shards that are written in the block, or remove them if it fails."""
+        """Give the shards that are written in the block their names, or remove them if it fails."""
         self._check_writing()
         try:
             yield
@@ -742,9 +742,10 @@ class Ledger(AbstractContextManager["Ledger"]):
         edits: Sequence[LedgerEdit],
         changed: Mapping[int, LedgerEdit] | None = None,
     ) -> str | None:
-        """Write the tensors of `edits`, or of all edits, with what is needed to take them up without their lines.
+        """Write the tensors of `edits`, or of all edits, and return the digest that names the file.
 
-        `changed` are edits as they will be with the line that follows.
+        The file also says whose tensors they are, so that `repair` can use it if the lines are lost. `changed` are
+        edits as they will be with the line that follows.
         """
         if not tensors:
             return None
@@ -827,7 +828,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _hinted(action: Any) -> Any:
-    """Run it; a damaged file gets the way out of a ledger, not that of an evaluation."""
+    """Run `action`; the hint for a damaged file is that of a ledger, not that of an evaluation."""
     try:
         return action()
     except RunError as error:

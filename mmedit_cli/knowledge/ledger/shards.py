@@ -84,7 +84,7 @@ class Shards:
         self._pending.clear()
 
     def recover(self, named: Collection[str]) -> None:
-        """Settle what a killed writer wrote and named, and remove what it wrote and did not name."""
+        """Rename the files of a killed writer that a line names, and remove its other temporary files."""
         for digest in named:
             path = self._path(digest)
             if path.exists():
@@ -107,7 +107,7 @@ class Shards:
         return load(data)
 
     def whose(self, digest: str) -> dict[str, Any]:
-        """Return what `write` was told of a file's edits, empty for a file of mmedit 0.1.
+        """Return the `edits` that `write` got with a file, empty for a file of mmedit 0.1.
 
         Raises StateError for a damaged file.
         """

@@ -670,5 +670,5 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     """Return the dotted name of a module inside a model."""
     for name, module in model.named_modules():
         if module is wanted:
-            return name
+            return str(name)
     raise ModelError(f"{type(model).__name__} has no module {type(wanted).__name__}")

@@ -1,4 +1,4 @@
-"""An export on its way to the hub: the hub is asked before anything is written, and an upload can be repeated."""
+"""Uploads of an export to the hub; access is checked before anything is written, and an upload can be repeated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 from mmedit_cli.storage import remove_file, sha256_json, sha256_of, write_json
 
-WAITING = "not-uploaded.json"  # in an export: what was printed of it, and what it was made from
+# in an export that waits for its upload: its report, and a digest of the ledger
+WAITING = "not-uploaded.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _check(repo: str) -> None:
 
 
 def _waiting(asked: Export) -> dict[str, Any] | None:
-    """Return the report of an export that only its upload is missing of; None if there is none like this one."""
+    """Return the report of an export that is complete but not uploaded yet; None if there is no such export."""
     to = asked.to
     path = to / WAITING
     if not path.is_file():
@@ -105,7 +106,7 @@ def _waiting(asked: Export) -> dict[str, Any] | None:
 
 
 def _push(asked: Export, repo: str, report: dict[str, Any]) -> str:
-    """Upload an export to a repository of the hub and return its address; the same again uploads what is missing.
+    """Upload an export to a repository of the hub and return its address; a repeated call uploads what is missing.
 
     Raises UserError if it fails; the folder is complete then.
     """

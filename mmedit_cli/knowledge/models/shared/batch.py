@@ -52,7 +52,7 @@ class Batch:
         return here & ~predicting(here)
 
     def target_positions(self, end: int) -> tuple[Tensor, Tensor]:
-        """Return where the answer and its end are predicted, (B, T) bool, and what is right there, (B, T)."""
+        """Return the positions that predict the answer and its end, (B, T) bool, and the right tokens, (B, T)."""
         positions = self.predicting | self.ends
         following = torch.roll(self.input_ids, -1, 1)
         return positions, torch.where(self.ends, end, following)
