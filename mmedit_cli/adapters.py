@@ -48,9 +48,8 @@ class LoraLayers:
             lora_dropout=0.0,
             bias="none",
         )
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # peft draws A from the global source of randomness
+        # peft draws A from the global source of randomness
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, self.modules, _NAME)
         self.modules.eval()

@@ -12,28 +12,27 @@ from mmedit_cli.errors import MmeditError, ModelError
 from mmedit_cli.reading import read_json_object, require_regular
 
 INDEX = "model_index.json"  # of a pipeline
-CHECKPOINT = (
-    "editor.safetensors"  # what a training of mgie left: nothing frozen is in it
-)
+# the parameters that a training has changed, without the frozen ones
+CHECKPOINT = "editor.safetensors"
 _CONFIGS = ("config.json", INDEX)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TRAINED_PARTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-)  # of a text-to-image pipeline
+# of a text-to-image pipeline
+_TRAINED_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def config_file(folder: Path) -> Path | None:
-    """Return the file that says what a model is, None where there is none."""
-    return next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+    """Return the config of a model folder or pipeline; None if there is none."""
+    for name in _CONFIGS:
+        path = folder / name
+        if path.is_file():
+            return path
+    return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model folder, or the model_index.json of a pipeline.
 
-    Raises ModelError if there is none, with what the folder is instead where that can be told.
+    Raises ModelError if there is none.
     """
     hint = "give a folder as save_pretrained writes it"
     if not folder.is_dir():
@@ -45,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return how a model is best used, as the `settings.json` of its folder says; raise ModelError if it is none."""
+    """Return the recommended settings in `settings.json` of a model folder; raise ModelError if they are damaged."""
     path = folder / "settings.json"
     if not path.is_file():
         return {}
@@ -75,9 +74,9 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if not files:
         if any(any(folder.glob(pattern)) for pattern in _PICKLED):
-            whole = (
-                folder.parent if (folder.parent / INDEX).is_file() else folder
-            )  # it may be a part of a pipeline
+            # it may be a part of a pipeline
+            is_part = (folder.parent / INDEX).is_file()
+            whole = folder.parent if is_part else folder
             problem = f"{folder}: its weights are pickled, and pickles may run code"
             raise ModelError(
                 problem,

@@ -14,18 +14,10 @@ from mmedit_cli.errors import ModelError
 from mmedit_cli.model_folder import loading, read_config, read_object
 from mmedit_cli.storage import staged_folder, write_atomic, write_tensors
 
-_KEPT = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".md",
-    ".safetensors",
-)  # what is copied as it is
-_STEMS = (
-    "pytorch_model",
-    "diffusion_pytorch_model",
-)  # weights; other pickles are states of a training
+# files that are copied as they are
+_COPIED = (".json", ".txt", ".model", ".jinja", ".md", ".safetensors")
+# of weights; other pickles are states of a training
+_STEMS = ("pytorch_model", "diffusion_pytorch_model")
 
 
 def to_safetensors(folder: Path, out: Path, say: Callable[[str], None]) -> list[str]:
@@ -36,44 +28,35 @@ def to_safetensors(folder: Path, out: Path, say: Callable[[str], None]) -> list[
     read_config(folder)
     if out.exists():
         raise ModelError(f"{out}: exists already", "name a folder that does not")
-    pickled = [
-        path
-        for path in _files(folder)
-        if path.suffix == ".bin" and path.stem.startswith(_STEMS)
-    ]
+    files = _files(folder)
+    pickled = []
+    for path in files:
+        if path.suffix == ".bin" and path.stem.startswith(_STEMS):
+            pickled.append(path)
     if not pickled:
         raise ModelError(
             f"{folder}: no pickled weights (pytorch_model.bin) to convert",
             "use it as it is",
         )
     with staged_folder(out) as fresh:
-        for path in _files(folder):
+        for path in files:
             target = fresh / path.relative_to(folder)
+            renamed = target.with_name(_renamed(path.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             if path in pickled:
                 say(f"converting {path.relative_to(folder)}")
-                write_tensors(
-                    target.with_name(_renamed(path.name)),
-                    _tensors(path),
-                    {"format": "pt"},
-                )
+                write_tensors(renamed, _tensors(path), {"format": "pt"})
             elif path.name.endswith(".bin.index.json"):
-                write_atomic(
-                    target.with_name(_renamed(path.name)),
-                    json.dumps(_index(path), indent=2),
-                )
-            elif path.suffix in _KEPT:
+                write_atomic(renamed, json.dumps(_index(path), indent=2))
+            elif path.suffix in _COPIED:
                 shutil.copyfile(path, target)
     return [str(path.relative_to(folder)) for path in pickled]
 
 
 def _files(folder: Path) -> list[Path]:
     """Return the files of a model folder and of the parts of a pipeline."""
-    return [
-        path
-        for path in sorted({*folder.glob("*"), *folder.glob("*/*")})
-        if path.is_file()
-    ]
+    paths = {*folder.glob("*"), *folder.glob("*/*")}
+    return [path for path in sorted(paths) if path.is_file()]
 
 
 def _renamed(name: str) -> str:
@@ -90,10 +73,8 @@ def _index(path: Path) -> dict[str, object]:
         raise ModelError(
             f"{path}: no weight_map, so it names no weight files", "copy it again"
         )
-    return {
-        **content,
-        "weight_map": {name: _renamed(str(file)) for name, file in files.items()},
-    }
+    renamed = {name: _renamed(str(file)) for name, file in files.items()}
+    return {**content, "weight_map": renamed}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -107,8 +88,6 @@ def _own_memory(content: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for name, tensor in content.items():
         place = tensor.untyped_storage().data_ptr()
-        yield (
-            name,
-            tensor.clone().contiguous() if place in seen else tensor.contiguous(),
-        )
+        own = tensor.clone() if place in seen else tensor
+        yield name, own.contiguous()
         seen.add(place)

@@ -51,10 +51,8 @@ _PARTS = ("shards", "pictures")
 _SHARD = re.compile(r"[0-9a-f]{64}")
 PICTURE_FILE = re.compile(r"[0-9a-f]{64}(\.[a-z0-9]{1,5})?")
 _SHARD_ROWS = 4096  # of a shard that compacting writes
-_PACKED = (
-    32,
-    1024,
-)  # edits: the newest shards below such a size are packed into one as soon as they hold as many
+# edits: the newest shards below such a size are packed into one as soon as they hold as many
+_PACKED = (32, 1024)
 
 
 @dataclass(frozen=True)
@@ -94,17 +92,15 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._writing = False
         self.files = Shards(folder)
         self._seal = Seal(folder)
-        self._held: dict[str, Any] | None = (
-            None  # the tensors that a reader found together with the lines
-        )
+        # the tensors that a reader found together with the lines
+        self._held: dict[str, Any] | None = None
         self._kept_pictures: list[Path] = []  # written by this process
-        self.state: str | None = None  # the shard that stands for all active edits
-        self._shards: dict[
-            str, list[int]
-        ] = {}  # the edits whose rows are in a shard, the newest shard last
-        self._replaced: set[str] = (
-            set()
-        )  # shards that a line named and a later one made superfluous
+        # the shard that stands for all active edits
+        self.state: str | None = None
+        # the edits whose rows are in a shard, the newest shard last
+        self._shards: dict[str, list[int]] = {}
+        # shards that a line named and a later one made superfluous
+        self._replaced: set[str] = set()
         for number, record in enumerate(records, 1):
             try:
                 self.take(record)
@@ -379,10 +375,8 @@ class Ledger(AbstractContextManager["Ledger"]):
     def tensors(self, *, undone: bool = False) -> dict[str, Any]:
         """Return the tensors of the active edits (or of all), on the CPU; raise StateError if a shard is damaged."""
         if self._held is not None and not undone:
-            held, self._held = (
-                self._held,
-                None,
-            )  # they are wanted once, and may be large
+            # they are wanted once, and may be large
+            held, self._held = self._held, None
             return held
         if not self.rows:
             return {} if self.state is None else self.files.read(self.state)
@@ -470,9 +464,8 @@ class Ledger(AbstractContextManager["Ledger"]):
             shard = self._write_shard(tensors, edits)
             self._append(self.record(edits, shard, 0))
         if self.rows:
-            with suppress(
-                StateError, RunError
-            ):  # the edit is in; a damaged shard is told of where it is read
+            # the edit is in; a damaged shard is reported where it is read
+            with suppress(StateError, RunError):
                 self._pack()
         return [edit.id for edit in edits]
 
@@ -643,50 +636,12 @@ class Ledger(AbstractContextManager["Ledger"]):
         if shard is not None and not _SHARD.fullmatch(shard):
             raise ValueError(f"shard {shard!r}")
         if do == "add":
-            if not record["edits"]:
-                raise ValueError("edits: none")
-            first = record["edits"][0]["id"]
-            for row, edit in enumerate(record["edits"], record["row"]):
-                name = edit["image"]
-                if name is not None and not PICTURE_FILE.fullmatch(name):
-                    raise ValueError(f"image {name!r}")
-                image = None if name is None else self.folder / "pictures" / name
-                query = Query(
-                    edit["prompt"],
-                    edit["target"],
-                    image,
-                    edit["background"],
-                    edit["chat"],
-                )
-                i = int(edit["id"])
-                own = shard if self.rows else None
-                self.edits[i] = LedgerEdit(
-                    i,
-                    query,
-                    record["time"],
-                    edit["before"],
-                    edit["picture"],
-                    True,
-                    first,
-                    own,
-                    row,
-                )
-                if own is not None:
-                    self._shards.setdefault(own, []).append(i)
+            self._take_new_edits(record)
         elif do in ("undo", "redo"):
             for i in record["ids"]:
                 self.edits[i] = replace(self.edits[i], active=do == "redo")
         elif do == "pack" and self.rows:
-            for old in {str(self.edits[i].shard) for i in record["ids"]}:
-                del self._shards[old]
-                self._replaced.add(old)
-            for row, i in enumerate(record["ids"]):
-                self.edits[i] = replace(
-                    self.edits[i],
-                    shard=shard,
-                    row=row,
-                )
-            self._shards[shard] = list(record["ids"])
+            self._take_pack(record["ids"], shard)
         else:
             raise ValueError(f"do {do!r}")
         if not self.rows:
@@ -694,6 +649,55 @@ class Ledger(AbstractContextManager["Ledger"]):
                 self._replaced.add(self.state)
             self.state = shard
         self._replaced.discard(shard)
+
+    def _take_new_edits(self, record: Mapping[str, Any]) -> None:
+        """Take over the edits of one operation."""
+        edits = record["edits"]
+        if not edits:
+            raise ValueError("edits: none")
+        first = edits[0]["id"]
+        shard = record["shard"] if self.rows else None
+        for row, edit in enumerate(edits, record["row"]):
+            request = self._request_of(edit)
+            i = int(edit["id"])
+            self.edits[i] = LedgerEdit(
+                i,
+                request,
+                time=record["time"],
+                before=edit["before"],
+                picture=edit["picture"],
+                active=True,
+                first=first,
+                shard=shard,
+                row=row,
+            )
+            if shard is not None:
+                self._shards.setdefault(shard, []).append(i)
+
+    def _take_pack(self, ids: Sequence[int], shard: str) -> None:
+        """Take over that the rows of some edits are in a new shard now."""
+        for old in {str(self.edits[i].shard) for i in ids}:
+            del self._shards[old]
+            self._replaced.add(old)
+        for row, i in enumerate(ids):
+            self.edits[i] = replace(self.edits[i], shard=shard, row=row)
+        self._shards[shard] = list(ids)
+
+    def _request_of(self, edit: Mapping[str, Any]) -> Query:
+        """Return the request of an edit as it stands in a line; raise ValueError for a picture of another name."""
+        name = edit["image"]
+        image = None
+        if name is not None:
+            if not PICTURE_FILE.fullmatch(name):
+                raise ValueError(f"image {name!r}")
+            image = self.folder / "pictures" / name
+        return Query(
+            edit["prompt"],
+            edit["target"],
+            image,
+            edit["background"],
+            edit["chat"],
+        )
 
     def record(
         self, edits: Sequence[LedgerEdit], shard: str | None, row: int
@@ -721,9 +725,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         self.take(record)
         self.files.finalize()
         if not self.rows and before is not None and before != self.state:
-            with suppress(
-                OSError
-            ):  # it stood for edits as they no longer are, and may be as large as a model
+            # it belongs to an earlier state, and may be as large as a model
+            with suppress(OSError):
                 self.files.remove(before)
 
     @contextmanager

@@ -204,9 +204,8 @@ def change_edits(
             ledger.mark(do, ids)
             return {do: ids, "active": len(ledger.active)}
     with open_edits(folder, model=model, writing=True, out=out) as edited:
-        ids = edited.ledger.select(
-            text, active=do == "undo"
-        )  # again: another command may have come between
+        # again: another command may have come between
+        ids = edited.ledger.select(text, active=do == "undo")
         out.note(
             f"{edited.editor.name} makes the remaining edits again: they depend on each other"
         )
