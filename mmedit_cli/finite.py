@@ -1,4 +1,4 @@
-"""Nothing that is not finite passes: numbers are checked where they leave a model; the first bad module is named."""
+"""Checks for NaN and infinity where numbers leave a model; the error names the first module that made one."""
 
 from __future__ import annotations
 
@@ -40,16 +40,13 @@ def not_finite(what: str, model: nn.Module, forward: Callable[[], Any]) -> NotFi
     name = _first_broken(model, forward)
     if name is None:
         return NotFinite(f"{what} are not finite", "try --dtype float32")
-    weights = [
-        f"{name}.{key}"
-        for key, value in model.get_submodule(name).named_parameters(recurse=False)
-        if _is_bad(value)
-    ]
-    if weights:
-        return NotFinite(
-            f"{what} are not finite: {weights[0]} holds NaN or infinity",
-            "copy the model again; if edits are on it, undo them or lower their learning_rate",
-        )
+    module = model.get_submodule(name)
+    for key, value in module.named_parameters(recurse=False):
+        if _is_bad(value):
+            return NotFinite(
+                f"{what} are not finite: {name}.{key} holds NaN or infinity",
+                "copy the model again; if edits are on it, undo them or lower their learning_rate",
+            )
     return NotFinite(
         f"{what} are not finite: {name} is the first module that gives NaN or infinity",
         "try --dtype float32; if an edit is on it or being made, a lower learning_rate",
@@ -78,11 +75,11 @@ def _first_broken(model: nn.Module, forward: Callable[[], Any]) -> str | None:
             found.append(name)
             raise _Found
 
-    handles = [
-        module.register_forward_hook(partial(look, name))
-        for name, module in model.named_modules()
-        if name
-    ]
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handle = module.register_forward_hook(partial(look, name))
+            handles.append(handle)
     try:
         with torch.no_grad():
             forward()

@@ -1,4 +1,4 @@
-"""Whether a tokenizer belongs to a model: one whose files are missing knows no words, and says nothing of it."""
+"""Checks that a tokenizer belongs to its model: one whose vocabulary files are missing raises no error by itself."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def check_vocabulary(tokenizer: Any, rows: int, place: Path | str) -> None:
             f"{place}: the tokenizer has {size} of the {rows} tokens of the model",
             _HINT,
         )
-    special = {*tokenizer.all_special_ids}
-    spelled = [
-        tuple(i for i in tokenizer(text)["input_ids"] if i not in special)
-        for text in _WORDS
-    ]
+    special = set(tokenizer.all_special_ids)
+    spelled = []
+    for text in _WORDS:
+        ids = tokenizer(text)["input_ids"]
+        spelled.append([i for i in ids if i not in special])
     if not all(spelled) or spelled[0] == spelled[1]:
         raise ModelError(f"{place}: the tokenizer cannot spell {_WORDS[0]!r}", _HINT)
 
@@ -40,9 +40,10 @@ def check_vocabulary(tokenizer: Any, rows: int, place: Path | str) -> None:
 def cap_length(tokenizer: Any, encoder: Any) -> None:
     """Let a tokenizer cut texts where its text encoder ends: some come without a limit, or with null."""
     longest = getattr(encoder.config, "max_position_embeddings", None)
+    if longest is None:
+        return
     given = tokenizer.model_max_length
-    if longest is not None:
-        tokenizer.model_max_length = longest if given is None else min(given, longest)
+    tokenizer.model_max_length = longest if given is None else min(given, longest)
 
 
 def check_text_encoders(pipe: Any, place: Path | str) -> None:

@@ -43,9 +43,8 @@ class Anchors:
         path, self.layers = _decoder_layers(model)
         self._layer = path + ".{}"
         self.stack = path.rpartition(".")[0]
-        self._paths = _in_layer_paths(self.layers[0], self._layer) | _in_model_paths(
-            model, self.stack
-        )
+        self._paths = _in_layer_paths(self.layers[0], self._layer)
+        self._paths |= _in_model_paths(model, self.stack)
         self.tail = self._tail()
         if "norm" not in self._paths and len(self.tail) > 1:
             self._paths["norm"] = self.tail[0]
@@ -83,51 +82,47 @@ class Anchors:
         vision = self.path("vision")
         if not self.path("connector").startswith(vision + "."):
             return [vision]
-        lists = self.module("vision").named_children()
-        return [
-            f"{vision}.{name}.{i}"
-            for name, m in lists
-            if isinstance(m, nn.ModuleList)
-            for i in range(len(m))
-        ]
+        blocks = []
+        for name, child in self.module("vision").named_children():
+            if isinstance(child, nn.ModuleList):
+                blocks += [f"{vision}.{name}.{i}" for i in range(len(child))]
+        return blocks
 
     def _tail(self) -> list[str]:
         """Return the paths of what follows the last layer, in order: final norm, output projection, head."""
         stack = self._model.get_submodule(self.stack)
         children = dict(stack.named_children())
-        names = [
-            f"{self.stack}.{n}"
-            for n in ("norm", "final_layer_norm", "project_out")
-            if isinstance(children.get(n), nn.Module)
-        ]
+        paths = []
+        for name in ("norm", "final_layer_norm", "project_out"):
+            if isinstance(children.get(name), nn.Module):
+                paths.append(f"{self.stack}.{name}")
         head = self._model.get_output_embeddings()  # type: ignore[operator]
-        return [
-            *names,
-            next(
-                name for name, module in self._model.named_modules() if module is head
-            ),
-        ]
+        named = self._model.named_modules()
+        paths.append(next(name for name, module in named if module is head))
+        return paths
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return (path, layers): the longest list of language-model blocks with attention and a feed-forward part."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and not any(word in name for word in _NOT_LANGUAGE)
-        and all(
-            _has(block, "self_attn") and (_has(block, "mlp") or _has(block, "fc2"))
-            for block in module
-        )
-    ]
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(word in name for word in _NOT_LANGUAGE):
+            continue
+        if all(_is_decoder_block(block) for block in module):
+            found.append((name, module))
     if not found:
         raise ModelError(
             f"{type(model).__name__}: no decoder layers with attention and a feed-forward part were found",
             "supported are decoder-only language models such as OPT and Llama",
         )
     return max(found, key=lambda item: len(item[1]))
+
+
+def _is_decoder_block(block: nn.Module) -> bool:
+    """Whether a module has attention and a feed-forward part: OPT has no module around the latter."""
+    return _has(block, "self_attn") and (_has(block, "mlp") or _has(block, "fc2"))
 
 
 def _in_layer_paths(layer: nn.Module, template: str) -> dict[str, str]:
@@ -141,9 +136,10 @@ def _in_layer_paths(layer: nn.Module, template: str) -> dict[str, str]:
 
 
 def _in_model_paths(model: nn.Module, stack: str) -> dict[str, str]:
-    names = [
-        name for name, _ in model.named_modules() if name and not name.startswith(stack)
-    ]
+    names = []
+    for name, _ in model.named_modules():
+        if name and not name.startswith(stack):
+            names.append(name)
     paths = {}
     for role, endings in _IN_MODEL.items():
         matches = [name for name in names if name.rpartition(".")[2] in endings]
