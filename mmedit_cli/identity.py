@@ -34,12 +34,12 @@ def fingerprint(folder: Path) -> str:
 
     The digest of a weight file is computed once and kept in the cache folder. Raises ModelError.
     """
-    return _digest_folder(folder, _add_weights).hexdigest()[:_DIGITS]  # type: ignore[no-any-return]
+    return _digest_folder(folder, _add_weights)[:_DIGITS]
 
 
 def former_fingerprint(folder: Path) -> str:
     """Return the fingerprint that version 0.1.0 gave to a folder: of the headers and of samples of the weights."""
-    return _digest_folder(folder, _add_samples).hexdigest()[:_FORMER_DIGITS]  # type: ignore[no-any-return]
+    return _digest_folder(folder, _add_samples)[:_FORMER_DIGITS]
 
 
 def same_model(known: object, fingerprint: str, former: str) -> bool:
@@ -82,21 +82,22 @@ def file_digest(path: Path) -> str:
     return found
 
 
-def _digest_folder(folder: Path, add_weights: Callable[[Any, Path], None]) -> Any:
+def _digest_folder(folder: Path, add_weights: Callable[[Any, Path], None]) -> str:
+    """Return the SHA-256 of a model folder, or of a pipeline's parts, in hex digits."""
     digest = hashlib.sha256()
     config = config_file(folder)
     if config is not None:
         digest.update(config.read_bytes())
     if config is None or config.name != INDEX:
         add_weights(digest, folder)
-        return digest
+        return digest.hexdigest()
     for name in pipeline_parts(folder):
         part = folder / name
         part_config = part / "config.json"
         if part_config.is_file():
             digest.update(part_config.read_bytes())
         add_weights(digest, part)
-    return digest
+    return digest.hexdigest()
 
 
 def _add_weights(digest: Any, folder: Path) -> None:

@@ -83,7 +83,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
         )
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    return getattr(torch, name)  # type: ignore[no-any-return]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 class Interrupts:

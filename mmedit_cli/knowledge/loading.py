@@ -73,8 +73,16 @@ def load_editor(
     )
     editor: Editor = cls(backbone, values, seed=seed)
     if found is not None:
-        editor.load_networks(found)  # type: ignore[attr-defined]
+        give_networks(editor, found)
     return editor
+
+
+def give_networks(editor: Editor, file: Path) -> None:
+    """Load trained networks into an editor that has some; raise StateError if they do not fit."""
+    from mmedit_cli.knowledge.methods.base import TrainedEditor
+
+    assert isinstance(editor, TrainedEditor), f"{editor.name} has no networks"
+    editor.load_networks(file)
 
 
 def networks_of(

@@ -20,6 +20,7 @@ from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
     depth_of,
+    give_networks,
     load_model,
     networks_of,
     resolve_editor,
@@ -337,7 +338,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
     editor: Editor = cls(backbone, hparams, seed=options.seed or 0)
     if found is not None:
         out.note(networks_line(found.facts()))
-        editor.load_networks(found.path)  # type: ignore[attr-defined]
+        give_networks(editor, found.path)
     _, state = editor.state()
     config = {
         "editor": editor.name,
@@ -441,7 +442,7 @@ def _editor_of(ledger: Ledger, backbone: VisionLanguageModel) -> Editor:
                 f"{networks}: not the networks the edits were made with",
                 "put them back",
             )
-        editor.load_networks(networks)  # type: ignore[attr-defined]
+        give_networks(editor, networks)
     return editor
 
 

@@ -130,21 +130,22 @@ class VisionLanguageModel(ABC):
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and so the inputs."""
-        return self._embedding.weight.device  # type: ignore[no-any-return]
+        return self._embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The number format of the language model."""
-        return self._embedding.weight.dtype  # type: ignore[no-any-return]
+        return self._embedding.weight.dtype
 
     @property
     def entry_width(self) -> int:
         """The width of what enters the language model: that of its word embeddings, E, mostly D."""
-        return self._embedding.weight.shape[1]  # type: ignore[no-any-return]
+        return self._embedding.weight.shape[1]
 
     @property
-    def _embedding(self) -> Any:
-        return self.model.get_input_embeddings()
+    def _embedding(self) -> nn.Embedding:
+        embedding: nn.Embedding = self.model.get_input_embeddings()
+        return embedding
 
     def encode(self, query: Query, *, with_answer: bool = True) -> Encoded:
         """Return one query as token ids; raise DataError for an empty prompt or answer, or a text that is too long.
@@ -267,7 +268,8 @@ class VisionLanguageModel(ABC):
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings of token ids: (...) -> (..., E)."""
-        return self._embedding(ids)  # type: ignore[no-any-return]
+        embeddings: Tensor = self._embedding(ids)
+        return embeddings
 
     def embed(self, batch: Batch) -> Tensor:
         """Return what enters the language model: (B, T, D), text embeddings with the image tokens put in their places.
@@ -278,7 +280,7 @@ class VisionLanguageModel(ABC):
 
     def _entering(self, batch: Batch) -> tuple[Tensor, DeepStack | None]:
         """Return what enters the language model, and what is added behind its first layers."""
-        embeds = self._embedding(batch.input_ids)
+        embeds = self.word_embeddings(batch.input_ids)
         rows = [index for index in batch.picture_of if index is not None]
         if not rows:
             return embeds, None

@@ -13,6 +13,7 @@ from mmedit_cli.errors import DataError, MmeditError, TooLong
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
     depth_of,
+    give_networks,
     load_model,
     networks_of,
     resolve_editor,
@@ -188,7 +189,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
     networks = None if plan.networks is None else plan.networks.facts()
     if plan.networks is not None and networks is not None:
         out.note(networks_line(networks))
-        editor.load_networks(plan.networks.path)  # type: ignore[attr-defined]
+        give_networks(editor, plan.networks.path)
     environment = runtime.environment(backbone.device)
     base_folder = (
         options.records
