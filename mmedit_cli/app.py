@@ -106,7 +106,7 @@ def _root(
 def _refuse_empty(arguments: Sequence[str]) -> None:
     """Raise UserError for an empty argument: as a path it would silently be the present folder.
 
-    `image-edit` takes an empty instruction, and what is not to be drawn may be nothing.
+    `image-edit` takes an empty instruction, and `--negative` an empty text.
     """
     if arguments[:1] == ["image-edit"]:
         return

@@ -171,7 +171,7 @@ def bundled() -> dict[str, Path]:
 
 
 def own_image_editors() -> dict[str, Path]:
-    """Return what comes along to change pictures, by name: other pipelines in data/models, and trainings of mgie."""
+    """Return the image editing models that come along, by name: pipelines in data/models, and trainings of mgie."""
     left = {
         name: folder
         for name, folder in _shipped().items()
@@ -193,7 +193,7 @@ def _shipped() -> dict[str, Path]:
 
 
 def families() -> dict[str, str]:
-    """Return which family a model is of, by what its config calls it: those of plug-ins too."""
+    """Return the family of each model type or pipeline class, plug-ins included."""
     own = {}
     for family in backbones.plugins():
         for model_type in backbones.fact(family, "model_types") or ():
@@ -202,7 +202,7 @@ def families() -> dict[str, str]:
 
 
 def named_models() -> dict[str, Entry]:
-    """Return the models with a name of their own, by name: the tiny ones of plug-ins too."""
+    """Return the entries of all models that have a name, tiny models of plug-ins included."""
     own = {}
     for family in backbones.plugins():
         for name in backbones.fact(family, "tiny_models") or ():

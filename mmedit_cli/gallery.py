@@ -32,7 +32,7 @@ INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
 
 
 def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a sheet with a row an edit: the edit, a question that must follow it, and one whose answer must stay.
+    """Write a sheet with one row an edit: the edit, a question that must change with it, and one that must not.
 
     Raises RunError if there is nothing to draw, DataError for a picture that is gone.
     """
@@ -62,7 +62,7 @@ def draw(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
 def edit_sheet(
     source: Path, background: str, edits: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    """Draw a picture and what became of it, all beside each other with the seeds; write it as a PNG.
+    """Draw a picture and its edited versions side by side, with their seeds, and write the sheet as a PNG.
 
     `edits` are records of `mmedit image-edit` about that picture.
     """
@@ -100,7 +100,7 @@ def edit_sheet(
 
 
 def contact_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Draw groups of pictures beside each other, a row of them below its words, and write all as a PNG."""
+    """Draw rows of pictures, each below its words and grouped by name, and write the sheet as a PNG."""
     from PIL import Image, ImageDraw
 
     from mmedit_cli.storage import write_atomic
@@ -137,7 +137,7 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
-    """Write a page in HTML: under each heading rows as on a contact sheet, of pictures that stay where they are."""
+    """Write an HTML page with the rows of a contact sheet under headings; it links to the pictures where they are."""
     from mmedit_cli.storage import write_atomic
 
     name = escape(title)

@@ -126,7 +126,7 @@ def to_dict(hparams: Any) -> dict[str, Any]:
 
 
 def describe(cls: type[Any]) -> list[tuple[str, str, str]]:
-    """List (key, type, default) for every key that `--set` takes; the default is written as YAML or is `required`."""
+    """List (key, type, default) for every key that `--set` takes. The default is YAML, or the word `required`."""
     return list(_rows(_defaults(cls), ""))
 
 
@@ -140,7 +140,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def add(self, *parts: str) -> None:
-        """Add one problem; what would break the line or the terminal is escaped."""
+        """Add one problem; characters that would break the line or the terminal are escaped."""
         text = ": ".join(part for part in parts if part)
         self.problems.append(
             "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -355,7 +355,7 @@ class _Reader:
         return self.wrong(node, kind, key)
 
     def build(self, value: Any, key: str) -> Any:
-        """Make the dataclasses out of `_Fields`, report missing fields; nothing is made once there are problems."""
+        """Build the dataclasses from `_Fields` and report missing fields; nothing is built once there are problems."""
         if isinstance(value, list | tuple):
             return type(value)(
                 self.build(item, f"{key}[{index}]") for index, item in enumerate(value)
@@ -507,7 +507,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def _show(node: yaml.Node) -> str:
-    """Say in a few characters what stands there, quoted where the file quotes it."""
+    """Return a short form of a node for messages, quoted where the file quotes it."""
     if not isinstance(node, yaml.ScalarNode):
         return (
             "a mapping"
@@ -519,7 +519,7 @@ def _show(node: yaml.Node) -> str:
 
 
 def _shown(path: Path) -> str:
-    """Return the path as people want to read it: relative where it lies below the current folder."""
+    """Return a path for messages: relative if it is below the current folder."""
     full = Path(os.path.abspath(path))
     return (
         str(full.relative_to(Path.cwd()))

@@ -1,4 +1,4 @@
-"""What all uses of the Hugging Face hub share: how it is asked, and what its failures mean for the user."""
+"""Access to the Hugging Face hub: one way to ask it, and what its failures mean for the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXI
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub as it was asked for; `kind` is "model" or "dataset"."""
+    """A repository of the hub that was asked for; `kind` is "model" or "dataset"."""
 
     name: str
     kind: str = "model"
@@ -37,7 +37,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why the hub did not do what it was asked, and the way out; a line each."""
+    """Why a request to the hub failed, and the way out: one line each."""
 
     problem: str
     hint: str
@@ -53,7 +53,7 @@ def is_offline() -> bool:
 
 @cache
 def prepare() -> None:
-    """Give huggingface_hub the HTTP client of this program; to be called before the hub is asked.
+    """Make huggingface_hub use the HTTP client of this program. Call it before the hub is asked.
 
     Raises UserError if a proxy of the environment cannot be used.
     """
@@ -88,7 +88,7 @@ def snapshot(repository: Repository, *, patterns: list[str]) -> Path:
 
 
 def sweep(repository: Repository) -> None:
-    """Remove from the hub's cache what killed downloads of a repository left; what is on its way now is locked."""
+    """Remove the leftovers of killed downloads from the hub's cache. Running downloads hold a lock and stay."""
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
 
@@ -126,14 +126,14 @@ def trouble(error: Exception, repository: Repository) -> Trouble:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from."""
+    """Yield an error and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _refusal(error: BaseException, repository: Repository) -> Trouble | None:
-    """Explain an answer of the hub that is a refusal; None if it is none."""
+    """Explain an error status of the hub; None for other failures."""
     from huggingface_hub import errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
@@ -187,7 +187,7 @@ _PROXIES = "the proxies come from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROX
 
 
 def _local(error: BaseException, repository: Repository) -> Trouble | None:
-    """Explain a failure of this machine's disk; None if it is none."""
+    """Explain a failure of this machine's disk; None for other failures."""
     from huggingface_hub import constants
 
     if not isinstance(error, OSError) or isinstance(error, ConnectionError):
@@ -207,7 +207,7 @@ def _local(error: BaseException, repository: Repository) -> Trouble | None:
 
 
 def _connection(error: BaseException, repository: Repository) -> Trouble | None:
-    """Explain a connection that failed; None if none did."""
+    """Explain a failed connection; None for other failures."""
     import httpx2
     from huggingface_hub import constants, errors
 

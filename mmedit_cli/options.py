@@ -231,7 +231,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def named(model: str | None, out: Output) -> str:
-    """Return the model that was named, or the default one, saying which it is."""
+    """Return the model that was named; else the default one, which is printed."""
     if model is not None:
         return model
     from mmedit_cli.catalog import default_model
@@ -241,7 +241,7 @@ def named(model: str | None, out: Output) -> str:
 
 
 def named_drawing(model: str | None, out: Output) -> str:
-    """Return the text-to-image model that was named, or the default one, saying which it is."""
+    """Return the text-to-image model that was named; else the default one, which is printed."""
     if model is not None:
         return model
     from mmedit_cli.catalog import DRAWING_DEFAULTS, default_model

@@ -60,7 +60,7 @@ def cut(text: str, most: int) -> str:
 
 
 class Output:
-    """Speaks to people or, with `as_json`, to programs; `quiet` says nothing beside results."""
+    """Prints for people or, with `as_json`, for programs; with `quiet` it prints results only."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
@@ -287,7 +287,7 @@ def _put(text: str, *, flush: bool = False) -> None:
 
 
 def _give_up_stdout() -> None:
-    """Let what is still in the buffer of stdout go nowhere: Python would try it again at exit and complain."""
+    """Discard the buffer of stdout: Python would try to write it again at exit, and complain."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -295,7 +295,7 @@ def _give_up_stdout() -> None:
 
 
 def _tell(text: str) -> None:
-    """Write a line to stderr, if there is one: talk that nobody can hear is no failure."""
+    """Write a line to stderr, if there is one; a lost message is no failure."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             sys.stderr.write(

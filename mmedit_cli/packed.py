@@ -1,4 +1,4 @@
-"""Folders of many small files that the repository keeps as a zip each: unpacked beside it when first needed."""
+"""Folders of many small files. The repository keeps a zip of each; it is unpacked beside it when first needed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MARK = ".unpacked"  # in the folder: the zip it was unpacked from, by size and t
 
 
 def unpack_beside(home: Path) -> None:
-    """Give every `NAME.zip` of a folder its folder NAME, unless it has it already; what else lies there stays.
+    """Unpack every `NAME.zip` of a folder into the folder NAME beside it, unless that is up to date. Other files stay.
 
     Several processes may do so at once: a file is there as a whole or not at all, and the mark comes last. Where a zip
-    is damaged or nothing can be written, nothing happens: `way_out` says so to who misses a file.
+    is damaged or nothing can be written, nothing happens; `way_out` explains it where a file is missing later.
     """
     remove_temporaries(home)
     for archive in sorted(home.glob("*.zip")):
@@ -36,7 +36,7 @@ def unpack_beside(home: Path) -> None:
 
 
 def mirror(home: Path, copy: Path) -> None:
-    """Copy the files of a folder and its zips to where they can be unpacked; what is there already stays.
+    """Copy a folder with its zips to a place where they can be unpacked. Files that exist there are kept.
 
     Several processes may do so at once. Raises OSError or RunError where nothing can be written.
     """
@@ -49,7 +49,7 @@ def mirror(home: Path, copy: Path) -> None:
 
 
 def way_out(missing: Path) -> str:
-    """Return how a file comes back that is not there, if a zip beside its folder has it; else nothing."""
+    """Return how a missing file can be restored from the zip beside its folder; empty if the zip does not have it."""
     folder = missing.absolute().parent
     archive = folder.parent / f"{folder.name}.zip"
     # never ask anyone to delete a folder of their own
@@ -67,7 +67,7 @@ def way_out(missing: Path) -> str:
 
 
 def loose(home: Path) -> list[Path]:
-    """Return all files below a folder, in order, but hidden ones and those that lie in a zip of it as well."""
+    """Return all files below a folder, sorted, without hidden files and without those that are in one of its zips."""
     packed = {archive.with_suffix("") for archive in home.glob("*.zip")}
     found = [
         path
@@ -82,7 +82,7 @@ def loose(home: Path) -> list[Path]:
 
 
 def differences(archive: Path) -> list[str]:
-    """Return in a line each which files beside a zip are missing, changed or not of the zip, or that it is damaged."""
+    """Return a line for each missing, changed or unexpected file beside a zip; one line if the zip is damaged."""
     folder = archive.with_suffix("")
     if not zipfile.is_zipfile(archive):
         return [f"{archive.name} is damaged: git checkout {archive}"]
@@ -107,7 +107,7 @@ def compare(
     digest: Callable[[Path], T],
     origin: str,
 ) -> list[str]:
-    """Return in a line each which files below `home` are missing, not in `origin`, or not of the digest wanted."""
+    """Return a line for each file below `home` that is missing, not in `origin`, or has another digest than wanted."""
     files = {path.relative_to(home).as_posix(): path for path in found}
     missing = sorted(wanted.keys() - files.keys())
     unexpected = sorted(files.keys() - wanted.keys())
@@ -121,7 +121,7 @@ def compare(
 
 
 def pack(folder: Path) -> Path:
-    """Put a folder into the zip beside it, the same bytes for the same files; PNGs would not get any smaller."""
+    """Pack a folder into the zip beside it. The same files give the same bytes; PNGs are not compressed again."""
     archive = folder.with_suffix(".zip")
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(folder.rglob("*")):

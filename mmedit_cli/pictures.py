@@ -53,7 +53,7 @@ def check_picture(path: Path) -> None:
 def picture_digest(path: Path) -> str:
     """Return the SHA-256 of an image file; raise DataError if it is missing, not a file, or too large for a picture.
 
-    Of a picture that a user names, nothing else is hashed: an endless file would never be done.
+    Pictures that a user names are hashed only here: an endless file is refused.
     """
     _require_picture(path)
     return digest_of(path, limit=LARGEST_PICTURE)
@@ -91,7 +91,7 @@ def _composed(image: Image.Image, background: str) -> Image.Image:
 
 
 def photos_in(folder: Path) -> tuple[Path, ...]:
-    """Return the pictures of a folder, by name, and say which are left out; raise DataError if there are none."""
+    """Return the pictures of a folder by name, and print which are left out; raise DataError if there are none."""
     if not folder.is_dir():
         emojikb_dir()  # it may be one of its folders
     if not folder.is_dir():
@@ -114,7 +114,7 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
 
 
 def upright_rgb(file: BinaryIO, place: str) -> Image.Image:
-    """Return an image file that is in memory as RGB, upright; raise DataError naming `place` if it is none."""
+    """Decode an image file in memory to upright RGB; raise DataError naming `place` if it is not an image."""
     with _reading(file, place) as image:
         return _upright(image).convert("RGB")
 
@@ -198,7 +198,7 @@ def _is_unsigned(image: Image.Image) -> bool:
 
 @contextmanager
 def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
-    """Open an image file for the block; whatever is wrong with it becomes a DataError in one line."""
+    """Open an image file as a context; any problem with it becomes a DataError of one line."""
     if isinstance(path, Path):
         _require_picture(path)
     try:

@@ -236,7 +236,7 @@ def emojikb_home() -> Path:
 
 @cache
 def emojikb_dir() -> Path:
-    """Return the folder of EmojiKB with its pictures unpacked: for code that opens them, not for a list of them."""
+    """Return the folder of EmojiKB with its pictures unpacked. Code that opens no picture uses `emojikb_home`."""
     from mmedit_cli.packed import unpack_beside
 
     folder = emojikb_home()
@@ -264,7 +264,7 @@ def data_home() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: $MMEDIT_CACHE, else mmedit in the user's cache folder."""
+    """Return the cache folder: $MMEDIT_CACHE, else `mmedit` in the user's cache folder."""
     own = os.environ.get("MMEDIT_CACHE")
     return Path(
         own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mmedit"

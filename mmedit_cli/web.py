@@ -1,4 +1,4 @@
-"""The HTTP client of this program: uses proxies, never steps from https to http, gives up endless and idle answers."""
+"""The HTTP client of this program. It uses proxies, never steps down from https to http, and limits every answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNSTATED_BODY = 1 << 30  # of a file whose length the server does not state
 
 
 class Refused(httpx2.TransportError):
-    """An answer that is given up; asking again would not help."""
+    """An answer that was given up; a second request would not help."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def plain_address(url: str) -> str:
 
 
 class _Client(httpx2.Client):
-    """A client that waits so many seconds for an answer, and no longer.
+    """A client with a limit on the whole time until the headers of an answer are there.
 
     Timeouts count from one byte to the next: headers that trickle in never exceed them.
     """
@@ -106,7 +106,7 @@ class _Client(httpx2.Client):
         self._seconds = seconds
 
     def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
-        """Send a request; raise Refused if its answer takes too long. What is uploaded may take any time."""
+        """Send a request; raise Refused if its answer takes too long. An upload may take any time."""
         send = super().send
         if request.method not in ("GET", "HEAD"):
             return send(request, **settings)
@@ -114,7 +114,7 @@ class _Client(httpx2.Client):
 
 
 def _within(seconds: float, job: Callable[[], T]) -> T:
-    """Return what `job` returns, which runs in a thread; raise Refused if it takes longer, and leave it alone then."""
+    """Run `job` in a thread and return its result; raise Refused, and abandon the thread, if it takes too long."""
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
 
     def work() -> None:
@@ -135,7 +135,7 @@ def _within(seconds: float, job: Callable[[], T]) -> T:
 
 
 class _Watched(httpx2.SyncByteStream):
-    """The body of an answer, read until it is too long or too slow."""
+    """The body of an answer; reading fails when it becomes too long or too slow."""
 
     def __init__(self, stream: httpx2.SyncByteStream, limit: int, pace: Pace) -> None:
         self._stream, self._limit, self._pace = stream, limit, pace
@@ -177,7 +177,7 @@ def _refuse_downgrade(response: httpx2.Response) -> None:
 
 
 def _limit_of(response: httpx2.Response) -> int:
-    """Return how long a body may be; a stated length is kept to by the client already."""
+    """Return the limit on the length of a body; the client itself enforces a stated length."""
     if response.has_redirect_location or response.status_code >= 400:
         return _SMALL_BODY
     if response.url.path.startswith("/api/"):

@@ -1,1 +1,1 @@
-"""The commands, one file each: what they take; what they do lies in the modules they import when called."""
+"""The commands that are the same for every method, one file each; those by kind of method are in `kinds/`."""

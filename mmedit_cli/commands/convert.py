@@ -83,7 +83,7 @@ def safetensors(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model folder anew with its pickled weights as safetensors; nothing in them is executed.
+    """Copy a model folder, with its pickled weights converted to safetensors. Nothing in them is executed.
 
     Example:
 

@@ -33,7 +33,7 @@ def diff(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare the active edits of two ledgers: those of one only (< and >), and those with another target (!)."""
+    """Compare the active edits of two ledgers: edits in one of them only (< and >), and those whose targets differ (!)."""
     from mmedit_cli.knowledge.workflow import editing
     from mmedit_cli.reports import edit_tables
 
@@ -47,7 +47,7 @@ def verify(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Ask every edit again and say which hold; exit 1 if one does not."""
+    """Ask every edit again and show which ones hold; exit 1 if one does not."""
     from mmedit_cli.knowledge.ledger.edited_model import open_edits
     from mmedit_cli.knowledge.loading import ModelOptions
     from mmedit_cli.reports import edit_tables
@@ -78,9 +78,9 @@ def compact(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write the ledger anew in few files; edits and answers stay, the history of undo and redo goes.
+    """Rewrite the ledger in a few files. Edits and answers stay; the history of undo and redo is dropped.
 
-    Files of tensors and pictures that no line of the ledger names are removed, and named here.
+    Files of tensors and pictures that the ledger does not mention are removed, and listed in the output.
     """
     from mmedit_cli.knowledge.loading import ModelOptions
     from mmedit_cli.knowledge.workflow import editing
@@ -105,7 +105,7 @@ def compact(
 def repair(
     folder: options.Ledger, as_json: options.Json = False, debug: options.Debug = False
 ) -> None:
-    """Take up edits whose tensors are there but whose lines were lost or cannot be read; no model is loaded."""
+    """Recover edits whose tensors exist but whose lines are lost or unreadable. No model is loaded."""
     from mmedit_cli.knowledge.workflow.repairing import repair as repair_ledger
     from mmedit_cli.reports import edit_tables
 

@@ -1,1 +1,1 @@
-"""`mmedit download`: published data sets and models, fetched, checked and put where they are looked for."""
+"""`mmedit download`: fetches published data sets and models, checks them, and puts them where they are found."""

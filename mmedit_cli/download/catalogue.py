@@ -106,7 +106,7 @@ class Group:
 
 
 def load_catalogue(extra: Path | None = None) -> dict[str, Group]:
-    """Return the groups by name; those of a file of the user come on top.
+    """Return the groups by name; groups of the user's own file override those of the same name.
 
     Raises DataError with every mistake of the file.
     """

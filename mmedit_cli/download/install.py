@@ -43,7 +43,7 @@ class Installer:
         self.entries = receipt.read(folder) if folder.is_dir() else {}
 
     def plan(self, item: Item) -> dict[str, Any]:
-        """Return what `get` would do; of a hub source the size is asked for, if there is a network."""
+        """Return what `get` would do; the hub is asked for sizes if there is a network."""
         size, note = item.bytes, ""
         first = item.sources[0]
         if size is None and first.kind == "hub" and not hub.is_offline():
@@ -93,7 +93,7 @@ class Installer:
             raise DownloadError([*tried, *by_hand(self.group, item, self.folder)])
 
     def verify(self, item: Item) -> list[str]:
-        """Return every way in which the files of an item differ from what was downloaded and from the catalogue."""
+        """Return all differences between an item's files and its receipt or the catalogue, a line each."""
         entry = self.entries.get(item.name)
         if entry is None and not (
             item.files
@@ -127,7 +127,7 @@ class Installer:
         return problems
 
     def _sweep(self, item: Item) -> None:
-        """Remove what a download that was killed at its very end left of an item that is there."""
+        """Remove the leftovers of a download that was killed after its item was complete."""
         if not self.staging.is_dir():
             return
         # another download may be at work there, or nobody may write there
@@ -136,7 +136,7 @@ class Installer:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder, so that two downloads do not write into it at once; leave no empty folder behind."""
+        """Lock the folder against a second download; remove it afterwards if it is empty."""
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -168,7 +168,7 @@ class Installer:
                 self.folder.rmdir()
 
     def _ways(self, item: Item) -> list[Source]:
-        """Return the sources of an item, an archive that was put into the folder by hand before all others."""
+        """Return the sources of an item; an archive that the user put into the folder comes first."""
         names = [f"{item.name}{suffix}" for suffix in SUFFIXES] if item.unpack else []
         local = [
             Source("local", name) for name in names if (self.folder / name).is_file()
@@ -314,7 +314,7 @@ class Installer:
                 )
 
     def _finish_move(self, item: Item, area: Path) -> bool:
-        """Move what is checked into the folder; called again after an interruption it goes on."""
+        """Move the checked files into the folder; after an interruption, a second call continues."""
         if not (area / "ready.json").is_file():
             return False
         note = reading.read_json_object(
@@ -394,7 +394,7 @@ class Installer:
 
 
 def by_hand(group: Group, item: Item, folder: Path) -> list[str]:
-    """Return a line that says which page to open for an item and what to put where; none without a page."""
+    """Return a line that says which page to open for an item and where to put the files; empty without a page."""
     if item.unpack:
         what = f"save the archive as {folder / item.name}.zip (or .tar, .tar.gz), or unpack it in {folder}"
     else:
@@ -424,7 +424,7 @@ def by_hand(group: Group, item: Item, folder: Path) -> list[str]:
 
 
 def _root_of(folder: Path, item: Item) -> Path:
-    """Return the folder that has the layout of an item: archives often wrap theirs in another.
+    """Return the folder that has the layout of an item: archives often wrap it in another folder.
 
     Raises SourceError with what was found instead.
     """

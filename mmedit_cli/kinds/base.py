@@ -34,7 +34,7 @@ class Kind:
     mean something for this kind. A command that is missing here does not know the kind.
     list_row: what `mmedit list` says of a method. list_data: its data sets in `mmedit list`.
     has_edits: whether a folder holds edits of this kind.
-    has_data: whether `mmedit doctor` checks data of that name as data of this kind. check_data: does so.
+    has_data: whether data of that name are for this kind. check_data: audits such data.
     """
 
     method: Noun

@@ -20,7 +20,7 @@ FOLDER = "folder"  # the argument that names a folder of edits
 
 
 class KindCommand(TyperCommand):
-    """A command of several kinds. typer builds it from the function of the first kind.
+    """A command with a function for each kind. typer builds it from that of the first kind.
 
     Where the arguments name something of a kind, the function of that kind is called, and its help is shown. An option
     that only other kinds take is refused. Without a name, the help shows the options of all kinds.

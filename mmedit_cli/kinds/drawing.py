@@ -39,8 +39,8 @@ def evaluate(
 ) -> None:
     """Teach a model each subject of a set, draw it, and report. The same command again continues, or shows the report.
 
-    How pictures are drawn and scored is set by --set eval.KEY=VALUE, with one of steps, guidance, size, seeds,
-    batch_size, clip, dino, encoder.
+    --set eval.KEY=VALUE says how pictures are drawn and scored; KEY is steps, guidance, size, seeds, batch_size, clip,
+    dino or encoder. Other keys are hyper-parameters.
 
     Examples:
 

@@ -36,8 +36,8 @@ def evaluate(
 ) -> None:
     """Edit the pictures of a set of pairs, and compare each with its goal. The same command again continues.
 
-    What is set by --set KEY=VALUE: steps, text_guidance, image_guidance, resolution; and what scores the pictures:
-    clip, dino, lpips, judge.
+    --set takes steps, text_guidance, image_guidance and resolution, and the models that score the pictures: clip,
+    dino, lpips, judge.
 
     Example:
 
