@@ -56,7 +56,8 @@ class CrossAttention(nn.Module):
 
     def _by_head(self, projected: Tensor) -> Tensor:
         """Return (B, L, heads * d) as (B, heads, L, d)."""
-        parts = projected.unflatten(-1, (self.heads, -1))
+        rows, length, _ = projected.shape
+        parts = projected.view(rows, length, self.heads, -1)
         return parts.transpose(1, 2)
 
 
@@ -150,5 +151,5 @@ def first_valid(tokens: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tens
 def initial_values(*shape: int) -> Tensor:
     """Kaiming's normal initialisation of a three-dimensional tensor, as published: the last two sizes are the fan."""
     fan = shape[1] * shape[2]
-    deviation = (2 / fan) ** 0.5
+    deviation: float = (2 / fan) ** 0.5
     return torch.randn(shape) * deviation

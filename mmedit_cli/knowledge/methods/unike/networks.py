@@ -189,7 +189,8 @@ def _decoder(codes: Tensor, states: Tensor) -> Tensor:
     ridge = _RIDGE * mean_square
     regular = gram + ridge * unit
     moments = codes.T @ states
-    return torch.linalg.solve(regular, moments)
+    decoder: Tensor = torch.linalg.solve(regular, moments)
+    return decoder
 
 
 def truth_loss(right: Tensor, wrong: Tensor, temperature: float) -> Tensor:
@@ -238,7 +239,7 @@ def attend(states: Tensor, rows: Tensor, sharpness: float | None) -> Tensor:
         queries = sharpness * F.normalize(states, dim=-1)
         keys = F.normalize(rows, dim=-1)
     logits = queries @ keys.transpose(-1, -2)
-    weights = logits.softmax(-1)
+    weights: Tensor = logits.softmax(-1)
     return weights @ rows
 
 
