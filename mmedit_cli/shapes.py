@@ -108,9 +108,10 @@ def _value(text: Mapping[str, Any], key: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = text.get("model_type")
-    return (
-        getattr(CONFIG_MAPPING[kind](), key, None) if kind in CONFIG_MAPPING else None
-    )
+    if kind is None or kind not in CONFIG_MAPPING:
+        return None
+    default = CONFIG_MAPPING[kind]()
+    return getattr(default, key, None)
 
 
 def _shape(kind: Any, depth: Any, width: Any) -> Shape | None:

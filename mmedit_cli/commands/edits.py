@@ -33,7 +33,7 @@ def diff(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare the active edits of two ledgers: edits that only one has (< and >), and those whose targets differ (!)."""
+    """Compare the active edits of two ledgers: edits of one only (< and >), and differing targets (!)."""
     from mmedit_cli.knowledge.workflow import editing
     from mmedit_cli.reports import edit_tables
 

@@ -304,7 +304,7 @@ class StableDiffusion:
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return (mean, standard deviation) of the latents (B, C, h, w) of pictures (B, 3, H, W) in -1..1."""
-        vae = self.model["vae"]
+        vae: Any = self.model["vae"]
 
         def encode() -> Any:
             return vae.encode(pixels.to(self.device, self.dtype)).latent_dist
@@ -544,7 +544,8 @@ class StableDiffusion:
 
         Attention is not sliced, because PyTorch's own attention needs no more memory than the slices do.
         """
-        self.model["vae"].enable_slicing()
+        vae: Any = self.model["vae"]
+        vae.enable_slicing()
         self.unet.enable_gradient_checkpointing()
 
 

@@ -41,7 +41,7 @@ def tokenizer() -> Any:
     )
     bpe.train_from_iterator([" ".join(WORDS)], trainer)
     content = json.loads(bpe.to_str())
-    merges = [tuple(pair) for pair in content["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in content["model"]["merges"]]
     merged = [a + b for a, b in merges]
     tokens = dict.fromkeys([_START, _END, *letters, *ends, *merged])
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -353,7 +353,7 @@ class ConceptFolder:
 
     def _file(self, entry: dict[str, Any]) -> Path:
         token = entry["token"]
-        name = entry["file"]
+        name: str = entry["file"]
         path = self.folder / name
         if not path.is_file() or is_link(path):
             index = self.folder / CONCEPT_INDEX

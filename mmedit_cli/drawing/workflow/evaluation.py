@@ -444,11 +444,13 @@ class _ConceptEvaluation:
         """Write a sheet of each subject, and a page of all of them."""
         home = self.record.folder / "gallery"
         (home / "photos").mkdir(parents=True, exist_ok=True)
-        sections = []
+        sections: list[tuple[str, list[gallery.Row]]] = []
         for subject in self.plan.found.subjects:
             photos = self.thumbnails(subject, home / "photos")
             about = [sheet for sheet in self.sheets if sheet.subjects == (subject,)]
-            rows = [(subject.concept.superclass, [("photos", photos)])]
+            rows: list[gallery.Row] = [
+                (subject.concept.superclass, [("photos", photos)])
+            ]
             rows += self.rows(about)
             gallery.contact_sheet(rows[:_SHOWN], home / f"{subject.name}.png")
             sections.append((subject.name, rows))
@@ -475,7 +477,7 @@ class _ConceptEvaluation:
 
     def rows(self, sheets: Iterable[Sheet]) -> list[gallery.Row]:
         """Return a row for each prompt of some sheets: the pictures of the base model, then those of each side."""
-        rows = []
+        rows: list[gallery.Row] = []
         for sheet in sheets:
             by_side = {s: self.files(s, sheet) for s in (BASE, *self.plan.sides)}
             for i, prompt in enumerate(sheet.prompts):

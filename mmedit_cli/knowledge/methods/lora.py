@@ -139,7 +139,7 @@ class Lora(Editor):
             if hp.stop_loss is not None and value < hp.stop_loss:
                 break
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         return losses

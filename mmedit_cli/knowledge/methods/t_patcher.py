@@ -167,7 +167,7 @@ class TPatcher(Editor):
                 if text is not None and hp.memory_weight:
                     loss = loss + hp.memory_weight * self._on_text(text, reading)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             optimizer.step()
         return new, losses
 
@@ -317,7 +317,7 @@ class TPatcher(Editor):
             with torch.enable_grad():
                 loss, kept, right = losses()
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             course.append(loss.item())
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageColor
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import CHECKPOINT, loading
+from mmedit_cli.catalog import loading
 from mmedit_cli.errors import DataError, MmeditError, RunError, UserError
 from mmedit_cli.gallery import edit_sheet
 from mmedit_cli.knowledge.trained_networks import (
@@ -22,6 +22,7 @@ from mmedit_cli.knowledge.trained_networks import (
     described,
     networks_line,
 )
+from mmedit_cli.model_folder import CHECKPOINT
 from mmedit_cli.output import Output
 from mmedit_cli.picture_editing.methods.base import (
     EditedPicture,

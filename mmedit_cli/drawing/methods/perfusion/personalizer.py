@@ -455,7 +455,8 @@ class PerfusionTraining:
                     "lower the learning rates",
                 )
             torch.autograd.backward(loss)
-        return loss.item()
+        value: float = loss.item()
+        return value
 
     def step(self, concept_input: Tensor, superclass_input: Tensor) -> None:
         """Move the running means by the mean encodings (D,) of one batch, then load the concept as it is now."""

@@ -73,12 +73,13 @@ class ExpertGenerator(nn.Module):
             self.norm(tokens),
             mask,
         )
-        rows = self.scale * attended
+        rows: Tensor = self.scale * attended
         if slots is None or used is None:
             return rows
         normed = self.slot_norm(slots)
         filled: Tensor = self.slot_map(normed)
-        return rows + filled * used[..., None]
+        weighted: Tensor = filled * used[..., None]
+        return rows + weighted
 
 
 class Scalar(nn.Module):

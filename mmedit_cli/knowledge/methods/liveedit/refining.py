@@ -80,7 +80,7 @@ def refined(
             if step == steps or not bool(missing.any()):
                 break
             optimizer.zero_grad()
-            (-said.sum()).backward()  # type: ignore[no-untyped-call]
+            (-said.sum()).backward()
         optimizer.step()
     refined_u = experts[0].clone()
     refined_v = experts[1].clone()

@@ -89,7 +89,7 @@ def train_blocks(
             rows = torch.tensor(left)
             part = backbone.select(prefix, left)
         optimizer.zero_grad()
-        losses[sorted(active)].sum().backward()  # type: ignore[no-untyped-call]
+        losses[sorted(active)].sum().backward()
         optimizer.step()
         schedule.step()
     for number in active:

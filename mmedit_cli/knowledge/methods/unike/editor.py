@@ -292,7 +292,8 @@ class Unike(TrainedEditor):
         noise = noise * length / width**0.5
         squares = places.square()
         keys = places + noise
-        return keys / squares.sum(1, keepdim=True)
+        scaled: Tensor = keys / squares.sum(1, keepdim=True)
+        return scaled
 
     def _moved(self, new: Neurons, decoder: Tensor | None) -> dict[str, Tensor]:
         """Return neurons whose values are moved towards what is true (eq. 6): the same for each of a layer."""

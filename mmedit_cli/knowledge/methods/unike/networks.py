@@ -253,4 +253,5 @@ def blend(output: Tensor, known: Tensor, share: Tensor) -> Tensor:
     direction = F.normalize(known, dim=-1)
     turned = direction * length
     share = share[..., None]
-    return output + share * (turned - output)
+    mixed: Tensor = output + share * (turned - output)
+    return mixed

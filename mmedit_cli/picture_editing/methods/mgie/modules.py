@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -47,7 +49,7 @@ class MGIEEditHead(ModelMixin, ConfigMixin):
     the visual tokens, which are part of this module.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         d_llm: int = 4096,
@@ -59,7 +61,11 @@ class MGIEEditHead(ModelMixin, ConfigMixin):
         d_feedforward: int = 2048,
     ) -> None:
         super().__init__()
-        shape = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        shape: dict[str, Any] = {
+            "dropout": 0.0,
+            "batch_first": True,
+            "norm_first": True,
+        }
         encoder = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(d_model, heads, d_feedforward, **shape),
             layers,

@@ -281,11 +281,12 @@ def _llava(parts: PublishedMgie, guidance: MllmFile) -> tuple[Any, Any]:
             parts.vision, trust_remote_code=False, backend="pil", **local
         )
     tokenizer.add_tokens([_PATCH, _START, _END], special_tokens=True)
+    image_token_id: Any = tokenizer.convert_tokens_to_ids(_PATCH)
     config = _llava_config(
         published_config,
         tower.config.to_dict(),
         vocab_size=len(guidance.embed),
-        image_token_id=tokenizer.convert_tokens_to_ids(_PATCH),
+        image_token_id=image_token_id,
     )
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)

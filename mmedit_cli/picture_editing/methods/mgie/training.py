@@ -163,8 +163,8 @@ class MgieTraining:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser, with a learning rate of its own for the denoiser."""
-        in_unet = []
-        others = []
+        in_unet: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.trained.items():
             group = in_unet if name.startswith("unet.") else others
             group.append(parameter)
@@ -449,7 +449,8 @@ class MgieTraining:
         if self.processes.rank or self.step <= self.looked:
             return False
         at_end = self.step == self.hp.steps
-        return at_end or self.step % self.hp.validate_every == 0
+        at_interval: bool = self.step % self.hp.validate_every == 0
+        return at_end or at_interval
 
     def _step(self) -> None:
         for group in self.optimizer.param_groups:

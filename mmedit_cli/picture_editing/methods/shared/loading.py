@@ -174,7 +174,8 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             dtype="float32",
         )
-    rows = encoder.get_input_embeddings().weight.shape[0]
+    embedding: Any = encoder.get_input_embeddings()
+    rows = len(embedding.weight)
     check_vocabulary(tokenizer, rows, folder / "tokenizer")
     cap_length(tokenizer, encoder)
     return tokenizer, encoder.eval()
