@@ -79,26 +79,7 @@ COMMANDS = ("commands", "kinds")
 
 
 # Syntax nodes a line of a function (`scripts/measure_house.py`): of a file at most, and of the package in the middle.
-DENSEST, MIDDLE = 14, 9.1
-STILL_DENSER = {  # files that are still to be unfolded; a figure here only ever goes down
-    "drawing/covariance.py": 14.4,
-    "drawing/evaluation/concepts.py": 15.9,
-    "drawing/evaluation/picture_scores.py": 15.8,
-    "drawing/methods/multi_melo_diffusion/personalizer.py": 14.9,
-    "drawing/methods/perfusion/personalizer.py": 14.5,
-    "drawing/methods/perfusion/rank_one.py": 15.8,
-    "drawing/models/canvas.py": 19.7,
-    "drawing/workflow/concepts.py": 15.0,
-    "drawing/workflow/evaluation.py": 14.3,
-    "picture_editing/data/emojikb_edits.py": 16.4,
-    "picture_editing/evaluation/artists.py": 14.6,
-    "picture_editing/evaluation/lpips.py": 14.5,
-    "picture_editing/methods/instruct_pix2pix.py": 17.4,
-    "picture_editing/methods/mgie/guide.py": 14.8,
-    "picture_editing/methods/mgie/modules.py": 15.0,
-    "picture_editing/methods/mgie/training.py": 14.6,
-    "picture_editing/methods/shared/loading.py": 14.7,
-}
+DENSEST, MIDDLE = 14, 9.0
 
 
 def part_of(path):
@@ -157,11 +138,10 @@ def test_functions_are_not_folded():
     too_dense = {}
     for place, found in densities.items():
         high = percentile(found, 0.95)
-        if high > STILL_DENSER.get(place, DENSEST):
+        if high > DENSEST:
             too_dense[place] = round(high, 1)
     assert too_dense == {}
     assert statistics.median(chain.from_iterable(densities.values())) <= MIDDLE
-    assert set(STILL_DENSER) <= set(densities), "an exception for a file that is gone"
 
 
 def test_methods_share_through_the_room_for_what_is_shared():

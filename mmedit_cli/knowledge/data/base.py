@@ -164,12 +164,17 @@ def read_data(
         if limit is not None and len(cases) + len(problems) >= limit:
             break
     lines = _most(problems, data) + pictures.problems(str(data))
+    hint = layout if pictures.missing and not problems else record_form
     if lines:
-        hint = layout if pictures.missing and not problems else record_form
         raise DataError(lines, hint)
     if not cases:
-        hint = layout if pictures.missing else record_form
         raise DataError(f"{data}: no cases in it", hint)
+    selection = _selection(options, template) | pictures.skipped()
+    return Data(name, cases, selection)
+
+
+def _selection(options: DataOptions, template: str) -> dict[str, Any]:
+    """Return what a report says of the way the cases were chosen and written."""
     selection: dict[str, Any] = {}
     if template:
         selection["template"] = template
@@ -177,7 +182,7 @@ def read_data(
         selection["subset"] = Path(options.subset).name
     if options.skip_long:
         selection["skip_long"] = True
-    return Data(name, cases, selection | pictures.skipped())
+    return selection
 
 
 def _name_of(path: Path) -> str:

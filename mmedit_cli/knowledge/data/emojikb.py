@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
@@ -177,6 +177,10 @@ def collect(split: Split, folder: Path, digests: dict[str, str]) -> list[str]:
     return missing
 
 
+# concept, type of question, and the colour where it matters
+Fact = tuple[str, str, str]
+
+
 def question_types(folder: Path) -> dict[str, str]:
     """Map every wording of a question about a picture to its type."""
     path = folder / "templates.json"
@@ -188,7 +192,7 @@ def question_types(folder: Path) -> dict[str, str]:
     return types
 
 
-def fact_of(query: Json, types: dict[str, str]) -> tuple[str, str, str] | None:
+def fact_of(query: Json, types: dict[str, str]) -> Fact | None:
     """The fact about a picture that a query is about: concept, type, and the colour where it matters."""
     if "image" not in query:
         return None
@@ -202,7 +206,16 @@ def clashes(
     split: Split, types: dict[str, str]
 ) -> tuple[list[str], list[str], list[str]]:
     """Edits that contradict each other; probes that ask what another edit changes; repeated ids and requests."""
-    edited: dict[tuple[str, str, str], tuple[str, str]] = {}
+    edited, contradictory = _edited_facts(split, types)
+    spoilt = _spoilt_probes(split, types, edited)
+    return contradictory, spoilt, _repeated_names(split)
+
+
+def _edited_facts(
+    split: Split, types: dict[str, str]
+) -> tuple[dict[Fact, tuple[str, str]], list[str]]:
+    """Return target and place of the first edit of each fact, and the edits that contradict one."""
+    edited: dict[Fact, tuple[str, str]] = {}
     contradictory = []
     for place, case in split.cases:
         fact = fact_of(case["request"], types)
@@ -212,6 +225,13 @@ def clashes(
         earlier, where = edited.setdefault(fact, (target, place))
         if earlier != target:
             contradictory.append(f"{place}: {target!r}, but {where} says {earlier!r}")
+    return edited, contradictory
+
+
+def _spoilt_probes(
+    split: Split, types: dict[str, str], edited: Mapping[Fact, tuple[str, str]]
+) -> list[str]:
+    """Return the probes that ask what an edit of another case changes."""
     spoilt = []
     for place, case in split.cases:
         for column, query in queries(case):
@@ -223,6 +243,11 @@ def clashes(
             target, where = edited[fact]
             if target != query["target"]:
                 spoilt.append(f"{place}: {column}: {where} edits what is asked here")
+    return spoilt
+
+
+def _repeated_names(split: Split) -> list[str]:
+    """Return the ids and requests that more than one case has."""
     names: Counter[str] = Counter()
     for _, case in split.cases:
         names.update([case["id"], json.dumps(case["request"])])
@@ -230,7 +255,7 @@ def clashes(
     for name, count in names.items():
         if count > 1:
             repeated.append(f"{name} stands {count} times")
-    return contradictory, spoilt, repeated
+    return repeated
 
 
 def check_files(folder: Path) -> list[str]:

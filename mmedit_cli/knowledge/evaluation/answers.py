@@ -12,6 +12,7 @@ from torch import Tensor
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.evaluation.metrics import answer_match, topk_ids
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.types import EditCase, Query
 
 MARGIN = 8  # tokens of a free answer beyond the longest target of its case
@@ -60,12 +61,7 @@ def ask(
         here = [query for query in distinct if (query in top) == everywhere]
         for group in _batches(here, batch_size):
             batch = backbone.batch(group)
-            # the head runs on the positions that are read, and on no other
-            at = batch.predicting
-            if everywhere:
-                at = batch.attention_mask.bool()
-            elif max_new_tokens:
-                at = at | batch.ends
+            at = _positions(batch, everywhere=everywhere, ends=max_new_tokens > 0)
             prefix = backbone.prefix(batch, layer)
             logits = backbone.resume(prefix, at)
             by_row = torch.split(logits, at.sum(1).tolist())
@@ -77,13 +73,11 @@ def ask(
                 if everywhere:
                     ids = topk_ids(by_row[row], top[query]).to("cpu", torch.int32)
                 answers[query] = Answer(None, said, wanted, ids)
-                limit = limit_of(_bare(query)) if max_new_tokens else 0
-                if said != wanted or len(wanted) > limit:
+                if not max_new_tokens or said != wanted:
                     continue
-                # does greedy decoding give the answer that was fed in, and then stop?
                 after = int(by_row[row][-1].argmax())
-                ends = len(wanted) == limit or backbone.stops(after)
-                if ends and _continues(backbone, query):
+                limit = limit_of(_bare(query))
+                if _is_free_answer(backbone, query, wanted, after, limit):
                     texts[_bare(query)] = backbone.decode(wanted)
     if not max_new_tokens:
         return answers
@@ -93,6 +87,36 @@ def ask(
         limits_of_group = [limit_of(question) for question in group]
         generated = backbone.generate(group, max_new_tokens=limits_of_group)
         texts.update(zip(group, generated, strict=True))
+    return _with_texts(answers, texts)
+
+
+def _positions(batch: Batch, *, everywhere: bool, ends: bool) -> Tensor:
+    """Return the positions (B, T) that are read; the head runs on no other."""
+    if everywhere:
+        return batch.attention_mask.bool()
+    if ends:
+        return batch.predicting | batch.ends
+    return batch.predicting
+
+
+def _is_free_answer(
+    backbone: VisionLanguageModel,
+    query: Query,
+    wanted: Sequence[int],
+    after: int,
+    limit: int,
+) -> bool:
+    """Whether greedy decoding gives the answer that was fed in and then stops; `after` is the token behind it."""
+    if len(wanted) > limit:
+        return False
+    ends = len(wanted) == limit or backbone.stops(after)
+    return ends and _continues(backbone, query)
+
+
+def _with_texts(
+    answers: Mapping[Query, Answer], texts: Mapping[Query, str]
+) -> dict[Query, Answer]:
+    """Return the answers with the free answer to each question."""
     found = {}
     for query, answer in answers.items():
         found[query] = replace(answer, text=texts[_bare(query)])

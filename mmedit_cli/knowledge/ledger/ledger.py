@@ -380,7 +380,10 @@ class Ledger(AbstractContextManager["Ledger"]):
             return held
         if not self.rows:
             return {} if self.state is None else self.files.read(self.state)
-        return self._rows(edit for edit in self.edits.values() if edit.active or undone)
+        wanted = list(self.edits.values())
+        if not undone:
+            wanted = [edit for edit in wanted if edit.active]
+        return self._rows(wanted)
 
     def shard_files(self) -> list[Path]:
         """Return the files of tensors, whether a line names them or not."""
@@ -474,8 +477,11 @@ class Ledger(AbstractContextManager["Ledger"]):
     ) -> None:
         """Append an undo or a redo; `tensors` stand for all edits that are active then, where `rows` is false."""
         self._check_writing()
+        active = do == "redo"
         record = {"do": do, "time": _now(), "ids": list(ids)}
-        changed = {i: replace(self.edits[i], active=do == "redo") for i in ids}
+        changed = {}
+        for i in ids:
+            changed[i] = replace(self.edits[i], active=active)
         with self._writing_shards():
             shard = self._write_shard(tensors or {}, (), changed)
             self._append({**record, "shard": shard})
@@ -676,7 +682,8 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def _take_pack(self, ids: Sequence[int], shard: str) -> None:
         """Take over that the rows of some edits are in a new shard now."""
-        for old in {str(self.edits[i].shard) for i in ids}:
+        former = {str(self.edits[i].shard) for i in ids}
+        for old in former:
             del self._shards[old]
             self._replaced.add(old)
         for row, i in enumerate(ids):
