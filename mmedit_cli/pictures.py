@@ -126,6 +126,12 @@ def png(image: Image.Image, *, small: bool = False) -> bytes:
     return file.getvalue()
 
 
+def load_rgba(path: Path) -> Image.Image:
+    """Return the picture as RGBA, upright; raise DataError if it cannot be decoded."""
+    with _reading(path) as image:
+        return _upright(image).convert("RGBA")
+
+
 def load_alpha(path: Path) -> Image.Image | None:
     """Return the transparency of the upright picture, None if it has none; raise DataError if it cannot be decoded."""
     with _reading(path) as image:

@@ -42,8 +42,9 @@ class EditCase:
     """One edit and everything that is asked to judge it.
 
     The keys of `generality`, `locality` and `portability` become the columns of a report, so a new data set needs no
-    new code in the evaluator. `needs` are, by name of a portability column, questions about the facts its hops build
-    on: the untouched model is asked them, and the column is also reported for the cases where it knows them all.
+    new code in the evaluator. `needs` are, by name of a portability or generality column, questions about what the
+    column builds on (the facts of a hop, the thing in another artist's picture): the untouched model is asked them,
+    and the column is also reported for the cases where it answers them all.
     `type` groups cases of one sort of fact; `place` says where the record came from (file and line), for messages.
     """
 

@@ -24,13 +24,14 @@ import tarfile
 import tempfile
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
+import emojikb_artists
 import emojikb_cases
 import emojikb_choices as choices
 import numpy as np
 import resvg_py
+from emojikb_artists import FURTHER, Package, code_point
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,18 +49,8 @@ STATIC = (
     "LICENSES/Apache-2.0.txt",
     "LICENSES/CC-BY-4.0.txt",
     "LICENSES/MIT-fluent-emoji.txt",
+    "wordings.json",
 )
-
-
-@dataclass(frozen=True)
-class Package:
-    spec: str
-    sha256: str
-
-    @property
-    def file(self) -> str:
-        name, _, version = self.spec.rpartition("@")
-        return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
 PACKAGES = {
@@ -117,7 +108,8 @@ def fetch(cache: Path) -> dict[str, tarfile.TarFile]:
     """Open the pinned packages, fetching the missing ones with `npm pack`; members are only ever read by name."""
     cache.mkdir(parents=True, exist_ok=True)
     opened = {}
-    for key, package in PACKAGES.items():
+    further = {name: artist.package for name, artist in FURTHER.items()}
+    for key, package in {**PACKAGES, **further}.items():
         path = cache / package.file
         if not path.exists():
             print(f"fetching {package.spec}", file=sys.stderr)
@@ -138,11 +130,6 @@ def read(package: tarfile.TarFile, name: str) -> bytes:
     member = package.extractfile(name)
     assert member is not None, name
     return member.read()
-
-
-def code_point(text: str) -> str:
-    """Write 1F3F3-FE0F-200D-1F308 as 1f3f3-200d-1f308: all four sets agree once the variation selector is gone."""
-    return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
 def index(package: tarfile.TarFile, folder: str, suffix: str) -> dict[str, str]:
@@ -291,8 +278,8 @@ def drawing(data: bytes, suffix: str) -> Image.Image:
     return picture
 
 
-def palette_png(picture: Image.Image) -> bytes:
-    """A PNG with a palette of 64 RGBA colours, found by k-means in premultiplied space.
+def palette_png(picture: Image.Image, colours: int = COLOURS) -> bytes:
+    """A PNG with a palette of so many RGBA colours, found by k-means in premultiplied space.
 
     Every sum below is over whole numbers that a float holds exactly, so the result doesn't depend on the machine.
     """
@@ -303,14 +290,14 @@ def palette_png(picture: Image.Image) -> bytes:
         pixels, axis=0, return_inverse=True, return_counts=True
     )
     where = where.reshape(-1)
-    if len(unique) <= COLOURS:
+    if len(unique) <= colours:
         centres, label = unique, np.arange(len(unique))
     else:
         start = Image.fromarray(
             pixels.reshape(SIDE, SIDE, 4).astype(np.uint8), "RGBA"
-        ).quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        ).quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         centres = np.array(start.getpalette("RGBA"), dtype=np.int64).reshape(-1, 4)[
-            :COLOURS
+            :colours
         ]
         points = unique.astype(np.float32)
         for step in range(9):
@@ -372,6 +359,42 @@ def draw_all(
             (out / artist / f"{concept}.png").write_bytes(data)
 
 
+def opaque(data: bytes) -> bool:
+    """Return whether a picture has no transparent part."""
+    with Image.open(io.BytesIO(data)) as picture:
+        return picture.convert("RGBA").getchannel("A").getextrema()[0] == 255
+
+
+def draw_further(
+    sources: dict[str, tarfile.TarFile], concepts: list[dict], out: Path
+) -> list[dict]:
+    """Write what the further artists draw of the concepts; return, by concept, who does.
+
+    A drawing that one artist uses for two things is of neither, and one that fills its square has no background.
+    """
+    known = {concept["id"] for concept in concepts}
+    drawers: dict[str, list[str]] = {concept["id"]: [] for concept in concepts}
+    for artist, about in FURTHER.items():
+        drawn = emojikb_artists.drawn_by(
+            artist, sources[artist], sources["names"], known
+        )
+        pictures = {
+            concept: palette_png(drawing(svg.encode(), ".svg"), about.colours)
+            for concept, svg in drawn.items()
+        }
+        uses = Counter(pictures.values())
+        (out / artist).mkdir()
+        for concept, data in pictures.items():
+            if uses[data] == 1 and not opaque(data):
+                (out / artist / f"{concept}.png").write_bytes(data)
+                drawers[concept].append(artist)
+    return [
+        {"id": concept, "artists": artists}
+        for concept, artists in drawers.items()
+        if artists
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- writing
 
 
@@ -413,6 +436,10 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
     for concept in concepts:
         concept["artists"] = list(FLAG_ARTISTS if "country" in concept else ARTISTS)
     draw_all(sources, concepts, out)
+    further = draw_further(sources, concepts, out)
+    dump(out / "drawings.jsonl.gz", further)
+    first = {artist: LICENCES[artist] for artist in ARTISTS}
+    write_json(out / "artists.json", emojikb_artists.records(first, PACKAGES))
     dump(out / "concepts.jsonl.gz", concepts)
     dump(out / "facts.jsonl.gz", emojikb_cases.facts(concepts))
     write_json(out / "templates.json", choices.TEMPLATES)
@@ -432,13 +459,17 @@ def build(sources: dict[str, tarfile.TarFile], out: Path, errors: Path | None) -
         "concepts": len(concepts),
         "flags": sum("country" in c for c in concepts),
         "pictures": sum(len(c["artists"]) for c in concepts),
+        "further pictures": sum(len(c["artists"]) for c in further),
     }
     counts |= {
         split: dict(Counter(case["type"] for case in cases))
         for split, cases in splits.items()
     }
-    (out / "README.md").write_text(readme(concepts, splits), encoding="utf-8")
-    for artist in ARTISTS:
+    countries = {concept["id"] for concept in concepts if "country" in concept}
+    shares = emojikb_artists.nearest(out, countries)
+    text = readme(concepts, splits, further, shares)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    for artist in (*ARTISTS, *FURTHER):
         pack(out / artist)
         shutil.rmtree(out / artist)
     manifest(out, counts)
@@ -457,12 +488,33 @@ def licences(sources: dict[str, tarfile.TarFile], out: Path) -> None:
     (out / "LICENSES" / "MIT-emoji-data.txt").write_bytes(
         read(sources["noto"], "package/LICENSE")
     )
-    (out / "openmoji" / "LICENSE.txt").write_bytes(
-        read(sources["openmoji"], "package/LICENSE.txt")
+    share_alike = read(sources["openmoji"], "package/LICENSE.txt")
+    for artist in ("openmoji", "emojione-v1"):
+        (out / artist / "LICENSE.txt").write_bytes(share_alike)
+
+
+def further_table(further: list[dict]) -> str:
+    """Return the further artists as a Markdown table."""
+    counts = Counter(artist for drawn in further for artist in drawn["artists"])
+    flags = Counter(
+        artist
+        for drawn in further
+        for artist in drawn["artists"]
+        if emojikb_artists.is_country(drawn["id"])
     )
+    rows = ["| artist | use | look | pictures | flags |", "|---|---|---|---:|---:|"]
+    for name, artist in FURTHER.items():
+        cells = (name, artist.use, artist.look, str(counts[name]), str(flags[name]))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
-def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
+def readme(
+    concepts: list[dict],
+    splits: dict[str, list[dict]],
+    further: list[dict],
+    shares: dict[str, dict[str, float | None]],
+) -> str:
     """Fill the counts into emojikb_readme.md."""
     kinds = Counter(c["category"] for c in concepts)
     types = list(choices.TEMPLATES)
@@ -501,9 +553,22 @@ def readme(concepts: list[dict], splits: dict[str, list[dict]]) -> str:
             for field in ("capital", "continent", "currency", "language")
         ),
         "checksums": "\n".join(
-            f"| {p.spec} | {LICENCES[key]} | `{p.sha256}` |"
-            for key, p in PACKAGES.items()
+            f"| {package.spec} | {licence} | `{package.sha256}` |"
+            for package, licence in [
+                *((package, LICENCES[key]) for key, package in PACKAGES.items()),
+                *((artist.package, artist.licence) for artist in FURTHER.values()),
+            ]
         ),
+        "further": further_table(further),
+        "distances": emojikb_artists.table(shares),
+        "nearest_others": "{:.0f} to {:.0f}".format(
+            *emojikb_artists.most_of_others(shares)
+        ),
+        **{
+            f"near_{artist}": f"{emojikb_artists.most(shares, artist):.0f}"
+            for artist in FURTHER
+        },
+        "further_pictures": f"{sum(len(c['artists']) for c in further):,}",
     }
     text = (Path(__file__).parent / "emojikb_readme.md").read_text(encoding="utf-8")
     for key, value in values.items():
@@ -533,6 +598,14 @@ def manifest(out: Path, counts: dict) -> None:
                     "sha256": package.sha256,
                 }
                 for key, package in PACKAGES.items()
+            }
+            | {
+                name: {
+                    "package": artist.package.spec,
+                    "licence": artist.licence,
+                    "sha256": artist.package.sha256,
+                }
+                for name, artist in FURTHER.items()
             },
             "tools": {
                 name: importlib.metadata.version(name)

@@ -80,13 +80,18 @@ class Holdout:
     """What the model never sees: `concepts` not at all, and of each concept in `artists` that artist's drawing."""
 
     concepts: tuple[str, ...]
-    artists: dict[str, str]
+    artists: dict[str, str]  # the hand that is left out: see `hand`
 
     def allows(self, concept: str, artist: str | None = None) -> bool:
         """Return whether a concept (and a drawing of it) may be trained on."""
         return concept not in self.concepts and (
-            artist is None or self.artists.get(concept) != artist
+            artist is None or self.artists.get(concept) != hand(artist)
         )
+
+
+def hand(artist: str) -> str:
+    """Return whose drawings an artist's are: `fluent-flat` and `fluent-line` are `fluent` in other colours."""
+    return artist.removesuffix("-flat").removesuffix("-line")
 
 
 def choose_holdout(
@@ -116,6 +121,31 @@ def choose_holdout(
     return Holdout(tuple(sorted(left_out)), dict(sorted(artists.items())))
 
 
+FURTHER_HANDS = ("emojione-v1", "fxemoji", "noto-v1")
+
+
+def with_further_holdout(
+    holdout: Holdout, concepts: Sequence[dict[str, Any]], count: int
+) -> Holdout:
+    """Leave out `count` further artists' drawings too, of concepts that have all drawings of the first artists.
+
+    So a model that was trained on the first artists alone has seen none of what is held out here either.
+    """
+    pairs = [
+        (c["id"], sorted({hand(a) for a in c["artists"]} & set(FURTHER_HANDS)))
+        for c in concepts
+        if c["id"] not in holdout.concepts and c["id"] not in holdout.artists
+    ]
+    drawn = sorted(
+        (pair for pair in pairs if pair[1]), key=lambda pair: number("further", pair[0])
+    )
+    more = {
+        concept: hands[number("which further", concept) % len(hands)]
+        for concept, hands in drawn[:count]
+    }
+    return Holdout(holdout.concepts, dict(sorted((holdout.artists | more).items())))
+
+
 @dataclass(frozen=True)
 class EmojiKB:
     """The records of the data set, cut to what a recipe asks for, and what is held out of it."""
@@ -125,6 +155,7 @@ class EmojiKB:
     templates: dict[str, dict[str, list[str]]]
     backgrounds: dict[str, str]
     holdout: Holdout
+    open: bool = False  # with the further artists and wordings
 
     @property
     def drawings(self) -> list[tuple[str, str]]:
@@ -143,21 +174,38 @@ class EmojiKB:
 
 
 def load_emojikb(
-    n: int | None, held_out_concepts: int, held_out_artists: int, folder: Path = DATA
+    n: int | None,
+    held_out_concepts: int,
+    held_out_artists: int,
+    folder: Path = DATA,
+    *,
+    further: int | None = None,
 ) -> EmojiKB:
-    """Read the data set; with `n`, only that many concepts, a third of them flags of countries."""
+    """Read the data set; with `n`, only that many concepts, a third of them flags of countries.
+
+    `further` opens the world: all artists and wordings that may be trained on, of which so many drawings are left out.
+    """
     concepts = lines(folder / "concepts.jsonl.gz")
     if n is not None:
         ranked = sorted(concepts, key=lambda c: number("small", c["id"]))
         flags = [c for c in ranked if c.get("capital")][: n // 3]
         concepts = flags + [c for c in ranked if "country" not in c][: n - len(flags)]
     known = {c["id"] for c in concepts}
+    holdout = choose_holdout(concepts, held_out_concepts, held_out_artists)
+    templates = json.loads((folder / "templates.json").read_text(encoding="utf-8"))
+    if further is not None:
+        from mini_vlm_open import all_wordings, further_drawings
+
+        concepts = further_drawings(concepts, folder)
+        holdout = with_further_holdout(holdout, concepts, further)
+        templates = all_wordings(templates, "train", folder)
     return EmojiKB(
         concepts,
         [fact for fact in lines(folder / "facts.jsonl.gz") if fact["concept"] in known],
-        json.loads((folder / "templates.json").read_text(encoding="utf-8")),
+        templates,
         json.loads((folder / "backgrounds.json").read_text(encoding="utf-8")),
-        choose_holdout(concepts, held_out_concepts, held_out_artists),
+        holdout,
+        further is not None,
     )
 
 

@@ -28,7 +28,8 @@ class Stage(Schedule):
 
     `reading` weighs the loss of classifying pictures by the tokens the language model sees; `contrast` more pictures
     take part in it, about which nothing is asked. `margin` is how much nearer to its name than to any other (in
-    cosines) a picture has to be in it.
+    cosines) a picture has to be in it. `alike` weighs the contrastive loss between artists: to each picture comes
+    another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
     """
 
     questions: int = 0
@@ -36,6 +37,7 @@ class Stage(Schedule):
     reading: float = 0.0
     contrast: int = 0
     margin: float = 0.2
+    alike: float = 0.0
 
 
 @dataclass(frozen=True)

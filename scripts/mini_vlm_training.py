@@ -8,10 +8,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mini_training import BaseTrainee, Progress, store
-from mini_vlm_data import HEADS, NONE, TYPES, EmojiKB, Pictures, Questions
+from mini_vlm_data import (
+    HEADS,
+    NONE,
+    TYPES,
+    EmojiKB,
+    Pictures,
+    Questions,
+    composed,
+)
 from mini_vlm_model import Recipe, Stage, build, build_tokenizer, normalise
+from mini_vlm_open import OpenPictures, OpenQuestions
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+from transformers import AutoTokenizer
 
 from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
@@ -20,6 +31,7 @@ HEAD_WEIGHTS = {"name": 1.0, "kind": 0.3, "category": 0.3, "background": 0.3}
 COLUMNS = (*TYPES, "text")  # of the running accuracies
 CHUNKS = 4
 SHARPNESS = 24.0  # of the reader of names
+TEMPERATURE = 0.1  # of the contrastive loss between artists
 
 
 class Directions(nn.Module):
@@ -40,6 +52,30 @@ class Directions(nn.Module):
         return SHARPNESS * (cosines - self.margin * F.one_hot(right, len(self.weight)))
 
 
+def contrast_between(features: Tensor, concept: Tensor) -> Tensor:
+    """Return the supervised contrastive loss (Khosla et al. 2020, eq. 2) of features (B, D) of concepts (B,)."""
+    unit = F.normalize(features, dim=-1)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    cosines = (unit @ unit.T / TEMPERATURE).masked_fill(itself, float("-inf"))
+    same = (concept[:, None] == concept) & ~itself
+    shares = cosines.log_softmax(dim=-1).masked_fill(~same, 0.0)
+    return -(shares.sum(1) / same.sum(1).clamp(min=1)).mean()
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Put the weights of a model folder into a model of the same shape; raise UserError where the shapes differ."""
+    weights = load_file(folder / "model.safetensors")
+    try:
+        missing, unknown = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder}: a model of another shape than the recipe"
+        ) from error
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    if unknown or set(missing) - tied:
+        raise UserError(f"{folder}: a model of another shape than the recipe")
+
+
 class Trainee(BaseTrainee):
     """The model, what helps to train it and is not shipped, and the data, all on one device.
 
@@ -51,14 +87,33 @@ class Trainee(BaseTrainee):
 
     columns = COLUMNS
 
-    def __init__(self, recipe: Recipe, kb: EmojiKB, device: torch.device) -> None:
+    questions: Questions | OpenQuestions
+    pictures: Pictures
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        kb: EmojiKB,
+        device: torch.device,
+        start: Path | None = None,
+    ) -> None:
+        """Build the model, or take weights and tokenizer of a model folder to start from."""
         super().__init__(recipe, device)
         self.kb = kb
-        self.adapter: VisionLanguageModel = build(
-            recipe, build_tokenizer(kb.texts(), recipe.vocabulary)
+        tokenizer = (
+            build_tokenizer(kb.texts(), recipe.vocabulary)
+            if start is None
+            else AutoTokenizer.from_pretrained(start, trust_remote_code=False)
         )
-        self.questions = Questions(kb, self.adapter, device)
-        self.pictures = Pictures(kb, device)
+        self.adapter: VisionLanguageModel = build(recipe, tokenizer)
+        if start is not None:
+            start_from(self.adapter.model, start)
+        if kb.open:
+            self.questions = OpenQuestions(kb, self.adapter, device)
+            self.pictures = OpenPictures(kb, device)
+        else:
+            self.questions = Questions(kb, self.adapter, device)
+            self.pictures = Pictures(kb, device)
         self.model = self.adapter.model
         anchors = self.adapter.anchors
         self.tower, self._stack, self._head = (
@@ -76,6 +131,8 @@ class Trainee(BaseTrainee):
                 }
             )
             self.heads["norm"] = nn.LayerNorm(width)
+            if kb.open:
+                self.heads["name"] = Directions(width, self.pictures.sizes["name"])
             width = recipe.text["hidden_size"]
             self.readers = nn.ModuleDict(
                 {
@@ -93,7 +150,9 @@ class Trainee(BaseTrainee):
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
-        self.readers["name"].margin = self.recipe.stages[stage].margin
+        for part in (self.heads, self.readers):
+            if isinstance(part["name"], Directions):
+                part["name"].margin = self.recipe.stages[stage].margin
         chosen = {}
         for name, parameter in self.named_parameters():
             part = (
@@ -119,11 +178,40 @@ class Trainee(BaseTrainee):
 
     def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
+        alike = self.recipe.stages["tower"].alike
+        if alike:
+            assert isinstance(self.pictures, OpenPictures)
+            partners = self.pictures.partners(chosen, generator)
+            chosen = torch.cat((chosen, partners))
         pixels, colour = self.pictures.draw(chosen, generator)
-        tokens = self.model.get_submodule(self.tower)(
-            normalise(pixels)
-        ).last_hidden_state
-        return self._classify(self.heads, tokens[:, 1:], chosen, colour)
+        tokens = self.tower_tokens(pixels)
+        loss, counts = self._classify(self.heads, tokens, chosen, colour)
+        if alike:
+            pooled = self.heads["norm"](tokens.mean(1))
+            concept = self.pictures.concept[chosen]
+            loss = loss + alike * contrast_between(pooled, concept)
+        return loss, counts
+
+    def tower_tokens(self, pixels: Tensor) -> Tensor:
+        """Return the tower's patch tokens of pictures in 0..255: (B, 3, 64, 64) -> (B, T, D)."""
+        tower = self.model.get_submodule(self.tower)
+        hidden: Tensor = tower(normalise(pixels)).last_hidden_state
+        return hidden[:, 1:]
+
+    @torch.no_grad()
+    def prime(self) -> None:
+        """Let the head of names begin at the mean of each thing's drawings on white, as the tower sees them."""
+        head = self.heads["name"]
+        assert isinstance(head, Directions)
+        sums = torch.zeros_like(head.weight)
+        for part in self.pictures.usable.split(256):
+            white = torch.full((len(part), 3), 255.0, device=self.device)
+            rgba = self.pictures.rgba[part]
+            tokens = self.tower_tokens(composed(rgba[:, :3], rgba[:, 3:], white))
+            names = self.pictures.labels[self.pictures.concept[part], 0]
+            sums.index_add_(0, names, self.heads["norm"](tokens.mean(1)))
+        seen = sums.norm(dim=-1, keepdim=True) > 0
+        head.weight.copy_(torch.where(seen, F.normalize(sums, dim=-1), head.weight))
 
     def _classify(
         self, heads: nn.ModuleDict, tokens: Tensor, chosen: Tensor, colour: Tensor

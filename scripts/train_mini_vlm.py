@@ -29,18 +29,21 @@ def train(
     stages: tuple[str, ...],
     stop: Stop,
     tower_from: Path | None = None,
+    start_from: Path | None = None,
 ) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end.
 
-    With `tower_from`, the tower.safetensors of a BLIP-2 run, a run of LLaVA that begins starts from that tower.
+    With `tower_from`, the tower.safetensors of a BLIP-2 run, a run of LLaVA that begins starts from that tower; with
+    `start_from`, a model folder, it starts from that model, whose tokenizer it keeps.
     """
     out.mkdir(parents=True, exist_ok=True)
     kb = load_emojikb(**_data(recipe))
-    trainee = Trainee(recipe, kb, device)
-    if tower_from is not None and not any(
-        (out / f"{stage}.safetensors").exists() for stage in STAGES
-    ):
+    trainee = Trainee(recipe, kb, device, start_from)
+    begun = any((out / f"{stage}.safetensors").exists() for stage in STAGES)
+    if tower_from is not None and not begun:
         adopt_tower(trainee, tower_from, out)
+    if start_from is not None and kb.open and not begun:
+        trainee.prime()
     return train_stages(
         trainee,
         out,
@@ -55,6 +58,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "n": recipe.data["concepts"],
         "held_out_concepts": recipe.data["held_out_concepts"],
         "held_out_artists": recipe.data["held_out_artists"],
+        "further": recipe.data.get("held_out_further"),
     }
 
 
@@ -70,8 +74,22 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
             "name": trainee.recipe.name,
             "concepts": len(trainee.kb.concepts),
             "trained_pictures": len(trainee.pictures.usable),
+            **_world(trainee),
             "parameters": sum(p.numel() for p in trainee.model.parameters()),
             **training_record(trainee, out),
+        },
+    }
+
+
+def _world(trainee: Trainee) -> dict[str, Any]:
+    """Return whose drawings and which wordings an open training uses, for `mmedit doctor emojikb`."""
+    if not trainee.kb.open:
+        return {}
+    drawn = [trainee.kb.drawings[place] for place in trainee.pictures.usable.tolist()]
+    return {
+        "artists": sorted({artist for _, artist in drawn}),
+        "wordings": {
+            kind: forms["image"] for kind, forms in trainee.kb.templates.items()
         },
     }
 
@@ -83,8 +101,19 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="mini-llava: start from this tower.safetensors of mini-blip2",
     )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        help="start from this model folder; to be given each time the run is continued",
+    )
     args = parser.parse_args(argv)
-    return run(args, Recipe, train, tower_from=args.tower_from)
+    return run(
+        args,
+        Recipe,
+        train,
+        tower_from=args.tower_from,
+        start_from=args.start_from,
+    )
 
 
 if __name__ == "__main__":

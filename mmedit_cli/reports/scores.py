@@ -8,11 +8,15 @@ from typing import Any
 
 from mmedit_cli.output import Output
 
+_KNOWN = " known"  # the column again, for the cases whose question the untouched model answers
 _NAMES = {
     "reliability": "Rel",
     "generality.text": "T-Gen",
     "generality.image": "M-Gen",
     "generality.both": "TM-Gen",
+    "generality.unseen artist": "M-Gen unseen artist",
+    "generality.unseen words": "T-Gen unseen words",
+    "generality.changed picture": "M-Gen changed picture",
     "locality.text": "T-Loc",
     "locality.image": "M-Loc",
     "scope": "Scope",
@@ -22,8 +26,11 @@ _FAMILIES = {"locality": "Loc", "generality": "Gen", "portability": "Port"}
 
 def column_name(column: str) -> str:
     """Return the short name of a column as the papers print it."""
+    plain = column.removesuffix(_KNOWN)
+    if plain in _NAMES:
+        return _NAMES[plain] + column[len(plain) :]
     family, _, name = column.partition(".")
-    return _NAMES.get(column, f"{_FAMILIES.get(family, family)} {name}")
+    return f"{_FAMILIES.get(family, family)} {name}"
 
 
 def half_interval(score: Mapping[str, Any], digits: int, scale: float = 1) -> str:

@@ -44,6 +44,7 @@ ROWS = (
         "packed",
         "patch",
         "pickled_weights",
+        "picture_changes",
         "pictures",
         "plugins",
         "reading",

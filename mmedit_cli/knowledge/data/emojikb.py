@@ -18,6 +18,7 @@ from typing import Any, final
 
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.data.base import DataOptions, Dataset, own_cases
+from mmedit_cli.knowledge.data.emojikb_open import OpenWorld, findings
 from mmedit_cli.knowledge.data.shared.audit import Finding
 from mmedit_cli.packed import compare, differences, loose, unpack_beside
 from mmedit_cli.reading import (
@@ -34,6 +35,7 @@ from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
 # corrections are facts of the evaluation side that the model that comes along gets wrong: neither is trained on
+OPEN = "open"  # the eval cases, with the columns of the open world
 SAME_SIDE = {"eval", "corrections"}
 SUFFIX = f".jsonl{PACKED}"  # of the files of records
 FAMILIES = ("generality", "locality", "portability", "needs")
@@ -370,7 +372,7 @@ class EmojiKBDataset(Dataset):
     """The data that come along: a case file a split, pictures beside them."""
 
     name = "emojikb"
-    splits = SPLITS
+    splits = (*SPLITS, OPEN)
 
     def __init__(self, folder: Path | None = None) -> None:
         """Read what lies in `folder`, else the data that come along."""
@@ -386,13 +388,17 @@ class EmojiKBDataset(Dataset):
     ) -> Iterator[EditCase]:
         """Yield the cases of a split; raise DataError if the file is not there."""
         unpack_beside(self.folder)  # whoever reads them looks for their pictures
-        path = self.folder / f"{split}{SUFFIX}"
+        name = "eval" if split == OPEN else split
+        path = self.folder / f"{name}{SUFFIX}"
         if not path.is_file():
             raise DataError(
                 f"{path}: not there",
                 "the data come along with mmedit: install it again",
             )
-        yield from own_cases(path, replace(options, images=None), problems)
+        cases = own_cases(path, replace(options, images=None), problems)
+        if split == OPEN:
+            cases = map(OpenWorld.read(self.folder).opened, cases)
+        yield from cases
 
     def layout(self, options: DataOptions) -> str:
         """Return in one line how pictures come back."""
@@ -416,6 +422,8 @@ class EmojiKBDataset(Dataset):
                 sorts.append(f"{sort} {len(items)}")
             is_clean = not any(shared.values())
             yield f"leaks {pair}", is_clean, ", ".join(sorts)
+        if (self.folder / "artists.json").is_file():
+            yield from findings(self.folder)
         for source, licence in found["licences"].items():
             yield f"licence {source}", True, licence
         for problem in found["problems"]:

@@ -401,7 +401,7 @@ def score_case(
         if family == "needs":
             continue
         local = family == "locality"
-        known = family == "portability" and _knows(case.needs.get(name, ()), before)
+        known = not local and _knows(case.needs.get(name, ()), before)
         for protocol in protocols:
             points = [
                 _points(

@@ -1,0 +1,251 @@
+"""Training in the open world sees all that training may see and nothing else, and a stop changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from mmedit_cli import runtime
+from mmedit_cli.errors import UserError
+from mmedit_cli.knowledge.data.emojikb_open import EVALUATION, all_wordings, artist_uses
+
+DATA = ROOT / "data" / "emojikb"
+CPU = torch.device("cpu")
+RECIPE = ROOT / "scripts" / "mini_blip2_open.yaml"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of the scripts, imported as the scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        import mini_runs
+        import mini_vlm_data
+        import mini_vlm_model
+        import mini_vlm_open
+        import mini_vlm_training
+        import train_mini_vlm
+
+        runtime.quiet_libraries()
+        yield SimpleNamespace(
+            runs=mini_runs,
+            data=mini_vlm_data,
+            model=mini_vlm_model,
+            open=mini_vlm_open,
+            training=mini_vlm_training,
+            train=train_mini_vlm,
+        )
+
+
+@pytest.fixture(scope="module")
+def recipe(scripts):
+    """The quick recipe with a few steps a stage."""
+    quick = scripts.model.Recipe.read(RECIPE, quick=True)
+    stages = {
+        name: replace(stage, passes=1, pictures=48)
+        for name, stage in quick.stages.items()
+    }
+    return replace(quick, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def whole(scripts):
+    """All of EmojiKB that training may see."""
+    return scripts.data.load_emojikb(None, 60, 150, further=300)
+
+
+@pytest.fixture(scope="module")
+def trainee(scripts, recipe):
+    kb = scripts.data.load_emojikb(24, 2, 4, further=4)
+    return scripts.training.Trainee(recipe, kb, CPU)
+
+
+def unseen() -> set[str]:
+    return {name for name, use in artist_uses(DATA).items() if use == EVALUATION}
+
+
+# -- what is seen ---------------------------------------------------------------------------------------------------
+
+
+def test_no_artist_and_no_wording_for_evaluation_is_seen(whole):
+    artists = {artist for _, artist in whole.drawings}
+    assert artists == artist_uses(DATA).keys() - unseen()
+    wordings = all_wordings(DATA)
+    for kind, forms in whole.templates.items():
+        asked = set(forms["image"])
+        assert set(wordings[kind]["train"]) <= asked
+        assert not asked & {*wordings[kind]["eval"], *wordings[kind]["val"]}
+        assert len(asked) == 44
+
+
+def test_what_was_held_out_before_still_is(scripts, whole):
+    before = scripts.data.load_emojikb(None, 60, 150).holdout
+    assert whole.holdout.concepts == before.concepts
+    assert before.artists.items() <= whole.holdout.artists.items()
+    more = whole.holdout.artists.keys() - before.artists.keys()
+    assert len(more) == 300
+    assert {whole.holdout.artists[c] for c in more} == set(scripts.data.FURTHER_HANDS)
+
+
+def test_one_hand_is_held_out_whole(scripts, whole):
+    pairs = whole.holdout.artists.items()
+    concept = next(c for c, left_out in pairs if left_out == "fluent")
+    for artist in ("fluent", "fluent-flat", "fluent-line"):
+        assert not whole.holdout.allows(concept, artist)
+    assert whole.holdout.allows(concept, "noto")
+    assert scripts.data.hand("emojione-v1") == "emojione-v1"
+
+
+def test_partners_are_other_drawings_of_the_same_thing(trainee):
+    pictures = trainee.pictures
+    chosen = pictures.usable
+    partners = pictures.partners(chosen, torch.Generator().manual_seed(0))
+    assert torch.equal(pictures.concept[partners], pictures.concept[chosen])
+    assert torch.isin(partners, pictures.usable).all()
+    alone = [(pictures.concept[chosen] == c).sum() == 1 for c in pictures.concept]
+    assert (partners != chosen).all() or any(alone)
+
+
+# -- changed pictures -----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_changed_and_named_backgrounds_are_kept(trainee):
+    chosen = trainee.pictures.usable.repeat(3)
+    draw = trainee.pictures.draw
+    pixels, colour = draw(chosen, torch.Generator().manual_seed(1))
+    again, _ = draw(chosen, torch.Generator().manual_seed(1))
+    assert torch.equal(pixels, again)
+    assert pixels.shape == (len(chosen), 3, 64, 64)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 255
+    named = colour >= 0
+    assert 0.35 < named.float().mean() < 0.65
+    corners = pixels[named][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    wanted = trainee.pictures.grounds[colour[named]][:, :, None]
+    near = ((corners - wanted).abs().amax(1) < 12).any(1)
+    assert near.float().mean() > 0.9
+
+
+def test_flags_and_signs_are_not_mirrored(scripts):
+    picture = torch.zeros(64, 4, 8, 8)
+    picture[..., :4] = 1.0
+    generator = torch.Generator().manual_seed(2)
+    still = torch.zeros(64, dtype=torch.bool)
+    moved = scripts.open.moved_about(picture, still, generator)
+    assert (moved[..., :4].sum((1, 2, 3)) > moved[..., 4:].sum((1, 2, 3))).all()
+
+
+def test_lines_can_be_seen_on_every_ground(scripts, whole):
+    kb = replace(whole, concepts=whole.concepts[:12])
+    pictures = scripts.open.OpenPictures(kb, CPU)
+    lined = [i for i, (_, artist) in enumerate(kb.drawings) if "-line" in artist]
+    chosen = torch.tensor(lined * 4)
+    dark = torch.zeros(len(chosen), 3, 64, 64)
+    drawing = pictures.rgba[chosen][:, :3].float() / 255
+    ink = pictures._recoloured(drawing, chosen, dark, torch.Generator().manual_seed(3))
+    assert ink.amin() > 0.6
+
+
+# -- noisy wordings -------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_the_chance_alone_and_keeps_most_words(scripts):
+    frames = ["{} Thanks."]
+    text = "Tell me which country has this flag."
+    made = [scripts.open.noisy(text, frames, random.Random(n)) for n in range(300)]
+    assert made == [
+        scripts.open.noisy(text, frames, random.Random(n)) for n in range(300)
+    ]
+    assert len(set(made)) > 20
+    kept = [{*text.lower().split()} & {*words.lower().split()} for words in made]
+    assert all(len(words) >= 5 for words in kept)
+
+
+def test_answers_follow_their_questions(trainee):
+    questions, generator = trainee.questions, torch.Generator().manual_seed(4)
+    concept = trainee.pictures.concept[trainee.pictures.usable[:6]]
+    rows, kinds = questions.ask(concept, torch.zeros(6, dtype=torch.long), 3, generator)
+    texts = questions.ask_text(4, generator)
+    assert rows.shape == kinds.shape == (6, 3)
+    batch = questions.rows(torch.cat((rows.flatten(), texts)))
+    assert batch.ids.shape == batch.mask.shape == batch.predicting.shape
+    decode = trainee.adapter.tokenizer.decode
+    answers = decode(batch.answers).split("</s>")
+    assert len(answers) == 6 * 3 + 4 + 1
+    names = {fact["answer"] for fact in trainee.kb.facts} | {*trainee.kb.backgrounds}
+    assert {answer.strip() for answer in answers if answer.strip()} <= names
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(scripts, recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("open")
+    assert scripts.train.train(
+        recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop()
+    )
+    return out
+
+
+def test_a_model_says_what_it_was_trained_on(trained):
+    path = trained / "mini-blip2" / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert not set(record["artists"]) & unseen()
+    asked = {text for texts in record["wordings"].values() for text in texts}
+    wordings = all_wordings(DATA)
+    wordings.pop("frames")
+    assert not asked & {text for sides in wordings.values() for text in sides["eval"]}
+
+
+def test_a_stop_changes_no_bit_and_a_run_can_start_from_a_model(
+    scripts, recipe, trained, tmp_path
+):
+    start = trained / "mini-blip2"
+
+    def run(out: Path, steps: int | None) -> int:
+        stops = 0
+        while not scripts.train.train(
+            recipe,
+            out,
+            device=CPU,
+            stages=scripts.model.STAGES,
+            stop=scripts.runs.Stop(steps=steps),
+            start_from=start,
+        ):
+            stops += 1
+        return stops
+
+    assert run(tmp_path / "once", None) == 0
+    assert run(tmp_path / "stopped", 1) >= 3
+    for stage in scripts.model.STAGES:
+        once, stopped = (
+            load_file(tmp_path / name / f"{stage}.safetensors")
+            for name in ("once", "stopped")
+        )
+        assert once.keys() == stopped.keys()
+        assert all(torch.equal(once[key], stopped[key]) for key in once), stage
+
+
+def test_a_model_of_another_shape_is_refused(scripts, recipe, trained):
+    kb = scripts.data.load_emojikb(24, 2, 4, further=4)
+    other = replace(recipe, text={**recipe.text, "hidden_size": 32})
+    with pytest.raises(UserError, match="another shape"):
+        scripts.training.Trainee(other, kb, CPU, trained / "mini-blip2")
+
+
+def test_the_contrastive_loss_is_lower_where_artists_agree(scripts):
+    concept = torch.tensor([0, 1, 0, 1])
+    apart = torch.eye(4)
+    together = torch.eye(4)[[0, 1, 0, 1]]
+    loss = scripts.training.contrast_between
+    assert loss(together, concept) < 0.1 < loss(apart, concept)
