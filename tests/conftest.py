@@ -18,7 +18,12 @@ os.environ.pop("MMEDIT_DATA", None)
 
 import signal
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +33,17 @@ from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import Query
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def imported_scripts(**modules: str) -> Iterator[SimpleNamespace]:
+    """Import modules of `scripts/` as the scripts do, each under a short name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        found = {short: import_module(name) for short, name in modules.items()}
+        yield SimpleNamespace(**found)
+
+
 SHAPES = ROOT / "tests" / "data" / "shapes"
 GOLDEN = ROOT / "tests" / "golden"
 ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"

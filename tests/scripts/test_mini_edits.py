@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported_scripts
 from PIL import Image
 
 from mmedit_cli import registry
@@ -31,15 +29,12 @@ APPLE = "data/emojikb/noto/1f34e.png"
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        import pack_mini_mgie
-        import score_mini_edits
-        import train_artist_classifier
-
-        yield SimpleNamespace(
-            pack=pack_mini_mgie, score=score_mini_edits, artists=train_artist_classifier
-        )
+    with imported_scripts(
+        pack="pack_mini_mgie",
+        score="score_mini_edits",
+        artists="train_artist_classifier",
+    ) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module", params=EDITORS)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported_scripts
 from safetensors.torch import load_file
 
 from mmedit_cli import runtime
@@ -22,20 +20,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        import mini_ip2p_training
-        import mini_runs
-        import mini_sd_model
-        import train_mini_ip2p
-
+    with imported_scripts(
+        model="mini_sd_model",
+        runs="mini_runs",
+        train="train_mini_ip2p",
+        training="mini_ip2p_training",
+    ) as modules:
         runtime.quiet_libraries()
-        yield SimpleNamespace(
-            model=mini_sd_model,
-            runs=mini_runs,
-            train=train_mini_ip2p,
-            training=mini_ip2p_training,
-        )
+        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported_scripts
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,26 +25,17 @@ RECIPE = ROOT / "scripts" / "mini_sd.yaml"
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        import mini_runs
-        import mini_sd_data
-        import mini_sd_model
-        import mini_sd_training
-        import mini_training
-        import score_mini_sd
-        import train_mini_sd
-
+    with imported_scripts(
+        common="mini_training",
+        runs="mini_runs",
+        data="mini_sd_data",
+        model="mini_sd_model",
+        training="mini_sd_training",
+        score="score_mini_sd",
+        train="train_mini_sd",
+    ) as modules:
         runtime.quiet_libraries()
-        yield SimpleNamespace(
-            common=mini_training,
-            runs=mini_runs,
-            data=mini_sd_data,
-            model=mini_sd_model,
-            training=mini_sd_training,
-            score=score_mini_sd,
-            train=train_mini_sd,
-        )
+        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported_scripts
 from safetensors.torch import load_file
 
 from mmedit_cli import runtime
@@ -31,26 +29,17 @@ RECIPES = ("mini_blip2", "mini_llava")
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        import mini_runs
-        import mini_training
-        import mini_vlm_data
-        import mini_vlm_model
-        import mini_vlm_training
-        import score_mini_vlm
-        import train_mini_vlm
-
+    with imported_scripts(
+        common="mini_training",
+        runs="mini_runs",
+        data="mini_vlm_data",
+        model="mini_vlm_model",
+        training="mini_vlm_training",
+        score="score_mini_vlm",
+        train="train_mini_vlm",
+    ) as modules:
         runtime.quiet_libraries()
-        yield SimpleNamespace(
-            common=mini_training,
-            runs=mini_runs,
-            data=mini_vlm_data,
-            model=mini_vlm_model,
-            training=mini_vlm_training,
-            score=score_mini_vlm,
-            train=train_mini_vlm,
-        )
+        yield modules
 
 
 def short(scripts, name: str, **passes: int):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported_scripts
 from safetensors.torch import load_file
 
 from mmedit_cli import runtime
@@ -26,24 +24,16 @@ RECIPE = ROOT / "scripts" / "mini_blip2_open.yaml"
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        import mini_runs
-        import mini_vlm_data
-        import mini_vlm_model
-        import mini_vlm_open
-        import mini_vlm_training
-        import train_mini_vlm
-
+    with imported_scripts(
+        runs="mini_runs",
+        data="mini_vlm_data",
+        model="mini_vlm_model",
+        open="mini_vlm_open",
+        training="mini_vlm_training",
+        train="train_mini_vlm",
+    ) as modules:
         runtime.quiet_libraries()
-        yield SimpleNamespace(
-            runs=mini_runs,
-            data=mini_vlm_data,
-            model=mini_vlm_model,
-            open=mini_vlm_open,
-            training=mini_vlm_training,
-            train=train_mini_vlm,
-        )
+        yield modules
 
 
 @pytest.fixture(scope="module")

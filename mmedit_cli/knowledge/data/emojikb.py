@@ -18,7 +18,7 @@ from typing import Any, final
 
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.data.base import DataOptions, Dataset, own_cases
-from mmedit_cli.knowledge.data.emojikb_open import OpenWorld, findings
+from mmedit_cli.knowledge.data.emojikb_open import OpenWorld, findings, records_file
 from mmedit_cli.knowledge.data.shared.audit import Finding
 from mmedit_cli.packed import compare, differences, loose, unpack_beside
 from mmedit_cli.reading import (
@@ -389,12 +389,7 @@ class EmojiKBDataset(Dataset):
         """Yield the cases of a split; raise DataError if the file is not there."""
         unpack_beside(self.folder)  # whoever reads them looks for their pictures
         name = "eval" if split == OPEN else split
-        path = self.folder / f"{name}{SUFFIX}"
-        if not path.is_file():
-            raise DataError(
-                f"{path}: not there",
-                "the data come along with mmedit: install it again",
-            )
+        path = records_file(self.folder, name)
         cases = own_cases(path, replace(options, images=None), problems)
         if split == OPEN:
             cases = map(OpenWorld.read(self.folder).opened, cases)

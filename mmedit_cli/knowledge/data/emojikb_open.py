@@ -286,10 +286,15 @@ def _trained_models() -> Iterator[tuple[str, Json]]:
         yield path.parent.name, read_json_object(path).values
 
 
-def _lines(folder: Path, name: str) -> Iterator[Any]:
+def records_file(folder: Path, name: str) -> Path:
+    """Return a file of records of EmojiKB; raise DataError if it is not there."""
     path = folder / f"{name}.jsonl{PACKED}"
     if not path.is_file():
         raise DataError(
             f"{path}: not there", "the data come along with mmedit: install it again"
         )
-    return read_json_lines(path)
+    return path
+
+
+def _lines(folder: Path, name: str) -> Iterator[Any]:
+    return read_json_lines(records_file(folder, name))
