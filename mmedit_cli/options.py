@@ -250,19 +250,19 @@ def named_drawing(model: str | None, out: Output) -> str:
     return default_model(DRAWING_DEFAULTS)
 
 
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Read whole numbers separated by commas, each once and in their order; raise UserError for anything else."""
+def numbers(
+    text: str, option: str, *, example: str = "1,10,100", once: bool = True
+) -> tuple[int, ...]:
+    """Read whole numbers separated by commas, in their order and each `once`; raise UserError for anything else."""
     try:
-        found = tuple(
-            dict.fromkeys(int(part) for part in text.split(",") if part.strip())
-        )
+        found = tuple(int(part) for part in text.split(",") if part.strip())
         if found and max(map(abs, found)) < 2**63:
-            return found
+            return tuple(dict.fromkeys(found)) if once else found
     except ValueError:
         pass
     raise UserError(
         f"{option} {text}: not whole numbers separated by commas",
-        f"e.g. {option} 1,10,100",
+        f"e.g. {option} {example}",
     )
 
 

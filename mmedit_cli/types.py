@@ -45,7 +45,8 @@ class EditCase:
     new code in the evaluator. `needs` are, by name of a portability or generality column, questions about what the
     column builds on (the facts of a hop, the thing in another artist's picture): the untouched model is asked them,
     and the column is also reported for the cases where it answers them all.
-    `type` groups cases of one sort of fact; `place` says where the record came from (file and line), for messages.
+    `type` groups cases of one sort of fact; `concept` is what the case is about, where the data say so: cases of one
+    concept are not independent. `place` says where the record came from (file and line), for messages.
     """
 
     uid: str
@@ -56,6 +57,7 @@ class EditCase:
     needs: Probes = field(default_factory=dict)
     type: str = ""
     place: str = ""
+    concept: str = ""
 
     def columns(self) -> Iterator[tuple[str, tuple[Query, ...]]]:
         """Yield (column, queries), the request first: `reliability`, `generality.<name>`, ..., `needs.<name>`."""

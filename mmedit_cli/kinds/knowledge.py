@@ -63,6 +63,24 @@ def evaluate(
     overrides: options.Overrides = None,
     checkpoint: options.Checkpoint = None,
     seed: options.Seed = 0,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Several seeds, a run each: 0,1,2. The report has the spread over runs.",
+            show_default=False,
+        ),
+    ] = None,
+    orders: Annotated[
+        int,
+        typer.Option(help="Orders of the cases, a run each: that of the data first."),
+    ] = 1,
+    intervals_by: Annotated[
+        str | None,
+        typer.Option(
+            help="What is independent: concept or case. [default: concept where the data name them]",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -82,12 +100,14 @@ def evaluate(
       mmedit eval ft --model tiny-blip2 --data tests/data/shapes --sequential 8 --report-at 1,8
 
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
+
+      mmedit eval liveedit --sequential 100 --limit 200 --seeds 0,1,2 --orders 3
     """
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.evaluation.protocol import Protocol, milestones
     from mmedit_cli.knowledge.trained_networks import default_editor
-    from mmedit_cli.knowledge.workflow import evaluation
+    from mmedit_cli.knowledge.workflow import evaluation, repeated
     from mmedit_cli.reports import show
 
     out = Output(as_json=as_json)
@@ -123,11 +143,22 @@ def evaluate(
         seed=seed,
         records=records,
         force=force,
+        intervals_by=intervals_by,
     )
+    repetitions = repeated.Repetitions(_seeds(seed, seeds), orders)
     if dry_run:
-        show.plan(out, evaluation.plan_evaluation(request).describe())
+        show.plan(out, repeated.described(request, repetitions))
     else:
-        show.report(out, evaluation.evaluate(request, out))
+        show.report(out, repeated.evaluate_repeatedly(request, repetitions, out))
+
+
+def _seeds(seed: int, several: str | None) -> tuple[int, ...]:
+    """Return the seeds of the runs; raise UserError for --seeds that cannot be read, or beside --seed."""
+    if several is None:
+        return (seed,)
+    if seed:
+        raise UserError(f"--seed {seed} and --seeds {several}: give one of the two")
+    return options.numbers(several, "--seeds", example="0,1,2", once=False)
 
 
 def train(

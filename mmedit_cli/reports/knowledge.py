@@ -38,6 +38,7 @@ def print_scores(out: Output, report: Mapping[str, Any]) -> None:
             out.line(
                 f"  the last {short} cases made a shorter group of their own: in --json"
             )
+        _print_runs(out, report)
         protocols = milestones[0]["scores"]
         _print_retention(out, report["retention"], next(iter(protocols)))
         if "unmoved" in report:
@@ -83,13 +84,59 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
 def _print_head(out: Output, report: Mapping[str, Any]) -> None:
     """Print what was evaluated: editor, model, data, networks, and settings that do not count."""
     head = f"{report['editor']} on {report['model']['name']}, {report['data']['name']}"
-    out.line(f"{head}: mean in % ± 95 % interval")
+    out.line(f"{head}: mean in % ± {_what_is_shown(report)}")
     for line in _selection(report["data"]):
         out.line(line)
     print_networks(out, report)
     if "ignored_settings" in report:
         ignored = described(report["ignored_settings"])
         out.line(f"answers are greedy; the model's own settings are ignored: {ignored}")
+
+
+def _what_is_shown(report: Mapping[str, Any]) -> str:
+    """Say what stands behind a mean: the interval, and over several runs their standard deviation."""
+    said = "95 % interval"
+    if report.get("intervals", {}).get("by") == "concept":
+        said += f" over {report['intervals']['concepts']:,} concepts"
+    if "runs" in report:
+        said += f", sd over {len(report['runs'])} runs"
+    return said
+
+
+def _print_runs(out: Output, report: Mapping[str, Any]) -> None:
+    """Print how the last milestone differs between runs, and which runs these are; nothing for a single one."""
+    if "runs" not in report:
+        return
+    milestones, _ = _whole_groups(report["milestones"])
+    last = milestones[-1]
+    rows, sections = _spread_rows(last["scores"])
+    out.line()
+    heads = ["mean of runs", "sd", "min", "max"]
+    out.table(
+        ["protocol", f"after {last['edits']}", *heads],
+        rows,
+        sections=sections,
+    )
+    seeds = ", ".join(map(str, report["seeds"]))
+    out.line(f"  {len(report['runs'])} runs: seeds {seeds}; orders {report['orders']}")
+
+
+def _spread_rows(
+    scores: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[list[str]], list[int]]:
+    """Return (rows, indices after which a protocol ends): how each score differs between runs."""
+    rows: list[list[str]] = []
+    sections = []
+    for protocol, columns in scores.items():
+        title = protocol
+        for column, score in columns.items():
+            over = score["over_runs"]
+            figures = [over[key] for key in ("mean", "sd", "min", "max")]
+            cells = ["-" if value is None else _percent(value) for value in figures]
+            rows.append([title, column_name(column), *cells])
+            title = ""
+        sections.append(len(rows) - 1)
+    return rows, sections
 
 
 def _print_scores(out: Output, milestones: Sequence[Mapping[str, Any]]) -> None:
@@ -237,6 +284,9 @@ def _cell(score: Mapping[str, Any] | None, cases: int) -> str:
         return "-"
     mean = _percent(score["mean"])
     spread = half_interval(score, 1, scale=100)
+    between = score.get("over_runs", {}).get("sd")
+    if between is not None:
+        spread += f" sd {_percent(between)}"
     count = "" if score["n"] == cases else f" n={score['n']}"
     return f"{mean}{spread}{count}"
 

@@ -78,6 +78,27 @@ def test_eval_prints_a_table_and_json_has_the_same_numbers(cli, tmp_path):
     assert (tmp_path / "records").exists()
 
 
+def test_several_runs_make_one_table_with_their_spread(cli, tmp_path):
+    words = (*EVAL, "--protocols", "ar", "--orders", "2")
+    code, table, talk = cli(*words)
+    assert (code, "run 2 of 2: seed 0, order 1" in talk) == (0, True)
+    code, text, talk = cli(*words, "--json")
+    assert (code, "already done" in talk) == (0, True)
+    report = json.loads(text)
+    assert len(report["runs"]) == 2
+    over = report["milestones"][-1]["scores"]["ar"]["reliability"]["over_runs"]
+    figures = [over[key] for key in ("mean", "sd", "min", "max")]
+    rows = [line.split() for line in table.splitlines()]
+    assert ["ar", "Rel", *(f"{100 * figure:.1f}" for figure in figures)] in rows
+    assert "sd over 2 runs" in table
+    assert "2 runs: seeds 0; orders 2" in table
+    folder = tmp_path / "records" / "eval-spread" / "ft" / "tiny-blip2" / "shapes"
+    (run,) = folder.iterdir()
+    assert cli("report", run)[1] == table
+    plan = json.loads(cli(*words, "--dry-run", "--json")[1])
+    assert [made["order"] for made in plan["runs"]] == [0, 1]
+
+
 def test_force_does_it_again_and_ends_the_same(cli):
     first = json.loads(cli(*EVAL, "--json")[1])
     code, text, talk = cli(*EVAL, "--json", "--force")
@@ -332,6 +353,17 @@ def test_a_model_folder_without_weights(cli, tmp_path):
         (("--set", "steps=many"), "steps"),
         (("--set", "steps=0"), "steps must be above 0"),
         (("--edit-batch", "0"), "--edit-batch 0: must be at least 1"),
+        (("--orders", "0"), "--orders 0: must be at least 1"),
+        (
+            ("--orders", "2", "--limit", "1", "-n", "1", "--report-at", "1"),
+            "of 1 cases there are 1",
+        ),
+        (("--seeds", "0,1,0"), "--seeds 0,1,0: 0 stands there twice"),
+        (("--seeds", "0,one"), "--seeds 0,one: not whole numbers"),
+        (("--seeds", "0,-1"), "--seeds 0,-1: -1 is below 0"),
+        (("--seeds", "0,1", "--seed", "2"), "--seed 2 and --seeds 0,1"),
+        (("--intervals-by", "concept"), "--intervals-by concept: "),
+        (("--intervals-by", "picture"), "must be concept or case"),
     ],
 )
 def test_wrong_values(cli, tmp_path, words, part):

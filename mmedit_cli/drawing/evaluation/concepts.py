@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 
 from mmedit_cli.drawing.evaluation import picture_scores
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, all_pairs
+from mmedit_cli.knowledge.evaluation.intervals import mean_with_interval
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
-from mmedit_cli.knowledge.evaluation.report import mean_with_interval
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query

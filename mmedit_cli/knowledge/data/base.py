@@ -59,6 +59,8 @@ class Dataset(ABC):
     default: ClassVar[str] = "eval"
     # the default of `--template`; empty: texts are asked as they are written
     template: str = ""
+    # splits whose cases build on the ones before them: they have one order
+    chained: Sequence[str] = ()
 
     @abstractmethod
     def cases(
@@ -115,6 +117,15 @@ def find_dataset(data: str | Path) -> tuple[Dataset, str] | None:
     if Path(data).exists() or name not in datasets.names():
         return None
     return datasets.get(name), split
+
+
+def is_chained(data: str) -> bool:
+    """Whether cases build on the ones before them, in a data set with a name or in one of several joined by +."""
+    for part in data.split("+"):
+        named = find_dataset(part)
+        if named is not None and named[0].split(named[1]) in named[0].chained:
+            return True
+    return False
 
 
 def load_cases(
@@ -203,15 +214,19 @@ def _pooled(data: str, limit: int | None, options: DataOptions) -> Data:
     renamed = []
     selection = {}
     for part in parts:
-        renamed.append(
-            [replace(case, uid=f"{part.name}:{case.uid}") for case in part.cases]
-        )
+        renamed.append([_of_part(case, part.name) for case in part.cases])
         if part.selection:
             selection[part.name] = part.selection
     turns = zip(*renamed, strict=False)
     cases = list(chain.from_iterable(turns))[:limit]
     name = "+".join(part.name for part in parts)
     return Data(name, cases, {"pooled": selection} if selection else {})
+
+
+def _of_part(case: EditCase, part: str) -> EditCase:
+    """Return a case whose names say which of several data sets it is of."""
+    concept = f"{part}:{case.concept}" if case.concept else ""
+    return replace(case, uid=f"{part}:{case.uid}", concept=concept)
 
 
 def own_file(data: str | Path) -> Path:

@@ -393,7 +393,7 @@ class EmojiKBDataset(Dataset):
         cases = own_cases(path, replace(options, images=None), problems)
         if split == OPEN:
             cases = map(OpenWorld.read(self.folder).opened, cases)
-        yield from cases
+        yield from map(_with_concept, cases)
 
     def layout(self, options: DataOptions) -> str:
         """Return in one line how pictures come back."""
@@ -423,6 +423,13 @@ class EmojiKBDataset(Dataset):
             yield f"licence {source}", True, licence
         for problem in found["problems"]:
             yield "problem", False, problem
+
+
+def _with_concept(case: EditCase) -> EditCase:
+    """Return a case with the thing that its request is about."""
+    assert case.request.image is not None, case.uid
+    concept = concept_of(case.request.image.as_posix())
+    return replace(case, concept=concept)
 
 
 DATASET = EmojiKBDataset()

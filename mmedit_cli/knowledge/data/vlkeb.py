@@ -126,4 +126,5 @@ DATASET = PublishedDataset(
     folders=("VLKEB",),
     image_folders=("VLKEB_images", "mmkb_images", "images"),
     image_example="m.010bnr/google_13.jpg",
+    chained=("onehop-edits",),
 )

@@ -294,6 +294,8 @@ class _SequentialEvaluation:
                     continue
                 line: dict[str, Any] = {"group": group.index, "edits": milestone}
                 line |= {"index": index, "case": case.uid, "type": case.type}
+                if case.concept:
+                    line["concept"] = case.concept
                 line |= score_case(case, before, after, self.protocol.protocols)
                 if routing is not None:
                     line["routing"] = routing[index]

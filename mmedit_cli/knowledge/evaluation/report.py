@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from mmedit_cli.knowledge.evaluation.intervals import score_with_interval
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.types import EditCase, Query
 
 FORMAT = 1
-_RESAMPLES = 1000
-_BLOCK = 100
+CASE, CONCEPT = "case", "concept"  # what intervals may be over
 # what a picture of an example shows, and the columns it may be taken from, the best first
 _PANELS = {
     "request": ("reliability",),
@@ -27,11 +26,14 @@ def build_report(
     cases: Sequence[Mapping[str, Any]],
     edits: Sequence[Mapping[str, Any]],
     sequential: int,
+    *,
+    unit: str = CASE,
 ) -> dict[str, Any]:
     """Return the report of an evaluation.
 
-    `head` is copied to the front; `cases` and `edits` are the lines of the run. Everything but `cost` depends on the
-    numbers alone, not on when or how fast they were made.
+    `head` is copied to the front; `cases` and `edits` are the lines of the run. `unit` is the key of the lines whose
+    value cases share that are not independent (CASE or CONCEPT): intervals are over these. Everything but `cost`
+    depends on the numbers alone, not on when or how fast they were made.
     """
     sizes: dict[int, int] = {}
     for line in cases:
@@ -44,7 +46,7 @@ def build_report(
         for short, some in ((False, in_whole_groups), (True, in_short_group)):
             lines = [line for line in some if line["edits"] == edits_made]
             if lines:
-                milestones.append(_milestone(edits_made, short, lines))
+                milestones.append(_milestone(edits_made, short, lines, unit))
     return {
         "format": FORMAT,
         **head,
@@ -66,24 +68,28 @@ def _unmoved(edits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _milestone(
-    edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]]
+    edits_made: int, short: bool, lines: Sequence[Mapping[str, Any]], unit: str
 ) -> dict[str, Any]:
     """Return the scores after so many edits; `short` marks the last group, which had fewer edits than the others."""
+    units = [line[unit] for line in lines]
     scores: dict[str, Any] = {}
     for protocol in lines[0]["scores"]:
         by_case = [line["scores"][protocol] for line in lines]
         columns = _in_order(by_case)
-        summaries = {column: _summary(protocol, column, lines) for column in columns}
+        summaries = {}
+        for column in columns:
+            summaries[column] = _summary(protocol, column, lines, units)
         scope = [_scope(columns_of_case) for columns_of_case in by_case]
-        judged = [value for value in scope if value is not None]
-        scores[protocol] = {**summaries, "scope": score_with_interval(judged)}
-    milestone = {
+        scores[protocol] = {**summaries, "scope": _over(scope, units)}
+    milestone: dict[str, Any] = {
         "edits": edits_made,
         "groups": len({line["group"] for line in lines}),
         "cases": len(lines),
         "short_group": short,
         "scores": scores,
     }
+    if unit == CONCEPT:
+        milestone["concepts"] = len(set(units))
     if "routing" in lines[0]:
         milestone["routing"] = _routing([line["routing"] for line in lines])
     return milestone
@@ -115,22 +121,34 @@ def _routing(
 
 
 def _summary(
-    protocol: str, column: str, lines: Sequence[Mapping[str, Any]]
+    protocol: str,
+    column: str,
+    lines: Sequence[Mapping[str, Any]],
+    units: Sequence[str],
 ) -> dict[str, Any]:
     after = []
     before = []
     for line in lines:
-        scores = line["scores"][protocol]
         base = line["base"][protocol]
-        if column not in scores:
-            continue
-        after.append(scores[column])
-        if column in base:
+        score = line["scores"][protocol].get(column)
+        after.append(score)
+        if score is not None and column in base:
             before.append(base[column])
-    summary = score_with_interval(after)
+    summary = _over(after, units)
     if before:
         summary["before"] = statistics.fmean(before)
     return summary
+
+
+def _over(scores: Sequence[float | None], units: Sequence[str]) -> dict[str, Any]:
+    """Return mean, n and interval of the scores that are there; scores of the same unit are not independent."""
+    values = []
+    clusters = []
+    for score, unit in zip(scores, units, strict=True):
+        if score is not None:
+            values.append(score)
+            clusters.append(unit)
+    return score_with_interval(values, clusters)
 
 
 def _scope(scores: Mapping[str, float]) -> float | None:
@@ -141,62 +159,6 @@ def _scope(scores: Mapping[str, float]) -> float | None:
     if not local:
         return None
     return float(scores["reliability"] == 1 and all(score == 1 for score in local))
-
-
-def score_with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, n, and the 95 % interval of scores from 0 to 1, one a case; None for both where there are none.
-
-    Where each case is right or wrong it is the Wilson score interval of a proportion; elsewhere the bootstrap of
-    `mean_with_interval`. Scores that are all the same have no spread to resample: there it is Wilson's interval of
-    their mean too, which is wide enough because no scores from 0 to 1 vary more than those that are 0 or 1.
-    """
-    if not values:
-        return {"mean": None, "n": 0, "ci95": None}
-    if len(set(values)) == 1 or set(values) <= {0.0, 1.0}:
-        mean = statistics.fmean(values)
-        n = len(values)
-        return {"mean": mean, "n": n, "ci95": wilson_interval(mean, n)}
-    return mean_with_interval(values)
-
-
-def wilson_interval(share: float, n: int) -> list[float]:
-    """Return both ends of the 95 % score interval of a proportion (Wilson 1927)."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    shrink = 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / shrink
-    variance = share * (1 - share) / n
-    spread = math.sqrt(variance + z * z / (4 * n * n))
-    half = z * spread / shrink
-    low = max(0.0, centre - half)
-    high = min(1.0, centre + half)
-    # rounding must not leave the share itself outside
-    low = min(low, share)
-    high = max(high, share)
-    return [low, high]
-
-
-def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean, n, and the 95 % bootstrap interval over cases (1,000 resamples, fixed seed).
-
-    The interval is None where the values have no spread: a single one, or all the same.
-    """
-    import numpy as np
-
-    data = np.asarray(values, dtype=np.float64)
-    summary = {"mean": float(data.mean()), "n": len(data), "ci95": None}
-    if len(set(values)) < 2:
-        return summary
-    source = np.random.default_rng(0)
-    means = []
-    for _ in range(_RESAMPLES // _BLOCK):  # in blocks, to bound the memory
-        drawn = source.integers(
-            0,
-            len(data),
-            (_BLOCK, len(data)),
-        )
-        means.append(data[drawn].mean(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return {**summary, "ci95": [float(low), float(high)]}
 
 
 def _retention(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

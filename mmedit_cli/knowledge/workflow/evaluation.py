@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
-from mmedit_cli.errors import DataError, MmeditError, TooLong
+from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
     depth_of,
@@ -47,11 +47,16 @@ _IN_REPORT = (
     "seed",
     "versions",
 )
+INTERVALS_BY = ("concept", "case")
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to evaluate; the defaults are those of `mmedit eval`."""
+    """What to evaluate; the defaults are those of `mmedit eval`.
+
+    intervals_by: "case", or "concept" where cases of one concept are not taken for independent; None: by concept where
+    every case names its own.
+    """
 
     editor: str
     model: ModelOptions
@@ -65,6 +70,7 @@ class EvalOptions:
     seed: int = 0
     records: Path = Path("records")
     force: bool = False
+    intervals_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "scoring": SCORING,
         "versions": runtime.versions(),
     }
+    config |= intervals(cases, options)
     if networks is not None:
         config["checkpoint"] = sha256_of(networks.path)
     parts = ("eval", editor.name, ref.name, data.name)
@@ -156,6 +163,29 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         config,
         folder,
     )
+
+
+def intervals(cases: Sequence[EditCase], options: EvalOptions) -> dict[str, Any]:
+    """Return what a run records of its intervals: nothing where they are over cases.
+
+    Raises UserError for `intervals_by` that is unknown, or that the cases do not name.
+    """
+    by = options.intervals_by
+    if by not in (None, *INTERVALS_BY):
+        known = " or ".join(INTERVALS_BY)
+        raise UserError(f"--intervals-by {by}: must be {known}")
+    concepts = [case.concept for case in cases]
+    missing = concepts.count("")
+    if by == "concept" and missing:
+        counted = f"{missing:,} of {len(cases):,} cases name none"
+        raise DataError(
+            f"--intervals-by concept: {options.data}: {counted}",
+            "give each case a `concept` (docs/data.md), or --intervals-by case",
+        )
+    if by == "case" or missing:
+        return {}
+    names = {"by": "concept", "concepts": len(set(concepts))}
+    return {"intervals": {**names, "fingerprint": sha256_json(concepts)[:16]}}
 
 
 def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
@@ -173,15 +203,17 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
     )
 
 
-def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
-    """Load the model, make the edits, ask, and write the report."""
+def run_evaluation(
+    plan: EvalPlan, out: Output, backbone: VisionLanguageModel | None = None
+) -> dict[str, Any]:
+    """Load the model, if it is not given, make the edits, ask, and write the report."""
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
     from mmedit_cli.knowledge.evaluation.report import build_report, examples
 
     options = plan.options
     protocol = plan.options.protocol
-    out.note(told(options.editor, plan.config["variant"]))
-    backbone = load_model(options.model, plan.ref, out)
+    if backbone is None:
+        backbone = open_model(plan, out)
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases, sayable=protocol.generates)
     cls = registry.editors.get(options.editor)
@@ -222,6 +254,8 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         head["data"] = {**plan.config["data"], **too_long}
         if protocol.generates and backbone.own_settings:
             head["ignored_settings"] = backbone.own_settings
+        if "intervals" in plan.config:
+            head["intervals"] = plan.config["intervals"]
         lines = run.read("cases")
         head["environment"] = run.environment
         head["examples"] = examples(lines, plan.cases)
@@ -230,6 +264,7 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
             lines,
             run.read("edits"),
             protocol.sequential,
+            unit=unit_of(head),
         )
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
@@ -237,6 +272,18 @@ def run_evaluation(plan: EvalPlan, out: Output) -> dict[str, Any]:
         run.remove_tensors("editor")
         run.finish(report)
     return report
+
+
+def open_model(plan: EvalPlan, out: Output) -> VisionLanguageModel:
+    """Load the model of a plan, and say which values the editor has for it."""
+    out.note(told(plan.options.editor, plan.config["variant"]))
+    return load_model(plan.options.model, plan.ref, out)
+
+
+def unit_of(head: Mapping[str, Any]) -> str:
+    """Return what the intervals of a report are over: "case" or "concept"."""
+    unit: str = head.get("intervals", {"by": "case"})["by"]
+    return unit
 
 
 def _one_line_targets(cases: list[EditCase]) -> tuple[list[EditCase], dict[str, int]]:

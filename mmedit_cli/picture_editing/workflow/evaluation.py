@@ -19,7 +19,7 @@ from mmedit_cli import gallery, registry, runtime
 from mmedit_cli.drawing.evaluation import picture_scores
 from mmedit_cli.drawing.evaluation.encoders import load_clip_and_dino
 from mmedit_cli.hparams import read_values
-from mmedit_cli.knowledge.evaluation.report import (
+from mmedit_cli.knowledge.evaluation.intervals import (
     mean_with_interval,
     score_with_interval,
 )

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from mmedit_cli.knowledge.evaluation.report import (
-    build_report,
+from mmedit_cli.knowledge.evaluation.intervals import (
     mean_with_interval,
     score_with_interval,
     wilson_interval,
 )
+from mmedit_cli.knowledge.evaluation.report import CASE, CONCEPT, build_report
 from mmedit_cli.output import Output
 from mmedit_cli.reports import show
 
@@ -118,7 +118,10 @@ def assert_close(found, wanted, place="report"):
         assert found == wanted, place
 
 
-def test_the_whole_report_by_hand(golden):
+@pytest.mark.parametrize(
+    ("unit", "file"), [(CASE, "report.json"), (CONCEPT, "by_concept.json")]
+)
+def test_the_whole_report_by_hand(golden, unit, file):
     """Twelve lines of three groups, the last of them short; tests/golden/README.md says how it was computed."""
     folder = golden / "report_by_hand"
     cases, edits = (
@@ -126,5 +129,6 @@ def test_the_whole_report_by_hand(golden):
         for name in ("cases.jsonl", "edits.jsonl")
     )
     assert len(cases) == 12
-    wanted = json.loads((folder / "report.json").read_text())
-    assert_close(build_report({"editor": "nobody"}, cases, edits, 3), wanted)
+    wanted = json.loads((folder / file).read_text())
+    found = build_report({"editor": "nobody"}, cases, edits, 3, unit=unit)
+    assert_close(found, wanted)

@@ -17,7 +17,7 @@ FORMAT = (
     "`image`; see docs/data.md"
 )
 _FAMILIES = ("generality", "locality", "portability", "needs")
-_CASE_KEYS = ("id", "type", "request", *_FAMILIES)
+_CASE_KEYS = ("id", "type", "concept", "request", *_FAMILIES)
 _QUERY_KEYS = ("prompt", "target", "image", "background")
 # key of a plain request -> column of generality
 _REPHRASES = {"rephrase": "text", "image_rephrase": "image"}
@@ -57,9 +57,8 @@ class CaseReader:
         if not self._mapping(record, "", _CASE_KEYS, ("id", "request")):
             return None
         uid = self._uid(record["id"])
-        kind = record.get("type", "")
-        if not isinstance(kind, str):
-            self._add("type", "must be a text")
+        kind = self._text(record, "type")
+        concept = self._text(record, "concept")
         request = self._query(record["request"], "request")
         probes: dict[str, Any] = {}
         for family in _FAMILIES:
@@ -71,8 +70,17 @@ class CaseReader:
             request,
             type=kind,
             place=self.place,
+            concept=concept,
             **probes,
         )
+
+    def _text(self, record: Mapping[str, Any], key: str) -> str:
+        """Return a text that need not be there."""
+        value = record.get(key, "")
+        if isinstance(value, str):
+            return value
+        self._add(key, "must be a text")
+        return ""
 
     def _request(self, record: Mapping[str, Any], number: str) -> EditCase | None:
         """Read a plain request: a query with, optionally, an id and other wordings or pictures of the same fact.
@@ -86,10 +94,12 @@ class CaseReader:
                 rephrased[name] = value
             else:
                 own[name] = value
-        known = (*_QUERY_KEYS, "id", *_REPHRASES)
+        known = (*_QUERY_KEYS, "id", "concept", *_REPHRASES)
         if not self._mapping(own, "", known, ("prompt", "target")):
             return None
         uid = self._uid(own.pop("id", number))
+        concept = self._text(own, "concept")
+        own.pop("concept", None)
         request = self._query(own, "")
         if request is None:
             return None
@@ -100,7 +110,13 @@ class CaseReader:
             column = _REPHRASES[_rephrases(name)]
             read = self._variants(own, name, value)
             generality[column] = (*generality.get(column, ()), *read)
-        return EditCase(uid, request, generality, place=self.place)
+        return EditCase(
+            uid,
+            request,
+            generality,
+            place=self.place,
+            concept=concept,
+        )
 
     def _variants(
         self, own: Mapping[str, Any], name: str, value: Any

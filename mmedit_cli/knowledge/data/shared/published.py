@@ -171,6 +171,7 @@ class PublishedDataset(Dataset):
     readers: Mapping[str, Reader] = field(default_factory=dict)
     more_keys: Mapping[str, str] = field(default_factory=dict)
     extras: Sequence[AnnotationFile] = ()
+    chained: Sequence[str] = ()
 
     @property
     def splits(self) -> Sequence[str]:  # type: ignore[override]
