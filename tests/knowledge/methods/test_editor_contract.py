@@ -29,6 +29,7 @@ REQUESTS = (
 )
 VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
+    "grace": (("steps=30",), ("steps=30", "radius=balanced")),
     "liveedit": ((), ("variant=paper",)),
     "lora": (("steps=20",),),
     "multi-melo": (

@@ -21,6 +21,7 @@ QUICK = {  # what costs time and does not depend on the depth
     "liveedit": ("module_dim=32", "refine=1"),
     "lora": ("steps=1",),
     "multi-melo": ("steps=1",),
+    "grace": ("steps=1",),
     "t-patcher": ("steps=1",),
     "unike": (
         "steps=1",
@@ -31,6 +32,7 @@ QUICK = {  # what costs time and does not depend on the depth
     ),
 }
 LAYERS = {  # of four, as deep as the published ones of 32
+    "grace": ("layer", 2),
     "liveedit": ("edit_layer", 2),
     "lora": ("layers", (1, 2, 3)),
     "multi-melo": ("layers", (1, 2, 3)),

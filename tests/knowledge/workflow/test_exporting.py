@@ -105,7 +105,7 @@ def balloon(cli, tmp_path) -> Path:
     return tmp_path / "edits"
 
 
-@pytest.mark.parametrize("editor", ["liveedit", "multi-melo", "unike"])
+@pytest.mark.parametrize("editor", ["grace", "liveedit", "multi-melo", "unike"])
 def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     balloon = tmp_path / "edits"
     assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
@@ -153,6 +153,7 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
 
 
 METHODS = {
+    "grace": ("grace", "steps=5"),
     "liveedit": ("liveedit", "margin=-100"),
     "liveedit-paper": ("liveedit", "margin=-100", "variant=paper", "top_k=1"),
     "multi-melo": ("multi-melo", "steps=5"),
