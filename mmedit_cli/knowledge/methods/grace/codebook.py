@@ -61,7 +61,8 @@ class Choice:
         starts = self.ends
         if length < self.length:  # a part of an answer is all behind the question
             starts = torch.zeros_like(starts)
-        behind = positions >= starts[:, None]
+        starts = starts[:, None]
+        behind = positions >= starts
         at = hit[:, None] & behind
         given = values[self.chosen].to(leaving.dtype)
         return torch.where(
@@ -124,16 +125,23 @@ class Codebook:
         first = self._size
         end = first + len(labels)
         starts = rows["start"]
-        numbers = [self._number_of(label) for label in labels]
+        numbers = []
+        for label in labels:
+            number = self._number_of(label)
+            numbers.append(number)
         more = {
             "radius": starts,
-            "hidden": torch.zeros_like(starts, dtype=torch.bool),
+            "hidden": torch.zeros_like(
+                starts,
+                dtype=torch.bool,
+            ),
             "label": torch.tensor(numbers, device=starts.device),
         }
         self._append({**rows, **more}, first)
         self._size = end
         for at in range(first, end, _CHUNK):
-            self._settle(at, min(at + _CHUNK, end))
+            last = min(at + _CHUNK, end)
+            self._settle(at, last)
 
     def search(self, keys: Tensor) -> Tensor:
         """Return the row each question falls to, NONE for none: (Q, D) -> (Q,)."""

@@ -100,19 +100,31 @@ class Grace(Editor):
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         keys = self._keys_of(requests)
         radii = self._starting_radii(requests, keys)
-        learned: list[_Learned] = []
+        values: list[Tensor] = []
+        steps: list[int] = []
+        losses: list[float] = []
         for part in chunks(requests, self.hparams.parallel):
-            learned.append(self._learn(part, source))
-        values = torch.cat([some.values for some in learned])
-        self._add({"key": keys, "value": values, "start": radii}, requests)
+            learned = self._learn(part, source)
+            values.append(learned.values)
+            steps += learned.steps
+            losses += learned.losses
+        rows = {
+            "key": keys,
+            "value": torch.cat(values),
+            "start": radii,
+        }
+        self._add(rows, requests)
         return {
-            "steps": [step for some in learned for step in some.steps],
-            "losses": [loss for some in learned for loss in some.losses],
+            "steps": steps,
+            "losses": losses,
         }
 
     def _add(self, rows: dict[str, Tensor], requests: Sequence[Query]) -> None:
         self._hook()
-        labels = [self._label(request) for request in requests]
+        labels = []
+        for request in requests:
+            label = self._label(request)
+            labels.append(label)
         self._codebook.insert(rows, labels)
 
     def _label(self, request: Query) -> tuple[int, ...]:
@@ -245,9 +257,14 @@ class Grace(Editor):
     # -- routing ------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        if not self._hooked:
-            self._hooked = True
-            self._site.hook(self._patch, self._read, self._replace)
+        if self._hooked:
+            return
+        self._hooked = True
+        self._site.hook(
+            self._patch,
+            self._read,
+            self._replace,
+        )
 
     def _unhook(self) -> None:
         self._patch.undo()
@@ -301,8 +318,11 @@ class Grace(Editor):
     @torch.no_grad()
     def _rows(self, queries: Sequence[Query]) -> list[int]:
         """Return the row of the codebook that each question falls to, NONE for none."""
-        if not len(self._codebook) or not queries:
-            return [NONE] * len(queries)
+        nobody = [NONE] * len(queries)
+        if not queries:
+            return nobody
+        if not len(self._codebook):
+            return nobody
         keys = self._keys_of(queries)
         rows = self._codebook.search(keys)
         found: list[int] = rows.tolist()
@@ -333,7 +353,11 @@ class Grace(Editor):
             return
         count = len(requests)
         width = self.backbone.width
-        wanted = {"key": (count, width), "value": (count, width), "start": (count,)}
+        wanted = {
+            "key": (count, width),
+            "value": (count, width),
+            "start": (count,),
+        }
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
             raise StateError(

@@ -72,9 +72,15 @@ class Neighbourhood:
             if request.image is not None:
                 seeing.append(i)
         if seeing:
-            emptied = [on_empty_picture(requests[i]) for i in seeing]
+            emptied = []
+            for i in seeing:
+                empty = on_empty_picture(requests[i])
+                emptied.append(empty)
             others = self._keys_of(emptied)
-            negative[seeing] = _apart(keys[seeing], others)
+            negative[seeing] = _apart(
+                keys[seeing],
+                others,
+            )
         return negative
 
 

@@ -63,9 +63,20 @@ class GraceEdits(RoutedEdits):
         tensors = self.tensors
         ends = ends_of(question.mask)
         keys = states_at(entering, ends).float()
-        apart = distances(keys, tensors["key"])
-        chosen = nearest(apart, tensors["radii"], tensors["hidden"])
-        self.choice = Choice(chosen, ends, entering.shape[1])
+        apart = distances(
+            keys,
+            tensors["key"],
+        )
+        chosen = nearest(
+            apart,
+            tensors["radii"],
+            tensors["hidden"],
+        )
+        self.choice = Choice(
+            chosen,
+            ends,
+            entering.shape[1],
+        )
         self.weights = []
         for row in chosen.tolist():
             none = row == NONE
