@@ -153,6 +153,19 @@ class Patch(AbstractContextManager["Patch"]):
             present[name] = parameter.detach().clone()
         return present
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside the block every weight is as it was before its first change; hooks and modules stay."""
+        present = self.changed()
+        with torch.no_grad():
+            for name, original in self._originals.items():
+                self.model.get_parameter(name).copy_(original)
+        try:
+            yield
+        finally:
+            for name, value in present.items():
+                self.set_(name, value)
+
     def undo(self) -> None:
         """Restore hooks, modules and weights, the last change first."""
         while self._hooks:

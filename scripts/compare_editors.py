@@ -34,6 +34,9 @@ def label(report: Mapping[str, Any]) -> str:
         for key, text in (("target", "connector"), ("variant", "paper"))
         if hparams.get(key) == text
     ]
+    together = report["protocol"].get("edit_batch", 1)
+    if together > 1:
+        marks.append(f"({together} at once)")
     return " ".join([report["editor"], *marks])
 
 

@@ -148,3 +148,15 @@ def test_trainable_gives_them_back_after_an_error_too(toy):
     error = ZeroDivisionError()
     assert not block.__exit__(ZeroDivisionError, error, None)
     assert (toy.a.weight.requires_grad, toy.a.weight.grad) == (False, None)
+
+
+def test_lifted_weights_are_the_originals_for_a_while():
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with Patch(model) as patch:
+        patch.add_("weight", torch.full((2, 2), 1e-3))
+        changed = model.weight.detach().clone()
+        with patch.lifted():
+            assert torch.equal(model.weight, before)
+        assert torch.equal(model.weight, changed)
+    assert torch.equal(model.weight, before)

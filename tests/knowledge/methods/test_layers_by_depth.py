@@ -23,6 +23,7 @@ QUICK = {  # what costs time and does not depend on the depth
     "multi-melo": ("steps=1",),
     "grace": ("steps=1",),
     "t-patcher": ("steps=1",),
+    "ultraedit": ("unrelated=2",),
     "unike": (
         "steps=1",
         "encoder_dim=16",
@@ -36,6 +37,7 @@ LAYERS = {  # of four, as deep as the published ones of 32
     "liveedit": ("edit_layer", 2),
     "lora": ("layers", (1, 2, 3)),
     "multi-melo": ("layers", (1, 2, 3)),
+    "ultraedit": ("layers", (3,)),
     "unike": ("layers", 1),
 }
 
