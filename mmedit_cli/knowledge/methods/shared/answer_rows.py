@@ -24,9 +24,15 @@ class AnswerRows:
 
 def joined(parts: Sequence[AnswerRows]) -> AnswerRows:
     """Return the rows of several parts of a batch as one, in order."""
-    inputs = [part.inputs for part in parts]
-    gradients = [part.gradients for part in parts]
-    return AnswerRows(torch.cat(inputs), torch.cat(gradients))
+    inputs = []
+    gradients = []
+    for part in parts:
+        inputs.append(part.inputs)
+        gradients.append(part.gradients)
+    return AnswerRows(
+        torch.cat(inputs),
+        torch.cat(gradients),
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,11 @@ def layer_inputs(
 
     def record(path: str) -> Callable[[Tensor], None]:
         def keep(entering: Tensor) -> None:
-            inputs[path] = _at(entering, at, count)
+            inputs[path] = _at(
+                entering,
+                at,
+                count,
+            )
 
         return keep
 

@@ -20,11 +20,20 @@ def ridge(keys: Tensor, values: Tensor, penalty: float | Tensor) -> Tensor:
     """
     count, width = keys.shape
     if count < width:
-        inner = _added(keys @ keys.T, penalty)
-        weights = torch.linalg.solve(inner, values)
+        inner = _added(
+            keys @ keys.T,
+            penalty,
+        )
+        weights = torch.linalg.solve(
+            inner,
+            values,
+        )
         by_rows: Tensor = keys.T @ weights
         return by_rows
-    gram = _added(keys.T @ keys, penalty)
+    gram = _added(
+        keys.T @ keys,
+        penalty,
+    )
     wanted = keys.T @ values
     change: Tensor = torch.linalg.solve(gram, wanted)
     return change
@@ -58,16 +67,28 @@ class KeptKeys:
     def ridge(self, keys: Tensor, values: Tensor) -> Tensor:
         """Return D (in, out) for keys (n, in) and values (n, out), by a system of size n (Woodbury)."""
         spread = self.inverse @ keys.T
-        inner = _added(keys @ spread, 1.0)
-        weights = torch.linalg.solve(inner, values)
+        inner = _added(
+            keys @ spread,
+            1.0,
+        )
+        weights = torch.linalg.solve(
+            inner,
+            values,
+        )
         change: Tensor = spread @ weights
         return change
 
     def remember(self, keys: Tensor) -> None:
         """Let what follows keep the outputs for these keys (n, in) too."""
         spread = self.inverse @ keys.T
-        inner = _added(keys @ spread, 1.0)
-        weights = torch.linalg.solve(inner, spread.T)
+        inner = _added(
+            keys @ spread,
+            1.0,
+        )
+        weights = torch.linalg.solve(
+            inner,
+            spread.T,
+        )
         less = spread @ weights
         # rounding must not add up to a matrix that is not symmetric
         symmetric = (less + less.T) / 2

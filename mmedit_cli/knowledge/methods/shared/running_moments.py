@@ -45,10 +45,11 @@ class RunningMoments:
         """Return rows (n, d) with mean 0 and deviation 1; columns that never varied are 0."""
         deviation = self.deviation
         varies = deviation > 0
-        scaled = (rows.double() - self.mean) / deviation.where(
-            varies, torch.ones_like(deviation)
-        )
-        return scaled.where(varies, torch.zeros_like(scaled))
+        centred = rows.double() - self.mean
+        ones = torch.ones_like(deviation)
+        scaled = centred / deviation.where(varies, ones)
+        zeros = torch.zeros_like(scaled)
+        return scaled.where(varies, zeros)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return them as tensors; `from_tensors` reads these."""

@@ -61,10 +61,18 @@ class Unrelated:
         parts = []
         for group in chunks(questions, _GROUP):
             batch = backbone.batch(group)
-            parts.append(backbone.prefix(batch, layer))
+            part = backbone.prefix(batch, layer)
+            parts.append(part)
         asked = cls(backbone, parts, ())
-        log_probs = [asked._answers(part) for part in parts]
-        return cls(backbone, parts, log_probs)
+        log_probs = []
+        for part in parts:
+            answers = asked._answers(part)
+            log_probs.append(answers)
+        return cls(
+            backbone,
+            parts,
+            log_probs,
+        )
 
     @torch.no_grad()
     def divergence(self) -> float:

@@ -115,10 +115,16 @@ class Ultraedit(Editor):
         for path, found in rows.items():
             keys = found.inputs.double()
             values = self._values(path, found)
-            if path in self._kept:
-                change = self._kept[path].ridge(keys, values)
+            kept = self._kept.get(path)
+            if kept is None:
+                penalty = self.hparams.ridge
+                change = ridge(
+                    keys,
+                    values,
+                    penalty,
+                )
             else:
-                change = ridge(keys, values, self.hparams.ridge)
+                change = kept.ridge(keys, values)
             changes[path] = change.T.float()
         return changes
 
@@ -205,7 +211,11 @@ class Ultraedit(Editor):
         questions = unrelated_questions(hp.unrelated)
         with self._patch.lifted():
             watched = questions[: hp.watched]
-            self._unrelated = Unrelated.ask(self.backbone, watched, self._layer)
+            self._unrelated = Unrelated.ask(
+                self.backbone,
+                watched,
+                self._layer,
+            )
             self._survey(questions)
         return self._unrelated
 

@@ -77,8 +77,16 @@ class Turn:
             total += found.loss * share
             right = right and found.right
             for path, rows in found.rows.items():
-                gradients = rows.gradients * share
-                part = AnswerRows(rows.inputs, gradients)
+                part = AnswerRows(
+                    rows.inputs,
+                    rows.gradients * share,
+                )
                 parts[path].append(part)
-        together = {path: joined(found) for path, found in parts.items()}
-        return Answered(total, right, together)
+        together = {}
+        for path, found_parts in parts.items():
+            together[path] = joined(found_parts)
+        return Answered(
+            total,
+            right,
+            together,
+        )
