@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageChops
 
+from mmedit_cli.knowledge import loading
 from mmedit_cli.knowledge.data import emojikb_open
 from mmedit_cli.knowledge.data.base import load_cases
 from mmedit_cli.knowledge.data.emojikb_open import (
@@ -24,9 +25,13 @@ from mmedit_cli.knowledge.data.emojikb_open import (
     content_words,
     findings,
 )
+from mmedit_cli.knowledge.evaluation.protocol import Protocol
+from mmedit_cli.knowledge.workflow import evaluation
+from mmedit_cli.output import Output
 from mmedit_cli.picture_changes import CHANGES, GROUNDS, changed, choose
 from mmedit_cli.pictures import Picture
 from mmedit_cli.reading import read_text
+from mmedit_cli.records import Run
 from mmedit_cli.registry import emojikb_dir
 from mmedit_cli.types import EditCase
 
@@ -188,7 +193,8 @@ def test_a_model_trained_on_what_is_for_evaluation_is_found(small):
 
 
 def test_the_open_world_adds_columns_and_changes_nothing_else(cases):
-    for before, after in zip(load_cases("emojikb", limit=150), cases, strict=True):
+    closed = load_cases("emojikb:eval", limit=150)
+    for before, after in zip(closed, cases, strict=True):
         assert after.request == before.request
         assert after.locality == before.locality
         assert after.portability == before.portability
@@ -196,6 +202,43 @@ def test_the_open_world_adds_columns_and_changes_nothing_else(cases):
         assert kept == before.generality
         kept = {n: q for n, q in after.needs.items() if n not in COLUMNS}
         assert kept == before.needs
+
+
+def test_every_evaluation_has_the_columns_and_training_none(cases):
+    assert load_cases("emojikb", limit=150) == cases
+    for split in ("train", "val", "eval", "corrections"):
+        for case in load_cases(f"emojikb:{split}", limit=20):
+            assert not COLUMNS & {*case.generality, *case.needs}
+    assert {case.concept for case in cases} == {c.request.image.stem for c in cases}
+
+
+@pytest.mark.parametrize(
+    "editor", ["liveedit", pytest.param("ft", marks=pytest.mark.slow)]
+)
+def test_the_other_columns_are_the_same_to_the_last_bit(tmp_path, editor):
+    """The same edits of mini-blip2, asked with and without the open world in batches of other questions."""
+    lines = []
+    for data in ("emojikb:eval", "emojikb"):
+        request = evaluation.EvalOptions(
+            editor,
+            loading.ModelOptions("mini-blip2", device="cpu"),
+            data,
+            Protocol(sequential=4, report_at=(1,)),
+            limit=4,
+            records=tmp_path,
+        )
+        evaluation.evaluate(request, Output(as_json=True))
+        run = Run.view(evaluation.plan_evaluation(request).folder)
+        lines.append(run.read("cases"))
+    for closed, opened in zip(*lines, strict=True):
+        assert closed["case"] == opened["case"]
+        for table in ("scores", "base"):
+            for protocol, columns in closed[table].items():
+                found = opened[table][protocol]
+                assert columns.items() <= found.items()
+                more = {name.removesuffix(" known") for name in found.keys() - columns}
+                assert more <= {f"generality.{name}" for name in COLUMNS}
+                assert f"generality.{UNSEEN_WORDS}" in more
 
 
 def test_each_column_asks_what_its_name_says(cases):
