@@ -14,6 +14,15 @@ from mmedit_cli.output import Output
 
 def covariance(
     model: options.DrawingModel = None,
+    editor: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="EDITOR",
+            help="Compute what this editor of a vision-language model needs: memit or alphaedit.",
+            show_default=False,
+        ),
+    ] = None,
     captions: Annotated[
         Path | None,
         typer.Option(
@@ -55,21 +64,37 @@ def covariance(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compute the second moment of a model's text encodings, which Perfusion needs once for each text encoder.
+    """Compute second moments of a model: of its text encodings (for Perfusion), or of what its layers read.
 
-    One pass over the captions in constant memory; after an interruption the same command continues.
+    One pass over the captions in constant memory; after an interruption the same command continues. With --for EDITOR
+    the moments are those of a vision-language model, which its editors else compute before their first edit.
 
     Examples:
 
       mmedit covariance --model stable-diffusion-v1-5 --captions captions.txt
 
       mmedit covariance --model stable-diffusion-v1-5 --import covariance_CLIP_ViT-L-14.pt
+
+      mmedit covariance --for memit --model mini-blip2
     """
+    out = Output(as_json=as_json)
+    if editor is not None:
+        if captions or published or output or limit or force:
+            raise UserError(
+                f"--for {editor} takes no captions, file or limit",
+                "its questions come along, and the moments are kept in the cache folder",
+            )
+        from mmedit_cli.knowledge.loading import ModelOptions
+        from mmedit_cli.knowledge.workflow.moments import collect_moments
+
+        named = options.named(model, out)
+        place = ModelOptions(named, device, dtype, revision=revision)
+        _show(collect_moments(editor, place, out), out)
+        return
     from mmedit_cli.catalog import loading
     from mmedit_cli.drawing import covariance as moments
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
-    out = Output(as_json=as_json)
     if published is not None and captions is not None:
         raise UserError(
             "--import and --captions exclude each other",
@@ -104,6 +129,12 @@ def covariance(
         out.note(
             f"a ridge of {result['ridge']:g} of the mean of the diagonal is needed to invert it"
         )
+
+    _show(result, out)
+
+
+def _show(result: dict[str, Any], out: Output) -> None:
+    """Print what was computed as a table, or as JSON."""
 
     def show() -> None:
         rows = []

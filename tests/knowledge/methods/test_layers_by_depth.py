@@ -23,6 +23,8 @@ QUICK = {  # what costs time and does not depend on the depth
     "multi-melo": ("steps=1",),
     "grace": ("steps=1",),
     "t-patcher": ("steps=1",),
+    "alphaedit": ("questions=2", "relative=true", "target.steps=1"),
+    "memit": ("questions=2", "target.steps=1"),
     "ultraedit": ("unrelated=2",),
     "unike": (
         "steps=1",
@@ -37,6 +39,8 @@ LAYERS = {  # of four, as deep as the published ones of 32
     "liveedit": ("edit_layer", 2),
     "lora": ("layers", (1, 2, 3)),
     "multi-melo": ("layers", (1, 2, 3)),
+    "alphaedit": ("layers", (0, 1)),
+    "memit": ("layers", (0, 1)),
     "ultraedit": ("layers", (3,)),
     "unike": ("layers", 1),
 }

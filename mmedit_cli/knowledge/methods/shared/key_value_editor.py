@@ -1,0 +1,214 @@
+"""What MEMIT and AlphaEdit share: targets are learned, spread over some layers, and written by ridge regressions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from mmedit_cli.errors import MmeditError, StateError
+from mmedit_cli.knowledge.covariance import Tokens, ffn_moments
+from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.shared.answer_rows import layer_inputs
+from mmedit_cli.knowledge.methods.shared.hidden_targets import (
+    Lesson,
+    TargetTraining,
+    hidden_targets,
+    states_at,
+)
+from mmedit_cli.knowledge.methods.shared.key_positions import Position, key_positions
+from mmedit_cli.knowledge.methods.shared.ridge import KeptKeys
+from mmedit_cli.knowledge.methods.shared.side_effects import unrelated_questions
+from mmedit_cli.layers import Layer, check_layers, layer_numbers
+from mmedit_cli.patch import Patch
+from mmedit_cli.types import Query
+
+H = TypeVar("H", bound="KeyValueHparams")
+
+
+@dataclass(frozen=True)
+class KeyValueHparams:
+    """Where keys are read and values written, and what the moments are made of."""
+
+    layers: tuple[Layer, ...] = (0.125, 0.16, 0.19, 0.22, 0.25)
+    position: Position = "last-prompt"
+    remember: bool = True
+    tokens: Tokens = "all"
+    questions: int = 2000
+    teach_end: bool = True
+    target: TargetTraining = field(default_factory=TargetTraining)
+
+    def __post_init__(self) -> None:
+        if self.questions <= 0:
+            raise ValueError(f"questions must be above 0, not {self.questions}")
+        if not self.layers:
+            raise ValueError("layers must name at least one")
+        check_layers("layers", *self.layers)
+
+    def at_depth(self: H, depth: int) -> H:
+        """Return these values for a model with so many decoder layers."""
+        return replace(self, layers=layer_numbers(self.layers, depth))
+
+
+class KeyValueEditor(Editor):
+    """Writes (key, value) pairs into the last feed-forward matrices of some layers, lowest first.
+
+    The value of a request is the state behind the highest of the layers that gives the new answer; each layer brings
+    the state there nearer by an equal share of what is missing (MEMIT, Meng et al. 2023, eq. 18 to 20). A method says
+    what M of its ridge regression is, and in which basis keys are seen.
+    """
+
+    hparams: Any
+    plain = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        backbone = self.backbone
+        depth = backbone.n_layers
+        numbers = layer_numbers(self.hparams.layers, depth)
+        counted = {number % depth for number in numbers}
+        self._layers = sorted(counted)
+        self._patch = Patch(backbone.model)
+        self._kept: dict[int, KeptKeys] = {}
+        self._bases: dict[int, Tensor] = {}
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest edited layer."""
+        return self._layers[0]
+
+    @abstractmethod
+    def _kept_of(self, layer: int, moment: Tensor) -> KeptKeys:
+        """Return what the matrix of a layer is to keep before the first edit, from its moment (F, F) in float64."""
+
+    def _seen(self, layer: int, keys: Tensor) -> Tensor:
+        """Return keys (n, F) in the basis of the layer's regression; by default as they are."""
+        return keys
+
+    def _back(self, layer: int, change: Tensor) -> Tensor:
+        """Return a change (r, D) of the regression in the basis of the keys: (F, D)."""
+        return change
+
+    # -- editing ------------------------------------------------------------------------------------------------
+
+    def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
+        self._begin()
+        lesson = self._lesson(requests)
+        last = self._layers[-1]
+        targets, losses = hidden_targets(
+            self.backbone,
+            lesson,
+            last,
+            self.hparams.target,
+        )
+        if not targets.isfinite().all():
+            raise MmeditError(
+                f"{self.name}: a target became infinite", "lower target.learning_rate"
+            )
+        for number, layer in enumerate(self._layers):
+            missing = targets - states_at(self.backbone, lesson, last)
+            share = missing / (len(self._layers) - number)
+            self._write(layer, self._keys(lesson, layer), share)
+        left = targets - states_at(self.backbone, lesson, last)
+        return {"losses": losses, "missed": _relative(left, targets)}
+
+    def _lesson(self, requests: Sequence[Query]) -> Lesson:
+        backbone = self.backbone
+        batch = backbone.batch(requests)
+        places = key_positions(backbone, batch, self.hparams.position)
+        with torch.no_grad():
+            prefix = backbone.prefix(batch, self.first_layer)
+        at, labels = batch.target_positions(backbone.end_id)
+        if not self.hparams.teach_end:
+            at = batch.predicting
+        return Lesson(prefix, places, at, labels)
+
+    def _keys(self, lesson: Lesson, layer: int) -> Tensor:
+        """Return what enters the matrix of a layer at the place of each row: (B, F) float64."""
+        path = self.backbone.anchors.path("ffn_out", layer)
+        at = torch.zeros_like(lesson.at)
+        at.scatter_(1, lesson.places[:, None], True)
+        inputs = layer_inputs(
+            self.backbone,
+            lesson.prefix,
+            at,
+            [path],
+        )
+        return inputs[path].double()
+
+    def _write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Change the matrix of a layer so that keys (B, F) give values (B, D) more than they do."""
+        seen = self._seen(layer, keys)
+        kept = self._kept[layer]
+        change = self._back(layer, kept.ridge(seen, values.double()))
+        name = self._name(layer)
+        weight = self._patch.parameter(name).detach()
+        moved = weight.float() + change.T.to(weight.device).float()
+        if not moved.isfinite().all():
+            raise MmeditError(
+                f"{self.name}: a weight became infinite", "lower target.clamp"
+            )
+        self._patch.set_(name, moved.to(weight.dtype))
+        if self.hparams.remember:
+            kept.remember(seen)
+
+    def _name(self, layer: int) -> str:
+        return self.backbone.anchors.path("ffn_out", layer) + ".weight"
+
+    def _begin(self) -> None:
+        """Before the first edit, find out what is to be kept."""
+        if self._kept:
+            return
+        for layer, moment in self._moments().items():
+            self._kept[layer] = self._kept_of(layer, moment)
+
+    def _moments(self) -> dict[int, Tensor]:
+        """Return the second moment (F, F) of each layer on the untouched model, float64."""
+        hp = self.hparams
+        questions = unrelated_questions(hp.questions)
+        with self._patch.lifted():
+            found = ffn_moments(self.backbone, questions, self._layers, hp.tokens)
+        device = self.backbone.device
+        return {
+            layer: matrix.to(device).double()
+            for layer, matrix in found.matrices.items()
+        }
+
+    # -- taking back, saving ----------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._patch.undo()
+        self._kept = {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = self._patch.changed()
+        if self.hparams.remember:
+            for layer, kept in self._kept.items():
+                tensors[f"kept.{layer}"] = kept.inverse
+        return tensors
+
+    def _load_tensors(
+        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
+    ) -> None:
+        if not requests:
+            return
+        device = self.backbone.device
+        try:
+            for layer in self._layers:
+                name = self._name(layer)
+                self._patch.set_(name, tensors[name])
+                if self.hparams.remember:
+                    inverse = tensors[f"kept.{layer}"].to(device)
+                    self._kept[layer] = KeptKeys(inverse.clone())
+        except (KeyError, ValueError) as error:
+            raise StateError(f"the state does not fit this editor: {error}") from error
+
+
+def _relative(left: Tensor, whole: Tensor) -> float:
+    """Return the length of what is left relative to the whole, the mean over rows."""
+    shares = left.norm(dim=1) / whole.norm(dim=1).clamp_min(1e-12)
+    return float(shares.mean())

@@ -1,0 +1,271 @@
+"""memit and alphaedit: their regressions against the published systems, what stays, and where keys are read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import QUERIES, SHAPES
+
+from mmedit_cli.errors import DataError, StateError
+from mmedit_cli.knowledge.covariance import default_path, ffn_moments
+from mmedit_cli.knowledge.methods.alphaedit import (
+    Alphaedit,
+    AlphaeditHparams,
+    null_space,
+)
+from mmedit_cli.knowledge.methods.memit import Memit, MemitHparams
+from mmedit_cli.knowledge.methods.shared.hidden_targets import (
+    Lesson,
+    TargetTraining,
+    hidden_targets,
+    states_at,
+)
+from mmedit_cli.knowledge.methods.shared.key_positions import key_positions
+from mmedit_cli.knowledge.methods.shared.ridge import KeptKeys
+from mmedit_cli.knowledge.methods.shared.side_effects import unrelated_questions
+from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.patch import Patch
+from mmedit_cli.runtime import generator
+from mmedit_cli.types import Query
+
+REQUEST = Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png")
+FACT = Query("What is the capital of Peru?", "Lima")
+TARGET = TargetTraining(steps=8, learning_rate=0.3, clamp=4.0)
+
+
+def rows(count, width, seed=0):
+    return torch.randn(count, width, generator=generator(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_backbone("tiny-blip2", device="cpu")
+
+
+# -- the algebra --------------------------------------------------------------------------------
+
+
+def test_the_change_in_the_null_space_solves_the_published_system():
+    """(P (K'K + C) + L I) X = P K'R, with C of the earlier edits (AlphaEdit, eq. 14)."""
+    everything = rows(4, 10, 3)
+    moment = everything.T @ everything / 4
+    earlier, keys, values = rows(2, 10, 1), rows(3, 10), rows(3, 6, 2)
+    basis = null_space(moment, 1e-6)
+    projector = basis @ basis.T
+    system = projector @ (keys.T @ keys + earlier.T @ earlier) + 10 * torch.eye(10)
+    expected = torch.linalg.solve(system, projector @ keys.T @ values)
+    kept = KeptKeys.of(10 * torch.eye(basis.shape[1]))
+    kept.remember(earlier @ basis)
+    found = basis @ kept.ridge(keys @ basis, values)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert (everything @ found).abs().max() < 1e-12, "what is kept stays"
+
+
+def test_the_change_of_memit_solves_the_published_system():
+    """(15000 C + K'K) X = K'R (MEMIT, eq. 14)."""
+    moment = rows(40, 10, 3).T @ rows(40, 10, 3) / 40
+    keys, values = rows(3, 10), rows(3, 6, 2)
+    expected = torch.linalg.solve(15000 * moment + keys.T @ keys, keys.T @ values)
+    found = KeptKeys.of(15000 * moment).ridge(keys, values)
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_a_threshold_below_every_eigenvalue_preserves_everything():
+    with pytest.raises(DataError, match="everything is preserved"):
+        null_space(torch.eye(4).double(), 0.5)
+    assert null_space(torch.eye(4).double(), 1.5, relative=True).shape == (4, 4)
+
+
+# -- moments --------------------------------------------------------------------------------
+
+
+def naive_moment(model, layer, rule):
+    path = model.anchors.path("ffn_out", layer)
+    found = []
+    for query in QUERIES:
+        batch = model.batch([query])
+        with Patch(model.model) as patch, torch.no_grad():
+            patch.hook_input(
+                path, lambda entering: found.append(entering.flatten(0, -2))
+            )
+            model.logits(batch)
+        if rule == "predicting":
+            at = batch.predicting | batch.ends
+            found[-1] = found[-1][at[0]]
+    inputs = torch.cat(found).double()
+    return inputs.T @ inputs / len(inputs), len(inputs)
+
+
+@pytest.mark.parametrize("rule", ["all", "predicting"])
+def test_moments_are_those_of_single_questions(model, tmp_path, rule):
+    path = tmp_path / "moments.safetensors"
+    found = ffn_moments(model, QUERIES, [1, 2], rule, path=path)
+    for layer in (1, 2):
+        expected, tokens = naive_moment(model, layer, rule)
+        assert found.tokens == tokens
+        assert torch.allclose(found.matrices[layer].double(), expected, atol=1e-5)
+
+
+def test_moments_are_computed_once_and_layers_are_added(model, tmp_path):
+    path = tmp_path / "moments.safetensors"
+    ticks: list[int] = []
+    first = ffn_moments(model, QUERIES, [1], path=path, tick=ticks.append)
+    assert sum(ticks) == len(QUERIES)
+    ffn_moments(model, QUERIES, [1], path=path, tick=ticks.append)
+    assert sum(ticks) == len(QUERIES)
+    both = ffn_moments(model, QUERIES, [1, 2], path=path, tick=ticks.append)
+    assert sum(ticks) == 2 * len(QUERIES)
+    assert torch.equal(both.matrices[1], first.matrices[1])
+    ffn_moments(model, QUERIES[:2], [1], path=path, tick=ticks.append)
+    assert sum(ticks) == 2 * len(QUERIES) + 2, "other questions, other moments"
+
+
+def test_a_file_of_something_else_is_refused(model, tmp_path):
+    from mmedit_cli.storage import write_tensors
+
+    path = tmp_path / "moments.safetensors"
+    write_tensors(path, {"1": torch.eye(2)}, {"format": "99"})
+    with pytest.raises(StateError, match="no moments of format 1"):
+        ffn_moments(model, QUERIES, [1], path=path)
+    assert default_path(model, "all") != default_path(model, "predicting")
+
+
+# -- where keys are read --------------------------------------------------------------------------------
+
+
+def test_keys_are_read_where_the_position_says(backbone):
+    batch = backbone.batch([REQUEST, replace_target(REQUEST, "green")])
+    for row in range(2):
+        image = batch.image_mask[row].nonzero()[:, 0]
+        prompt = batch.prompt_mask[row].nonzero()[:, 0]
+        assert key_positions(backbone, batch, "last-image")[row] == image[-1]
+        last = key_positions(backbone, batch, "last-prompt")[row]
+        assert last == prompt[-1]
+        assert batch.predicting[row, last]
+    text = backbone.batch([FACT])
+    place = int(key_positions(backbone, text, "subject")[0])
+    said = backbone.tokenizer.decode(text.input_ids[0, : place + 1])
+    assert said.strip().endswith("Peru")
+    with pytest.raises(DataError, match="last-image needs a picture"):
+        key_positions(backbone, text, "last-image")
+
+
+def replace_target(query, target):
+    return Query(query.prompt, target, query.image)
+
+
+# -- targets --------------------------------------------------------------------------------
+
+
+def lesson_of(model, requests, layer):
+    batch = model.batch(requests)
+    at, labels = batch.target_positions(model.end_id)
+    prefix = model.prefix(batch, layer)
+    places = key_positions(model, batch, "last-prompt")
+    return Lesson(prefix, places, at, labels)
+
+
+def test_targets_of_a_batch_are_those_of_single_requests(model):
+    requests = [REQUEST, Query("Which colour?", "green", REQUEST.image)]
+    together, losses = hidden_targets(model, lesson_of(model, requests, 1), 2, TARGET)
+    for row, request in enumerate(requests):
+        lesson = lesson_of(model, [request], 1)
+        alone, course = hidden_targets(model, lesson, 2, TARGET)
+        assert torch.allclose(together[row], alone[0], atol=1e-4)
+        assert losses[row] == pytest.approx(course[0], abs=1e-4)
+        assert course[0][-1] < course[0][0]
+
+
+def test_targets_stay_within_the_clamp(model):
+    lesson = lesson_of(model, [REQUEST], 1)
+    start = states_at(model, lesson, 2)
+    training = TargetTraining(steps=8, learning_rate=5.0, clamp=0.1)
+    found, _ = hidden_targets(model, lesson, 2, training)
+    assert (found - start).norm() <= 0.1001 * start.norm()
+
+
+# -- the editors --------------------------------------------------------------------------------
+
+
+def test_alphaedit_changes_nothing_in_the_preserved_space(model):
+    """The outputs for every key in the span of what is kept are what they were, to 1e-5."""
+    hparams = AlphaeditHparams(
+        layers=(1, 2), questions=3, threshold=1e-4, ridge=1e-2, target=TARGET
+    )
+    editor = Alphaedit(model, hparams)
+    name = model.anchors.path("ffn_out", 1) + ".weight"
+    before = model.model.get_parameter(name).detach().clone()
+    with editor.edit([REQUEST, Query("Which colour?", "green", REQUEST.image)]):
+        change = model.model.get_parameter(name).detach() - before
+        basis = editor._basis(1)
+        keys = rows(50, len(basis)).float()
+        kept = keys - keys @ basis.float() @ basis.float().T
+        assert change.abs().max() > 1e-4
+        assert (kept @ change.T).abs().max() < 1e-5
+        assert (keys @ change.T).abs().max() > 1e-3
+
+
+def test_a_key_in_the_preserved_space_is_refused(model):
+    hparams = AlphaeditHparams(
+        layers=(1,), questions=4, threshold=1e-4, target=TARGET, expressible=0.999
+    )
+    editor = Alphaedit(model, hparams)
+    weights = {k: v.clone() for k, v in model.model.state_dict().items()}
+    with pytest.raises(DataError, match="edit not expressible: a key in layer 1"):
+        editor.edit([REQUEST])
+    assert editor.ids == []
+    for key, value in model.model.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+
+
+def test_shares_of_the_layers_bring_the_state_to_its_target(model):
+    """Where little is kept, each layer does its share, and hardly anything is missed at the end."""
+    hparams = MemitHparams(layers=(1, 2), questions=4, keep=1e-6, target=TARGET)
+    with Memit(model, hparams).edit([REQUEST]) as made:
+        assert made.info["missed"] < 0.05
+    hparams = MemitHparams(layers=(1, 2), questions=4, keep=1e9, target=TARGET)
+    with Memit(model, hparams).edit([REQUEST]) as made:
+        assert made.info["missed"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "message"),
+    [
+        (MemitHparams, {"keep": 0.0}, "keep must be above 0"),
+        (MemitHparams, {"layers": ()}, "layers must name at least one"),
+        (MemitHparams, {"questions": 0}, "questions must be above 0"),
+        (AlphaeditHparams, {"expressible": 1.0}, "expressible must lie from 0 to 1"),
+        (AlphaeditHparams, {"threshold": 0.0}, "threshold must be above 0"),
+        (TargetTraining, {"steps": 0}, "steps must be above 0"),
+        (TargetTraining, {"weight_decay": -1.0}, "weight_decay must not be below 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(cls, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**wrong)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_moments_are_computed_beforehand(cli, tmp_path, monkeypatch, model):
+    """What the command keeps is what the editor reads."""
+    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
+    words = ("covariance", "--for", "memit", "--model", "tiny-blip2")
+    code, text, err = cli(*words, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert (report["layers"], report["questions"]) == ([1, 2], 4)
+    assert report["path"] == str(default_path(model, "all"))
+    questions = unrelated_questions(4)
+    asked: list[int] = []
+    ffn_moments(model, questions, [1, 2], tick=asked.append)
+    assert asked == []
+    for more, message in (
+        (("--limit", "3"), "--for memit takes no captions"),
+        (("--for", "ft"), "--for ft: needs no second moments"),
+    ):
+        code, _, err = cli(*words, *more)
+        assert (code, message in err) == (2, True), err
