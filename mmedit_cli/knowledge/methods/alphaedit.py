@@ -69,7 +69,7 @@ class Alphaedit(KeyValueEditor):
         least = float(shares.min())
         if least <= self.hparams.expressible:
             raise DataError(
-                f"alphaedit: edit not expressible: a key in layer {layer} lies in the preserved space but for {least:.1e}",
+                f"alphaedit: edit not expressible: a key in layer {layer} has {least:.1e} outside the preserved space",
                 "a larger threshold preserves less, and so do other layers or another position",
             )
         return seen
