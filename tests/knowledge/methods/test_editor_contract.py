@@ -39,8 +39,7 @@ VARIANTS = {
     ),
     # as published edits disturb each other: with longer steps the last of three unteaches the second
     "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
-    "alphaedit": ((), ("position=last-image",)),
-    "memit": ((), ("remember=true",), ("position=subject",)),
+    "memit": ((), ("remember=true",)),
     "ultraedit": ((), ("values=raw", "warm=false"), ("remember=false", "keep=0")),
     "t-patcher": (
         (),

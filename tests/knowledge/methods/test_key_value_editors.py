@@ -257,11 +257,11 @@ def test_moments_are_computed_beforehand(cli, tmp_path, monkeypatch, model):
     code, text, err = cli(*words, "--json")
     assert code == 0, err
     report = json.loads(text)
-    assert (report["layers"], report["questions"]) == ([1, 2], 4)
+    assert (report["layers"], report["questions"]) == ([0, 1], 4)
     assert report["path"] == str(default_path(model, "all"))
     questions = unrelated_questions(4)
     asked: list[int] = []
-    ffn_moments(model, questions, [1, 2], tick=asked.append)
+    ffn_moments(model, questions, [0, 1], tick=asked.append)
     assert asked == []
     for more, message in (
         (("--limit", "3"), "--for memit takes no captions"),
