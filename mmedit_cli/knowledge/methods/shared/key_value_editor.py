@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.covariance import Tokens, ffn_moments
 from mmedit_cli.knowledge.methods.base import Editor
-from mmedit_cli.knowledge.methods.shared.answer_rows import layer_inputs
+from mmedit_cli.knowledge.methods.shared.answer_rows import layer_inputs, says
 from mmedit_cli.knowledge.methods.shared.hidden_targets import (
     Lesson,
     TargetTraining,
@@ -39,12 +39,14 @@ class KeyValueHparams:
     remember: bool = True
     tokens: Tokens = "all"
     questions: int = 2000
+    rounds: int = 1
     teach_end: bool = True
     target: TargetTraining = field(default_factory=TargetTraining)
 
     def __post_init__(self) -> None:
-        if self.questions <= 0:
-            raise ValueError(f"questions must be above 0, not {self.questions}")
+        for name in ("questions", "rounds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if not self.layers:
             raise ValueError("layers must name at least one")
         check_layers("layers", *self.layers)
@@ -98,23 +100,64 @@ class KeyValueEditor(Editor):
     def _apply(self, requests: Sequence[Query], source: Generator) -> dict[str, Any]:
         self._begin()
         lesson = self._lesson(requests)
-        last = self._layers[-1]
+        losses: list[list[float]] = [[] for _ in requests]
+        missed: list[float] = []
+        keys: dict[int, Tensor] = {}
+        for _ in range(self.hparams.rounds):
+            targets, courses = self._targets(lesson)
+            for course, more in zip(losses, courses, strict=True):
+                course += more
+            keys = self._spread(lesson, targets)
+            left = targets - self._states(lesson)
+            missed.append(_relative(left, targets))
+            if self._reached(lesson):
+                break
+        if self.hparams.remember:
+            for layer, seen in keys.items():
+                self._kept[layer].remember(seen)
+        return {"losses": losses, "missed": missed}
+
+    def _targets(self, lesson: Lesson) -> tuple[Tensor, list[list[float]]]:
+        """Return the states that give the new answers, (B, D), and the losses on the way there."""
         targets, losses = hidden_targets(
             self.backbone,
             lesson,
-            last,
+            self._layers[-1],
             self.hparams.target,
         )
         if not targets.isfinite().all():
             raise MmeditError(
                 f"{self.name}: a target became infinite", "lower target.learning_rate"
             )
-        for number, layer in enumerate(self._layers):
-            missing = targets - states_at(self.backbone, lesson, last)
-            share = missing / (len(self._layers) - number)
-            self._write(layer, self._keys(lesson, layer), share)
-        left = targets - states_at(self.backbone, lesson, last)
-        return {"losses": losses, "missed": _relative(left, targets)}
+        return targets, losses
+
+    def _spread(self, lesson: Lesson, targets: Tensor) -> dict[int, Tensor]:
+        """Change each matrix by its share of what is missing, the lowest first; return the keys that each saw."""
+        keys: dict[int, Tensor] = {}
+        layers_left = len(self._layers)
+        for layer in self._layers:
+            missing = targets - self._states(lesson)
+            entering = self._keys(lesson, layer)
+            keys[layer] = self._seen(layer, entering)
+            share = missing / layers_left
+            self._write(layer, keys[layer], share)
+            layers_left -= 1
+        return keys
+
+    def _states(self, lesson: Lesson) -> Tensor:
+        """Return what leaves the highest edited layer now, where the keys are read: (B, D)."""
+        return states_at(
+            self.backbone,
+            lesson,
+            self._layers[-1],
+        )
+
+    @torch.no_grad()
+    def _reached(self, lesson: Lesson) -> bool:
+        """Whether every token of every answer is the likeliest one now."""
+        logits = self.backbone.resume(lesson.prefix, lesson.at)
+        answers = lesson.labels[lesson.at]
+        return says(logits, answers)
 
     def _lesson(self, requests: Sequence[Query]) -> Lesson:
         backbone = self.backbone
@@ -140,9 +183,8 @@ class KeyValueEditor(Editor):
         )
         return inputs[path].double()
 
-    def _write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Change the matrix of a layer so that keys (B, F) give values (B, D) more than they do."""
-        seen = self._seen(layer, keys)
+    def _write(self, layer: int, seen: Tensor, values: Tensor) -> None:
+        """Change the matrix of a layer so that keys, as its regression sees them, give values (B, D) more."""
         kept = self._kept[layer]
         change = self._back(layer, kept.ridge(seen, values.double()))
         name = self._name(layer)
@@ -153,8 +195,6 @@ class KeyValueEditor(Editor):
                 f"{self.name}: a weight became infinite", "lower target.clamp"
             )
         self._patch.set_(name, moved.to(weight.dtype))
-        if self.hparams.remember:
-            kept.remember(seen)
 
     def _name(self, layer: int) -> str:
         return self.backbone.anchors.path("ffn_out", layer) + ".weight"
