@@ -85,7 +85,7 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = False) -> T
     """
     values, vectors = torch.linalg.eigh(moment)
     bound = threshold * float(values.mean()) if relative else threshold
-    chosen = vectors[:, values < bound]
+    chosen: Tensor = vectors[:, values < bound]
     if not chosen.shape[1]:
         raise DataError(
             f"threshold {threshold}: everything is preserved, the smallest eigenvalue is {float(values[0]):.1e}",
