@@ -19,7 +19,9 @@ os.environ.pop("MMEDIT_DATA", None)
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +44,72 @@ def imported_scripts(**modules: str) -> Iterator[SimpleNamespace]:
         patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
         found = {short: import_module(name) for short, name in modules.items()}
         yield SimpleNamespace(**found)
+
+
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="no fork on this system"
+)
+
+
+def fork(run: Callable[[], int | None]) -> int:
+    """Start `run()` in a copy of this process, which ends with its result as exit code; return the copy's id.
+
+    It is a process like any other, but it need not import torch and transformers again.
+    """
+    with warnings.catch_warnings():
+        # of threads, from Python 3.12 on: those of pytest-xdist hold nothing that a test needs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    code: int | None = 70
+    try:
+        code = run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+class ForkedProgram:
+    """The program in a process of its own: `main(words)`, with its output in files of `folder`."""
+
+    def __init__(self, folder: Path, *words: object, **environment: str) -> None:
+        from mmedit_cli.app import main
+
+        self._files = [folder / name for name in ("stdout.txt", "stderr.txt")]
+        self._status: int | None = None
+
+        def run() -> int:
+            os.environ.update(environment)
+            for number, path in enumerate(self._files, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            return main([str(word) for word in words])
+
+        self._child = fork(run)
+
+    def ended(self) -> bool:
+        """Whether it has ended by now."""
+        if self._status is None:
+            child, status = os.waitpid(self._child, os.WNOHANG)
+            if child:
+                self._status = status
+        return self._status is not None
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self._child, number)
+
+    def wait(self) -> tuple[int, str, str]:
+        """Wait for its end; return the exit code (or minus the signal that ended it), stdout and stderr."""
+        if self._status is None:
+            _, self._status = os.waitpid(self._child, 0)
+        out, err = (path.read_text() for path in self._files)
+        return os.waitstatus_to_exitcode(self._status), out, err
 
 
 SHAPES = ROOT / "tests" / "data" / "shapes"

@@ -113,7 +113,15 @@ def findings(
 # -- the published files ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in ("evqa", "vlkeb:onehop") else pytest.mark.slow
+        )
+        for name in COUNTS
+    ],
+)
 def test_every_record_is_read(annotations, name):
     cases = read(name, annotations)
     requests = {case.request.image for case in cases}
@@ -231,6 +239,7 @@ LEAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEAKS)
 def test_the_audit_reproduces_the_known_counts(annotations, name, tmp_path):
     found = findings(name, annotations, images=tmp_path)
@@ -240,6 +249,7 @@ def test_the_audit_reproduces_the_known_counts(annotations, name, tmp_path):
     assert wrong == {"images"}
 
 
+@pytest.mark.slow
 def test_the_clean_lists_are_clean(annotations):
     from mmedit_cli.knowledge.data.shared.selection import read_subset, select
 
@@ -257,6 +267,7 @@ def test_the_clean_lists_are_clean(annotations):
         assert all(ok for label, ok, _ in audit.repeated(cases)), name
 
 
+@pytest.mark.slow
 def test_eval_runs_on_the_real_annotations(annotations, cli, tmp_path):
     images = tmp_path / "stand-ins"
     draw(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, fork, needs_fork
 
 from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge import loading
@@ -89,8 +89,8 @@ def test_an_editor_that_does_nothing_keeps_every_locality(backbone, tmp_path):
     report = evaluate(
         tmp_path,
         Perfect(backbone, FtHparams()),
-        Protocol(sequential=8, report_at=(1,)),
-        CASES[:8],
+        Protocol(sequential=4, report_at=(1,), max_new_tokens=3),
+        CASES[:4],
     )
     for milestone in report["milestones"]:
         for scores in milestone["scores"].values():
@@ -128,25 +128,25 @@ def test_the_last_shorter_group_is_kept_and_marked(backbone, tmp_path):
     report = evaluate(
         tmp_path,
         Ft(backbone, FtHparams(steps=1)),
-        Protocol(sequential=5, report_at=(2,)),
-        CASES[:7],
+        Protocol(sequential=3, report_at=(1,), protocols=("tf_em",)),
+        CASES[:4],
     )
     assert [
         (m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]
     ] == [
-        (2, 2, False),
-        (2, 2, True),
-        (5, 5, False),
+        (1, 1, False),
+        (1, 1, True),
+        (3, 3, False),
     ]
     report = evaluate(
         tmp_path / "b",
         Ft(backbone, FtHparams(steps=1)),
-        Protocol(sequential=5),
-        CASES[:8],
+        Protocol(sequential=3, protocols=("tf_em",)),
+        CASES[:5],
     )
     assert [
         (m["edits"], m["cases"], m["short_group"]) for m in report["milestones"]
-    ] == [(3, 3, True), (5, 5, False)]
+    ] == [(2, 2, True), (3, 3, False)]
 
 
 def test_every_distinct_image_and_sequence_is_computed_once(backbone, monkeypatch):
@@ -237,22 +237,22 @@ def test_nothing_is_proved_where_question_and_answer_share_a_token(
 
 
 def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backbone):
-    protocol = Protocol(sequential=6, report_at=(3,))
+    protocol = Protocol(sequential=4, report_at=(2,), max_new_tokens=3)
     shared = tmp_path / "base"
     for name in "ab":
-        editor = Ft(backbone, FtHparams(learning_rate=1e-2))
+        editor = Ft(backbone, FtHparams(learning_rate=1e-2, steps=5))
         with Run.open(tmp_path / name, {}, {}) as run:
-            evaluate_edits(editor, CASES[:6], run, protocol, base_folder=shared)
+            evaluate_edits(editor, CASES[:4], run, protocol, base_folder=shared)
         times = {path.name: path.stat().st_mtime_ns for path in shared.iterdir()}
         if name == "a":
             first = times
     assert times == first
-    assert sorted(first) == ["0-3.safetensors", "3-6.safetensors"]
-    (shared / "0-3.safetensors").write_bytes(b"damaged")  # then they are asked again
+    assert sorted(first) == ["0-2.safetensors", "2-4.safetensors"]
+    (shared / "0-2.safetensors").write_bytes(b"damaged")  # then they are asked again
     with Run.open(tmp_path / "c", {}, {}) as run:
         evaluate_edits(
-            Ft(backbone, FtHparams(learning_rate=1e-2)),
-            CASES[:6],
+            Ft(backbone, FtHparams(learning_rate=1e-2, steps=5)),
+            CASES[:4],
             run,
             protocol,
             base_folder=shared,
@@ -263,7 +263,9 @@ def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backb
 
 
 def test_batch_edits_stop_at_milestones(tmp_path, backbone):
-    protocol = Protocol(sequential=6, report_at=(1,), edit_batch=4)
+    protocol = Protocol(
+        sequential=6, report_at=(1,), edit_batch=4, protocols=("tf_em",)
+    )
     editor, made = Ft(backbone, FtHparams(steps=1)), []
     real = editor.edit
     editor.edit = lambda requests: made.append(len(requests)) or real(requests)
@@ -274,38 +276,39 @@ def test_batch_edits_stop_at_milestones(tmp_path, backbone):
 # -- resuming ---------------------------------------------------------------------------------------------------
 
 
-def options(records: Path, **protocol) -> evaluation.EvalOptions:
+FORCED = ("tf_easyedit", "tf_em")
+
+
+def options(
+    records: Path, protocols: tuple[str, ...] = FORCED
+) -> evaluation.EvalOptions:
+    """Two groups of four edits, asked after the first and the last: 10 lines of cases, 1 or 2 of them at a time."""
     return evaluation.EvalOptions(
         "ft",
         loading.ModelOptions("tiny-blip2", device="cpu"),
         str(SHAPES),
-        Protocol(**{"sequential": 12, "report_at": (1, 4, 12), "chunk": 3, **protocol}),
+        Protocol(sequential=4, report_at=(1,), chunk=2, protocols=protocols),
+        limit=8,
+        overrides=("steps=5",),
         records=records,
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the report of an evaluation that nothing interrupts: `whole(protocols)`."""
+
+    @cache
+    def evaluated(protocols: tuple[str, ...]) -> tuple[Path, dict]:
+        request = options(tmp_path_factory.mktemp("whole"), protocols)
+        report = evaluation.evaluate(request, Output(as_json=True))
+        return evaluation.plan_evaluation(request).folder, report
+
+    return evaluated
+
+
 def comparable(report: dict) -> str:
     return json.dumps({key: value for key, value in report.items() if key != "cost"})
-
-
-needs_fork = pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="no fork on this system"
-)
-
-
-def run_and_kill(request: evaluation.EvalOptions, when) -> bool:
-    """Run the evaluation in another process and kill it for good once `when()`; return whether that came in time."""
-    child = os.fork()
-    if child == 0:
-        evaluation.evaluate(request, Output(as_json=True))
-        os._exit(0)
-    while not when():
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return False
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
 
 
 def lines(folder: Path, name: str) -> int:
@@ -313,52 +316,76 @@ def lines(folder: Path, name: str) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def run_and_kill(request: evaluation.EvalOptions, name: str, count: int) -> bool:
+    """Run the evaluation in another process, which is killed for good; return whether that came in time.
+
+    It dies when `name` was written: the plan, the state of the editor for the `count`-th time, or `count` lines.
+    """
+    folder = evaluation.plan_evaluation(request).folder
+    method = {"run": "prepare", "editor": "save_tensors"}.get(name, "append")
+    write, written = getattr(Run, method), []
+
+    def write_and_die(run, *what, **options):
+        found = write(run, *what, **options)
+        written.append(name)
+        done = lines(folder, name) if method == "append" else len(written)
+        if done >= count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    def run():
+        setattr(Run, method, write_and_die)
+        evaluation.evaluate(request, Output(as_json=True))
+
+    _, status = os.waitpid(fork(run), 0)
+    return os.WIFSIGNALED(status)
+
+
+MOMENTS = (
+    [("run", 1)],
+    [("edits", 1)],
+    [("edits", 1), ("edits", 3), ("edits", 4)],
+    [("cases", 1)],
+    [("cases", 2), ("cases", 5), ("edits", 6), ("cases", 8)],
+)
+
+
 @needs_fork
 @pytest.mark.parametrize(
-    "moments",
+    ("seconds", "protocols", "moments"),
     [
-        [("run.yaml", 0)],
-        [("edits", 1)],
-        [("edits", 3), ("edits", 7), ("edits", 11)],
-        [("cases", 1)],
-        [("cases", 5), ("cases", 14), ("edits", 15), ("cases", 30)],
+        *((0.0, FORCED, moments) for moments in MOMENTS),
+        (0.0, FORCED, [("editor", 1), ("editor", 2)]),
+        *((30.0, FORCED, moments) for moments in MOMENTS),
+        (30.0, ("ar_em", *FORCED), [("cases", 3)]),
     ],
 )
-@pytest.mark.parametrize("seconds", [0.0, 30.0], ids=["saved-often", "made-again"])
 def test_killed_and_resumed_equals_uninterrupted(
-    tmp_path, monkeypatch, moments, seconds
+    whole, tmp_path, monkeypatch, seconds, protocols, moments
 ):
+    """With the state of the editor saved after every edit, and with edits that are made again."""
     monkeypatch.setattr(sequential, "SAVE_SECONDS", seconds)
-    expected = evaluation.evaluate(options(tmp_path / "whole"), Output(as_json=True))
-    request = options(tmp_path / "killed")
+    request = options(tmp_path, protocols)
     folder = evaluation.plan_evaluation(request).folder
-    for name, count in moments:
-
-        def reached(name=name, count=count):
-            return (
-                (folder / name).exists()
-                if name.endswith(".yaml")
-                else lines(folder, name) >= count
-            )
-
-        assert run_and_kill(request, reached), "finished before it could be killed"
+    for moment in moments:
+        assert run_and_kill(request, *moment), "finished before it could be killed"
         assert not (folder / "report.json").exists()
     resumed = evaluation.evaluate(request, Output(as_json=True))
+    uninterrupted, expected = whole(protocols)
     assert comparable(resumed) == comparable(expected)
-    whole = evaluation.plan_evaluation(options(tmp_path / "whole")).folder
-    assert (folder / "cases.jsonl").read_bytes() == (whole / "cases.jsonl").read_bytes()
+    theirs = (uninterrupted / "cases.jsonl").read_bytes()
+    assert (folder / "cases.jsonl").read_bytes() == theirs
     assert evaluation.evaluate(request, Output(as_json=True)) == resumed
 
 
 @needs_fork
-def test_the_report_counts_every_edit_and_question_after_resuming(tmp_path):
-    whole = evaluation.evaluate(options(tmp_path / "whole"), Output())["cost"]["asked"]
-    request = options(tmp_path / "killed")
-    folder = evaluation.plan_evaluation(request).folder
-    run_and_kill(request, lambda: lines(folder, "cases") >= 30)
+def test_the_report_counts_every_edit_and_question_after_resuming(whole, tmp_path):
+    _, expected = whole(FORCED)
+    request = options(tmp_path)
+    assert run_and_kill(request, "cases", 8)
     cost = evaluation.evaluate(request, Output())["cost"]
-    assert cost["edits"] == 24
-    assert cost["asked"]["questions"] >= whole["questions"] > 0
+    assert cost["edits"] == 8
+    assert cost["asked"]["questions"] >= expected["cost"]["asked"]["questions"] > 0
     assert cost["asked"]["seconds"] > 0
 
 
@@ -383,8 +410,9 @@ def test_an_equal_evaluation_that_ends_meanwhile_keeps_its_report(
 
 
 def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
+    usual = replace(options(tmp_path), overrides=(), limit=None)
     plans = [
-        evaluation.plan_evaluation(replace(options(tmp_path), **change)).folder
+        evaluation.plan_evaluation(replace(usual, **change)).folder
         for change in (
             {},
             {"seed": 1},
@@ -401,7 +429,10 @@ def test_a_plan_with_another_seed_or_value_is_another_run(tmp_path):
 def test_the_model_is_as_before_after_an_evaluation(backbone, tmp_path):
     before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
     evaluate(
-        tmp_path, Ft(backbone, FtHparams(steps=2)), Protocol(sequential=3), CASES[:4]
+        tmp_path,
+        Ft(backbone, FtHparams(steps=2)),
+        Protocol(sequential=2, max_new_tokens=3),
+        CASES[:3],
     )
     assert all(
         torch.equal(before[k], v) for k, v in backbone.model.state_dict().items()
