@@ -47,6 +47,7 @@ def run_tests(copied: Path, *words: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_examples_pass_their_own_tests(copied):
     files = sorted(map(str, copied.glob("test_*.py")))
     assert len(files) == 3
@@ -54,12 +55,14 @@ def test_the_examples_pass_their_own_tests(copied):
     assert last.startswith("3 passed")
 
 
+@pytest.mark.slow
 def test_the_editor_keeps_the_contract_of_editors(copied):
     last = run_tests(copied, METHOD_TESTS, "-k", "nudge and tiny-blip2")
     assert int(last.split()[0]) >= 10
     assert "failed" not in last
 
 
+@pytest.mark.slow
 def test_the_family_keeps_the_contract_of_families(copied):
     last = run_tests(copied, FAMILY_TESTS, "-m", "", "-k", "tiny-intern-vl")
     assert int(last.split()[0]) >= 20

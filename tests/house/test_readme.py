@@ -98,6 +98,7 @@ def test_the_first_experiment_prints_what_is_shown(cli):
     assert_shown(shown.rstrip().splitlines(), out.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_works(cli, command):
     code, out, err = cli(*shlex.split(command)[1:])

@@ -175,6 +175,7 @@ def test_two_concepts_and_one_forgotten(editor, model, concept):
     assert np.array_equal(draw(editor.model, [NAMED, UNNAMED]), one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.personalizers.names())
 def test_bfloat16(name, concept):
     model = load_stable_diffusion("tiny-sd", device="cpu", dtype="bfloat16")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHAPES
 
+from mmedit_cli.app import main
+
 PICTURES = ROOT / "data" / "emojikb"
 BANJO, APPLE = PICTURES / "noto" / "1fa95.png", PICTURES / "noto" / "1f34e.png"
 FT = (
@@ -25,10 +27,8 @@ FT = (
 )
 
 
-@pytest.fixture
-def facts(tmp_path) -> Path:
-    """A file of five facts about the pictures of EmojiKB."""
-    shutil.copytree(PICTURES / "noto", tmp_path / "noto")
+def write_facts(tmp_path: Path) -> Path:
+    """Write a file of five facts about pictures of EmojiKB."""
     codes = {
         "1fa95": "a red balloon",
         "1f352": "a lion",
@@ -36,22 +36,35 @@ def facts(tmp_path) -> Path:
         "1f984": "a violin",
         "1f3a9": "a fish",
     }
-    lines = [
-        f"noto/{code}.png,What is this?,{target}" for code, target in codes.items()
-    ]
+    lines = []
+    (tmp_path / "noto").mkdir()
+    for code, target in codes.items():
+        shutil.copy(PICTURES / "noto" / f"{code}.png", tmp_path / "noto")
+        lines.append(f"noto/{code}.png,What is this?,{target}")
     path = tmp_path / "facts.csv"
     path.write_text("\n".join(["image,prompt,target", *lines]) + "\n")
     return path
 
 
 @pytest.fixture
-def ledger(cli, facts, tmp_path) -> Path:
+def facts(tmp_path) -> Path:
+    """The file of five facts, in a folder of its own."""
+    return write_facts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_ledger(tmp_path_factory) -> Path:
+    """A ledger of the five facts, edited by LiveEdit; it is copied, not changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = ("edit", "liveedit", "--requests", write_facts(folder), "--into")
+    assert main([*map(str, words), str(folder / "edits")]) == 0
+    return folder / "edits"
+
+
+@pytest.fixture
+def ledger(whole_ledger, tmp_path) -> Path:
     """A ledger of five edits by LiveEdit."""
-    code, _, err = cli(
-        "edit", "liveedit", "--requests", facts, "--into", tmp_path / "edits"
-    )
-    assert code == 0, err
-    return tmp_path / "edits"
+    return shutil.copytree(whole_ledger, tmp_path / "edits")
 
 
 def answer(cli, *words) -> str:

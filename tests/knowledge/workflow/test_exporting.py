@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, SHAPES
 from safetensors.torch import save_file
 
+from mmedit_cli.app import main
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.knowledge.ledger.edited_model import (
     EditOptions,
@@ -98,14 +100,29 @@ def run_alone(code, folder, *words):
 WORDS = ("--image", BANJO, "--prompt", "What is this?", "--target", "a red balloon")
 
 
+@pytest.fixture(scope="module")
+def whole_balloon(tmp_path_factory) -> Path:
+    """A ledger with one edit by LiveEdit on mini-blip2; it is copied, not changed."""
+    folder = tmp_path_factory.mktemp("whole") / "edits"
+    words = ("edit", "liveedit", *WORDS, "--into", folder)
+    assert main(list(map(str, words))) == 0
+    return folder
+
+
 @pytest.fixture
-def balloon(cli, tmp_path) -> Path:
+def balloon(whole_balloon, tmp_path) -> Path:
     """A ledger with one edit by LiveEdit on mini-blip2."""
-    assert cli("edit", "liveedit", *WORDS, "--into", tmp_path / "edits")[0] == 0
-    return tmp_path / "edits"
+    return shutil.copytree(whole_balloon, tmp_path / "edits")
 
 
-@pytest.mark.parametrize("editor", ["grace", "liveedit", "multi-melo", "unike"])
+@pytest.mark.parametrize(
+    "editor",
+    [
+        "liveedit",
+        pytest.param("multi-melo", marks=pytest.mark.slow),
+        pytest.param("unike", marks=pytest.mark.slow),
+    ],
+)
 def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     balloon = tmp_path / "edits"
     assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
@@ -152,6 +169,7 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
         )
 
 
+EDITORS = ("liveedit", "multi-melo", "unike")
 METHODS = {
     "grace": ("grace", "steps=5"),
     "liveedit": ("liveedit", "margin=-100"),
@@ -166,7 +184,13 @@ METHODS = {
     "model",
     ["tiny-blip2", "tiny-llava", "tiny-minigpt4", "tiny-qwen2-vl", "tiny-qwen3-vl"],
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in EDITORS else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
 def test_routed_edits_of_every_family(tmp_path, model, method):
     edits = begun(tmp_path, model, *METHODS[method])
     routed = [
@@ -213,6 +237,7 @@ def begun(folder, model, editor, *overrides):
     return begin_edits(folder / "edits", options)
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_model_that_transformers_does_not_know_takes_its_code_along(tmp_path):
     with begun(tmp_path, "tiny-minigpt4", "multi-melo", "steps=2") as edited:
         edited.edit(REQUESTS)

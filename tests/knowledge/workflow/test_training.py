@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPES
+from conftest import ROOT, SHAPES, ForkedProgram, needs_fork
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge import loading, trained_networks, training_loop
 from mmedit_cli.knowledge.data.base import read_data
 from mmedit_cli.knowledge.evaluation.protocol import PREPARING
+from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.knowledge.training_loop import (
     Conditions,
@@ -71,13 +73,24 @@ def train(backbone, folder, *overrides, seed=0, tick=lambda *_: None):
     return editor, report
 
 
+@pytest.fixture(scope="module")
+def whole(backbone, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of a training that nothing interrupts, and its report but for the cost."""
+    folder = tmp_path_factory.mktemp("whole")
+    _, report = train(backbone, folder)
+    report.pop("cost")
+    return folder, report
+
+
 def test_the_same_seed_gives_the_same_networks_and_another_gives_others(
-    backbone, tmp_path
+    backbone, whole, tmp_path
 ):
-    train(backbone, tmp_path / "a")
     train(backbone, tmp_path / "b")
     train(backbone, tmp_path / "c", seed=1)
-    a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
+    a, b, c = (
+        load_file(folder / "last.safetensors")
+        for folder in (whole[0], tmp_path / "b", tmp_path / "c")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(
         torch.equal(a[key], c[key]) for key in a if key.startswith("networks.")
@@ -87,12 +100,11 @@ def test_the_same_seed_gives_the_same_networks_and_another_gives_others(
 @pytest.mark.parametrize("moment", [1, 3, 4, 7])
 @pytest.mark.parametrize("saving", ["seldom", "always"])
 def test_killed_and_continued_equals_uninterrupted(
-    backbone, tmp_path, monkeypatch, moment, saving
+    backbone, whole, tmp_path, monkeypatch, moment, saving
 ):
     monkeypatch.setattr(
         training_loop, "SAVE_SECONDS", 0.0 if saving == "always" else 1e9
     )
-    _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
     def tick(what, n):
@@ -103,18 +115,11 @@ def test_killed_and_continued_equals_uninterrupted(
 
     with pytest.raises(Killed):
         train(backbone, tmp_path / "cut", tick=tick)
-    editor, report = train(backbone, tmp_path / "cut")
-    for name in ("last", "editor"):
-        whole, cut = (
-            load_file(tmp_path / folder / f"{name}.safetensors")
-            for folder in ("whole", "cut")
-        )
-        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
-    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "cut")]
+    editor = assert_same_end(backbone, whole, tmp_path / "cut")
+    logs = [
+        (folder / "log.jsonl").read_bytes() for folder in (whole[0], tmp_path / "cut")
+    ]
     assert logs[0] == logs[1]
-    for part in (expected, report):
-        part.pop("cost")
-    assert report == expected
     best = load_file(tmp_path / "cut" / "editor.safetensors")
     assert all(
         torch.equal(best[key], value)
@@ -130,25 +135,25 @@ def cut_short(backbone, folder, interrupt) -> dict:
         return file.metadata()
 
 
-def assert_same_end(backbone, whole: Path, cut: Path, expected: dict) -> None:
-    """Continue the training in `cut`; it has to end as the one in `whole` did."""
-    _, report = train(backbone, cut)
-    for part in (expected, report):
-        part.pop("cost")
+def assert_same_end(backbone, whole: tuple[Path, dict], cut: Path) -> Editor:
+    """Continue the training in `cut`; it has to end as the `whole` one did. Return the editor that was trained."""
+    uninterrupted, expected = whole
+    editor, report = train(backbone, cut)
+    report.pop("cost")
     assert report == expected
     for name in ("last", "editor"):
         one, other = (
-            load_file(folder / f"{name}.safetensors") for folder in (whole, cut)
+            load_file(folder / f"{name}.safetensors") for folder in (uninterrupted, cut)
         )
         assert all(torch.equal(one[key], other[key]) for key in one), name
+    return editor
 
 
 @pytest.mark.parametrize("moment", [2, 3])
 def test_control_c_saves_the_step_that_is_taken(
-    backbone, tmp_path, monkeypatch, moment
+    backbone, whole, tmp_path, monkeypatch, moment
 ):
     monkeypatch.setattr(training_loop, "SAVE_SECONDS", 1e9)
-    _, expected = train(backbone, tmp_path / "whole")
     steps = []
 
     def interrupt(what, n):
@@ -160,14 +165,13 @@ def test_control_c_saves_the_step_that_is_taken(
     before = signal.getsignal(signal.SIGINT)
     assert cut_short(backbone, tmp_path / "cut", interrupt)["step"] == str(moment)
     assert signal.getsignal(signal.SIGINT) is before
-    assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
+    assert_same_end(backbone, whole, tmp_path / "cut")
 
 
 def test_control_c_while_held_out_cases_are_asked_stops_at_once(
-    backbone, tmp_path, monkeypatch
+    backbone, whole, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(training_loop, "SAVE_SECONDS", 1e9)
-    _, expected = train(backbone, tmp_path / "whole")
     scores = training_loop._EditorTraining._scores
 
     def interrupted(self):
@@ -178,7 +182,7 @@ def test_control_c_while_held_out_cases_are_asked_stops_at_once(
     monkeypatch.setattr(training_loop._EditorTraining, "_scores", interrupted)
     saved = cut_short(backbone, tmp_path / "cut", lambda *_: None)
     assert (saved["step"], saved["looked"]) == ("3", "0")
-    assert_same_end(backbone, tmp_path / "whole", tmp_path / "cut", expected)
+    assert_same_end(backbone, whole, tmp_path / "cut")
 
 
 def test_a_second_control_c_does_not_wait():
@@ -440,59 +444,62 @@ def test_the_evaluation_side_is_never_trained_on():
         )
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    """Started by torchrun, on the CPU (gloo): the same gradient as alone, up to the order of additions."""
-    common = [
-        str(w)
-        for w in (
-            "train-editor",
-            "liveedit",
-            "--model",
-            "tiny-blip2",
-            "--data",
-            SHAPES,
-            "--device",
-            "cpu",
-        )
-    ]
-    for setting in ("training.steps=1", "training.validate_every=1"):
-        common += ["--set", setting]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "mmedit_cli",
-    ]
-    runs = {
-        "two": [*launch, *common, "--set", "training.batch_size=4"],
-        "one": [
-            sys.executable,
-            "-m",
-            "mmedit_cli",
-            *common,
-            "--set",
-            "training.batch_size=8",
-        ],
+OF_ONE_STEP = (
+    *("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES),
+    *("--device", "cpu", "--set", "training.steps=1"),
+    *("--set", "training.validate_every=1", "--set"),
+)
+
+
+def assert_same_gradients(one: Path, two: Path) -> None:
+    """Check that the single step of two trainings had the same gradient, up to the order of additions."""
+    found = []
+    for records in (one, two):
+        tensors = load_file(next(records.rglob("last.safetensors")))
+        # a tenth of the gradient
+        moments = [key for key in tensors if key.endswith(".exp_avg")]
+        assert moments
+        found.append(torch.cat([tensors[key].flatten() for key in sorted(moments)]))
+    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
+
+
+@needs_fork
+def test_two_processes_equal_one_with_the_doubled_batch(cli, tmp_path):
+    """On the CPU (gloo), with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = (*OF_ONE_STEP, "training.batch_size=4", "--records", tmp_path / "two")
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
     }
-    found = {}
-    for name, command in runs.items():
-        done = subprocess.run(
-            [*command, "--records", str(tmp_path / name)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[name] = load_file(next((tmp_path / name).rglob("last.safetensors")))
-    moments = [
-        key for key in found["one"] if key.endswith(".exp_avg")
-    ]  # a tenth of the gradient of the one step
-    assert moments
-    one, two = (
-        torch.cat([found[name][key].flatten() for key in moments])
-        for name in ("one", "two")
+    running = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        place = {"RANK": rank, "LOCAL_RANK": rank}
+        running.append(ForkedProgram(tmp_path / rank, *words, **group, **place))
+    words = (*OF_ONE_STEP, "training.batch_size=8", "--records", tmp_path / "one")
+    assert cli(*words)[0] == 0
+    for program in running:
+        code, _, err = program.wait()
+        assert code == 0, err
+    assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_two_processes(cli, tmp_path):
+    words = (*OF_ONE_STEP, "training.batch_size=4", "--records", tmp_path / "two")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "mmedit_cli", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert (one - two).norm() <= 1e-5 * one.norm()
+    assert done.returncode == 0, done.stderr[-2000:]
+    words = (*OF_ONE_STEP, "training.batch_size=8", "--records", tmp_path / "one")
+    assert cli(*words)[0] == 0
+    assert_same_gradients(tmp_path / "one", tmp_path / "two")
