@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -24,7 +25,6 @@ from measure_house import (
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-GRAPH = import_graph(PACKAGE)
 # From the ground up: a module imports from rows below its own, or from its own row.
 ROWS = (
     {"errors", "types"},
@@ -111,9 +111,9 @@ def method_of(module: str) -> tuple[str, str] | None:
     return None if room[2] in ("base", "shared") else (room[0], room[2])
 
 
-def test_every_module_has_a_row():
+def test_every_module_has_a_row(graph):
     assert {part_of(path) for path in FILES} - {"__init__"} == set(ROW)
-    rooms = [room_of(module) for module in GRAPH]
+    rooms = [room_of(module) for module in graph]
     inside = {room[1] for room in rooms if room[0] in DOMAINS and len(room) > 1}
     assert inside == set(DOMAIN_ROW)
 
@@ -122,13 +122,13 @@ def test_imports_are_absolute():
     assert relative_imports(PACKAGE) == []
 
 
-def test_imports_point_down():
-    edges = [(importer, name) for importer, names in GRAPH.items() for name in names]
+def test_imports_point_down(graph):
+    edges = [(importer, name) for importer, names in graph.items() for name in names]
     assert sorted(edge for edge in edges if goes_up(*edge)) == []
 
 
-def test_imports_do_not_run_in_circles():
-    found = [" -> ".join(circle) for circle in circles(GRAPH)]
+def test_imports_do_not_run_in_circles(graph):
+    found = [" -> ".join(circle) for circle in circles(graph)]
     assert found == []
 
 
@@ -145,9 +145,9 @@ def test_functions_are_not_folded():
     assert statistics.median(chain.from_iterable(densities.values())) <= MIDDLE
 
 
-def test_methods_share_through_the_room_for_what_is_shared():
+def test_methods_share_through_the_room_for_what_is_shared(graph):
     """A method imports the base class, what is shared, and its own files; never another method of its domain."""
-    for importer, names in GRAPH.items():
+    for importer, names in graph.items():
         ours = method_of(importer)
         for name in names:
             theirs = method_of(name)
@@ -157,6 +157,12 @@ def test_methods_share_through_the_room_for_what_is_shared():
 
 def test_what_others_use_has_no_underscore():
     assert private_imports(PACKAGE) == []
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """What every module of the package imports."""
+    return import_graph(PACKAGE)
 
 
 def place_of(path: Path) -> str:

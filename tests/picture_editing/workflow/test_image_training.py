@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.training_loop import Conditions
+from mmedit_cli.picture_editing.data.base import EditPair
 from mmedit_cli.picture_editing.data.opening import open_pairs
 from mmedit_cli.picture_editing.methods.base import EditJob, EditSettings
 from mmedit_cli.picture_editing.methods.mgie import Mgie
@@ -32,11 +34,13 @@ from mmedit_cli.runtime import LoadOptions, Processes
 
 CPU = LoadOptions(device="cpu")
 TINY = load_hparams(ROOT / "hparams" / "mgie.yaml", MgieHparams, variant="tiny-llava")
-PAIRS = [
-    pair
-    for pair in open_pairs("emojikb-edits:train")[1][:400]
-    if pair.kind in ("background", "turn")
-][:12]
+
+
+@cache
+def some_pairs() -> list[EditPair]:
+    """A dozen pairs, of two kinds; reading them takes a while, so not when tests are collected."""
+    found = open_pairs("emojikb-edits:train")[1][:400]
+    return [pair for pair in found if pair.kind in ("background", "turn")][:12]
 
 
 def hp(train_lm: str = "lora", **training) -> MgieHparams:
@@ -64,7 +68,12 @@ def train(tmp_path):
         editor = fresh(hparams)
         with Run.open(tmp_path / name, {}, {}) as opened:
             train_mgie(
-                editor, hparams, PAIRS[2:], PAIRS[:2], opened, how or Conditions()
+                editor,
+                hparams,
+                some_pairs()[2:],
+                some_pairs()[:2],
+                opened,
+                how or Conditions(),
             )
         return editor, tmp_path / name
 
@@ -78,7 +87,7 @@ def training(tmp_path):
     def build(hparams: MgieHparams) -> MgieTraining:
         run = Run.open(tmp_path / f"state-{hparams.train_lm}", {}, {})
         state = MgieTraining(fresh(hparams), hparams, run, Conditions(), 0)
-        state.prepare(PAIRS, [])
+        state.prepare(some_pairs(), [])
         return state
 
     return build
@@ -161,7 +170,7 @@ def test_lora_of_the_denoiser(train):
 
 def test_what_was_trained_loads_and_edits_as_it_did(train):
     editor, folder = train(hp())
-    job = EditJob(PAIRS[0].source(), PAIRS[0].instruction)
+    job = EditJob(some_pairs()[0].source(), some_pairs()[0].instruction)
     expected = editor.edit([job], EditSettings(2))[0]
     loaded = Mgie.load(str(folder), CPU)
     got = loaded.edit([job], EditSettings(2))[0]
@@ -204,7 +213,7 @@ def test_a_damaged_checkpoint_is_named(train):
 
 def test_who_feels_which_loss(training):
     state = training(hp("reference"))
-    samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:3])]
+    samples = [state.sample(pair, i) for i, pair in enumerate(some_pairs()[:3])]
     said, _, edit, _ = state.losses(samples)
     named, one = (
         state.trained,
@@ -246,7 +255,7 @@ def test_a_frozen_prefix_gives_the_same_losses_and_gradients(
     for name, parameter in state.trained.items():
         parameter.requires_grad_(not name.startswith("mllm."))
     wanted = {n: p for n, p in state.trained.items() if p.requires_grad}
-    samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:3])]
+    samples = [state.sample(pair, i) for i, pair in enumerate(some_pairs()[:3])]
     found = []
     for frozen in (True, False):
         monkeypatch.setattr(MgieTraining, "frozen_prefix", frozen)
@@ -260,7 +269,7 @@ def test_a_frozen_prefix_gives_the_same_losses_and_gradients(
 @torch.no_grad()
 def test_the_instruction_loss_by_hand(training):
     state = training(hp())
-    samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:2])]
+    samples = [state.sample(pair, i) for i, pair in enumerate(some_pairs()[:2])]
     said, count, *_ = state.losses(samples)
     guide, total, n = state.guide, 0.0, 0
     for s in samples:
@@ -271,14 +280,14 @@ def test_the_instruction_loss_by_hand(training):
         logs = guide.logits(hidden).log_softmax(-1)
         for place in range(row.n_prompt - 1, len(sequence) - 1):
             total, n = total - float(logs[place, sequence[place + 1]]), n + 1
-    assert count == n == state._n_labels(PAIRS[:2])
+    assert count == n == state._n_labels(some_pairs()[:2])
     assert float(said) == pytest.approx(total, rel=1e-4)
 
 
 @torch.no_grad()
 def test_the_edit_loss_by_hand(training):
     state = training(hp())
-    pair, editor = PAIRS[0], state.editor
+    pair, editor = some_pairs()[0], state.editor
     s = replace(state.sample(pair, 0), u=0.99)
     got = float(state.losses([s])[2])
     source = editor.vae.encode(to_pixels([s.source])).latent_dist.mean
@@ -326,12 +335,12 @@ def test_the_head_is_drawn_to_the_text_encoder_and_the_denoiser_is_not_run(train
 @torch.no_grad()
 def test_the_distance_to_the_text_encodings_by_hand(training):
     state = training(hp(align_weight=0.5))
-    samples = [state.sample(pair, i) for i, pair in enumerate(PAIRS[:2])]
+    samples = [state.sample(pair, i) for i, pair in enumerate(some_pairs()[:2])]
     got = float(state.losses(samples).align)
     pipeline = build("tiny-ip2p")
     head, texts = (
         state.editor.edit_head,
-        [PAIRS[0].instruction, PAIRS[1].instruction, ""],
+        [some_pairs()[0].instruction, some_pairs()[1].instruction, ""],
     )
     ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt")[
         "input_ids"
@@ -352,7 +361,11 @@ def test_the_distance_to_the_text_encodings_by_hand(training):
 def test_edited_pictures_are_not_opened_where_the_denoiser_is_not_run(training):
     state = training(hp(edit_weight=0.0, align_weight=1.0))
     state.losses(
-        [state.sample(replace(PAIRS[0], target=lambda: pytest.fail("opened")), 0)]
+        [
+            state.sample(
+                replace(some_pairs()[0], target=lambda: pytest.fail("opened")), 0
+            )
+        ]
     )
 
 
@@ -370,7 +383,7 @@ def test_what_is_dropped_gets_the_null_condition_and_no_picture(training):
         ),
         with_kwargs=True,
     )
-    base = state.sample(PAIRS[0], 0)
+    base = state.sample(some_pairs()[0], 0)
     state.losses([replace(base, u=u) for u in (0.01, 0.07, 0.12, 0.5)])
     handle.remove()
     ((inputs, conditions),) = seen
@@ -399,14 +412,14 @@ def test_the_law_of_dropping():
 
 def test_pairs_are_mirrored_together_unless_a_side_is_named(training):
     state = training(hp(flip=1.0))
-    plain = state.sample(PAIRS[0], 3, by_chance=False)
-    mirrored = state.sample(PAIRS[0], 3)
+    plain = state.sample(some_pairs()[0], 3, by_chance=False)
+    mirrored = state.sample(some_pairs()[0], 3)
     from PIL import ImageOps
 
     assert mirrored.source == ImageOps.mirror(plain.source)
     assert mirrored.target == ImageOps.mirror(plain.target)
     assert torch.equal(mirrored.noise, plain.noise)
-    sided = replace(PAIRS[0], instruction="move it to the left")
+    sided = replace(some_pairs()[0], instruction="move it to the left")
     assert state.sample(sided, 3).source == plain.source
 
 
@@ -496,7 +509,7 @@ def test_a_small_set_is_learned(train, train_lm, monkeypatch):
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder, Run.open(ROOT / folder, {}, {}) as run:
-        report = train_mgie(editor, hparams, PAIRS[:2], [], run, Conditions())
+        report = train_mgie(editor, hparams, some_pairs()[:2], [], run, Conditions())
     losses = [line["losses"]["instruction"] for line in report["losses"]]
     assert losses[-1] < 0.1 * losses[0]
 
@@ -509,14 +522,16 @@ def test_bfloat16(tmp_path):
         "",
     )
     with Run.open(tmp_path / "run", {}, {}) as run:
-        report = train_mgie(editor, hparams, PAIRS[2:6], PAIRS[:1], run, Conditions())
+        report = train_mgie(
+            editor, hparams, some_pairs()[2:6], some_pairs()[:1], run, Conditions()
+        )
     assert report["losses"]
     kept = load_file(tmp_path / "run" / "editor.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
     loaded = Mgie.load(
         str(tmp_path / "run"), LoadOptions(device="cpu", dtype="bfloat16")
     )
-    assert loaded.edit([EditJob(PAIRS[0].source(), "a")], EditSettings(1))[
+    assert loaded.edit([EditJob(some_pairs()[0].source(), "a")], EditSettings(1))[
         0
     ].picture.size == (
         64,
