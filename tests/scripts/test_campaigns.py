@@ -1,4 +1,4 @@
-"""The campaigns of scripts/campaign: their short forms here, the whole ones with -m slow."""
+"""The campaigns of scripts/campaign: their short forms with -m slow, the whole ones with -m nightly."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def kill(*words: str) -> list[list[str]]:
     return [line.split() for line in ended.stdout.splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_commands_that_are_killed_at_every_change_end_as_if_undisturbed():
     found = kill("--short")
     names, changes, kills, _, differences, _ = zip(*found, strict=True)

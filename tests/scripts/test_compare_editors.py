@@ -21,7 +21,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ["chart.svg", "chart.png"])
+@pytest.mark.parametrize(
+    "name", ["chart.svg", pytest.param("chart.png", marks=pytest.mark.slow)]
+)
 def test_the_same_figures_give_the_same_file(tmp_path, name):
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()

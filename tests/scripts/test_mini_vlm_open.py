@@ -16,6 +16,8 @@ from mmedit_cli import runtime
 from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.data.emojikb_open import EVALUATION, all_wordings, artist_uses
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT / "data" / "emojikb"
 CPU = torch.device("cpu")
 RECIPE = ROOT / "scripts" / "mini_blip2_open.yaml"

@@ -357,6 +357,7 @@ def test_anchors_find_their_modules(backbone):
         anchors.path("ffn_out", 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_resumes_bit_for_bit(name):
     backbone = load_backbone(name, device="cpu", dtype="bfloat16")

@@ -275,6 +275,7 @@ def test_a_folder_loads_and_another_class_is_refused(tmp_path, editor):
         InstructPix2Pix.load(str(tmp_path), LoadOptions(device="cpu"))
 
 
+@pytest.mark.slow
 def test_bfloat16():
     editor = InstructPix2Pix.load(
         "tiny-ip2p", LoadOptions(device="cpu", dtype="bfloat16")

@@ -355,6 +355,7 @@ def test_a_pipeline_of_diffusers(editor, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16():
     editor = Mgie.load("tiny-mgie", LoadOptions(device="cpu", dtype="bfloat16"))
     result = editor.edit([EditJob(picture(), "paint it blue")], EditSettings(2))[0]
