@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import SHAPES
+from conftest import SHAPES, fork, needs_fork
 
 from mmedit_cli.errors import RunError, StateError, UserError
 from mmedit_cli.knowledge.ledger.edited_model import (
@@ -243,18 +244,21 @@ def test_a_ledger_that_got_no_edit_leaves_no_pictures(tmp_path):
     assert list(tmp_path.rglob("*.png")) == []
 
 
+@needs_fork
 @pytest.mark.parametrize("rows", [True, False])
 def test_killed_at_any_moment_an_edit_is_in_or_it_is_not(tmp_path, rows):
     filled(tmp_path, 1, rows=rows).close()
     clock, done = random.Random(0), 1
     for turn in range(24):
         reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
+
+        def go_on(reading=reading, writing=writing):
             os.close(reading)
             ledger = Ledger.open(tmp_path, writing=True)
             while True:
                 os.write(writing, b"%d\n" % add(ledger, ledger.next_id))
+
+        child = fork(go_on)
         os.close(writing)
         begun = (
             os.read(reading, 100).decode() if turn % 2 else ""
@@ -391,15 +395,20 @@ def logits(backbone) -> torch.Tensor:
         return backbone.logits(backbone.batch(REQUESTS))
 
 
-@pytest.fixture(params=["ft", "liveedit"])
-def ledger(request, tmp_path):
+@pytest.fixture(scope="module", params=["ft", "liveedit"])
+def whole_ledger(request, tmp_path_factory):
     """The folder of a ledger with three edits: by an editor whose edits hang together, and by one whose do not."""
+    folder = tmp_path_factory.mktemp("whole") / "edits"
     model = "tiny-blip2" if request.param == "ft" else "mini-blip2"
-    with begin_edits(
-        tmp_path / "edits", EditOptions(request.param, ModelOptions(model))
-    ) as edited:
+    with begin_edits(folder, EditOptions(request.param, ModelOptions(model))) as edited:
         assert edited.edit(REQUESTS[:3]) == [1, 2, 3]
-    return tmp_path / "edits"
+    return folder
+
+
+@pytest.fixture
+def ledger(whole_ledger, tmp_path):
+    """A copy of that ledger, which a test may change."""
+    return shutil.copytree(whole_ledger, tmp_path / "edits")
 
 
 def test_it_opens_with_the_same_logits_and_closes_to_the_base_model(ledger):
