@@ -38,11 +38,12 @@ from mmedit_cli.runtime import Interrupts
 
 SHORT = (
     "training.steps=8",
-    "training.batch_size=4",
+    "training.batch_size=2",
     "training.validate_every=3",
     "training.alternatives=1",
 )
 CASES = read_data(SHAPES).cases
+TAUGHT, HELD_OUT = CASES[:6], CASES[10:12]
 
 
 class Killed(Exception):
@@ -67,9 +68,7 @@ def make(backbone, *overrides, seed=0):
 def train(backbone, folder, *overrides, seed=0, tick=lambda *_: None):
     editor = make(backbone, *SHORT, *overrides, seed=seed)
     with Run.open(folder, {"overrides": overrides}, {}) as run:
-        report = train_networks(
-            editor, CASES[:10], CASES[10:14], run, Conditions(tick=tick)
-        )
+        report = train_networks(editor, TAUGHT, HELD_OUT, run, Conditions(tick=tick))
     return editor, report
 
 
@@ -97,8 +96,15 @@ def test_the_same_seed_gives_the_same_networks_and_another_gives_others(
     )
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4, 7])
-@pytest.mark.parametrize("saving", ["seldom", "always"])
+@pytest.mark.parametrize(
+    ("saving", "moment"),
+    [
+        *(("seldom", moment) for moment in (1, 3, 7)),
+        ("always", 4),
+        pytest.param("seldom", 4, marks=pytest.mark.slow),
+        *(pytest.param("always", n, marks=pytest.mark.slow) for n in (1, 3, 7)),
+    ],
+)
 def test_killed_and_continued_equals_uninterrupted(
     backbone, whole, tmp_path, monkeypatch, moment, saving
 ):
@@ -203,10 +209,10 @@ def test_what_is_prepared_is_told_and_counted(backbone, tmp_path):
 
     train(backbone, tmp_path, tick=tick)
     taught = training_loop.with_alternatives(
-        CASES[:10], make(backbone, *SHORT).hparams.training, 0
+        TAUGHT, make(backbone, *SHORT).hparams.training, 0
     )
     most = evaluation.count_queries(
-        [*(case for cases in taught for case in cases), *CASES[10:14]]
+        [*(case for cases in taught for case in cases), *HELD_OUT]
     )
     assert told["steps"] == 8
     assert 0 < told[PREPARING] <= most
