@@ -119,8 +119,10 @@ def balloon(whole_balloon, tmp_path) -> Path:
     "editor",
     [
         "liveedit",
-        pytest.param("multi-melo", marks=pytest.mark.slow),
-        pytest.param("unike", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("grace", "multi-melo", "unike")
+        ),
     ],
 )
 def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
@@ -169,7 +171,7 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
         )
 
 
-EDITORS = ("liveedit", "multi-melo", "unike")
+EDITORS = ("grace", "liveedit", "multi-melo", "unike")
 METHODS = {
     "grace": ("grace", "steps=5"),
     "liveedit": ("liveedit", "margin=-100"),
