@@ -358,6 +358,7 @@ def test_verify_says_which_do_not_hold(cli, tmp_path):
 
 
 def test_diff_and_compact(cli, ledger, facts, tmp_path):
+    shutil.copy(APPLE, tmp_path / "noto")
     facts.write_text(
         facts.read_text()
         .replace("a violin", "a trumpet")
