@@ -278,7 +278,14 @@ def test_without_a_covariance_one_is_computed_and_kept(learn, cache, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "editor", ["perfusion", "dreambooth", "dreambooth-lora", "multi-melo-diffusion"]
+    "editor",
+    [
+        "perfusion",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("dreambooth", "dreambooth-lora", "multi-melo-diffusion")
+        ),
+    ],
 )
 def test_drawing_with_concepts(learn, cli, tmp_path, editor):
     learn(editor=editor, overrides=("steps=10",))

@@ -284,7 +284,13 @@ def test_save_and_load_give_the_same_logits(editor, tmp_path):
     )
 
 
-@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "backwards",
+    [
+        pytest.param(False, id="forwards"),
+        pytest.param(True, id="backwards", marks=pytest.mark.slow),
+    ],
+)
 def test_an_edit_after_loading_is_the_edit_without_it(editor, backwards):
     """A file lists its tensors in any order."""
     editor.edit(REQUESTS[:1])
