@@ -26,6 +26,8 @@ QUICK = {  # what costs time and does not depend on the depth
     "alphaedit": ("questions=2", "relative=true", "target.steps=1"),
     "memit": ("questions=2", "target.steps=1"),
     "ultraedit": ("unrelated=2",),
+    "m-ore": ("steps=1",),
+    "wise": ("steps=1",),
     "unike": (
         "steps=1",
         "encoder_dim=16",
@@ -36,6 +38,8 @@ QUICK = {  # what costs time and does not depend on the depth
 }
 LAYERS = {  # of four, as deep as the published ones of 32
     "grace": ("layer", 2),
+    "m-ore": ("layers", 4),
+    "wise": ("layer", 3),
     "liveedit": ("edit_layer", 2),
     "lora": ("layers", (1, 2, 3)),
     "multi-melo": ("layers", (1, 2, 3)),

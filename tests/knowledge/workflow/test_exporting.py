@@ -174,6 +174,7 @@ def test_nobody_loads_the_base_model_by_mistake(cli, balloon, tmp_path):
 EDITORS = ("grace", "liveedit", "multi-melo", "unike")
 METHODS = {
     "grace": ("grace", "steps=5"),
+    "wise": ("wise", "steps=30", "act_ratio=0.01"),
     "liveedit": ("liveedit", "margin=-100"),
     "liveedit-paper": ("liveedit", "margin=-100", "variant=paper", "top_k=1"),
     "multi-melo": ("multi-melo", "steps=5"),

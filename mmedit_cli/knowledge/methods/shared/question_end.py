@@ -13,6 +13,17 @@ def ends_of(question: Tensor) -> Tensor:
     return marked.amax(1)
 
 
+def only_last(question: Tensor) -> Tensor:
+    """Leave of the marked tokens of each row the last one: (B, T) bool -> (B, T) bool."""
+    length = question.shape[1]
+    places = torch.arange(
+        length,
+        device=question.device,
+    )
+    ends = ends_of(question)
+    return places == ends[:, None]
+
+
 def states_at(hidden: Tensor, positions: Tensor) -> Tensor:
     """Return the state of each row at its position: (B, T, D), (B,) -> (B, D)."""
     rows = torch.arange(len(hidden), device=hidden.device)
