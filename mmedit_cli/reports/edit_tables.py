@@ -171,7 +171,7 @@ def advice(report: Mapping[str, Any]) -> tuple[str, str]:
     together = ids == list(range(ids[0], ids[-1] + 1)) and len(ids) > 1
     named = f"{ids[0]}-{ids[-1]}" if together else ",".join(map(str, ids))
     ways = [f"`mmedit edits undo {ledger} {named}` takes it back"]
-    if editor in ("ft", "grace", "lora", "t-patcher"):
+    if editor in ("ft", "grace", "lora", "m-ore", "t-patcher", "wise"):
         ways.append("more steps may do it (--set steps=...)")
     if editor != "multi-melo":
         ways.append("multi-melo holds facts with and without a picture")

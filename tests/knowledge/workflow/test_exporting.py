@@ -207,6 +207,7 @@ def test_routed_edits_of_every_family(tmp_path, model, method):
         fired = edited.explain(routed)
     if method != "unike-reference":
         assert all(fired), "every question has to be routed, or nothing is tested"
+    if method not in ("unike-reference", "wise"):  # a memory has several edits
         assert not any(len(routed) - 2 in weights for weights in fired)
     report = exporting.export(
         tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET
