@@ -85,7 +85,8 @@ def basis(rank: int, width: int, source: Generator) -> Tensor:
         generator=source,
     )
     rotation, _ = torch.linalg.qr(columns)
-    return rotation.T.contiguous()
+    rows: Tensor = rotation.T.contiguous()
+    return rows
 
 
 def less_free(free: Tensor, z: Tensor, memory: float) -> Tensor:

@@ -42,7 +42,8 @@ def reaction(x: Tensor, delta: Tensor, at: Tensor) -> Tensor:
     )
     marked = sizes.masked_fill(~at, 0.0)
     number = at.sum(1)
-    return marked.sum(1) / number
+    mean: Tensor = marked.sum(1) / number
+    return mean
 
 
 def strongest(reactions: Tensor, thresholds: Tensor) -> Tensor:
