@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmedit_cli import runtime
 from mmedit_cli.errors import DataError, MmeditError
 from mmedit_cli.knowledge.evaluation.answers import Answer, ask
+from mmedit_cli.knowledge.evaluation.metrics import normalize
 from mmedit_cli.knowledge.evaluation.protocol import (
     PREPARING,
     distinct_queries,
@@ -110,6 +111,8 @@ def train_networks(
     log = run.read("log")
     for line in log:
         values = {**line.get("losses", {}), **line.get("scores", {})}
+        for kind, part in line.get("answers", {}).items():
+            values[f"{kind} answers"] = part["score"]
         for name, value in values.items():
             how.curve(name, value, line["step"])
     progress = training.progress
@@ -117,7 +120,8 @@ def train_networks(
     curve = [line for line in log if "score" in line]
     best = next(line for line in curve if line["step"] == progress.best_step)
     return {
-        "steps": hp.steps,
+        "steps": progress.step,
+        "ended_early": progress.step < hp.steps,
         "calibrated": chosen,
         "validation_cases": validated,
         "validation_edits": max(validated, getattr(hp, "validation_edits", 0)),
@@ -148,6 +152,8 @@ class _EditorTraining:
         self.batch_size = how.batch_size
         self.hp = editor.hparams.training
         self.held_out = distinct(held_out)[: self.hp.validation_cases]
+        taught = chain.from_iterable(cases)
+        self.taught_answers = set(map(_answer, taught))
         self.parameters = dict(editor.networks.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -158,6 +164,8 @@ class _EditorTraining:
         self._sums: dict[str, Tensor] = {}
         self._base: dict[Query, Answer] | None = None
         self._restore()
+        # all processes read the same file
+        self._ended = self._has_not_risen()
 
     def go_on(self) -> None:
         """Take the steps that are left; control-C stops after the step that is running, so nothing is lost."""
@@ -170,15 +178,18 @@ class _EditorTraining:
         first = progress.step
         spent = progress.seconds
         started = saved = time.monotonic()
-        while progress.step < self.hp.steps or self._look_is_due():
-            if writes and self._look_is_due():
+        while self._look_is_due() or not self._is_over():
+            if self._look_is_due():
                 # its networks are saved already, and it may take minutes
                 with interrupts.at_once():
-                    scores = self._validate()
+                    line = self._validate() if writes else {}
+                progress.looked = progress.step
+                self._ended = self._agree(self._has_not_risen())
                 seconds = time.monotonic() - started
                 rate = seconds / max(1, progress.step - first)
                 left = rate * (self.hp.steps - progress.step)
-                self.how.say(self._line(scores, left))
+                if writes:
+                    self.how.say(self._line(line, left))
             else:
                 self._step(progress.step)
                 progress.step += 1
@@ -196,14 +207,35 @@ class _EditorTraining:
             interrupts.stop_if_asked()
 
     def _look_is_due(self) -> bool:
-        """Whether the held-out cases are to be scored before the next step."""
-        if self.processes.rank:
-            return False
+        """Whether the held-out cases are to be scored before the next step; the first process does it."""
         step = self.progress.step
         if step <= self.progress.looked:
             return False
         is_last: bool = step == self.hp.steps
         return is_last or step % self.hp.validate_every == 0
+
+    def _is_over(self) -> bool:
+        return self._ended or self.progress.step >= self.hp.steps
+
+    def _has_not_risen(self) -> bool:
+        """Whether the last `patience` looks were none better than the one before them."""
+        patience: int | None = getattr(self.hp, "patience", None)
+        if patience is None:
+            return False
+        every: int = self.hp.validate_every
+        since_best = self.progress.looked - self.progress.best_step
+        return since_best >= patience * every
+
+    def _agree(self, ended: bool) -> bool:
+        """Return what the first process says: it alone knows the scores."""
+        patience: int | None = getattr(self.hp, "patience", None)
+        if self.processes.world == 1 or patience is None:
+            return ended
+        mine = ended and self.processes.rank == 0
+        device = self.editor.backbone.device
+        vote = torch.tensor([float(mine)], device=device)
+        votes = self.processes.add(vote)
+        return bool(votes.item())
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -308,7 +340,7 @@ class _EditorTraining:
             found = []
             for value in candidates:
                 editor.hparams = replace(editor.hparams, **{key: value})
-                score = statistics.fmean(self._scores().values())
+                score = statistics.fmean(_means(self._scores()).values())
                 found.append((score, value))
                 self.how.say(f"{key} {value}: held out mean {100 * score:.1f}")
             _, chosen[key] = max(found)
@@ -322,28 +354,51 @@ class _EditorTraining:
         progress = self.progress
         metadata["step"] = str(progress.best_step)
         metadata["score"] = f"{progress.best:.4f}"
-        metadata["steps"] = str(self.hp.steps)
+        metadata["steps"] = str(progress.step)
         metadata["run"] = self.run.folder.name
         self.run.save_tensors("editor", tensors, metadata)
 
-    def _validate(self) -> dict[str, float]:
-        """Score the held-out cases; keep the networks if they are the best so far."""
+    def _validate(self) -> dict[str, Any]:
+        """Score the held-out cases, keep the networks if they are the best so far, and return the line of the log."""
         self.editor.finalize()
         progress = self.progress
-        scores = self._scores()
+        by_case = self._scores()
+        scores = _means(by_case)
         score = statistics.fmean(scores.values())
         line = {"step": progress.step, "score": score, "scores": scores}
+        line["answers"] = self._by_answer(by_case)
         self.run.append("log", [line])
         if score > progress.best:
             progress.best = score
             progress.best_step = progress.step
             self._save_networks()
-        progress.looked = progress.step
-        return scores
+        return line
+
+    def _by_answer(self, by_case: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """Return the scores of the cases whose new answer training has taught (`seen`), and those of the others.
+
+        Networks that learned answers by heart, and not to copy, give only the former.
+        """
+        parts: dict[str, list[Mapping[str, float]]] = {"seen": [], "unseen": []}
+        for case, scores in zip(self.held_out, by_case, strict=True):
+            seen = _answer(case) in self.taught_answers
+            parts["seen" if seen else "unseen"].append(scores)
+        found = {}
+        for kind, some in parts.items():
+            if not some:
+                continue
+            means = _means(some)
+            score = statistics.fmean(means.values())
+            found[kind] = {
+                "cases": len(some),
+                "score": score,
+                "scores": means,
+            }
+        return found
 
     @torch.no_grad()
-    def _scores(self) -> dict[str, float]:
-        """Edit the held-out cases in a row, ask everything about them, and take all of it back: mean by column."""
+    def _scores(self) -> list[dict[str, float]]:
+        """Edit the held-out cases in a row, ask everything about them, and take all of it back: by case and column."""
         editor = self.editor
         queries = distinct_queries(self.held_out)
         if self._base is None:
@@ -359,13 +414,15 @@ class _EditorTraining:
         affected = list(compress(queries, may_change))
         answers = {**self._base, **self._ask(affected)}
         editor.undo()
-        by_column: dict[str, list[float]] = {}
+        by_case = []
         for case in self.held_out:
             line = score_case(case, self._base, answers, (SCORE,))
+            scores = {}
             for column, score in line["scores"][SCORE].items():
                 if not column.startswith("portability"):
-                    by_column.setdefault(column, []).append(score)
-        return {column: statistics.fmean(found) for column, found in by_column.items()}
+                    scores[column] = score
+            by_case.append(scores)
+        return by_case
 
     def _ask(self, queries: Sequence[Query]) -> dict[Query, Answer]:
         return ask(
@@ -377,20 +434,23 @@ class _EditorTraining:
             batch_size=self.batch_size,
         )
 
-    def _line(self, scores: Mapping[str, float], seconds_left: float) -> str:
+    def _line(self, look: Mapping[str, Any], seconds_left: float) -> str:
         """Return a line for the user: the last loss, the scores just made, and the time that is left."""
         progress = self.progress
+        scores: Mapping[str, float] = look["scores"]
         log = [line for line in self.run.read("log") if "losses" in line]
         loss = log[-1]["losses"]["total"]
         in_percent = [f"{name} {100 * value:.1f}" for name, value in scores.items()]
         columns = "  ".join(in_percent)
-        mean = 100 * statistics.fmean(scores.values())
+        mean = f"mean {100 * look['score']:.1f}"
+        for kind, part in look["answers"].items():
+            mean += f", {kind} answers {100 * part['score']:.1f}"
         best = f"best {100 * progress.best:.1f}"
         if progress.best_step == progress.step:
             best = "best so far"
         return (
             f"step {progress.step}/{self.hp.steps}  loss {loss:.3f}  held out: {columns}"
-            f"  mean {mean:.1f} ({best})  {seconds_left / 60:.0f} min left"
+            f"  {mean} ({best})  {seconds_left / 60:.0f} min left"
         )
 
     # -- files --------------------------------------------------------------------------------------------------
@@ -443,6 +503,20 @@ class _EditorTraining:
         last = self.progress.looked if "score" in line else self.progress.step
         step: int = line["step"]
         return step <= last
+
+
+def _answer(case: EditCase) -> tuple[str, ...]:
+    """Return the words of the new answer of a case."""
+    return tuple(normalize(case.request.target))
+
+
+def _means(by_case: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each column over the cases that have it."""
+    by_column: dict[str, list[float]] = {}
+    for scores in by_case:
+        for column, score in scores.items():
+            by_column.setdefault(column, []).append(score)
+    return {column: statistics.fmean(found) for column, found in by_column.items()}
 
 
 def distinct(cases: Sequence[EditCase]) -> list[EditCase]:

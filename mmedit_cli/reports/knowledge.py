@@ -61,17 +61,12 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
         best = report["best"]
         editor, model = report["editor"], report["model"]["name"]
         out.line(f"{editor} for {model}, trained on {report['data']['cases']} cases")
-        rows = [
-            [column_name(name), f"{100 * value:.1f}"]
-            for name, value in best["scores"].items()
-        ]
-        mean = ["mean", f"{100 * best['score']:.1f}"]
-        out.table(["held out", f"step {best['step']}"], [*rows, mean])
+        out.table(*_held_out_table(best))
         minutes = report["cost"]["seconds"] / 60
         size = f"{report['trained_parameters']:,} parameters"
         held_out = f"{report['validation_cases']} held-out cases"
         out.line(
-            f"{size}, {report['steps']:,} steps in {minutes:.1f} min; "
+            f"{size}, {_steps(report)} in {minutes:.1f} min; "
             f"{held_out} among {report['validation_edits']:,} edits, "
             "all answer tokens right"
         )
@@ -79,6 +74,35 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
         out.line(f"mmedit eval {editor} --model {model} --checkpoint {run_of(report)}")
 
     out.result(report, show)
+
+
+def _steps(report: Mapping[str, Any]) -> str:
+    """Say how long a training was, and whether it ended because nothing rose any more."""
+    said = f"{report['steps']:,} steps"
+    if report.get("ended_early"):
+        looks = report["hparams"]["training"]["patience"]
+        said += f" (ended after {looks} looks without a rise)"
+    return said
+
+
+def _held_out_table(best: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows): the held-out scores at the best step, of all cases and by whether the answer was taught.
+
+    Trainings of version 0.1 do not know the latter.
+    """
+    parts = best.get("answers", {})
+    header = ["held out", f"step {best['step']}"]
+    for kind, part in parts.items():
+        header.append(f"{kind} answers n={part['cases']}")
+    rows = []
+    for name, value in best["scores"].items():
+        row = [column_name(name), _percent(value)]
+        for part in parts.values():
+            score = part["scores"].get(name)
+            row.append("-" if score is None else _percent(score))
+        rows.append(row)
+    means = [best["score"], *(part["score"] for part in parts.values())]
+    return header, [*rows, ["mean", *map(_percent, means)]]
 
 
 def _print_head(out: Output, report: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmedit_cli import registry
-from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.errors import DataError, HparamsError, UserError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge import loading, trained_networks, training_loop
 from mmedit_cli.knowledge.data.base import read_data
@@ -33,7 +33,9 @@ from mmedit_cli.knowledge.training_loop import (
     train_networks,
 )
 from mmedit_cli.knowledge.workflow import evaluation, training
+from mmedit_cli.output import Output
 from mmedit_cli.records import Run
+from mmedit_cli.reports import show
 from mmedit_cli.runtime import Interrupts
 
 SHORT = (
@@ -246,6 +248,142 @@ def test_the_best_checkpoint_on_held_out_cases_is_kept(backbone, tmp_path, monke
     )
 
 
+def falling(monkeypatch, *scores: float) -> None:
+    """Let the held-out cases score so at the looks after steps 1, 2, ...: the score depends on the step alone."""
+    real = training_loop._EditorTraining._scores
+
+    def at_this_step(self):
+        real(self)
+        return [{"reliability": scores[self.progress.step - 1]}]
+
+    monkeypatch.setattr(training_loop._EditorTraining, "_scores", at_this_step)
+    monkeypatch.setattr(training_loop._EditorTraining, "_by_answer", lambda *_: {})
+
+
+PATIENT = ("training.validate_every=1", "training.patience=2")
+
+
+def test_it_ends_when_nothing_has_risen_for_so_many_looks(
+    backbone, tmp_path, monkeypatch
+):
+    falling(monkeypatch, 0.2, 0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9)
+    _, report = train(backbone, tmp_path / "patient", *PATIENT)
+    assert [line["step"] for line in report["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert (report["steps"], report["ended_early"]) == (6, True)
+    assert report["best"]["step"] == 4
+    with safe_open(tmp_path / "patient" / "editor.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["step"], metadata["steps"]) == ("4", "6")
+    _, report = train(backbone, tmp_path / "all", PATIENT[0])
+    assert (report["steps"], report["ended_early"]) == (8, False)
+    assert report["best"]["step"] == 7
+
+
+@pytest.mark.parametrize("moment", [6, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_patient_training_ends_the_same_when_it_was_killed(
+    backbone, tmp_path, monkeypatch, moment
+):
+    falling(monkeypatch, 0.2, 0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9)
+    _, expected = train(backbone, tmp_path / "whole", *PATIENT)
+    steps = []
+
+    def tick(what, n):
+        if what == "steps":
+            steps.append(n)
+        if sum(steps) == moment and len(steps) > 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(backbone, tmp_path / "cut", *PATIENT, tick=tick)
+    _, report = train(backbone, tmp_path / "cut", *PATIENT)
+    _, again = train(backbone, tmp_path / "cut", *PATIENT)
+    for part in (expected, report, again):
+        part.pop("cost")
+    assert report == expected == again
+
+
+@pytest.mark.parametrize("editor", ["liveedit", "unike"])
+def test_no_patience_at_all_is_refused(editor):
+    cls, path = registry.editors.get(editor), registry.hparams_file(editor)
+    with pytest.raises(HparamsError, match="patience must be at least 1"):
+        load_hparams(path, cls.Hparams, overrides=("training.patience=0",))
+
+
+def test_answers_that_were_taught_are_told_apart_from_the_others(
+    backbone, tmp_path, monkeypatch
+):
+    """Two of four held-out cases teach an answer that a training case teaches, one in other letters."""
+    held_out = []
+    for number, case in enumerate(CASES[10:14]):
+        target = CASES[number].request.target
+        answers = (target, f" {target.title()}.", "a zebra", "a gnu")
+        request = replace(case.request, target=answers[number])
+        held_out.append(replace(case, uid=f"own-{number}", request=request))
+    right = {"own-0": 1.0, "own-1": 0.5, "own-2": 0.0, "own-3": 0.0}
+    monkeypatch.setattr(training_loop, "distinct", list)
+    monkeypatch.setattr(
+        training_loop,
+        "score_case",
+        lambda case, *_: {
+            "scores": {
+                training_loop.SCORE: {
+                    "reliability": right[case.uid],
+                    **({"locality.text": 1.0} if case.uid == "own-0" else {}),
+                }
+            }
+        },
+    )
+    editor = make(backbone, *SHORT, "training.steps=1")
+    with Run.open(tmp_path, {}, {}) as run:
+        report = train_networks(editor, CASES[:10], held_out, run)
+    assert report["best"]["scores"] == {"reliability": 0.375, "locality.text": 1.0}
+    assert report["best"]["answers"] == {
+        "seen": {
+            "cases": 2,
+            "score": 0.875,
+            "scores": {"reliability": 0.75, "locality.text": 1.0},
+        },
+        "unseen": {"cases": 2, "score": 0.0, "scores": {"reliability": 0.0}},
+    }
+
+
+def test_the_table_of_a_training_shows_both(capsys):
+    report = {
+        "editor": "liveedit",
+        "model": {"name": "m"},
+        "data": {"cases": 10},
+        "best": {
+            "step": 4,
+            "score": 0.5,
+            "scores": {"reliability": 0.5},
+            "answers": {
+                "seen": {"cases": 3, "score": 0.9, "scores": {"reliability": 0.9}},
+                "unseen": {"cases": 1, "score": 0.1, "scores": {"reliability": 0.1}},
+            },
+        },
+        "cost": {"seconds": 60.0},
+        "hparams": {"training": {"patience": 5}},
+        "steps": 9,
+        "ended_early": True,
+        "trained_parameters": 7,
+        "validation_cases": 4,
+        "validation_edits": 4,
+        "run": "records/abc",
+    }
+    show.report(Output(), report)
+    text = capsys.readouterr().out
+    assert "seen answers n=3   unseen answers n=1" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["Rel", "50.0", "90.0", "10.0"] in rows
+    assert ["mean", "50.0", "90.0", "10.0"] in rows
+    assert "9 steps (ended after 5 looks without a rise) in 1.0 min" in text
+    del report["best"]["answers"], report["ended_early"]  # as version 0.1 wrote it
+    show.report(Output(), report)
+    text = capsys.readouterr().out
+    assert ["Rel", "50.0"] in [line.split() for line in text.splitlines()]
+    assert "9 steps in 1.0 min" in text
+
+
 def test_alternatives_teach_other_targets_and_change_nothing_else():
     case = CASES[0]
     others = alternatives(case, CASES, 3, seed=0)
@@ -453,6 +591,8 @@ def test_the_evaluation_side_is_never_trained_on():
 OF_ONE_STEP = (
     *("train-editor", "liveedit", "--model", "tiny-blip2", "--data", SHAPES),
     *("--device", "cpu", "--set", "training.steps=1"),
+    # with patience the processes agree after each look whether it goes on
+    *("--set", "training.patience=1"),
     *("--set", "training.validate_every=1", "--set"),
 )
 

@@ -36,6 +36,7 @@ class LiveEditTraining:
     validate_every: int = 500
     validation_cases: int = 256
     validation_edits: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -44,6 +45,10 @@ class LiveEditTraining:
             )
         if self.taught is not None and self.taught < 1:
             raise ValueError(f"taught must be at least 1 or null, not {self.taught}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"patience must be at least 1 or null, not {self.patience}"
+            )
         for name in ("steps", "learning_rate", "validate_every", "validation_cases"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")

@@ -26,11 +26,16 @@ class UnikeTraining:
     others: int = 0
     validate_every: int = 500
     validation_cases: int = 64
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(
                 f"batch_size must be at least 2, not {self.batch_size}: encoders learn by comparison"
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(
+                f"patience must be at least 1 or null, not {self.patience}"
             )
         for name in (
             "steps",
