@@ -365,8 +365,12 @@ class _EditorTraining:
         by_case = self._scores()
         scores = _means(by_case)
         score = statistics.fmean(scores.values())
-        line = {"step": progress.step, "score": score, "scores": scores}
-        line["answers"] = self._by_answer(by_case)
+        line = {
+            "step": progress.step,
+            "score": score,
+            "scores": scores,
+            "answers": self._by_answer(by_case),
+        }
         self.run.append("log", [line])
         if score > progress.best:
             progress.best = score
@@ -381,8 +385,9 @@ class _EditorTraining:
         """
         parts: dict[str, list[Mapping[str, float]]] = {"seen": [], "unseen": []}
         for case, scores in zip(self.held_out, by_case, strict=True):
-            seen = _answer(case) in self.taught_answers
-            parts["seen" if seen else "unseen"].append(scores)
+            taught = _answer(case) in self.taught_answers
+            kind = "seen" if taught else "unseen"
+            parts[kind].append(scores)
         found = {}
         for kind, some in parts.items():
             if not some:

@@ -79,10 +79,12 @@ def print_training(out: Output, report: Mapping[str, Any]) -> None:
 def _steps(report: Mapping[str, Any]) -> str:
     """Say how long a training was, and whether it ended because nothing rose any more."""
     said = f"{report['steps']:,} steps"
-    if report.get("ended_early"):
-        looks = report["hparams"]["training"]["patience"]
-        said += f" (ended after {looks} looks without a rise)"
-    return said
+    if not report.get("ended_early"):
+        return said
+    training = report["hparams"]["training"]
+    looks = training["patience"]
+    ended = f"ended after {looks} looks without a rise"
+    return f"{said} ({ended})"
 
 
 def _held_out_table(best: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -141,8 +143,10 @@ def _print_runs(out: Output, report: Mapping[str, Any]) -> None:
         rows,
         sections=sections,
     )
+    runs = len(report["runs"])
     seeds = ", ".join(map(str, report["seeds"]))
-    out.line(f"  {len(report['runs'])} runs: seeds {seeds}; orders {report['orders']}")
+    orders = report["orders"]
+    out.line(f"  {runs} runs: seeds {seeds}; orders {orders}")
 
 
 def _spread_rows(

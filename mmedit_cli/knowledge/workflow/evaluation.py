@@ -184,8 +184,13 @@ def intervals(cases: Sequence[EditCase], options: EvalOptions) -> dict[str, Any]
         )
     if by == "case" or missing:
         return {}
-    names = {"by": "concept", "concepts": len(set(concepts))}
-    return {"intervals": {**names, "fingerprint": sha256_json(concepts)[:16]}}
+    digest = sha256_json(concepts)
+    over = {
+        "by": "concept",
+        "concepts": len(set(concepts)),
+        "fingerprint": digest[:16],
+    }
+    return {"intervals": over}
 
 
 def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:

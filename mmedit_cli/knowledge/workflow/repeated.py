@@ -139,8 +139,11 @@ def _with_seed(plan: EvalPlan, seed: int) -> EvalPlan:
 def described(options: EvalOptions, repetitions: Repetitions) -> dict[str, Any]:
     """Return what `evaluate_repeatedly` would do, as plain values."""
     if repetitions.single:
-        return plan_evaluation(_single(options, repetitions)).describe()
-    return plan_repeated(options, repetitions).describe()
+        single = _single(options, repetitions)
+        plan = plan_evaluation(single)
+        return plan.describe()
+    several = plan_repeated(options, repetitions)
+    return several.describe()
 
 
 def _single(options: EvalOptions, repetitions: Repetitions) -> EvalOptions:
@@ -195,7 +198,8 @@ def _over(plan: RepeatedPlan, reports: Sequence[Mapping[str, Any]]) -> dict[str,
     edits = []
     for run, report in zip(plan.runs, reports, strict=True):
         view = Run.view(run.folder)
-        cases.append(_lines(view, "cases", _asked_cases(report)))
+        asked = _asked_cases(report)
+        cases.append(_lines(view, "cases", asked))
         edits.append(_lines(view, "edits", report["cost"]["edits"]))
     # the first run has the order of the data, so nothing in its report is about an order
     head = dict(reports[0])
