@@ -8,8 +8,7 @@
 set -euo pipefail
 
 MODELS=${MODELS:-"mini-blip2 mini-llava"}
-EDITORS=${EDITORS:-"ft ft+target=connector lora ike t-patcher grace unike ultraedit memit alphaedit multi-melo liveedit liveedit+paper"}
-EDITORS=${EDITORS:-"ft ft+target=connector lora ike t-patcher grace wise m-ore unike multi-melo liveedit liveedit+paper"}
+EDITORS=${EDITORS:-"ft ft+target=connector lora ike t-patcher grace wise m-ore unike ultraedit memit alphaedit multi-melo liveedit liveedit+paper"}
 COUNTS=${COUNTS:-"1 10 20 100 1000"}
 CASES=${CASES:-200}
 RECORDS=${RECORDS:-records/compare}

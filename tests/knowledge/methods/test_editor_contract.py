@@ -31,6 +31,7 @@ VARIANTS = {
     "ft": (("steps=15",), ("steps=15", "learning_rate=1e-2", "target=connector")),
     "grace": (("steps=30",), ("steps=30", "radius=balanced")),
     "ike": ((f"facts={SHAPES / 'cases.jsonl'}",),),
+    "m-ore": ((), ("memory=1.0", "active=2")),
     "wise": (
         ("steps=20", "edits_per_memory=2"),
         ("steps=20", "edits_per_memory=1", "mode=merge", "replay=1"),
