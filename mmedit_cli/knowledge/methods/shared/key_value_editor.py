@@ -76,6 +76,7 @@ class KeyValueEditor(Editor):
         self._layers = sorted(counted)
         self._patch = Patch(backbone.model)
         self._kept: dict[int, KeptKeys] = {}
+        self._around: dict[int, KeptKeys] = {}
         self._bases: dict[int, Tensor] = {}
 
     @property
@@ -203,8 +204,11 @@ class KeyValueEditor(Editor):
         """Before the first edit, find out what is to be kept."""
         if self._kept:
             return
-        for layer, moment in self._moments().items():
-            self._kept[layer] = self._kept_of(layer, moment)
+        if not self._around:
+            for layer, moment in self._moments().items():
+                self._around[layer] = self._kept_of(layer, moment)
+        for layer, around in self._around.items():
+            self._kept[layer] = KeptKeys(around.inverse)
 
     def _moments(self) -> dict[int, Tensor]:
         """Return the second moment (F, F) of each layer on the untouched model, float64."""

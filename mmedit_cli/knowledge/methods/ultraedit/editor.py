@@ -58,7 +58,7 @@ class Ultraedit(Editor):
         self._size = self.hparams.step_size
         self._unrelated: Unrelated | None = None
         self._start: dict[str, dict[str, RunningMoments]] = {}
-        self._around: dict[str, Tensor] = {}
+        self._around: dict[str, KeptKeys] = {}
 
     @property
     def first_layer(self) -> int:
@@ -237,8 +237,16 @@ class Ultraedit(Editor):
                 moments["inputs"].add(rows.inputs)
                 moments["gradients"].add(rows.gradients)
             self._start[path] = moments
-            keys = rows.inputs.double()
-            self._around[path] = keys.T @ keys / len(keys)
+            if hp.remember or hp.keep:
+                self._around[path] = self._kept_around(rows.inputs)
+
+    def _kept_around(self, inputs: Tensor) -> KeptKeys:
+        """Return what a matrix is to keep before the first edit, from what it reads of unrelated questions (n, in)."""
+        hp = self.hparams
+        keys = inputs.double()
+        moment = keys.T @ keys / len(keys)
+        identity = torch.eye(len(moment)).to(moment)
+        return KeptKeys.of(hp.ridge * identity + hp.keep * moment)
 
     def _begin(self) -> None:
         """Before the first edit, start with what is known of unrelated questions."""
@@ -250,12 +258,9 @@ class Ultraedit(Editor):
                 name: RunningMoments(start.count, start.mean, start.squares)
                 for name, start in moments.items()
             }
-            if not (hp.remember or hp.keep):
-                continue
-            moment = self._around[path]
-            identity = torch.eye(len(moment)).to(moment)
-            kept = hp.ridge * identity + hp.keep * moment
-            self._kept[path] = KeptKeys.of(kept)
+            if hp.remember or hp.keep:
+                around = self._around[path]
+                self._kept[path] = KeptKeys(around.inverse)
 
     def _empty(self, path: str) -> dict[str, RunningMoments]:
         width, entering = self.backbone.model.get_parameter(f"{path}.weight").shape
