@@ -84,7 +84,10 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = False) -> T
     `relative`: the threshold is a multiple of the mean eigenvalue. Raises DataError if there are none.
     """
     values, vectors = torch.linalg.eigh(moment)
-    bound = threshold * float(values.mean()) if relative else threshold
+    bound = threshold
+    if relative:
+        mean = float(values.mean())
+        bound = threshold * mean
     chosen: Tensor = vectors[:, values < bound]
     if not chosen.shape[1]:
         raise DataError(

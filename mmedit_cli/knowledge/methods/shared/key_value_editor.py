@@ -205,10 +205,13 @@ class KeyValueEditor(Editor):
         if self._kept:
             return
         if not self._around:
-            for layer, moment in self._moments().items():
-                self._around[layer] = self._kept_of(layer, moment)
+            moments = self._moments()
+            for layer, moment in moments.items():
+                kept = self._kept_of(layer, moment)
+                self._around[layer] = kept
         for layer, around in self._around.items():
-            self._kept[layer] = KeptKeys(around.inverse)
+            inverse = around.inverse
+            self._kept[layer] = KeptKeys(inverse)
 
     def _moments(self) -> dict[int, Tensor]:
         """Return the second moment (F, F) of each layer on the untouched model, float64."""
@@ -217,10 +220,11 @@ class KeyValueEditor(Editor):
         with self._patch.lifted():
             found = ffn_moments(self.backbone, questions, self._layers, hp.tokens)
         device = self.backbone.device
-        return {
-            layer: matrix.to(device).double()
-            for layer, matrix in found.matrices.items()
-        }
+        moments = {}
+        for layer, matrix in found.matrices.items():
+            there = matrix.to(device)
+            moments[layer] = there.double()
+        return moments
 
     # -- taking back, saving ----------------------------------------------------------------------------------------
 
@@ -230,9 +234,11 @@ class KeyValueEditor(Editor):
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._patch.changed()
-        if self.hparams.remember:
-            for layer, kept in self._kept.items():
-                tensors[f"kept.{layer}"] = kept.inverse
+        if not self.hparams.remember:
+            return tensors
+        for layer, kept in self._kept.items():
+            key = f"kept.{layer}"
+            tensors[key] = kept.inverse
         return tensors
 
     def _load_tensors(

@@ -254,10 +254,14 @@ class Ultraedit(Editor):
         if self._moments:
             return
         for path, moments in self._start.items():
-            self._moments[path] = {
-                name: RunningMoments(start.count, start.mean, start.squares)
-                for name, start in moments.items()
-            }
+            self._moments[path] = {}
+            for name, start in moments.items():
+                again = RunningMoments(
+                    start.count,
+                    start.mean,
+                    start.squares,
+                )
+                self._moments[path][name] = again
             if hp.remember or hp.keep:
                 around = self._around[path]
                 self._kept[path] = KeptKeys(around.inverse)
