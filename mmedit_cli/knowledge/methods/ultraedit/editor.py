@@ -25,6 +25,8 @@ from mmedit_cli.types import Query
 
 _INVERSE = "inverse."
 _MOMENTS = ("inputs", "gradients")
+# a smaller change of the loss may be rounding: in low precision a short step is not seen
+_VISIBLE = 1e-3
 
 
 class Ultraedit(Editor):
@@ -164,9 +166,9 @@ class Ultraedit(Editor):
                 best, loss = size, found
                 if factor < 1 or (right and found <= hp.stop_loss):
                     break
-            elif best:
-                break
-            else:
+            elif found > (1 + _VISIBLE) * loss:
+                if best:
+                    break
                 factor = 0.5  # the first size was too long already
             size *= factor
         self._move(weights, changes, best)
@@ -175,12 +177,12 @@ class Ultraedit(Editor):
         return best
 
     def _outcome(self, turn: Turn, loss: float, cap: float) -> tuple[float, bool]:
-        """Return the loss and whether every token is right; infinity if it is no smaller or too much else changes."""
+        """Return the loss and whether every token is right; infinity if too much else changes for a smaller loss."""
         assert self._unrelated is not None
         worse = float("inf"), False
         try:
             found, right = turn.loss()
-            if found >= loss or self._unrelated.divergence() > cap:
+            if found < loss and self._unrelated.divergence() > cap:
                 return worse
         except NotFinite:
             return worse
