@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from mmedit_cli.knowledge.loading import ModelOptions, load_backbone, load_editor
     from mmedit_cli.knowledge.workflow.evaluation import EvalOptions, evaluate
+    from mmedit_cli.reports.frames import load_runs
     from mmedit_cli.types import Concept, EditCase, Query
 
 # public name -> where it lives; loaded on first use, so that importing the package costs nothing
@@ -32,6 +33,7 @@ _PUBLIC = {
     "begin_edits": "mmedit_cli.knowledge.ledger.edited_model",
     "open_edits": "mmedit_cli.knowledge.ledger.edited_model",
     "EditOptions": "mmedit_cli.knowledge.ledger.edited_model",
+    "load_runs": "mmedit_cli.reports.frames",
 }
 __all__ = [
     "Concept",
@@ -47,6 +49,7 @@ __all__ = [
     "learn_concept",
     "load_backbone",
     "load_editor",
+    "load_runs",
     "open_edits",
 ]
 

@@ -45,7 +45,6 @@ app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list_command.list_all)
-app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
 kept = _group()
@@ -60,6 +59,14 @@ app.add_typer(
     kept,
     name="edits",
     help="List, undo, compare, check and export the edits of a ledger.",
+)
+reports = typer.Typer(cls=report.ReportGroup, rich_markup_mode=None)
+reports.command("show")(report.show)
+reports.command("compare")(report.compare)
+app.add_typer(
+    reports,
+    name="report",
+    help="Show the report of a run, list the finished runs, or compare some of them.",
 )
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)

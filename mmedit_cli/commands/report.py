@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from mmedit_cli import options
 from mmedit_cli.output import Output
 
+_SHOW = "show"
+Form = Literal["table", "markdown", "latex", "csv"]
 
-def report(
+
+class ReportGroup(TyperGroup):
+    """Commands of reports; `mmedit report RUN` is `mmedit report show RUN`."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Put `show` in front of what names no command."""
+        named = args[0] if args else ""
+        if named not in self.commands and named not in context.help_option_names:
+            args = [_SHOW, *args]
+        return super().parse_args(context, args)
+
+
+def show(
     run: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
-            help="A run folder; without it, all finished runs.", show_default=False
+            help="A run: its folder, the beginning of its id, or `latest`; without it, all finished runs.",
+            show_default=False,
         ),
     ] = None,
     picture: Annotated[
@@ -34,18 +50,91 @@ def report(
 
       mmedit report
 
+      mmedit report latest
+
       mmedit report records/eval/liveedit/mini-blip2/emojikb/0123456789ab --picture edits.png
     """
-    from mmedit_cli.reports import show
+    from mmedit_cli.reports import finding, show
 
     out = Output(as_json=as_json)
     if run is None:
         show.runs(out, records)
         return
-    found = show.read_report(run)
+    (folder, *_) = finding.find_runs([run], records)
+    found = show.read_report(folder)
     if picture is not None:
         from mmedit_cli.gallery import draw
 
         draw(found.get("examples", ()), picture)
         out.note(f"drawn: {picture}")
     show.report(out, found)
+
+
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Two or more runs: folders, patterns in quotes, beginnings of ids, or `latest`.",
+            show_default=False,
+        ),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="Also all runs that fit; keys are editor, model and data; a key may stand there twice.",
+            show_default=False,
+        ),
+    ] = None,
+    edits: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compare after so many edits; without it, after all.",
+            show_default=False,
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compare the scores of this protocol, repeatable; without it, of the first one.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="How the table is written.")
+    ] = "table",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw the differences into this .svg or .png file (extra plots).",
+            show_default=False,
+        ),
+    ] = None,
+    records: options.Records = Path("records"),
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare finished evaluations of the same questions: differences, intervals over concepts, paired tests.
+
+    Runs with other data, protocol or orders are refused.
+
+    Examples:
+
+      mmedit report compare 0123456789ab fedcba987654
+
+      mmedit report compare --where editor=liveedit,editor=unike,model=mini-blip2 --format markdown --plot forest.svg
+    """
+    from mmedit_cli.knowledge.workflow.comparison import compare as compared
+    from mmedit_cli.reports import comparison, finding
+
+    folders = finding.find_runs(runs or [], records)
+    if where is not None:
+        folders += finding.runs_where(where, records)
+    found = compared(folders, edits=edits, protocols=protocol or ())
+    if plot is not None:
+        comparison.draw_comparison(found, plot)
+    out = Output(as_json=as_json)
+    if plot is not None:
+        out.note(f"drawn: {plot}")
+    comparison.print_comparison(out, found, form)

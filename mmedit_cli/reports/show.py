@@ -11,6 +11,7 @@ from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.reports import drawing, knowledge, picture_editing
+from mmedit_cli.reports.finding import finished_runs
 
 _AGAIN = "run the command again with --force"
 _RUN_COLUMNS = ["editor", "model", "data", "edits", "reliability", "run"]
@@ -55,12 +56,10 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
 
 def runs(out: Output, records: Path) -> None:
     """List the finished runs of a records folder, the newest first."""
-    reports = records.rglob("report.json")
-    newest_first = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
     rows = []
-    for path in newest_first:
-        with _form(str(path)):
-            rows.append(_run_row(read_report(path.parent), path.parent))
+    for folder in finished_runs(records):
+        with _form(str(folder / "report.json")):
+            rows.append(_run_row(read_report(folder), folder))
 
     def show() -> None:
         if rows:

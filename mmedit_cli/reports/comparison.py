@@ -1,0 +1,206 @@
+"""How a comparison of evaluations looks: in the terminal, as Markdown, LaTeX or CSV, and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmedit_cli.errors import UserError
+from mmedit_cli.output import Output
+from mmedit_cli.reports.scores import column_name
+from mmedit_cli.storage import write_atomic
+
+if TYPE_CHECKING:
+    from mmedit_cli.knowledge.workflow.comparison import Comparison, Row
+
+_HEADER = ("better", "difference", "95 % interval", "p", "p, Holm", "n", "found from")
+PLOTS = (".png", ".svg")
+_LEVEL = "at p, Holm < 0.05"
+_MARKS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+_ESCAPED = "&%$#_{}"
+
+
+def print_comparison(out: Output, found: Comparison, form: str) -> None:
+    """Print a comparison: a table with what it means, or one of FORMATS alone."""
+    if form in FORMATS:
+        for text in FORMATS[form](*table_of(found)).splitlines():
+            out.line(text)
+        return
+    out.result(found.describe(), lambda: _show(out, found))
+
+
+def _show(out: Output, found: Comparison) -> None:
+    first = found.runs[0].report
+    out.line(f"{first['data']['name']}, after {found.runs[0].edits} edits; in %")
+    out.table(*table_of(found))
+    out.line("  better: which run scores more, = where the test cannot tell, " + _LEVEL)
+    out.line(
+        "  p: sign-flip test over concepts; Holm: raised for all rows of the table"
+    )
+    out.line("  found from: a difference of this size is found in 4 of 5 comparisons")
+    for text in _claims(found):
+        out.line(text)
+
+
+def table_of(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of a comparison: a row a score and pair of runs."""
+    names = [run.name for run in found.runs]
+    pair = len(names) == 2
+    protocols = {row.protocol for row in found.rows}
+    header = ["score", *(names if pair else ("first", "second")), *_HEADER]
+    rows = []
+    for row in found.rows:
+        name = column_name(row.column)
+        if len(protocols) > 1:
+            name = f"{row.protocol} {name}"
+        means = [_percent(row.found.first), _percent(row.found.second)]
+        if not pair:
+            means = [f"{row.first} {means[0]}", f"{row.second} {means[1]}"]
+        rows.append([name, *means, *_cells(row)])
+    return header, rows
+
+
+def _cells(row: Row) -> list[str]:
+    found = row.found
+    interval = "-"
+    if found.ci95 is not None:
+        low, high = found.ci95
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    smallest = "-" if found.smallest is None else f"{100 * found.smallest:.1f}"
+    count = f"{found.n} of {found.clusters}"
+    if found.n == found.clusters:
+        count = str(found.n)
+    return [
+        row.better or "=",
+        f"{100 * found.mean:+.1f}",
+        interval,
+        _p(found.p),
+        _p(row.p_holm),
+        count,
+        smallest,
+    ]
+
+
+def _claims(found: Comparison) -> list[str]:
+    """Say in a sentence for each run what it is better at, and than which."""
+    better: dict[tuple[str, str], list[str]] = {}
+    for row in found.rows:
+        if row.better is not None:
+            other = row.first if row.better == row.second else row.second
+            columns = better.setdefault((row.better, other), [])
+            columns.append(column_name(row.column))
+    texts = []
+    for (winner, other), columns in better.items():
+        texts.append(f"{winner} is better than {other} at {', '.join(columns)}")
+    return texts or ["no score tells these runs apart"]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
+# -- forms ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = []
+    for cells in (header, rule, *rows):
+        escaped = [cell.replace("|", r"\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in LaTeX, for the package booktabs."""
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
+    lines.append(_latex_row(header))
+    lines.append(r"\midrule")
+    lines += [_latex_row(row) for row in rows]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_latex_text, cells)) + r" \\"
+
+
+def _latex_text(text: str) -> str:
+    letters = []
+    for letter in text:
+        plain = f"\\{letter}" if letter in _ESCAPED else letter
+        letters.append(_MARKS.get(letter, plain))
+    return "".join(letters)
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as comma-separated values."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+FORMATS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
+    "markdown": markdown,
+    "latex": latex,
+    "csv": as_csv,
+}
+
+
+def draw_comparison(found: Comparison, file: Path) -> None:
+    """Draw all differences with their intervals, a panel a pair of runs.
+
+    Raises UserError without matplotlib, and for a file that is neither .svg nor .png.
+    """
+    if file.suffix not in PLOTS:
+        raise UserError(f"--plot {file}: must end in {' or '.join(PLOTS)}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(
+            "--plot needs matplotlib", "pip install 'mmedit[plots]'"
+        ) from error
+    matplotlib.use("svg" if file.suffix == ".svg" else "agg")
+    # the same runs give the same bytes
+    matplotlib.rcParams["svg.hashsalt"] = "mmedit"
+    import matplotlib.pyplot as plt
+
+    pairs = list(dict.fromkeys((row.first, row.second) for row in found.rows))
+    most = max(sum((r.first, r.second) == pair for r in found.rows) for pair in pairs)
+    figure, panels = plt.subplots(
+        1, len(pairs), figsize=(6 * len(pairs), 1.2 + 0.3 * most), squeeze=False
+    )
+    for panel, pair in zip(panels[0], pairs, strict=True):
+        rows = [row for row in found.rows if (row.first, row.second) == pair]
+        for height, row in enumerate(reversed(rows)):
+            colour = "tab:gray" if row.better is None else "tab:blue"
+            panel.plot(100 * row.found.mean, height, "o", color=colour)
+            if row.found.ci95 is not None:
+                ends = [100 * end for end in row.found.ci95]
+                panel.plot(ends, [height, height], color=colour)
+        labels = [column_name(row.column) for row in reversed(rows)]
+        panel.set_yticks(range(len(rows)), labels)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_xlabel(f"{pair[0]} better  <  points  >  {pair[1]} better")
+    ending = file.suffix.removeprefix(".")
+    drawn = io.BytesIO()
+    undated = {"Date": None} if ending == "svg" else None
+    figure.savefig(drawn, format=ending, bbox_inches="tight", metadata=undated)
+    plt.close(figure)
+    write_atomic(file, drawn.getvalue())
