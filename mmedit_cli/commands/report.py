@@ -21,7 +21,8 @@ class ReportGroup(TyperGroup):
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Put `show` in front of what names no command."""
         named = args[0] if args else ""
-        if named not in self.commands and named not in context.help_option_names:
+        known = {*self.commands, *context.help_option_names}
+        if named not in known:
             args = [_SHOW, *args]
         return super().parse_args(context, args)
 
@@ -131,7 +132,11 @@ def compare(
     folders = finding.find_runs(runs or [], records)
     if where is not None:
         folders += finding.runs_where(where, records)
-    found = compared(folders, edits=edits, protocols=protocol or ())
+    found = compared(
+        folders,
+        edits=edits,
+        protocols=protocol or (),
+    )
     if plot is not None:
         comparison.draw_comparison(found, plot)
     out = Output(as_json=as_json)

@@ -30,16 +30,20 @@ _ESCAPED = "&%$#_{}"
 def print_comparison(out: Output, found: Comparison, form: str) -> None:
     """Print a comparison: a table with what it means, or one of FORMATS alone."""
     if form in FORMATS:
-        for text in FORMATS[form](*table_of(found)).splitlines():
-            out.line(text)
+        header, rows = table_of(found)
+        text = FORMATS[form](header, rows)
+        for line in text.splitlines():
+            out.line(line)
         return
     out.result(found.describe(), lambda: _show(out, found))
 
 
 def _show(out: Output, found: Comparison) -> None:
-    first = found.runs[0].report
-    out.line(f"{first['data']['name']}, after {found.runs[0].edits} edits; in %")
-    out.table(*table_of(found))
+    first = found.runs[0]
+    data = first.report["data"]["name"]
+    out.line(f"{data}, after {first.edits} edits; in %")
+    header, rows = table_of(found)
+    out.table(header, rows)
     out.line("  better: which run scores more, = where the test cannot tell, " + _LEVEL)
     out.line(
         "  p: sign-flip test over concepts; Holm: raised for all rows of the table"
@@ -142,8 +146,10 @@ def _latex_row(cells: Sequence[str]) -> str:
 def _latex_text(text: str) -> str:
     letters = []
     for letter in text:
-        plain = f"\\{letter}" if letter in _ESCAPED else letter
-        letters.append(_MARKS.get(letter, plain))
+        if letter in _ESCAPED:
+            letters.append("\\")
+        mark = _MARKS.get(letter, letter)
+        letters.append(mark)
     return "".join(letters)
 
 

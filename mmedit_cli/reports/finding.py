@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli.errors import UserError, near_miss
+from mmedit_cli.errors import UserError
 from mmedit_cli.records import Run
 
 LATEST = "latest"
@@ -16,9 +16,12 @@ _KEYS = ("editor", "model", "data")
 
 def finished_runs(records: Path) -> list[Path]:
     """Return the folders of the finished runs of a records folder, the newest first."""
-    reports = records.rglob("report.json")
-    newest = sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent for path in newest]
+    ages = []
+    for report in records.rglob("report.json"):
+        state = report.stat()
+        ages.append((state.st_mtime, report.parent))
+    ages.sort(reverse=True)
+    return [folder for _, folder in ages]
 
 
 def find_runs(names: Sequence[str], records: Path) -> list[Path]:
@@ -63,9 +66,13 @@ def runs_where(conditions: str, records: Path) -> list[Path]:
     for condition in conditions.split(","):
         key, equals, value = condition.partition("=")
         if not equals or key not in _KEYS:
-            hint = near_miss(key, _KEYS) or f"keys are {', '.join(_KEYS)}"
-            raise UserError(f"--where {condition}: not key=value", hint)
-        wanted.setdefault(key, []).append(value)
+            known = ", ".join(_KEYS)
+            raise UserError(
+                f"--where {condition}: not key=value",
+                f"keys are {known}",
+            )
+        values = wanted.setdefault(key, [])
+        values.append(value)
     fitting = []
     for folder in reversed(finished_runs(records)):
         report = Run.finished(folder)

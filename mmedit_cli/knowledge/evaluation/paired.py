@@ -64,14 +64,16 @@ def difference(
         changes.append(change)
         totals[group] += change
     interval = mean_with_interval(changes, groups)["ci95"]
+    p = sign_flip_test(list(totals.values()))
+    smallest = _smallest(changes, groups, totals)
     return Difference(
         first=statistics.fmean(ours),
         second=statistics.fmean(theirs),
         n=len(shared),
         clusters=len(totals),
         ci95=interval,
-        p=sign_flip_test(list(totals.values())),
-        smallest=_smallest(changes, groups, totals),
+        p=p,
+        smallest=smallest,
     )
 
 
@@ -119,8 +121,10 @@ def _as_far_by_chance(sizes: Sequence[float], observed: float) -> int:
     count = 0
     for start in range(0, _FLIPS, _BLOCK):
         drawn = min(_BLOCK, _FLIPS - start)
-        signs = 2 * source.integers(0, 2, (drawn, len(values))) - 1
-        as_far = np.abs(signs @ values) >= observed
+        positive = source.integers(0, 2, (drawn, len(values)))
+        signs = 2 * positive - 1
+        totals = signs @ values
+        as_far = np.abs(totals) >= observed
         count += int(as_far.sum())
     return count
 
@@ -151,7 +155,10 @@ def _smallest(
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Return the p of several tests, each raised for there being several (Holm 1979); None stays None."""
-    asked = [(p, place) for place, p in enumerate(ps) if p is not None]
+    asked = []
+    for place, p in enumerate(ps):
+        if p is not None:
+            asked.append((p, place))
     raised: list[float | None] = list(ps)
     tests = len(asked)
     least = 0.0

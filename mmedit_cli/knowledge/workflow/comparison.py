@@ -221,15 +221,18 @@ def _means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def _lines_after(folder: Path, sequential: int, edits: int | None) -> list[Json]:
     """Return what a run has of its whole groups after so many edits, or after all of them."""
-    lines = _whole_groups(Run.view(folder).read("cases"), sequential)
-    milestones = sorted({line["edits"] for line in lines})
+    run = Run.view(folder)
+    lines = _whole_groups(run.read("cases"), sequential)
+    made = {line["edits"] for line in lines}
+    milestones = sorted(made)
     if not milestones:
         raise UserError(f"{folder}: its cases.jsonl is not there", "make the run anew")
     wanted = milestones[-1] if edits is None else edits
     if wanted not in milestones:
         known = ", ".join(map(str, milestones))
         raise UserError(
-            f"--edits {wanted}: {folder} was not asked then", f"use one of {known}"
+            f"--edits {wanted}: {folder} was not asked then",
+            f"use one of {known}",
         )
     return [line for line in lines if line["edits"] == wanted]
 
@@ -251,8 +254,11 @@ def _scores(
     found = line["scores"]
     for protocol in protocols:
         if protocol not in found:
-            problem = f"protocol {protocol}: not in these runs"
-            raise UserError(problem, f"one of {', '.join(found)}")
+            known = ", ".join(found)
+            raise UserError(
+                f"protocol {protocol}: not in these runs",
+                f"one of {known}",
+            )
         for column, score in found[protocol].items():
             if score is not None:
                 yield (protocol, column), score
