@@ -31,11 +31,13 @@ def print_comparison(out: Output, found: Comparison, form: str) -> None:
     """Print a comparison: a table with what it means, or one of FORMATS alone."""
     if form in FORMATS:
         header, rows = table_of(found)
-        text = FORMATS[form](header, rows)
+        write = FORMATS[form]
+        text = write(header, rows)
         for line in text.splitlines():
             out.line(line)
         return
-    out.result(found.describe(), lambda: _show(out, found))
+    values = found.describe()
+    out.result(values, lambda: _show(out, found))
 
 
 def _show(out: Output, found: Comparison) -> None:

@@ -18,8 +18,9 @@ def finished_runs(records: Path) -> list[Path]:
     """Return the folders of the finished runs of a records folder, the newest first."""
     ages = []
     for report in records.rglob("report.json"):
-        state = report.stat()
-        ages.append((state.st_mtime, report.parent))
+        changed = report.stat().st_mtime
+        folder = report.parent
+        ages.append((changed, folder))
     ages.sort(reverse=True)
     return [folder for _, folder in ages]
 

@@ -63,8 +63,10 @@ def difference(
         change = their - mine
         changes.append(change)
         totals[group] += change
-    interval = mean_with_interval(changes, groups)["ci95"]
-    p = sign_flip_test(list(totals.values()))
+    bootstrap = mean_with_interval(changes, groups)
+    interval = bootstrap["ci95"]
+    of_concepts = list(totals.values())
+    p = sign_flip_test(of_concepts)
     smallest = _smallest(changes, groups, totals)
     return Difference(
         first=statistics.fmean(ours),
@@ -118,13 +120,16 @@ def _as_far_by_chance(sizes: Sequence[float], observed: float) -> int:
 
     source = np.random.default_rng(0)
     values = np.asarray(sizes)
+    width = len(sizes)
     count = 0
     for start in range(0, _FLIPS, _BLOCK):
-        drawn = min(_BLOCK, _FLIPS - start)
-        positive = source.integers(0, 2, (drawn, len(values)))
+        left = _FLIPS - start
+        drawn = min(_BLOCK, left)
+        positive = source.integers(0, 2, (drawn, width))
         signs = 2 * positive - 1
         totals = signs @ values
-        as_far = np.abs(totals) >= observed
+        distances = np.abs(totals)
+        as_far = distances >= observed
         count += int(as_far.sum())
     return count
 
@@ -145,7 +150,8 @@ def _smallest(
     above = dict.fromkeys(totals, 0.0)
     for group, change in zip(groups, changes, strict=True):
         above[group] += change - mean
-    squares = math.fsum(total * total for total in above.values())
+    squared = [total * total for total in above.values()]
+    squares = math.fsum(squared)
     variance = count / (count - 1) * squares / len(changes) ** 2
     inverse = statistics.NormalDist().inv_cdf
     away = inverse(1 - _LEVEL / 2) + inverse(_POWER)
@@ -163,7 +169,8 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     tests = len(asked)
     least = 0.0
     for p, place in sorted(asked):
-        least = max(least, tests * p)
+        several = tests * p
+        least = max(least, several)
         raised[place] = min(1.0, least)
         tests -= 1
     return raised

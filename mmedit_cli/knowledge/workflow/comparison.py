@@ -227,13 +227,14 @@ def _lines_after(folder: Path, sequential: int, edits: int | None) -> list[Json]
     milestones = sorted(made)
     if not milestones:
         raise UserError(f"{folder}: its cases.jsonl is not there", "make the run anew")
-    wanted = milestones[-1] if edits is None else edits
+    last = milestones[-1]
+    wanted = last if edits is None else edits
     if wanted not in milestones:
-        known = ", ".join(map(str, milestones))
-        raise UserError(
-            f"--edits {wanted}: {folder} was not asked then",
-            f"use one of {known}",
-        )
+        texts = map(str, milestones)
+        known = ", ".join(texts)
+        problem = f"--edits {wanted}: {folder} was not asked then"
+        hint = f"use one of {known}"
+        raise UserError(problem, hint)
     return [line for line in lines if line["edits"] == wanted]
 
 
