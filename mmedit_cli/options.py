@@ -143,8 +143,8 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="latest|FILE|RUN",
-        help="Networks of your own: the newest training, a file, or the folder or id of a run. [default: those that "
-        "come along]",
+        help="Networks of your own: the newest training, a file, or the folder or id of a run; for eval also "
+        "`untrained`. [default: those that come along]",
         show_default=False,
     ),
 ]

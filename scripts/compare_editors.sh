@@ -20,7 +20,8 @@ for model in $MODELS; do
     for editor in $EDITORS; do
         if [[ $editor == *+paper ]]; then  # the published form is trained as such
             "$python" -m mmedit_cli train-editor "${editor%+paper}" --model "$model" --data emojikb --records "$RECORDS/paper" \
-                --set variant=paper --set answer_slots=false --set refine=0 >/dev/null
+                --set variant=paper --set answer_slots=false --set refine=0 \
+                --set training.steps="${STEPS:-20000}" --set training.patience=5 >/dev/null  # the most; see docs/comparison.md
         fi
         for count in $COUNTS; do
             options=(--model "$model" --data emojikb --sequential "$count" --report-at "$count" --protocols ar,tf_liveedit)

@@ -47,6 +47,8 @@ def print_networks(out: Output, report: Mapping[str, Any]) -> None:
 
     if report.get("networks"):
         out.line(networks_line(report["networks"]))
+    elif report.get("checkpoint") == "untrained":
+        out.line("networks: untrained, as the seed drew them")
 
 
 def run_of(report: Mapping[str, Any]) -> str:

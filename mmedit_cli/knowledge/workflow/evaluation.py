@@ -48,6 +48,7 @@ _IN_REPORT = (
     "versions",
 )
 INTERVALS_BY = ("concept", "case")
+UNTRAINED = "untrained"  # networks that stay random, for an ablation
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
 
     ref = find_model(options.model.model, revision=options.model.revision)
     check_answers(ref)
-    networks = networks_of(
-        options.editor, ref.name, options.records, options.checkpoint
-    )
+    networks = _networks(options, ref.name)
     path = None if networks is None else networks.path
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(
@@ -152,6 +151,8 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     config |= intervals(cases, options)
     if networks is not None:
         config["checkpoint"] = sha256_of(networks.path)
+    elif options.checkpoint is not None:
+        config["checkpoint"] = UNTRAINED
     parts = ("eval", editor.name, ref.name, data.name)
     folder = Run.locate(options.records, parts, config)
     return EvalPlan(
@@ -162,6 +163,19 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         cases,
         config,
         folder,
+    )
+
+
+def _networks(options: EvalOptions, model: str) -> TrainedNetworks | None:
+    """Return the networks that an editor is to have; None for one without any, or if they are to stay random."""
+    trains = registry.editors.get(options.editor).trains
+    if trains and options.checkpoint == UNTRAINED:
+        return None
+    return networks_of(
+        options.editor,
+        model,
+        options.records,
+        options.checkpoint,
     )
 
 

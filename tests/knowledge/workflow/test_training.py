@@ -22,7 +22,7 @@ from mmedit_cli.errors import DataError, HparamsError, UserError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge import loading, trained_networks, training_loop
 from mmedit_cli.knowledge.data.base import read_data
-from mmedit_cli.knowledge.evaluation.protocol import PREPARING
+from mmedit_cli.knowledge.evaluation.protocol import PREPARING, Protocol
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.knowledge.training_loop import (
@@ -649,3 +649,22 @@ def test_torchrun_starts_two_processes(cli, tmp_path):
     words = (*OF_ONE_STEP, "training.batch_size=8", "--records", tmp_path / "one")
     assert cli(*words)[0] == 0
     assert_same_gradients(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_ablation_has_networks_that_stay_random(tmp_path):
+    request = evaluation.EvalOptions(
+        "liveedit",
+        loading.ModelOptions("mini-blip2", device="cpu"),
+        str(SHAPES),
+        Protocol(),
+        records=tmp_path,
+    )
+    trained = evaluation.plan_evaluation(request)
+    random = evaluation.plan_evaluation(replace(request, checkpoint="untrained"))
+    assert random.networks is None
+    assert random.config["checkpoint"] == "untrained"
+    assert random.folder != trained.folder
+    with pytest.raises(UserError, match="ft has no networks"):
+        evaluation.plan_evaluation(
+            replace(request, editor="ft", checkpoint="untrained")
+        )
