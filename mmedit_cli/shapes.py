@@ -33,6 +33,7 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "minigpt4-7b": Shape("minigpt4", 32, 4096),
     "mini-blip2": Shape("blip-2", 6, 192),
     "mini-llava": Shape("llava", 6, 192),
+    "smollm2-135m": Shape("llama", 30, 576),
     "mini-sd": Shape("StableDiffusionPipeline", 2, 128),
     "tiny-blip2": Shape("blip-2", 6, 48),
     "tiny-llava": Shape("llava", 6, 48),
@@ -40,6 +41,10 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "tiny-qwen2-vl": Shape("qwen2_vl", 6, 48),
     "tiny-qwen2.5-vl": Shape("qwen2_5_vl", 6, 48),
     "tiny-qwen3-vl": Shape("qwen3_vl", 6, 48),
+    "tiny-llama-lm": Shape("llama", 6, 48),
+    "tiny-qwen2-lm": Shape("qwen2", 6, 48),
+    "tiny-opt-lm": Shape("opt", 6, 48),
+    "tiny-gpt2-lm": Shape("gpt2", 6, 48),
     "tiny-sd": Shape("StableDiffusionPipeline", 2, 32),
     "tiny-sdxl": Shape("StableDiffusionXLPipeline", 2, 32),
 }
@@ -111,7 +116,9 @@ def _value(text: Mapping[str, Any], key: str) -> Any:
     if kind is None or kind not in CONFIG_MAPPING:
         return None
     default = CONFIG_MAPPING[kind]()
-    return getattr(default, key, None)
+    # GPT-2 calls its depth n_layer
+    own_name = default.attribute_map.get(key, key)
+    return text.get(own_name, getattr(default, key, None))
 
 
 def _shape(kind: Any, depth: Any, width: Any) -> Shape | None:

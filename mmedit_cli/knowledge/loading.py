@@ -60,6 +60,7 @@ def load_editor(
     "untrained" they are random. Raises UnknownName, HparamsError, UserError if there are no trained networks, or
     StateError if they do not fit.
     """
+    check_sight(name, backbone)
     found = None
     if registry.editors.get(name).trains and checkpoint != "untrained":
         found = find_networks(name, backbone.name, records, checkpoint).path
@@ -75,6 +76,22 @@ def load_editor(
     if found is not None:
         give_networks(editor, found)
     return editor
+
+
+def check_sight(editor: str, model: ModelRef | VisionLanguageModel) -> None:
+    """Raise UserError for an editor that routes by the picture on a model that sees none."""
+    if not registry.editors.get(editor).needs_image:
+        return
+    if not registry.backbones.fact(model.family, "sees"):
+        able = [
+            name
+            for name in registry.editors.names()
+            if not registry.editors.fact(name, "needs_image")
+        ]
+        raise UserError(
+            f"{editor} routes by the picture, and {model.name} is a language model, which sees none",
+            f"editors of facts in text: {', '.join(able)}",
+        )
 
 
 def give_networks(editor: Editor, file: Path) -> None:

@@ -248,7 +248,7 @@ NOT_ASKED = {  # calls that take no such option, or run code that this program h
 ITS_OWN_USER_SAYS = {
     (
         "knowledge/methods/shared/exported_runtime.py",
-        "AutoModelForImageTextToText.from_pretrained",
+        "auto.from_pretrained",
     )
 }  # runs without mmedit
 

@@ -116,7 +116,14 @@ def test_the_cache_folder_can_be_named(
 
 
 def test_no_list_shows_a_module_that_offers_nothing() -> None:
-    assert registry.datasets.names() == ["eic", "emojikb", "evqa", "vlkeb"]
+    assert registry.datasets.names() == [
+        "counterfact",
+        "eic",
+        "emojikb",
+        "evqa",
+        "vlkeb",
+        "zsre",
+    ]
 
 
 def test_facts_are_read_without_an_import() -> None:

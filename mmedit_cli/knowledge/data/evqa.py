@@ -1,4 +1,7 @@
-"""E-VQA: 2,093 edits of what a model sees in COCO photos, 6,345 to train on (MMEdit, Cheng et al. 2023)."""
+"""E-VQA: 2,093 edits of what a model sees in COCO photos, 6,345 to train on (MMEdit, Cheng et al. 2023).
+
+`text` teaches the text-only facts that its locality asks: they suit a language model, and need no pictures.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,22 @@ from mmedit_cli.knowledge.data.shared.mmedit import (
 )
 from mmedit_cli.knowledge.data.shared.published import (
     COMMON,
+    TEXT,
+    TEXT_KEYS,
     AnnotationFile,
     PublishedDataset,
     Template,
+    text_fact,
 )
 
 _CUE = "{} The answer is:"
 _SHORT = "Question: {} Short answer:"
+
+EVAL = AnnotationFile(
+    "vqa/vqa_eval.json",
+    2093,
+    "7299743ebe2854b240c6fe6f252fdb0c2ae3993ba2e5b23f07c6fee54ed1bcc0",
+)
 
 DATASET = PublishedDataset(
     name="evqa",
@@ -29,12 +41,11 @@ DATASET = PublishedDataset(
             6345,
             "82e242bd7fd3ab855413ba7972665c33bca920ae3b0982b71cae2af1b61700b0",
         ),
-        "eval": AnnotationFile(
-            "vqa/vqa_eval.json",
-            2093,
-            "7299743ebe2854b240c6fe6f252fdb0c2ae3993ba2e5b23f07c6fee54ed1bcc0",
-        ),
+        "eval": EVAL,
+        TEXT: EVAL,
     },
+    readers={TEXT: text_fact},
+    own_keys={TEXT: TEXT_KEYS},
     templates={
         # LiveEdit (CVPR 2025), evaluation code
         "liveedit": Template(_CUE, "{}?", _CUE),

@@ -2,7 +2,8 @@
 
 `eval` has no portability. `onehop` and `multihop` ask about the edited picture what follows from the edit.
 `onehop-edits` makes, after each edit of a picture, a second one of the fact that the hop needs, in text alone; with
-`--sequential 2` (or any even number) the hop is asked when both are made (VLKEB, branch edit_onehop).
+`--sequential 2` (or any even number) the hop is asked when both are made (VLKEB, branch edit_onehop). `text` teaches
+the text-only facts that the locality of `eval` asks: they suit a language model, and need no pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from mmedit_cli.knowledge.data.shared.published import (
     COMMON,
+    TEXT,
+    TEXT_KEYS,
     AnnotationFile,
     Fault,
     Json,
@@ -20,6 +23,7 @@ from mmedit_cli.knowledge.data.shared.published import (
     check_texts,
     one_case,
     read_case,
+    text_fact,
 )
 from mmedit_cli.types import EditCase, Query
 
@@ -27,6 +31,11 @@ ONEHOP = AnnotationFile(
     "eval_edit_onehop.json",
     1278,
     "f32256e7c317d5a18c9fe480f3d373050303e93aeaedeef9c9b4afb5c024a670",
+)
+EVAL = AnnotationFile(
+    "eval.json",
+    3174,
+    "72c47efe00773bb16cd83258aff394a0894b8c29a6b02e6250717a30d1b18f13",
 )
 
 
@@ -103,11 +112,8 @@ DATASET = PublishedDataset(
             5000,
             "6e40e0e9a28dc3e7523f8d48f032755fe050c5b5728344633f13113dbd6fbc01",
         ),
-        "eval": AnnotationFile(
-            "eval.json",
-            3174,
-            "72c47efe00773bb16cd83258aff394a0894b8c29a6b02e6250717a30d1b18f13",
-        ),
+        "eval": EVAL,
+        TEXT: EVAL,
         "onehop": ONEHOP,
         "onehop-edits": ONEHOP,
         "multihop": AnnotationFile("eval_multihop.json"),
@@ -117,7 +123,13 @@ DATASET = PublishedDataset(
         "onehop-edits": "port_new: [{port_q, port_a, port_edit_q, port_edit_a}]",
         "multihop": "port_new: [{port_type, Q&A: {Question, Answer}}]",
     },
-    readers={"onehop": one_hop, "onehop-edits": one_hop_edits, "multihop": multi_hop},
+    own_keys={TEXT: TEXT_KEYS},
+    readers={
+        TEXT: text_fact,
+        "onehop": one_hop,
+        "onehop-edits": one_hop_edits,
+        "multihop": multi_hop,
+    },
     templates={
         # LiveEdit (CVPR 2025), evaluation code
         "liveedit": Template("{}", "{}?", "{} The answer is:"),

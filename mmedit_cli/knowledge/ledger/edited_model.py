@@ -19,6 +19,7 @@ from mmedit_cli.identity import is_former, same_model
 from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    check_sight,
     depth_of,
     give_networks,
     load_model,
@@ -317,6 +318,7 @@ def begin_edits(
 def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerModel:
     """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.model, revision=options.model.revision)
+    check_sight(options.editor, ref)
     found = networks_of(
         options.editor,
         ref.name,

@@ -21,7 +21,14 @@ from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
 Role = Literal[
-    "attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_out",
+    "ffn_in",
+    "ffn_out",
+    "ffn_gate",
 ]
 
 
@@ -183,7 +190,7 @@ class Lora(Editor):
             path,
             Blocks(downs, ups),
             scale=hp.alpha / hp.rank,
-            model=self.backbone.name,
+            backbone=self.backbone,
         )
         return {path: tuple(self.requests)}
 

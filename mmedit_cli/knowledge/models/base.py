@@ -43,6 +43,7 @@ WRITTEN = "\ufdd0"
 class VisionLanguageModel(ABC):
     """A frozen vision-language model; subclasses (one a family) say how a prompt and an image become tokens.
 
+    A language model is one that `sees` nothing. `auto_class` names the class of transformers that loads the model.
     `current_batch` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
     `rewrite` is applied to every query before it is encoded: editors that work in the context set it; else None.
 
@@ -53,6 +54,8 @@ class VisionLanguageModel(ABC):
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]] = ()
     tiny_models: ClassVar[tuple[str, ...]] = ()
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    sees: ClassVar[bool] = True
     image_token: str = "<image>"
     former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
     n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
@@ -211,14 +214,28 @@ class VisionLanguageModel(ABC):
             raise ModelError(
                 f"{self.name} has no chat template", "leave --template chat out"
             )
+        content = self._message(prompt, with_image=with_image)
+        messages = [{"role": "user", "content": content}]
+        text = str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        )
+        if self._adds_bos:
+            text = text.removeprefix(self.tokenizer.bos_token)
+        return text
+
+    def _message(self, prompt: str, *, with_image: bool) -> Any:
+        """Return the content of a message, in the form that the chat template reads."""
         content = [{"type": "image"}] if with_image else []
         content.append({"type": "text", "text": prompt})
-        messages = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        # the tokenizer puts the bos token in front itself
-        return str(text).removeprefix(self.tokenizer.bos_token or "")
+        return content
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts the bos token in front itself."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     def batch(
         self,

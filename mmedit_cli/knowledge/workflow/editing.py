@@ -51,8 +51,8 @@ def make_edits(
 
     check_pictures(requests)
     requests = _in_one_line(requests, out)
-    probes = locality_probes(requests)
     with begin_edits(folder, options, out) as model:
+        probes = locality_probes(requests, pictures=model.backbone.sees)
         ids: list[int | None] = [None] * len(requests)
         if len(requests) > 1:
             ids = _made_before(requests, model.ledger, out)
@@ -167,7 +167,7 @@ def _made_before(
     return ids
 
 
-def locality_probes(requests: Sequence[Query]) -> list[Query]:
+def locality_probes(requests: Sequence[Query], *, pictures: bool = True) -> list[Query]:
     """Return questions that no edit should touch: facts in text, other pictures, the same picture asked otherwise."""
     folder = registry.emojikb_dir() / "noto"
     about_pictures = [request for request in requests if request.image is not None]
@@ -176,7 +176,7 @@ def locality_probes(requests: Sequence[Query]) -> list[Query]:
         assert request.image is not None
         edited.add(picture_digest(request.image))
     probes = [Query(text) for text in _TEXTS]
-    for code in _PICTURES:
+    for code in _PICTURES if pictures else ():
         path = folder / f"{code}.png"
         if path.is_file() and picture_digest(path) not in edited:
             probes.append(Query("What is this?", image=path))

@@ -12,6 +12,7 @@ from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, MmeditError, TooLong, UserError
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    check_sight,
     depth_of,
     give_networks,
     load_model,
@@ -105,6 +106,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
 
     ref = find_model(options.model.model, revision=options.model.revision)
     check_answers(ref)
+    check_sight(options.editor, ref)
     networks = _networks(options, ref.name)
     path = None if networks is None else networks.path
     variant = variant_for(options.editor, ref, options.hparams)
@@ -120,6 +122,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         options.data, limit=options.limit, options=options.data_options or DataOptions()
     )
     cases, line_breaks = _one_line_targets(data.cases)
+    check_seen(ref, cases, options.data)
     check_facts(editor, cases)
     check_pictures(cases)
     size = options.protocol.sequential
@@ -402,6 +405,21 @@ def check_facts(editor: type[Editor], cases: Sequence[EditCase]) -> None:
             problems.append(f"{case.place}: {problem}" if case.place else problem)
     if problems:
         raise DataError(problems[:20], TEXT_ONLY_HINT)
+
+
+def check_seen(ref: ModelRef, cases: Sequence[EditCase], data: str) -> None:
+    """Raise DataError for cases with pictures if the model is a language model, which sees none."""
+    if registry.backbones.fact(ref.family, "sees"):
+        return
+    count = 0
+    for case in cases:
+        count += any(query.image for _, queries in case.columns() for query in queries)
+    if count:
+        raise DataError(
+            f"{data}: {count:,} of {len(cases):,} cases have pictures, and {ref.name} is a language model, "
+            "which sees none",
+            "--data FILE with facts in text, or counterfact, zsre, evqa:text, vlkeb:text",
+        )
 
 
 def check_pictures(cases: Sequence[EditCase]) -> None:

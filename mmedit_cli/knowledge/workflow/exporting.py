@@ -20,6 +20,7 @@ from mmedit_cli.errors import MmeditError, RunError, UserError
 from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, described, open_edits
 from mmedit_cli.knowledge.ledger.ledger import LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
+from mmedit_cli.knowledge.models.shared.image_token import image_token_id
 from mmedit_cli.output import Output
 from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Query
@@ -95,7 +96,7 @@ def _write(
         out.note("writing plain weights")
         backbone.model.save_pretrained(folder)
         save_processors(edited, folder)
-        reloaded = _load_plain(folder, dtype)
+        reloaded = _load_plain(backbone, folder, dtype)
         checked = check(edited, _through_backbone(backbone, reloaded))
         return {"kind": PLAIN, **checked}
     alone = None if adapters else editor.standalone()
@@ -107,7 +108,7 @@ def _write(
         for code in (folder / "base").glob("*.py"):
             code.rename(folder / code.name)
         save_processors(edited, folder)
-        _write_standalone(alone, f"mmedit-{editor.name}", folder)
+        _write_standalone(alone, backbone.auto_class, f"mmedit-{editor.name}", folder)
         model = _load_standalone(folder, dtype).to(backbone.device)
         checked = check(edited, _as_a_user_does(backbone, model))
         checked |= _check_generation(edited, model)
@@ -141,7 +142,7 @@ def _check_adapters(
     folder = next(iter(written)).parent / "base"
     with edited.paused():
         edited.backbone.model.save_pretrained(folder)
-    plain = _load_plain(folder, dtype)
+    plain = _load_plain(edited.backbone, folder, dtype)
     shutil.rmtree(folder)
     model = None
     checks = []
@@ -167,7 +168,8 @@ def save_processors(edited: LedgerModel, folder: Path) -> None:
     """Write tokenizer and image processor, with the files that make `AutoProcessor` find them."""
     backbone = edited.backbone
     backbone.tokenizer.save_pretrained(folder)
-    backbone.image_processor.save_pretrained(folder)
+    if backbone.sees:
+        backbone.image_processor.save_pretrained(folder)
     known = edited.ledger.config["model"]
     source = find_model(known["source"], revision=known["revision"]).folder
     if source is None:
@@ -177,7 +179,9 @@ def save_processors(edited: LedgerModel, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
+def _write_standalone(
+    alone: Standalone, auto_class: str, model_type: str, folder: Path
+) -> None:
     from safetensors.torch import save
 
     tensors = {}
@@ -192,16 +196,17 @@ def _write_standalone(alone: Standalone, model_type: str, folder: Path) -> None:
         "architectures": ["EditedModel"],
         "auto_map": {
             "AutoConfig": f"{stem}.EditedConfig",
-            "AutoModelForImageTextToText": f"{stem}.EditedModel",
+            auto_class: f"{stem}.EditedModel",
         },
     }
     write_atomic(folder / "config.json", json.dumps(config, indent=2))
 
 
-def _load_plain(folder: Path, dtype: str) -> Any:
-    from transformers import AutoModelForImageTextToText
+def _load_plain(backbone: VisionLanguageModel, folder: Path, dtype: str) -> Any:
+    import transformers
 
-    return AutoModelForImageTextToText.from_pretrained(
+    auto = getattr(transformers, backbone.auto_class)
+    return auto.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False
     ).eval()
 
@@ -289,8 +294,9 @@ def _as_a_user_does(
 
 def _reader(model: Any, queries: Sequence[Query]) -> Any:
     """Return the module that takes questions: BLIP-2 wants a picture, without one its language model is asked."""
-    pixel_values = inspect.signature(type(model).forward).parameters["pixel_values"]
-    needs_picture = pixel_values.default is inspect.Parameter.empty
+    parameters = inspect.signature(type(model).forward).parameters
+    pixel_values = parameters.get("pixel_values")
+    needs_picture = pixel_values and pixel_values.default is inspect.Parameter.empty
     if needs_picture and not any(query.image for query in queries):
         return model.language_model
     return model
@@ -346,9 +352,9 @@ def inputs(
     from mmedit_cli.pictures import Picture, load_picture
 
     batch = backbone.batch(queries, with_answer=False, left_pad=True)
-    config = backbone.model.config
-    image_id = getattr(config, "image_token_id", None) or config.image_token_index
-    ids = batch.input_ids.masked_fill(batch.image_mask, image_id)
+    ids = batch.input_ids
+    if backbone.sees:
+        ids = ids.masked_fill(batch.image_mask, image_token_id(backbone))
     found = {"input_ids": ids, "attention_mask": batch.attention_mask}
     pictures = []
     for query in queries:
@@ -370,6 +376,7 @@ def card(edited: LedgerModel, kind: str, name: str) -> str:
     """Return the README of an export: how it loads, what it was made from, and the edits."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    backbone = edited.backbone
     known = edited.ledger.config["model"]
     ledger = edited.ledger
     hub = known["source"].count("/") == 1 and not Path(known["source"]).exists()
@@ -377,16 +384,16 @@ def card(edited: LedgerModel, kind: str, name: str) -> str:
         library_name="peft" if kind == ADAPTERS else "transformers",
         tags=["mmedit", "knowledge-editing", ledger.config["editor"]],
         base_model=known["source"] if hub else None,
-        pipeline_tag="image-text-to-text",
+        pipeline_tag="image-text-to-text" if backbone.sees else "text-generation",
     )
-    own_code = not type(edited.backbone.model).__module__.startswith("transformers.")
+    own_code = not type(backbone.model).__module__.startswith("transformers.")
     text = [
         f"# {name}",
         "",
         f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
         f"`{ledger.config['editor']}` of mmedit {__version__}.",
         "",
-        *_loading(kind, own_code=own_code),
+        *_loading(kind, backbone, own_code=own_code),
         "",
         "## Edits",
         "",
@@ -414,7 +421,9 @@ def _table(edits: Sequence[LedgerEdit]) -> Iterator[str]:
         yield f"\nand {more:,} more in `edits.json`"
 
 
-def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
+def _loading(
+    kind: str, backbone: VisionLanguageModel, *, own_code: bool
+) -> Iterator[str]:
     if kind == ADAPTERS:
         yield "PEFT adapters; `PeftModel.from_pretrained(base_model, FOLDER)` puts one on the base model."
         return
@@ -427,14 +436,17 @@ def _loading(kind: str, *, own_code: bool) -> Iterator[str]:
         )
     else:
         yield "Plain weights: the edits are in them."
+    auto = backbone.auto_class
+    reader = "AutoProcessor" if backbone.sees else "AutoTokenizer"
     yield from (
         "",
         "```python",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        f"from transformers import {auto}, {reader}",
         "",
     )
-    yield f'model = AutoModelForImageTextToText.from_pretrained("FOLDER"{remote})'
-    yield f'processor = AutoProcessor.from_pretrained("FOLDER"{remote})'
+    yield f'model = {auto}.from_pretrained("FOLDER"{remote})'
+    named = reader.removeprefix("Auto").lower()
+    yield f'{named} = {reader}.from_pretrained("FOLDER"{remote})'
     yield "```"
 
 

@@ -15,6 +15,7 @@ from mmedit_cli.errors import DataError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
+    check_sight,
     depth_of,
     load_model,
     resolve_editor,
@@ -23,6 +24,7 @@ from mmedit_cli.knowledge.loading import (
 from mmedit_cli.knowledge.workflow.evaluation import (
     check_pictures,
     check_queries,
+    check_seen,
     count_queries,
 )
 from mmedit_cli.output import Output
@@ -76,6 +78,7 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
     from mmedit_cli.knowledge.data.base import fingerprint
 
     ref = find_model(options.model.model, revision=options.model.revision)
+    check_sight(options.editor, ref)
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(
         options.editor,
@@ -92,6 +95,7 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
             f"editors with networks to train: {', '.join(trained)}",
         )
     name, cases, held_out = training_cases(options)
+    check_seen(ref, [*cases, *held_out], options.data)
     check_pictures([*cases, *held_out])
     config = {
         "command": "train-editor",

@@ -49,6 +49,15 @@ def record(number: int) -> dict[str, object]:
         "image_rephrase": f"val2014/{number}-again.png",
         "m_loc": f"val2014/{number}-other.png",
         "port_new": [HOP],
+        "answers": ["a cat"],
+        "requested_rewrite": {
+            "prompt": "{} is",
+            "subject": f"Number {number}",
+            "target_new": {"str": "a lynx"},
+            "target_true": {"str": "a cat"},
+        },
+        "paraphrase_prompts": [f"We call number {number}"],
+        "neighborhood_prompts": [f"The beast of house {number} is"],
     }
 
 

@@ -373,7 +373,9 @@ def test_lora_becomes_peft_adapters_and_a_wrong_one_is_noticed(
     monkeypatch.setattr(
         lora_adapters,
         "write",
-        lambda folder, block, scale, model: write(folder, block, 2 * scale, model),
+        lambda folder, block, scale, backbone: write(
+            folder, block, 2 * scale, backbone
+        ),
     )
     with pytest.raises(MmeditError, match="the reloaded model is not the edited one"):
         exporting.export(

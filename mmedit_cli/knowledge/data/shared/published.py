@@ -147,6 +147,19 @@ def one_case(
     return [read_case(record, uid, images, template)]
 
 
+TEXT = "text"  # the split of facts without pictures
+TEXT_KEYS = "loc, loc_ans"
+
+
+def text_fact(
+    record: Json, uid: str, images: Path, template: Template
+) -> list[EditCase]:
+    """The text-only fact that a record has for its locality, as an edit of its own."""
+    texts = check_texts(record, ("loc", "loc_ans"))
+    request = template.ask("text", texts["loc"], texts["loc_ans"], None)
+    return [EditCase(uid, request, type="text")]
+
+
 Reader = Callable[[Json, str, Path, Template], list[EditCase]]
 
 
@@ -157,19 +170,21 @@ class PublishedDataset(Dataset):
 
     `group` is its name in `mmedit download`. `folders` and `image_folders` are tried in order, below the root and
     below the pictures; `image_mark` is a folder that must be in the folder of the pictures (empty: none). `extras` are
-    files that only the audit reads. `more_keys` says, by split, which keys its reader needs beside the usual ones.
+    files that only the audit reads. `more_keys` says, by split, which keys its reader needs beside the usual ones, and
+    `own_keys` which it needs instead of them. Data of facts in text have no group and no folders of pictures.
     """
 
     name: str
-    group: str
     sources: Mapping[str, AnnotationFile]
-    folders: Sequence[str]
-    image_folders: Sequence[str]
-    image_example: str
     templates: Mapping[str, Template]
+    group: str = ""
+    folders: Sequence[str] = ()
+    image_folders: Sequence[str] = ()
+    image_example: str = ""
     image_mark: str = ""
     readers: Mapping[str, Reader] = field(default_factory=dict)
     more_keys: Mapping[str, str] = field(default_factory=dict)
+    own_keys: Mapping[str, str] = field(default_factory=dict)
     extras: Sequence[AnnotationFile] = ()
     chained: Sequence[str] = ()
 
@@ -219,23 +234,25 @@ class PublishedDataset(Dataset):
             for source in self.sources.values():
                 if (folder / source.file).is_file():
                     return folder
+        fetch = f"; `mmedit download {self.group}` fetches them" if self.group else ""
         raise DataError(
             f"{root}: none of the files of {self.name} is there",
-            f"--root FOLDER says where {self._files()} lie; `mmedit download {self.group}` fetches them",
+            f"--root FOLDER says where {self._files()} lie{fetch}",
         )
 
     def file(self, split: str, options: DataOptions) -> Path:
         """Return the annotation file of a split; raise DataError if it is not there."""
         path = self.root(options) / self.sources[split].file
         if not path.is_file():
-            raise DataError(
-                f"{path}: not there", f"`mmedit download {self.group}` fetches it"
-            )
+            hint = f"`mmedit download {self.group}` fetches it" if self.group else ""
+            raise DataError(f"{path}: not there", hint)
         return path
 
     def images(self, options: DataOptions) -> Path:
         """Return the folder the pictures are named in, whether it is there or not."""
         base = options.images or self.root(options)
+        if not self.image_folders:
+            return base
         for name in self.image_folders:
             if (base / name / self.image_mark).is_dir():
                 return base / name
@@ -243,6 +260,8 @@ class PublishedDataset(Dataset):
 
     def layout(self, options: DataOptions) -> str:
         """Return where the pictures are expected, and what to do without them."""
+        if not self.image_folders:
+            return "its facts have no pictures"
         return (
             f"expected as {self.images(options) / self.image_example}; --images FOLDER names another place, "
             "--skip-missing goes on with what is there"
@@ -253,6 +272,8 @@ class PublishedDataset(Dataset):
         keys = [*_TEXTS, *_IMAGES]
         if split in self.more_keys:
             keys.append(self.more_keys[split])
+        if split in self.own_keys:
+            keys = [self.own_keys[split]]
         listed = ", ".join(keys)
         return f"a record of {self.name}:{split} is an object with {listed}"
 

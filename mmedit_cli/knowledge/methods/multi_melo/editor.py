@@ -45,6 +45,7 @@ from mmedit_cli.knowledge.methods.shared.lora_blocks import (
     seed_of,
 )
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
+from mmedit_cli.knowledge.models.shared.anchors import sizes
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.layers import layer_numbers
 from mmedit_cli.patch import Patch
@@ -89,9 +90,7 @@ class MultiMelo(Editor):
         for layer in layers:
             for role in hp.roles:
                 path = backbone.anchors.path(role, layer)
-                linear: Any = backbone.model.get_submodule(path)
-                width = linear.in_features
-                shapes[path] = (width, linear.out_features)
+                shapes[path] = sizes(backbone.model.get_submodule(path))
         self._bank = BlockBank(
             shapes,
             hp.rank,
@@ -441,7 +440,7 @@ class MultiMelo(Editor):
             folder,
             block,
             scale=self.hparams.scale,
-            model=self.backbone.name,
+            backbone=self.backbone,
         )
 
     def save_adapters(self, folder: Path) -> dict[Path, tuple[Query, ...]]:

@@ -8,7 +8,14 @@ from typing import Literal
 from mmedit_cli.layers import Layer, check_layers, layer_numbers
 
 Role = Literal[
-    "attn_q", "attn_k", "attn_v", "attn_out", "ffn_in", "ffn_out", "ffn_gate"
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_out",
+    "ffn_in",
+    "ffn_out",
+    "ffn_gate",
 ]
 
 

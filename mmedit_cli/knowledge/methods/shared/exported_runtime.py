@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from mmedit_cli.patch import Patch
@@ -197,17 +198,18 @@ class Loader(PreTrainedModel):
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
         # a base may have code that comes with the export
         trusted = kwargs.pop("trust_remote_code", False)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
+        path = cached_file(folder, "edits.safetensors", **hub)
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            settings = json.loads(file.metadata()["settings"])
+        auto = getattr(transformers, settings["auto_class"])
+        model: Any = auto.from_pretrained(
             folder,
             *args,
             subfolder="base",
             trust_remote_code=trusted,
             **kwargs,
         )
-        path = cached_file(folder, "edits.safetensors", **hub)
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            settings = json.loads(file.metadata()["settings"])
-            model.edits = cls.edits_class(model, tensors, settings)
+        model.edits = cls.edits_class(model, tensors, settings)
         return model

@@ -9,30 +9,36 @@ from typing import Any
 
 from torch import Tensor
 
+from mmedit_cli.adapters import is_transposed
 from mmedit_cli.errors import StateError
 from mmedit_cli.knowledge.methods.base import read_state
 from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.reading import read_json_object
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # of every name in peft's files
 
 
-def write(folder: Path, block: Blocks, scale: float, model: str) -> None:
-    """Write one block; peft's `lora_alpha / r` is its scale. `model` is named as the base model."""
+def write(
+    folder: Path, block: Blocks, scale: float, backbone: VisionLanguageModel
+) -> None:
+    """Write one block; peft's `lora_alpha / r` is its scale. The backbone is named as the base model."""
     from peft import LoraConfig
     from safetensors.torch import save
 
     from mmedit_cli.storage import write_atomic
 
     rank = next(iter(block.a.values())).shape[-1]
+    linears = [backbone.model.get_submodule(path) for path in block.a]
     config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # type: ignore[arg-type]
         lora_dropout=0.0,
         bias="none",
         target_modules=list(block.a),
-        base_model_name_or_path=model,
+        fan_in_fan_out=any(is_transposed(linear) for linear in linears),
+        base_model_name_or_path=backbone.name,
         inference_mode=True,
     )
     settings: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]

@@ -24,12 +24,17 @@ _GROUP = 32  # questions of one pass
 
 
 @cache
-def unrelated_questions(count: int) -> tuple[Query, ...]:
+def unrelated_questions(count: int, *, pictures: bool = True) -> tuple[Query, ...]:
     """Return so many questions about pictures and facts without one, the same at every call.
+
+    Without `pictures` all of them are in text.
 
     Raises DataError where EmojiKB is not there.
     """
-    by_case = [_questions(case) for case in load_cases(_SIDE, limit=count)]
+    by_case = []
+    for case in load_cases(_SIDE, limit=count):
+        asked = [query for query in _questions(case) if pictures or not query.image]
+        by_case.append(asked)
     rounds = zip_longest(*by_case)
     in_turn = [query for turn in rounds for query in turn if query is not None]
     return tuple(dict.fromkeys(in_turn))[:count]

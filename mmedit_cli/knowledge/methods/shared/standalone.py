@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.shared.flatten import flatten
+from mmedit_cli.knowledge.models.shared.image_token import image_token_id
 
 
 def standalone(
@@ -25,13 +26,11 @@ def standalone(
     `entered` is the path of the module on entering which a question is routed.
     """
     backbone = editor.backbone
-    config: Any = backbone.model.config
-    # transformers calls it image_token_index in the older families
-    image_token = getattr(config, "image_token_id", None) or config.image_token_index
     places = {
         "stack": backbone.anchors.stack,
         "entered": entered,
-        "image_token_id": image_token,
+        "image_token_id": image_token_id(backbone),
+        "auto_class": backbone.auto_class,
     }
     ids = torch.tensor(editor.ids)
     file = Path(inspect.getfile(type(editor)))

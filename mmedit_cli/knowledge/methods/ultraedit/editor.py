@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from mmedit_cli.adapters import is_transposed
 from mmedit_cli.errors import MmeditError, NotFinite, StateError
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared.answer_rows import AnswerRows
@@ -19,6 +20,7 @@ from mmedit_cli.knowledge.methods.shared.side_effects import (
 )
 from mmedit_cli.knowledge.methods.ultraedit.hparams import UltraeditHparams
 from mmedit_cli.knowledge.methods.ultraedit.turn import Turn
+from mmedit_cli.knowledge.models.shared.anchors import sizes
 from mmedit_cli.layers import layer_numbers
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
@@ -127,7 +129,9 @@ class Ultraedit(Editor):
                 )
             else:
                 change = kept.ridge(keys, values)
-            changes[path] = change.T.float()
+            # GPT-2 keeps its matrices as (in, out)
+            across = is_transposed(self.backbone.model.get_submodule(path))
+            changes[path] = (change if across else change.T).float()
         return changes
 
     def _values(self, path: str, rows: AnswerRows) -> Tensor:
@@ -210,7 +214,8 @@ class Ultraedit(Editor):
         if self._unrelated is not None:
             return self._unrelated
         hp = self.hparams
-        questions = unrelated_questions(hp.unrelated)
+        sees = self.backbone.sees
+        questions = unrelated_questions(hp.unrelated, pictures=sees)
         with self._patch.lifted():
             watched = questions[: hp.watched]
             self._unrelated = Unrelated.ask(
@@ -269,7 +274,7 @@ class Ultraedit(Editor):
                 self._kept[path] = KeptKeys(around.inverse)
 
     def _empty(self, path: str) -> dict[str, RunningMoments]:
-        width, entering = self.backbone.model.get_parameter(f"{path}.weight").shape
+        entering, width = sizes(self.backbone.model.get_submodule(path))
         device = self.backbone.device
         return {
             "inputs": RunningMoments.empty(entering, device),

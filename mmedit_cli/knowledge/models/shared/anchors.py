@@ -12,14 +12,15 @@ from mmedit_cli.errors import ModelError, near_miss
 # role -> the names its module may carry below a decoder layer, the usual one first
 _IN_LAYER = {
     "ffn_gate": ("mlp.gate_proj",),
-    "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1"),
-    "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2"),
-    "ffn_act": ("mlp.act_fn", "mlp.activation_fn", "activation_fn"),
-    "attn": ("self_attn",),
+    "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1", "mlp.c_fc"),
+    "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj"),
+    "ffn_act": ("mlp.act_fn", "mlp.activation_fn", "activation_fn", "mlp.act"),
+    "attn": ("self_attn", "attn"),
     "attn_q": ("self_attn.q_proj",),
     "attn_k": ("self_attn.k_proj",),
     "attn_v": ("self_attn.v_proj",),
-    "attn_out": ("self_attn.o_proj", "self_attn.out_proj"),
+    "attn_qkv": ("attn.c_attn",),
+    "attn_out": ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj"),
 }
 # role -> the last part of its module's path, outside the language model
 _IN_MODEL = {
@@ -34,7 +35,7 @@ class Anchors:
     """Resolves roles such as `ffn_out` to module paths of one model.
 
     Roles with a layer: layer, ffn_gate (gated networks), ffn_in, ffn_out, ffn_act, attn, attn_q, attn_k, attn_v,
-    attn_out.
+    attn_out; attn_qkv where the first three are one matrix, as in GPT-2.
     Roles without: vision, connector, projector, norm, head.
     """
 
@@ -93,7 +94,7 @@ class Anchors:
         stack = self._model.get_submodule(self.stack)
         children = dict(stack.named_children())
         paths = []
-        for name in ("norm", "final_layer_norm", "project_out"):
+        for name in ("norm", "final_layer_norm", "ln_f", "project_out"):
             if isinstance(children.get(name), nn.Module):
                 paths.append(f"{self.stack}.{name}")
         head = self._model.get_output_embeddings()  # type: ignore[operator]
@@ -122,7 +123,8 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _is_decoder_block(block: nn.Module) -> bool:
     """Whether a module has attention and a feed-forward part: OPT has no module around the latter."""
-    return _has(block, "self_attn") and (_has(block, "mlp") or _has(block, "fc2"))
+    attends = any(_has(block, name) for name in _IN_LAYER["attn"])
+    return attends and (_has(block, "mlp") or _has(block, "fc2"))
 
 
 def _in_layer_paths(layer: nn.Module, template: str) -> dict[str, str]:
@@ -146,6 +148,17 @@ def _in_model_paths(model: nn.Module, stack: str) -> dict[str, str]:
         if matches:
             paths[role] = min(matches, key=lambda name: (name.count("."), name))
     return paths
+
+
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """Return how wide what enters a linear layer is, and what leaves it; GPT-2 writes its matrices transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(linear, Conv1D):
+        width, out = linear.weight.shape
+        return width, out
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -36,10 +36,11 @@ def load_backbone(
         module, tokenizer, processor = family.build_tiny(ref.name)
         module.to(target, None if isinstance(number, str) else number)
     else:
-        module = _from_folder(ref, number, device_map)
+        module = _from_folder(ref, family.auto_class, number, device_map)
         if device_map is None:
             module.to(target)
-        tokenizer, processor = _processors(ref)
+        tokenizer = _tokenizer(ref.folder)
+        processor = _image_processor(ref.folder) if family.sees else None
         check_vocabulary(
             tokenizer, module.get_input_embeddings().weight.shape[0], ref.folder
         )
@@ -59,15 +60,16 @@ def check_answers(ref: ModelRef) -> None:
         )
 
 
-def _from_folder(ref: ModelRef, dtype: Any, device_map: Any) -> Any:
-    from transformers import AutoModelForImageTextToText
+def _from_folder(ref: ModelRef, auto_class: str, dtype: Any, device_map: Any) -> Any:
+    import transformers
 
+    auto = getattr(transformers, auto_class)
     assert ref.folder is not None
     weight_files(ref.folder)
     _check_sections(ref.folder)
     with loading(ref.folder):
         # with `output_loading_info` it returns a pair, which its annotation does not say
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             ref.folder,
             dtype=dtype,
             device_map=device_map,
@@ -97,23 +99,34 @@ def _check_sections(folder: Path) -> None:
             )
 
 
-def _processors(ref: ModelRef) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoTokenizer
+_HINT = "copy its files there too"
 
-    assert ref.folder is not None
-    problem = "no usable tokenizer or image processor"
-    hint = "copy their files there too"
-    with loading(ref.folder, problem=problem, hint=hint):
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with loading(folder, problem="no usable tokenizer", hint=_HINT):
         tokenizer = AutoTokenizer.from_pretrained(
-            ref.folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(
-            ref.folder, local_files_only=True, trust_remote_code=False, backend="pil"
-        )
-        _try_out(tokenizer, processor)
+        # a null in its config fails here and not in the middle of a run
+        tokenizer("What is this?")
     if not tokenizer.chat_template:
-        tokenizer.chat_template = _chat_template(ref.folder)
-    return tokenizer, processor
+        tokenizer.chat_template = _chat_template(folder)
+    return tokenizer
+
+
+def _image_processor(folder: Path) -> Any:
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    with loading(folder, problem="no usable image processor", hint=_HINT):
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        # as above
+        processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    return processor
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -126,11 +139,3 @@ def _chat_template(folder: Path) -> str | None:
             if content.values.get("chat_template"):
                 return content.text("chat_template")
     return None
-
-
-def _try_out(tokenizer: Any, processor: Any) -> None:
-    """Use both once, so that a null in their configs fails here and not in the middle of a run."""
-    from PIL import Image
-
-    tokenizer("What is this?")
-    processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")

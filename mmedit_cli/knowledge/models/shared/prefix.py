@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import weakref
 from collections import OrderedDict
@@ -34,8 +35,12 @@ def run_to(
     seen: list[tuple[Tensor, dict[str, Any]]] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = dict(kwargs)
-        seen.append((args[0] if args else rest.pop("hidden_states"), rest))
+        # GPT-2 gives its layers some of their arguments without names
+        names = list(inspect.signature(module.forward).parameters)
+        by_name = dict(zip(names, args, strict=False))
+        first, *_ = names
+        rest = {**by_name, **kwargs}
+        seen.append((rest.pop(first), rest))
         raise _Reached
 
     # before other hooks on its input: what an editor changes there belongs to what follows

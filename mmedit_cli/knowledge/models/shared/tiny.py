@@ -61,8 +61,14 @@ def tokenizer(*more: str, bos: bool = True) -> Any:
 
 
 def build(name: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
-    """Return (model, tokenizer, image processor) for `tiny-...`, with seeded random weights."""
-    words = tokenizer(*_QWEN, bos=False) if "qwen" in name else tokenizer()
+    """Return (model, tokenizer, image processor) for `tiny-...`, with seeded random weights.
+
+    A language model has None for an image processor.
+    """
+    words = tokenizer()
+    if "qwen" in name:
+        more = (_QWEN_END,) if name.endswith("-lm") else _QWEN
+        words = tokenizer(*more, bos=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = _BUILD[name](words)
@@ -72,9 +78,16 @@ def build(name: str, *, seed: int = 0) -> tuple[nn.Module, Any, Any]:
 
 
 def _blip2(words: Any) -> tuple[nn.Module, Any]:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-    text = OPTConfig(
+    text = _opt(words)
+    return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
+
+
+def _opt(words: Any) -> Any:
+    from transformers import OPTConfig
+
+    return OPTConfig(
         vocab_size=len(words),
         hidden_size=_WIDTH,
         num_hidden_layers=_LAYERS,
@@ -87,7 +100,6 @@ def _blip2(words: Any) -> tuple[nn.Module, Any]:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
 
 
 def _minigpt4(words: Any) -> tuple[nn.Module, Any]:
@@ -150,6 +162,56 @@ def _llama(words: Any) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def _llama_lm(words: Any) -> tuple[nn.Module, None]:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(_llama(words)), None
+
+
+def _qwen2_lm(words: Any) -> tuple[nn.Module, None]:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        intermediate_size=2 * _WIDTH,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS // 2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return Qwen2ForCausalLM(config), None
+
+
+def _opt_lm(words: Any) -> tuple[nn.Module, None]:
+    from transformers import OPTForCausalLM
+
+    return OPTForCausalLM(_opt(words)), None
+
+
+def _gpt2_lm(words: Any) -> tuple[nn.Module, None]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(words),
+        n_embd=_WIDTH,
+        n_layer=_LAYERS,
+        n_head=_HEADS,
+        n_inner=2 * _WIDTH,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config), None
 
 
 def _llava(words: Any) -> tuple[nn.Module, Any]:
@@ -254,10 +316,17 @@ _QWEN_VISION: dict[str, dict[str, Any]] = {
     },
 }
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_END = (
+    "<|endoftext|>"  # transformers adds it to what it takes for a tokenizer of Qwen2
+)
 _BUILD: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "tiny-blip2": _blip2,
+    "tiny-gpt2-lm": _gpt2_lm,
+    "tiny-llama-lm": _llama_lm,
     "tiny-llava": _llava,
     "tiny-minigpt4": _minigpt4,
+    "tiny-opt-lm": _opt_lm,
+    "tiny-qwen2-lm": _qwen2_lm,
     "tiny-qwen2-vl": partial(_qwen_vl, name="Qwen2VL"),
     "tiny-qwen2.5-vl": partial(_qwen_vl, name="Qwen2_5_VL"),
     "tiny-qwen3-vl": partial(_qwen_vl, name="Qwen3VL"),
