@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from mmedit_cli.adapters import is_transposed
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.covariance import Tokens, ffn_moments
 from mmedit_cli.knowledge.methods.base import Editor
@@ -188,9 +189,12 @@ class KeyValueEditor(Editor):
         """Change the matrix of a layer so that keys, as its regression sees them, give values (B, D) more."""
         kept = self._kept[layer]
         change = self._back(layer, kept.ridge(seen, values.double()))
+        # GPT-2 keeps its matrices as (in, out)
+        if not is_transposed(self.backbone.anchors.module("ffn_out", layer)):
+            change = change.T
         name = self._name(layer)
         weight = self._patch.parameter(name).detach()
-        moved = weight.float() + change.T.to(weight.device).float()
+        moved = weight.float() + change.to(weight.device).float()
         if not moved.isfinite().all():
             raise MmeditError(
                 f"{self.name}: a weight became infinite", "lower target.clamp"
@@ -216,7 +220,8 @@ class KeyValueEditor(Editor):
     def _moments(self) -> dict[int, Tensor]:
         """Return the second moment (F, F) of each layer on the untouched model, float64."""
         hp = self.hparams
-        questions = unrelated_questions(hp.questions)
+        sees = self.backbone.sees
+        questions = unrelated_questions(hp.questions, pictures=sees)
         with self._patch.lifted():
             found = ffn_moments(self.backbone, questions, self._layers, hp.tokens)
         device = self.backbone.device
