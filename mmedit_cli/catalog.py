@@ -417,6 +417,8 @@ def family_of(folder: Path) -> str:
 def _writes_on(config: dict[str, Any]) -> bool:
     """Whether a config is that of a decoder which continues texts."""
     classes = config.get("architectures")
-    return isinstance(classes, list) and any(
-        str(name).endswith("ForCausalLM") for name in classes
-    )
+    if not isinstance(classes, list):
+        return False
+    names = [str(name) for name in classes]
+    decoders = [name for name in names if name.endswith("ForCausalLM")]
+    return bool(decoders)

@@ -273,7 +273,9 @@ def _model(
 def _entry_with_wheel(name: str, request: Request) -> catalog.Entry | None:
     """Return the entry of a model that a wheel holds too; a revision is one of the hub."""
     entry = catalog.named_models().get(name)
-    if entry is None or entry.wheel is None or request.revision is not None:
+    if entry is None or entry.wheel is None:
+        return None
+    if request.revision is not None:
         return None
     return entry
 

@@ -78,8 +78,11 @@ def verify(planned: dict[str, Any]) -> list[str]:
     problems = []
     for file in planned["files"]:
         path = folder / file.path
-        wrong = receipt.difference(path, file) if path.is_file() else "missing"
-        problems += [f"{file.path}: {wrong}"] if wrong else []
+        wrong = "missing"
+        if path.is_file():
+            wrong = receipt.difference(path, file)
+        if wrong:
+            problems.append(f"{file.path}: {wrong}")
     return problems
 
 

@@ -61,7 +61,14 @@ def _asked(
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise Fault(f"{key}: must be a list of texts that are not empty")
-        found.append(template.ask("request", text.rstrip(), target, None))
+        question = text.rstrip()
+        query = template.ask(
+            "request",
+            question,
+            target,
+            None,
+        )
+        found.append(query)
     return tuple(found)
 
 

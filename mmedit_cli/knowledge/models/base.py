@@ -227,8 +227,11 @@ class VisionLanguageModel(ABC):
 
     def _message(self, prompt: str, *, with_image: bool) -> Any:
         """Return the content of a message, in the form that the chat template reads."""
-        content = [{"type": "image"}] if with_image else []
-        content.append({"type": "text", "text": prompt})
+        content = []
+        if with_image:
+            content.append({"type": "image"})
+        text = {"type": "text", "text": prompt}
+        content.append(text)
         return content
 
     @cached_property

@@ -35,10 +35,12 @@ class CausalLM(VisionLanguageModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.model.config
-        kinds = set(getattr(config, "layer_types", None) or ())
+        types = getattr(config, "layer_types", None)
+        kinds = sorted(set(types or ()))
         if len(kinds) > 1 or "sliding_attention" in kinds:
+            listed = ", ".join(kinds)
             raise ModelError(
-                f"{self.name}: its layers attend in different ways ({', '.join(sorted(kinds))})",
+                f"{self.name}: its layers attend in different ways ({listed})",
                 "supported are models whose layers all see the whole text",
             )
         self._try_out()
