@@ -17,6 +17,7 @@ from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.knowledge.models.shared.anchors import check_upright
 from mmedit_cli.knowledge.models.shared.batch import Prefix
 from mmedit_cli.layers import Layer, check_layers, count_above
 from mmedit_cli.patch import Patch
@@ -121,6 +122,7 @@ class MOre(Editor):
         for layer in range(self._layer, depth):
             for role in self.hparams.roles:
                 path = self.backbone.anchors.path(role, layer)
+                check_upright(self.backbone.model, path, self.name)
                 self._paths.append(path)
         self._patch = Patch(self.backbone.model)
         self._pairs: dict[str, Pair] = {}

@@ -26,6 +26,7 @@ from mmedit_cli.knowledge.methods.wise.memories import (
     reaction,
     strongest,
 )
+from mmedit_cli.knowledge.models.shared.anchors import check_upright
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
 from mmedit_cli.layers import layer_number
 from mmedit_cli.patch import Patch
@@ -61,6 +62,7 @@ class Wise(Editor):
             )
         self._layer = layer % depth
         self._path = backbone.anchors.path("ffn_out", layer)
+        check_upright(backbone.model, self._path, self.name)
         linear: Any = backbone.model.get_submodule(self._path)
         self._shape = (linear.out_features, linear.in_features)
         self._memories: list[Memory] = []

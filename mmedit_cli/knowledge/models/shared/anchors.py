@@ -150,6 +150,17 @@ def _in_model_paths(model: nn.Module, stack: str) -> dict[str, str]:
     return paths
 
 
+def check_upright(model: nn.Module, path: str, editor: str) -> None:
+    """Raise ModelError for a linear layer whose matrix is written as (in, out), for an editor that knows no such."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(model.get_submodule(path), Conv1D):
+        raise ModelError(
+            f"{editor}: {path} is a transposed matrix, as GPT-2 has them",
+            "ft, lora, multi-melo, t-patcher, grace, ultraedit, memit, alphaedit and ike know such",
+        )
+
+
 def sizes(linear: nn.Module) -> tuple[int, int]:
     """Return how wide what enters a linear layer is, and what leaves it; GPT-2 writes its matrices transposed."""
     from transformers.pytorch_utils import Conv1D
