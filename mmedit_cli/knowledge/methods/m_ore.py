@@ -281,7 +281,7 @@ class MOre(Editor):
             path,
             Blocks(downs, ups),
             scale=self.hparams.scale,
-            model=self.backbone.name,
+            backbone=self.backbone,
         )
         return {path: tuple(self.requests)}
 
