@@ -11,6 +11,7 @@ from mmedit_cli.output import Output
 from mmedit_cli.reports.scores import (
     column_name,
     half_interval,
+    known_beside,
     print_networks,
     run_of,
 )
@@ -260,7 +261,7 @@ def _score_rows(
         for milestone in milestones:
             columns |= dict.fromkeys(milestone["scores"].get(protocol, {}))
         title = protocol
-        for column in columns:
+        for column in known_beside(columns):
             scores = [m["scores"].get(protocol, {}).get(column) for m in milestones]
             pairs = zip(scores, milestones, strict=True)
             cells = [_cell(score, milestone["cases"]) for score, milestone in pairs]

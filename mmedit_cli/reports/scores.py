@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,19 @@ def column_name(column: str) -> str:
         return _NAMES[plain] + column[len(plain) :]
     family, _, name = column.partition(".")
     return f"{_FAMILIES.get(family, family)} {name}"
+
+
+def known_beside(columns: Iterable[str]) -> list[str]:
+    """Return the columns in order, but that of the known cases right behind the one of all cases."""
+    placed: list[str] = []
+    for column in columns:
+        plain = column.removesuffix(_KNOWN)
+        if plain != column and plain in placed:
+            behind = placed.index(plain) + 1
+            placed.insert(behind, column)
+        else:
+            placed.append(column)
+    return placed
 
 
 def half_interval(score: Mapping[str, Any], digits: int, scale: float = 1) -> str:

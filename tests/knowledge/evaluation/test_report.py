@@ -14,6 +14,7 @@ from mmedit_cli.knowledge.evaluation.intervals import (
 from mmedit_cli.knowledge.evaluation.report import CASE, CONCEPT, build_report
 from mmedit_cli.output import Output
 from mmedit_cli.reports import show
+from mmedit_cli.reports.scores import known_beside
 
 HEAD = {"editor": "ft", "model": {"name": "m"}, "data": {"name": "d"}, "examples": []}
 EDITS = [{"group": 0, "index": 0, "seconds": 1.0}]
@@ -132,3 +133,8 @@ def test_the_whole_report_by_hand(golden, unit, file):
     wanted = json.loads((folder / file).read_text())
     found = build_report({"editor": "nobody"}, cases, edits, 3, unit=unit)
     assert_close(found, wanted)
+
+
+def test_a_column_of_known_cases_stands_behind_that_of_all():
+    columns = ["a", "b", "a known", "c known", "b known"]
+    assert known_beside(columns) == ["a", "a known", "b", "b known", "c known"]
