@@ -126,6 +126,7 @@ FAMILIES = (
     *LANGUAGE,
     *(name for name in named_models() if name not in MODELS),  # of MMEDIT_PLUGINS
 )
+SEEING = tuple(name for name in FAMILIES if name not in LANGUAGE)
 
 # A test with one of these between the brackets of its name repeats a fast test: for another family of models, or in
 # half precision. The first that sees and the first that reads text alone are fast.
@@ -178,9 +179,9 @@ def _no_network(
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=SEEING)
 def backbone(request: pytest.FixtureRequest):
-    """Each tiny backbone in float32, shared by the session: a test leaves it as it was."""
+    """Each tiny backbone that sees, in float32, shared by the session: a test leaves it as it was."""
     from mmedit_cli.knowledge.models.shared.loading import load_backbone
 
     loaded = load_backbone(request.param, device="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, QUERIES, SHAPES
+from conftest import QUERIES, SEEING, SHAPES
 
 from mmedit_cli import load_editor
 from mmedit_cli.knowledge.data.base import load_cases
@@ -18,7 +18,7 @@ DEVICE = "cuda"
 
 
 @pytest.fixture(
-    params=[(f, d) for f in FAMILIES for d in ("float32", "bfloat16")], ids="-".join
+    params=[(f, d) for f in SEEING for d in ("float32", "bfloat16")], ids="-".join
 )
 def backbone(request):
     return load_backbone(request.param[0], device=DEVICE, dtype=request.param[1])

@@ -232,6 +232,16 @@ def editor(request, backbone):
     assert_same(snapshot(backbone), before)
 
 
+def test_a_first_edit_that_fails_says_why_and_leaves_nothing(editor, monkeypatch):
+    def fail(*_: object) -> None:
+        raise DataError("this request cannot be used")
+
+    monkeypatch.setattr(editor, "_apply", fail)
+    with pytest.raises(DataError, match="cannot be used"):
+        editor.edit(taught(editor.backbone)[:1])
+    assert not editor.requests
+
+
 def test_the_target_becomes_likelier(editor):
     requests = taught(editor.backbone)
     before = likelihood(editor.backbone, requests[:1])

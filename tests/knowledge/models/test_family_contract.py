@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, LANGUAGE, QUERIES, SHAPES, asked
+from conftest import FAMILIES, QUERIES, SEEING, SHAPES, asked
 
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.knowledge.models.shared.anchors import sizes
@@ -18,7 +18,7 @@ from mmedit_cli.types import Query
 
 seeing = pytest.mark.parametrize(
     "backbone",
-    [name for name in FAMILIES if name not in LANGUAGE],
+    SEEING,
     indirect=True,
     scope="session",
 )

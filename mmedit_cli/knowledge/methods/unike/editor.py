@@ -335,6 +335,9 @@ class Unike(TrainedEditor):
         if not self._scoped:
             return False
         kept = list(positions)
+        if not kept:
+            self._reset()
+            return True
         requests = [self.requests[i] for i in kept]
         present = self._present
         edits = {name: tensor[kept] for name, tensor in present.items()}
