@@ -70,13 +70,14 @@ AFTER_TRAINING = ("refine=", "margin=")  # what training does not depend on
 IN_CONTEXT = {
     "ike"
 }  # random weights have not learned to read a context: the answer changes, for better or worse
-FAMILIES = (
+_NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
+FAMILIES = (  # one with each thing that is special
     "tiny-blip2",
     "tiny-llava",
-    "tiny-qwen3-vl",
+    pytest.param("tiny-qwen3-vl", marks=_NIGHTLY),
     "tiny-llama-lm",
-    "tiny-gpt2-lm",
-)  # one with each thing that is special
+    pytest.param("tiny-gpt2-lm", marks=_NIGHTLY),
+)
 
 
 def editors() -> Iterator[pytest.ParameterSet]:
