@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from mmedit_cli.errors import HparamsError
+
 Layer = int | float
 T = TypeVar("T")
 
@@ -27,6 +29,14 @@ def layer_number(layer: Layer, depth: int, *, lowest: int = 0) -> int:
     if isinstance(layer, int):
         return layer
     return max(lowest, int(layer * depth))
+
+
+def layer_of_model(layer: Layer, depth: int, name: str) -> int:
+    """Return the number, from 0, of a layer of the model of that name; raise HparamsError if it has no such layer."""
+    number = layer_number(layer, depth)
+    if not -depth <= number < depth:
+        raise HparamsError(f"layer {number}: {name} has the layers 0 to {depth - 1}")
+    return number % depth
 
 
 def layer_numbers(

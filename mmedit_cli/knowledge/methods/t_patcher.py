@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.errors import HparamsError, MmeditError, StateError
+from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.neurons import (
@@ -24,7 +24,7 @@ from mmedit_cli.knowledge.methods.shared.neurons import (
     site_of,
 )
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
-from mmedit_cli.layers import Layer, check_layers, layer_number
+from mmedit_cli.layers import Layer, check_layers, layer_number, layer_of_model
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -84,13 +84,12 @@ class TPatcher(Editor):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         backbone = self.backbone
-        depth = backbone.n_layers
-        layer = layer_number(hp.layer, depth)
-        if not -depth <= layer < depth:
-            raise HparamsError(
-                f"layer {layer}: {backbone.name} has the layers 0 to {depth - 1}"
-            )
-        self._layer = layer % depth
+        layer = layer_of_model(
+            hp.layer,
+            backbone.n_layers,
+            backbone.name,
+        )
+        self._layer = layer
         self._site = site_of(backbone, layer)
         gated = self._site.gated and hp.variant == "vl"
         self._shapes = fields(backbone.width, gated=gated)

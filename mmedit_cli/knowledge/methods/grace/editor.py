@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import HparamsError, MmeditError, StateError
+from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.grace.codebook import (
     NONE,
@@ -26,7 +26,7 @@ from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of, states_at
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
-from mmedit_cli.layers import layer_number
+from mmedit_cli.layers import layer_of_model
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -61,13 +61,12 @@ class Grace(Editor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backbone = self.backbone
-        depth = backbone.n_layers
-        layer = layer_number(self.hparams.layer, depth)
-        if not -depth <= layer < depth:
-            raise HparamsError(
-                f"layer {layer}: {backbone.name} has the layers 0 to {depth - 1}"
-            )
-        self._layer = layer % depth
+        layer = layer_of_model(
+            self.hparams.layer,
+            backbone.n_layers,
+            backbone.name,
+        )
+        self._layer = layer
         self._site = WrappedFfn(
             entered=backbone.anchors.path("ffn_in", layer),
             left=backbone.anchors.path("ffn_out", layer),

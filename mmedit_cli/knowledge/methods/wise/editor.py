@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.errors import HparamsError, MmeditError, StateError
+from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
@@ -28,7 +28,7 @@ from mmedit_cli.knowledge.methods.wise.memories import (
 )
 from mmedit_cli.knowledge.models.shared.anchors import check_upright
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
-from mmedit_cli.layers import layer_number
+from mmedit_cli.layers import layer_of_model
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -54,13 +54,12 @@ class Wise(Editor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backbone = self.backbone
-        depth = backbone.n_layers
-        layer = layer_number(self.hparams.layer, depth)
-        if not -depth <= layer < depth:
-            raise HparamsError(
-                f"layer {layer}: {backbone.name} has the layers 0 to {depth - 1}"
-            )
-        self._layer = layer % depth
+        layer = layer_of_model(
+            self.hparams.layer,
+            backbone.n_layers,
+            backbone.name,
+        )
+        self._layer = layer
         self._path = backbone.anchors.path("ffn_out", layer)
         check_upright(backbone.model, self._path, self.name)
         linear: Any = backbone.model.get_submodule(self._path)
