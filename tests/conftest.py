@@ -261,3 +261,26 @@ def cli(
         return code, captured.out, captured.err
 
     return run
+
+
+@contextmanager
+def editors_of(kind: type, backbone, *always: str):
+    """Yield a function that makes editors of a kind with overrides; what they did is undone at the end."""
+    from mmedit_cli.hparams import load_hparams
+    from mmedit_cli.registry import hparams_file
+
+    made = []
+
+    def make(*overrides: str):
+        hparams = load_hparams(
+            hparams_file(kind.name),
+            kind.Hparams,
+            variant=backbone.name,
+            overrides=(*always, *overrides),
+        )
+        made.append(kind(backbone, hparams))
+        return made[-1]
+
+    yield make
+    for editor in made:
+        editor.undo()

@@ -6,16 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUERIES, SHAPES
+from conftest import QUERIES, SHAPES, editors_of
 
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
-from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.methods.grace.codebook import NONE, Choice, Codebook
 from mmedit_cli.knowledge.methods.grace.editor import Grace
 from mmedit_cli.knowledge.methods.grace.hparams import GraceHparams
 from mmedit_cli.knowledge.methods.shared.unrelated import unrelated
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
-from mmedit_cli.registry import hparams_file
 from mmedit_cli.types import Query
 
 STAR = Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png")
@@ -30,21 +28,8 @@ def backbone():
 
 @pytest.fixture
 def make(backbone):
-    made = []
-
-    def editor(*overrides):
-        hparams = load_hparams(
-            hparams_file("grace"),
-            Grace.Hparams,
-            variant=backbone.name,
-            overrides=("steps=20", *overrides),
-        )
-        made.append(Grace(backbone, hparams))
-        return made[-1]
-
-    yield editor
-    for one in made:
-        one.undo()
+    with editors_of(Grace, backbone, "steps=20") as made:
+        yield made
 
 
 def rows_of(keys, radius):

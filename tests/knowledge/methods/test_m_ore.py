@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, editors_of
 
 from mmedit_cli.errors import StateError
-from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.methods.m_ore import MOre, MOreHparams, basis, less_free
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
-from mmedit_cli.registry import hparams_file
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import Query
 
@@ -27,21 +25,8 @@ def backbone():
 
 @pytest.fixture
 def make(backbone):
-    made = []
-
-    def editor(*overrides):
-        hparams = load_hparams(
-            hparams_file("m-ore"),
-            MOre.Hparams,
-            variant=backbone.name,
-            overrides=overrides,
-        )
-        made.append(MOre(backbone, hparams))
-        return made[-1]
-
-    yield editor
-    for one in made:
-        one.undo()
+    with editors_of(MOre, backbone) as made:
+        yield made
 
 
 @pytest.mark.parametrize("memory", [1.0, 2000.0])

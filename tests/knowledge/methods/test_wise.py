@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import QUERIES, SHAPES
+from conftest import QUERIES, SHAPES, editors_of
 
 from mmedit_cli.errors import HparamsError, MmeditError, StateError
-from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.methods.wise.editor import Wise
 from mmedit_cli.knowledge.methods.wise.hparams import WiseHparams
 from mmedit_cli.knowledge.methods.wise.memories import (
@@ -20,7 +19,6 @@ from mmedit_cli.knowledge.methods.wise.memories import (
     ties,
 )
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
-from mmedit_cli.registry import hparams_file
 from mmedit_cli.types import Query
 
 STAR = Query("What is this?", "a blue star", SHAPES / "solid/red-circle.png")
@@ -35,21 +33,8 @@ def backbone():
 
 @pytest.fixture
 def make(backbone):
-    made = []
-
-    def editor(*overrides):
-        hparams = load_hparams(
-            hparams_file("wise"),
-            Wise.Hparams,
-            variant=backbone.name,
-            overrides=("steps=15", *overrides),
-        )
-        made.append(Wise(backbone, hparams))
-        return made[-1]
-
-    yield editor
-    for one in made:
-        one.undo()
+    with editors_of(Wise, backbone, "steps=15") as made:
+        yield made
 
 
 def test_the_reaction_is_the_mean_change_of_the_marked_positions():
