@@ -433,7 +433,11 @@ def test_a_local_folder_is_the_same_model(saved):
             ),
             "safetensors",
         ),
-        (lambda f: (f / "tokenizer.json").unlink(), "no usable tokenizer"),
+        (
+            lambda f: (f / "tokenizer.json").unlink(),
+            # some families make an empty one then
+            r"no usable tokenizer|the tokenizer has \d+ of the \d+ tokens",
+        ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
             "its weights are pickled",
