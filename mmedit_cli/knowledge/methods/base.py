@@ -35,6 +35,15 @@ class Operation:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_shapes(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], held: str
+) -> None:
+    """Raise StateError, naming what the state should hold, unless its tensors are those wanted, by name and shape."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise StateError(f"the state does not hold {held}")
+
+
 @dataclass(frozen=True)
 class Standalone:
     """Edits that run on a plain transformers model: the source of one Python file, tensors, and plain settings."""
@@ -116,7 +125,7 @@ class Editor(ABC):
         """
 
     def _keep(self, positions: Sequence[int]) -> bool:
-        """Keep the edits at these positions of `requests`, drop the others, and return True.
+        """Keep the edits at these positions of `requests`, one at least, drop the others, and return True.
 
         The default returns False; the remaining edits are then made again.
         """
@@ -174,7 +183,8 @@ class Editor(ABC):
         try:
             info = self._apply(requests, self._source(ids[0]))
         except BaseException:
-            if not self._keep(range(len(self.requests))):
+            present = range(len(self.requests))
+            if not present or not self._keep(present):
                 self._replay(self.operations)
             raise
         operation = Operation(ids, tuple(requests), info)

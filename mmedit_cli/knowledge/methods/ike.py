@@ -164,8 +164,7 @@ class Ike(Editor):
     def _keep(self, positions: Sequence[int]) -> bool:
         requests = [self._facts[i] for i in positions]
         self._reset()
-        if requests:
-            self._add(requests)
+        self._add(requests)
         return True
 
     def _reset(self) -> None:

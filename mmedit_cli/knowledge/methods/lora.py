@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,20 +16,10 @@ from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
+from mmedit_cli.knowledge.models.shared.anchors import LinearRole
 from mmedit_cli.layers import Layer, check_layers, layer_numbers
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
-
-Role = Literal[
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_qkv",
-    "attn_out",
-    "ffn_in",
-    "ffn_out",
-    "ffn_gate",
-]
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class LoraHparams:
     """See hparams/lora.yaml for what each value means and where it comes from."""
 
     layers: tuple[Layer, ...] = (0.47, 0.63, 0.79, 0.97)
-    roles: tuple[Role, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
+    roles: tuple[LinearRole, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
     rank: int = 64
     alpha: float = 64.0
     learning_rate: float = 1e-5
@@ -169,8 +159,6 @@ class Lora(Editor):
 
     def _keep(self, positions: Sequence[int]) -> bool:
         """Return True if all edits stay, as after a failed edit, which restores the adapter itself; else False."""
-        if not positions:
-            self._reset()
         return len(positions) == len(self.requests)
 
     def _reset(self) -> None:

@@ -6,25 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import MmeditError, StateError
-from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.errors import MmeditError
+from mmedit_cli.knowledge.methods.base import Editor, check_shapes
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.lora_blocks import Blocks
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
-from mmedit_cli.knowledge.models.shared.anchors import check_upright
+from mmedit_cli.knowledge.models.shared.anchors import FfnRole, check_upright
 from mmedit_cli.knowledge.models.shared.batch import Prefix
 from mmedit_cli.layers import Layer, check_layers, count_above
 from mmedit_cli.patch import Patch
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import Query
-
-Role = Literal["ffn_in", "ffn_out", "ffn_gate"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class MOreHparams:
     """See hparams/m_ore.yaml for what each value means and where it comes from."""
 
     layers: Layer = 12
-    roles: tuple[Role, ...] = ("ffn_in", "ffn_out")
+    roles: tuple[FfnRole, ...] = ("ffn_in", "ffn_out")
     rank: int = 512
     scale: float = 2.0
     active: int = 7
@@ -250,9 +248,6 @@ class MOre(Editor):
 
     def _keep(self, positions: Sequence[int]) -> bool:
         """Return True if all edits stay, as after a failed edit; else False: the others are made again."""
-        if not positions:
-            self._reset()
-            return True
         if len(positions) < len(self.requests):
             return False
         self._pairs = self._before
@@ -299,16 +294,13 @@ class MOre(Editor):
         if not requests:
             return
         device = self.backbone.device
-        expected: dict[str, torch.Size] = {}
+        wanted: dict[str, tuple[int, ...]] = {}
         pairs: dict[str, Pair] = {}
         for path, pair in self._fresh().items():
             for name in ("a", "b", "free"):
-                expected[f"{name}.{path}"] = getattr(pair, name).shape
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if found != expected:
-            raise StateError(
-                f"the state does not hold pairs of rank {self.hparams.rank} for these layers"
-            )
+                wanted[f"{name}.{path}"] = tuple(getattr(pair, name).shape)
+        held = f"pairs of rank {self.hparams.rank} for these layers"
+        check_shapes(tensors, wanted, held)
         for path in self._paths:
             pairs[path] = Pair(
                 a=tensors[f"a.{path}"].to(device),

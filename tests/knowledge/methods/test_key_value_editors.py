@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import QUERIES, SHAPES
 
-from mmedit_cli.errors import DataError, StateError
+from mmedit_cli.errors import DataError, HparamsError, StateError
 from mmedit_cli.knowledge.covariance import default_path, ffn_moments
 from mmedit_cli.knowledge.methods.alphaedit import (
     Alphaedit,
@@ -285,3 +285,8 @@ def test_moments_are_computed_beforehand(cli, tmp_path, monkeypatch, model):
     ):
         code, _, err = cli(*words, *more)
         assert (code, message in err) == (2, True), err
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(model):
+    with pytest.raises(HparamsError, match=r"layer 99: .* has the layers 0 to"):
+        Memit(model, MemitHparams(layers=(99,)))

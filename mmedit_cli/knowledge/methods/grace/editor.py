@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import MmeditError, StateError
-from mmedit_cli.knowledge.methods.base import Editor, Standalone
+from mmedit_cli.errors import MmeditError
+from mmedit_cli.knowledge.methods.base import Editor, Standalone, check_shapes
 from mmedit_cli.knowledge.methods.grace.codebook import (
     NONE,
     Choice,
@@ -239,14 +239,10 @@ class Grace(Editor):
     def _keep(self, positions: Sequence[int]) -> bool:
         kept = list(positions)
         requests = [self.requests[i] for i in kept]
-        rows: dict[str, Tensor] = {}
-        if kept:
-            rows = {
-                name: tensor[kept] for name, tensor in self._codebook.tensors().items()
-            }
+        present = self._codebook.tensors()
+        rows = {name: tensor[kept] for name, tensor in present.items()}
         self._reset()
-        if kept:
-            self._add(rows, requests)
+        self._add(rows, requests)
         return True
 
     def _reset(self) -> None:
@@ -357,11 +353,8 @@ class Grace(Editor):
             "value": (count, width),
             "start": (count,),
         }
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise StateError(
-                f"the state does not hold keys and values of width {width} for {count} edits"
-            )
+        held = f"keys and values of width {width} for {count} edits"
+        check_shapes(tensors, wanted, held)
         device = self.backbone.device
         rows = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._add(rows, requests)

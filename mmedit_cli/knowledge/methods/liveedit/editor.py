@@ -10,8 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
-from mmedit_cli.knowledge.methods.base import TEXT_ONLY_HINT, Standalone, TrainedEditor
+from mmedit_cli.errors import DataError, HparamsError, MmeditError
+from mmedit_cli.knowledge.methods.base import (
+    TEXT_ONLY_HINT,
+    Standalone,
+    TrainedEditor,
+    check_shapes,
+)
 from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditHparams
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
@@ -334,12 +339,9 @@ class LiveEdit(TrainedEditor):
         self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
     ) -> None:
         wanted = {name: (len(requests), *shape) for name, shape in self._shapes.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted:
-            rank, width = self._shapes["u"]
-            raise StateError(
-                f"the state does not hold {len(requests)} experts of rank {rank} and width {width}"
-            )
+        rank, width = self._shapes["u"]
+        held = f"{len(requests)} experts of rank {rank} and width {width}"
+        check_shapes(tensors, wanted, held)
         if requests:
             self._add(tensors, requests)
 

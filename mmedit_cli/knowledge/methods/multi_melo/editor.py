@@ -239,19 +239,18 @@ class MultiMelo(Editor):
         """Keep some edits; blocks that an edit to be removed was trained into are trained again without it."""
         kept = list(positions)
         requests = self.requests
-        keys = self._index.keys[kept] if kept else None
+        keys = self._index.keys[kept]
         operations = [self._operation_of[i] for i in kept]
         blocks, owner = self._blocks_without_the_others(kept)
         self._reset()
-        if keys is not None:
-            remaining = [requests[i] for i in kept]
-            self._add(
-                join_blocks(blocks),
-                owner,
-                keys,
-                remaining,
-                operations,
-            )
+        remaining = [requests[i] for i in kept]
+        self._add(
+            join_blocks(blocks),
+            owner,
+            keys,
+            remaining,
+            operations,
+        )
         return True
 
     def _blocks_without_the_others(

@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mmedit_cli.knowledge.models.shared.anchors import LinearRole
 from mmedit_cli.layers import Layer, check_layers, layer_numbers
-
-Role = Literal[
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_qkv",
-    "attn_out",
-    "ffn_in",
-    "ffn_out",
-    "ffn_gate",
-]
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,7 @@ class MultiMeloHparams:
     """Where the blocks are, how they are trained, and how a query finds its own."""
 
     layers: tuple[Layer, ...] = (0.47, 0.63, 0.79, 0.97)
-    roles: tuple[Role, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
+    roles: tuple[LinearRole, ...] = ("attn_q", "attn_k", "attn_v", "attn_out")
     rank: int = 8
     scale: float = 1.0
     learning_rate: float = 2.8e-4

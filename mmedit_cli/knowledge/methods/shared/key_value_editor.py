@@ -24,7 +24,7 @@ from mmedit_cli.knowledge.methods.shared.hidden_targets import (
 from mmedit_cli.knowledge.methods.shared.key_positions import Position, key_positions
 from mmedit_cli.knowledge.methods.shared.ridge import KeptKeys
 from mmedit_cli.knowledge.methods.shared.side_effects import unrelated_questions
-from mmedit_cli.layers import Layer, check_layers, layer_numbers
+from mmedit_cli.layers import Layer, check_layers, layer_numbers, layer_of_model
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
 
@@ -72,9 +72,11 @@ class KeyValueEditor(Editor):
         super().__init__(*args, **kwargs)
         backbone = self.backbone
         depth = backbone.n_layers
-        numbers = layer_numbers(self.hparams.layers, depth)
-        counted = {number % depth for number in numbers}
-        self._layers = sorted(counted)
+        layers = set()
+        for layer in self.hparams.layers:
+            number = layer_of_model(layer, depth, backbone.name)
+            layers.add(number)
+        self._layers = sorted(layers)
         self._patch = Patch(backbone.model)
         self._kept: dict[int, KeptKeys] = {}
         self._around: dict[int, KeptKeys] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mmedit_cli.knowledge.models.shared.anchors import FfnRole
 from mmedit_cli.layers import Layer, check_layers, layer_numbers
 
-Role = Literal["ffn_in", "ffn_out", "ffn_gate"]
 _ABOVE_ZERO = (
     "steps",
     "step_size",
@@ -25,7 +25,7 @@ class UltraeditHparams:
     """Which matrices are changed, towards what, how far, and what is kept."""
 
     layers: tuple[Layer, ...] = (0.93, 0.96)
-    roles: tuple[Role, ...] = ("ffn_out",)
+    roles: tuple[FfnRole, ...] = ("ffn_out",)
     values: Literal["normalized", "raw"] = "normalized"
     warm: bool = True
     steps: int = 1

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.errors import HparamsError, MmeditError, StateError
-from mmedit_cli.knowledge.methods.base import Standalone, TrainedEditor
+from mmedit_cli.errors import HparamsError, MmeditError
+from mmedit_cli.knowledge.methods.base import Standalone, TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.neurons import Neurons
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
@@ -335,9 +335,6 @@ class Unike(TrainedEditor):
         if not self._scoped:
             return False
         kept = list(positions)
-        if not kept:
-            self._reset()
-            return True
         requests = [self.requests[i] for i in kept]
         present = self._present
         edits = {name: tensor[kept] for name, tensor in present.items()}
@@ -514,11 +511,8 @@ class Unike(TrainedEditor):
         wanted["scope"] = (size, 2 * self.networks.scope.features)
         wanted["sem"] = (size, width)
         wanted["pos"] = (size, self._layers, width)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise StateError(
-                f"the state does not hold {size} edits of {count} neurons in {self._layers} layers"
-            )
+        held = f"{size} edits of {count} neurons in {self._layers} layers"
+        check_shapes(tensors, wanted, held)
         device = self.backbone.device
         edits = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._add(edits, requests)

@@ -286,9 +286,6 @@ class Wise(Editor):
 
     def _keep(self, positions: Sequence[int]) -> bool:
         """Return True if all edits stay, as after a failed edit; else False: the others are made again."""
-        if not positions:
-            self._reset()
-            return True
         if len(positions) < len(self.requests):
             return False
         self._memories = self._before

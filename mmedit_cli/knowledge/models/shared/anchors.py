@@ -5,6 +5,8 @@ Module paths change between releases of transformers and between families; the r
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from mmedit_cli.errors import ModelError, near_miss
@@ -28,6 +30,18 @@ _IN_MODEL = {
     "connector": ("qformer", "multi_modal_projector", "merger"),
     "projector": ("language_projection", "multi_modal_projector", "merger"),
 }
+# the linear layers of a decoder layer, and those of its feed-forward part
+LinearRole = Literal[
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_out",
+    "ffn_in",
+    "ffn_out",
+    "ffn_gate",
+]
+FfnRole = Literal["ffn_in", "ffn_out", "ffn_gate"]
 _NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
 
 
