@@ -79,6 +79,17 @@ class Run:
             path, halves=True, error=RunError, hint=_START_ANEW
         ).values
 
+    @staticmethod
+    def read_report(folder: Path) -> dict[str, Any]:
+        """Return the report of a finished run; raise RunError if there is none yet, or if it cannot be read."""
+        report = Run.finished(folder)
+        if report is None:
+            raise RunError(
+                f"{folder}: no finished run here",
+                "`mmedit report` lists the finished ones",
+            )
+        return report
+
     @classmethod
     def done_before(
         cls, folder: Path, *, force: bool, say: Callable[[str], None]

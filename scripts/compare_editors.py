@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmedit_cli.reports.charts import plotter, write_chart
+
 FIGURES = {
     "Rel": ("reliability",),
     "T-Gen": ("generality.text",),
@@ -107,13 +109,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def draw_chart(models: Mapping[str, list[dict[str, str]]], file: Path) -> None:
     """Draw a panel a model: the mean of the five figures over the number of edits, a line an editor."""
-    import matplotlib
-
-    matplotlib.use("svg" if file.suffix == ".svg" else "agg")
-    # the same reports give the same bytes
-    matplotlib.rcParams["svg.hashsalt"] = "mmedit"
-    import matplotlib.pyplot as plt
-
+    plt = plotter(file)
     editors = list(
         dict.fromkeys(row["editor"] for rows in models.values() for row in rows)
     )
@@ -136,12 +132,7 @@ def draw_chart(models: Mapping[str, list[dict[str, str]]], file: Path) -> None:
         panel.set_title(f"{model}: mean of five figures, %")
         panel.set_xlabel("edits in a row")
     panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    # no date: the file changes only with what it shows
-    figure.savefig(
-        file,
-        bbox_inches="tight",
-        metadata={"Date": None} if file.suffix == ".svg" else None,
-    )
+    write_chart(figure, file)
     plt.close(figure)
 
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mmedit_cli.records import Run
 from mmedit_cli.reports.scores import column_name
-from mmedit_cli.reports.show import read_report
 
 
 def section(report: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
-    print(section(read_report(parser.parse_args().run)))
+    print(section(Run.read_report(parser.parse_args().run)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmedit_cli import options
+from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 _SHOW = "show"
@@ -55,14 +56,20 @@ def show(
 
       mmedit report records/eval/liveedit/mini-blip2/emojikb/0123456789ab --picture edits.png
     """
+    from mmedit_cli.records import Run
     from mmedit_cli.reports import finding, show
 
     out = Output(as_json=as_json)
     if run is None:
         show.runs(out, records)
         return
-    (folder, *_) = finding.find_runs([run], records)
-    found = show.read_report(folder)
+    folders = finding.find_runs([run], records)
+    if len(folders) > 1:
+        raise UserError(
+            f"{run}: {len(folders)} runs match, and one is shown",
+            "`mmedit report compare` takes several",
+        )
+    found = Run.read_report(folders[0])
     if picture is not None:
         from mmedit_cli.gallery import draw
 
@@ -129,6 +136,8 @@ def compare(
     from mmedit_cli.knowledge.workflow.comparison import compare as compared
     from mmedit_cli.reports import comparison, finding
 
+    if as_json and form != "table":
+        raise UserError(f"--json and --format {form}: give one of them")
     folders = finding.find_runs(runs or [], records)
     if where is not None:
         folders += finding.runs_where(where, records)

@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
+from mmedit_cli.reports.charts import plotter, write_chart
 from mmedit_cli.reports.scores import column_name
-from mmedit_cli.storage import write_atomic
 
 if TYPE_CHECKING:
     from mmedit_cli.knowledge.workflow.comparison import Comparison, Row
 
 _HEADER = ("better", "difference", "95 % interval", "p", "p, Holm", "n", "found from")
-PLOTS = (".png", ".svg")
 _LEVEL = "at p, Holm < 0.05"
 _MARKS = {
     "\\": r"\textbackslash{}",
@@ -98,13 +96,17 @@ def _claims(found: Comparison) -> list[str]:
     """Say in a sentence for each run what it is better at, and than which."""
     better: dict[tuple[str, str], list[str]] = {}
     for row in found.rows:
-        if row.better is not None:
-            other = row.first if row.better == row.second else row.second
-            columns = better.setdefault((row.better, other), [])
-            columns.append(column_name(row.column))
+        winner = row.better
+        if winner is None:
+            continue
+        pair = {row.first, row.second}
+        (other,) = pair - {winner}
+        columns = better.setdefault((winner, other), [])
+        columns.append(column_name(row.column))
     texts = []
     for (winner, other), columns in better.items():
-        texts.append(f"{winner} is better than {other} at {', '.join(columns)}")
+        names = ", ".join(columns)
+        texts.append(f"{winner} is better than {other} at {names}")
     return texts or ["no score tells these runs apart"]
 
 
@@ -172,23 +174,8 @@ FORMATS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
 
 
 def draw_comparison(found: Comparison, file: Path) -> None:
-    """Draw all differences with their intervals, a panel a pair of runs.
-
-    Raises UserError without matplotlib, and for a file that is neither .svg nor .png.
-    """
-    if file.suffix not in PLOTS:
-        raise UserError(f"--plot {file}: must end in {' or '.join(PLOTS)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(
-            "--plot needs matplotlib", "pip install 'mmedit[plots]'"
-        ) from error
-    matplotlib.use("svg" if file.suffix == ".svg" else "agg")
-    # the same runs give the same bytes
-    matplotlib.rcParams["svg.hashsalt"] = "mmedit"
-    import matplotlib.pyplot as plt
-
+    """Draw all differences with their intervals, a panel a pair of runs; raise UserError as `plotter` does."""
+    plt = plotter(file)
     pairs = list(dict.fromkeys((row.first, row.second) for row in found.rows))
     most = max(sum((r.first, r.second) == pair for r in found.rows) for pair in pairs)
     figure, panels = plt.subplots(
@@ -206,9 +193,5 @@ def draw_comparison(found: Comparison, file: Path) -> None:
         panel.set_yticks(range(len(rows)), labels)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_xlabel(f"{pair[0]} better  <  points  >  {pair[1]} better")
-    ending = file.suffix.removeprefix(".")
-    drawn = io.BytesIO()
-    undated = {"Date": None} if ending == "svg" else None
-    figure.savefig(drawn, format=ending, bbox_inches="tight", metadata=undated)
+    write_chart(figure, file)
     plt.close(figure)
-    write_atomic(file, drawn.getvalue())

@@ -30,16 +30,6 @@ def plan(out: Output, described: Mapping[str, Any]) -> None:
     out.result(described, lambda: out.yaml(described))
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """Return the report of a run folder; raise RunError if the run has none."""
-    report = Run.finished(folder)
-    if report is None:
-        raise RunError(
-            f"{folder}: no finished run here", "`mmedit report` lists the finished ones"
-        )
-    return report
-
-
 def report(out: Output, report: Mapping[str, Any]) -> None:
     """Print the report of an evaluation (scores, answers before and after, cost), or of a training.
 
@@ -59,7 +49,7 @@ def runs(out: Output, records: Path) -> None:
     rows = []
     for folder in finished_runs(records):
         with _form(str(folder / "report.json")):
-            rows.append(_run_row(read_report(folder), folder))
+            rows.append(_run_row(Run.read_report(folder), folder))
 
     def show() -> None:
         if rows:

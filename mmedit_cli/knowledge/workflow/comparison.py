@@ -133,11 +133,7 @@ def compare(
 
 
 def _report(folder: Path) -> Json:
-    report = Run.finished(folder)
-    if report is None:
-        raise UserError(
-            f"{folder}: no finished run here", "`mmedit report` lists the finished ones"
-        )
+    report = Run.read_report(folder)
     if not {"milestones", "protocol", "data", "editor", "model"} <= report.keys():
         raise UserError(
             f"{folder}: not an evaluation of an editor of knowledge",

@@ -198,6 +198,7 @@ def test_runs_are_found_by_what_they_are(cli, runs, tmp_path):
         (["--where", "editor=ft"], "no finished run"),
         (["--where", "editors=ft"], "not key=value"),
         (["aaaa", "bbbb", "--plot", "x.pdf"], "must end in"),
+        (["aaaa", "bbbb", "--json", "--format", "csv"], "give one of them"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(cli, runs, tmp_path, arguments, said):
@@ -206,6 +207,12 @@ def test_what_cannot_be_compared_is_one_line(cli, runs, tmp_path, arguments, sai
     )
     assert (code, out) == (2, "")
     assert said in err
+
+
+def test_one_run_is_shown_and_not_the_first_of_several(cli, runs, tmp_path):
+    code, out, err = cli("report", f"{tmp_path}/records/*")
+    assert (code, out) == (2, "")
+    assert "2 runs match" in err
 
 
 def test_every_format_has_every_row(cli, runs):
