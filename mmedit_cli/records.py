@@ -38,7 +38,15 @@ _LARGEST_LINES = 1 << 30  # bytes of all records of a run together
 # the file that tells a folder of concepts from one of a run or of a ledger
 CONCEPT_INDEX = "index.json"
 _START_ANEW = "start it anew with --force"
-_RECORDS = ("asked", "cases", "edits", "expressive", "learned", "log")
+_RECORDS = (
+    "ability",
+    "asked",
+    "cases",
+    "edits",
+    "expressive",
+    "learned",
+    "log",
+)
 _TENSORS = ("editor", "last")
 # everything that a run writes itself; nothing else in its folder is ever cut or removed
 _WRITTEN = (

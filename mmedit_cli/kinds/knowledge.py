@@ -81,6 +81,13 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    ability: Annotated[
+        bool,
+        typer.Option(
+            "--ability",
+            help="Also measure what no edit is about: the perplexity of a text, and facts about the world.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -144,6 +151,7 @@ def evaluate(
         records=records,
         force=force,
         intervals_by=intervals_by,
+        ability=ability,
     )
     repetitions = repeated.Repetitions(_seeds(seed, seeds), orders)
     if dry_run:

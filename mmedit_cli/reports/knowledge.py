@@ -50,6 +50,8 @@ def print_scores(out: Output, report: Mapping[str, Any]) -> None:
             out.line()
             out.table(*_routing_table(milestones[-1]["routing"]))
         _print_examples(out, report["examples"])
+        if "ability" in report:
+            out.line(_ability(report["ability"]))
         out.line(_cost(report["cost"]))
 
     out.result(report, show)
@@ -219,6 +221,15 @@ def _cost(cost: Mapping[str, Any]) -> str:
         rate = questions / asked["seconds"]
         text += f"; {questions:,.0f} questions asked, {rate:,.0f} a second"
     return text
+
+
+def _ability(ability: Mapping[str, Any]) -> str:
+    """Say what became of what no edit is about."""
+    text = ability["perplexity"]
+    world = ability["world"]
+    perplexities = f"perplexity {text['before']:.2f} before, {text['after']:.2f} after"
+    kept = f"{world['kept']} of {world['n']} facts about the world kept"
+    return f"ability: {perplexities}; {kept}"
 
 
 def _selection(data: Mapping[str, Any]) -> Iterator[str]:

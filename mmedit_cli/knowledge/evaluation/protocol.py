@@ -15,6 +15,12 @@ import torch
 from mmedit_cli import runtime
 from mmedit_cli.errors import MmeditError, RunError, StateError, UserError
 from mmedit_cli.knowledge.evaluation import metrics
+from mmedit_cli.knowledge.evaluation.ability import (
+    Ability,
+    Probe,
+    compared,
+    measure_ability,
+)
 from mmedit_cli.knowledge.evaluation.answers import Answer, answer_limits, ask
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.reading import open_tensors, parse_json
@@ -136,14 +142,16 @@ def evaluate_edits(
     protocol: Protocol,
     *,
     base_folder: Path | None = None,
+    probe: Probe | None = None,
     tick: Callable[[str, int], None] = lambda _what, _n: None,
 ) -> dict[str, float]:
     """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
 
     Returns how many questions the run has asked of the model, before an interruption too, and in how many seconds.
 
-    `base_folder` keeps the answers of the untouched model for other editors; `tick(what, n)` is told of n more queries
-    that were run through the frozen layers, cases asked `before`, `edits` made, or cases asked `after`. A run that was
+    `base_folder` keeps the answers of the untouched model for other editors; a `probe` is measured on it, and after
+    the last edit of the first group (`ability.jsonl` of the run); `tick(what, n)` is told of n more queries that were
+    run through the frozen layers, cases asked `before`, `edits` made, or cases asked `after`. A run that was
     interrupted goes on with the chunk it was in.
     """
     groups = []
@@ -151,6 +159,7 @@ def evaluate_edits(
         part = cases[members.start : members.stop]
         groups.append(_Group(index, members.start, part))
     evaluation = _SequentialEvaluation(editor, protocol, run, base_folder, tick)
+    evaluation.probe = probe
     if editor.first_layer is None:
         evaluation.run_groups(groups)
         return evaluation.asked
@@ -186,6 +195,7 @@ class _SequentialEvaluation:
         self.run = run
         self.base_folder = run.folder / "base" if base_folder is None else base_folder
         self.tick = tick
+        self.probe: Probe | None = None
         lines = run.read("cases")
         self.done = {(line["group"], line["edits"], line["index"]) for line in lines}
         self.saved = time.monotonic()
@@ -214,6 +224,7 @@ class _SequentialEvaluation:
         """Edit the cases of one group in order, ask at each milestone, and take everything back."""
         chunks = self.protocol.chunks(len(group.cases))
         self.editor.undo()
+        able = self._ability(group)
         for chunk in chunks:  # before the first edit: "before" is the untouched model
             self._base(group, chunk)
             self.tick("before", len(chunk))
@@ -225,6 +236,8 @@ class _SequentialEvaluation:
                 self._edit(group, made, stop)
                 made = stop
                 self._save_now_and_then(group, made)
+            if able is not None and made == len(group.cases):
+                self._note_ability(able)
             for chunk in chunks:
                 if chunk.stop <= milestone:
                     self._score(group, chunk, milestone)
@@ -247,6 +260,18 @@ class _SequentialEvaluation:
             lines.append({**line, "seconds": seconds, **edited.info})
         self.run.append("edits", lines)
         self.tick("edits", len(cases))
+
+    def _ability(self, group: _Group) -> Ability | None:
+        """Return what the untouched model can do; None where it is not asked for, or known already."""
+        if self.probe is None or group.index or self.run.read("ability"):
+            return None
+        return measure_ability(self.editor.backbone, self.probe)
+
+    def _note_ability(self, before: Ability) -> None:
+        """Measure what the edited model can do."""
+        assert self.probe is not None
+        after = measure_ability(self.editor.backbone, self.probe)
+        self.run.rewrite("ability", [compared(before, after)])
 
     def _save_now_and_then(self, group: _Group, made: int) -> None:
         """Save the state to continue from, but not after every edit: making some again is cheaper than writing all."""

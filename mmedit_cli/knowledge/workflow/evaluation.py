@@ -57,7 +57,7 @@ class EvalOptions:
     """What to evaluate; the defaults are those of `mmedit eval`.
 
     intervals_by: "case", or "concept" where cases of one concept are not taken for independent; None: by concept where
-    every case names its own.
+    every case names its own. ability: also measure what the model can do that no edit is about.
     """
 
     editor: str
@@ -73,6 +73,7 @@ class EvalOptions:
     records: Path = Path("records")
     force: bool = False
     intervals_by: str | None = None
+    ability: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class EvalPlan:
 def plan_evaluation(options: EvalOptions) -> EvalPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     from mmedit_cli.knowledge.data.base import DataOptions, fingerprint, read_data
+    from mmedit_cli.knowledge.evaluation.ability import Probe
     from mmedit_cli.knowledge.models.shared.loading import check_answers
 
     ref = find_model(options.model.model, revision=options.model.revision)
@@ -152,6 +154,8 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         "versions": runtime.versions(),
     }
     config |= intervals(cases, options)
+    if options.ability:
+        config["ability"] = sha256_json(Probe.shipped().described())[:16]
     if networks is not None:
         config["checkpoint"] = sha256_of(networks.path)
     elif options.checkpoint is not None:
@@ -229,6 +233,7 @@ def run_evaluation(
     plan: EvalPlan, out: Output, backbone: VisionLanguageModel | None = None
 ) -> dict[str, Any]:
     """Load the model, if it is not given, make the edits, ask, and write the report."""
+    from mmedit_cli.knowledge.evaluation.ability import Probe
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
     from mmedit_cli.knowledge.evaluation.report import build_report, examples
 
@@ -268,6 +273,7 @@ def run_evaluation(
                 run,
                 protocol,
                 base_folder=base_folder,
+                probe=Probe.shipped() if options.ability else None,
                 tick=tick,
             )
         head = {key: plan.config[key] for key in _IN_REPORT}
@@ -288,6 +294,8 @@ def run_evaluation(
             protocol.sequential,
             unit=unit_of(head),
         )
+        if options.ability:
+            (report["ability"],) = run.read("ability")
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         # the state to continue from may be as large as a model

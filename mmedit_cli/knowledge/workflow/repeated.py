@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 # of the report of one run, what is not copied to the one over all
-_OF_ONE_RUN = ("format", "seed", "milestones", "retention", "unmoved", "cost")
+_OF_ONE_RUN = (
+    "format",
+    "seed",
+    "milestones",
+    "retention",
+    "unmoved",
+    "cost",
+    "ability",
+)
 _AGAIN = "make the runs anew with --force"
 
 
