@@ -7,13 +7,15 @@
 Every editor teaches the facts one after another to the same untouched model, and then everything is asked: the ten
 facts, a paraphrase of each, eight questions about other things, facts about the world that the untouched model knows,
 and the perplexity of a text in the public domain. Answers are greedy; right is an answer that begins with the target.
-Kept is an answer that is the same as before, and a fact about the world that is still answered right.
+Kept is an answer that is the same as before up to its first comma or full stop, for a language model goes on and on
+(in brackets: all of it), and a fact about the world that is still answered right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ EDITORS = (
 DATA = share_dir("data") / "real"
 ANSWER = 8  # tokens of an answer at most
 HEAD = (
-    "| editor | facts | paraphrases | others kept | world facts kept | perplexity | seconds an edit |\n"
+    "| editor | facts | paraphrases | others kept (word for word) "
+    "| world facts kept | perplexity | seconds an edit |\n"
     "|---|---:|---:|---:|---:|---:|---:|"
 )
 
@@ -96,13 +99,12 @@ def measure(
     row["facts"] = right(model, sides.facts)
     row["paraphrases"] = right(model, sides.reworded)
     after = answers(model, sides.others)
-    kept = [same_answer(*pair) for pair in zip(others, after, strict=True)]
-    row["others"] = [int(sum(kept)), len(kept)]
+    row["others"] = kept([begun(a) for a in others], [begun(a) for a in after])
+    row["others_word_for_word"] = kept(others, after)
     able = measure_ability(model, sides.probe)
     row |= compared(sides.able, able)
     editor.undo()
     assert answers(model, sides.others) == others, "undone"
-    assert measure_ability(model, sides.probe) == sides.able, "undone"
     return row
 
 
@@ -113,12 +115,24 @@ def right(model: Any, queries: Sequence[Query]) -> list[int]:
     return [int(sum(found)), len(found)]
 
 
+def kept(before: Sequence[str], after: Sequence[str]) -> list[int]:
+    """Return how many answers are the same, and of how many."""
+    same = [same_answer(*pair) for pair in zip(before, after, strict=True)]
+    return [int(sum(same)), len(same)]
+
+
+def begun(answer: str) -> str:
+    """Return an answer up to its first sign that is followed by a blank."""
+    return re.split(r"[.,;:](?=\s|$)", answer)[0]
+
+
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
     cells = [f"`{row['editor']}`"]
     for what in ("facts", "paraphrases", "others"):
         count, of = row[what]
         cells.append(f"{count} of {of}")
+    cells[-1] += f" ({row['others_word_for_word'][0]})"
     cells.append(f"{row['world']['kept']} of {row['world']['n']}")
     cells.append(f"{row['perplexity']['after']:.2f}")
     cells.append(f"{row['seconds']:.1f}")
