@@ -27,7 +27,7 @@ SLOW = (
     "--set",
     "layers=[1,2,3]",
     "--set",
-    "learning_rate=0.02",
+    "learning_rate=0.005",
     "--set",
     "steps=300",
     "--set",

@@ -15,6 +15,7 @@ from mmedit_cli import registry
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
+from mmedit_cli.plugins import plugin_sources
 from mmedit_cli.runtime import generator
 from mmedit_cli.types import EditCase, Query
 
@@ -70,21 +71,25 @@ AFTER_TRAINING = ("refine=", "margin=")  # what training does not depend on
 IN_CONTEXT = {
     "ike"
 }  # random weights have not learned to read a context: the answer changes, for better or worse
+# these differ in kind: new weights, trained networks with a router, a codebook; others repeat them, but for plug-ins
+EXEMPLARS = ("ft", "grace", "liveedit")
 _NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
 FAMILIES = (  # one with each thing that is special
     "tiny-blip2",
     "tiny-llava",
     pytest.param("tiny-qwen3-vl", marks=_NIGHTLY),
-    "tiny-llama-lm",
+    pytest.param("tiny-llama-lm", marks=pytest.mark.slow),
     pytest.param("tiny-gpt2-lm", marks=_NIGHTLY),
 )
 
 
 def editors() -> Iterator[pytest.ParameterSet]:
-    """Every editor in each of its forms; all but the first form are slow."""
+    """Every editor in each of its forms; the first forms of exemplars and of plug-ins are fast."""
+    outside = {name for name, source in plugin_sources("mmedit.editors", "EDITOR")}
     for name in registry.editors.names():
+        is_fast = name in EXEMPLARS or name in outside
         for i, overrides in enumerate(VARIANTS.get(name, ((),))):
-            marks = [pytest.mark.slow] if i else []
+            marks = [] if is_fast and not i else [pytest.mark.slow]
             named = [text for text in overrides if not text.startswith("facts=")]
             yield pytest.param(
                 (name, overrides), id="-".join((name, *named)), marks=marks
