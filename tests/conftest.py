@@ -146,9 +146,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         parameters = item.name.partition("[")[2]
         reasons = sum(word in parameters for word in REPEATED)
-        is_slow = item.get_closest_marker("slow") is not None
-        if is_slow and (reasons or LANGUAGE[0] in parameters):
-            reasons += 2
+        if reasons and item.get_closest_marker("slow"):
+            reasons += 1
         if reasons:
             item.add_marker(pytest.mark.slow)
         if reasons > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 from dataclasses import replace
 from urllib.parse import unquote
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmedit_cli.app import main
 from mmedit_cli.drawing.covariance import Covariance, default_path
 from mmedit_cli.drawing.data import emojikb_concepts
 from mmedit_cli.drawing.methods.base import Personalizer
@@ -21,7 +24,11 @@ from mmedit_cli.drawing.models.stable_diffusion import StableDiffusion
 from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 from mmedit_cli.picture_editing.methods.shared import tiny as image_tiny
 
-EDITORS = ("dreambooth", "dreambooth-lora", "multi-melo-diffusion", "perfusion")
+REPEATING = ("dreambooth", "dreambooth-lora", "perfusion")
+EDITORS = (
+    "multi-melo-diffusion",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in REPEATING),
+)
 FEW = (
     "--device",
     "cpu",
@@ -43,39 +50,65 @@ locality: ["a green boot", "a cat on a table"]
 """
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
     """A place where the covariance is found, so that it need not be computed."""
-    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    model = load_stable_diffusion("tiny-sd", device="cpu")
-    path = default_path(model)
-    path.parent.mkdir()
-    Covariance(torch.eye(32).double(), source={"encoder": model.text_fingerprint}).save(
-        path
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        model = load_stable_diffusion("tiny-sd", device="cpu")
+        path = default_path(model)
+        path.parent.mkdir()
+        source = {"encoder": model.text_fingerprint}
+        Covariance(torch.eye(32).double(), source=source).save(path)
+        yield
 
 
-@pytest.fixture
-def subjects(tmp_path):
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
     """Two subjects with two photos each."""
+    folder = tmp_path_factory.mktemp("subjects") / "set"
     for name, colour in (("mug", (200, 30, 30)), ("rex", (30, 30, 200))):
-        (tmp_path / "set" / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (20, 20), (*colour[:2], colour[2] + 20 * i)).save(
-                tmp_path / "set" / name / f"{i}.png"
-            )
-    (tmp_path / "set" / "subjects.yaml").write_text(SET)
-    return tmp_path / "set"
+            shade = (*colour[:2], colour[2] + 20 * i)
+            Image.new("RGB", (20, 20), shade).save(folder / name / f"{i}.png")
+    (folder / "subjects.yaml").write_text(SET)
+    return folder
+
+
+def words_of(editor, subjects):
+    return ("eval", editor, "--model", "tiny-sd", "--data", subjects, *FEW)
 
 
 @pytest.fixture
 def evaluate(cli, subjects):
-    def run(editor, *more):
-        return cli(
-            "eval", editor, "--model", "tiny-sd", "--data", subjects, *FEW, *more
-        )
+    return lambda editor, *more: cli(*words_of(editor, subjects), *more)
 
-    return run
+
+@pytest.fixture(scope="module")
+def finished(subjects, tmp_path_factory):
+    """Evaluate an editor, once for all tests: `finished(editor)` -> the folder of its records, which stays as it is."""
+
+    @functools.cache
+    def records_of(editor):
+        records = tmp_path_factory.mktemp(editor) / "records"
+        words = (*words_of(editor, subjects), "--records", records)
+        assert main(list(map(str, words))) == 0
+        return records
+
+    return records_of
+
+
+@pytest.fixture
+def evaluated(finished, evaluate, tmp_path):
+    """Put a finished evaluation among the records of a test: `evaluated(editor)` -> its report."""
+
+    def report(editor):
+        records = tmp_path / "records"
+        shutil.copytree(finished(editor), records, dirs_exist_ok=True)
+        return report_of(evaluate(editor, "--json"))
+
+    return report
 
 
 def report_of(result):
@@ -96,8 +129,10 @@ def means(report, side, test):
     }
 
 
-def test_routed_oracle_and_always_on_stand_beside_each_other(evaluate, cli, tmp_path):
-    report = report_of(evaluate("multi-melo-diffusion", "--json"))
+def test_routed_oracle_and_always_on_stand_beside_each_other(
+    evaluated, evaluate, cli, tmp_path
+):
+    report = evaluated("multi-melo-diffusion")
     assert set(report["sides"]) == {"photos", "base", "routed", "oracle", "always-on"}
     for side in ("routed", "oracle"):
         assert (
@@ -134,8 +169,8 @@ def test_routed_oracle_and_always_on_stand_beside_each_other(evaluate, cli, tmp_
     assert "2 subjects" in cli("report")[1]
 
 
-def test_the_gallery_shows_every_subject(evaluate, tmp_path):
-    report_of(evaluate("multi-melo-diffusion", "--json"))
+def test_the_gallery_shows_every_subject(evaluated, tmp_path):
+    evaluated("multi-melo-diffusion")
     (page,) = (tmp_path / "records").rglob("index.html")
     assert {path.name for path in page.parent.glob("*.png")} == {"mug.png", "rex.png"}
     text = page.read_text()
@@ -153,9 +188,9 @@ def test_the_gallery_shows_every_subject(evaluate, tmp_path):
 
 @pytest.mark.parametrize("editor", EDITORS)
 def test_a_killed_run_ends_with_the_same_report(
-    evaluate, editor, tmp_path, monkeypatch
+    evaluated, evaluate, editor, tmp_path, monkeypatch
 ):
-    whole = report_of(evaluate(editor, "--json"))
+    whole = evaluated(editor)
     drawn, learned = StableDiffusion.generate, Personalizer.learn
     calls, taught = [], []
 
@@ -184,9 +219,9 @@ def test_a_killed_run_ends_with_the_same_report(
 
 
 def test_methods_that_are_always_on_are_measured_one_subject_at_a_time(
-    evaluate, tmp_path
+    evaluated, tmp_path
 ):
-    report = report_of(evaluate("dreambooth", "--json"))
+    report = evaluated("dreambooth")
     assert "pair" not in report["sides"]["edited"], "a model holds one"
     assert report["sides"]["edited"]["other"]["identical"] == {
         "mean": 0,
@@ -196,13 +231,13 @@ def test_methods_that_are_always_on_are_measured_one_subject_at_a_time(
     assert not list((tmp_path / "records").rglob("concepts/*/*.safetensors")), (
         "copies of all weights are not kept"
     )
-    report = report_of(evaluate("dreambooth-lora", "--json"))
+    report = evaluated("dreambooth-lora")
     assert means(report, "edited", "pair").keys() == {
         "both by tiny-blip2",
         "one at least by tiny-blip2",
     }
     assert means(report, "edited", "other")["identical"] < 100
-    report = report_of(evaluate("perfusion", "--json"))
+    report = evaluated("perfusion")
     assert (
         means(report, "edited", "other")["identical"]
         == means(report, "edited", "class")["identical"]

@@ -343,20 +343,24 @@ def run_and_kill(request: evaluation.EvalOptions, name: str, count: int) -> bool
 
 MOMENTS = (
     [("run", 1)],
-    [("edits", 1)],
     [("edits", 1), ("edits", 3), ("edits", 4)],
-    [("cases", 1)],
     [("cases", 2), ("cases", 5), ("edits", 6), ("cases", 8)],
 )
+ALONE = ([("edits", 1)], [("cases", 1)])  # others have them among theirs
+WAITS = (0.0, 30.0)
 
 
 @needs_fork
 @pytest.mark.parametrize(
     ("seconds", "protocols", "moments"),
     [
-        *((0.0, FORCED, moments) for moments in MOMENTS),
+        *((wait, FORCED, moments) for wait in WAITS for moments in MOMENTS),
+        *(
+            pytest.param(wait, FORCED, moments, marks=pytest.mark.slow)
+            for wait in WAITS
+            for moments in ALONE
+        ),
         (0.0, FORCED, [("editor", 1), ("editor", 2)]),
-        *((30.0, FORCED, moments) for moments in MOMENTS),
         (30.0, ("ar_em", *FORCED), [("cases", 3)]),
     ],
 )

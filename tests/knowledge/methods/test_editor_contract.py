@@ -78,7 +78,7 @@ FAMILIES = (  # one with each thing that is special
     "tiny-blip2",
     "tiny-llava",
     pytest.param("tiny-qwen3-vl", marks=_NIGHTLY),
-    pytest.param("tiny-llama-lm", marks=pytest.mark.slow),
+    "tiny-llama-lm",
     pytest.param("tiny-gpt2-lm", marks=_NIGHTLY),
 )
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHAPES
+from conftest import ROOT, SHAPES, fork, needs_fork
 from safetensors.torch import save_file
 
 from mmedit_cli.app import main
@@ -82,6 +83,27 @@ print(AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code
 """
 
 
+def run_copied(code, folder, *words) -> SimpleNamespace:
+    """Run a program without this package in a copy of this process, which has imported transformers already."""
+    files = [folder / name for name in ("stdout.txt", "stderr.txt")]
+
+    def run() -> None:
+        for number, path in enumerate(files, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        for name in [name for name in sys.modules if name.startswith("mmedit_cli")]:
+            del sys.modules[name]
+        sys.argv = ["-c", *map(str, words)]
+        os.chdir(folder)
+        exec(compile(code, "alone.py", "exec"), {"__name__": "__main__"})
+
+    _, status = os.waitpid(fork(run), 0)
+    out, err = (path.read_text() for path in files)
+    code = os.waitstatus_to_exitcode(status)
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+
 def run_alone(code, folder, *words):
     """Run a program in a folder from which this package cannot be imported."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
@@ -116,16 +138,16 @@ def balloon(whole_balloon, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "editor",
+    ("editor", "run"),
     [
-        "liveedit",
+        pytest.param("liveedit", run_copied, marks=needs_fork, id="liveedit"),
         *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("grace", "multi-melo", "unike")
+            pytest.param(name, run_alone, marks=pytest.mark.slow, id=f"{name}-alone")
+            for name in ("liveedit", "grace", "multi-melo", "unike")
         ),
     ],
 )
-def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
+def test_routed_edits_run_without_this_package(cli, editor, run, tmp_path):
     balloon = tmp_path / "edits"
     assert cli("edit", editor, *WORDS, "--into", balloon)[0] == 0
     code, text, err = cli(
@@ -135,7 +157,7 @@ def test_routed_edits_run_without_this_package(cli, editor, tmp_path):
     code, text, _ = cli("edits", "export", balloon, "--to", tmp_path / "out")
     assert code == 0
     assert "trust_remote_code=True; mmedit is not needed" in text
-    done = run_alone(ALONE, tmp_path, tmp_path / "out", BANJO, APPLE)
+    done = run(ALONE, tmp_path, tmp_path / "out", BANJO, APPLE)
     assert done.returncode == 0, done.stderr[-2000:]
     banjo, apple, batch = json.loads(done.stdout)
     assert (

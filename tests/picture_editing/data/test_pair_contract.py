@@ -55,32 +55,37 @@ def shards(folder: Path) -> str:
 
 
 def edits_of_emojikb(_folder: Path) -> str:
-    return "emojikb-edits"
+    return "emojikb-edits:val"  # the smallest side
 
 
 SOURCES = (instruct_pix2pix, records, shards, edits_of_emojikb)
 
 
-@pytest.fixture(params=SOURCES, ids=lambda source: source.__name__)
-def again(request, tmp_path) -> Callable[..., list[EditPair]]:
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source.__name__)
+def again(request, tmp_path_factory) -> Callable[..., list[EditPair]]:
     """Open the pairs, once more with every call."""
-    data = request.param(tmp_path / "pairs")
+    data = request.param(tmp_path_factory.mktemp("set") / "pairs")
     return lambda limit=MOST: open_pairs(data, limit=limit)[1]
+
+
+@pytest.fixture(scope="module")
+def pairs(again) -> list[EditPair]:
+    """The pairs, opened once for all tests."""
+    return again()
 
 
 def test_every_name_has_a_source_here(tmp_path):
     names = {source(tmp_path / source.__name__) for source in SOURCES}
-    assert set(opening.NAMED) <= names
+    assert set(opening.NAMED) <= {name.partition(":")[0] for name in names}
 
 
-def test_every_pair_has_a_name_of_its_own_and_an_instruction(again):
-    pairs = again()
+def test_every_pair_has_a_name_of_its_own_and_an_instruction(pairs):
     assert len({pair.uid for pair in pairs}) == len(pairs) > 1
     assert all(pair.instruction.strip() and pair.place for pair in pairs)
 
 
-def test_both_pictures_are_upright_colours_and_differ(again):
-    for pair in again():
+def test_both_pictures_are_upright_colours_and_differ(pairs):
+    for pair in pairs:
         source, target = pair.source(), pair.target()
         assert source.mode == target.mode == "RGB"
         assert source.size == target.size
@@ -88,12 +93,11 @@ def test_both_pictures_are_upright_colours_and_differ(again):
         assert pair.source() == source, "loaded anew, it is the same"
 
 
-def test_what_tells_whether_an_edit_was_made_has_question_and_answer(again):
-    assert all(bool(pair.question) == bool(pair.answer) for pair in again())
+def test_what_tells_whether_an_edit_was_made_has_question_and_answer(pairs):
+    assert all(bool(pair.question) == bool(pair.answer) for pair in pairs)
 
 
-def test_pairs_are_known_by_their_content(again):
-    pairs = again()
+def test_pairs_are_known_by_their_content(again, pairs):
     assert len({pair.digest for pair in pairs}) > 1
     assert fingerprint(again()) == fingerprint(pairs)
     for change in ({"instruction": "other"}, {"digest": "other"}):
@@ -101,8 +105,8 @@ def test_pairs_are_known_by_their_content(again):
         assert fingerprint(changed) != fingerprint(pairs)
 
 
-def test_a_limit_takes_the_first(again):
-    assert [p.uid for p in again(limit=1)] == [again()[0].uid]
+def test_a_limit_takes_the_first(again, pairs):
+    assert [p.uid for p in again(limit=1)] == [pairs[0].uid]
 
 
 def test_a_name_that_is_nearly_right_is_suggested():
