@@ -87,7 +87,7 @@ def evaluate(cli, subjects):
 
 @pytest.fixture(scope="module")
 def finished(subjects, tmp_path_factory):
-    """Evaluate an editor, once for all tests: `finished(editor)` -> the folder of its records, which stays as it is."""
+    """Evaluate an editor, once for all tests: `finished(editor)` -> the folder of its records; it is only copied."""
 
     @functools.cache
     def records_of(editor):
