@@ -95,16 +95,21 @@ def test_a_normalized_gate_never_opens_the_other_way():
 def test_what_is_orthogonal_passes_as_through_the_plain_layer():
     _, i, b, weight, o = setting()
     e = random(2, 5, D, seed=9)
-    e = e - (e @ b[0] / (i[0] @ b[0]))[..., None] * i[0]
-    close(layer(e, i, b, weight, o, gates(normalized=True)), F.linear(e, weight))
+    share = e @ b[0] / (i[0] @ b[0])
+    orthogonal = e - share[..., None] * i[0]
+    edited = layer(orthogonal, i, b, weight, o, gates(normalized=True))
+    close(edited, F.linear(orthogonal, weight))
 
 
 def test_with_the_similarity_for_a_gate_it_is_the_rank_one_update_of_rome():
     _, i, b, weight, o = setting()
     e = random(2, 5, D, seed=9)
     alike = similarity(e, i, b)
-    ours = F.linear(e, weight) + torch.cat([alike, alike], -1) @ edit_rows(i, weight, o)
-    update = (o[0] - weight @ i[0])[:, None] * b[0] / (i[0] @ b[0])
+    gated = torch.cat([alike, alike], -1)
+    ours = F.linear(e, weight) + gated @ edit_rows(i, weight, o)
+    missing = o[0] - weight @ i[0]
+    direction = b[0] / (i[0] @ b[0])
+    update = torch.outer(missing, direction)
     close(ours, F.linear(e, weight + update))
 
 
@@ -112,7 +117,8 @@ def test_the_scale_of_the_covariance_does_not_matter():
     factor, i, b, weight, o = setting(2)
     e = random(2, 5, D, seed=9)
     other = dual(factor * math.sqrt(17.3), i)
-    close(layer(e, i, other, weight, o, gates(2)), layer(e, i, b, weight, o, gates(2)))
+    scaled = layer(e, i, other, weight, o, gates(2))
+    close(scaled, layer(e, i, b, weight, o, gates(2)))
 
 
 def test_several_concepts_are_taken_out_exactly():
@@ -167,10 +173,14 @@ def test_a_prompt_out_of_scope_is_not_touched():
     e = random(4, 5, D, seed=9)
     scope = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
     mixed = mixing_in_scope(e, i, b, gates(2), scope)
-    close(mixed[0], mixing(e[:1], i, b, gates(2))[0])
-    close(mixed[1][:, [0, 2]], mixing(e[1:2], i[:1], b[:1], gates())[0])
-    close(mixed[2][:, [1, 3]], mixing(e[2:3], i[1:], b[1:], gates())[0])
-    assert not mixed[1][:, [1, 3]].any()
+    by_both = mixing(e[:1], i, b, gates(2))
+    by_first = mixing(e[1:2], i[:1], b[:1], gates())
+    by_second = mixing(e[2:3], i[1:], b[1:], gates())
+    of_first, of_second = [0, 2], [1, 3]
+    close(mixed[0], by_both[0])
+    close(mixed[1][:, of_first], by_first[0])
+    close(mixed[2][:, of_second], by_second[0])
+    assert not mixed[1][:, of_second].any()
     assert not mixed[3].any()
     plain = F.linear(e, weight)
     with torch.no_grad():

@@ -38,14 +38,17 @@ def model():
 
 def direct(keys, values, moment):
     """The regression as it is written, with the large system."""
-    return torch.linalg.inv(keys.T @ keys + moment) @ keys.T @ values
+    whole = keys.T @ keys + moment
+    return torch.linalg.inv(whole) @ keys.T @ values
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 def test_the_smaller_system_gives_the_same_change(count):
     keys, values = rows(count, 8), rows(count, 5, 1)
-    expected = direct(keys, values, 0.5 * torch.eye(8, dtype=torch.float64))
-    assert torch.allclose(ridge(keys, values, 0.5), expected, atol=1e-12)
+    penalty = 0.5 * torch.eye(8, dtype=torch.float64)
+    expected = direct(keys, values, penalty)
+    found = ridge(keys, values, 0.5)
+    assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_the_penalty_can_be_learned():

@@ -78,12 +78,8 @@ def test_each_memory_is_measured_by_its_own_threshold():
     thresholds = torch.tensor([1.0, 2.0])
     # published: 0.5 of a memory that reacts more, yet not enough, would hide the other
     assert strongest(reactions, thresholds).tolist() == [0, 0, NONE, NONE]
-    assert strongest(reactions, torch.tensor([10.0, 2.0])).tolist() == [
-        1,
-        1,
-        NONE,
-        NONE,
-    ]
+    higher = torch.tensor([10.0, 2.0])
+    assert strongest(reactions, higher).tolist() == [1, 1, NONE, NONE]
 
 
 def test_rows_without_a_memory_keep_every_bit():
@@ -91,11 +87,15 @@ def test_rows_without_a_memory_keep_every_bit():
     x = torch.randn(3, 4, 5, generator=source)
     out = torch.randn(3, 4, 6, generator=source)
     deltas = [torch.randn(6, 5, generator=source) for _ in range(2)]
-    changed = add_memories(x, out, deltas, torch.tensor([1, NONE, 0]))
+    chosen = torch.tensor([1, NONE, 0])
+    changed = add_memories(x, out, deltas, chosen)
+    by_second = out[0] + x[0] @ deltas[1].T
+    by_first = out[2] + x[2] @ deltas[0].T
     assert torch.equal(changed[1], out[1])
-    torch.testing.assert_close(changed[0], out[0] + x[0] @ deltas[1].T)
-    torch.testing.assert_close(changed[2], out[2] + x[2] @ deltas[0].T)
-    assert add_memories(x, out, deltas, torch.tensor([NONE] * 3)) is None
+    torch.testing.assert_close(changed[0], by_second)
+    torch.testing.assert_close(changed[2], by_first)
+    nobody = torch.tensor([NONE] * 3)
+    assert add_memories(x, out, deltas, nobody) is None
 
 
 @pytest.mark.parametrize("mode", ["retrieve", "merge"])
