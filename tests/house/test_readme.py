@@ -115,7 +115,7 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_the_dialogue_happens_as_shown(cli):
-    (dialogue,) = [block for kind, block in BLOCKS if kind == "console"]
+    dialogue = next(block for kind, block in BLOCKS if kind == "console")
     turns = re.split(r"^\$ mmedit ", dialogue, flags=re.MULTILINE)[1:]
     assert len(turns) == 6
     for turn in turns:
