@@ -37,7 +37,7 @@ def collect_moments(editor: str, options: ModelOptions, out: Output) -> dict[str
     depth = backbone.n_layers
     numbers = layer_numbers(hparams.layers, depth)
     layers = sorted({number % depth for number in numbers})
-    questions = unrelated_questions(hparams.questions)
+    questions = unrelated_questions(hparams.questions, pictures=backbone.sees)
     with out.progress({"questions": len(questions)}) as tick:
         found = ffn_moments(
             backbone,

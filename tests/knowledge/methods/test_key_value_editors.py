@@ -287,6 +287,18 @@ def test_moments_are_computed_beforehand(cli, tmp_path, monkeypatch, model):
         assert (code, message in err) == (2, True), err
 
 
+def test_moments_of_a_language_model_are_of_questions_in_text(
+    cli, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MMEDIT_CACHE", str(tmp_path / "cache"))
+    words = ("covariance", "--for", "memit", "--model", "tiny-llama-lm")
+    code, text, err = cli(*words, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert report["questions"] == len(unrelated_questions(4, pictures=False))
+    assert report["tokens"] > 0
+
+
 def test_a_layer_that_the_model_does_not_have_is_refused(model):
     with pytest.raises(HparamsError, match=r"layer 99: .* has the layers 0 to"):
         Memit(model, MemitHparams(layers=(99,)))
