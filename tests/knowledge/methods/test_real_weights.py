@@ -47,7 +47,7 @@ sys.modules["mmedit_cli"] = None   # importing it fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, *prompts = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 said = []
 for prompt in prompts:
     inputs = tokenizer(prompt, return_tensors="pt")
