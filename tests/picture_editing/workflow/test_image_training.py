@@ -430,7 +430,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("train_lm", ["lora", "two_phase"])
+@pytest.mark.parametrize(
+    "train_lm", ["lora", pytest.param("two_phase", marks=pytest.mark.slow)]
+)
 def test_a_killed_training_ends_with_the_same_bits(
     train, tmp_path, monkeypatch, train_lm
 ):
