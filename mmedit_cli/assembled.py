@@ -1,7 +1,7 @@
 """A vision-language model put together of a language model, a vision tower, and a small file of what joins them.
 
-The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers; numbers are
-kept as 8-bit integers with one scale a row.
+The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers. Its numbers
+are 8-bit integers with one scale a row.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ def build(language: Path, tower: Path) -> tuple[Any, Any, Any]:
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    local = {"local_files_only": True, "trust_remote_code": False}
     with loading(language):
-        tokenizer = AutoTokenizer.from_pretrained(language, **local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            language, local_files_only=True, trust_remote_code=False
+        )
     with loading(tower):
-        processor = AutoImageProcessor.from_pretrained(tower, backend="pil", **local)
+        processor = AutoImageProcessor.from_pretrained(
+            tower, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
     reader = _loaded("AutoModelForCausalLM", language)
     seeing = _loaded("LlavaForConditionalGeneration", tower)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})

@@ -30,6 +30,7 @@ ROWS = (
     {"errors", "types"},
     {
         "adapters",
+        "assembled",
         "catalog",
         "download",
         "finite",
