@@ -25,7 +25,7 @@ from mmedit_cli.knowledge.models.shared.batch import Encoded
 STAGES = ("words", "answers")
 # how many image tokens say what: the name, the kind, the category, the colour behind, and two words that never change
 PARTS = {"name": 7, "kind": 3, "category": 3, "background": 1}
-CLOSING = " background."
+CLOSING, CLOSING_TOKENS = " background.", 2
 FILLER = ","
 UNNAMED = " plain"  # stands for a background of no name
 COLUMNS = (*PARTS, *(f"answer {kind}" for kind in TYPES), "answer text")
@@ -318,7 +318,7 @@ def captions(kb: EmojiKB, adapter: VisionLanguageModel) -> tuple[Tensor, Tensor]
         for part, count in PARTS.items():
             text = UNNAMED if part == "background" else " " + concept[part]
             row += _padded(adapter, text, count)
-        rows.append(row + _ids(adapter, CLOSING))
+        rows.append(row + _padded(adapter, CLOSING, CLOSING_TOKENS))
     colours = [_ids(adapter, " " + name)[0] for name in kb.backgrounds]
     ids = torch.tensor(rows)
     words = torch.unique(torch.cat((ids.flatten(), torch.tensor(colours))))
@@ -326,7 +326,7 @@ def captions(kb: EmojiKB, adapter: VisionLanguageModel) -> tuple[Tensor, Tensor]
 
 
 def _ids(adapter: VisionLanguageModel, text: str) -> list[int]:
-    ids: list[int] = adapter.tokenizer(text)["input_ids"]
+    ids: list[int] = adapter.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
