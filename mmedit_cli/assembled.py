@@ -1,6 +1,6 @@
 """A vision-language model put together of a language model, a vision tower, and a small file of what joins them.
 
-The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers. Its numbers
+The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers. Numbers
 are 8-bit integers with one scale a row.
 """
 
@@ -42,9 +42,39 @@ def build(language: Path, tower: Path) -> tuple[Any, Any, Any]:
     reader = _loaded("AutoModelForCausalLM", language)
     seeing = _loaded("LlavaForConditionalGeneration", tower)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    reader.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    _begin_with(tokenizer, tokenizer.unk_token or tokenizer.bos_token)
+    _make_room(reader, len(tokenizer))
     model = _joined(reader, seeing, tokenizer)
     return model, tokenizer, processor
+
+
+def _begin_with(tokenizer: Any, token: str) -> None:
+    """Let every text begin with a token that says nothing.
+
+    Language models attend to the first position whatever stands there, and read little of it (Xiao et al. 2024,
+    attention sinks): a picture must not begin there. SmolLM2 adds no token of its own.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    bare = tokenizer("a", add_special_tokens=False)
+    if tokenizer("a")["input_ids"] != bare["input_ids"]:
+        return
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))],
+    )
+
+
+@torch.no_grad()
+def _make_room(reader: Any, count: int) -> None:
+    """Give new tokens the mean of all embeddings."""
+    table = reader.get_input_embeddings().weight
+    known, mean = len(table), table.mean(0)
+    if known >= count:
+        return
+    reader.resize_token_embeddings(count, mean_resizing=False)
+    reader.get_input_embeddings().weight[known:] = mean
+    reader.get_output_embeddings().weight[known:] = mean
 
 
 def _loaded(kind: str, folder: Path) -> Any:

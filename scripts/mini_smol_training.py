@@ -1,4 +1,4 @@
-"""The two stages of training mini-smol: image tokens as words of the language model, then answers to questions.
+"""The stages of training mini-smol: image tokens as words of the language model, then answers to questions.
 
 Shapes: B pictures, S slots (one an image token), Q questions a picture, T tokens of a packed row, D widths, V words.
 """
@@ -21,8 +21,9 @@ from torch import Generator, Tensor, nn
 from mmedit_cli import assembled, registry
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Encoded
+from mmedit_cli.types import Query
 
-STAGES = ("words", "answers")
+STAGES = ("words", "answers", "joint")
 # how many image tokens say what: the name, the kind, the category, the colour behind, and two words that never change
 PARTS = {"name": 7, "kind": 3, "category": 3, "background": 1}
 CLOSING, CLOSING_TOKENS = " background.", 2
@@ -49,7 +50,11 @@ class Stage(Schedule):
 
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
-    """Everything a training run depends on but the data, the parts it starts from, and the machine."""
+    """Everything a training run depends on but the data, the parts it starts from, and the machine.
+
+    words: the projector and the last layers of the tower are trained; answers: the change of the language model;
+    joint: all of it.
+    """
 
     STAGES = STAGES
     STAGE = Stage
@@ -90,6 +95,8 @@ class Trainee(BaseTrainee):
         self.kb = kb
         self.adapter = build(recipe, language, tower)
         self.questions = OpenQuestions(kb, self.adapter, device)
+        first = self.adapter.encode(Query("What is this?", "a", Path("any.png")))
+        self.front = torch.tensor(first.ids[: first.image_start])  # of every text
         self.pictures = Pictures(kb, device)
         self.captions, words = captions(kb, self.adapter)
         self.model = self.adapter.model
@@ -129,9 +136,11 @@ class Trainee(BaseTrainee):
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
         """Let exactly the parameters of a stage be trained and return them by name."""
-        marks = ["multi_modal_projector."]
-        marks += [f"vision_tower.encoder.layers.{n}." for n in self.recipe.layers]
-        if stage == "answers":
+        marks = []
+        if stage != "answers":
+            marks.append("multi_modal_projector.")
+            marks += [f"vision_tower.encoder.layers.{n}." for n in self.recipe.layers]
+        if stage != "words":
             marks.append("lora_")
         chosen = {}
         for name, parameter in self.named_parameters():
@@ -208,7 +217,7 @@ class Trainee(BaseTrainee):
         seen = PackedRows(
             [[self._question(row) for row in about] for about in rows.tolist()],
             (kinds + len(PARTS)).tolist(),
-            tokens.shape[1],
+            len(self.front) + tokens.shape[1],
         )
         read = PackedRows(
             [[self._question(row)] for row in without.tolist()],
@@ -233,11 +242,14 @@ class Trainee(BaseTrainee):
     ) -> tuple[Tensor, Tensor]:
         device = self.device
         ids = packed.ids.to(device)
+        if pictures is not None:
+            ids[:, : len(self.front)] = self.front.to(device)
         embeds = self.adapter.word_embeddings(ids)
         if pictures is not None:
-            n_image = pictures.shape[1]
-            behind = embeds[:, n_image:]
-            embeds = torch.cat((pictures.to(embeds.dtype), behind), 1)
+            start = len(self.front)
+            behind = embeds[:, start + pictures.shape[1] :]
+            front = embeds[:, :start]
+            embeds = torch.cat((front, pictures.to(embeds.dtype), behind), 1)
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=packed.mask(embeds.dtype).to(device),
@@ -352,6 +364,7 @@ def parts(trainee: Trainee) -> dict[str, Tensor]:
             pairs[name] = (module.lora_A[ADAPTER].weight, second)
     whole = {
         name.removeprefix("model."): value
-        for name, value in trainee.select("words").items()
+        for name, value in trainee.select("joint").items()
+        if "lora_" not in name
     }
     return assembled.packed(whole, pairs)

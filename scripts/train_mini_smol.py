@@ -1,4 +1,4 @@
-"""Train what joins SmolLM2 and the tower of mini-llava: image tokens as words, then answers to questions.
+"""Train what joins SmolLM2 and the tower of mini-llava: image tokens as words, answers to questions, both.
 
     mmedit download smollm2-135m
     python scripts/train_mini_smol.py scripts/mini_smol.yaml --out runs/mini-smol             # again: continues
@@ -64,7 +64,7 @@ def export(trainee: Trainee, out: Path) -> None:
 def _record(trainee: Trainee, out: Path) -> dict[str, Any]:
     kb = trainee.kb
     drawn = [kb.drawings[place] for place in trainee.pictures.usable.tolist()]
-    trained = list(trainee.select("answers").values())
+    trained = list(trainee.select("joint").values())
     return {
         "name": trainee.recipe.name,
         "concepts": len(kb.concepts),
