@@ -68,6 +68,13 @@ class Entry:
         """Whether it is built from a config, with random weights."""
         return self.repo is None and self.assembly is None
 
+    @property
+    def origin(self) -> str:
+        """Where it is from, for people."""
+        if self.assembly is not None:
+            return f"{self.assembly.language} and the tower of {self.assembly.tower}"
+        return self.repo or "built in"
+
 
 DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
 LANGUAGE = "causal-lm"  # the family that reads text alone
@@ -354,8 +361,13 @@ def parts_folder(name: str) -> Path:
 
 
 def assembled_folder(name: str) -> Path:
-    """Return the folder in the cache of a model that is put together; other parts make another folder."""
+    """Return the folder in the cache of a model that is put together; other parts make another folder.
+
+    Raises ModelError where the parts did not come along.
+    """
     parts = parts_folder(name) / PARTS
+    if not parts.is_file():
+        raise ModelError(f"{name}: {parts} is not there", "install mmedit again")
     return made_folder(f"{name}-{sha256_of(parts)[:12]}")
 
 

@@ -37,6 +37,6 @@ def _models() -> Iterator[Row]:
         yield {
             "model": name,
             "family": entry.family,
-            "source": entry.repo or "built in",
+            "source": entry.origin,
             "summary": entry.summary,
         }

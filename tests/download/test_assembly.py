@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -162,6 +164,18 @@ def test_parts_of_another_model_are_refused(parts):
     with pytest.raises(ModelError, match="another model"):
         assembly.get(NAME, catalog.MODELS[NAME])
     assert not catalog.assembled_folder(NAME).exists()
+
+
+def test_parts_that_did_not_come_along_are_missed(parts):
+    parts.unlink()
+    with pytest.raises(ModelError, match="is not there"):
+        load_backbone(NAME)
+
+
+def test_it_is_listed_with_what_it_is_made_of(parts, cli, sources):
+    listed = json.loads(cli("list", "--json")[1])["models"]
+    (found,) = (entry for entry in listed if entry["model"] == NAME)
+    assert str(sources[0]) in found["source"]
 
 
 @pytest.mark.parametrize("option", ["--to", "--revision"])
