@@ -31,7 +31,7 @@ FILLER = ","
 UNNAMED = " plain"  # stands for a background of no name
 COLUMNS = (*PARTS, *(f"answer {kind}" for kind in TYPES), "answer text")
 SHARPNESS = 24.0  # of cosines with words
-LENGTH_WEIGHT = 1.0  # of how far image tokens are from the embeddings themselves
+AWAY_WEIGHT = 4.0  # of how far image tokens are from the words themselves
 CHANGED = ("q_proj", "v_proj")  # of each layer of the language model
 ADAPTER = "mini-smol"
 
@@ -40,11 +40,13 @@ ADAPTER = "mini-smol"
 class Stage(Schedule):
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
-    `reading` weighs the loss of the first stage where it goes on in the second.
+    `told` is the share of pictures whose image tokens are replaced by the words themselves, so that reading them is
+    learned from what is right; `reading` weighs the loss of the first stage where it goes on in a later one.
     """
 
     questions: int = 0
     texts: int = 0
+    told: float = 0.0
     reading: float = 0.0
 
 
@@ -158,10 +160,14 @@ class Trainee(BaseTrainee):
             pixels, colour = self.pictures.draw(chosen, generator)
             tokens = self.image_tokens(pixels)
             concept = self.pictures.concept[chosen]
-            reading, counts = self.words_loss(tokens, concept, colour)
+            wanted = self.wanted(concept, colour)
+            reading, counts = self.words_loss(tokens, wanted)
             if stage == "words":
                 return reading, counts
             options = self.recipe.stages[stage]
+            chance = torch.rand(len(chosen), generator=generator, device=self.device)
+            is_told = (chance < options.told)[:, None, None]
+            tokens = torch.where(is_told, self.table[wanted], tokens)
             loss, answered = self.answer_loss(
                 tokens, concept, colour, options, generator
             )
@@ -174,19 +180,24 @@ class Trainee(BaseTrainee):
 
     # -- image tokens as words ------------------------------------------------------------------------------------
 
-    def words_loss(
-        self, tokens: Tensor, concept: Tensor, colour: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Draw image tokens (B, S, D) to the embeddings of their words: loss, and right and asked."""
-        wanted = self.captions[concept].clone()
+    def wanted(self, concept: Tensor, colour: Tensor) -> Tensor:
+        """Return what image tokens are to say, as places in the table of words: (B, S)."""
+        words = self.captions[concept].clone()
         place = sum(PARTS.values()) - 1
-        wanted[:, place] = self.colours[colour]  # -1: the last, of no name
-        table = F.normalize(self.table, dim=-1)
+        words[:, place] = self.colours[colour]  # -1: the last, of no name
+        return words
+
+    def words_loss(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw image tokens (B, S, D) to the embeddings of their words (B, S): loss, and right and asked."""
+        # embeddings share a large mean, which tells no word from another
+        mean = self.table.mean(0)
+        table = self.table - mean
         with torch.autocast(self.device.type, enabled=False):
-            cosines = F.normalize(tokens, dim=-1) @ table.T
+            centred = tokens - mean
+            cosines = F.normalize(centred, dim=-1) @ F.normalize(table, dim=-1).T
             told = F.cross_entropy(SHARPNESS * cosines.flatten(0, 1), wanted.flatten())
-            target = self.table[wanted]
-            away = (tokens - target).square().sum(-1) / target.square().sum(-1)
+            target = table[wanted]
+            away = (centred - target).square().sum(-1) / target.square().sum(-1)
         right = cosines.argmax(-1) == wanted
         counts = torch.zeros(2, len(COLUMNS), device=self.device)
         start = 0
@@ -195,7 +206,7 @@ class Trainee(BaseTrainee):
             counts[0, index] = all_right.sum()
             counts[1, index] = len(all_right)
             start += count
-        return told + LENGTH_WEIGHT * away.mean(), counts
+        return told + AWAY_WEIGHT * away.mean(), counts
 
     # -- answers --------------------------------------------------------------------------------------------------
 

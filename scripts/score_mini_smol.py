@@ -18,18 +18,27 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from mini_vlm_data import DATA, TYPES, EmojiKB, load_emojikb, number
 from mini_vlm_open import all_wordings
-from score_mini_vlm import Item, answer, figures, items, measure_and_print, sampled
+from score_mini_vlm import (
+    Item,
+    answer,
+    figures,
+    items,
+    measure_and_print,
+    sampled,
+    stages_table,
+)
 
 from mmedit_cli import runtime
-from mmedit_cli.catalog import parts_folder
+from mmedit_cli.catalog import PARTS, parts_folder
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.knowledge.loading import load_backbone
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
-from mmedit_cli.storage import write_json
+from mmedit_cli.storage import write_atomic, write_json
 
 NAME = "mini-smol"
 TARGETS = {"name": 0.85}
@@ -121,6 +130,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "scores.json", scores, indent=1)
+    if (args.out / PARTS).is_file():
+        write_atomic(args.out / "README.md", card(scores, args.out))
     return scores
 
 
@@ -140,6 +151,25 @@ def table(scores: dict[str, Any]) -> str:
                 f"| wordings {side}: {kind} | {figure['value']:.1%} | | {figure['n']:,} |"
             )
     return "\n".join(rows)
+
+
+def card(scores: dict[str, Any], folder: Path) -> str:
+    """Return the text of the model card beside the parts in a folder."""
+    training = json.loads((folder / "training.json").read_text("utf-8"))
+    machine = training["machine"]
+    size = (folder / PARTS).stat().st_size
+    sample = scores["sample"]
+    template = Path(__file__).with_name("mini_smol_card.md").read_text("utf-8")
+    return Template(template).substitute(
+        megabytes=f"{size / 1e6:.1f}",
+        rank=training["rank"],
+        parameters=f"{training['parameters'] / 1e6:.2f} million",
+        sampled="" if sample is None else f", with at most {sample} questions a figure",
+        figures=table(scores),
+        stages=stages_table(training),
+        machine=f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads",
+        note=training.get("note", ""),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

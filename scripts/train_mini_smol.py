@@ -71,6 +71,7 @@ def _record(trainee: Trainee, out: Path) -> dict[str, Any]:
         "trained_pictures": len(drawn),
         "artists": sorted({artist for _, artist in drawn}),
         "wordings": {kind: forms["image"] for kind, forms in kb.templates.items()},
+        "rank": trainee.recipe.rank,
         "parameters": sum(p.numel() for p in trained),
         **training_record(trainee, out),
     }
