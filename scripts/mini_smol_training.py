@@ -42,13 +42,15 @@ class Stage(Schedule):
     """How one stage is trained: batches of `pictures` with `questions` each, and `texts` questions without a picture.
 
     `told` is the share of pictures whose image tokens are replaced by the words themselves, so that reading them is
-    learned from what is right; `reading` weighs the loss of the first stage where it goes on in a later one.
+    learned from what is right; `reading` weighs the loss of the first stage where it goes on in a later one, in which
+    `more` pictures take part that nothing is asked about.
     """
 
     questions: int = 0
     texts: int = 0
     told: float = 0.0
     reading: float = 0.0
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,20 +159,26 @@ class Trainee(BaseTrainee):
         self, stage: str, chosen: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch of pictures (B,), and (2, columns) right and asked."""
+        options = self.recipe.stages[stage]
+        count = len(chosen)
+        shown = torch.cat((chosen, self.pictures.some(options.more, generator)))
+        concept = self.pictures.concept[shown]
         with torch.autocast(self.device.type, torch.bfloat16):
-            pixels, colour = self.pictures.draw(chosen, generator)
+            pixels, colour = self.pictures.draw(shown, generator)
             tokens = self.image_tokens(pixels)
-            concept = self.pictures.concept[chosen]
             wanted = self.wanted(concept, colour)
             reading, counts = self.words_loss(tokens, wanted)
             if stage == "words":
                 return reading, counts
-            options = self.recipe.stages[stage]
-            chance = torch.rand(len(chosen), generator=generator, device=self.device)
+            chance = torch.rand(count, generator=generator, device=self.device)
             is_told = (chance < options.told)[:, None, None]
-            tokens = torch.where(is_told, self.table[wanted], tokens)
+            truth = self.table[wanted[:count]]
             loss, answered = self.answer_loss(
-                tokens, concept, colour, options, generator
+                torch.where(is_told, truth, tokens[:count]),
+                concept[:count],
+                colour[:count],
+                options,
+                generator,
             )
             return loss + options.reading * reading, counts + answered
 

@@ -83,7 +83,7 @@ def sheet(report: dict[str, Any], path: Path) -> None:
         contact_sheet(rows, drawing)
         with Image.open(drawing) as image:
             image.convert("RGB").save(
-                path, quality=80, method=6
+                path, quality=55, method=6
             )  # a PNG would be ten times as large
 
 

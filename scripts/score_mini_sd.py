@@ -3,7 +3,7 @@
     python scripts/score_mini_sd.py runs/mini-sd/mini-sd                 # everything
     python scripts/score_mini_sd.py runs/mini-sd/mini-sd --sample 100    # at most 100 pictures a figure
 
-Writes scores.json, a contact sheet (samples.png) and the model card into the folder.
+Writes scores.json, a contact sheet (samples.webp) and the model card into the folder.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def image(pixels: Tensor) -> Image.Image:
 
 
 def sheet(drawn: Drawn, paint: Callable[[list[Wish]], Tensor]) -> bytes:
-    """Return a PNG with a row a concept, chosen by hash: of each artist the drawing, and what the model draws."""
+    """Return a WebP with a row a concept, chosen by hash: of each artist the drawing, and what the model draws."""
     colours = list(drawn.kb.backgrounds)
     artists = sorted({artist for _, artist in drawn.drawings})
     shown = [
@@ -223,7 +223,7 @@ def sheet(drawn: Drawn, paint: Callable[[list[Wish]], Tensor]) -> bytes:
                     image(pixels), (LABEL + (2 * i + side) * SIDE, 20 + row * SIDE)
                 )
     data = io.BytesIO()
-    paper.quantize(256).save(data, "PNG", optimize=True)
+    paper.save(data, "WEBP", quality=70, method=6)
     return data.getvalue()
 
 
@@ -276,7 +276,7 @@ def score(
     guidance: float,
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model folder, write scores.json, samples.png and README.md into it, and return the scores.
+    """Measure a model folder, write scores.json, samples.webp and README.md into it, and return the scores.
 
     With `keep`, the pictures stay in that folder, beside what the judge said of each.
     """
@@ -311,7 +311,7 @@ def score(
         "versions": runtime.versions(),
     }
     write_atomic(model / "scores.json", json.dumps(scores, indent=1) + "\n")
-    write_atomic(model / "samples.png", sheet(drawn, paint))
+    write_atomic(model / "samples.webp", sheet(drawn, paint))
     write_atomic(model / "README.md", card(model, scores, drawn))
     return scores
 

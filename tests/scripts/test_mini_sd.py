@@ -371,7 +371,7 @@ def test_scores_card_and_sheet(scripts, trained, tmp_path):
     assert "$" not in card
     assert "OpenMoji" in card
     assert str(trained) not in card
-    with Image.open(folder / "samples.png") as sheet:
+    with Image.open(folder / "samples.webp") as sheet:
         assert sheet.width == scripts.score.LABEL + 8 * 64
         assert (sheet.height - 20) in range(64, 7 * 64, 64)
     answers = (tmp_path / "pictures" / "answers.jsonl").read_text().splitlines()
