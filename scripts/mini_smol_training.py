@@ -5,7 +5,7 @@ Shapes: B pictures, S slots (one an image token), Q questions a picture, T token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Generator, Tensor, nn
 
 from mmedit_cli import assembled, registry
+from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Encoded
 from mmedit_cli.types import Query
@@ -393,3 +394,18 @@ def parts(trainee: Trainee) -> dict[str, Tensor]:
         if "lora_" not in name
     }
     return assembled.packed(whole, pairs)
+
+
+@torch.no_grad()
+def start_from(trainee: Trainee, tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Put earlier parts into a trainee; raise UserError where they are of another recipe."""
+    try:
+        for name, value in assembled.unpacked(tensors).items():
+            path, _, part = name.rpartition(".")
+            if part in ("lora_A", "lora_B"):
+                layer = trainee.model.get_submodule(path)
+                getattr(layer, part)[ADAPTER].weight.copy_(value)
+            else:
+                trainee.model.get_parameter(name).copy_(value)
+    except (AttributeError, RuntimeError) as error:
+        raise UserError(f"{origin}: parts of another recipe ({error})") from error

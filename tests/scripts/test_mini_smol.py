@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, imported_scripts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmedit_cli import assembled, runtime
 from mmedit_cli.knowledge.models.shared import tiny
@@ -93,6 +93,25 @@ def test_parts_are_what_was_trained(recipe, language, parts):
         if "vision_tower" in name
     }
     assert layers == set(recipe.layers)
+
+
+def test_a_run_starts_from_parts(scripts, recipe, parts, tmp_path):
+    """Before its first step, a run that starts from parts would write them again."""
+    stages = {name: replace(stage, passes=0) for name, stage in recipe.stages.items()}
+    file = tmp_path / "parts.safetensors"
+    save_file(parts, file)
+    scripts.train.train(
+        replace(recipe, stages=stages),
+        tmp_path,
+        device=CPU,
+        stages=("joint",),
+        stop=scripts.runs.Stop(),
+        parts_from=file,
+    )
+    again = load_file(tmp_path / recipe.name / "parts.safetensors")
+    before, after = assembled.unpacked(parts), assembled.unpacked(again)
+    for name, value in before.items():
+        assert torch.allclose(after[name], value, atol=1e-6), name
 
 
 def test_questions_in_a_row_do_not_see_each_other(scripts):
