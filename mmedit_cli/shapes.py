@@ -33,6 +33,7 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "minigpt4-7b": Shape("minigpt4", 32, 4096),
     "mini-blip2": Shape("blip-2", 6, 192),
     "mini-llava": Shape("llava", 6, 192),
+    "mini-smol": Shape("llava", 30, 576),
     "smollm2-135m": Shape("llama", 30, 576),
     "mini-sd": Shape("StableDiffusionPipeline", 2, 128),
     "tiny-blip2": Shape("blip-2", 6, 48),

@@ -10,7 +10,7 @@ import yaml
 from conftest import FAMILIES, ROOT, SHAPES
 
 from mmedit_cli import registry, shapes
-from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.catalog import ModelRef, bundled, find_model
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.loading import load_editor, variant_for
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
@@ -96,7 +96,7 @@ def test_every_variant_that_comes_along_is_of_a_known_shape():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in shapes.SHAPES if name.startswith("mini-")]
+    "name", [name for name in shapes.SHAPES if name in bundled()]
 )
 def test_shapes_of_models_that_come_along(name):
     assert shapes.shape_of(find_model(name)) == shapes.SHAPES[name]
