@@ -95,9 +95,7 @@ def test_every_variant_that_comes_along_is_of_a_known_shape():
         ), path.name
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in shapes.SHAPES if name in bundled()]
-)
+@pytest.mark.parametrize("name", [name for name in shapes.SHAPES if name in bundled()])
 def test_shapes_of_models_that_come_along(name):
     assert shapes.shape_of(find_model(name)) == shapes.SHAPES[name]
 
