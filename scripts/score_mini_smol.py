@@ -123,6 +123,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         "protocol": "greedy free generation, answer_match",
         "sample": args.sample,
+        "pictures": args.pictures,
+        "dtype": args.dtype,
         "figures": found,
         "wordings": words,
         "seconds": round(time.monotonic() - started, 1),
@@ -158,13 +160,17 @@ def card(scores: dict[str, Any], folder: Path) -> str:
     training = json.loads((folder / "training.json").read_text("utf-8"))
     machine = training["machine"]
     size = (folder / PARTS).stat().st_size
-    sample = scores["sample"]
+    options = "".join(
+        f" --{name} {scores[name]}"
+        for name in ("sample", "pictures", "dtype")
+        if scores[name] is not None
+    )
     template = Path(__file__).with_name("mini_smol_card.md").read_text("utf-8")
     return Template(template).substitute(
         megabytes=f"{size / 1e6:.1f}",
         rank=training["rank"],
         parameters=f"{training['parameters'] / 1e6:.2f} million",
-        sampled="" if sample is None else f", with at most {sample} questions a figure",
+        options=options,
         figures=table(scores),
         stages=stages_table(training),
         machine=f"{machine['platform']}, {machine['device_name']}, {machine['threads']} threads",
