@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,19 @@ def test_the_language_model_says_what_it_said(sources):
         expected = alone.model(input_ids=ids).logits
         found = model(input_ids=ids).logits
     assert torch.equal(found[..., : expected.shape[-1]], expected)
+
+
+def test_no_picture_stands_at_the_first_position(sources, tmp_path):
+    """A tokenizer that puts nothing in front of a text, as SmolLM2's, does so afterwards."""
+    language, tower = sources
+    bare = shutil.copytree(language, tmp_path / "bare")
+    tiny.tokenizer(bos=False).save_pretrained(bare)
+    _, before, _ = assembled.build(language, tower)
+    _, after, _ = assembled.build(bare, tower)
+    for tokenizer in (before, after):
+        first, *others = tokenizer("<image> x")["input_ids"]
+        assert tokenizer.convert_tokens_to_ids("<image>") in others
+        assert first in tokenizer.all_special_ids
 
 
 def test_download_puts_it_together_once(parts, cli):
