@@ -259,7 +259,7 @@ class Trainee(BaseTrainee):
 
     def _question(self, row: int) -> tuple[list[int], int]:
         """Return a question behind its picture with its answer and the end, and how long the answer is."""
-        encoded: Encoded = self.questions._encoded[row]
+        encoded: Encoded = self.questions.encoded(row)
         ids = encoded.ids[encoded.image_start + encoded.n_image :]
         return ids, encoded.n_answer
 

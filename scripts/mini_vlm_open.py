@@ -351,6 +351,10 @@ class OpenQuestions:
         ids = [*encoded.ids, self._adapter.tokenizer.eos_token_id]
         return Encoded(ids, encoded.image_start, encoded.n_image, encoded.n_answer + 1)
 
+    def encoded(self, row: int) -> Encoded:
+        """Return the sequence of one row, with the end token behind its answer."""
+        return self._encoded[row]
+
     def rows(self, chosen: Tensor) -> Rows:
         """Return the sequences of some rows, padded on the right."""
         rows = [self._encoded[place] for place in chosen.tolist()]

