@@ -51,7 +51,7 @@ VARIANTS = {
     ),
     # as published edits disturb each other: with longer steps the last of three unteaches the second
     "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
-    "memit": ((), ("remember=true",)),
+    "memit": ((), ("remember=true", "answer_keys=false")),
     "ultraedit": ((), ("values=raw", "warm=false"), ("remember=false", "keep=0")),
     "t-patcher": (
         (),

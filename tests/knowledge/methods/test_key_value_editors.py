@@ -22,7 +22,7 @@ from mmedit_cli.knowledge.methods.shared.hidden_targets import (
     hidden_targets,
     states_at,
 )
-from mmedit_cli.knowledge.methods.shared.key_positions import key_positions
+from mmedit_cli.knowledge.methods.shared.key_positions import key_places, key_positions
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.ridge import KeptKeys
 from mmedit_cli.knowledge.methods.shared.side_effects import unrelated_questions
@@ -153,6 +153,19 @@ def test_keys_are_read_where_the_position_says(backbone):
         key_positions(backbone, text, "last-image")
 
 
+def test_every_token_of_the_answer_that_predicts_has_a_key(backbone):
+    batch = backbone.batch([REQUEST, replace_target(REQUEST, "green")])
+    with_end = batch.predicting | batch.ends
+    for said in (batch.predicting, with_end):
+        places = key_places(backbone, batch, "last-prompt", said)
+        assert torch.equal(places, said), "the end of the question predicts too"
+        behind = key_places(backbone, batch, "last-image", said)
+        assert torch.equal(behind & batch.answer_mask, said & batch.answer_mask)
+        assert (behind & batch.image_mask).sum(1).tolist() == [1, 1]
+    alone = key_places(backbone, batch, "last-prompt", torch.zeros_like(with_end))
+    assert alone.sum(1).tolist() == [1, 1], "as published"
+
+
 def replace_target(query, target):
     return Query(query.prompt, target, query.image)
 
@@ -160,21 +173,25 @@ def replace_target(query, target):
 # -- targets --------------------------------------------------------------------------------
 
 
-def lesson_of(model, requests, layer):
+def lesson_of(model, requests, layer, *, answer_keys=True):
     batch = model.batch(requests)
     at, labels = batch.target_positions(model.end_id)
     prefix = model.prefix(batch, layer)
-    places = key_positions(model, batch, "last-prompt")
+    said = at if answer_keys else torch.zeros_like(at)
+    places = key_places(model, batch, "last-prompt", said)
     return Lesson(prefix, places, at, labels)
 
 
-def test_targets_of_a_batch_are_those_of_single_requests(model):
+@pytest.mark.parametrize("answer_keys", [True, False])
+def test_targets_of_a_batch_are_those_of_single_requests(model, answer_keys):
     requests = [REQUEST, Query("Which colour?", "green", REQUEST.image)]
-    together, losses = hidden_targets(model, lesson_of(model, requests, 1), 2, TARGET)
+    lesson = lesson_of(model, requests, 1, answer_keys=answer_keys)
+    together, losses = hidden_targets(model, lesson, 2, TARGET)
+    rows_of = lesson.places.nonzero()[:, 0]
     for row, request in enumerate(requests):
-        lesson = lesson_of(model, [request], 1)
+        lesson = lesson_of(model, [request], 1, answer_keys=answer_keys)
         alone, course = hidden_targets(model, lesson, 2, TARGET)
-        assert torch.allclose(together[row], alone[0], atol=1e-4)
+        assert torch.allclose(together[rows_of == row], alone, atol=1e-4)
         assert losses[row] == pytest.approx(course[0], abs=1e-4)
         assert course[0][-1] < course[0][0]
 
@@ -184,7 +201,79 @@ def test_targets_stay_within_the_clamp(model):
     start = states_at(model, lesson, 2)
     training = TargetTraining(steps=8, learning_rate=5.0, clamp=0.1)
     found, _ = hidden_targets(model, lesson, 2, training)
-    assert (found - start).norm() <= 0.1001 * start.norm()
+    lengths = (found - start).norm(dim=1)
+    assert (lengths <= 0.1001 * start.norm(dim=1)).all()
+
+
+def test_states_at_their_targets_give_the_answer(model):
+    """With the states of a request set to its targets the answer is likelier; one key helps it less than all."""
+    training = TargetTraining(
+        steps=20, learning_rate=0.3, clamp=4.0, weight_decay=0.0, stop_loss=0.0
+    )
+    left = {}
+    for answer_keys in (True, False):
+        lesson = lesson_of(model, [REQUEST], 1, answer_keys=answer_keys)
+        found, (course,) = hidden_targets(model, lesson, 2, training)
+        with Patch(model.model) as patch, torch.no_grad():
+            patch.hook(model.anchors.path("layer", 2), set_to(lesson.places, found))
+            logits = model.resume(lesson.prefix, lesson.at)
+        left[answer_keys] = float(answer_loss(logits, lesson.labels[lesson.at]))
+        assert left[answer_keys] < course[0]
+    assert left[True] < left[False]
+
+
+def set_to(places, states):
+    def change(leaving):
+        changed = leaving.clone()
+        changed[places] = states.to(leaving.dtype)
+        return changed
+
+    return change
+
+
+@pytest.mark.parametrize("cls", [Memit, Alphaedit])
+def test_several_keys_are_written_as_a_naive_solution_in_float64_says(model, cls):
+    """One layer: (M + K'K) X = K'R, with a row of K and of R for each predicted token of all requests."""
+    requests = [REQUEST, Query("Which colour?", "dark green", REQUEST.image)]
+    more = {"keep": 2.0} if cls is Memit else {"threshold": 1e-2, "ridge": 2.0}
+    hparams = cls.Hparams(layers=(2,), questions=8, target=TARGET, **more)
+    lesson = lesson_of(model, requests, 2)
+    targets, _ = hidden_targets(model, lesson, 2, TARGET)
+    path = model.anchors.path("ffn_out", 2)
+    keys = naive_keys(model, requests, path)
+    missing = (targets - states_at(model, lesson, 2)).double()
+    before = model.model.get_parameter(f"{path}.weight").detach().clone()
+    editor = cls(model, hparams)
+    with editor.edit(requests):
+        change = model.model.get_parameter(f"{path}.weight").detach() - before
+        moment = editor._moments()[2]
+        width = len(moment)
+        if cls is Memit:
+            ridge = 1e-6 * moment.diagonal().mean()
+            kept = 2.0 * (moment + ridge * torch.eye(width))
+            system, wanted = kept + keys.T @ keys, keys.T @ missing
+        else:
+            basis = null_space(moment, 1e-2)
+            projector = basis @ basis.T
+            system = projector @ keys.T @ keys + 2.0 * torch.eye(width)
+            wanted = projector @ keys.T @ missing
+    expected = torch.linalg.solve(system, wanted)
+    assert len(keys) > len(requests)
+    assert torch.allclose(change.T.double(), expected, atol=1e-5)
+    assert change.abs().max() > 1e-3
+
+
+def naive_keys(model, requests, path):
+    """Return what a matrix reads where a token of an answer or its end is predicted, request by request: (n, F)."""
+    found = []
+    for request in requests:
+        batch = model.batch([request])
+        with Patch(model.model) as patch, torch.no_grad():
+            patch.hook_input(path, found.append)
+            model.logits(batch)
+        at = batch.predicting | batch.ends
+        found[-1] = found[-1].reshape(*at.shape, -1)[at]
+    return torch.cat(found).double()
 
 
 # -- the editors --------------------------------------------------------------------------------
@@ -233,10 +322,11 @@ def test_shares_of_the_layers_bring_the_state_to_its_target(model):
 
 def test_rounds_go_on_until_every_token_is_right(model):
     """Each brings the answer nearer on the model that the last one left."""
+    short = TargetTraining(steps=2, learning_rate=0.3, clamp=4.0)
     answers = []
     for rounds in (1, 4):
         hparams = MemitHparams(
-            layers=(0, 1), questions=4, keep=1e-3, target=TARGET, rounds=rounds
+            layers=(0, 1), questions=4, keep=1e-3, target=short, rounds=rounds
         )
         with Memit(model, hparams).edit([REQUEST]) as made:
             assert len(made.info["missed"]) <= rounds

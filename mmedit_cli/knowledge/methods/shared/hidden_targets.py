@@ -1,4 +1,7 @@
-"""Hidden states that make the model give an answer, learned at one position of each question (Meng et al. 2022)."""
+"""Hidden states that make the model give an answer, learned at some positions of each question.
+
+Published is one position (Meng et al. 2022, ROME, section 3.1); several of a question are learned together.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ class TargetTraining:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Requests on entering the lowest edited layer; where keys are read, (B,), and what is said where, (B, T)."""
+    """Requests on entering the lowest edited layer; where keys are read, and what is said where: (B, T) each.
+
+    Positions that are marked by `places` or `at` are counted row by row: n keys, m tokens of answers.
+    """
 
     prefix: Prefix
     places: Tensor
@@ -45,11 +51,11 @@ class Lesson:
 def hidden_targets(
     backbone: VisionLanguageModel, lesson: Lesson, layer: int, training: TargetTraining
 ) -> tuple[Tensor, list[list[float]]]:
-    """Return what is to leave `layer` at the place of each row, (B, D) float32, and the losses of each row.
+    """Return what is to leave `layer` at the places of the keys, (n, D) float32, and the losses of each request.
 
-    Each row is learned on its own: its loss is the mean cross entropy of its answer, and `weight_decay` times the
-    length of the change over the squared length of the state. The change is at most `clamp` of the state's length. A
-    row whose cross entropy is below `stop_loss` rests.
+    Each request is learned on its own, all its places together: its loss is the mean cross entropy of its answer, and
+    `weight_decay` times the mean over its places of the length of the change over the squared length of the state. A
+    change is at most `clamp` of the state's length. A request whose cross entropy is below `stop_loss` rests.
     """
     start = states_at(backbone, lesson, layer)
     size = start.norm(dim=1, keepdim=True)
@@ -58,12 +64,14 @@ def hidden_targets(
         [delta],
         lr=training.learning_rate,
     )
-    losses: list[list[float]] = [[] for _ in start]
-    learning = torch.ones_like(start[:, 0], dtype=torch.bool)
+    of_request = _rows_of(lesson.places)
+    losses: list[list[float]] = [[] for _ in lesson.places]
+    learning = torch.ones(len(losses), dtype=torch.bool, device=start.device)
     for _ in range(training.steps):
         with torch.enable_grad():
             answer = _answer_losses(backbone, lesson, layer, delta)
-            change = delta.norm(dim=1) / size[:, 0].square()
+            changes = delta.norm(dim=1) / size[:, 0].square()
+            change = _mean_by_row(changes, lesson.places)
             total = answer + training.weight_decay * change
         for row in learning.nonzero()[:, 0].tolist():
             losses[row].append(total[row].item())
@@ -72,7 +80,8 @@ def hidden_targets(
             break
         optimizer.zero_grad()
         total.sum().backward()
-        _step(optimizer, delta, learning, training.clamp * size)
+        moving = learning[of_request]
+        _step(optimizer, delta, moving, training.clamp * size)
     return start + delta.detach(), losses
 
 
@@ -82,7 +91,7 @@ def _step(
     learning: Tensor,
     most: Tensor,
 ) -> None:
-    """Take a step with the rows that are still learning, and shorten those that went too far."""
+    """Take a step with the places that are still learning, and shorten the changes that went too far."""
     before = delta.detach().clone()
     optimizer.step()
     with torch.no_grad():
@@ -94,14 +103,12 @@ def _step(
 def _answer_losses(
     backbone: VisionLanguageModel, lesson: Lesson, layer: int, delta: Tensor
 ) -> Tensor:
-    """Return the mean cross entropy of each row's answer with `delta` added to what leaves `layer`: (B,)."""
-    rows = torch.arange(len(delta), device=delta.device)
+    """Return the mean cross entropy of each row's answer with `delta` (n, D) added to what leaves `layer`: (B,)."""
 
     def add(leaving: Tensor) -> Tensor:
         changed = leaving.clone()
         places = lesson.places.to(leaving.device)
-        there = leaving[rows, places] + delta.to(leaving.dtype)
-        changed[rows, places] = there
+        changed[places] = leaving[places] + delta.to(leaving.dtype)
         return changed
 
     with Patch(backbone.model) as patch:
@@ -112,21 +119,24 @@ def _answer_losses(
         lesson.labels[lesson.at],
         reduction="none",
     )
-    of_row = lesson.at.nonzero()[:, 0]
-    sums = each.new_zeros(len(delta)).index_add(0, of_row, each)
-    counts = lesson.at.sum(1)
-    means: Tensor = sums / counts
+    return _mean_by_row(each, lesson.at)
+
+
+def _rows_of(marked: Tensor) -> Tensor:
+    """Return the row in which each marked position stands: (B, T) bool -> (n,)."""
+    return marked.nonzero()[:, 0]
+
+
+def _mean_by_row(values: Tensor, marked: Tensor) -> Tensor:
+    """Return the mean of each row over its marked positions: (n,), (B, T) bool -> (B,)."""
+    sums = values.new_zeros(len(marked)).index_add(0, _rows_of(marked), values)
+    means: Tensor = sums / marked.sum(1)
     return means
 
 
 @torch.no_grad()
 def states_at(backbone: VisionLanguageModel, lesson: Lesson, layer: int) -> Tensor:
-    """Return what leaves `layer` now at the place of each row: (B, D) float32."""
+    """Return what leaves `layer` now at the places of the keys: (n, D) float32."""
     hidden = backbone.advance(lesson.prefix, layer + 1).hidden
-    rows = torch.arange(
-        len(hidden),
-        device=hidden.device,
-    )
-    places = lesson.places.to(hidden.device)
-    states: Tensor = hidden[rows, places]
+    states: Tensor = hidden[lesson.places.to(hidden.device)]
     return states.float()

@@ -1,4 +1,8 @@
-"""Where in a question its key is read: behind the picture, at the end of the subject, or of the question."""
+"""Where keys are read: behind the picture, at the end of the subject, or of the question, and in the answer.
+
+The key of a question decides the first token of the answer, and the others only as far as the layers above can read
+them from it. A key for each token of the answer that is fed decides those as well.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,26 @@ _FUNCTION_WORDS = frozenset(
 _WORD = re.compile(r"[^\W_]+")
 
 
+def key_places(
+    backbone: VisionLanguageModel, batch: Batch, position: Position, said: Tensor
+) -> Tensor:
+    """Return the places of all keys of each row: the one in the question, and where `said` in the answer: (B, T) bool.
+
+    said: (B, T) bool, the positions from which the tokens of the answer are predicted.
+    """
+    places = said & batch.answer_mask
+    ends = key_positions(
+        backbone,
+        batch,
+        position,
+    )
+    return places.scatter(1, ends[:, None], True)
+
+
 def key_positions(
     backbone: VisionLanguageModel, batch: Batch, position: Position
 ) -> Tensor:
-    """Return the position of the key of each row: (B,).
+    """Return the position of the key in the question of each row: (B,).
 
     Raises DataError for a question without a picture where the key is read behind it.
     """

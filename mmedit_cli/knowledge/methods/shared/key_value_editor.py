@@ -21,7 +21,7 @@ from mmedit_cli.knowledge.methods.shared.hidden_targets import (
     hidden_targets,
     states_at,
 )
-from mmedit_cli.knowledge.methods.shared.key_positions import Position, key_positions
+from mmedit_cli.knowledge.methods.shared.key_positions import Position, key_places
 from mmedit_cli.knowledge.methods.shared.ridge import KeptKeys
 from mmedit_cli.knowledge.methods.shared.side_effects import unrelated_questions
 from mmedit_cli.layers import Layer, check_layers, layer_numbers, layer_of_model
@@ -37,6 +37,7 @@ class KeyValueHparams:
 
     layers: tuple[Layer, ...] = (0.125, 0.16, 0.19, 0.22, 0.25)
     position: Position = "last-prompt"
+    answer_keys: bool = True
     remember: bool = True
     tokens: Tokens = "all"
     questions: int = 2000
@@ -60,9 +61,10 @@ class KeyValueHparams:
 class KeyValueEditor(Editor):
     """Writes (key, value) pairs into the last feed-forward matrices of some layers, lowest first.
 
-    The value of a request is the state behind the highest of the layers that gives the new answer; each layer brings
-    the state there nearer by an equal share of what is missing (MEMIT, Meng et al. 2023, eq. 18 to 20). A method says
-    what M of its ridge regression is, and in which basis keys are seen.
+    Published is one key a request; with `answer_keys` (ours) every token of the answer that is fed has one too, and
+    the values of a request are learned together. A value is the state behind the highest of the layers that gives the
+    new answer; each layer brings the state there nearer by an equal share of what is missing (MEMIT, Meng et al. 2023,
+    eq. 18 to 20). A method says what M of its ridge regression is, and in which basis keys are seen.
     """
 
     hparams: Any
@@ -122,7 +124,7 @@ class KeyValueEditor(Editor):
         return {"losses": losses, "missed": missed}
 
     def _targets(self, lesson: Lesson) -> tuple[Tensor, list[list[float]]]:
-        """Return the states that give the new answers, (B, D), and the losses on the way there."""
+        """Return the states that give the new answers, (n, D), and the losses of each request on the way there."""
         targets, losses = hidden_targets(
             self.backbone,
             lesson,
@@ -149,7 +151,7 @@ class KeyValueEditor(Editor):
         return keys
 
     def _states(self, lesson: Lesson) -> Tensor:
-        """Return what leaves the highest edited layer now, where the keys are read: (B, D)."""
+        """Return what leaves the highest edited layer now, where the keys are read: (n, D)."""
         return states_at(
             self.backbone,
             lesson,
@@ -166,29 +168,33 @@ class KeyValueEditor(Editor):
     def _lesson(self, requests: Sequence[Query]) -> Lesson:
         backbone = self.backbone
         batch = backbone.batch(requests)
-        places = key_positions(backbone, batch, self.hparams.position)
         with torch.no_grad():
             prefix = backbone.prefix(batch, self.first_layer)
         at, labels = batch.target_positions(backbone.end_id)
         if not self.hparams.teach_end:
             at = batch.predicting
+        said = at if self.hparams.answer_keys else torch.zeros_like(at)
+        places = key_places(
+            backbone,
+            batch,
+            self.hparams.position,
+            said,
+        )
         return Lesson(prefix, places, at, labels)
 
     def _keys(self, lesson: Lesson, layer: int) -> Tensor:
-        """Return what enters the matrix of a layer at the place of each row: (B, F) float64."""
+        """Return what enters the matrix of a layer at the places of the keys: (n, F) float64."""
         path = self.backbone.anchors.path("ffn_out", layer)
-        at = torch.zeros_like(lesson.at)
-        at.scatter_(1, lesson.places[:, None], True)
         inputs = layer_inputs(
             self.backbone,
             lesson.prefix,
-            at,
+            lesson.places,
             [path],
         )
         return inputs[path].double()
 
     def _write(self, layer: int, seen: Tensor, values: Tensor) -> None:
-        """Change the matrix of a layer so that keys, as its regression sees them, give values (B, D) more."""
+        """Change the matrix of a layer so that keys, as its regression sees them, give values (n, D) more."""
         kept = self._kept[layer]
         change = self._back(layer, kept.ridge(seen, values.double()))
         # GPT-2 keeps its matrices as (in, out)
