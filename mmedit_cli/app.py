@@ -63,10 +63,11 @@ app.add_typer(
 reports = typer.Typer(cls=report.ReportGroup, rich_markup_mode=None)
 reports.command("show")(report.show)
 reports.command("compare")(report.compare)
+reports.command("view")(report.view)
 app.add_typer(
     reports,
     name="report",
-    help="Show the report of a run, list the finished runs, or compare some of them.",
+    help="Show the report of a run, list the finished runs, compare some, or make a page of them.",
 )
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)

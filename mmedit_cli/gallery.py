@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -24,8 +23,6 @@ SIDE, GAP, TEXT, LINE = (
 )  # pixels: a picture, between things, room for text, a line of it
 THUMB = 240  # pixels: least side of a picture on the sheet of an image edit
 HEADS = {"request": "the edit", "general": "must follow", "local": "must stay"}
-_STYLE = """body { font: 15px sans-serif; margin: 2em } p { margin: 1em 0 0 } div { display: flex; flex-wrap: wrap }
-figure { margin: 0 1.5em 0 0 } figcaption { color: #707070 } img { height: 96px; margin-right: 4px }"""
 # words, and groups of pictures by name
 Row = tuple[str, Sequence[tuple[str, Sequence[Path]]]]
 INK, GREY, GREEN, RED = "#202020", "#707070", "#1a7f37", "#b42318"
@@ -137,32 +134,25 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def page(title: str, sections: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
-    """Write an HTML page with the rows of a contact sheet under headings; it links to the pictures where they are."""
-    from mmedit_cli.storage import write_atomic
+    """Write an HTML page with a card a row of a contact sheet, whose type is its heading.
 
-    name = escape(title)
-    lines = [
-        f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>',
-        f"<h1>{name}</h1>",
-    ]
+    It links to the pictures where they are.
+    """
+    from mmedit_cli.page.writing import Card, Page, write_page
+
+    content = Page(title)
+    places: dict[Path, int] = {}
     for heading, rows in sections:
-        lines.append(f"<h2>{escape(heading)}</h2>")
         for words, groups in rows:
-            lines.append(f"<p>{escape(words)}</p><div>")
-            for group, files in groups:
-                links = (
-                    Path(os.path.relpath(file, path.parent)).as_posix()
-                    for file in files
-                )
-                shown = "".join(
-                    f'<img src="{quote(link)}" alt="{escape(words)}" loading="lazy">'
-                    for link in links
-                )
-                lines.append(
-                    f"<figure><figcaption>{escape(group)}</figcaption>{shown}</figure>"
-                )
-            lines.append("</div>")
-    write_atomic(path, "\n".join(lines) + "\n")
+            shown = []
+            for name, files in groups:
+                found = [places.setdefault(file, len(places)) for file in files]
+                shown.append((name, found))
+            content.cards.append(Card(words, heading, groups=shown))
+    for file in places:
+        link = Path(os.path.relpath(file, path.parent)).as_posix()
+        content.pictures.append(quote(link))
+    write_page(content, path)
 
 
 def _panel(

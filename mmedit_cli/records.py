@@ -46,6 +46,7 @@ _RECORDS = (
     "expressive",
     "learned",
     "log",
+    "questions",
 )
 _TENSORS = ("editor", "last")
 # everything that a run writes itself; nothing else in its folder is ever cut or removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 
@@ -30,6 +31,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +116,15 @@ class ForkedProgram:
             _, self._status = os.waitpid(self._child, 0)
         out, err = (path.read_text() for path in self._files)
         return os.waitstatus_to_exitcode(self._status), out, err
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """The cases of an HTML page, as its script reads them."""
+    text = page.read_text()
+    (data,) = re.findall(
+        '<script type="application/json" id="data">(.*?)</script>', text
+    )
+    return dict(json.loads(data))
 
 
 SHAPES = ROOT / "tests" / "data" / "shapes"

@@ -152,3 +152,51 @@ def compare(
     if plot is not None:
         out.note(f"drawn: {plot}")
     comparison.print_comparison(out, found, form)
+
+
+def view(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Runs: folders, patterns in quotes, beginnings of ids, or `latest`.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The file. [default: page.html in the folder of the first run]",
+            show_default=False,
+        ),
+    ] = None,
+    open_it: Annotated[
+        bool, typer.Option("--open", help="Open it in the browser.")
+    ] = False,
+    records: options.Records = Path("records"),
+    debug: options.Debug = False,
+) -> None:
+    """Write one HTML page of finished runs: tables, charts, and every case with its picture and answers.
+
+    It opens from disk, without a server or a network.
+
+    Examples:
+
+      mmedit report view latest --open
+
+      mmedit report view "records/eval/*/mini-blip2/emojikb/*" --out compared.html
+    """
+    from mmedit_cli.reports import finding
+    from mmedit_cli.reports.view import view as write
+
+    folders = finding.find_runs(runs, records)
+    file = to or folders[0] / "page.html"
+    if file.suffix not in (".html", ".htm") or not file.parent.is_dir():
+        raise UserError(
+            f"--out {file}: must be an .html file in a folder that is there"
+        )
+    out = Output()
+    write(folders, file, out)
+    out.line(str(file))
+    if open_it:
+        typer.launch(file.resolve().as_uri())

@@ -43,6 +43,7 @@ ROWS = (
         "not_a_model",
         "output",
         "packed",
+        "page",
         "patch",
         "pickled_weights",
         "picture_changes",

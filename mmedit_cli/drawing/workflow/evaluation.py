@@ -373,6 +373,8 @@ class _ConceptEvaluation:
             "sheet": sheet.name,
             "test": sheet.test,
             "subject": "+".join(subject.name for subject in sheet.subjects),
+            "pictures": sheet.base if side == BASE else sheet.name,
+            "prompts": list(sheet.plain if side == BASE else sheet.prompts),
             "scores": scores,
         }
         self.record.append("cases", [line])

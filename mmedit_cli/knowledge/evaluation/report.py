@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -233,6 +233,25 @@ def examples(
         (request,) = answers["reliability"]
         panels = _panels(by_uid[uid], answers)
         shown.append({"case": uid, **request, "panels": panels})
+    return shown
+
+
+def questions(cases: Sequence[EditCase]) -> Iterator[dict[str, Any]]:
+    """Yield for each case what is asked about it, by column: the prompts and pictures, in the order of the answers."""
+    for case in cases:
+        asked = {}
+        for column, queries in case.columns():
+            if not column.startswith("needs."):
+                asked[column] = [_described(query) for query in queries]
+        yield {"case": case.uid, "questions": asked}
+
+
+def _described(query: Query) -> dict[str, str]:
+    """Return what a query shows and asks."""
+    shown = {"prompt": query.prompt}
+    if query.image is not None:
+        shown["image"] = str(query.image)
+        shown["background"] = query.background
     return shown
 
 

@@ -235,7 +235,11 @@ def run_evaluation(
     """Load the model, if it is not given, make the edits, ask, and write the report."""
     from mmedit_cli.knowledge.evaluation.ability import Probe
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
-    from mmedit_cli.knowledge.evaluation.report import build_report, examples
+    from mmedit_cli.knowledge.evaluation.report import (
+        build_report,
+        examples,
+        questions,
+    )
 
     options = plan.options
     protocol = plan.options.protocol
@@ -261,6 +265,7 @@ def run_evaluation(
         report = Run.done_before(plan.folder, force=False, say=out.note)
         if report is not None:
             return report
+        run.rewrite("questions", questions(plan.cases))
         groups = protocol.groups(len(plan.cases))
         after = sum(sum(protocol.milestones(len(group))) for group in groups)
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from conftest import page_data
 from PIL import Image
 
 from mmedit_cli.picture_editing.data.base import EditPair
@@ -72,17 +72,23 @@ def test_a_report(cli, tmp_path):
         report["scores"]["reached"]["unchanged"] == 0
     )  # who gives the picture back has not done what was asked
     page = Path(report["gallery"])
-    assert page.read_text().count("<img") == 15
-    assert all(
-        (page.parent / link).is_file()
-        for link in re.findall(r'src="([^"]+)"', page.read_text())
-    )
+    shown = page_data(page)
+    assert len(shown["pictures"]) == 15
+    assert all((page.parent / link).is_file() for link in shown["pictures"])
     assert (page.parent / "sheet.png").is_file()
     code, out, err = cli(*WORDS)
     assert "already done" in err
     assert "picture as it is" in out
     assert "instruct-pix2pix" in cli("report")[1]
     assert "picture as it is" in cli("report", report["run"])[1]
+    code, out, err = cli("report", "view", report["run"])
+    assert code == 0, err
+    viewed = page_data(Path(out.strip()))
+    assert len(viewed["pictures"]) == 15
+    assert all(link.startswith("data:image/webp") for link in viewed["pictures"])
+    words = "".join(viewed["cards"][0]["notes"])
+    assert "L1" in words
+    assert "reached" in words
 
 
 def test_a_killed_run_ends_with_the_same_scores(cli, tmp_path, monkeypatch):

@@ -1,0 +1,107 @@
+"""A browser without a window, driven through its pipe: nothing has to be installed but Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Browser:
+    """A page in Chromium; `do(script)` runs a script in it and returns its value."""
+
+    def __init__(self, page: str, width: int = 1200) -> None:
+        to_browser, self._send = os.pipe()
+        self._receive, from_browser = os.pipe()
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        os.set_inheritable(to_browser, True)
+        os.set_inheritable(from_browser, True)
+        # Chromium reads its pipe at descriptor 3 and answers at 4
+        shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
+        self._process = subprocess.Popen(
+            [
+                *("bash", "-c", shell, str(CHROMIUM), "--headless", "--no-sandbox"),
+                *("--remote-debugging-pipe", f"--user-data-dir={self._profile.name}"),
+                *(f"--window-size={width},900", "--disable-gpu", "about:blank"),
+            ],
+            pass_fds=(to_browser, from_browser),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._number = 0
+        self._session: str | None = None
+        self._rest = b""
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(t["targetId"] for t in targets if t["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        self.open(page)
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+        os.close(self._send)
+        os.close(self._receive)
+        self._profile.cleanup()
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the DevTools protocol and return its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._send, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "result" in answer, answer
+                return dict(answer["result"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._receive, 1 << 16)
+            assert part, "the browser has ended"
+            self._rest += part
+        line, _, self._rest = self._rest.partition(b"\0")
+        return dict(json.loads(line))
+
+    def open(self, page: str) -> float:
+        """Open a page and return after how many seconds its first card stood there."""
+        self.call("Page.navigate", url="about:blank")
+        began = time.monotonic()
+        self.call("Page.navigate", url=page)
+        while time.monotonic() - began < 30:
+            if self.do("document.querySelectorAll('.card').length"):
+                return time.monotonic() - began
+            time.sleep(0.02)
+        raise AssertionError(f"{page}: no card within 30 s")
+
+    def do(self, script: str) -> Any:
+        """Return the value of a script; what it throws is an error here."""
+        done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press a key."""
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def draw(self, file: Path) -> None:
+        """Write a picture of what is seen."""
+        import base64
+
+        drawn = self.call("Page.captureScreenshot")["data"]
+        file.write_bytes(base64.b64decode(drawn))
