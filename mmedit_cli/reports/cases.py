@@ -32,7 +32,8 @@ def add_cases(
 ) -> None:
     """Add a card a case of each run to a page, and the pictures that they show."""
     pictures = _Pictures()
-    for number, (folder, report) in enumerate(zip(folders, reports, strict=True)):
+    pairs = zip(folders, reports, strict=True)
+    for number, (folder, report) in enumerate(pairs):
         for key, cards in _CARDS.items():
             if key in report:
                 found = cards(_with_cases(folder, report), number, pictures, page)
@@ -51,9 +52,12 @@ def _with_cases(folder: Path, report: Json) -> Path:
     if "runs" not in report or (folder / "cases.jsonl").exists():
         return folder
     first = Path(report["runs"][0]["run"])
-    # seen from the folder of the spread, where the records were moved
-    moved = folder.parents[4] / Path(*first.parts[-5:]) if first.parts[4:] else first
-    return first if first.is_dir() else moved
+    if first.is_dir():
+        return first
+    # the records were moved: RECORDS/eval-spread/EDITOR/MODEL/DATA/ID beside RECORDS/eval/...
+    records = folder.resolve().parents[4]
+    place = first.parts[-5:]
+    return records.joinpath(*place)
 
 
 # -- knowledge ------------------------------------------------------------------------------------------------------
@@ -65,10 +69,10 @@ def _knowledge(
     """Yield a card a case of an evaluation of knowledge."""
     view = Run.view(folder)
     asked = {line["case"]: line["questions"] for line in view.read("questions")}
-    lines: dict[tuple[int, int], list[Json]] = {}
+    by_case: dict[tuple[int, int], list[Json]] = {}
     for line in view.read("cases"):
-        lines.setdefault((line["group"], line["index"]), []).append(line)
-    for (_, index), of_case in lines.items():
+        by_case.setdefault((line["group"], line["index"]), []).append(line)
+    for (_, index), of_case in by_case.items():
         of_case.sort(key=lambda line: int(line["edits"]))
         first = of_case[0]
         for column in first["answers"]:
@@ -157,11 +161,11 @@ def _edited_pictures(
             "edited": folder / "pictures" / f"{stem}.png",
             "wanted": gallery / f"{stem}-wanted.png",
         }
-        groups = [
-            (name, [pictures.place(file)])
-            for name, file in files.items()
-            if file.is_file()
-        ]
+        groups = []
+        for name, file in files.items():
+            if file.is_file():
+                place = pictures.place(file)
+                groups.append((name, [place]))
         notes = [_scores_line(line["scores"])]
         if line["expressive"]:
             notes.insert(0, f"{line['expressive']} ({line['expressive_source']})")
@@ -176,24 +180,30 @@ def _drawn_concepts(
     for line in Run.view(folder).read("cases"):
         by_sheet.setdefault(line["sheet"], []).append(line)
     for sheet, lines in by_sheet.items():
-        groups = []
+        groups: list[tuple[str, list[int]]] = []
         notes = []
-        for line in lines:
-            side = line["side"]
-            home = folder / "pictures" / side / line.get("pictures", sheet)
-            for number, prompt in enumerate(line.get("prompts", [""])):
-                drawn = sorted(home.glob(f"{number:02d}-*.png"))
-                places = [pictures.place(file) for file in drawn]
-                if places:
-                    groups.append((f"{side}: {prompt}", places))
-            means = {
-                name: sum(values) / len(values)
-                for name, values in line["scores"].items()
-                if values
-            }
-            notes.append(f"{side}: {_scores_line(means)}")
+        for of_side in lines:
+            groups += _drawn(folder, sheet, of_side, pictures)
+            means = {}
+            for name, values in of_side["scores"].items():
+                if values:
+                    means[name] = sum(values) / len(values)
+            notes.append(f"{of_side['side']}: {_scores_line(means)}")
         subject = lines[0]["subject"] or "other things"
         yield Card(subject, lines[0]["test"], run, notes, groups)
+
+
+def _drawn(
+    folder: Path, sheet: str, line: Json, pictures: _Pictures
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the pictures of a side of a sheet by prompt; runs of before do not say their prompts."""
+    side = line["side"]
+    home = folder / "pictures" / side / line.get("pictures", sheet)
+    for number, prompt in enumerate(line.get("prompts", [""])):
+        drawn = sorted(home.glob(f"{number:02d}-*.png"))
+        if drawn:
+            places = [pictures.place(file) for file in drawn]
+            yield f"{side}: {prompt}", places
 
 
 def _scores_line(scores: Mapping[str, float]) -> str:

@@ -138,7 +138,7 @@ def test_charts_place_scores_where_they_belong():
         "t", ["a", "b"], [("one", [half, None]), ("two", [all_right] * 2)]
     )
     assert re.findall(r'cx="([\d.]+)"', chart) == ["320.0", "470.0", "470.0"]
-    assert 'x1="245.0" x2="395.0"' in chart
+    assert 'x1="245.0" y1="38.5" x2="395.0"' in chart
     line = over_edits("<t>", [1, 10], [("one", [all_right, half])])
     assert 'points="170.0,30.0 470.0,130.0"' in line
     assert "<t>" not in line
