@@ -26,6 +26,15 @@ Into = Annotated[
     ),
 ]
 NewFolder = Annotated[Path, typer.Option(help="A new folder.", show_default=False)]
+RunFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A run.yaml of the records, or a YAML file of options: does that run again; options given here count.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(

@@ -128,17 +128,19 @@ class Run:
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
         *,
+        options: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> Run:
         """Create or continue the run in `folder`; `force` removes what an earlier run left there.
 
-        `environment` is kept as the run began. What a killed writer left half written is removed.
+        `environment` is kept as the run began, and `options`, with which a command would make the same run. What a
+        killed writer left half written is removed.
 
         Raises RunError if another process writes the folder, or if it holds a run with another config.
         """
         run = cls.lock(folder)
         try:
-            run.prepare(config, environment, force=force)
+            run.prepare(config, environment, options=options, force=force)
         except BaseException:
             run.close()
             raise
@@ -300,6 +302,7 @@ class Run:
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
         *,
+        options: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> None:
         """Begin or continue the run of a config; `force` removes what an earlier one left.
@@ -313,7 +316,10 @@ class Run:
             for name in _WRITTEN if force else ():
                 remove_file(self.folder / name)
         path = self.folder / "run.yaml"
-        ours = json.loads(_encode(path, {"config": config, "environment": environment}))
+        said = {"config": config, "environment": environment}
+        if options is not None:
+            said["options"] = options
+        ours = json.loads(_encode(path, said))
         if not path.exists():
             write_atomic(
                 path,

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from mmedit_cli.errors import UserError
-from mmedit_cli.kinds import kind_of_folder, kind_of_method, kinds_with
+from mmedit_cli.kinds import kind_of_folder, kind_of_method, kinds_with, run_file
 from mmedit_cli.kinds.base import Command, Kind, Noun
 
 METHOD = "editor"  # the argument that names a method
@@ -32,6 +32,7 @@ class KindCommand(TyperCommand):
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         """Parse the arguments as the command of the kind that they name."""
+        args = self._with_file(args)
         scan = self._scan(args)
         kind, named = self._named_kind(scan.params)
         self._refuse_others(kind, scan)
@@ -72,6 +73,25 @@ class KindCommand(TyperCommand):
         if len(kinds) > 1:
             with formatter.section("What it does"):
                 formatter.write_dl(list(zip(names, first_sentences, strict=True)))
+
+    def _with_file(self, args: list[str]) -> list[str]:
+        """Return the arguments with the options of the file that `--config` names, where the command takes one."""
+        params = self._every_param()
+        known = {name for param in params for name in param.opts}
+        if run_file.OPTION not in known:
+            return args
+        own, file = run_file.take_file(args)
+        if file is None:
+            return args
+        scan = self._scan(own)
+        given = {}
+        for param in params:
+            if _is_given(param, scan):
+                for name in param.opts:
+                    given[name.removeprefix("--")] = scan.params[param.name]
+        found = run_file.read_options(file)
+        words = run_file.as_words(file, found, given, known)
+        return [*words, *own]
 
     def _scan(self, args: Sequence[str]) -> Any:
         """Read the arguments with the options of all kinds, and forgive whatever is wrong with them."""

@@ -27,6 +27,7 @@ def evaluate(
             help="A method of `mmedit list`; without one, the editor that comes trained.",
         ),
     ] = None,
+    config: options.RunFile = None,
     model: options.Model = None,
     data: options.Data = "emojikb",
     root: options.Root = None,
@@ -109,7 +110,10 @@ def evaluate(
       mmedit eval ft --data evqa --root easy-edit-mm --images coco --subset clean --limit 1000 --sequential 1000
 
       mmedit eval liveedit --sequential 100 --limit 200 --seeds 0,1,2 --orders 3
+
+      mmedit eval --config records/eval/ft/mini-blip2/emojikb/0123456789ab/run.yaml --records again
     """
+    assert config is None, "read before the command is chosen (kinds/command.py)"
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.evaluation.protocol import Protocol, milestones

@@ -22,6 +22,7 @@ from mmedit_cli.knowledge.loading import (
     variant_for,
 )
 from mmedit_cli.knowledge.trained_networks import TrainedNetworks, networks_line
+from mmedit_cli.knowledge.workflow.run_file import as_run_file
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import told
@@ -260,7 +261,13 @@ def run_evaluation(
         / plan.ref.name.replace("/", "--")
         / _base_key(plan, backbone, editor.first_layer)
     )
-    with Run.open(plan.folder, plan.config, environment, force=options.force) as run:
+    with Run.open(
+        plan.folder,
+        plan.config,
+        environment,
+        options=as_run_file(options),
+        force=options.force,
+    ) as run:
         # an equal command may have ended while the model was loaded here
         report = Run.done_before(plan.folder, force=False, say=out.note)
         if report is not None:

@@ -18,6 +18,7 @@ from mmedit_cli.knowledge.workflow.evaluation import (
     run_evaluation,
     unit_of,
 )
+from mmedit_cli.knowledge.workflow.run_file import as_run_file
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
 
@@ -191,7 +192,12 @@ def run_repeatedly(plan: RepeatedPlan, out: Output) -> dict[str, Any]:
             report = run_evaluation(run, out, backbone)
         reports.append(report)
     environment = reports[0]["environment"]
-    with Run.open(plan.folder, plan.config, environment, force=True) as spread:
+    made = {key: plan.config[key] for key in ("seeds", "orders")}
+    options = {**as_run_file(plan.options), **made}
+    options.pop("seed", None)
+    with Run.open(
+        plan.folder, plan.config, environment, options=options, force=True
+    ) as spread:
         report = _over(plan, reports)
         spread.finish(report)
     return report

@@ -86,7 +86,7 @@ def test_a_report(cli, tmp_path):
     viewed = page_data(Path(out.strip()))
     assert len(viewed["pictures"]) == 15
     assert all(link.startswith("data:image/webp") for link in viewed["pictures"])
-    words = "".join(viewed["cards"][0]["notes"])
+    words = " ".join(note for card in viewed["cards"] for note in card["notes"])
     assert "L1" in words
     assert "reached" in words
 
