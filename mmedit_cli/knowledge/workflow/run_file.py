@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mmedit_cli.knowledge.workflow.evaluation import EvalOptions
+from typing import Any
 
 _OF_DATA = ("root", "images", "template", "subset", "skip_missing", "skip_long")
 _OF_PROTOCOL = (
@@ -22,8 +19,8 @@ _OF_PROTOCOL = (
 _OF_RUN = ("hparams", "checkpoint", "limit", "seed", "intervals_by", "ability")
 
 
-def as_run_file(options: EvalOptions) -> dict[str, Any]:
-    """Return the options by their names on the command line, without those that are empty or off."""
+def as_run_file(options: Any) -> dict[str, Any]:
+    """Return `EvalOptions` by the names of options on the command line, without those that are empty or off."""
     values: dict[str, Any] = {"editor": options.editor}
     values |= asdict(options.model)
     values["data"] = options.data
