@@ -40,7 +40,14 @@ VARIANTS = {
     "m-ore": ((), ("memory=1.0", "active=2")),
     "wise": (
         ("steps=20", "edits_per_memory=2"),
-        ("steps=20", "edits_per_memory=1", "mode=merge", "replay=1"),
+        (
+            "steps=20",
+            "edits_per_memory=1",
+            "mode=merge",
+            "replay=1",
+            "optimizer=adam",
+            "learning_rate=0.01",
+        ),
     ),
     "liveedit": ((), ("variant=paper",)),
     "lora": (("steps=20",),),
@@ -52,7 +59,11 @@ VARIANTS = {
     # as published edits disturb each other: with longer steps the last of three unteaches the second
     "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
     "memit": ((), ("remember=true", "answer_keys=false")),
-    "ultraedit": ((), ("values=raw", "warm=false"), ("remember=false", "keep=0")),
+    "ultraedit": (
+        (),
+        ("values=raw", "warm=false"),
+        ("remember=false", "keep=0", "replay=2"),
+    ),
     "t-patcher": (
         (),
         (

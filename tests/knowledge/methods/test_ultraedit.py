@@ -172,6 +172,32 @@ def test_the_cap_bounds_what_happens_to_unrelated_questions(model):
     assert moved[0] < moved[1]
 
 
+def test_earlier_edits_are_learned_again_beside_a_new_one(model):
+    """Without, a long step for the second edit unteaches the first; the normaliser sees each edit once either way."""
+    batch = model.batch([REQUEST])
+    at, labels = batch.target_positions(model.end_id)
+    losses, seen = [], []
+    for replay in (0, 1):
+        hparams = UltraeditHparams(
+            layers=(1, 2, 3),
+            steps=4,
+            step_size=1e-3,
+            kl_cap=10.0,
+            unrelated=4,
+            replay=replay,
+        )
+        editor = Ultraedit(model, hparams)
+        editor.edit([REQUEST])
+        with editor.edit([Query("Which colour?", "green", REQUEST.image)]) as made:
+            logits = model.logits(batch)[at]
+            losses.append(float(answer_loss(logits, labels[at])))
+            seen.append(editor._moments[editor._paths[0]]["inputs"].count)
+            assert len(made.ids) == 1
+        editor.undo()
+    assert losses[1] < losses[0]
+    assert seen[0] == seen[1]
+
+
 def test_unrelated_questions_are_none_of_the_evaluation():
     asked = set(unrelated_questions(64))
     assert len(asked) == 64

@@ -75,14 +75,9 @@ class Ultraedit(Editor):
         hp = self.hparams
         unrelated = self._look_around()
         self._begin()
-        turn = Turn(
-            self.backbone,
-            requests,
-            self._layer,
-            self._paths,
-            size=hp.batch_size,
-            teach_end=hp.teach_end,
-        )
+        earlier = self._drawn(source)
+        turn = self._turn([*requests, *earlier])
+        new = turn.tokens_of(len(requests))
         cap = unrelated.divergence() + hp.kl_cap * len(requests)
         losses: list[float] = []
         sizes: list[float] = []
@@ -94,8 +89,8 @@ class Ultraedit(Editor):
             if reached or len(sizes) == hp.steps:
                 break
             if not keys:
-                self._take_in(found.rows)
-                keys = {path: rows.inputs.double() for path, rows in found.rows.items()}
+                self._take_in(found.rows, new)
+                keys = _first_keys(found.rows, new)
             changes = self._changes(found.rows)
             size = self._descend(turn, changes, found.loss, cap, sizes)
             if not size:
@@ -106,12 +101,35 @@ class Ultraedit(Editor):
                 self._kept[path].remember(rows)
         return {"losses": losses, "step_sizes": sizes, "reached": reached}
 
-    def _take_in(self, rows: Mapping[str, AnswerRows]) -> None:
-        """Let the normaliser see the rows of a turn before they are normalised."""
+    def _drawn(self, source: Generator) -> list[Query]:
+        """Draw at most `replay` earlier edits."""
+        earlier = self.requests
+        order = torch.randperm(
+            len(earlier),
+            generator=source,
+        )
+        drawn = order[: self.hparams.replay]
+        return [earlier[i] for i in drawn.tolist()]
+
+    def _turn(self, requests: Sequence[Query]) -> Turn:
+        hp = self.hparams
+        return Turn(
+            self.backbone,
+            requests,
+            self._layer,
+            self._paths,
+            size=hp.batch_size,
+            teach_end=hp.teach_end,
+        )
+
+    def _take_in(self, rows: Mapping[str, AnswerRows], new: int) -> None:
+        """Let the normaliser see the first `new` rows of a turn before they are normalised."""
         for path, found in rows.items():
             moments = self._moments[path]
-            moments["inputs"].add(found.inputs)
-            moments["gradients"].add(found.gradients)
+            inputs = found.inputs[:new]
+            gradients = found.gradients[:new]
+            moments["inputs"].add(inputs)
+            moments["gradients"].add(gradients)
 
     def _changes(self, rows: Mapping[str, AnswerRows]) -> dict[str, Tensor]:
         """Return the change of each matrix for step size 1: (out, in), float32."""
@@ -229,15 +247,7 @@ class Ultraedit(Editor):
     def _survey(self, questions: Sequence[Query]) -> None:
         """Start the normaliser, and the second moments of what is to be kept, with the rows of these questions."""
         hp = self.hparams
-        turn = Turn(
-            self.backbone,
-            questions,
-            self._layer,
-            self._paths,
-            size=hp.batch_size,
-            teach_end=hp.teach_end,
-        )
-        found = turn.rows()
+        found = self._turn(questions).rows()
         for path, rows in found.rows.items():
             moments = self._empty(path)
             if hp.warm:
@@ -325,6 +335,15 @@ class Ultraedit(Editor):
                 self._moments[path][name] = RunningMoments.from_tensors(*parts)
             if hp.remember or hp.keep:
                 self._kept[path] = KeptKeys(tensors[_INVERSE + path].to(device).clone())
+
+
+def _first_keys(rows: Mapping[str, AnswerRows], count: int) -> dict[str, Tensor]:
+    """Return the first so many inputs of each matrix: (n, in), float64."""
+    keys = {}
+    for path, found in rows.items():
+        first = found.inputs[:count]
+        keys[path] = first.double()
+    return keys
 
 
 EDITOR = Ultraedit

@@ -37,6 +37,7 @@ class UltraeditHparams:
     ridge: float = 1.0
     remember: bool = False
     keep: float = 0.0
+    replay: int = 0
     unrelated: int = 64
     watched: int = 32
     teach_end: bool = True
@@ -46,7 +47,7 @@ class UltraeditHparams:
         for name in _ABOVE_ZERO:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("stop_loss", "keep"):
+        for name in ("stop_loss", "keep", "replay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0: {getattr(self, name)}")
         for name in ("layers", "roles"):

@@ -40,6 +40,7 @@ class Turn:
         self.backbone = backbone
         self.paths = paths
         self.parts: list[tuple[Prefix, Tensor, Tensor]] = []
+        counts: list[int] = []
         for part in chunks(requests, size):
             batch = backbone.batch(part)
             with torch.no_grad():
@@ -48,7 +49,13 @@ class Turn:
             if not teach_end:
                 at = batch.predicting
             self.parts.append((prefix, at, labels[at]))
-        self.tokens = sum(len(answers) for _, _, answers in self.parts)
+            counts += at.sum(1).tolist()
+        self._counts = counts
+        self.tokens = sum(counts)
+
+    def tokens_of(self, first: int) -> int:
+        """Return how many answer tokens the first so many requests have: their rows come first."""
+        return sum(self._counts[:first])
 
     @torch.no_grad()
     def loss(self) -> tuple[float, bool]:

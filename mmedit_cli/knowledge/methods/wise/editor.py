@@ -158,7 +158,7 @@ class Wise(Editor):
             prefix = self.backbone.prefix(batch, self._layer)
         delta = nn.Parameter(memory.delta.clone())
         outside = self._outside(requests, source)
-        optimizer = torch.optim.SGD([delta], lr=hp.learning_rate)
+        optimizer = self._optimizer(delta)
         losses: list[float] = []
         for _ in range(hp.steps):
             loss, inside = self._loss(prefix, delta, outside)
@@ -186,6 +186,12 @@ class Wise(Editor):
             count=count,
         )
         return losses
+
+    def _optimizer(self, delta: nn.Parameter) -> torch.optim.Optimizer:
+        hp = self.hparams
+        if hp.optimizer == "adam":
+            return torch.optim.Adam([delta], lr=hp.learning_rate)
+        return torch.optim.SGD([delta], lr=hp.learning_rate)
 
     def _keep_to(self, mask: Tensor, delta: nn.Parameter) -> None:
         """Leave gradients in the subspace of the memory alone."""

@@ -14,6 +14,7 @@ class WiseHparams:
 
     layer: Layer = 0.85
     steps: int = 70
+    optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 1.0
     norm_constraint: float | None = 1.0
     stop_loss: float | None = 1e-2
