@@ -52,6 +52,7 @@ for task in ("edits list", "edits undo", "edits redo", "edits export"):
     kept.command(task.split()[1], cls=by_kind(task))(function_of(task))
 kept.command("show")(edits.show)
 kept.command("diff")(edits.diff)
+kept.command("check")(edits.check)
 kept.command("verify")(edits.verify)
 kept.command("compact")(edits.compact)
 kept.command("repair")(edits.repair)
@@ -64,10 +65,11 @@ reports = typer.Typer(cls=report.ReportGroup, rich_markup_mode=None)
 reports.command("show")(report.show)
 reports.command("compare")(report.compare)
 reports.command("view")(report.view)
+reports.command("leaderboard")(report.leaderboard)
 app.add_typer(
     reports,
     name="report",
-    help="Show the report of a run, list the finished runs, compare some, or make a page of them.",
+    help="Show the report of a run, list the finished runs, compare or rank some, or make a page of them.",
 )
 conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)

@@ -40,6 +40,28 @@ def diff(
     edit_tables.compared(Output(as_json=as_json), editing.diff(first, second))
 
 
+def check(
+    folder: options.Ledger,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show active edits that contradict each other: one question about one picture, or in text, with two answers.
+
+    Exit 1 if there are any. No model is loaded.
+
+    Examples:
+
+      mmedit edits check my-edits
+    """
+    from mmedit_cli.knowledge.workflow import editing
+    from mmedit_cli.reports import edit_tables
+
+    found = editing.contradictions(folder)
+    edit_tables.contradicting(Output(as_json=as_json), found)
+    if found:
+        raise typer.Exit(1)
+
+
 def verify(
     folder: options.Ledger,
     model: options.Model = None,

@@ -14,6 +14,7 @@ from mmedit_cli.output import Output
 
 _SHOW = "show"
 Form = Literal["table", "markdown", "latex", "csv"]
+BoardForm = Literal["table", "markdown", "latex", "csv", "every-eval-ever"]
 
 
 class ReportGroup(TyperGroup):
@@ -200,3 +201,30 @@ def view(
     out.line(str(file))
     if open_it:
         typer.launch(file.resolve().as_uri())
+
+
+def leaderboard(
+    folder: Annotated[
+        Path, typer.Argument(help="A records folder.", show_default=False)
+    ],
+    by: Annotated[str, typer.Option(help="The score that ranks.")] = "scope",
+    form: Annotated[
+        BoardForm, typer.Option("--format", help="How it is written.")
+    ] = "table",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Rank the finished evaluations of a folder: a table for each model, data and protocol.
+
+    Examples:
+
+      mmedit report leaderboard records
+
+      mmedit report leaderboard records --by generality.image --format csv
+    """
+    from mmedit_cli.reports.leaderboard import leaderboards, print_leaderboards
+
+    if as_json and form != "table":
+        raise UserError(f"--json and --format {form}: give one of them")
+    boards = leaderboards(folder, by)
+    print_leaderboards(Output(as_json=as_json), boards, form)

@@ -235,6 +235,28 @@ def verified(out: Output, found: Sequence[Mapping[str, Any]]) -> None:
     out.result(list(found), show)
 
 
+def contradicting(out: Output, found: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Print groups of edits that contradict each other."""
+
+    def show() -> None:
+        if not found:
+            out.line("no active edits contradict each other")
+            return
+        rows = []
+        sections = []
+        for edits in found:
+            for edit in edits:
+                shown = [edit["prompt"], edit["picture"], edit["target"]]
+                rows.append([str(edit["id"]), *map(str, shown)])
+            sections.append(len(rows) - 1)
+        out.table(["edit", "question", "picture", "target"], rows, sections=sections)
+        out.line(
+            "the last of each group was made last; `mmedit edits undo` takes one back"
+        )
+
+    out.result(found, show)
+
+
 def compared(out: Output, difference: Mapping[str, Any]) -> None:
     """Print how two ledgers differ."""
 

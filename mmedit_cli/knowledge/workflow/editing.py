@@ -274,6 +274,33 @@ def diff(one: Path, two: Path) -> dict[str, Any]:
     }
 
 
+def contradictions(folder: Path) -> list[list[dict[str, Any]]]:
+    """Return the active edits that ask the same and want another answer, described, a list a question.
+
+    The same is: a picture of equal content on an equal background, and a question that differs in case, blanks and
+    signs alone; answers are compared likewise.
+    """
+    from mmedit_cli.knowledge.evaluation.metrics import normalize
+
+    by_question: dict[tuple[Any, ...], list[LedgerEdit]] = {}
+    for edit in Ledger.open(folder).active:
+        asked = edit.request
+        image = asked.image.name if asked.image else ""
+        background = asked.background if image else ""
+        words = " ".join(normalize(asked.prompt)) or asked.prompt
+        key = (image, background, words, asked.chat)
+        by_question.setdefault(key, []).append(edit)
+    found = []
+    for edits in by_question.values():
+        answers = {
+            " ".join(normalize(edit.request.target)) or edit.request.target
+            for edit in edits
+        }
+        if len(answers) > 1:
+            found.append([described(edit) for edit in edits])
+    return found
+
+
 _ByQuestion = dict[tuple[Any, ...], LedgerEdit]
 
 

@@ -357,6 +357,25 @@ def test_verify_says_which_do_not_hold(cli, tmp_path):
     ]
 
 
+def test_edits_that_contradict_each_other_are_found(cli, ledger, tmp_path):
+    code, text, _ = cli("edits", "check", ledger)
+    assert (code, "no active edits contradict" in text) == (0, True)
+    facts = tmp_path / "more.csv"
+    again = "noto/1fa95.png,what is this,a drum\nnoto/1f352.png,WHAT is this?,A lion.\n"
+    facts.write_text("image,prompt,target\n" + again)
+    (tmp_path / "noto").mkdir()
+    for code in ("1fa95", "1f352"):
+        shutil.copy(PICTURES / "noto" / f"{code}.png", tmp_path / "noto")
+    assert cli("edit", "liveedit", "--requests", facts, "--into", ledger)[0] in (0, 1)
+    code, text, _ = cli("edits", "check", ledger, "--json")
+    (group,) = json.loads(text)
+    assert code == 1
+    assert [edit["target"] for edit in group] == ["a red balloon", "a drum"]
+    assert "a drum" in cli("edits", "check", ledger)[1]
+    cli("edits", "undo", ledger, group[-1]["id"])
+    assert cli("edits", "check", ledger)[0] == 0
+
+
 def test_diff_and_compact(cli, ledger, facts, tmp_path):
     shutil.copy(APPLE, tmp_path / "noto")
     facts.write_text(

@@ -1,0 +1,272 @@
+"""Finished evaluations, ranked: a table for each model, data and protocol, in several forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmedit_cli.errors import UserError
+from mmedit_cli.output import Output
+from mmedit_cli.reading import read_yaml_object
+from mmedit_cli.records import Run
+from mmedit_cli.reports.comparison import FORMATS
+from mmedit_cli.reports.finding import finished_runs
+from mmedit_cli.reports.scores import column_name, half_interval
+
+Json = Mapping[str, Any]
+EVERY_EVAL_EVER = "every-eval-ever"
+_SCHEMA = "0.2.1"  # of every-eval-ever
+# of a protocol, what changes no score
+_SPEED_ONLY = ("batch_size", "shard")
+_SHOWN = (
+    "reliability",
+    "generality.text",
+    "generality.image",
+    "locality.text",
+    "locality.image",
+    "scope",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run with its scores after all edits, by column of the first protocol."""
+
+    folder: Path
+    report: Json
+    edits: int
+    scores: Json
+
+    def ends(self, column: str) -> tuple[float, float]:
+        """Return the ends of the interval of a score: both its mean, where there is none."""
+        score = self.scores[column]
+        if score["ci95"] is None:
+            return score["mean"], score["mean"]
+        low, high = score["ci95"]
+        return low, high
+
+
+@dataclass(frozen=True)
+class Board:
+    """Runs that may be ranked: of one model, one set of cases and one protocol.
+
+    ranked: (rank, run), the best first. A rank is 1 + how many runs have their whole interval above that of this one.
+    """
+
+    title: str
+    by: str
+    ranked: Sequence[tuple[int, Entry]]
+
+
+def leaderboards(records: Path, by: str) -> list[Board]:
+    """Return a board for each model, data and protocol of the finished evaluations of knowledge in a folder.
+
+    Raises UserError if there are none, or none with the column that ranks.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for folder in finished_runs(records):
+        report = Run.read_report(folder)
+        if "milestones" in report and not report["data"].get("order"):
+            entry = _entry(folder, report)
+            if by in entry.scores:
+                groups.setdefault(_key(entry), []).append(entry)
+    if not groups:
+        raise UserError(
+            f"{records}: no finished evaluation with a score {by}",
+            "--by takes a column such as scope, reliability or generality.text",
+        )
+    boards = []
+    for entries in groups.values():
+        title = _title(entries[0])
+        boards.append(Board(title, by, _ranked(entries, by)))
+    return sorted(boards, key=lambda board: board.title)
+
+
+def _entry(folder: Path, report: Json) -> Entry:
+    milestones = report["milestones"]
+    whole = [m for m in milestones if not m["short_group"]]
+    last = whole[-1] if whole else milestones[-1]
+    scores = next(iter(last["scores"].values()))
+    return Entry(folder, report, last["edits"], scores)
+
+
+def _key(entry: Entry) -> str:
+    """Return all that must be the same in runs that are ranked together."""
+    report = entry.report
+    protocol = dict(report["protocol"])
+    for name in _SPEED_ONLY:
+        protocol.pop(name, None)
+    data = {key: report["data"][key] for key in ("name", "cases", "fingerprint")}
+    run = read_yaml_object(entry.folder / "run.yaml").values
+    scoring = run["config"].get("scoring", 1)
+    key = [report["model"]["fingerprint"], data, protocol, scoring]
+    return json.dumps(key, sort_keys=True)
+
+
+def _title(entry: Entry) -> str:
+    report = entry.report
+    data = report["data"]
+    protocol = report["protocol"]["protocols"][0]
+    cases = f"{data['cases']:,} cases of {data['name']} ({data['fingerprint'][:6]})"
+    return (
+        f"{report['model']['name']}: {cases}, {entry.edits} edits in a row, {protocol}"
+    )
+
+
+def _ranked(entries: Sequence[Entry], by: str) -> list[tuple[int, Entry]]:
+    ranked = []
+    for entry in entries:
+        _, high = entry.ends(by)
+        above = 0
+        for other in entries:
+            low, _ = other.ends(by)
+            above += low > high
+        ranked.append((1 + above, entry))
+    ranked.sort(key=lambda pair: -pair[1].scores[by]["mean"])
+    ranked.sort(key=lambda pair: pair[0])
+    return ranked
+
+
+# -- showing --------------------------------------------------------------------------------------------------------
+
+
+def print_leaderboards(out: Output, boards: Sequence[Board], form: str) -> None:
+    """Print boards: a table each, one table of all in one of FORMATS, or records of every-eval-ever."""
+    if form == EVERY_EVAL_EVER:
+        found = [
+            _record(entry, rank) for board in boards for rank, entry in board.ranked
+        ]
+        Output(as_json=True).result(found, lambda: None)
+        return
+    if form in FORMATS:
+        header, rows = _one_table(boards)
+        for line in FORMATS[form](header, rows).splitlines():
+            out.line(line)
+        return
+    out.result([_values(board) for board in boards], lambda: _show(out, boards))
+
+
+def _show(out: Output, boards: Sequence[Board]) -> None:
+    for board in boards:
+        out.line(f"{board.title}; in %, ranked by {column_name(board.by)}")
+        out.table(*_table(board))
+    out.line("  rank: 1 + the runs whose whole 95 % interval lies above that of a run")
+
+
+def _table(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of a board."""
+    columns = [
+        column
+        for column in dict.fromkeys((board.by, *_SHOWN))
+        if any(column in entry.scores for _, entry in board.ranked)
+    ]
+    header = ["rank", "editor", *map(column_name, columns), "s an edit", "run"]
+    rows = []
+    for rank, entry in board.ranked:
+        cells = [_cell(entry.scores.get(column)) for column in columns]
+        seconds = entry.report["cost"]["seconds_per_edit"]["mean"]
+        editor = entry.report["editor"]
+        run = entry.folder.name
+        rows.append([str(rank), editor, *cells, f"{seconds:.3g}", run])
+    return header, rows
+
+
+def _one_table(boards: Sequence[Board]) -> tuple[list[str], list[list[str]]]:
+    """Return (header, rows) of all boards together: a row a run, a column a score of any board."""
+    header: dict[str, None] = {"board": None}
+    records = []
+    for board in boards:
+        names, rows = _table(board)
+        header |= dict.fromkeys(names)
+        for row in rows:
+            named = dict(zip(names, row, strict=True))
+            records.append({"board": board.title, **named})
+    table = [[record.get(name, "-") for name in header] for record in records]
+    return list(header), table
+
+
+def _cell(score: Json | None) -> str:
+    if score is None or score["mean"] is None:
+        return "-"
+    mean = 100 * score["mean"]
+    return f"{mean:.1f}{half_interval(score, 1, scale=100)}"
+
+
+def _values(board: Board) -> dict[str, Any]:
+    """Return a board as plain values."""
+    runs = []
+    for rank, entry in board.ranked:
+        run: dict[str, Any] = {"rank": rank}
+        run["editor"] = entry.report["editor"]
+        run["run"] = str(entry.folder)
+        run["scores"] = entry.scores
+        runs.append(run)
+    return {"board": board.title, "by": board.by, "runs": runs}
+
+
+# -- every-eval-ever ------------------------------------------------------------------------------------------------
+
+
+def _record(entry: Entry, rank: int) -> dict[str, Any]:
+    """Return a run in the schema of every-eval-ever (evaleval/every_eval_ever, `eval.schema.json`)."""
+    report = entry.report
+    model = report["model"]["name"]
+    made = str(int((entry.folder / "report.json").stat().st_mtime))
+    editor = report["editor"]
+    details = {"editor": editor, "edits": str(entry.edits), "rank": str(rank)}
+    details["hparams"] = json.dumps(report["hparams"], sort_keys=True)
+    return {
+        "schema_version": _SCHEMA,
+        "evaluation_id": f"{report['data']['name']}/{editor}+{model}/{made}",
+        "retrieved_timestamp": made,
+        "source_metadata": {
+            "source_type": "evaluation_run",
+            "source_organization_name": "unknown",
+            "evaluator_relationship": "other",
+        },
+        "eval_library": {"name": "mmedit", "version": report["versions"]["mmedit"]},
+        "model_info": {
+            "name": f"{model} edited by {editor}",
+            "id": f"{model}+{editor}",
+            "additional_details": details,
+        },
+        "evaluation_results": _results(entry),
+    }
+
+
+def _results(entry: Entry) -> list[dict[str, Any]]:
+    """Return all scores of a run after all edits."""
+    data = entry.report["data"]
+    source = {"dataset_name": data["name"], "source_type": "other"}
+    protocol = entry.report["protocol"]["protocols"][0]
+    results = []
+    for column, score in entry.scores.items():
+        if score["mean"] is None:
+            continue
+        details: dict[str, Any] = {"score": score["mean"]}
+        details["uncertainty"] = _uncertainty(score)
+        result = {
+            "evaluation_name": f"{protocol} {column}",
+            "source_data": source,
+            "metric_config": {
+                "lower_is_better": False,
+                "score_type": "continuous",
+                "min_score": 0,
+                "max_score": 1,
+            },
+            "score_details": details,
+        }
+        results.append(result)
+    return results
+
+
+def _uncertainty(score: Json) -> dict[str, Any]:
+    known: dict[str, Any] = {"num_samples": score["n"]}
+    if score["ci95"] is not None:
+        low, high = score["ci95"]
+        ends = {"lower": low, "upper": high, "confidence_level": 0.95}
+        known["confidence_interval"] = ends
+    return known
