@@ -17,6 +17,7 @@ from mmedit_cli.commands import (
     doctor,
     download,
     edits,
+    env,
     generate,
     image_edit,
     report,
@@ -47,6 +48,7 @@ app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list_command.list_all)
 app.command("doctor")(doctor.doctor)
 app.command("download")(download.download)
+app.command("env")(env.env)
 kept = _group()
 for task in ("edits list", "edits undo", "edits redo", "edits export"):
     kept.command(task.split()[1], cls=by_kind(task))(function_of(task))

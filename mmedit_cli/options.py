@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
+from mmedit_cli.commands import completion
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 Editor = Annotated[
-    str, typer.Argument(metavar="EDITOR", help="A method of `mmedit list`.")
+    str,
+    typer.Argument(
+        metavar="EDITOR",
+        help="A method of `mmedit list`.",
+        autocompletion=completion.editors,
+    ),
 ]
 Ledger = Annotated[
     Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")
@@ -40,6 +46,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
+        autocompletion=completion.models,
         help="A name of `mmedit list`, a folder, or a hub id such as owner/name. [default: one that comes along]",
         show_default=False,
     ),
@@ -49,6 +56,7 @@ DrawingModel = Annotated[
     typer.Option(
         "--model",
         "-m",
+        autocompletion=completion.models,
         help="A text-to-image model of `mmedit list`, a folder of diffusers, or a hub id. [default: one that comes "
         "along]",
         show_default=False,
@@ -59,6 +67,7 @@ OwnModel = Annotated[
     typer.Option(
         "--model",
         "-m",
+        autocompletion=completion.models,
         help="A name, a folder or a hub id. [default: the editor's own]",
         show_default=False,
     ),
@@ -67,6 +76,7 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
+        autocompletion=completion.data,
         help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json or "
         ".csv file; several, joined by +, take turns.",
     ),

@@ -241,6 +241,30 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """Return what a report of a bug needs: versions, platform, threads, devices, and which variables are set."""
+    import torch
+
+    devices = [f"cpu: {platform.processor() or platform.machine()}"]
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        size = torch.cuda.get_device_properties(index).total_memory >> 30
+        devices.append(f"cuda:{index}: {name}, {size} GiB")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    ours = ("MMEDIT_", "HF_", "CUDA_", "OMP_", "TRANSFORMERS_")
+    variables = sorted(name for name in os.environ if name.startswith(ours))
+    return {
+        "versions": versions(),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "variables that are set": variables,
+    }
+
+
 def _commit() -> str | None:
     """Return the commit of the checkout the package runs from, with `+` when it has changes; None outside one."""
     root = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmedit_cli import options
+from mmedit_cli.commands import completion
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
@@ -33,6 +34,7 @@ def show(
     run: Annotated[
         str | None,
         typer.Argument(
+            autocompletion=completion.runs,
             help="A run: its folder, the beginning of its id, or `latest`; without it, all finished runs.",
             show_default=False,
         ),
@@ -83,6 +85,7 @@ def compare(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
+            autocompletion=completion.runs,
             help="Two or more runs: folders, patterns in quotes, beginnings of ids, or `latest`.",
             show_default=False,
         ),
@@ -159,6 +162,7 @@ def view(
     runs: Annotated[
         list[str],
         typer.Argument(
+            autocompletion=completion.runs,
             help="Runs: folders, patterns in quotes, beginnings of ids, or `latest`.",
             show_default=False,
         ),

@@ -32,6 +32,8 @@ class KindCommand(TyperCommand):
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         """Parse the arguments as the command of the kind that they name."""
+        if extra.get("resilient_parsing"):  # a shell completes what is half written
+            return super().make_context(info_name, args, parent, **extra)
         args = self._with_file(args)
         scan = self._scan(args)
         kind, named = self._named_kind(scan.params)

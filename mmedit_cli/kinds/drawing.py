@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     editor: options.Editor,
+    config: options.RunFile = None,
     model: options.DrawingModel = None,
     data: options.Subjects = "emojikb-concepts",
     root: options.Root = None,

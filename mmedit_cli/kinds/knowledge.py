@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmedit_cli import options, registry
+from mmedit_cli.commands import completion
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.kinds.base import Kind, Noun
 from mmedit_cli.output import Output
@@ -24,6 +25,7 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="[EDITOR]",
+            autocompletion=completion.editors,
             help="A method of `mmedit list`; without one, the editor that comes trained.",
         ),
     ] = None,
@@ -113,7 +115,6 @@ def evaluate(
 
       mmedit eval --config records/eval/ft/mini-blip2/emojikb/0123456789ab/run.yaml --records again
     """
-    assert config is None, "read before the command is chosen (kinds/command.py)"
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.evaluation.protocol import Protocol, milestones

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     editor: options.Editor,
+    config: options.RunFile = None,
     model: options.OwnModel = None,
     data: options.Pairs = "emojikb-edits",
     limit: options.Limit = None,

@@ -42,7 +42,8 @@ def read_options(file: Path) -> dict[str, Any]:
         return {str(key): value for key, value in content.items()}
     options = content.get("options")
     if not isinstance(options, Mapping):
-        raise UserError(f"{file}: this run says no options", "it was made before 0.2.0")
+        hint = "evaluations of knowledge from 0.2.0 on say theirs; write them by hand"
+        raise UserError(f"{file}: this run says no options", hint)
     _say_versions(file, content["config"])
     return dict(options)
 

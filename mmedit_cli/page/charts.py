@@ -164,8 +164,10 @@ def _said(name: str, score: Score) -> str:
 
 def _group(number: int, parts: Sequence[str]) -> str:
     colour = number % _COLOURS
+    start = f'<g class="s{colour}">'
     inner = "".join(parts)
-    return f'<g class="s{colour}">{inner}</g>'
+    end = "</g>"
+    return start + inner + end
 
 
 def _line(look: str, start: Point, end: Point, dash: str = "") -> str:

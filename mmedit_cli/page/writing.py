@@ -124,9 +124,9 @@ def _data(page: Page) -> str:
 
 def section(heading: str, parts: Sequence[str]) -> str:
     """Return HTML parts under a heading that opens and closes."""
-    inner = "\n".join(parts)
     name = escape(heading)
-    return f"<details open><summary><h2>{name}</h2></summary>\n{inner}</details>"
+    start = f"<details open><summary><h2>{name}</h2></summary>"
+    return "\n".join([start, *parts, "</details>"])
 
 
 def paragraph(text: str) -> str:

@@ -139,11 +139,14 @@ def _is_right(column: str, said: Json) -> bool | None:
     """Whether an answer is as it should be: as wanted or, of a locality probe, as before; None without an answer."""
     from mmedit_cli.knowledge.evaluation.metrics import answer_match, same_answer
 
-    if said["after"] is None:
+    after = said["after"]
+    if after is None:
         return None
     if column.startswith("locality."):
-        return same_answer(said["before"], said["after"]) == 1
-    return answer_match(said["after"], said["target"]) == 1
+        before = said["before"]
+        return same_answer(before, after) == 1
+    target = said["target"]
+    return answer_match(after, target) == 1
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------

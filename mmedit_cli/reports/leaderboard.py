@@ -43,9 +43,11 @@ class Entry:
     def ends(self, column: str) -> tuple[float, float]:
         """Return the ends of the interval of a score: both its mean, where there is none."""
         score = self.scores[column]
-        if score["ci95"] is None:
-            return score["mean"], score["mean"]
-        low, high = score["ci95"]
+        ends = score["ci95"]
+        if ends is None:
+            mean = score["mean"]
+            return mean, mean
+        low, high = ends
         return low, high
 
 

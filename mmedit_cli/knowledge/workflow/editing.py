@@ -280,25 +280,32 @@ def contradictions(folder: Path) -> list[list[dict[str, Any]]]:
     The same is: a picture of equal content on an equal background, and a question that differs in case, blanks and
     signs alone; answers are compared likewise.
     """
-    from mmedit_cli.knowledge.evaluation.metrics import normalize
-
     by_question: dict[tuple[Any, ...], list[LedgerEdit]] = {}
-    for edit in Ledger.open(folder).active:
+    ledger = Ledger.open(folder)
+    for edit in ledger.active:
         asked = edit.request
-        image = asked.image.name if asked.image else ""
-        background = asked.background if image else ""
-        words = " ".join(normalize(asked.prompt)) or asked.prompt
-        key = (image, background, words, asked.chat)
-        by_question.setdefault(key, []).append(edit)
+        key = [_words(asked.prompt), asked.chat]
+        if asked.image is not None:
+            key += [asked.image.name, asked.background]
+        same = by_question.setdefault(tuple(key), [])
+        same.append(edit)
     found = []
     for edits in by_question.values():
-        answers = {
-            " ".join(normalize(edit.request.target)) or edit.request.target
-            for edit in edits
-        }
+        answers = {_words(edit.request.target) for edit in edits}
         if len(answers) > 1:
-            found.append([described(edit) for edit in edits])
+            group = [described(edit) for edit in edits]
+            found.append(group)
     return found
+
+
+def _words(text: str) -> str:
+    """Return a text without case, articles and signs, or as it is, where nothing else is left."""
+    from mmedit_cli.knowledge.evaluation.metrics import normalize
+
+    words = normalize(text)
+    if not words:
+        return text
+    return " ".join(words)
 
 
 _ByQuestion = dict[tuple[Any, ...], LedgerEdit]
