@@ -37,6 +37,7 @@ from mmedit_cli.storage import (
 _LARGEST_LINES = 1 << 30  # bytes of all records of a run together
 # the file that tells a folder of concepts from one of a run or of a ledger
 CONCEPT_INDEX = "index.json"
+CONCEPT_EDITS = "concept-edits.json"
 _START_ANEW = "start it anew with --force"
 _RECORDS = (
     "ability",

@@ -162,6 +162,9 @@ editors: Registry[Any] = Registry(
 personalizers: Registry[Any] = Registry(
     "mmedit_cli.drawing.methods", "PERSONALIZER", "mmedit.personalizers"
 )
+concept_editors: Registry[Any] = Registry(
+    "mmedit_cli.drawing.methods", "CONCEPT_EDITOR", "mmedit.concept_editors"
+)
 image_editors: Registry[Any] = Registry(
     "mmedit_cli.picture_editing.methods", "IMAGE_EDITOR", "mmedit.image_editors"
 )
@@ -172,7 +175,7 @@ drawing_models: Registry[Any] = Registry("mmedit_cli.drawing.models", "BACKBONE"
 datasets: Registry[Any] = Registry(
     "mmedit_cli.knowledge.data", "DATASET", "mmedit.datasets"
 )
-METHODS = (editors, personalizers, image_editors)
+METHODS = (editors, personalizers, concept_editors, image_editors)
 EXTENSIBLE = (*METHODS, backbones, datasets)
 
 

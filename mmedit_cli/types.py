@@ -77,3 +77,15 @@ class Concept:
     token: str
     superclass: str
     images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class ConceptChange:
+    """What a text is to be drawn as: like one other text, or like the mean of several; without any it is erased.
+
+    `keep` are texts that are to be drawn as before.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    keep: tuple[str, ...] = ()

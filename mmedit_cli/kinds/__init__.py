@@ -6,11 +6,12 @@ from pathlib import Path
 
 from mmedit_cli import registry
 from mmedit_cli.kinds.base import Kind
+from mmedit_cli.kinds.concept_editing import CONCEPT_EDITING
 from mmedit_cli.kinds.drawing import DRAWING
 from mmedit_cli.kinds.knowledge import KNOWLEDGE
 from mmedit_cli.kinds.picture_editing import PICTURE_EDITING
 
-KINDS = (KNOWLEDGE, DRAWING, PICTURE_EDITING)
+KINDS = (KNOWLEDGE, DRAWING, CONCEPT_EDITING, PICTURE_EDITING)
 
 
 def kinds_with(command: str) -> list[Kind]:

@@ -66,6 +66,43 @@ def concepts(
     out.result({**head, "concepts": entries}, show)
 
 
+def concept_edits(
+    out: Output, folder: Path, report: Mapping[str, Any], *, made: bool = False
+) -> None:
+    """Print edits of what is drawn: those that were made now, or those of a folder."""
+
+    def show() -> None:
+        edits = report["edits"]
+        rows = []
+        for edit in edits[:_MOST]:
+            drawn_as = " | ".join(map(repr, edit["targets"])) or "(erased)"
+            state = "" if edit["active"] else "undone"
+            kept = f"{len(edit['keep']):,}"
+            rows.append([str(edit["id"]), repr(edit["source"]), drawn_as, kept, state])
+        out.line(f"{report['editor']} on {report['model']}: {len(edits):,} edits")
+        out.table(["edit", "text", "drawn as", "texts kept", ""], rows)
+        if made:
+            out.line(f"{report['seconds']:.2f} s; {report['active']:,} active")
+            out.line(f'mmedit generate --edits {folder} "..." --compare')
+
+    out.result(report, show)
+
+
+def exported_drawing_model(out: Output, report: Mapping[str, Any]) -> None:
+    """Print where an edited text-to-image model was written, and its changed weights."""
+
+    def show() -> None:
+        out.line(
+            f"{report['folder']}: a folder of diffusers, {report['edits']:,} edits"
+        )
+        for file in report["files"]:
+            out.line(f"{file}: the {report['changed']} changed weights alone")
+        if "url" in report:
+            out.line(report["url"])
+
+    out.result(report, show)
+
+
 def exported_concepts(out: Output, done: Mapping[str, Any]) -> None:
     """Print the LoRA files that were written, and how each subject is called with them."""
 

@@ -17,6 +17,7 @@ def test_each_editor_has_its_file():
     names = (
         *registry.editors.names(),
         *registry.personalizers.names(),
+        *registry.concept_editors.names(),
         *(name for name in images.names() if images.get(name).trains),
     )
     assert {registry.hparams_file(name) for name in names} == set(FILES)
@@ -45,7 +46,7 @@ def test_the_file_names_every_value_and_says_where_it_comes_from(path):
 
 
 def hparams_of(name):
-    known = (registry.editors, registry.personalizers, registry.image_editors)
+    known = registry.METHODS
     return (
         next(r for r in known if name.replace("_", "-") in r.names()).get(name).Hparams
     )

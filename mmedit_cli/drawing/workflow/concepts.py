@@ -277,6 +277,12 @@ class ConceptFolder:
             self._finish()
         return tokens
 
+    def plain(self, prompt: str) -> str:
+        """Return a prompt with the plain word for each concept, as the base model is given it."""
+        for entry in self.entries:
+            prompt = prompt.replace(entry["token"], entry["superclass"])
+        return prompt
+
     def load(
         self,
         model: StableDiffusion,
@@ -512,7 +518,7 @@ def learn_into(
     return folder.put(
         personalizer,
         concept,
-        _absolute(model),
+        found_anywhere(model),
         info,
     )
 
@@ -589,7 +595,7 @@ def training_dtype(device: str, dtype: str) -> str:
     return dtype if dtype != "auto" or on_cpu else "bfloat16"
 
 
-def _absolute(model: str) -> str:
+def found_anywhere(model: str) -> str:
     """Return a name by which the model is found from any working directory."""
     from mmedit_cli.catalog import MODELS, bundled
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli.catalog import loading
+from mmedit_cli.drawing.workflow.concept_edits import ConceptEdits
 from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
+from mmedit_cli.records import CONCEPT_EDITS
 from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import write_atomic
 
@@ -36,6 +38,7 @@ GAP = 8  # pixels between things
 LINE = 16  # height of a line of text in pixels
 INK = "#202020"
 GREY = "#707070"
+Edits = ConceptFolder | ConceptEdits
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
                 f"{option}: there are no concepts to use", "give them with --edits DIR"
             )
     check_output(options)
-    folder = None if options.edits is None else ConceptFolder.existing(options.edits)
+    folder = None if options.edits is None else edits_in(options.edits)
     check_tokens(options.prompts, folder)
     name = options.model
     if not name:
@@ -116,7 +119,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         "steps": sampling.steps,
         "guidance": model.guidance_scale(sampling),
         "edits": None if folder is None else str(options.edits),
-        "concepts": [] if folder is None else folder.tokens,
+        "concepts": [] if folder is None else list(folder.tokens),
     }
     files = write(rows, options.output, facts)
     return {
@@ -126,6 +129,13 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         "seeds": list(options.seeds),
         "files": [str(path) for path in files],
     }
+
+
+def edits_in(folder: Path) -> Edits:
+    """Return the concepts or the concept edits of a folder; raise StateError if there are none."""
+    if (folder / CONCEPT_EDITS).exists():
+        return ConceptEdits.existing(folder)
+    return ConceptFolder.existing(folder)
 
 
 def is_sheet(output: Path) -> bool:
@@ -161,7 +171,7 @@ def check_output(options: DrawOptions) -> None:
         raise UserError(f"{above}: {what}", "name another place with -o")
 
 
-def check_tokens(prompts: Sequence[str], folder: ConceptFolder | None) -> None:
+def check_tokens(prompts: Sequence[str], folder: Edits | None) -> None:
     """Raise DataError for every token in angle brackets that no concept of the folder has."""
     known = [] if folder is None else folder.tokens
     problems = []
@@ -179,7 +189,7 @@ def check_tokens(prompts: Sequence[str], folder: ConceptFolder | None) -> None:
 
 def _draw_all(
     model: StableDiffusion,
-    folder: ConceptFolder | None,
+    folder: Edits | None,
     options: DrawOptions,
     sampling: Sampling,
     tick: Any,
@@ -213,13 +223,11 @@ def _draw_all(
     return rows
 
 
-def _plain(prompt: str, folder: ConceptFolder | None) -> str:
+def _plain(prompt: str, folder: Edits | None) -> str:
     """Return a prompt with the plain word for each concept."""
     if folder is None:
         return prompt
-    for entry in folder.entries:
-        prompt = prompt.replace(entry["token"], entry["superclass"])
-    return prompt
+    return folder.plain(prompt)
 
 
 def write(
