@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmedit_cli.drawing.methods.shared.closed_form import Rows
+from mmedit_cli.drawing.methods.shared.closed_form import Rows, changed
 from mmedit_cli.drawing.methods.shared.concept_editor import (
     ConceptEditor,
     ConceptHparams,
@@ -62,10 +62,21 @@ class Speed(ConceptEditor):
         solved = {}
         for path, weight in weights.items():
             base = weight.double()
-            refined = self._refined(base, retained.double(), moment, gain)
+            refined = self._refined(
+                base,
+                retained.double(),
+                moment,
+                gain,
+            )
             free = null_space(refined, hp.threshold)
-            change = constrained_change(moment, gain, free, exact, hp.lam)
-            solved[path] = base + base @ change
+            change = constrained_change(
+                moment,
+                gain,
+                free,
+                exact,
+                hp.lam,
+            )
+            solved[path] = changed(base, change)
         return solved
 
     def _refined(
@@ -73,10 +84,11 @@ class Speed(ConceptEditor):
     ) -> Tensor:
         """Return what is kept by weights (O, D): the rows of (m, D) that an edit would move most, and noisy copies."""
         hp = self.hparams
-        identity = torch.eye(len(moment), dtype=torch.float64)
-        plain = weight @ gain @ torch.linalg.inv(identity + moment)
         if not hp.copies:
             return retained
+        identity = torch.eye(len(moment), dtype=torch.float64)
+        inverse = torch.linalg.inv(identity + moment)
+        plain = weight @ gain @ inverse
         if hp.influential:
             retained = most_moved(retained, plain)
         _, _, directions = torch.linalg.svd(weight, full_matrices=False)
@@ -88,8 +100,10 @@ class Speed(ConceptEditor):
             generator=source,
             dtype=torch.float64,
         )
-        noisy = (retained + noise @ least.T @ least).flatten(0, 1)
-        return torch.cat([retained, most_moved(noisy, plain)])
+        moved = retained + noise @ least.T @ least
+        noisy = moved.flatten(0, 1)
+        copies = most_moved(noisy, plain)
+        return torch.cat([retained, copies])
 
 
 def most_moved(rows: Tensor, change: Tensor) -> Tensor:
@@ -102,9 +116,11 @@ def most_moved(rows: Tensor, change: Tensor) -> Tensor:
 
 def null_space(rows: Tensor, threshold: float) -> Tensor:
     """Return the projector (D, D) on what rows (m, D) have little of: eigenvalues of their mean square below this."""
-    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    moment = rows.T @ rows / len(rows)
+    values, vectors = torch.linalg.eigh(moment)
     free = vectors[:, values < threshold]
-    return free @ free.T
+    projector: Tensor = free @ free.T
+    return projector
 
 
 def constrained_change(
@@ -116,24 +132,34 @@ def constrained_change(
     rows `exact` (k, D) stay (eq. 13 of the paper). Where rows of `exact` lie outside of the null space already, the
     pseudo-inverse asks nothing of them; the published code inverts what is singular there.
     """
-    identity = torch.eye(len(moment), dtype=torch.float64)
-    inner = torch.linalg.inv(moment @ free + lam * identity)
+    width = len(moment)
+    identity = torch.eye(width, dtype=torch.float64)
+    system = moment @ free + lam * identity
+    inner = torch.linalg.inv(system)
     spread = inner @ exact.T
-    system = exact @ free @ spread
-    whole = float((exact @ spread).norm())
-    solved = torch.linalg.pinv(system, atol=1e-10 * whole)
-    bound = identity - spread @ solved @ exact @ free
-    return gain @ free @ bound @ inner
+    whole = exact @ spread
+    inside = exact @ free
+    inverse = torch.linalg.pinv(
+        inside @ spread,
+        atol=1e-10 * float(whole.norm()),
+    )
+    bound = identity - spread @ inverse @ inside
+    change: Tensor = gain @ free @ bound @ inner
+    return change
 
 
 def centres(rows: Tensor, count: int) -> Tensor:
     """Return k-means centres (count, D) of rows (m, D); they begin at rows far from each other, not by chance."""
     found = rows[:1]
-    while len(found) < min(count, len(rows)):
-        farthest = torch.cdist(rows, found).amin(1).argmax()
-        found = torch.cat([found, rows[farthest][None]])
+    count = min(count, len(rows))
+    while len(found) < count:
+        distances = torch.cdist(rows, found)
+        farthest = distances.amin(1).argmax()
+        chosen = rows[farthest]
+        found = torch.cat([found, chosen[None]])
     for _ in range(_TURNS):
-        nearest = torch.cdist(rows, found).argmin(1)
+        distances = torch.cdist(rows, found)
+        nearest = distances.argmin(1)
         moved = found.clone()
         for i in range(len(found)):
             members = rows[nearest == i]

@@ -252,7 +252,7 @@ class ConceptEditor(AbstractContextManager["ConceptEditor"], ABC):
 
     def _kept(self, present: Sequence[ConceptEdit]) -> Tensor:
         """Return the encodings (m, D) of what stays, each text once, without texts that an edit is about."""
-        of_text = {}
+        of_text: dict[str, Tensor] = {}
         for edit in present:
             of_text.update(edit.kept)
         free = []
