@@ -127,7 +127,9 @@ def list_edits(
     from mmedit_cli.reports import edit_tables
 
     found = ConceptEdits.existing(folder)
-    edits = found.entries if everything else found.active
+    edits = found.active
+    if everything:
+        edits = found.entries
     report = {**found.head, "edits": edits}
     edit_tables.concept_edits(Output(as_json=as_json), folder, report)
 
@@ -162,9 +164,10 @@ def _mark(do: str, folder: Path, which: str, as_json: bool) -> None:
 
     out = Output(as_json=as_json)
     found = ConceptEdits.existing(folder)
-    ids = found.mark(which, active=do == "redo")
+    redone = do == "redo"
+    ids = found.mark(which, active=redone)
     active = len(found.active)
-    word = {"undo": "undone", "redo": "redone"}[do]
+    word = "redone" if redone else "undone"
     named = ", ".join(map(str, ids))
     out.result(
         {do: ids, "active": active},

@@ -29,7 +29,8 @@ class ReceHparams(ConceptHparams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds < 0 or self.adversary < 0:
+        lowest = min(self.rounds, self.adversary)
+        if lowest < 0:
             raise ValueError("rounds and adversary must not be below 0")
 
 

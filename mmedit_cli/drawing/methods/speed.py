@@ -34,8 +34,10 @@ class SpeedHparams(ConceptHparams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold <= 0 or self.copies < 0:
-            raise ValueError("threshold must be above 0, copies not below it")
+        if self.threshold <= 0:
+            raise ValueError("threshold must be above 0")
+        if self.copies < 0:
+            raise ValueError("copies must not be below 0")
 
 
 class Speed(ConceptEditor):

@@ -189,8 +189,10 @@ class ConceptEdits:
                     "e.g. 3, or 3-7, or 1,4, or last, or all",
                 )
             else:
-                last = int(bounds[2] or bounds[1])
-                found += [i for i in there if int(bounds[1]) <= i <= last]
+                first = int(bounds[1])
+                last = int(bounds[2] or first)
+                named = range(first, last + 1)
+                found += [i for i in there if i in named]
         if not found:
             state = "active" if active else "undone"
             raise UserError(
@@ -393,5 +395,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return hyper-parameters as JSON has them."""
     plain = {}
     for key, value in values.items():
-        plain[key] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = list(value)
+        plain[key] = value
     return plain

@@ -29,14 +29,17 @@ class Rows:
         """Return the sum of c c', (D, D) in float64."""
         inputs = self.inputs.double()
         product: Tensor = inputs.T @ inputs
-        return self.scale * product
+        weighted = self.scale * product
+        return weighted
 
     def gain(self) -> Tensor:
         """Return the sum of (g - c) c', (D, D) in float64."""
         inputs = self.inputs.double()
-        difference = self.goals.double() - inputs
+        goals = self.goals.double()
+        difference = goals - inputs
         product: Tensor = difference.T @ inputs
-        return self.scale * product
+        weighted = self.scale * product
+        return weighted
 
 
 def kept(encodings: Tensor, scale: float = 1.0) -> Rows:

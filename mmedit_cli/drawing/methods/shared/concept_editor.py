@@ -56,7 +56,8 @@ class ConceptHparams:
             raise ValueError("edit_scale must be above 0, and keep_scale not below it")
         if not self.roles:
             raise ValueError("roles must name k, or v, or both")
-        if not self.templates or any("{}" not in text for text in self.templates):
+        without = [text for text in self.templates if "{}" not in text]
+        if without or not self.templates:
             raise ValueError("templates must have {} where the text stands")
 
 
@@ -191,9 +192,11 @@ class ConceptEditor(AbstractContextManager["ConceptEditor"], ABC):
 
     def _encode(self, text: str) -> tuple[Spelled, Tensor]:
         """Do `_spell_and_encode`, once for each text."""
-        if text not in self._encoded:
-            self._encoded[text] = self._spell_and_encode(text)
-        return self._encoded[text]
+        known = self._encoded.get(text)
+        if known is None:
+            known = self._spell_and_encode(text)
+            self._encoded[text] = known
+        return known
 
     @torch.no_grad()
     def _spell_and_encode(self, text: str) -> tuple[Spelled, Tensor]:
