@@ -19,14 +19,16 @@ from mmedit_cli.kinds import (
     kind_of_method,
     kinds_with,
 )
+from mmedit_cli.kinds.concept_editing import CONCEPT_EDITING
 from mmedit_cli.kinds.drawing import DRAWING
 from mmedit_cli.kinds.knowledge import KNOWLEDGE
 from mmedit_cli.kinds.picture_editing import PICTURE_EDITING
-from mmedit_cli.records import CONCEPT_INDEX
+from mmedit_cli.records import CONCEPT_EDITS, CONCEPT_INDEX
 
 NAMED = {  # a method of each kind
     "an editor": "ft",
     "a personalizer": "perfusion",
+    "a concept editor": "uce",
     "an image editor": "instruct-pix2pix",
 }
 METHOD_TASKS = ("eval", "edit", "train-editor")
@@ -98,7 +100,11 @@ def test_an_option_of_another_kind_is_refused(
     if task in FOLDER_TASKS:
         named = tmp_path / "kept"
         named.mkdir()
-        (named / (CONCEPT_INDEX if kind is DRAWING else "run.yaml")).write_text("{}")
+        index = {
+            DRAWING.method.one: CONCEPT_INDEX,
+            CONCEPT_EDITING.method.one: CONCEPT_EDITS,
+        }
+        (named / index.get(kind.method.one, "run.yaml")).write_text("{}")
     given = (option,) if is_flag else (option, "1")
     code, text, errors = cli(*task.split(), named, *given)
     noun = kind.folder if task in FOLDER_TASKS else kind.method
@@ -148,9 +154,10 @@ def test_help_of_a_kind_loads_no_torch():
 
 def test_a_method_has_the_kind_whose_registry_names_it():
     for kind in KINDS:
+        task = "eval" if "eval" in kind.commands else "edit"
         for name in kind.registry.names():
-            assert kind_of_method(name, "eval") is kind
-            assert kind_of_method(name.replace("-", "_"), "eval") is kind
+            assert kind_of_method(name, task) is kind
+            assert kind_of_method(name.replace("-", "_"), task) is kind
     with pytest.raises(UnknownName, match="unknown editor 'mgie'"):
         kind_of_method("mgie", "edit")
 
@@ -160,6 +167,9 @@ def test_a_folder_has_the_kind_of_its_edits(tmp_path):
     (tmp_path / CONCEPT_INDEX).touch()
     assert kind_of_folder(tmp_path, "edits undo") is DRAWING
     assert kind_of_folder(tmp_path, "edits redo") is KNOWLEDGE
+    (tmp_path / CONCEPT_INDEX).unlink()
+    (tmp_path / CONCEPT_EDITS).touch()
+    assert kind_of_folder(tmp_path, "edits redo") is CONCEPT_EDITING
 
 
 def test_data_have_a_kind(tmp_path):
