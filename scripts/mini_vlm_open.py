@@ -46,6 +46,11 @@ GAIN, SATURATION = (0.2, 0.07), (0.6, 0.2)
 NAMED, WHITE = 0.5, 0.14
 DARK = 90.0  # of a background, in 0..255: black lines would not be seen on it
 BLURRED, COMPRESSED = 0.15, 0.1
+# Another hand: how often a drawing gets other hues, no colours, few colours, outlines, or loses a part.
+HUED, ANY_HUE, GREY, FLAT, OUTLINED, CUT = 0.5, 0.1, 0.1, 0.15, 0.2, 0.15
+HUE = 0.35  # radians, either way, of what keeps its hue more or less
+LEVELS = (3, 6)  # of each colour, in what has few
+BENT = 0.09  # of half a side: how far a shape is bent, one standard deviation
 QUALITY = (25, 80)  # of JPEG
 UNTURNED = {"flags", "symbols"}  # mirrored, these may be something else
 # Wordings: how often a question is framed, written small, without its mark, with a slip, or with a word lost.
@@ -112,11 +117,13 @@ class OpenPictures(Pictures):
         grounds, colour = self.grounds_behind(len(chosen), generator)
         rgba = self.rgba[chosen].float() / 255
         drawing = self._recoloured(rgba[:, :3], chosen, grounds, generator)
+        drawing = restyled(drawing, rgba[:, 3:], self._flag[chosen], generator)
         moved = moved_about(
             torch.cat((drawing * rgba[:, 3:], rgba[:, 3:]), 1),
             self._turns[chosen],
             generator,
         )
+        moved = moved * kept(len(chosen), moved.shape[-1], generator)
         pictures = 255 * moved[:, :3] + grounds * (1 - moved[:, 3:])
         return spoilt(pictures.clamp(0, 255), generator).round(), colour
 
@@ -158,6 +165,51 @@ class OpenPictures(Pictures):
         return torch.where(line, ink.expand_as(drawing), done).clamp(0, 1)
 
 
+def restyled(
+    drawing: Tensor, alpha: Tensor, flag: Tensor, generator: Generator
+) -> Tensor:
+    """Draw as another artist might: drawings (B, 3, H, W) and alpha (B, 1, H, W) in 0..1; flags (B,) keep colours."""
+    chance = torch.rand(len(drawing), 5, generator=generator)
+    done = _with_hue(drawing, chance[:, 0], flag, generator)
+    grey = (chance[:, 1] < GREY) & ~flag
+    done = torch.where(_wide(grey), done.mean(1, keepdim=True).expand_as(done), done)
+    levels = torch.randint(*LEVELS, (len(drawing), 1, 1, 1), generator=generator)
+    flat = _wide(chance[:, 2] < FLAT)
+    done = torch.where(flat, (done * levels).round() / levels, done)
+    outlined = chance[:, 3] < OUTLINED
+    if outlined.any():
+        dark = edges(done[outlined], alpha[outlined])
+        done[outlined] = done[outlined] * (1 - dark)
+    return done.clamp(0, 1)
+
+
+def _wide(mask: Tensor) -> Tensor:
+    return mask[:, None, None, None]
+
+
+def _with_hue(
+    drawing: Tensor, chance: Tensor, flag: Tensor, generator: Generator
+) -> Tensor:
+    """Turn the colours of some drawings (B, 3, H, W) about the greys (Rodrigues' formula)."""
+    turn = 2 * torch.rand(len(drawing), generator=generator) - 1
+    angle = torch.where(chance < ANY_HUE, math.pi * turn, HUE * turn)
+    angle = torch.where((chance < HUED) & ~flag, angle, 0.0)[:, None, None]
+    along = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    rotation = cos * torch.eye(3) + sin * cross + (1 - cos) * along
+    return torch.einsum("bij,bjhw->bihw", rotation, drawing)
+
+
+def edges(drawing: Tensor, alpha: Tensor) -> Tensor:
+    """Return how much each pixel is an edge: (B, 3, H, W) and (B, 1, H, W) in 0..1 -> (B, 1, H, W) in 0..1."""
+    whole = torch.cat((drawing * alpha, alpha), 1)
+    most = F.max_pool2d(whole, 3, 1, 1)
+    least = -F.max_pool2d(-whole, 3, 1, 1)
+    contrast = (most - least).amax(1, keepdim=True)
+    return (2 * contrast - 0.3).clamp(0, 1)
+
+
 def _others(concept: Tensor, usable: Tensor, n: int) -> Tensor:
     """Return the usable pictures of each concept, padded with -1: (C, most)."""
     of = [usable[concept[usable] == place] for place in range(n)]
@@ -183,9 +235,18 @@ def moved_about(pictures: Tensor, turns: Tensor, generator: Generator) -> Tensor
         1,
     )
     grid = F.affine_grid(rows, list(pictures.shape), align_corners=False)
+    grid = grid + bends(n, pictures.shape[-1], generator)
     moved = F.grid_sample(pictures, grid, align_corners=False)
     still = (chance[:, 1] < UNMOVED)[:, None, None, None]
     return torch.where(still, pictures, moved)
+
+
+def bends(n: int, side: int, generator: Generator) -> Tensor:
+    """Return smooth random displacements of n pictures: (n, side, side, 2), of half a side."""
+    coarse = BENT * torch.randn(n, 2, 4, 4, generator=generator)
+    amount = torch.rand(n, 1, 1, 1, generator=generator)
+    smooth = F.interpolate(coarse * amount, size=(side, side), mode="bicubic")
+    return smooth.permute(0, 2, 3, 1)
 
 
 def gradients(n: int, side: int, generator: Generator) -> Tensor:
@@ -196,6 +257,17 @@ def gradients(n: int, side: int, generator: Generator) -> Tensor:
     along = torch.cos(angle) * at[None, :, None] + torch.sin(angle) * at[None, None]
     share = (along + 0.5).clamp(0, 1)[:, None]
     return ends[0] * share + ends[1] * (1 - share)
+
+
+def kept(n: int, side: int, generator: Generator) -> Tensor:
+    """Return what is left of n drawings: ones, and in some a square of zeros: (n, 1, side, side)."""
+    at = torch.linspace(-1, 1, side)
+    middle = 2 * torch.rand(n, 2, 1, 1, generator=generator) - 1
+    half = 0.15 + 0.2 * torch.rand(n, 1, 1, generator=generator)
+    across = (at[None, None] - middle[:, 0]).abs() < half
+    down = (at[None, :, None] - middle[:, 1]).abs() < half
+    cut = torch.rand(n, 1, 1, generator=generator) < CUT
+    return 1.0 - (across & down & cut).float()[:, None]
 
 
 def textures(n: int, side: int, generator: Generator) -> Tensor:

@@ -324,48 +324,41 @@ class Trainee(BaseTrainee):
 
 @torch.no_grad()
 def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
-    """Start a CLIP tower from the trained tower of a BLIP-2 run (its tower.safetensors), and store that as step 0.
+    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), and store that as step 0.
 
-    The two differ in names, in a bias of the patches (added to their positions here), in one matrix for queries, keys
-    and values (cut in three), and in a norm before the first layer, which is set to keep the usual scale.
+    A CLIP tower differs in names, in a bias of the patches (added to their positions here), in one matrix for queries,
+    keys and values (cut in three), and in a norm before the first layer, which is set to keep the usual scale.
     """
-    if trainee.recipe.family != "llava":
-        raise UserError(f"{path}: only a CLIP tower can start from a BLIP-2 tower")
-    mark = "model.vision_model."
-    with safe_open(path, "pt", device=str(trainee.device)) as file:
-        theirs = {
-            key.removeprefix(mark): file.get_tensor(key)
-            for key in file.keys()  # noqa: SIM118
-            if key.startswith(mark)
-        }
-        origin = json.loads(file.metadata()["shape"])["name"]
+    theirs, origin = _blip2_tower(path, trainee.device)
+    is_clip = trainee.recipe.family == "llava"
+    taken = clip_names(theirs) if is_clip else theirs
     tower = trainee.model.get_submodule(trainee.tower)
     ours = dict(tower.named_parameters())
-    taken = clip_names(theirs)
-    wrong = [
-        name
-        for name, value in taken.items()
-        if name not in ours or value.shape != ours[name].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{path}: a tower of another shape ({wrong[0]})",
-            "the `vision` sections must be the same",
-        )
+    for name, value in taken.items():
+        if name not in ours or value.shape != ours[name].shape:
+            raise UserError(
+                f"{path}: a tower of another shape ({name})",
+                "the `vision` sections must be the same",
+            )
     for name, value in taken.items():
         ours[name].copy_(value)
-    generator = Generator(trainee.device).manual_seed(trainee.recipe.seed)
-    pixels, _ = trainee.pictures.draw(trainee.pictures.order(generator)[:64], generator)
-    ours["pre_layrnorm.weight"].fill_(
-        tower.embeddings(normalise(pixels)).std(-1).mean()
-    )
-    store(
-        trainee,
-        {},
-        torch.optim.AdamW(trainee.heads.parameters()),
-        Progress("tower", origin=origin),
-        out,
-    )
+    if is_clip:
+        generator = Generator(trainee.device).manual_seed(trainee.recipe.seed)
+        shown = trainee.pictures.order(generator)[:64]
+        pixels, _ = trainee.pictures.draw(shown, generator)
+        scale = tower.embeddings(normalise(pixels)).std(-1).mean()
+        ours["pre_layrnorm.weight"].fill_(scale)
+    unused = torch.optim.AdamW(trainee.heads.parameters())
+    store(trainee, {}, unused, Progress("tower", origin=origin), out)
+
+
+def _blip2_tower(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of the tower in the file of a BLIP-2 run, and the name of its model."""
+    mark = "model.vision_model."
+    with safe_open(path, "pt", device=str(device)) as file:
+        keys = [key for key in file.keys() if key.startswith(mark)]  # noqa: SIM118
+        weights = {key.removeprefix(mark): file.get_tensor(key) for key in keys}
+        return weights, json.loads(file.metadata()["shape"])["name"]
 
 
 def clip_names(blip: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,8 +33,8 @@ def train(
 ) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end.
 
-    With `tower_from`, the tower.safetensors of a BLIP-2 run, a run of LLaVA that begins starts from that tower; with
-    `start_from`, a model folder, it starts from that model, whose tokenizer it keeps.
+    A run that begins starts with `tower_from`, the tower.safetensors of a BLIP-2 run, from that tower, and with
+    `start_from`, a model folder, from that model, whose tokenizer it keeps.
     """
     out.mkdir(parents=True, exist_ok=True)
     kb = load_emojikb(**_data(recipe))
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tower-from",
         type=Path,
-        help="mini-llava: start from this tower.safetensors of mini-blip2",
+        help="start from the tower of this tower.safetensors of mini-blip2",
     )
     parser.add_argument(
         "--start-from",

@@ -377,8 +377,26 @@ def test_a_clip_tower_starts_from_a_blip_tower(scripts, tmp_path):
     assert torch.allclose(
         mine.post_layernorm(mine(pixels).last_hidden_state), wanted, atol=1e-5
     )
-    with pytest.raises(UserError, match="only a CLIP tower"):
-        scripts.training.adopt_tower(theirs, blip / "tower.safetensors", blip)
+
+
+def test_a_blip_tower_starts_from_another_run(scripts, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe = short(scripts, "mini_blip2", tower=2)
+    stop = scripts.runs.Stop()
+    assert scripts.train.train(recipe, first, device=CPU, stages=("tower",), stop=stop)
+    kb = scripts.data.load_emojikb(24, 2, 4)
+    ours = scripts.training.Trainee(recipe, kb, CPU)
+    second.mkdir()
+    scripts.training.adopt_tower(ours, first / "tower.safetensors", second)
+    wanted = load_file(first / "tower.safetensors")
+    tower = [name for name in wanted if name.startswith("model.vision_model.")]
+    assert tower
+    taken = dict(ours.named_parameters())
+    assert all(torch.equal(taken[name], wanted[name]) for name in tower)
+    narrow = {**recipe.vision, "intermediate_size": 32}
+    other = scripts.training.Trainee(replace(recipe, vision=narrow), kb, CPU)
+    with pytest.raises(UserError, match="a tower of another shape"):
+        scripts.training.adopt_tower(other, first / "tower.safetensors", second)
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ from mmedit_cli.types import EditCase
 
 SPLITS = ("train", "val", "eval", "corrections")
 # corrections are facts of the evaluation side that the model that comes along gets wrong: neither is trained on
-OPEN = "open"  # the eval cases, with the columns of the open world
+# the eval cases with the columns of the open world, and those for training with the artists and words it may see
+OPEN, OPEN_TRAIN, OPEN_VAL = "open", "open-train", "open-val"
+_OPENED = {OPEN: "eval", OPEN_TRAIN: "train", OPEN_VAL: "val"}
 SAME_SIDE = {"eval", "corrections"}
 SUFFIX = f".jsonl{PACKED}"  # of the files of records
 FAMILIES = ("generality", "locality", "portability", "needs")
@@ -372,7 +374,8 @@ class EmojiKBDataset(Dataset):
     """The data that come along: a case file a split, pictures beside them."""
 
     name = "emojikb"
-    splits = (*SPLITS, OPEN)
+    splits = (*SPLITS, *_OPENED)
+    training, validation = OPEN_TRAIN, OPEN_VAL
     # the columns of `eval`, which are all that version 0.1 has, and those of the open world
     default = OPEN
 
@@ -390,11 +393,11 @@ class EmojiKBDataset(Dataset):
     ) -> Iterator[EditCase]:
         """Yield the cases of a split; raise DataError if the file is not there."""
         unpack_beside(self.folder)  # whoever reads them looks for their pictures
-        name = "eval" if split == OPEN else split
+        name = _OPENED.get(split, split)
         path = records_file(self.folder, name)
         cases = own_cases(path, replace(options, images=None), problems)
-        if split == OPEN:
-            cases = map(OpenWorld.read(self.folder).opened, cases)
+        if split in _OPENED:
+            cases = map(OpenWorld.read(self.folder, name).opened, cases)
         yield from map(_with_concept, cases)
 
     def layout(self, options: DataOptions) -> str:

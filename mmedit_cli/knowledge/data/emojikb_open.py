@@ -1,7 +1,8 @@
-"""The open world of EmojiKB: questions of the eval cases by artists, in words and on pictures that nobody trained on.
+"""The open world of EmojiKB: its cases asked about other artists' drawings, in other words, on changed pictures.
 
-Each case gets three further columns of generality and, as their `needs`, the same questions with the true answers: so
-the report tells apart what the editor and what the untouched model does not understand.
+On the eval side these are artists and words that nobody trained on. The `needs` of these columns are the same questions
+with the true answers: so the report tells apart what the editor and what the untouched model does not understand. The
+training sides have the artists and words that training may see.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from mmedit_cli.types import EditCase, Query
 EVALUATION, TRAINING = "evaluation", "training"  # what `artists.json` says of an artist
 UNSEEN_ARTIST, UNSEEN_WORDS = "unseen artist", "unseen words"
 CHANGED_PICTURE = "changed picture"
+FURTHER_ARTIST, FURTHER_WORDS = "further artist", "further words"
+TRAIN, VAL, EVAL = "train", "val", "eval"  # sides
+_WORDINGS_EACH = 6  # of a case for training, of which a step draws one
 _BACKGROUND = "background"  # the type that asks what lies behind the drawing
 _MIRRORING_CHANGES = {"flags", "symbols"}  # categories
 _FRAMES = "frames"  # of `wordings.json`: what is said around a question
@@ -53,55 +57,72 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class OpenWorld:
-    """What may be used for evaluation alone, and the truth about each concept."""
+    """What a side of the data may use besides its cases, and the truth about each concept."""
 
     folder: Path
+    side: str
     concepts: Mapping[str, Json]
     colours: Mapping[str, str]  # name by #rrggbb
     artists: Mapping[str, tuple[str, ...]]  # by concept
     wordings: Mapping[str, tuple[str, ...]]  # by type
 
     @classmethod
-    def read(cls, folder: Path) -> OpenWorld:
+    def read(cls, folder: Path, side: str = EVAL) -> OpenWorld:
         """Read the files of EmojiKB; raise DataError if one is not there or is malformed."""
         uses = artist_uses(folder)
+        use = EVALUATION if side == EVAL else TRAINING
         concepts = {r.text("id"): r.values for r in _lines(folder, "concepts")}
         drawn = {
             record.text("id"): tuple(
-                artist
-                for artist in record.array("artists", str)
-                if uses[artist] == EVALUATION
+                artist for artist in record.array("artists", str) if uses[artist] == use
             )
             for record in _lines(folder, "drawings")
         }
         backgrounds = read_json_object(folder / "backgrounds.json").values
         colours = {colour: name for name, colour in backgrounds.items()}
         wordings = {
-            kind: tuple(sides["eval"])
-            for kind, sides in all_wordings(folder).items()
-            if "eval" in sides
+            kind: tuple(sides[side]) for kind, sides in _types(all_wordings(folder))
         }
-        return cls(folder, concepts, colours, drawn, wordings)
+        return cls(folder, side, concepts, colours, drawn, wordings)
 
     def opened(self, case: EditCase) -> EditCase:
         """Return a case with the columns of the open world."""
-        request = case.request
-        assert request.image is not None, case.uid
-        found = {
-            UNSEEN_ARTIST: self._unseen_artist(case),
-            UNSEEN_WORDS: self._unseen_words(case),
-            CHANGED_PICTURE: self._changed(case, request.image),
-        }
-        columns = {name: (query,) for name, query in found.items() if query is not None}
-        truth = self._truth(case)
-        needs = {
-            name: (replace(query, target=truth),) for name, (query,) in columns.items()
-        }
+        columns = self._unseen(case) if self.side == EVAL else self._further(case)
+        filled = {name: queries for name, queries in columns.items() if queries}
+        needs = {}
+        if self.side == EVAL:
+            truth = self._truth(case)
+            for name, (query,) in filled.items():
+                needs[name] = (replace(query, target=truth),)
         return replace(
             case,
-            generality={**case.generality, **columns},
+            generality={**case.generality, **filled},
             needs={**case.needs, **needs},
         )
+
+    def _unseen(self, case: EditCase) -> dict[str, tuple[Query, ...]]:
+        """Return the columns of evaluation: one question each."""
+        artists = self.artists.get(self._concept(case)["id"], ())
+        drawn = (choose(artists, UNSEEN_ARTIST, case.uid),) if artists else ()
+        prompt = choose(self.wordings[case.type], UNSEEN_WORDS, case.uid)
+        return {
+            UNSEEN_ARTIST: tuple(self._drawn_by(case, artist) for artist in drawn),
+            UNSEEN_WORDS: (replace(case.request, prompt=prompt),),
+            CHANGED_PICTURE: (self._changed(case),),
+        }
+
+    def _further(self, case: EditCase) -> dict[str, tuple[Query, ...]]:
+        """Return the columns of training: every artist that the case does not have, some of the words."""
+        artists = self.artists.get(self._concept(case)["id"], ())
+        wordings = self.wordings[case.type]
+        first = seed_of(FURTHER_WORDS, case.uid) % len(wordings)
+        turned = wordings[first:] + wordings[:first]
+        prompts = turned[:_WORDINGS_EACH]
+        return {
+            FURTHER_ARTIST: tuple(self._drawn_by(case, artist) for artist in artists),
+            FURTHER_WORDS: tuple(replace(case.request, prompt=p) for p in prompts),
+            CHANGED_PICTURE: (self._changed(case),),
+        }
 
     def _concept(self, case: EditCase) -> Json:
         assert case.request.image is not None
@@ -112,27 +133,19 @@ class OpenWorld:
             return self.colours[case.request.background]
         return str(self._concept(case)[case.type])
 
-    def _unseen_artist(self, case: EditCase) -> Query | None:
-        """Return the question about the thing as an artist for evaluation draws it, if one does."""
-        concept = self._concept(case)["id"]
-        artists = self.artists.get(concept, ())
-        if not artists:
-            return None
-        artist = choose(artists, UNSEEN_ARTIST, case.uid)
+    def _drawn_by(self, case: EditCase, artist: str) -> Query:
+        """Return the question about the thing as another artist draws it."""
         # on a background of the other artists' drawings: these never are the answer of another edit
         others = case.generality.get("image", (case.request,))
         grounds = tuple(query.background for query in others)
         ground = choose(grounds, "ground", case.uid)
-        image = self.folder / artist / f"{concept}.png"
+        image = self.folder / artist / f"{self._concept(case)['id']}.png"
         return replace(case.request, image=image, background=ground)
 
-    def _unseen_words(self, case: EditCase) -> Query:
-        """Return the question in one of the wordings for evaluation."""
-        prompt = choose(self.wordings[case.type], UNSEEN_WORDS, case.uid)
-        return replace(case.request, prompt=prompt)
-
-    def _changed(self, case: EditCase, image: Path) -> Query:
+    def _changed(self, case: EditCase) -> Query:
         """Return the question about the request's picture after one change, made as a file where it is missing."""
+        image = case.request.image
+        assert image is not None, case.uid
         change = choose(self._changes(case), CHANGED_PICTURE, case.uid)
         picture = Picture(image, case.request.background)
         digest = picture_digest(image)

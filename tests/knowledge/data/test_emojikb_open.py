@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from mmedit_cli.knowledge.data.base import load_cases
 from mmedit_cli.knowledge.data.emojikb_open import (
     CHANGED_PICTURE,
     EVALUATION,
+    FURTHER_ARTIST,
+    FURTHER_WORDS,
     UNSEEN_ARTIST,
     UNSEEN_WORDS,
     all_wordings,
@@ -27,6 +30,10 @@ from mmedit_cli.knowledge.data.emojikb_open import (
 )
 from mmedit_cli.knowledge.evaluation.protocol import Protocol
 from mmedit_cli.knowledge.workflow import evaluation
+from mmedit_cli.knowledge.workflow.training import (
+    EditorTrainingOptions,
+    training_cases,
+)
 from mmedit_cli.output import Output
 from mmedit_cli.picture_changes import CHANGES, GROUNDS, changed, choose
 from mmedit_cli.pictures import Picture
@@ -80,6 +87,39 @@ def test_nothing_for_evaluation_occurs_in_training():
     names = [name for name, _, _ in found]
     assert "their pictures in training" in names
     assert "mini-blip2 was trained on" in names
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_editors_are_trained_on_what_training_may_see(side):
+    unseen = {name for name, use in artist_uses(DATA).items() if use == EVALUATION}
+    wordings = all_wordings(DATA)
+    wordings.pop("frames")
+    kept = {text for sides in wordings.values() for text in sides["eval"]}
+    opened = load_cases(f"emojikb:open-{side}", limit=60)
+    columns = {name for case in opened for name in case.generality}
+    assert columns >= {FURTHER_ARTIST, FURTHER_WORDS, CHANGED_PICTURE}
+    for case in opened:
+        assert not case.needs.keys() & columns
+        for name, queries in case.generality.items():
+            assert all(query.target == case.request.target for query in queries)
+            shown = {query.image.parent.name for query in queries if query.image}
+            assert not shown & unseen, name
+            assert not {query.prompt for query in queries} & kept, name
+        for query in case.generality.get(FURTHER_WORDS, ()):
+            assert query.prompt in wordings[case.type][side]
+
+
+def test_editors_are_trained_in_the_open_world_unless_told_otherwise():
+    options = EditorTrainingOptions(
+        "liveedit", loading.ModelOptions("mini-blip2"), "emojikb", limit=4
+    )
+    name, trained, held_out = training_cases(options)
+    assert name == "emojikb"
+    assert all(FURTHER_WORDS in case.generality for case in (*trained, *held_out))
+    closed = training_cases(
+        replace(options, data="emojikb:train", validation="emojikb:val")
+    )
+    assert not any(FURTHER_WORDS in case.generality for case in closed[1])
 
 
 def test_there_are_as_many_artists_and_wordings_as_promised():
