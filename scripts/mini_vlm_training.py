@@ -20,7 +20,6 @@ from mini_vlm_data import (
 from mini_vlm_model import Recipe, Stage, build, build_tokenizer, normalise
 from mini_vlm_open import OpenPictures, OpenQuestions
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from transformers import AutoTokenizer
 
@@ -64,16 +63,16 @@ def contrast_between(features: Tensor, concept: Tensor) -> Tensor:
 
 def start_from(model: nn.Module, folder: Path) -> None:
     """Put the weights of a model folder into a model of the same shape; raise UserError where the shapes differ."""
-    weights = load_file(folder / "model.safetensors")
+    # the names in the file are not those of the modules for every family
+    trained = type(model).from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     try:
-        missing, unknown = model.load_state_dict(weights, strict=False)
+        model.load_state_dict(trained.state_dict())
     except RuntimeError as error:
         raise UserError(
             f"{folder}: a model of another shape than the recipe"
         ) from error
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    if unknown or set(missing) - tied:
-        raise UserError(f"{folder}: a model of another shape than the recipe")
 
 
 class Trainee(BaseTrainee):

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,10 +25,11 @@ os.environ.setdefault(
 )  # threads that spin starve each other on a busy machine
 
 import torch
-from mini_vlm_data import DATA, TYPES, EmojiKB, Holdout, load_emojikb, number
+from mini_vlm_data import DATA, TYPES, EmojiKB, Holdout, lines, load_emojikb, number
 
 from mmedit_cli import runtime
 from mmedit_cli.errors import UserError
+from mmedit_cli.knowledge.data.emojikb_open import EVALUATION
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
@@ -49,7 +50,21 @@ FAMILIES = {
     "blip2": "BLIP-2 (vision tower, Q-Former, OPT decoder)",
     "llava": "LLaVA (CLIP tower, Llama decoder)",
 }
-RECIPES = {"blip2": "mini_blip2.yaml", "llava": "mini_llava.yaml"}
+TRAIN = "python scripts/train_mini_vlm.py scripts"
+COMMANDS = {  # how a model is made; MODEL is the one it starts from
+    "blip2": (
+        f"{TRAIN}/mini_blip2_words.yaml --out words --stage joint --start-from MODEL",
+        f"{TRAIN}/mini_blip2_open.yaml --out tower --stage tower --start-from MODEL",
+        f"{TRAIN}/mini_blip2_open.yaml --out run --stage decoder --start-from words/mini-blip2 "
+        "--tower-from tower/tower.safetensors  # then --stage joint",
+    ),
+    "llava": (
+        f"{TRAIN}/mini_llava_open.yaml --out run --stage decoder --start-from MODEL "
+        "--tower-from tower/tower.safetensors  # of mini-blip2; then --stage joint",
+    ),
+}
+ARTISTS = ("noto", "twemoji", "fluent", "openmoji")  # of the cases
+HELD_OUT_WORDS, UNSEEN_WORDS = "held-out words", "unseen words"
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,35 @@ def items(kb: EmojiKB, folder: Path = DATA) -> Iterator[Item]:
                     figures,
                     fact["type"],
                 )
+
+
+def unseen_items(kb: EmojiKB, folder: Path = DATA) -> Iterator[Item]:
+    """Yield questions about the drawings of artists for evaluation, and in the wordings that no training has."""
+    artists = json.loads((folder / "artists.json").read_text(encoding="utf-8"))
+    unseen = {name for name, about in artists.items() if about["use"] == EVALUATION}
+    drawn = {r["id"]: r["artists"] for r in lines(folder / "drawings.jsonl.gz")}
+    concepts = []
+    for concept in kb.concepts:
+        theirs = [name for name in drawn.get(concept["id"], ()) if name in unseen]
+        if theirs and kb.holdout.allows(concept["id"]):
+            concepts.append({**concept, "artists": theirs})
+    for item in items(EmojiKB(**{**vars(kb), "concepts": concepts}), folder):
+        if item.picture:
+            yield replace(item, figures=(f"unseen artist: {item.type}",))
+    one_each = [
+        {**c, "artists": [c["artists"][number("words", c["id"]) % len(c["artists"])]]}
+        for c in kb.concepts
+        if kb.holdout.allows(c["id"])
+    ]
+    wordings = json.loads((folder / "wordings.json").read_text(encoding="utf-8"))
+    for side, figure in (("val", HELD_OUT_WORDS), ("eval", UNSEEN_WORDS)):
+        templates = {
+            kind: {"image": wordings[kind][side], "text": ()} for kind in TYPES
+        }
+        asked = {**vars(kb), "concepts": one_each, "templates": templates}
+        for item in items(EmojiKB(**asked), folder):
+            if item.figures[0] == item.type:
+                yield replace(item, figures=(figure, f"{figure}: {item.type}"))
 
 
 def _picture_figures(
@@ -214,10 +258,7 @@ def card(
 ) -> str:
     """Return the text of the model card."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    machine, origin = (
-        training["machine"],
-        training["stages"].get("tower", {}).get("origin", ""),
-    )
+    machine = training["machine"]
     size = sum(
         file.stat().st_size for file in folder.iterdir() if file.name != "README.md"
     )
@@ -227,8 +268,8 @@ def card(
     ).substitute(
         name=training["name"],
         family=FAMILIES[backbone.family],
-        options=f" --tower-from {origin}-run/tower.safetensors" if origin else "",
-        recipe=RECIPES[backbone.family],
+        commands="\n".join(f"    {line}" for line in COMMANDS[backbone.family]),
+        n_hands=len(training.get("artists", ARTISTS)),
         parameters=f"{training['parameters'] / 1e6:.2f} million",
         megabytes=f"{size / 1e6:.1f}",
         concepts=f"{training['concepts'] - len(holdout.concepts):,}",
@@ -257,8 +298,13 @@ def score(
     training = json.loads((model / "training.json").read_text(encoding="utf-8"))
     whole = load_emojikb(None, 0, 0)
     small = training["concepts"] if training["concepts"] < len(whole.concepts) else None
-    kb = EmojiKB(**{**vars(load_emojikb(small, 0, 0)), "holdout": holdout})
-    asked = sampled(list(items(kb)), sample)
+    further = 0 if "artists" in training else None
+    kb = load_emojikb(small, 0, 0, further=further)
+    kb = EmojiKB(**{**vars(kb), "holdout": holdout})
+    asked = list(items(kb))
+    if small is None:
+        asked += unseen_items(kb)
+    asked = sampled(asked, sample)
     started = time.monotonic()
     answers = answer(backbone, asked, batch_size)
     scores = {
@@ -276,6 +322,7 @@ def score(
             {"picture": item.picture, "type": item.type, "answer": text}
             for item, text in zip(asked, answers, strict=True)
             if item.picture
+            and not item.figures[0].startswith(("unseen", HELD_OUT_WORDS))
             and item.type != "background"
             and not answer_match(text, item.query.target)
         ]

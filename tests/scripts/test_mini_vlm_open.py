@@ -147,6 +147,43 @@ def test_lines_can_be_seen_on_every_ground(scripts, whole):
     assert ink.amin() > 0.6
 
 
+def test_flags_keep_their_hues_and_other_drawings_do_not(scripts):
+    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(200, 3, 8, 8)
+    alpha = torch.ones(200, 1, 8, 8)
+    flag = torch.arange(200) < 100
+    styled = scripts.open.restyled(
+        red.clone(), alpha, flag, torch.Generator().manual_seed(5)
+    )
+    assert styled.amin() >= 0
+    assert styled.amax() <= 1
+    reddest = (styled.mean((2, 3)).argmax(1) == 0) & (styled.std(1).mean((1, 2)) > 0.1)
+    assert reddest[:100].all()
+    assert 0.5 < reddest[100:].float().mean() < 1
+
+
+def test_edges_are_where_colours_or_shapes_end(scripts):
+    drawing = torch.zeros(1, 3, 16, 16)
+    drawing[..., 8:] = 1.0
+    alpha = torch.ones(1, 1, 16, 16)
+    alpha[..., :2, :] = 0
+    found = scripts.open.edges(drawing, alpha)[0, 0]
+    assert (found[8:, 7:9] == 1).all()
+    assert (found[1:3, :4] == 1).all()
+    assert (found[8:, :6] == 0).all()
+    assert (found[8:, 10:] == 0).all()
+
+
+def test_shapes_are_bent_a_little_and_some_lose_a_part(scripts):
+    generator = torch.Generator().manual_seed(6)
+    bends = scripts.open.bends(100, 64, generator)
+    assert bends.shape == (100, 64, 64, 2)
+    assert 0 < bends.abs().mean() < 0.1
+    kept = scripts.open.kept(400, 64, generator)
+    lost = 1 - kept.mean((1, 2, 3))
+    assert 0.05 < (lost > 0).float().mean() < 0.25
+    assert lost.amax() < 0.15
+
+
 # -- noisy wordings -------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The open world of EmojiKB: its cases asked about other artists' drawings, in other words, on changed pictures.
 
-On the eval side these are artists and words that nobody trained on. The `needs` of these columns are the same questions
-with the true answers: so the report tells apart what the editor and what the untouched model does not understand. The
-training sides have the artists and words that training may see.
+On the eval side these are artists and words that nobody trained on. The `needs` of these columns are the same
+questions with the true answers: so the report tells apart what the editor and what the untouched model does not
+understand. The training sides have the artists and words that training may see.
 """
 
 from __future__ import annotations
