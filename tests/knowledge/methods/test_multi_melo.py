@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -457,6 +458,69 @@ def test_the_published_router_and_its_leak(small, encoders):
         for t in ("a blue star", "green")
     ]
     assert not torch.allclose(*texts, atol=1e-3)
+
+
+def clip_folder(folder: Path) -> Path:
+    """A small CLIP with both of its halves, as published checkpoints have them."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    vision["projection_dim"] = 12
+    text = {**sizes, "intermediate_size": 32, "vocab_size": 30}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(folder)
+    return folder
+
+
+def vit_folder(folder: Path, kind: str = "vit") -> Path:
+    """A small ViT that classifies; `kind` is what its config says it is."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = ViTConfig(
+        **sizes, intermediate_size=32, image_size=28, patch_size=14, num_labels=10
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"vit"', f'"{kind}"'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "smallest", "width"),
+    [(clip_folder, -0.0115, 12), (vit_folder, -0.2437, 10)],
+)
+def test_each_published_encoder_has_its_own_constant(
+    small, encoders, tmp_path, make, smallest, width
+):
+    text, _ = encoders
+    image = f"image_encoder={make(tmp_path / 'other')}"
+    options = ("router=hub", "mode=reference", "steps=1")
+    editor = editor_on(small, *options, text, image)
+    editor.edit(REQUESTS[:2])
+    keys = editor._keys_of(REQUESTS[:2])
+    assert keys.parts["image"].shape == (2, width)
+    cosine = keys.parts["image"] @ keys.parts["image"].T
+    text_score = (keys.parts["question"] @ keys.parts["question"].T - 0.1047) / 0.9081
+    wanted = 2 - text_score - (cosine - smallest) / (1 - smallest)
+    assert torch.allclose(editor._index.distance(keys, keys), wanted, atol=1e-5)
+
+
+def test_an_encoder_without_a_published_constant_is_refused(small, encoders, tmp_path):
+    text, _ = encoders
+    image = f"image_encoder={vit_folder(tmp_path / 'other', kind='deit')}"
+    editor = editor_on(small, "router=hub", "mode=reference", "steps=1", text, image)
+    with pytest.raises(MmeditError, match="is a deit: mode: reference has no constant"):
+        editor.edit(REQUESTS[:2])
 
 
 def test_encoders_that_are_not_there(small):

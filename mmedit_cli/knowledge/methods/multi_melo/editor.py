@@ -124,7 +124,11 @@ class MultiMelo(Editor):
             leaky=hp.leaky_keys,
         )
         if published:
-            index = VectorIndex(published_distance, radius=_THRESHOLD, resolve=False)
+
+            def distance(query: Keys, rows: Keys) -> Tensor:
+                return published_distance(query, rows, keys.smallest_cosine)
+
+            index = VectorIndex(distance, radius=_THRESHOLD, resolve=False)
             return index, keys
         del reach["state"]  # encoders beside the model have no state of it
         index = VectorIndex(within_reach(reach), separation=hp.separation)

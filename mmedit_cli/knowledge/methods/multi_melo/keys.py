@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmedit_cli.knowledge.methods.multi_melo.index import Keys, unit
+from mmedit_cli.errors import ModelError
+from mmedit_cli.knowledge.methods.multi_melo.index import SMALLEST_COSINES, Keys, unit
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Batch, Encoded, collate
+from mmedit_cli.model_folder import read_config
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
@@ -114,7 +116,9 @@ class BackboneKeys(KeySource):
 
 
 class HubKeys(KeySource):
-    """Multi-MELO's encoders: a sentence vector (BGE) of the question, DINOv2's class logits of the picture.
+    """Multi-MELO's encoders: a sentence vector (BGE) of the question, and a vector of the picture.
+
+    That is the class logits of DINOv2 or a ViT, or the projected embedding of CLIP.
 
     `leaky` puts the answer of a query into its key, as the published code does for captions: for comparisons only.
     """
@@ -142,10 +146,9 @@ class HubKeys(KeySource):
         self._compute(texts, self._embed_texts)
         self._compute(seen, self._embed_pictures)
         encoder, _ = self._image_encoder
-        blank = torch.zeros(
-            encoder.config.num_labels,
-            device=hidden.device,
-        )
+        config = encoder.config
+        width = config.projection_dim if self._is_clip else config.num_labels
+        blank = torch.zeros(width, device=hidden.device)
         questions = [self._vectors[text] for text in texts]
         images = [
             blank if picture is None else self._vectors[picture] for picture in pictures
@@ -187,8 +190,28 @@ class HubKeys(KeySource):
             images=images,
             return_tensors="pt",
         )
-        logits: Tensor = model(**inputs.to(self.backbone.device)).logits
-        return logits
+        found = model(**inputs.to(self.backbone.device))
+        vectors: Tensor = found.image_embeds if self._is_clip else found.logits
+        return vectors
+
+    @property
+    def smallest_cosine(self) -> float:
+        """The least cosine of two pictures by the published constants; raise ModelError for an encoder without one."""
+        if self._image_type not in SMALLEST_COSINES:
+            known = ", ".join(SMALLEST_COSINES)
+            raise ModelError(
+                f"image_encoder: {self._image_name} is a {self._image_type}: mode: reference has no constant for it",
+                f"it has those of {known}; mode: correct needs none",
+            )
+        return SMALLEST_COSINES[self._image_type]
+
+    @cached_property
+    def _image_type(self) -> str:
+        return str(read_config(_folder(self._image_name)).get("model_type"))
+
+    @property
+    def _is_clip(self) -> bool:
+        return self._image_type == "clip"
 
     @cached_property
     def _text_encoder(self) -> tuple[Any, Any]:
@@ -200,10 +223,17 @@ class HubKeys(KeySource):
 
     @cached_property
     def _image_encoder(self) -> tuple[Any, Any]:
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        import transformers
+        from transformers import AutoImageProcessor
 
+        # each with its own class: a CLIP would get a head of random classes
+        kind = (
+            transformers.CLIPVisionModelWithProjection
+            if self._is_clip
+            else transformers.AutoModelForImageClassification
+        )
         folder = _folder(self._image_name)
-        model = _loaded(AutoModelForImageClassification, folder)
+        model = _loaded(kind, folder)
         processor = _loaded(
             AutoImageProcessor,
             folder,
