@@ -206,6 +206,14 @@ def findings(folder: Path) -> Iterator[Finding]:
     faults = list(_wordings_in_new_words(wordings, trained))
     told = f"{_FAMILIAR} of each type share no content word with training"
     yield "in words that are new", not faults, "; ".join(faults) or told
+    for side in (TRAIN, VAL):
+        world = OpenWorld.read(folder, side)
+        drawn = sorted({name for names in world.artists.values() for name in names})
+        faults = [artist for artist in drawn if artist in unseen]
+        asked = [text for texts in world.wordings.values() for text in texts]
+        faults += list(_shared_wordings(wordings, asked))
+        told = f"{', '.join(drawn)}; {len(asked):,} wordings"
+        yield f"open-{side} adds", not faults, "; ".join(faults) or told
     for name, record in _trained_models():
         faults = [artist for artist in record.get("artists", ()) if artist in unseen]
         asked = [
