@@ -1,7 +1,7 @@
 """A vision-language model put together of a language model, a vision tower, and a small file of what joins them.
 
-The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers. Numbers
-are 8-bit integers with one scale a row.
+The file holds some parameters whole, the projector among them, and a low-rank change of some linear layers, in eight
+bits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmedit_cli.eight_bits import from_eight_bits, to_eight_bits
 from mmedit_cli.errors import ModelError
 from mmedit_cli.model_folder import loading
 
 IMAGE_TOKEN = "<image>"
 PROJECTOR = "model.multi_modal_projector"
-_LEVELS = 127  # of an 8-bit integer, on either side of 0
-_SCALE = ".scale"
 _FIRST, _SECOND = ".lora_A", ".lora_B"
 
 
@@ -123,28 +122,13 @@ def packed(
     for path, (first, second) in pairs.items():
         named[path + _FIRST] = first
         named[path + _SECOND] = second
-    tensors = {}
-    for name, value in named.items():
-        if value.dim() < 2:
-            tensors[name] = value.half()
-            continue
-        scale = value.abs().amax(1, keepdim=True).clamp(min=1e-12) / _LEVELS
-        rounded = (value / scale).round()
-        tensors[name] = rounded.to(torch.int8)
-        tensors[name + _SCALE] = scale.float()
-    return tensors
+    return to_eight_bits(named)
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `packed` was given, under its names in the file, in float32."""
-    values = {}
-    for name, value in tensors.items():
-        if name.endswith(_SCALE):
-            continue
-        scale = tensors.get(name + _SCALE)
-        number = value.float()
-        values[name] = number if scale is None else number * scale
-    return values
+    values = from_eight_bits(tensors)
+    return {name: value.float() for name, value in values.items()}
 
 
 @torch.no_grad()

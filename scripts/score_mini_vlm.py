@@ -3,7 +3,7 @@
     python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2                  # everything
     python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2 --sample 300     # at most 300 questions a figure
 
-`--errors FILE` writes what the model gets wrong about pictures, in the form build_emojikb.py makes corrections of.
+`--errors FILE` writes what the model gets wrong about pictures of the first artists, in the form build_emojikb.py makes corrections of.
 """
 
 from __future__ import annotations
@@ -321,8 +321,9 @@ def score(
         wrong = [
             {"picture": item.picture, "type": item.type, "answer": text}
             for item, text in zip(asked, answers, strict=True)
-            if item.picture
-            and not item.figures[0].startswith(("unseen", HELD_OUT_WORDS))
+            if item.picture.partition("/")[0] in ARTISTS
+            and not item.figures[0].startswith(HELD_OUT_WORDS)
+            and not item.figures[0].startswith(UNSEEN_WORDS)
             and item.type != "background"
             and not answer_match(text, item.query.target)
         ]

@@ -33,6 +33,7 @@ ROWS = (
         "assembled",
         "catalog",
         "download",
+        "eight_bits",
         "finite",
         "gallery",
         "hparams",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
+from mmedit_cli.eight_bits import from_eight_bits
 from mmedit_cli.errors import StateError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.identity import same_model
@@ -406,7 +407,7 @@ class TrainedEditor(Editor):
                 )
         self._replay([])  # edits belong to the networks that made them
         try:
-            self.networks.load_state_dict(tensors)
+            self.networks.load_state_dict(from_eight_bits(tensors))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise StateError(f"{path}: does not fit: {reason}") from error

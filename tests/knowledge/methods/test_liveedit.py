@@ -10,6 +10,7 @@ import torch
 from conftest import QUERIES, SHAPES
 from test_editor_contract import REQUESTS, logits, make
 
+from mmedit_cli.eight_bits import to_eight_bits
 from mmedit_cli.errors import DataError, HparamsError, StateError
 from mmedit_cli.knowledge.methods.liveedit import refining
 from mmedit_cli.knowledge.methods.liveedit.experts import (
@@ -355,6 +356,21 @@ def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_pa
     save_file(dict(list(tensors.items())[1:]), path, metadata)
     with pytest.raises(StateError, match="does not fit"):
         editor.load_networks(path)
+
+
+def test_networks_in_eight_bits_are_nearly_the_same(editor, backbone, tmp_path):
+    from mmedit_cli.storage import write_tensors
+
+    tensors, metadata = editor.networks_state()
+    path = tmp_path / "networks.safetensors"
+    write_tensors(path, to_eight_bits(tensors), metadata)
+    other = make("liveedit", (), backbone)
+    other.load_networks(path)
+    found = other.networks.state_dict()
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        largest = value.abs().max()
+        assert ((found[name] - value).abs() <= 0.006 * largest).all(), name
 
 
 # -- refining ------------------------------------------------------------------------------------------------------
