@@ -3,7 +3,8 @@
     python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2                  # everything
     python scripts/score_mini_vlm.py runs/mini-blip2/mini-blip2 --sample 300     # at most 300 questions a figure
 
-`--errors FILE` writes what the model gets wrong about pictures of the first artists, in the form build_emojikb.py makes corrections of.
+`--errors FILE` writes what the model gets wrong about pictures of the first artists, of which build_emojikb.py makes
+corrections.
 """
 
 from __future__ import annotations
