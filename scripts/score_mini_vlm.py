@@ -52,7 +52,7 @@ FAMILIES = {
     "llava": "LLaVA (CLIP tower, Llama decoder)",
 }
 TRAIN = "python scripts/train_mini_vlm.py scripts"
-COMMANDS = {  # how a model is made; MODEL is the one it starts from
+OPEN_COMMANDS = {  # MODEL is the one that a training in the open world starts from
     "blip2": (
         f"{TRAIN}/mini_blip2_words.yaml --out words --stage joint --start-from MODEL",
         f"{TRAIN}/mini_blip2_open.yaml --out tower --stage tower --start-from MODEL",
@@ -251,6 +251,15 @@ def stages_table(training: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def commands(family: str, training: dict[str, Any]) -> tuple[str, ...]:
+    """Return how a model is made."""
+    if "artists" in training:
+        return OPEN_COMMANDS[family]
+    origin = training["stages"].get("tower", {}).get("origin", "")
+    options = f" --tower-from {origin}-run/tower.safetensors" if origin else ""
+    return (f"{TRAIN}/mini_{family}.yaml --out FOLDER{options}",)
+
+
 def card(
     backbone: VisionLanguageModel,
     folder: Path,
@@ -259,17 +268,20 @@ def card(
 ) -> str:
     """Return the text of the model card."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    machine = training["machine"]
+    machine, is_open = training["machine"], "artists" in training
+    template = "mini_vlm_open_card.md" if is_open else "mini_vlm_card.md"
     size = sum(
         file.stat().st_size for file in folder.iterdir() if file.name != "README.md"
     )
     sample = scores["sample"]
     return Template(
-        Path(__file__).with_name("mini_vlm_card.md").read_text(encoding="utf-8")
+        Path(__file__).with_name(template).read_text(encoding="utf-8")
     ).substitute(
         name=training["name"],
         family=FAMILIES[backbone.family],
-        commands="\n".join(f"    {line}" for line in COMMANDS[backbone.family]),
+        commands="\n".join(
+            f"    {line}" for line in commands(backbone.family, training)
+        ),
         n_hands=len(training.get("artists", ARTISTS)),
         parameters=f"{training['parameters'] / 1e6:.2f} million",
         megabytes=f"{size / 1e6:.1f}",

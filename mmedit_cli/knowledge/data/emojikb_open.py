@@ -8,7 +8,7 @@ understand. The training sides have the artists and words that training may see.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,25 +102,33 @@ class OpenWorld:
 
     def _unseen(self, case: EditCase) -> dict[str, tuple[Query, ...]]:
         """Return the columns of evaluation: one question each."""
-        artists = self.artists.get(self._concept(case)["id"], ())
-        drawn = (choose(artists, UNSEEN_ARTIST, case.uid),) if artists else ()
+        concept = self._concept(case)["id"]
+        artists = self.artists.get(concept, ())
+        drawn: tuple[Query, ...] = ()
+        if artists:
+            artist = choose(artists, UNSEEN_ARTIST, case.uid)
+            drawn = (self._drawn_by(case, artist),)
         prompt = choose(self.wordings[case.type], UNSEEN_WORDS, case.uid)
+        worded = replace(case.request, prompt=prompt)
         return {
-            UNSEEN_ARTIST: tuple(self._drawn_by(case, artist) for artist in drawn),
-            UNSEEN_WORDS: (replace(case.request, prompt=prompt),),
+            UNSEEN_ARTIST: drawn,
+            UNSEEN_WORDS: (worded,),
             CHANGED_PICTURE: (self._changed(case),),
         }
 
     def _further(self, case: EditCase) -> dict[str, tuple[Query, ...]]:
         """Return the columns of training: every artist that the case does not have, some of the words."""
-        artists = self.artists.get(self._concept(case)["id"], ())
+        concept = self._concept(case)["id"]
+        artists = self.artists.get(concept, ())
+        drawn = [self._drawn_by(case, artist) for artist in artists]
         wordings = self.wordings[case.type]
         first = seed_of(FURTHER_WORDS, case.uid) % len(wordings)
         turned = wordings[first:] + wordings[:first]
         prompts = turned[:_WORDINGS_EACH]
+        worded = [replace(case.request, prompt=prompt) for prompt in prompts]
         return {
-            FURTHER_ARTIST: tuple(self._drawn_by(case, artist) for artist in artists),
-            FURTHER_WORDS: tuple(replace(case.request, prompt=p) for p in prompts),
+            FURTHER_ARTIST: tuple(drawn),
+            FURTHER_WORDS: tuple(worded),
             CHANGED_PICTURE: (self._changed(case),),
         }
 
@@ -207,13 +215,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     told = f"{_FAMILIAR} of each type share no content word with training"
     yield "in words that are new", not faults, "; ".join(faults) or told
     for side in (TRAIN, VAL):
-        world = OpenWorld.read(folder, side)
-        drawn = sorted({name for names in world.artists.values() for name in names})
-        faults = [artist for artist in drawn if artist in unseen]
-        asked = [text for texts in world.wordings.values() for text in texts]
-        faults += list(_shared_wordings(wordings, asked))
-        told = f"{', '.join(drawn)}; {len(asked):,} wordings"
-        yield f"open-{side} adds", not faults, "; ".join(faults) or told
+        yield _added(folder, side, unseen, wordings)
     for name, record in _trained_models():
         faults = [artist for artist in record.get("artists", ()) if artist in unseen]
         asked = [
@@ -226,6 +228,22 @@ def findings(folder: Path) -> Iterator[Finding]:
             else "the artists of the cases and their four wordings"
         )
         yield f"{name} was trained on", not faults, "; ".join(faults) or told
+
+
+def _added(folder: Path, side: str, unseen: Sequence[str], wordings: Json) -> Finding:
+    """Say which artists and how many wordings a side for training has besides its cases."""
+    world = OpenWorld.read(folder, side)
+    drawn: set[str] = set()
+    for names in world.artists.values():
+        drawn.update(names)
+    asked: list[str] = []
+    for texts in world.wordings.values():
+        asked += texts
+    faults = sorted(drawn & set(unseen))
+    faults += _shared_wordings(wordings, asked)
+    artists = ", ".join(sorted(drawn))
+    told = f"{artists}; {len(asked):,} wordings"
+    return f"open-{side} adds", not faults, "; ".join(faults) or told
 
 
 def _types(wordings: Json) -> list[tuple[str, Json]]:
