@@ -140,7 +140,8 @@ def put_in(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> Non
             if name.endswith(_FIRST):
                 path = name.removesuffix(_FIRST)
                 weight = model.get_parameter(path + ".weight")
-                weight.add_(values[path + _SECOND] @ value)
+                second = values[path + _SECOND]
+                weight.add_(second @ value)
             elif not name.endswith(_SECOND):
                 model.get_parameter(name).copy_(value)
     except (AttributeError, KeyError, RuntimeError) as error:

@@ -107,9 +107,10 @@ def faults(case: Json) -> Iterator[str]:
     for column, query in queries(case):
         fault = _fault_of_query(column, query)
         wanted = case["request"].get("target")
+        is_general = column.startswith("generality")
         if fault:
             yield f"{column}: {fault}"
-        elif column.startswith("generality") and query["target"] != wanted:
+        elif is_general and query["target"] != wanted:
             yield f"{column}: asks for another answer than the request"
 
 
@@ -192,7 +193,8 @@ def question_types(folder: Path) -> dict[str, str]:
     types = {}
     for name, forms in templates.items():
         for text in forms.get("image", ()):
-            types[normal(text)] = name
+            wording = normal(text)
+            types[wording] = name
     return types
 
 
@@ -242,7 +244,8 @@ def _spoilt_probes(
             fact = fact_of(query, types)
             if fact is None or fact not in edited:
                 continue
-            if not column.startswith(("locality", "portability")):
+            must_stay = column.startswith(("locality", "portability"))
+            if not must_stay:
                 continue
             target, where = edited[fact]
             if target != query["target"]:

@@ -175,7 +175,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model.parent.mkdir(parents=True)
     model.write_text("{}")
     folder.mkdir()
-    for name in ("artists.json", "wordings.json", "templates.json"):
+    packed = ("concepts.jsonl.gz", "drawings.jsonl.gz")
+    plain = ("artists.json", "backgrounds.json", "wordings.json", "templates.json")
+    for name in (*plain, *packed):
         shutil.copy(DATA / name, folder / name)
     for artist in artist_uses(DATA):
         (folder / artist).mkdir()
