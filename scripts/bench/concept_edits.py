@@ -82,14 +82,14 @@ class Painter:
         return [answer_match(answer, one.name) == 1 for answer, one in pairs]
 
 
-def things() -> list[Thing]:
+def things(seed: int) -> list[Thing]:
     """Return the things that mini-sd was taught, in an order of chance."""
     home = registry.emojikb_home()
     listed = json.loads((bundled()["mini-sd"] / "concepts.json").read_text())
     taught = set(listed["taught"])
     found = [thing for thing in concepts_in(home) if thing["id"] in taught]
     found = [thing for thing in found if thing["it"].startswith(("a ", "an "))]
-    random.Random(0).shuffle(found)
+    random.Random(seed).shuffle(found)
     return found
 
 
@@ -133,6 +133,7 @@ def main() -> None:
         default=20,
         help="things that are kept, none of them drawn here",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of things")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
@@ -140,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_stable_diffusion("mini-sd", device="cpu")
     painter = Painter(model, args.steps)
-    candidates = things()[: 5 * args.edits + args.keep]
+    candidates = things(args.seed)[: 5 * args.edits + args.keep]
     shown = [
         Asked("", EFFICACY.format(thing["it"]), thing["name"]) for thing in candidates
     ]
