@@ -57,9 +57,6 @@ class Dataset(ABC):
     name: str
     splits: Sequence[str]
     default: ClassVar[str] = "eval"
-    # what editors are trained on and held out on, where there are such splits
-    training: ClassVar[str] = "train"
-    validation: ClassVar[str] = "val"
     # the default of `--template`; empty: texts are asked as they are written
     template: str = ""
     # splits whose cases build on the ones before them: they have one order

@@ -378,7 +378,6 @@ class EmojiKBDataset(Dataset):
 
     name = "emojikb"
     splits = (*SPLITS, *_OPENED)
-    training, validation = OPEN_TRAIN, OPEN_VAL
     # the columns of `eval`, which are all that version 0.1 has, and those of the open world
     default = OPEN
 

@@ -131,8 +131,8 @@ def training_cases(
 ) -> tuple[str, list[EditCase], list[EditCase]]:
     """Return (name, cases to train on, cases held out).
 
-    A named data set is trained on its split for training and held out on that for validation, never on what it is
-    evaluated with; where there is no split for it, every twentieth case is held out.
+    A named data set is trained on its `train` split and held out on `val`, never on what it is evaluated with; where
+    there is no split for it, every twentieth case is held out.
     """
     from mmedit_cli.knowledge.data.base import DataOptions, find_dataset, read_data
 
@@ -142,10 +142,10 @@ def training_cases(
     named = find_dataset(options.data)
     if named is not None and ":" not in options.data:
         dataset, _ = named
-        if dataset.training in dataset.splits:
-            train = f"{options.data}:{dataset.training}"
-            if validation is None and dataset.validation in dataset.splits:
-                validation = f"{options.data}:{dataset.validation}"
+        if "train" in dataset.splits:
+            train = f"{options.data}:train"
+            if validation is None and "val" in dataset.splits:
+                validation = f"{options.data}:val"
     data = read_data(train, limit=options.limit, options=how)
     name = data.name if named is None else options.data
     if validation is not None:

@@ -6,7 +6,6 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,6 @@ from mmedit_cli.knowledge.data.emojikb_open import (
 )
 from mmedit_cli.knowledge.evaluation.protocol import Protocol
 from mmedit_cli.knowledge.workflow import evaluation
-from mmedit_cli.knowledge.workflow.training import (
-    EditorTrainingOptions,
-    training_cases,
-)
 from mmedit_cli.output import Output
 from mmedit_cli.picture_changes import CHANGES, GROUNDS, changed, choose
 from mmedit_cli.pictures import Picture
@@ -107,19 +102,6 @@ def test_editors_are_trained_on_what_training_may_see(side):
             assert not {query.prompt for query in queries} & kept, name
         for query in case.generality.get(FURTHER_WORDS, ()):
             assert query.prompt in wordings[case.type][side]
-
-
-def test_editors_are_trained_in_the_open_world_unless_told_otherwise():
-    options = EditorTrainingOptions(
-        "liveedit", loading.ModelOptions("mini-blip2"), "emojikb", limit=4
-    )
-    name, trained, held_out = training_cases(options)
-    assert name == "emojikb"
-    assert all(FURTHER_WORDS in case.generality for case in (*trained, *held_out))
-    closed = training_cases(
-        replace(options, data="emojikb:train", validation="emojikb:val")
-    )
-    assert not any(FURTHER_WORDS in case.generality for case in closed[1])
 
 
 def test_there_are_as_many_artists_and_wordings_as_promised():
