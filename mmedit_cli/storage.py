@@ -307,6 +307,28 @@ def sweep_tree(folder: Path, shape: re.Pattern[str]) -> None:
         folder.rmdir()
 
 
+@contextmanager
+def sole_writer(folder: Path, index: str) -> Iterator[None]:
+    """Hold the lock of a folder inside the block, made where it is missing, without what killed runs left there.
+
+    `index` is the file that is written last. Raises StateError while another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    refuse_link(lock)
+    refuse_link(folder / index)
+    try:
+        with FileLock(lock, timeout=0):
+            remove_temporaries(folder)
+            yield
+    except Timeout as error:
+        raise StateError(
+            f"another process is writing {folder}", "wait for it to end"
+        ) from error
+
+
 def remove_temporaries(folder: Path, *, earlier: bool = False) -> list[Path]:
     """Remove the temporary files and folders that killed runs left in a folder; return what was removed.
 

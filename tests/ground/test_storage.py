@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmedit_cli import storage
+from mmedit_cli.errors import RunError, StateError
 
 
 def left_by_a_killed_run(target: Path) -> Path:
@@ -84,3 +86,21 @@ def test_equal_tensors_and_texts_make_equal_bytes(tmp_path):
     )
     storage.write_tensors(tmp_path / "none", {}, {})
     assert storage.read_tensors(tmp_path / "none") == ({}, {})
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with storage.sole_writer(folder, "index.json"):
+        second = storage.sole_writer(folder, "index.json")
+        with pytest.raises(StateError, match="another process is writing"):
+            second.__enter__()
+    with storage.sole_writer(folder, "index.json"):
+        assert folder.is_dir()
+
+
+def test_a_writer_follows_no_link(tmp_path):
+    (tmp_path / "index.json").symlink_to(tmp_path / "elsewhere")
+    writer = storage.sole_writer(tmp_path, "index.json")
+    with pytest.raises(RunError, match="a link"):
+        writer.__enter__()
+    assert not (tmp_path / "elsewhere").exists()

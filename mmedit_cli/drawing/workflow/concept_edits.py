@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from mmedit_cli import registry
 from mmedit_cli.drawing.workflow.concepts import found_anywhere
 from mmedit_cli.errors import StateError, UserError
@@ -30,8 +28,8 @@ from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import (
     is_link,
     refuse_link,
-    remove_temporaries,
     sha256_of,
+    sole_writer,
     staged_folder,
     write_json,
     write_tensors,
@@ -122,19 +120,10 @@ class ConceptEdits:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the lock of the folder inside the block, with the index as it is now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (".lock", CONCEPT_EDITS):
-            refuse_link(self.folder / name)
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                remove_temporaries(self.folder)
-                if (self.folder / CONCEPT_EDITS).exists():
-                    self._read()
-                yield
-        except Timeout as error:
-            raise StateError(
-                f"another process is writing {self.folder}", "wait for it to end"
-            ) from error
+        with sole_writer(self.folder, CONCEPT_EDITS):
+            if (self.folder / CONCEPT_EDITS).exists():
+                self._read()
+            yield
 
     def put(
         self, editor: ConceptEditor, ids: Sequence[int], head: Mapping[str, Any]

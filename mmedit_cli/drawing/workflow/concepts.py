@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from mmedit_cli import registry
 from mmedit_cli.errors import StateError, UserError, near_miss
 from mmedit_cli.identity import same_model
@@ -31,10 +29,9 @@ from mmedit_cli.runtime import LoadOptions, resolve_device
 from mmedit_cli.storage import (
     is_link,
     read_tensors,
-    refuse_link,
     remove_file,
-    remove_temporaries,
     sha256_of,
+    sole_writer,
     staged_folder,
     temporary_beside,
     write_atomic,
@@ -167,20 +164,11 @@ class ConceptFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the lock of the folder inside the block, with the index as it is now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (".lock", CONCEPT_INDEX):
-            refuse_link(self.folder / name)
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                remove_temporaries(self.folder)
-                if (self.folder / CONCEPT_INDEX).exists():
-                    self._read()
-                self._finish()
-                yield
-        except Timeout as error:
-            raise StateError(
-                f"another process is writing {self.folder}", "wait for it to end"
-            ) from error
+        with sole_writer(self.folder, CONCEPT_INDEX):
+            if (self.folder / CONCEPT_INDEX).exists():
+                self._read()
+            self._finish()
+            yield
 
     def put(
         self,
