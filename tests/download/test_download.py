@@ -168,7 +168,12 @@ REFUSED = {
         zipped(PHOTOS | {"../evil": b"x"}),
         "../evil: does not stay in the folder",
     ),
-    "a tar with a link out": (evil_tar(), "photos/out: "),
+    "a tar with a link out": (
+        evil_tar(),
+        "photos/out: "
+        if hasattr(tarfile, "data_filter")
+        else "cannot unpack tar files safely",
+    ),
     "a truncated file": (
         zipped(PHOTOS)[:-30],
         "neither a zip nor a tar file, or damaged",
