@@ -40,14 +40,7 @@ VARIANTS = {
     "m-ore": ((), ("memory=1.0", "active=2")),
     "wise": (
         ("steps=20", "edits_per_memory=2"),
-        (
-            "steps=20",
-            "edits_per_memory=1",
-            "mode=merge",
-            "replay=1",
-            "optimizer=adam",
-            "learning_rate=0.01",
-        ),
+        ("steps=20", "edits_per_memory=1", "mode=merge", "replay=1"),
     ),
     "liveedit": ((), ("variant=paper",)),
     "lora": (("steps=20",),),
