@@ -192,3 +192,19 @@ def test_what_makes_no_sense_is_refused(backbone, make):
     tensors, metadata = editor.state()
     with pytest.raises(StateError, match="does not hold the memories of 1 edits"):
         editor.load_state({"count": tensors["count"]}, metadata)
+
+
+def test_adam_moves_the_entries_of_the_mask_by_its_rate_in_the_first_step(make):
+    """As Adam does whatever the size of a gradient; plain descent moves them by the gradient."""
+    moved = {}
+    for optimizer in ("adam", "sgd"):
+        overrides = (f"optimizer={optimizer}", "learning_rate=0.01", "steps=1")
+        editor = make(*overrides)
+        editor.edit([STAR])
+        memory = editor._memories[0]
+        change = memory.delta[memory.mask].abs()
+        moved[optimizer] = change[change > 0]
+        editor.undo()
+    assert float(moved["adam"].median()) == pytest.approx(0.01, rel=0.02)
+    assert float(moved["adam"].max()) <= 0.0101
+    assert moved["sgd"].max() > 2 * moved["sgd"].min()
