@@ -193,11 +193,14 @@ def _with_hue(
     """Turn the colours of some drawings (B, 3, H, W) about the greys (Rodrigues' formula)."""
     turn = 2 * torch.rand(len(drawing), generator=generator) - 1
     angle = torch.where(chance < ANY_HUE, math.pi * turn, HUE * turn)
-    angle = torch.where((chance < HUED) & ~flag, angle, 0.0)[:, None, None]
+    is_turned = (chance < HUED) & ~flag
+    angle = torch.where(is_turned, angle, 0.0)[:, None, None]
     along = torch.full((3, 3), 1 / 3)
-    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    rotation = cos * torch.eye(3) + sin * cross + (1 - cos) * along
+    around = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    cross = around / math.sqrt(3)
+    cos = torch.cos(angle)
+    still = cos * torch.eye(3)
+    rotation = still + torch.sin(angle) * cross + (1 - cos) * along
     return torch.einsum("bij,bjhw->bihw", rotation, drawing)
 
 
