@@ -13,6 +13,7 @@ def editors(incomplete: str) -> list[str]:
     names = list(registry.editors.names())
     names += registry.personalizers.names()
     names += registry.image_editors.names()
+    names += registry.concept_editors.names()
     return _beginning(names, incomplete)
 
 

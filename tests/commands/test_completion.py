@@ -27,6 +27,7 @@ def complete(cli, monkeypatch, tmp_path):
 
 def test_the_shell_completes_names(complete):
     assert complete("mmedit eval perf") == {"perfusion"}
+    assert complete("mmedit edit u") == {"ultraedit", "unike", "uce"}
     assert {"liveedit", "perfusion", "mgie"} <= complete("mmedit eval ")
     assert complete("mmedit edit live") == {"liveedit"}
     assert {"mini-blip2", "mini-llava"} <= complete("mmedit eval ft --model mini-")
