@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its commands are run, its outputs are compared."""
+"""What the README and the pages it leads to show is what happens: commands are run, outputs are compared."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import pytest
 from conftest import ROOT, assert_happens
 
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-LINES = [
-    line.partition(" #")[0].strip()
-    for kind, block in BLOCKS
-    if kind == "bash"
-    for line in block.splitlines()
-]
-COMMANDS = [line for line in LINES if line.startswith("mmedit ")]
-SETUPS = [line for line in LINES if line.startswith("python3 -m venv")]
+DOCS = ROOT / "docs"
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands_of(page: Path, start: str) -> list[str]:
+    """The lines of a page's bash blocks that start so, without their remarks."""
+    lines = "".join(blocks_of(page, "bash")).splitlines()
+    commands = [line.partition(" #")[0].strip() for line in lines]
+    return [command for command in commands if command.startswith(start)]
+
+
+SETUPS = commands_of(ROOT / "README.md", "python3 -m venv")
+COMMANDS = commands_of(DOCS / "commands.md", "mmedit ")
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +39,10 @@ def test_two_commands_do_all_the_set_up():
     assert all("pip install -q -e" in line for line in SETUPS)
 
 
+def test_it_is_read_in_two_minutes():
+    assert len(TEXT.splitlines()) <= 150
+
+
 def test_ci_runs_exactly_the_test_command_and_then_slow_tests():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()[-2:]
     assert commands[0] == SETUPS[1]
@@ -39,6 +51,7 @@ def test_ci_runs_exactly_the_test_command_and_then_slow_tests():
 
 
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+SHOWN = (ROOT / "README.md", DOCS / "tutorials" / "thousand-edits.md")
 TOLERANCE = 0.5  # in %: on another processor an answer or two of a thousand may differ
 
 
@@ -94,8 +107,15 @@ def test_the_first_experiment_prints_what_is_shown(cli):
     assert words[0] == ".venv/bin/mmedit"
     code, out, _ = cli(*words[1:])
     assert code == 0
-    shown = next(block for kind, block in BLOCKS if kind == "text")
-    assert_shown(shown.rstrip().splitlines(), out.splitlines())
+    for page in SHOWN:
+        (shown,) = blocks_of(page, "text")
+        assert_shown(shown.splitlines(), out.splitlines())
+
+
+def test_the_readme_and_the_tutorial_show_the_same_figures():
+    short, long = (blocks_of(page, "text")[0].splitlines() for page in SHOWN)
+    assert set(short) < set(long)
+    assert long.index(short[-1]) == len(long) - 1
 
 
 @pytest.mark.slow
@@ -115,51 +135,48 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_the_dialogue_happens_as_shown(cli):
-    dialogue = next(block for kind, block in BLOCKS if kind == "console")
+    (dialogue,) = blocks_of(ROOT / "README.md", "console")
     assert_happens(cli, dialogue, turns=6)
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_the_library_example_of_the_ledger(capsys):
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "edits.md").read_text(), re.DOTALL
-    )
+    (code,) = blocks_of(DOCS / "edits.md", "python")
     exec(compile(code, "edits.md", "exec"), {})
     assert capsys.readouterr().out == "['a red balloon']\n['banjo']\n"
 
 
 def test_the_error_that_is_shown(cli):
-    block = next(
-        block for kind, block in BLOCKS if kind == "text" and block.startswith("$ ")
-    )
+    (block,) = blocks_of(DOCS / "commands.md", "text")
     command, *expected = block.strip().splitlines()
     code, _, err = cli(*shlex.split(command.removeprefix("$ mmedit ")))
     assert (code, err.splitlines()) == (2, expected)
 
 
 def test_the_library_example(capsys):
-    code = next(block for kind, block in BLOCKS if kind == "python")
-    exec(compile(code, "README.md", "exec"), {})
+    (code,) = blocks_of(DOCS / "library.md", "python")
+    exec(compile(code, "library.md", "exec"), {})
     assert capsys.readouterr().out == "['red balloon']\n"
 
 
 def test_the_tables_name_every_editor_and_family():
     from mmedit_cli import registry
 
+    text = (DOCS / "editors.md").read_text()
     for name in (
         *registry.editors.names(),
         *registry.backbones.names(),
         *registry.drawing_models.names(),
     ):
-        assert f"| `{name}` |" in TEXT
+        assert f"| `{name}` |" in text
     for name in registry.personalizers.names():
-        assert f"`{name}`" in TEXT
+        assert f"`{name}`" in text
 
 
 def test_links_lead_somewhere():
     for page in (
         ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted(DOCS.rglob("*.md")),
         ROOT / "CONTRIBUTING.md",
     ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):

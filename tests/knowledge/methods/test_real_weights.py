@@ -80,13 +80,12 @@ def test_an_edit_holds_and_is_undone_bit_for_bit(smollm, name):
     assert torch.equal(logits_of(smollm), untouched)
 
 
-def test_the_dialogue_of_the_readme_happens_as_shown(
+def test_the_dialogue_of_the_page_happens_as_shown(
     cli, real_weights, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
-    dialogue = blocks[1]
+    text = (ROOT / "docs" / "real-models.md").read_text()
+    (dialogue,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     assert_happens(cli, dialogue, turns=4)
 
 
