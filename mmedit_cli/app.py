@@ -21,6 +21,7 @@ from mmedit_cli.commands import (
     generate,
     image_edit,
     report,
+    serve,
 )
 from mmedit_cli.commands import list as list_command
 from mmedit_cli.errors import MmeditError, UserError
@@ -42,6 +43,7 @@ app = _group(
 for task in ("eval", "train-editor", "edit"):
     app.command(task, cls=by_kind(task))(function_of(task))
 app.command("ask")(ask.ask)
+app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)

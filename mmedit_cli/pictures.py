@@ -113,6 +113,12 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+def check_decodes(file: BinaryIO, place: str) -> None:
+    """Decode an image file in memory; raise DataError naming `place` if `load_picture` could not, were it on disk."""
+    with _reading(file, place) as image:
+        _upright(image).load()
+
+
 def upright_rgb(file: BinaryIO, place: str) -> Image.Image:
     """Decode an image file in memory to upright RGB; raise DataError naming `place` if it is not an image."""
     with _reading(file, place) as image:

@@ -20,7 +20,7 @@ def plotter(file: Path) -> Any:
         import matplotlib
     except ImportError as error:
         raise UserError(
-            f"{file}: a chart needs matplotlib", "pip install 'mmedit[plots]'"
+            f"{file}: a chart needs matplotlib", "pip install 'mmedit-cli[plots]'"
         ) from error
     matplotlib.use("svg" if file.suffix == ".svg" else "agg")
     matplotlib.rcParams["svg.hashsalt"] = "mmedit"

@@ -548,8 +548,8 @@ class VisionLanguageModel(ABC):
         """Return the answer to each query, cut at the end token or the first newline, and stripped.
 
         `max_new_tokens` is one limit, or one for each query. Answers are greedy, the arg-max at every step, whatever
-        the model's generation_config says; `sampling="model"` follows its settings instead. A `streamer` of
-        transformers gets the tokens of a single query as they come. Raises NotFinite if the logits are NaN.
+        the model's generation_config says; `sampling="model"` follows its settings instead. A `streamer` gets the
+        tokens of all queries, (B,), as they come. Raises NotFinite if the logits are NaN.
         """
         batch = self.batch(queries, with_answer=False, left_pad=True)
         if isinstance(max_new_tokens, int):
@@ -669,9 +669,13 @@ class VisionLanguageModel(ABC):
         eos: int = self.tokenizer.eos_token_id
         return eos if eos in self._end_ids else self._end_ids[0]
 
+    def is_end(self, token: int) -> bool:
+        """Whether this token ends an answer and is no part of it."""
+        return token in self._end_ids
+
     def stops(self, token: int) -> bool:
         """Whether an answer ends with this token: an end token, or one with a newline in it."""
-        return token in self._end_ids or bool(self._newline[token])
+        return self.is_end(token) or bool(self._newline[token])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of generated tokens, cut at the end token or the first newline, and stripped."""

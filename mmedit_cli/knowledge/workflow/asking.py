@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, open_edits
 from mmedit_cli.knowledge.loading import ModelOptions, load_model
 from mmedit_cli.knowledge.models.shared.generation import SAMPLINGS, described
 from mmedit_cli.knowledge.workflow.editing import read_facts
+from mmedit_cli.knowledge.workflow.streaming import BatchStreamer, RowStream
 from mmedit_cli.output import Output
 from mmedit_cli.reading import read_lines
 from mmedit_cli.types import Query
@@ -21,6 +23,15 @@ from mmedit_cli.types import Query
 _BATCH = 32
 # of a file: all are in memory, and more would take days to answer
 _MOST_QUESTIONS = 100_000
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """An answer, how many tokens were generated for it, and why it ended: "stop", or "length" if it was cut."""
+
+    text: str
+    tokens: int
+    finish: str
 
 
 class Asker:
@@ -97,40 +108,45 @@ class Asker:
 
     def stream(self, query: Query, write: Callable[[str], None]) -> None:
         """Answer one question; `write` gets the words as they are generated."""
-        self._generate([query], self._streamer(write))
+        self.stream_together([query], [write])
 
-    def _generate(self, queries: Sequence[Query], streamer: Any = None) -> list[str]:
+    def stream_together(
+        self,
+        queries: Sequence[Query],
+        writers: Sequence[Callable[[str], None]],
+        *,
+        limits: Sequence[int] | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> list[Spoken]:
+        """Answer a batch of questions greedily; the writer of each gets its words as they are generated.
+
+        `limits` are tokens, a limit a question; without them answers are as long as those of `answers`. Raises
+        Abandoned as soon as `given_up()` is true.
+        """
+        limits = limits or tokens_for(self.backbone, queries, self.least)
+        rows = []
+        for limit, write in zip(limits, writers, strict=True):
+            rows.append(RowStream(self.backbone, limit, write))
+        texts = self.backbone.generate(
+            queries,
+            max_new_tokens=limits,
+            streamer=BatchStreamer(rows, given_up),
+        )
+        spoken = []
+        for text, row in zip(texts, rows, strict=True):
+            spoken.append(Spoken(text, row.tokens, row.finish))
+        return spoken
+
+    def _generate(self, queries: Sequence[Query]) -> list[str]:
         """Return the answers, as long as the targets of the questions and of the edits need."""
         said: list[str] = []
         for at in range(0, len(queries), _BATCH):
             part = queries[at : at + _BATCH]
             limits = tokens_for(self.backbone, part, self.least)
             said += self.backbone.generate(
-                part, max_new_tokens=limits, streamer=streamer, sampling=self.sampling
+                part, max_new_tokens=limits, sampling=self.sampling
             )
         return said
-
-    def _streamer(self, write: Callable[[str], None]) -> Any:
-        """Return a streamer that writes just what `generate` returns."""
-        from transformers import TextStreamer
-
-        class Words(TextStreamer):
-            begun = ended = False
-            blank = ""
-
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if self.ended:
-                    return
-                text = text if self.begun else text.lstrip("\r ")
-                line, newline, _ = (self.blank + text).partition("\n")
-                words = line.rstrip()
-                self.blank, self.ended = line[len(words) :], bool(newline)
-                self.begun = self.begun or bool(words)
-                write(words)
-
-        return Words(
-            self.backbone.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
 
 
 def read_questions(file: Path, image: Path | None) -> list[Query]:
