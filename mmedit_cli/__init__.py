@@ -8,6 +8,9 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from mmedit_cli.drawing.workflow.concepts import LearnOptions, learn_concept
+    from mmedit_cli.errors import MmeditError, UserError
+    from mmedit_cli.knowledge.data.base import DataOptions
+    from mmedit_cli.knowledge.evaluation.protocol import Protocol
     from mmedit_cli.knowledge.ledger.edited_model import (
         EditOptions,
         begin_edits,
@@ -28,21 +31,29 @@ _PUBLIC = {
     "load_backbone": "mmedit_cli.knowledge.loading",
     "load_editor": "mmedit_cli.knowledge.loading",
     "evaluate": "mmedit_cli.knowledge.workflow.evaluation",
+    "Protocol": "mmedit_cli.knowledge.evaluation.protocol",
+    "DataOptions": "mmedit_cli.knowledge.data.base",
     "EvalOptions": "mmedit_cli.knowledge.workflow.evaluation",
     "ModelOptions": "mmedit_cli.knowledge.loading",
     "begin_edits": "mmedit_cli.knowledge.ledger.edited_model",
     "open_edits": "mmedit_cli.knowledge.ledger.edited_model",
     "EditOptions": "mmedit_cli.knowledge.ledger.edited_model",
     "load_runs": "mmedit_cli.reports.frames",
+    "MmeditError": "mmedit_cli.errors",
+    "UserError": "mmedit_cli.errors",
 }
 __all__ = [
     "Concept",
+    "DataOptions",
     "EditCase",
     "EditOptions",
     "EvalOptions",
     "LearnOptions",
+    "MmeditError",
     "ModelOptions",
+    "Protocol",
     "Query",
+    "UserError",
     "__version__",
     "begin_edits",
     "evaluate",
@@ -60,3 +71,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mmedit_cli import hub
 from mmedit_cli.errors import ModelError, UserError, near_miss
@@ -467,20 +466,22 @@ def family_of(folder: Path) -> str:
     A language model of another type is tried out when it is loaded.
     """
     config = read_config(folder)
-    kind = _kind(folder)
-    if kind not in families() and _writes_on(config):
-        return LANGUAGE
-    if kind not in families():
-        problem = f"{folder}: a model of type {kind!r} is not supported{near_miss(kind, families())}"
-        raise ModelError(problem, f"supported: {', '.join(families())}")
-    return families()[kind]
-
-
-def _writes_on(config: dict[str, Any]) -> bool:
-    """Whether a config is that of a decoder which continues texts."""
     classes = config.get("architectures")
-    if not isinstance(classes, list):
-        return False
-    names = [str(name) for name in classes]
-    decoders = [name for name in names if name.endswith("ForCausalLM")]
-    return bool(decoders)
+    names: list[str] = []
+    if isinstance(classes, list):
+        names = [str(name) for name in classes]
+    kind = _kind(folder)
+    return family_for(kind, names, str(folder))
+
+
+def family_for(kind: str, classes: Iterable[str], place: str) -> str:
+    """Return the family of a type of models, as `family_of` does; `classes` are names of classes of transformers."""
+    known = families()
+    if kind in known:
+        return known[kind]
+    if any(name.endswith("ForCausalLM") for name in classes):
+        return LANGUAGE
+    raise ModelError(
+        f"{place}: a model of type {kind!r} is not supported{near_miss(kind, known)}",
+        f"supported: {', '.join(known)}",
+    )

@@ -9,6 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmedit_cli.in_hand import as_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,9 @@ class Query:
     `image` is None for a text-only question; `target` may be empty where no answer is needed (generation only).
     `background` is the colour behind the transparent parts of the image, as #rrggbb. `chat` asks in the chat format of
     the model.
+
+    A picture of PIL or an array of uint8, (H, W), (H, W, 3) or (H, W, 4), may be given for the image: it becomes a
+    file that goes with the process. Raises DataError for what is no picture.
     """
 
     prompt: str
@@ -25,6 +36,21 @@ class Query:
     image: Path | None = None
     background: str = "#ffffff"
     chat: bool = False
+
+    if TYPE_CHECKING:  # what may be given is more than what is kept
+
+        def __init__(
+            self,
+            prompt: str,
+            target: str = "",
+            image: Path | str | Image.Image | NDArray[np.uint8] | None = None,
+            background: str = "#ffffff",
+            chat: bool = False,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        if self.image is not None and not isinstance(self.image, Path):
+            object.__setattr__(self, "image", as_file(self.image))
 
 
 def in_one_line(query: Query) -> Query:

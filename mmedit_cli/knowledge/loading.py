@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry
-from mmedit_cli.catalog import ModelRef, loading
+from mmedit_cli.catalog import ModelRef, default_model, loading
 from mmedit_cli.errors import StateError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.trained_networks import TrainedNetworks, find_networks
@@ -18,29 +18,52 @@ from mmedit_cli.reading import parse_json_object
 from mmedit_cli.shapes import Shape, pick_variant, shape_of, shape_of_config
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mmedit_cli.knowledge.methods.base import Editor
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is loaded."""
+    """Which model, and how it is loaded; without a name it is the default one, or the one that a ledger is about."""
 
-    model: str
+    model: str = ""
     device: str = "auto"
     dtype: str = "auto"
     device_map: str | None = None
     revision: str | None = None
 
+    @property
+    def named(self) -> str:
+        """The name, or that of the default model."""
+        return self.model or default_model()
 
-def load_backbone(model: str, **options: Any) -> VisionLanguageModel:
-    """Return the backbone for a name of the catalogue, a local folder or a hub id.
+
+def load_backbone(
+    model: str | Path | PreTrainedModel | None = None,
+    processor: Any = None,
+    *,
+    same_as: str | None = None,
+    **options: Any,
+) -> VisionLanguageModel:
+    """Return the backbone for a name of the catalogue, a local folder or a hub id; without one the default model.
 
     `options` are device, dtype, device_map and revision, as on the command line.
+
+    A model of transformers that is loaded already is taken as it is, with its `processor` (a language model's is its
+    tokenizer); no weight of it needs a gradient from then on. `same_as` names the model it is, so that networks and
+    states which belong to that one fit; without it a digest of its weights stands for it. Raises ModelError if it
+    cannot be edited.
     """
     from mmedit_cli.knowledge.models.shared import loading as models
 
-    return models.load_backbone(model, **options)
+    if model is None or isinstance(model, str | Path):
+        return models.load_backbone(str(model or default_model()), **options)
+    if options:
+        given = ", ".join(options)
+        raise UserError(f"{given}: the model is loaded already", "leave them out")
+    return models.wrapped(model, processor, same_as)
 
 
 def load_editor(

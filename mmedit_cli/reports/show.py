@@ -15,6 +15,7 @@ from mmedit_cli.reports.finding import finished_runs
 
 _AGAIN = "run the command again with --force"
 _RUN_COLUMNS = ["editor", "model", "data", "edits", "reliability", "run"]
+Json = dict[str, Any]
 # a key that a report has -> what prints it; the first that fits
 _PRINTERS = {
     "milestones": knowledge.print_scores,
@@ -46,39 +47,59 @@ def report(out: Output, report: Mapping[str, Any]) -> None:
 
 def runs(out: Output, records: Path) -> None:
     """List the finished runs of a records folder, the newest first."""
-    rows = []
+    found: list[Json] = []
     for folder in finished_runs(records):
         with _form(str(folder / "report.json")):
-            rows.append(_run_row(Run.read_report(folder), folder))
+            facts = _facts(Run.read_report(folder))
+            found.append({**facts, "run": str(folder)})
 
     def show() -> None:
-        if rows:
-            out.table(_RUN_COLUMNS, rows)
+        if found:
+            out.table(_RUN_COLUMNS, [_row(facts) for facts in found])
         else:
             out.line(f"no finished runs in {records}")
 
-    out.result([dict(zip(_RUN_COLUMNS, row, strict=True)) for row in rows], show)
+    out.result(found, show)
 
 
-def _run_row(done: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return the row of a finished run: editor, model, data, edits or what was made, score, folder."""
-    made, score = "trained", ""
+def _facts(done: Mapping[str, Any]) -> Json:
+    """Return what a list says of a finished run: numbers are numbers, shares lie between 0 and 1."""
+    facts: Json = {
+        "editor": str(done["editor"]),
+        "model": str(done["model"]["name"]),
+        "data": str(done["data"]["name"]),
+    }
     if "milestones" in done:
         last = done["milestones"][-1]
         protocol, scores = next(iter(last["scores"].items()))
-        made = str(last["edits"])
-        reliability = 100 * scores["reliability"]["mean"]
-        score = f"{protocol} {reliability:.1f}"
+        facts["edits"] = int(last["edits"])
+        facts["protocol"] = protocol
+        facts["reliability"] = float(scores["reliability"]["mean"])
     elif "best" in done:
-        held_out = 100 * done["best"]["score"]
-        score = f"held out {held_out:.1f}"
+        facts["held_out"] = float(done["best"]["score"])
     elif "scores" in done:
-        distance = done["scores"]["L1"]["mean"]
-        made = f"L1 {distance:.4f}"
+        facts["L1"] = float(done["scores"]["L1"]["mean"])
     elif "sides" in done:
-        made = f"{done['data']['cases']} subjects"
-    names = [done["editor"], done["model"]["name"], done["data"]["name"]]
-    return [*map(str, names), made, score, str(folder)]
+        facts["subjects"] = int(done["data"]["cases"])
+    return facts
+
+
+def _row(facts: Json) -> list[str]:
+    """Return the facts of a run as a row of the table."""
+    made, score = "trained", ""
+    if "edits" in facts:
+        made = str(facts["edits"])
+        reliability = 100 * facts["reliability"]
+        score = f"{facts['protocol']} {reliability:.1f}"
+    elif "held_out" in facts:
+        held_out = 100 * facts["held_out"]
+        score = f"held out {held_out:.1f}"
+    elif "L1" in facts:
+        made = f"L1 {facts['L1']:.4f}"
+    elif "subjects" in facts:
+        made = f"{facts['subjects']} subjects"
+    names = [facts[key] for key in ("editor", "model", "data")]
+    return [*names, made, score, facts["run"]]
 
 
 @contextmanager

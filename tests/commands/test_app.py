@@ -120,7 +120,8 @@ def test_report_and_list(cli, tmp_path):
     cli(*QUICK)
     code, text, _ = cli("report", "--json")
     (run,) = json.loads(text)
-    assert (code, run["editor"], run["edits"]) == (0, "ft", "4")
+    assert (code, run["editor"], run["edits"]) == (0, "ft", 4)
+    assert (run["protocol"], type(run["reliability"])) == ("ar", float)
     assert cli("report", run["run"])[1] == cli(*QUICK)[1]
     assert cli("report", tmp_path)[0] == 2
     code, text, _ = cli("list", "--json")

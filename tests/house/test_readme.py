@@ -154,7 +154,7 @@ def test_the_error_that_is_shown(cli):
 
 
 def test_the_library_example(capsys):
-    (code,) = blocks_of(DOCS / "library.md", "python")
+    code, _ = blocks_of(DOCS / "library.md", "python")
     exec(compile(code, "library.md", "exec"), {})
     assert capsys.readouterr().out == "['red balloon']\n"
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,11 +46,11 @@ _BATCH = 32  # questions of one forward pass
 class EditOptions:
     """The settings of a new ledger; for a ledger that is there already, the options given must agree with its own.
 
-    `model.model` may be empty and `seed` None: a ledger that is there has both.
+    Without a name of the model it is the ledger's, or the default one for a new ledger; so is the seed, or 0.
     """
 
     editor: str
-    model: ModelOptions
+    model: ModelOptions = field(default_factory=ModelOptions)
     hparams: Path | None = None
     overrides: Sequence[str] = ()
     checkpoint: Path | str | None = None
@@ -72,6 +72,10 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
         self.backbone = backbone
         self.editor = editor
         self.seconds = 0.0
+
+    def __repr__(self) -> str:
+        active = len(self.ledger.active)
+        return f"<LedgerModel {self.ledger.folder}: {active} active edits, {self.editor!r}>"
 
     def generate(
         self, queries: Sequence[Query], *, max_new_tokens: int = 32
@@ -261,7 +265,7 @@ def open_edits(
     )
     return _opened(
         ledger,
-        model or ModelOptions(""),
+        model or ModelOptions(),
         bare,
         out or Output(quiet=True),
     )
@@ -317,7 +321,7 @@ def begin_edits(
 
 def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerModel:
     """Return a model with a new ledger in a folder whose lock is held."""
-    ref = find_model(options.model.model, revision=options.model.revision)
+    ref = find_model(options.model.named, revision=options.model.revision)
     check_sight(options.editor, ref)
     found = networks_of(
         options.editor,
@@ -348,7 +352,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
         "variant": variant,
         "model": {
             **ref.described(),
-            "source": _source(options.model.model),
+            "source": _source(options.model.named),
             "revision": options.model.revision,
         },
         "dtype": str(backbone.dtype).removeprefix("torch."),

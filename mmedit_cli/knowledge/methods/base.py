@@ -62,6 +62,10 @@ class EditHandle(AbstractContextManager["EditHandle"]):
         self.ids = operation.ids
         self.info = operation.info
 
+    def __repr__(self) -> str:
+        ids = ", ".join(map(str, self.ids))
+        return f"<edits {ids} of {self.editor!r}>"
+
     def __exit__(self, *_: object) -> None:
         self.editor.undo(self.ids)
 
@@ -96,6 +100,9 @@ class Editor(ABC):
         self.seed = seed
         self.operations: list[Operation] = []
         self._next_id = 1
+
+    def __repr__(self) -> str:
+        return f"<{self.name} on {self.backbone.name}: {len(self.requests)} edits>"
 
     # -- what a method has to say -------------------------------------------------------------------------------
 

@@ -93,6 +93,11 @@ class VisionLanguageModel(ABC):
         self._cache: ActivationCache | None = None
         self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
 
+    def __repr__(self) -> str:
+        number = str(self.dtype).removeprefix("torch.")
+        kind = type(self).__name__
+        return f"<{kind} {self.name}: {self.n_layers} layers of {self.width}, {number} on {self.device}>"
+
     # -- what a family has to say -------------------------------------------------------------------------------
 
     @classmethod

@@ -66,7 +66,7 @@ class Asker:
         elif compare:
             raise UserError("--compare: there is nothing to compare without --edits")
         else:
-            ref = find_model(model.model, revision=model.revision)
+            ref = find_model(model.named, revision=model.revision)
             self.backbone = load_model(model, ref, out)
         taught: list[Query] = []
         if self.edited is not None:

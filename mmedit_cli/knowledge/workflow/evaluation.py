@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,12 @@ INTERVALS_BY = ("concept", "case")
 UNTRAINED = "untrained"  # networks that stay random, for an ablation
 
 
+def _protocol() -> Protocol:
+    from mmedit_cli.knowledge.evaluation.protocol import Protocol
+
+    return Protocol()
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """What to evaluate; the defaults are those of `mmedit eval`.
@@ -62,9 +68,9 @@ class EvalOptions:
     """
 
     editor: str
-    model: ModelOptions
-    data: str
-    protocol: Protocol
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: str = "emojikb"
+    protocol: Protocol = field(default_factory=_protocol)
     data_options: DataOptions | None = None
     hparams: Path | None = None
     overrides: Sequence[str] = ()
@@ -107,7 +113,7 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     from mmedit_cli.knowledge.evaluation.ability import Probe
     from mmedit_cli.knowledge.models.shared.loading import check_answers
 
-    ref = find_model(options.model.model, revision=options.model.revision)
+    ref = find_model(options.model.named, revision=options.model.revision)
     check_answers(ref)
     check_sight(options.editor, ref)
     networks = _networks(options, ref.name)

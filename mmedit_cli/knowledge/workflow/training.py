@@ -77,7 +77,7 @@ def plan_training(options: EditorTrainingOptions) -> EditorTrainingPlan:
     """Resolve names, hyper-parameters and data; raise a UserError if anything cannot be used. Loads no model."""
     from mmedit_cli.knowledge.data.base import fingerprint
 
-    ref = find_model(options.model.model, revision=options.model.revision)
+    ref = find_model(options.model.named, revision=options.model.revision)
     check_sight(options.editor, ref)
     variant = variant_for(options.editor, ref, options.hparams)
     editor, hparams = resolve_editor(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli.catalog import ModelRef, family_for, find_model
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.model_folder import loading, read_config, weight_files
 from mmedit_cli.reading import read_json_object
+from mmedit_cli.shapes import shape_of, shape_of_config
 from mmedit_cli.vocabulary import check_vocabulary
 
 
@@ -49,6 +55,77 @@ def load_backbone(
     )
     backbone.former = ref.former
     return backbone
+
+
+def wrapped(model: Any, processor: Any, same_as: str | None) -> VisionLanguageModel:
+    """Return the backbone for a model of transformers that is loaded, and its processor; see `load_backbone`."""
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise ModelError(
+            f"a {kind} is no model of transformers that generates",
+            "load it with AutoModelForImageTextToText or AutoModelForCausalLM",
+        )
+    name = Path(str(model.name_or_path or "")).name or kind
+    found = family_for(model.config.model_type, [kind], name)
+    family = registry.backbones.get(found)
+    tokenizer, images = _parts_of(processor, name, sees=family.sees)
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, len(embedding.weight), name)
+    if same_as is None:
+        ref = ModelRef(name, family.family, None, _digest(model))
+    else:
+        ref = find_model(same_as)
+        _check_shape(ref, model.config)
+    backbone: VisionLanguageModel = family(
+        ref.name, model, tokenizer, images, ref.fingerprint
+    )
+    backbone.former = ref.former
+    return backbone
+
+
+def _parts_of(processor: Any, name: str, *, sees: bool) -> tuple[Any, Any]:
+    """Return (tokenizer, image processor) of a processor; raise ModelError without one that is needed."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    images = getattr(processor, "image_processor", None)
+    wanted = "processor (AutoProcessor)" if sees else "tokenizer (AutoTokenizer)"
+    if not callable(tokenizer) or (sees and images is None):
+        raise ModelError(
+            f"{name}: a model that is loaded needs its {wanted}",
+            "load_backbone(model, processor)",
+        )
+    template = getattr(processor, "chat_template", None)
+    if template and not tokenizer.chat_template:
+        # the processor goes on as it was
+        tokenizer = copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer, images
+
+
+def _digest(model: Any) -> str:
+    """Return what stands for a model in memory: a digest of its config and of every weight it would save."""
+    config = model.config.to_dict()
+    for key in _NOT_THE_MODEL:
+        config.pop(key, None)
+    text = json.dumps(config, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if weight.is_meta:
+            raise ModelError(
+                f"{name} is not in memory", "same_as says which model it is"
+            )
+        digest.update(f"{name}:{weight.dtype}:{tuple(weight.shape)};".encode())
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        values = flat.view(torch.uint8).numpy()
+        digest.update(values)
+    return digest.hexdigest()[:32]
+
+
+def _check_shape(ref: ModelRef, config: Any) -> None:
+    """Raise ModelError unless a config is of a model with the depth and width of the one that was found."""
+    if shape_of(ref) != shape_of_config(config):
+        raise ModelError(f"same_as={ref.name}: the model is of another shape")
 
 
 def check_answers(ref: ModelRef) -> None:
@@ -100,6 +177,8 @@ def _check_sections(folder: Path) -> None:
 
 
 _HINT = "copy its files there too"
+# of a config in memory: where it was loaded from, and by what
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype")
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,0 +1,91 @@
+"""Pictures that a program holds in memory, as files: everything behind a Query knows files alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mmedit_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_HINT = "a path, a picture of PIL, or an array (height, width), (height, width, 3) or (height, width, 4) of uint8"
+_IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # modes of PIL it can hold
+_FLOATING = "F"
+
+
+def as_file(picture: Any) -> Path:
+    """Return the path of a picture: of a path or its text, or of a file that holds a picture of PIL or an array.
+
+    Arrays are (H, W), (H, W, 3) or (H, W, 4) of uint8. The files are named by their content, and go with the
+    process. Raises DataError for anything else, an address of the web among it.
+    """
+    if isinstance(picture, str) and "://" in picture:
+        problem = f"{picture}: pictures are not fetched from the web"
+        raise DataError(problem, "save it to a file first")
+    if isinstance(picture, str | os.PathLike):
+        return Path(picture)
+    from PIL import Image
+
+    if not isinstance(picture, Image.Image):
+        picture = _of_array(picture)
+    ending = ".tif" if picture.mode == _FLOATING else ".png"
+    data = _encoded(picture, ending)
+    digest = hashlib.sha256(data).hexdigest()
+    path = _folder() / f"{digest[:32]}{ending}"
+    if not path.exists():
+        beginning = path.with_suffix(f".{os.urandom(8).hex()}")
+        beginning.write_bytes(data)
+        beginning.replace(path)
+    return path
+
+
+@cache
+def _folder() -> Path:
+    """Return a folder that is removed when the process ends."""
+    folder = _open_folder()
+    return Path(folder.name)
+
+
+@cache
+def _open_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="mmedit-pictures-")
+
+
+def _of_array(array: Any) -> Image.Image:
+    """Return a picture with the values of an array."""
+    import numpy as np
+    from PIL import Image
+
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"not a picture: {type(array).__name__}", _HINT)
+    shape = array.shape
+    grey = len(shape) == 2
+    coloured = len(shape) == 3 and shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not array.size or not (grey or coloured):
+        raise DataError(f"not a picture: an array {shape} of {array.dtype}", _HINT)
+    return Image.fromarray(array)
+
+
+def _encoded(picture: Image.Image, ending: str) -> bytes:
+    """Return a picture as the bytes of a file without loss, turned as its orientation tag says."""
+    from PIL import ImageOps
+
+    file = io.BytesIO()
+    try:
+        upright = ImageOps.exif_transpose(picture)
+        if ending == ".tif":
+            upright.save(file, "TIFF")
+            return file.getvalue()
+        if upright.mode not in _IN_PNG:
+            upright = upright.convert("RGB")
+        upright.save(file, "PNG", compress_level=1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"a picture in memory cannot be kept: {error}") from error
+    return file.getvalue()
