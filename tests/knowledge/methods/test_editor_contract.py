@@ -51,6 +51,7 @@ VARIANTS = {
     ),
     # as published edits disturb each other: with longer steps the last of three unteaches the second
     "unike": ((), ("mode=reference", "external=false", "learning_rate=3e-2")),
+    "mend": ((), ("aggregate=ridge", "chain=base")),
     "memit": ((), ("remember=true", "answer_keys=false")),
     "ultraedit": (
         (),
@@ -70,8 +71,13 @@ VARIANTS = {
 }
 # (steps, learning rate) until the networks know the requests; some forms know them earlier
 TRAINING = (200, 3e-3)
-SHORTER = {("liveedit",): (100, 6e-3), ("unike",): (40, 6e-3)}
-AFTER_TRAINING = ("refine=", "margin=")  # what training does not depend on
+SHORTER = {
+    ("liveedit",): (100, 6e-3),
+    ("mend",): (15, 1e-3),
+    ("mend", "aggregate=ridge"): (15, 1e-3),
+    ("unike",): (40, 6e-3),
+}
+AFTER_TRAINING = ("refine=", "margin=", "chain=")  # what training does not depend on
 IN_CONTEXT = {
     "ike"
 }  # random weights have not learned to read a context: the answer changes, for better or worse

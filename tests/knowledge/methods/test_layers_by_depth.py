@@ -25,6 +25,7 @@ QUICK = {  # what costs time and does not depend on the depth
     "t-patcher": ("steps=1",),
     "alphaedit": ("questions=2", "relative=true", "target.steps=1"),
     "memit": ("questions=2", "target.steps=1"),
+    "mend": ("rank=16",),
     "ultraedit": ("unrelated=2",),
     "m-ore": ("steps=1",),
     "wise": ("steps=1",),

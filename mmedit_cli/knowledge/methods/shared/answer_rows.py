@@ -16,7 +16,7 @@ from mmedit_cli.patch import Patch
 
 @dataclass(frozen=True)
 class AnswerRows:
-    """Rows of one linear layer, one a predicting position: inputs (n, in) and gradients (n, out)."""
+    """Rows of one linear layer, one a position of a sequence: inputs (n, in) and gradients (n, out)."""
 
     inputs: Tensor
     gradients: Tensor
@@ -50,19 +50,23 @@ def answer_rows(
     at: Tensor,
     answers: Tensor,
     paths: Sequence[str],
+    *,
+    where: Tensor | None = None,
 ) -> Answered:
     """Return the rows of the linear layers `paths` for the mean cross entropy of `answers` (n,) at `at` (B, T) bool.
 
-    All layers share one backward pass; no parameter gets a gradient.
+    There is a row for each position of `where`, (B, T) bool, by default of `at`. All layers share one backward pass;
+    no parameter gets a gradient.
     """
     count = len(prefix.batch.queries)
+    kept = at if where is None else where
     inputs: dict[str, Tensor] = {}
     probes: dict[str, Tensor] = {}
 
     def probe(path: str) -> Callable[[Tensor, Tensor], Tensor]:
         def record(entering: Tensor, leaving: Tensor) -> Tensor:
             nothing = torch.zeros_like(leaving).requires_grad_(True)
-            inputs[path] = _at(entering.detach(), at, count)
+            inputs[path] = _at(entering.detach(), kept, count)
             probes[path] = nothing
             return leaving + nothing
 
@@ -76,7 +80,7 @@ def answer_rows(
         found = torch.autograd.grad(loss, [probes[path] for path in paths])
     rows = {}
     for path, gradient in zip(paths, found, strict=True):
-        rows[path] = AnswerRows(inputs[path], _at(gradient, at, count))
+        rows[path] = AnswerRows(inputs[path], _at(gradient, kept, count))
     return Answered(loss.item(), says(logits, answers), rows)
 
 

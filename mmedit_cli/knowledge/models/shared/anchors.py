@@ -171,7 +171,7 @@ def check_upright(model: nn.Module, path: str, editor: str) -> None:
     if isinstance(model.get_submodule(path), Conv1D):
         raise ModelError(
             f"{editor}: {path} is a transposed matrix, as GPT-2 has them",
-            "ft, lora, multi-melo, t-patcher, grace, ultraedit, memit, alphaedit and ike know such",
+            "ft, lora, multi-melo, t-patcher, grace, ultraedit, memit, alphaedit, mend and ike know such",
         )
 
 
