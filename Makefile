@@ -1,4 +1,4 @@
-.PHONY: test slow mutants quality style
+.PHONY: test slow mutants quality style docs
 
 test:
 	python -m pytest -n 2
@@ -17,3 +17,7 @@ quality:
 style:
 	ruff check --fix .
 	ruff format .
+
+# into site/; a broken link fails
+docs:
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
