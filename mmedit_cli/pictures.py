@@ -226,7 +226,9 @@ def _reading(path: Path | BinaryIO, place: str = "") -> Iterator[Image.Image]:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        raise DataError(f"{place or path}: not a readable image ({error})") from error
+        # of a file in memory Pillow tells the address
+        reason, _, _ = str(error).partition(" <_io.")
+        raise DataError(f"{place or path}: not a readable image ({reason})") from error
 
 
 def _require_picture(path: Path) -> None:

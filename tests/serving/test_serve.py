@@ -239,6 +239,7 @@ def test_what_is_wrong_is_named(site, changed, problem):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(site, BANJO, "What is this?", **changed)
     assert problem in caught.value.body["message"]
+    assert "0x" not in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
     assert not list(site._folder.iterdir())
 
