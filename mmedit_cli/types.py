@@ -97,7 +97,7 @@ class EditCase:
 class Concept:
     """Something of one's own to draw: pictures of it, the word for what it is, and the token that will name it.
 
-    `token` is written in prompts, e.g. "<my-dog>"; `superclass` is a word or a few, e.g. "dog".
+    `token` is written in prompts, e.g. `<my-dog>`; `superclass` is a word or a few, e.g. "dog".
     """
 
     token: str
