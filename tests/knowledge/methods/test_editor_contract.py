@@ -58,6 +58,7 @@ VARIANTS = {
         ("values=raw", "warm=false"),
         ("remember=false", "keep=0", "replay=2"),
     ),
+    "serac": ((),),
     "t-patcher": (
         (),
         (
@@ -75,6 +76,7 @@ SHORTER = {
     ("liveedit",): (100, 6e-3),
     ("mend",): (15, 1e-3),
     ("mend", "aggregate=ridge"): (15, 1e-3),
+    ("serac",): (40, 6e-3),
     ("unike",): (40, 6e-3),
 }
 AFTER_TRAINING = ("refine=", "margin=", "chain=")  # what training does not depend on

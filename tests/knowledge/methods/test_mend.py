@@ -392,6 +392,7 @@ def train(backbone, folder, tick=lambda _what, _n: None):
     return load_file(folder / "editor.safetensors")
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_ends_with_the_same_bits(model, tmp_path):
     whole = train(model, tmp_path / "whole")
     steps = []

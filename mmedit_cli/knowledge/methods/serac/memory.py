@@ -1,0 +1,170 @@
+"""What SERAC keeps of its edits, and how a query is compared with them.
+
+B queries, E edits, S tokens of an answer at most, D width of the model, C values of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmedit_cli.errors import DataError
+from mmedit_cli.knowledge.methods.serac.networks import Scope, SeracNetworks
+from mmedit_cli.knowledge.methods.shared.attention import first_valid, span
+from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
+
+
+def codes(scope: Scope, backbone: VisionLanguageModel, batch: Batch) -> Tensor:
+    """Return the codes of a batch, of what enters the language model between picture and answer: (B, C)."""
+    with torch.no_grad():
+        words = backbone.word_embeddings(batch.input_ids).float()
+        pictures = torch.zeros_like(words[:, 0])
+        if batch.pictures:
+            pictures = backbone.mean_image_tokens(batch).float()
+    asked = batch.prompt_mask[..., None]
+    total = (words * asked).sum(1)
+    count = asked.sum(1).clamp(min=1)
+    sees = batch.image_mask.any(1)
+    return scope.code(
+        total / count,
+        pictures,
+        sees,
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the counterfactual model reads of edits: states (E, S, D), words (E, S) ids, used (E, S) bool.
+
+    A state is what the model has in mind where a token of the answer is to be given, on leaving its last layer.
+    """
+
+    states: Tensor
+    words: Tensor
+    used: Tensor
+
+    def of(self, edits: Tensor) -> Answers:
+        """Return those of some edits: (n,) -> n of each."""
+        return Answers(
+            self.states[edits],
+            self.words[edits],
+            self.used[edits],
+        )
+
+
+def answers_of(
+    backbone: VisionLanguageModel, prefix: Prefix, most: int, *, teach_end: bool
+) -> Answers:
+    """Return what is kept of requests, from their states on leaving the last layer.
+
+    Raises DataError for an answer of more than `most` tokens.
+    """
+    batch = prefix.batch
+    at, labels = batch.target_positions(backbone.end_id)
+    if not teach_end:
+        at = batch.predicting
+    longest = int(at.sum(1).max())
+    if longest > most:
+        raise DataError(
+            f"an answer takes {longest} tokens with its end; serac keeps {most}",
+            f"--set answer_tokens={longest}",
+        )
+    states, used = first_valid(*span(prefix.hidden, at), most)
+    words, _ = first_valid(*span(labels[..., None], at), most)
+    return Answers(
+        states.float(),
+        words[..., 0],
+        used,
+    )
+
+
+def answered(
+    networks: SeracNetworks,
+    backbone: VisionLanguageModel,
+    states: Tensor,
+    answers: Answers,
+) -> Tensor:
+    """Return the states with which the counterfactual model answers, each row from its own edit: (R, T, D)."""
+    head = backbone.anchors.module("head").weight
+    assert isinstance(head, Tensor)
+    words = head[answers.words.to(head.device)].to(states.device)
+    found: Tensor = networks.counterfactual(
+        states,
+        answers.states,
+        words,
+        answers.used,
+    )
+    return found
+
+
+class Memory:
+    """The edits in order: each tensor has a row an edit."""
+
+    def __init__(self, width: int, code_width: int, most: int) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "code": (code_width,),
+            "states": (most, width),
+            "words": (most,),
+            "used": (most,),
+        }
+        self.tensors: dict[str, Tensor] = {}
+        self._keys: list[tuple[object, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(
+        self, rows: Mapping[str, Tensor], keys: Sequence[tuple[object, ...]]
+    ) -> None:
+        """Add edits with a row in each tensor; `keys` name their picture and prompt."""
+        for name, new in rows.items():
+            before = self.tensors.get(name)
+            if before is not None:
+                new = torch.cat((before, new))
+            self.tensors[name] = new
+        self._keys += keys
+
+    def clear(self) -> None:
+        """Forget all edits."""
+        self.tensors = {}
+        self._keys = []
+
+    @property
+    def answers(self) -> Answers:
+        """What the counterfactual model reads."""
+        found = self.tensors
+        return Answers(
+            found["states"],
+            found["words"],
+            found["used"],
+        )
+
+    def about(self, scope: Scope, queries: Tensor, threshold: float) -> Tensor:
+        """Return which edit each query is about, -1 for none: codes (B, C) -> (B,).
+
+        An edit that repeats the picture and the prompt of an earlier one hides it.
+        """
+        codes = self.tensors["code"]
+        score = scope(queries, codes)
+        hidden = self._hidden().to(score.device)
+        score = score.masked_fill(
+            hidden,
+            float("-inf"),
+        )
+        best, place = score.max(1)
+        return torch.where(best > threshold, place, -1)
+
+    def _hidden(self) -> Tensor:
+        """(E,) bool: the edits that a later one hides."""
+        newest: dict[tuple[object, ...], int] = {}
+        for number, key in enumerate(self._keys):
+            newest[key] = number
+        hidden = [
+            newest[key] != number  # a later one has this key
+            for number, key in enumerate(self._keys)
+        ]
+        return torch.tensor(hidden)
