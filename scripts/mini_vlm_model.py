@@ -30,6 +30,8 @@ class Stage(Schedule):
     take part in it, about which nothing is asked. `margin` is how much nearer to its name than to any other (in
     cosines) a picture has to be in it. `alike` weighs the contrastive loss between artists: to each picture comes
     another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
+    `teach` weighs how near the tower is to come to what a teacher sees in the same picture (mini_vlm_teacher.py).
+    `blend` is the most that another picture has in what the bridge gets from the tower of BLIP-2.
     """
 
     questions: int = 0
@@ -38,6 +40,8 @@ class Stage(Schedule):
     contrast: int = 0
     margin: float = 0.2
     alike: float = 0.0
+    teach: float = 0.0
+    blend: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,16 @@ class Recipe(BaseRecipe):
     vocabulary: int
     bridge: dict[str, int] | None = None
     query_tokens: int = 0
+
+    @property
+    def world(self) -> dict[str, Any]:
+        """Return what `load_emojikb` is to be asked for."""
+        return {
+            "n": self.data["concepts"],
+            "held_out_concepts": self.data["held_out_concepts"],
+            "held_out_artists": self.data["held_out_artists"],
+            "further": self.data.get("held_out_further"),
+        }
 
 
 def build_tokenizer(texts: Iterable[str], size: int) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from mini_vlm_data import (
 )
 from mini_vlm_model import Recipe, Stage, build, build_tokenizer, normalise
 from mini_vlm_open import OpenPictures, OpenQuestions
+from mini_vlm_teacher import WIDTH, read_lesson
 from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from transformers import AutoTokenizer
@@ -95,6 +99,7 @@ class Trainee(BaseTrainee):
         kb: EmojiKB,
         device: torch.device,
         start: Path | None = None,
+        teacher: Path | None = None,
     ) -> None:
         """Build the model, or take weights and tokenizer of a model folder to start from."""
         super().__init__(recipe, device)
@@ -113,6 +118,7 @@ class Trainee(BaseTrainee):
         else:
             self.questions = Questions(kb, self.adapter, device)
             self.pictures = Pictures(kb, device)
+        self.lesson = read_lesson(teacher, len(kb.drawings)) if teacher else None
         self.model = self.adapter.model
         anchors = self.adapter.anchors
         self.tower, self._stack, self._head = (
@@ -132,6 +138,8 @@ class Trainee(BaseTrainee):
             self.heads["norm"] = nn.LayerNorm(width)
             if kb.open:
                 self.heads["name"] = Directions(width, self.pictures.sizes["name"])
+            if self.lesson is not None:
+                self.heads["teacher"] = nn.Linear(width, WIDTH)
             width = recipe.text["hidden_size"]
             self.readers = nn.ModuleDict(
                 {
@@ -177,19 +185,32 @@ class Trainee(BaseTrainee):
 
     def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
-        alike = self.recipe.stages["tower"].alike
-        if alike:
+        stage = self.recipe.stages["tower"]
+        pixels, colour, seen = self._shown(chosen, generator)
+        if stage.alike:
             assert isinstance(self.pictures, OpenPictures)
             partners = self.pictures.partners(chosen, generator)
+            more, theirs = self.pictures.draw(partners, generator)
             chosen = torch.cat((chosen, partners))
-        pixels, colour = self.pictures.draw(chosen, generator)
+            pixels, colour = torch.cat((pixels, more)), torch.cat((colour, theirs))
         tokens = self.tower_tokens(pixels)
         loss, counts = self._classify(self.heads, tokens, chosen, colour)
-        if alike:
-            pooled = self.heads["norm"](tokens.mean(1))
+        pooled = self.heads["norm"](tokens.mean(1))
+        if seen is not None:
+            said = self.heads["teacher"](pooled[: len(seen)])
+            loss = loss + stage.teach * (1 - F.cosine_similarity(said, seen)).mean()
+        if stage.alike:
             concept = self.pictures.concept[chosen]
-            loss = loss + alike * contrast_between(pooled, concept)
+            loss = loss + stage.alike * contrast_between(pooled, concept)
         return loss, counts
+
+    def _shown(
+        self, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return pictures, their named backgrounds, and what the teacher sees in them if there is one."""
+        if self.lesson is None:
+            return *self.pictures.draw(chosen, generator), None
+        return self.lesson.draw(chosen, generator)
 
     def tower_tokens(self, pixels: Tensor) -> Tensor:
         """Return the tower's patch tokens of pictures in 0..255: (B, 3, 64, 64) -> (B, T, D)."""
@@ -250,9 +271,10 @@ class Trainee(BaseTrainee):
         )  # read alone, nothing is asked about them
         shown = torch.cat((chosen, more))
         pixels, colour = self.pictures.draw(shown, generator)
-        features = self.model.get_image_features(
-            normalise(pixels), return_dict=True
-        ).pooler_output
+        with self._blending(stage.blend, generator):
+            features = self.model.get_image_features(
+                normalise(pixels), return_dict=True
+            ).pooler_output
         visual = torch.stack(list(features))  # (B, N_v, D)
         reading = (
             self._classify(self.readers, visual, shown, colour)[0]
@@ -293,6 +315,29 @@ class Trainee(BaseTrainee):
             logits.float(), answers
         ) + stage.reading * reading, counts
 
+    @contextmanager
+    def _blending(self, most: float, generator: Generator) -> Iterator[None]:
+        """Mix into the tower's tokens of each picture up to `most` of another's, which is not asked about.
+
+        An artist whom nobody has seen lies as far from a thing's other drawings: what reads the tokens learns to go by
+        what they are nearest to.
+        """
+
+        def blend(module: nn.Module, given: Any, output: Any) -> None:
+            hidden = output.last_hidden_state
+            other = hidden[torch.randperm(len(hidden), generator=generator)]
+            share = most * torch.rand(len(hidden), 1, 1, generator=generator)
+            output.last_hidden_state = hidden + share * (other - hidden)
+
+        if not most:
+            yield
+            return
+        handle = self.model.get_submodule(self.tower).register_forward_hook(blend)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _answers(
         self, chosen: Tensor, picture_of: Tensor, visual: Tensor, names: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +368,7 @@ class Trainee(BaseTrainee):
 
 @torch.no_grad()
 def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
-    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), and store that as step 0.
+    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), primed, and store that as step 0.
 
     A CLIP tower differs in names, in a bias of the patches (added to their positions here), in one matrix for queries,
     keys and values (cut in three), and in a norm before the first layer, which is set to keep the usual scale.
@@ -347,6 +392,8 @@ def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
         pixels, _ = trainee.pictures.draw(shown, generator)
         scale = tower.embeddings(normalise(pixels)).std(-1).mean()
         ours["pre_layrnorm.weight"].fill_(scale)
+    if trainee.kb.open:
+        trainee.prime()
     unused = torch.optim.AdamW(trainee.heads.parameters())
     store(trainee, {}, unused, Progress("tower", origin=origin), out)
 

@@ -30,19 +30,21 @@ def train(
     stop: Stop,
     tower_from: Path | None = None,
     start_from: Path | None = None,
+    teacher: Path | None = None,
 ) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end.
 
     A run that begins starts with `tower_from`, the tower.safetensors of a BLIP-2 run, from that tower, and with
-    `start_from`, a model folder, from that model, whose tokenizer it keeps.
+    `start_from`, a model folder, from that model, whose tokenizer it keeps. `teacher`, a file of
+    mini_vlm_teacher.py, teaches the tower.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kb = load_emojikb(**_data(recipe))
-    trainee = Trainee(recipe, kb, device, start_from)
+    kb = load_emojikb(**recipe.world)
+    trainee = Trainee(recipe, kb, device, start_from, teacher)
     begun = any((out / f"{stage}.safetensors").exists() for stage in STAGES)
     if tower_from is not None and not begun:
         adopt_tower(trainee, tower_from, out)
-    if start_from is not None and kb.open and not begun:
+    elif start_from is not None and kb.open and not begun:
         trainee.prime()
     return train_stages(
         trainee,
@@ -51,15 +53,6 @@ def train(
         stop,
         lambda: export(trainee.adapter, out / recipe.name, _records(trainee, out)),
     )
-
-
-def _data(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "n": recipe.data["concepts"],
-        "held_out_concepts": recipe.data["held_out_concepts"],
-        "held_out_artists": recipe.data["held_out_artists"],
-        "further": recipe.data.get("held_out_further"),
-    }
 
 
 def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
@@ -106,6 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="start from this model folder; to be given each time the run is continued",
     )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="teach the tower what this file of mini_vlm_teacher.py holds",
+    )
     args = parser.parse_args(argv)
     return run(
         args,
@@ -113,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         train,
         tower_from=args.tower_from,
         start_from=args.start_from,
+        teacher=args.teacher,
     )
 
 
