@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -88,9 +89,11 @@ class Teacher(nn.Module):
         return features.mean((2, 3))
 
 
-def make_lesson(kb: EmojiKB, views: int, seed: int) -> dict[str, Tensor]:
+def make_lesson(
+    kb: EmojiKB, teacher: Callable[[Tensor], Tensor], views: int, seed: int
+) -> dict[str, Tensor]:
     """Draw `views` views of each picture that may be trained on and let the teacher see them."""
-    pictures, teacher = OpenPictures(kb, torch.device("cpu")), Teacher()
+    pictures = OpenPictures(kb, torch.device("cpu"))
     usable = pictures.usable
     drawn = torch.empty(len(usable), views, 3, SIDE, SIDE, dtype=torch.uint8)
     colour = torch.empty(len(usable), views, dtype=torch.long)
@@ -120,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     recipe = Recipe.read(args.recipe)
     kb = load_emojikb(**recipe.world)
-    save_file(make_lesson(kb, args.views, recipe.seed), args.out)
+    save_file(make_lesson(kb, Teacher(), args.views, recipe.seed), args.out)
     return 0
 
 

@@ -271,7 +271,7 @@ class Trainee(BaseTrainee):
         )  # read alone, nothing is asked about them
         shown = torch.cat((chosen, more))
         pixels, colour = self.pictures.draw(shown, generator)
-        with self._blending(stage.blend, generator):
+        with self.blending(stage.blend, generator):
             features = self.model.get_image_features(
                 normalise(pixels), return_dict=True
             ).pooler_output
@@ -316,7 +316,7 @@ class Trainee(BaseTrainee):
         ) + stage.reading * reading, counts
 
     @contextmanager
-    def _blending(self, most: float, generator: Generator) -> Iterator[None]:
+    def blending(self, most: float, generator: Generator) -> Iterator[None]:
         """Mix into the tower's tokens of each picture up to `most` of another's, which is not asked about.
 
         An artist whom nobody has seen lies as far from a thing's other drawings: what reads the tokens learns to go by
