@@ -90,7 +90,7 @@ def _say(line: dict[str, Any], log: Any) -> None:
 def training_record(trainee: BaseTrainee, out: Path) -> dict[str, Any]:
     """Return what a model folder tells about its training: how each stage went, the machine, the versions."""
     history = {}
-    for name in trainee.recipe.STAGES:
+    for name in trainee.recipe.stages:
         progress = read_progress(out, name)
         if progress is not None:
             stage = trainee.recipe.stages[name]
@@ -164,7 +164,9 @@ def run(
             shutil.rmtree(args.out, ignore_errors=True)
         stop = Stop(args.minutes)
         stop.listen()
-        stages = kind.STAGES if args.stage == "all" else (args.stage,)
+        stages = tuple(recipe.stages) if args.stage == "all" else (args.stage,)
+        if args.stage not in ("all", *recipe.stages):
+            raise UserError(f"{args.recipe}: no stage {args.stage!r}")
         finished = train(
             recipe, args.out, device=device, stages=stages, stop=stop, **options
         )

@@ -50,9 +50,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """What the recipes of all mini models have; `stages` are trained in their order in STAGES."""
+    """What the recipes of all mini models have; `stages` are trained in their order in STAGES.
+
+    A recipe may lack those in OPTIONAL.
+    """
 
     STAGES: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
     STAGE: ClassVar[type[Schedule]] = Schedule
 
     name: str
@@ -72,7 +76,9 @@ class BaseRecipe:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
             changes = values.pop("quick", {})
             values |= changes if quick else {}
-            stages = {name: cls.STAGE(**values["stages"][name]) for name in cls.STAGES}
+            given = values["stages"]
+            wanted = [s for s in cls.STAGES if s in given or s not in cls.OPTIONAL]
+            stages = {name: cls.STAGE(**given[name]) for name in wanted}
             return cls(**{**values, "stages": stages})
         except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise UserError(

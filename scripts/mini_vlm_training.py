@@ -1,4 +1,4 @@
-"""The three stages of training a mini vision-language model: what is trained in each, and on what."""
+"""The stages of training a mini vision-language model: what is trained in each, and on what."""
 
 from __future__ import annotations
 
@@ -126,6 +126,9 @@ class Trainee(BaseTrainee):
             anchors.stack,
             anchors.tail[-1],
         )
+        parts = ("connector", "projector")
+        paths = [f"model.{anchors.path(part)}." for part in parts]
+        self._bridge = (*paths, "model.query_tokens")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             width = recipe.vision["hidden_size"]
@@ -162,18 +165,20 @@ class Trainee(BaseTrainee):
                 part["name"].margin = self.recipe.stages[stage].margin
         chosen = {}
         for name, parameter in self.named_parameters():
-            part = (
-                "tower"
-                if name.startswith(("heads.", f"model.{self.tower}."))
-                else "decoder"
-            )
-            trained = part == stage
-            if stage == "joint":
-                trained = name.startswith(("model.", "readers."))
+            trained = self._is_trained(name, stage)
             parameter.requires_grad_(trained)
             if trained:
                 chosen[name] = parameter
         return chosen
+
+    def _is_trained(self, name: str, stage: str) -> bool:
+        """Return whether a stage trains a parameter: the bridge's a part of the decoder's, all of the joint one."""
+        in_tower = name.startswith(("heads.", f"model.{self.tower}."))
+        if stage == "tower":
+            return in_tower
+        if stage == "bridge":
+            return name.startswith(("readers.", *self._bridge))
+        return not name.startswith("heads.") if stage == "joint" else not in_tower
 
     def loss(
         self, stage: str, chosen: Tensor, generator: Generator
@@ -181,6 +186,8 @@ class Trainee(BaseTrainee):
         """Return the loss of the tower, or of answers, and what was right and asked."""
         if stage == "tower":
             return self.tower_loss(chosen, generator)
+        if stage == "bridge":
+            return self.bridge_loss(chosen, generator)
         return self.answer_loss(chosen, self.recipe.stages[stage], generator)
 
     def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -259,6 +266,27 @@ class Trainee(BaseTrainee):
             counts[1, i] = (target != NONE).sum()
         return loss, counts
 
+    def bridge_loss(
+        self, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Classify pictures by what the language model gets of them, which nobody is asked about yet.
+
+        As BLIP-2 trains its Q-Former before there is a language model behind it (Li et al. 2023, 3.2): an answer costs
+        many times what a reading does.
+        """
+        stage = self.recipe.stages["bridge"]
+        if stage.alike:
+            assert isinstance(self.pictures, OpenPictures)
+            partners = self.pictures.partners(chosen, generator)
+            chosen = torch.cat((chosen, partners))
+        visual, colour = self.visual_tokens(chosen, stage, generator)
+        loss, counts = self._classify(self.readers, visual, chosen, colour)
+        if stage.alike:
+            pooled = self.readers["norm"](visual.mean(1))
+            concept = self.pictures.concept[chosen]
+            loss = loss + stage.alike * contrast_between(pooled, concept)
+        return loss, counts
+
     def answer_loss(
         self, chosen: Tensor, stage: Stage, generator: Generator
     ) -> tuple[Tensor, Tensor]:
@@ -270,12 +298,7 @@ class Trainee(BaseTrainee):
             stage.contrast, generator
         )  # read alone, nothing is asked about them
         shown = torch.cat((chosen, more))
-        pixels, colour = self.pictures.draw(shown, generator)
-        with self.blending(stage.blend, generator):
-            features = self.model.get_image_features(
-                normalise(pixels), return_dict=True
-            ).pooler_output
-        visual = torch.stack(list(features))  # (B, N_v, D)
+        visual, colour = self.visual_tokens(shown, stage, generator)
         reading = (
             self._classify(self.readers, visual, shown, colour)[0]
             if stage.reading
@@ -314,6 +337,17 @@ class Trainee(BaseTrainee):
         return F.cross_entropy(
             logits.float(), answers
         ) + stage.reading * reading, counts
+
+    def visual_tokens(
+        self, chosen: Tensor, stage: Stage, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Draw pictures and return what the language model gets of them (B, N, D), and their backgrounds (B,)."""
+        pixels, colour = self.pictures.draw(chosen, generator)
+        with self.blending(stage.blend, generator):
+            features = self.model.get_image_features(
+                normalise(pixels), return_dict=True
+            ).pooler_output
+        return torch.stack(list(features)), colour
 
     @contextmanager
     def blending(self, most: float, generator: Generator) -> Iterator[None]:

@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 RECIPES = ("mini_blip2", "mini_llava")
 
 
+FIRST_STAGES = ("tower", "decoder", "joint")  # of the closed recipes
+
+
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the scripts, imported as the scripts do."""
@@ -236,7 +239,7 @@ def test_a_stop_in_every_stage_changes_no_bit(scripts, trained, tmp_path):
     ):
         stops += 1
     assert stops >= 3
-    for stage in scripts.model.STAGES:
+    for stage in FIRST_STAGES:
         once, continued = (
             load_file(out / f"{stage}.safetensors") for out in (whole, tmp_path)
         )
@@ -247,7 +250,7 @@ def test_a_stop_in_every_stage_changes_no_bit(scripts, trained, tmp_path):
 def test_each_stage_trains_its_own_part(scripts, trained):
     _, out = trained
     tower, decoder, joint = (
-        load_file(out / f"{stage}.safetensors") for stage in scripts.model.STAGES
+        load_file(out / f"{stage}.safetensors") for stage in FIRST_STAGES
     )
     weights = [key for key in tower if key.startswith("model.")]
     seeing = {key for key in weights if "vision_" in key}

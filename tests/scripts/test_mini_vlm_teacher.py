@@ -58,7 +58,8 @@ def trainee(scripts, kb, file):
         ROOT / "scripts" / "mini_blip2_open.yaml", quick=True
     )
     tower = replace(recipe.stages["tower"], teach=5.0)
-    taught = replace(recipe, stages={**recipe.stages, "tower": tower})
+    bridge = scripts.model.Stage(1, 24, 3e-3, 0.0, alike=0.5)
+    taught = replace(recipe, stages=recipe.stages | {"tower": tower, "bridge": bridge})
     return scripts.training.Trainee(taught, kb, CPU, teacher=file)
 
 
@@ -115,3 +116,25 @@ def test_blending_mixes_pictures_and_ends_with_its_stage(trainee):
     assert (moved > 0).sum() >= 4  # a picture may be given to itself
     others = torch.cdist(plain.flatten(1), plain.flatten(1)).amax(1)
     assert (moved <= 0.5 * others + 1e-4).all()
+
+
+def test_a_bridge_learns_to_let_names_through_alone(trainee):
+    parameters = trainee.select("bridge")
+    trained = {name.split(".")[0] for name in parameters}
+    assert trained == {"model", "readers"}
+    assert not any("vision_model" in n or "language_model" in n for n in parameters)
+    before = {name: p.clone() for name, p in trainee.named_parameters()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    chosen = trainee.pictures.usable[:24]
+    losses = []
+    for _ in range(12):
+        loss, counts = trainee.loss("bridge", chosen, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert counts[1, 0] == 2 * len(chosen)  # each with another artist's drawing
+    moved = {n for n, p in trainee.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= set(parameters)
