@@ -31,7 +31,8 @@ class Stage(Schedule):
     cosines) a picture has to be in it. `alike` weighs the contrastive loss between artists: to each picture comes
     another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
     `teach` weighs how near the tower is to come to what a teacher sees in the same picture (mini_vlm_teacher.py).
-    `blend` is the most that another picture has in what the bridge gets from the tower of BLIP-2.
+    `blend` is the most that another picture has in what the bridge gets from the tower of BLIP-2. With `tower` the
+    bridge is trained together with the tower.
     """
 
     questions: int = 0
@@ -42,6 +43,7 @@ class Stage(Schedule):
     alike: float = 0.0
     teach: float = 0.0
     blend: float = 0.0
+    tower: bool = False
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,11 @@ class Trainee(BaseTrainee):
         if stage == "tower":
             return in_tower
         if stage == "bridge":
-            return name.startswith(("readers.", *self._bridge))
+            with_tower = self.recipe.stages[stage].tower
+            parts = ("readers.", *self._bridge)
+            return name.startswith(parts) or (
+                with_tower and name.startswith(f"model.{self.tower}.")
+            )
         return not name.startswith("heads.") if stage == "joint" else not in_tower
 
     def loss(
