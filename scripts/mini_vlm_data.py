@@ -224,7 +224,7 @@ class Pictures:
     def __init__(self, kb: EmojiKB, device: torch.device, folder: Path = DATA) -> None:
         place = {c["id"]: i for i, c in enumerate(kb.concepts)}
         self.rgba = torch.stack(
-            [_read(folder / a / f"{c}.png") for c, a in kb.drawings]
+            [read_picture(folder / a / f"{c}.png") for c, a in kb.drawings]
         ).to(device)
         self.concept = torch.tensor([place[c] for c, _ in kb.drawings], device=device)
         usable = [i for i, (c, a) in enumerate(kb.drawings) if kb.holdout.allows(c, a)]
@@ -289,7 +289,8 @@ class Pictures:
         )
 
 
-def _read(path: Path) -> Tensor:
+def read_picture(path: Path) -> Tensor:
+    """Return a picture as (4, H, W), uint8."""
     with Image.open(path) as image:
         data = bytearray(image.convert("RGBA").tobytes())
         return (

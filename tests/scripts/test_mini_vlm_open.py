@@ -33,6 +33,7 @@ def scripts():
         open="mini_vlm_open",
         training="mini_vlm_training",
         train="train_mini_vlm",
+        stages="score_mini_stages",
     ) as modules:
         runtime.quiet_libraries()
         yield modules
@@ -221,7 +222,7 @@ def test_answers_follow_their_questions(trainee):
 def trained(scripts, recipe, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("open")
     assert scripts.train.train(
-        recipe, out, device=CPU, stages=scripts.model.STAGES, stop=scripts.runs.Stop()
+        recipe, out, device=CPU, stages=tuple(recipe.stages), stop=scripts.runs.Stop()
     )
     return out
 
@@ -236,6 +237,21 @@ def test_a_model_says_what_it_was_trained_on(trained):
     assert not asked & {text for sides in wordings.values() for text in sides["eval"]}
 
 
+def test_the_stages_are_measured(scripts, recipe, trained, capsys, monkeypatch):
+    kb = scripts.data.load_emojikb(24, 2, 4, further=4)
+    few = scripts.training.Trainee(recipe, kb, CPU)
+    sets = scripts.stages.drawings(kb, few)
+    assert list(sets) == ["own", "held-out", "unseen artists"]
+    assert all(len(rgba) == len(names) > 0 for rgba, names in sets.values())
+    files = [str(trained / f"{stage}.safetensors") for stage in ("tower", "joint")]
+    monkeypatch.setattr(scripts.stages, "BATCH", 16)
+    assert scripts.stages.main([str(RECIPE), "--quick", *files]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 3 * len(files)
+    own = {row.split(" | ")[1]: float(row.split(" | ")[2]) for row in rows[:3]}
+    assert own["tower's nearest mean"] > 100 / 24  # better than chance
+
+
 def test_a_stop_changes_no_bit_and_a_run_can_start_from_a_model(
     scripts, recipe, trained, tmp_path
 ):
@@ -247,7 +263,7 @@ def test_a_stop_changes_no_bit_and_a_run_can_start_from_a_model(
             recipe,
             out,
             device=CPU,
-            stages=scripts.model.STAGES,
+            stages=tuple(recipe.stages),
             stop=scripts.runs.Stop(steps=steps),
             start_from=start,
         ):
@@ -256,7 +272,7 @@ def test_a_stop_changes_no_bit_and_a_run_can_start_from_a_model(
 
     assert run(tmp_path / "once", None) == 0
     assert run(tmp_path / "stopped", 1) >= 3
-    for stage in scripts.model.STAGES:
+    for stage in recipe.stages:
         once, stopped = (
             load_file(tmp_path / name / f"{stage}.safetensors")
             for name in ("once", "stopped")
