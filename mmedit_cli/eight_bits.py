@@ -28,11 +28,11 @@ def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under their own names: those with a scale in float32, all others as they are."""
-    values = {}
-    for name, value in tensors.items():
-        if name.endswith(_SCALE):
-            continue
-        scale = tensors.get(name + _SCALE)
-        values[name] = value if scale is None else value.float() * scale
+    """Return the tensors under their own names: those in eight bits in float32, all others as they are."""
+    packed = [name for name, value in tensors.items() if value.dtype == torch.int8]
+    scales = {name + _SCALE for name in packed} & tensors.keys()
+    values = {name: value for name, value in tensors.items() if name not in scales}
+    for name in packed:
+        if name + _SCALE in scales:
+            values[name] = values[name].float() * tensors[name + _SCALE]
     return values

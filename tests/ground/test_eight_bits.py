@@ -33,3 +33,10 @@ def test_vectors_are_kept_in_half_precision():
     bias = torch.tensor([0.5, -2.0])
     back = from_eight_bits(to_eight_bits({"b": bias}))
     assert torch.equal(back["b"], bias.half())
+
+
+def test_a_tensor_that_is_called_scale_is_kept():
+    tensors = {"norm.scale": torch.ones(3), "gain": torch.ones(2, 2)}
+    values = from_eight_bits(to_eight_bits(tensors))
+    assert values.keys() == tensors.keys()
+    assert torch.equal(from_eight_bits(tensors)["norm.scale"], tensors["norm.scale"])
