@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     editor: Annotated[
         str | None,
         typer.Argument(
@@ -30,6 +31,13 @@ def evaluate(
         ),
     ] = None,
     config: options.RunFile = None,
+    edited: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of an editor: the folder of a model that was edited elsewhere. All cases are its edits.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = None,
     data: options.Data = "emojikb",
     root: options.Root = None,
@@ -113,6 +121,8 @@ def evaluate(
 
       mmedit eval liveedit --sequential 100 --limit 200 --seeds 0,1,2 --orders 3
 
+      mmedit eval --edited edited-model --model mini-blip2 --data my_facts.csv
+
       mmedit eval --config records/eval/ft/mini-blip2/emojikb/0123456789ab/run.yaml --records again
     """
     from mmedit_cli.knowledge import loading
@@ -123,6 +133,9 @@ def evaluate(
     from mmedit_cli.reports import show
 
     out = Output(as_json=as_json)
+    if edited is not None:
+        _refuse_of_an_editor(context)
+        editor = evaluation.ELSEWHERE
     if report_at is None:
         asked_after = milestones(sequential)
     else:
@@ -157,12 +170,31 @@ def evaluate(
         force=force,
         intervals_by=intervals_by,
         ability=ability,
+        edited=edited,
     )
     repetitions = repeated.Repetitions(_seeds(seed, seeds), orders)
     if dry_run:
         show.plan(out, repeated.described(request, repetitions))
     else:
         show.report(out, repeated.evaluate_repeatedly(request, repetitions, out))
+
+
+def _refuse_of_an_editor(context: typer.Context) -> None:
+    """Raise UserError for what was given beside --edited and means something for editors alone."""
+    from mmedit_cli.knowledge.workflow.run_file import OF_AN_EDITOR
+
+    given = []
+    for param in context.command.params:
+        spelled = param.opts[0].removeprefix("--").replace("-", "_")
+        source = context.get_parameter_source(str(param.name))
+        on_the_line = source is not None and source.name == "COMMANDLINE"
+        if on_the_line and spelled in (*OF_AN_EDITOR, "seeds", "orders"):
+            given.append(param.opts[0])
+    if given:
+        raise UserError(
+            f"--edited and {', '.join(given)}: the edits are made already",
+            "leave the latter out",
+        )
 
 
 def _seeds(seed: int, several: str | None) -> tuple[int, ...]:

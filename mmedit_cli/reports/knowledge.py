@@ -117,6 +117,9 @@ def _print_head(out: Output, report: Mapping[str, Any]) -> None:
     for line in _selection(report["data"]):
         out.line(line)
     print_networks(out, report)
+    if "edited" in report:
+        edited = report["edited"]
+        out.line(f"edited elsewhere: {edited['name']} ({edited['fingerprint']})")
     if "ignored_settings" in report:
         ignored = described(report["ignored_settings"])
         out.line(f"answers are greedy; the model's own settings are ignored: {ignored}")
@@ -208,13 +211,20 @@ def _whole_groups(
     return whole, max(short, default=0)
 
 
-def _cost(cost: Mapping[str, Any]) -> str:
-    """Say how fast it went."""
-    seconds = cost["seconds_per_edit"]
+def _speed(cost: Mapping[str, Any]) -> str:
+    """Say how fast edits were made."""
+    seconds = cost.get("seconds_per_edit")
+    if seconds is None:
+        return "made elsewhere"
     rate = 1 / seconds["mean"]
     median = f"median {seconds['median']:.3g} s"
     slowest = f"p95 {seconds['p95']:.3g} s"
-    text = f"{cost['edits']:,} edits, {rate:.3g} a second ({median}, {slowest})"
+    return f"{rate:.3g} a second ({median}, {slowest})"
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    """Say how fast it went."""
+    text = f"{cost['edits']:,} edits, {_speed(cost)}"
     asked = cost.get("asked", {"questions": 0})
     questions = asked["questions"]
     if questions:

@@ -20,7 +20,7 @@ Json = Mapping[str, Any]
 EVERY_EVAL_EVER = "every-eval-ever"
 _SCHEMA = "0.2.1"  # of every-eval-ever
 # of a protocol, what changes no score
-_SPEED_ONLY = ("batch_size", "shard")
+_SPEED_ONLY = ("batch_size", "shard", "report_at")
 _SHOWN = (
     "reliability",
     "generality.text",
@@ -169,11 +169,17 @@ def _table(board: Board) -> tuple[list[str], list[list[str]]]:
     rows = []
     for rank, entry in board.ranked:
         cells = [_cell(entry.scores.get(column)) for column in columns]
-        seconds = entry.report["cost"]["seconds_per_edit"]["mean"]
+        speed = _speed(entry.report["cost"])
         editor = entry.report["editor"]
         run = entry.folder.name
-        rows.append([str(rank), editor, *cells, f"{seconds:.3g}", run])
+        rows.append([str(rank), editor, *cells, speed, run])
     return header, rows
+
+
+def _speed(cost: Json) -> str:
+    """Return the seconds that an edit took, `-` for edits that were made elsewhere."""
+    seconds = cost.get("seconds_per_edit")
+    return "-" if seconds is None else f"{seconds['mean']:.3g}"
 
 
 def _one_table(boards: Sequence[Board]) -> tuple[list[str], list[list[str]]]:

@@ -15,7 +15,7 @@ from mmedit_cli.records import Run
 
 Json = dict[str, Any]
 # of a protocol, what changes no score
-_SPEED_ONLY = ("batch_size", "shard")
+_SPEED_ONLY = ("batch_size", "shard", "report_at")
 _LEVEL = 0.05
 
 
@@ -115,9 +115,10 @@ def compare(
     """
     different = list(dict.fromkeys(folder.resolve() for folder in folders))
     if len(different) < 2:
+        named = "one run alone" if different else "no runs"
         raise UserError(
-            f"{len(different)} run to compare",
-            "give two or more; `mmedit report` lists",
+            f"{named}: nothing to compare",
+            "name two or more, or --where editor=ft,editor=lora; `mmedit report` lists them",
         )
     reports = [_report(folder) for folder in different]
     _refuse_mixed(different, reports)

@@ -50,6 +50,7 @@ _IN_REPORT = (
     "versions",
 )
 INTERVALS_BY = ("concept", "case")
+ELSEWHERE = "edited elsewhere"  # the editor of a model of others
 UNTRAINED = "untrained"  # networks that stay random, for an ablation
 
 
@@ -64,7 +65,8 @@ class EvalOptions:
     """What to evaluate; the defaults are those of `mmedit eval`.
 
     intervals_by: "case", or "concept" where cases of one concept are not taken for independent; None: by concept where
-    every case names its own. ability: also measure what the model can do that no edit is about.
+    every case names its own. ability: also measure what the model can do that no edit is about. edited: the folder of
+    a model that was edited elsewhere; `editor` is then ELSEWHERE, and all cases are what was edited.
     """
 
     editor: str
@@ -81,11 +83,15 @@ class EvalOptions:
     force: bool = False
     intervals_by: str | None = None
     ability: bool = False
+    edited: Path | None = None
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Everything resolved before a model is loaded: what will run, and where it will be recorded."""
+    """Everything resolved before a model is loaded: what will run, and where it will be recorded.
+
+    edited: the model that was edited elsewhere, if it is one that is scored.
+    """
 
     options: EvalOptions
     ref: ModelRef
@@ -94,6 +100,7 @@ class EvalPlan:
     cases: list[EditCase]
     config: dict[str, Any]
     folder: Path
+    edited: ModelRef | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -115,25 +122,17 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
 
     ref = find_model(options.model.named, revision=options.model.revision)
     check_answers(ref)
-    check_sight(options.editor, ref)
-    networks = _networks(options, ref.name)
-    path = None if networks is None else networks.path
-    variant = variant_for(options.editor, ref, options.hparams)
-    editor, hparams = resolve_editor(
-        options.editor,
-        variant,
-        options.hparams,
-        options.overrides,
-        path,
-        depth=depth_of(ref),
-    )
+    method = _method_of(options, ref)
     data = read_data(
         options.data, limit=options.limit, options=options.data_options or DataOptions()
     )
     cases, line_breaks = _one_line_targets(data.cases)
     check_seen(ref, cases, options.data)
-    check_facts(editor, cases)
+    check_facts(method.editor, cases)
     check_pictures(cases)
+    if method.edited is not None:
+        protocol = replace(options.protocol, sequential=len(cases))
+        options = replace(options, protocol=protocol)
     size = options.protocol.sequential
     if size > len(cases):
         raise DataError(
@@ -142,9 +141,9 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
         )
     config: dict[str, Any] = {
         "command": "eval",
-        "editor": editor.name,
-        "hparams": used_hparams(hparams),
-        "variant": variant,
+        "editor": method.editor.name,
+        "hparams": used_hparams(method.hparams),
+        "variant": method.variant,
         "model": ref.described(),
         "device": options.model.device,
         "dtype": options.model.dtype,
@@ -163,21 +162,59 @@ def plan_evaluation(options: EvalOptions) -> EvalPlan:
     config |= intervals(cases, options)
     if options.ability:
         config["ability"] = sha256_json(Probe.shipped().described())[:16]
-    if networks is not None:
-        config["checkpoint"] = sha256_of(networks.path)
+    if method.edited is not None:
+        config["edited"] = method.edited.described()
+    if method.networks is not None:
+        config["checkpoint"] = sha256_of(method.networks.path)
     elif options.checkpoint is not None:
         config["checkpoint"] = UNTRAINED
-    parts = ("eval", editor.name, ref.name, data.name)
+    editor_folder = method.editor.name.replace(" ", "-")
+    parts = ("eval", editor_folder, ref.name, data.name)
     folder = Run.locate(options.records, parts, config)
     return EvalPlan(
         options,
         ref,
-        hparams,
-        networks,
+        method.hparams,
+        method.networks,
         cases,
         config,
         folder,
+        method.edited,
     )
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What edits, resolved."""
+
+    editor: type[Editor]
+    hparams: Any
+    variant: str | None = None
+    networks: TrainedNetworks | None = None
+    edited: ModelRef | None = None
+
+
+def _method_of(options: EvalOptions, ref: ModelRef) -> _Method:
+    """Resolve the editor and its hyper-parameters, or the model that was edited elsewhere; raise UserError."""
+    if options.edited is not None:
+        from mmedit_cli.knowledge.workflow import edited_elsewhere
+
+        found = edited_elsewhere.find_edited(options.edited, ref)
+        editor = edited_elsewhere.EditedElsewhere
+        return _Method(editor, edited_elsewhere.NoHparams(), edited=found)
+    check_sight(options.editor, ref)
+    networks = _networks(options, ref.name)
+    path = None if networks is None else networks.path
+    variant = variant_for(options.editor, ref, options.hparams)
+    cls, hparams = resolve_editor(
+        options.editor,
+        variant,
+        options.hparams,
+        options.overrides,
+        path,
+        depth=depth_of(ref),
+    )
+    return _Method(cls, hparams, variant, networks)
 
 
 def _networks(options: EvalOptions, model: str) -> TrainedNetworks | None:
@@ -254,12 +291,8 @@ def run_evaluation(
         backbone = open_model(plan, out)
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases, sayable=protocol.generates)
-    cls = registry.editors.get(options.editor)
-    editor: Editor = cls(backbone, plan.hparams, seed=options.seed)
+    editor = _editor(plan, backbone, out)
     networks = None if plan.networks is None else plan.networks.facts()
-    if plan.networks is not None and networks is not None:
-        out.note(networks_line(networks))
-        give_networks(editor, plan.networks.path)
     environment = runtime.environment(backbone.device)
     base_folder = (
         options.records
@@ -295,6 +328,8 @@ def run_evaluation(
                 tick=tick,
             )
         head = {key: plan.config[key] for key in _IN_REPORT}
+        if plan.edited is not None:
+            head["edited"] = plan.edited.described()
         head["checkpoint"] = plan.config.get("checkpoint")
         head["networks"] = networks
         head["data"] = {**plan.config["data"], **too_long}
@@ -314,6 +349,9 @@ def run_evaluation(
         )
         if options.ability:
             (report["ability"],) = run.read("ability")
+        if plan.edited is not None:
+            # how long others edited is not known
+            del report["cost"]["seconds_per_edit"]
         report["cost"]["asked"] = asked
         report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
         # the state to continue from may be as large as a model
@@ -322,9 +360,29 @@ def run_evaluation(
     return report
 
 
+def _editor(plan: EvalPlan, backbone: VisionLanguageModel, out: Output) -> Editor:
+    """Return what edits the model, ready to do so, and say what it has learned or changes."""
+    seed = plan.options.seed
+    if plan.edited is not None:
+        from mmedit_cli.knowledge.workflow.edited_elsewhere import EditedElsewhere
+
+        out.note(f"reading {plan.edited.folder}")
+        elsewhere = EditedElsewhere(backbone, plan.hparams, seed=seed)
+        changed = elsewhere.load_weights(plan.edited)
+        out.note(f"{changed:,} weights are not those of {plan.ref.name}")
+        return elsewhere
+    cls = registry.editors.get(plan.options.editor)
+    editor: Editor = cls(backbone, plan.hparams, seed=seed)
+    if plan.networks is not None:
+        out.note(networks_line(plan.networks.facts()))
+        give_networks(editor, plan.networks.path)
+    return editor
+
+
 def open_model(plan: EvalPlan, out: Output) -> VisionLanguageModel:
     """Load the model of a plan, and say which values the editor has for it."""
-    out.note(told(plan.options.editor, plan.config["variant"]))
+    if plan.edited is None:
+        out.note(told(plan.options.editor, plan.config["variant"]))
     return load_model(plan.options.model, plan.ref, out)
 
 

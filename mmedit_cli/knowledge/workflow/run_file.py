@@ -16,6 +16,17 @@ _OF_PROTOCOL = (
     "max_new_tokens",
     "batch_size",
 )
+# what means nothing for a model that was edited elsewhere
+OF_AN_EDITOR = (
+    "editor",
+    "sequential",
+    "report_at",
+    "edit_batch",
+    "hparams",
+    "set",
+    "checkpoint",
+    "seed",
+)
 _OF_RUN = ("hparams", "checkpoint", "limit", "seed", "intervals_by", "ability")
 
 
@@ -31,6 +42,10 @@ def as_run_file(options: Any) -> dict[str, Any]:
     values["set"] = list(options.overrides)
     if not values["report_at"]:
         values["report_at"] = [options.protocol.sequential]
+    if options.edited is not None:
+        values["edited"] = options.edited
+        for name in OF_AN_EDITOR:
+            del values[name]
     return _plain(values)
 
 

@@ -193,7 +193,8 @@ def test_runs_are_found_by_what_they_are(cli, runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["aaaa"], "1 run to compare"),
+        (["aaaa"], "one run alone: nothing to compare"),
+        ([], "no runs: nothing to compare"),
         (["aaaa", "cccc"], "cccc: no finished run"),
         (["--where", "editor=ft"], "no finished run"),
         (["--where", "editors=ft"], "not key=value"),
