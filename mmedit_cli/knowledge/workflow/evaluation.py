@@ -197,6 +197,9 @@ class _Method:
 def _method_of(options: EvalOptions, ref: ModelRef) -> _Method:
     """Resolve the editor and its hyper-parameters, or the model that was edited elsewhere; raise UserError."""
     if options.edited is not None:
+        if options.editor != ELSEWHERE:
+            problem = f"{options.editor} and edited={options.edited}: the edits are made already"
+            raise UserError(problem, f"leave one out; the editor is {ELSEWHERE!r}")
         from mmedit_cli.knowledge.workflow import edited_elsewhere
 
         found = edited_elsewhere.find_edited(options.edited, ref)

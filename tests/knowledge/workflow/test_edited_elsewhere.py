@@ -12,6 +12,7 @@ import torch
 from conftest import SHAPES
 
 from mmedit_cli.catalog import find_model
+from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.data.base import DataOptions, read_data
 from mmedit_cli.knowledge.ledger.edited_model import EditOptions, begin_edits
 from mmedit_cli.knowledge.loading import ModelOptions, load_backbone
@@ -20,6 +21,7 @@ from mmedit_cli.knowledge.workflow.edited_elsewhere import (
     NoHparams,
     find_edited,
 )
+from mmedit_cli.knowledge.workflow.evaluation import EvalOptions, plan_evaluation
 
 ON = f"--model tiny-blip2 --data {SHAPES} --limit 2".split()
 PROTOCOLS = "tf_em,tf_liveedit,tf_easyedit,ar"
@@ -181,6 +183,9 @@ def test_what_is_not_the_base_with_other_weights_is_refused(cli, tmp_path):
     assert "--edited and --set, --seeds" in said
     code, _, err = cli("eval", "ft", "--edited", folder, *ON)
     assert (code, "--edited and editor" in err) == (2, True), err
+
+    with pytest.raises(UserError, match="the edits are made already"):
+        plan_evaluation(EvalOptions("ft", data=str(SHAPES), edited=folder))
 
     settings = json.loads(plain)
     settings["text_config"]["do_layer_norm_before"] = False
