@@ -11,7 +11,7 @@ from conftest import QUERIES, SHAPES
 from test_editor_contract import REQUESTS, logits, make
 
 from mmedit_cli.eight_bits import to_eight_bits
-from mmedit_cli.errors import DataError, HparamsError, StateError
+from mmedit_cli.errors import DataError, HparamsError, MmeditError, StateError
 from mmedit_cli.knowledge.methods.liveedit import refining
 from mmedit_cli.knowledge.methods.liveedit.experts import (
     BLOCK,
@@ -248,7 +248,7 @@ def _without_edits(editor, queries):
 
 def test_a_model_that_is_called_past_the_backbone_is_refused(editor):
     editor.edit(REQUESTS[:1])
-    with pytest.raises(Exception, match="must know where the picture is"):
+    with pytest.raises(MmeditError, match="ask the backbone"):
         editor.backbone.model.get_submodule(editor.backbone.anchors.stack)(
             inputs_embeds=torch.zeros(1, 3, editor.backbone.width)
         )

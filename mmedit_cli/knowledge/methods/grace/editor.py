@@ -23,6 +23,10 @@ from mmedit_cli.knowledge.methods.grace.hparams import GraceHparams
 from mmedit_cli.knowledge.methods.grace.radii import Neighbourhood
 from mmedit_cli.knowledge.methods.grace.site import WrappedFfn
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of, states_at
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
@@ -86,13 +90,7 @@ class Grace(Editor):
 
     @property
     def _current(self) -> Batch:
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "grace must know where a question ends: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
-        return batch
+        return asked_batch(self.backbone, "grace")
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -286,9 +284,7 @@ class Grace(Editor):
             values, choice = self._given
             return choice.replace(leaving, values)
         if self._decided is None or self._decided[0] is not self._current:
-            raise MmeditError(
-                "grace met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("grace")
         # a token that is generated has the value of its question
         choice = self._decided[1]
         return choice.replace(leaving, self._codebook.values)

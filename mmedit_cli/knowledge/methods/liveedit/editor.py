@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import DataError, HparamsError, MmeditError
+from mmedit_cli.errors import DataError, HparamsError
 from mmedit_cli.knowledge.methods.base import (
     TEXT_ONLY_HINT,
     Standalone,
@@ -28,6 +28,10 @@ from mmedit_cli.knowledge.methods.liveedit.training import (
     losses_of,
 )
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.layers import layer_number
@@ -208,19 +212,12 @@ class LiveEdit(TrainedEditor):
         """Add the experts to the stream (B, T, D) that enters the layer after the edit layer."""
         if self._aside:
             return None
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "liveedit must know where the picture is: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
+        batch = asked_batch(self.backbone, "liveedit")
         if hidden.shape[1] == batch.input_ids.shape[1]:
             rows, routing = self.route(hidden, batch)
             self._prefilled = (batch, rows, routing)
         elif self._prefilled is None or self._prefilled[0] is not batch:
-            raise MmeditError(
-                "liveedit met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("liveedit")
         # a token that is generated uses what its question was routed to
         _, rows, routing = self._prefilled
         if not bool(routing.used.any()):

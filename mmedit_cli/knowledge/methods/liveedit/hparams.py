@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mmedit_cli.knowledge.methods.shared.training_values import check_training
 from mmedit_cli.layers import Layer, check_layers, layer_number
 
 
@@ -45,13 +46,7 @@ class LiveEditTraining:
             )
         if self.taught is not None and self.taught < 1:
             raise ValueError(f"taught must be at least 1 or null, not {self.taught}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"patience must be at least 1 or null, not {self.patience}"
-            )
-        for name in ("steps", "learning_rate", "validate_every", "validation_cases"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_training(self)
 
 
 @dataclass(frozen=True)

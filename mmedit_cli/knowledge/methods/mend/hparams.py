@@ -5,18 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mmedit_cli.knowledge.methods.shared.training_values import check_training
 from mmedit_cli.knowledge.models.shared.anchors import FfnRole
 
 _ABOVE_ZERO = ("layers", "rank", "depth", "step_size", "ridge", "batch_size")
-_TRAINING_ABOVE_ZERO = (
-    "steps",
-    "batch_size",
-    "together",
-    "learning_rate",
-    "step_size_pace",
-    "validate_every",
-    "validation_cases",
-)
 
 
 @dataclass(frozen=True)
@@ -44,13 +36,8 @@ class MendTraining:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _TRAINING_ABOVE_ZERO:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"patience must be at least 1 or null, not {self.patience}"
-            )
+        above_zero = ("batch_size", "together", "step_size_pace")
+        check_training(self, above_zero=above_zero)
 
 
 @dataclass(frozen=True)

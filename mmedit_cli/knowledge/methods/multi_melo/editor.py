@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import HparamsError, MmeditError, StateError, UserError
+from mmedit_cli.errors import HparamsError, StateError, UserError
 from mmedit_cli.knowledge.methods.base import (
     EditHandle,
     Editor,
@@ -35,6 +35,10 @@ from mmedit_cli.knowledge.methods.multi_melo.keys import (
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.block_training import train_blocks
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.lora_blocks import (
     NONE,
     BlockBank,
@@ -309,12 +313,7 @@ class MultiMelo(Editor):
 
     def _enter(self, hidden: Tensor) -> None:
         """Decide which block each row has, when the whole question enters the lowest edited layer: (B, T, D)."""
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "multi-melo must know the questions and pictures: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
+        batch = asked_batch(self.backbone, "multi-melo")
         length = batch.input_ids.shape[1]
         whole_question = hidden.shape[1] == length
         if self._given is None and whole_question:
@@ -339,9 +338,7 @@ class MultiMelo(Editor):
                 scale,
             )
         if self._routed is None or self._routed[0] is not self.backbone.current_batch:
-            raise MmeditError(
-                "multi-melo met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("multi-melo")
         # a token that is generated uses what its question was routed to
         index = self._routed[1]
         if index is None:

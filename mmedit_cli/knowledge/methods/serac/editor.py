@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.errors import HparamsError, MmeditError
+from mmedit_cli.errors import HparamsError
 from mmedit_cli.knowledge.methods.base import TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.serac.hparams import SeracHparams
 from mmedit_cli.knowledge.methods.serac.memory import (
@@ -20,6 +20,10 @@ from mmedit_cli.knowledge.methods.serac.memory import (
 from mmedit_cli.knowledge.methods.serac.networks import SeracNetworks
 from mmedit_cli.knowledge.methods.serac.training import losses_of
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
@@ -138,19 +142,12 @@ class Serac(TrainedEditor):
     @torch.no_grad()
     def _answer(self, hidden: Tensor) -> Tensor | None:
         """Replace the last states (B, T, D) of questions that are about an edit, from the end of the question on."""
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "serac must know where the picture is: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
+        batch = asked_batch(self.backbone, "serac")
         whole = hidden.shape[1] == batch.input_ids.shape[1]
         if whole:
             self._prefilled = (batch, self._about(batch))
         elif self._prefilled is None or self._prefilled[0] is not batch:
-            raise MmeditError(
-                "serac met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("serac")
         # a token that is generated is answered by what its question was sent to
         _, about = self._prefilled
         rows = (about >= 0).nonzero()[:, 0]

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mmedit_cli.knowledge.methods.shared.training_values import check_training
+
 _ABOVE_ZERO = ("hidden_dim", "prompt_dim", "detail_dim", "answer_dim", "answer_tokens")
-_TRAINING_ABOVE_ZERO = (
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "validate_every",
-    "validation_cases",
-)
 
 
 @dataclass(frozen=True)
@@ -38,13 +33,7 @@ class SeracTraining:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _TRAINING_ABOVE_ZERO:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"patience must be at least 1 or null, not {self.patience}"
-            )
+        check_training(self, above_zero=("batch_size",))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from torch import Generator, Tensor, nn
 from mmedit_cli.errors import HparamsError, MmeditError
 from mmedit_cli.knowledge.methods.base import Standalone, TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.neurons import Neurons
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.methods.unike.hparams import UnikeHparams
@@ -354,12 +358,7 @@ class Unike(TrainedEditor):
     @torch.no_grad()
     def _routed(self, hidden: Tensor) -> Route | None:
         """Return the route of a batch that enters the first edited layer; None if no edit is about any of its rows."""
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "unike must know where the question ends: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
+        batch = asked_batch(self.backbone, "unike")
         whole_question = hidden.shape[1] == batch.input_ids.shape[1]
         if whole_question:
             about = self.about(hidden, batch) if self._scoped else None
@@ -372,9 +371,7 @@ class Unike(TrainedEditor):
             self._prefilled = (batch, route)
             return route
         if self._prefilled is None or self._prefilled[0] is not batch:
-            raise MmeditError(
-                "unike met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("unike")
         # a token that is generated uses what its question was routed to
         return self._prefilled[1]
 

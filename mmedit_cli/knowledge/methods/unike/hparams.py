@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mmedit_cli.knowledge.methods.shared.training_values import check_training
 from mmedit_cli.layers import Layer, count_above
 
 
@@ -33,19 +34,7 @@ class UnikeTraining:
             raise ValueError(
                 f"batch_size must be at least 2, not {self.batch_size}: encoders learn by comparison"
             )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(
-                f"patience must be at least 1 or null, not {self.patience}"
-            )
-        for name in (
-            "steps",
-            "learning_rate",
-            "temperature",
-            "validate_every",
-            "validation_cases",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        check_training(self, above_zero=("temperature",))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from torch import Generator, Tensor, nn
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.current_question import (
+    asked_batch,
+    beginning_unseen,
+)
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.question_end import only_last
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
@@ -317,12 +321,7 @@ class Wise(Editor):
 
     def _adapt(self, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the memory of each row to what leaves the matrix."""
-        batch = self.backbone.current_batch
-        if batch is None:
-            raise MmeditError(
-                "wise must know where a question ends: ask the backbone, not the model inside",
-                "use backbone.generate(queries) or backbone.logits(batch)",
-            )
+        batch = asked_batch(self.backbone, "wise")
         # OPT gives its FFN one row for all tokens of a batch
         rows = len(batch.queries)
         x = x.reshape(rows, -1, x.shape[-1])
@@ -352,9 +351,7 @@ class Wise(Editor):
             chosen = self._strongest(x, at)
             self._decided = (batch, chosen)
         if self._decided is None or self._decided[0] is not batch:
-            raise MmeditError(
-                "wise met a part of a sequence whose beginning it has not seen"
-            )
+            raise beginning_unseen("wise")
         return self._decided[1]
 
     def _strongest(self, x: Tensor, at: Tensor) -> Tensor:
