@@ -77,8 +77,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         autocompletion=completion.data,
-        help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json or "
-        ".csv file; several, joined by +, take turns.",
+        help="A data set of `mmedit list` (NAME or NAME:SPLIT), a folder with a cases.jsonl, or a .jsonl, .json, "
+        ".csv or .tsv file; several, joined by +, take turns.",
     ),
 ]
 Pairs = Annotated[

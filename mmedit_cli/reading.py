@@ -437,16 +437,21 @@ def read_json_lines(
 
 
 def read_csv(
-    path: Path, problems: list[str], *, error: ErrorType = DataError
+    path: Path,
+    problems: list[str],
+    *,
+    delimiter: str = "",
+    error: ErrorType = DataError,
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("file:line", cells by column) of a CSV file with a header; empty cells are left out.
 
-    The delimiter is a comma, a semicolon or a tab, whichever the header has most of. A column that stands twice, rows
-    with more cells than the header and what is not CSV go to `problems`. Raises `error` if the file cannot be read.
+    Without a `delimiter` it is a comma, a semicolon or a tab, whichever the header has most of. A column that stands
+    twice, rows with more cells than the header and what is not CSV go to `problems`.
+    Raises `error` if the file cannot be read.
     """
     lines = read_lines(path, error=error)
     header = next((line for _, line in lines), "")
-    delimiter = max(_DELIMITERS, key=header.count)
+    delimiter = delimiter or max(_DELIMITERS, key=header.count)
     rows = csv.reader(_with_ends(header, lines), delimiter=delimiter, strict=True)
     done = 0  # a quoted cell may hold line breaks: a record begins where the one before it ended
     names: list[str] = []

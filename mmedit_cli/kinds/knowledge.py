@@ -294,7 +294,7 @@ def edit(
     requests: Annotated[
         Path | None,
         typer.Option(
-            help="Many facts: .csv, .json or .jsonl; see docs/data.md.",
+            help="Many facts: .csv, .tsv, .json or .jsonl; see docs/data.md.",
             show_default=False,
         ),
     ] = None,

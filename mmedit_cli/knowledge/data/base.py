@@ -29,7 +29,10 @@ from mmedit_cli.types import EditCase, Query
 
 CLEAN = "clean"  # the subset that shares nothing with the training side
 CHAT = "chat"  # the one template that data of any kind can be asked with
-_HELP = "give a folder with a cases.jsonl, a .jsonl, .json or .csv file (or its .gz), or a data set of `mmedit list`"
+_HELP = (
+    "give a folder with a cases.jsonl, a .jsonl, .json, .csv or .tsv file (or its .gz), "
+    "or a data set of `mmedit list`"
+)
 _MOST_PROBLEMS = 20
 
 
@@ -138,7 +141,7 @@ def load_cases(
 def read_data(
     data: str | Path, *, limit: int | None = None, options: DataOptions = DataOptions()
 ) -> Data:
-    """Read a data set by name (`emojikb`, `evqa:train`), a folder with a cases.jsonl, or a .jsonl, .json or .csv file.
+    """Read a data set by name (`emojikb`, `evqa:train`), a folder with a cases.jsonl, or a file of FORMATS.
 
     Several joined by a plus sign (`evqa+eic`) take turns. Images are looked for but not opened. Raises DataError with
     every bad record (at most 20) and its place, and with the missing images, unless `options.skip_missing` says to go

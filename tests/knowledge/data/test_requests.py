@@ -247,8 +247,47 @@ def test_a_list_of_cases(folder):
         read_data(file, options=DataOptions(subset="nowhere.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("facts.csv", "Question,Answer,picture"),
+        ("facts.tsv", "query\tnew_answer\timage_path"),
+        ("facts.tsv", "Prompt\ttarget_new\tIMAGE"),
+    ],
+)
+def test_other_names_of_columns_mean_the_same(folder, name, header):
+    mark = "\t" if name == "facts.tsv" else ","
+    row = mark.join(("Who is this?", "Ada", "a.png"))
+    (case,) = load_cases(write(folder, name, f"{header}\n{row}\n"))
+    assert case.request == Query("Who is this?", "Ada", folder / "a.png")
+
+
+def test_a_tsv_may_have_commas_in_its_texts(folder):
+    text = "prompt\ttarget\nWho, where, and why?\tAda, here\n"
+    (case,) = load_cases(write(folder, "facts.tsv", text))
+    assert case.request == Query("Who, where, and why?", "Ada, here")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "question,query,answer\nWho?,What?,Ada\n",
+            "facts.csv:2: question and query both say prompt",
+        ),
+        (
+            "question,answer,image\nWho?,Ada,https://a.org/b.png\n",
+            "facts.csv:2: image: https://a.org/b.png is an address",
+        ),
+    ],
+)
+def test_names_and_pictures_that_cannot_be_used(folder, text, problem):
+    with pytest.raises(DataError, match=problem):
+        load_cases(write(folder, "facts.csv", text))
+
+
 def test_another_kind_of_file_is_refused(folder):
-    with pytest.raises(DataError, match=r"not one of .jsonl, .json, .csv"):
+    with pytest.raises(DataError, match=r"not one of .jsonl, .json, .csv, .tsv"):
         load_cases(write(folder, "facts.xlsx", "PK"))
     (folder / "facts.csv").write_bytes(b"prompt,target\nWho?,Ren\xe9\n")
     with pytest.raises(

@@ -21,6 +21,17 @@ _CASE_KEYS = ("id", "type", "concept", "request", *_FAMILIES)
 _QUERY_KEYS = ("prompt", "target", "image", "background")
 # key of a plain request -> column of generality
 _REPHRASES = {"rephrase": "text", "image_rephrase": "image"}
+# other names of the keys of a plain request, as tables of others have them
+_SYNONYMS = {
+    "question": "prompt",
+    "query": "prompt",
+    "answer": "target",
+    "new_answer": "target",
+    "target_new": "target",
+    "image_path": "image",
+    "picture": "image",
+}
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
 
 
@@ -43,6 +54,7 @@ class CaseReader:
         for number, (place, record) in enumerate(records, 1):
             self.place = place
             before = len(self.problems)
+            record = self._renamed(record)
             plain = _is_plain_request(record)
             case = self._request(record, str(number)) if plain else self._case(record)
             if case is not None and len(self.problems) == before:
@@ -52,6 +64,24 @@ class CaseReader:
         self.problems.append(
             f"{self.place}: {key}: {message}" if key else f"{self.place}: {message}"
         )
+
+    def _renamed(self, record: Any) -> Any:
+        """Return a plain request with the keys of this project; two names of one key go to the problems."""
+        if not isinstance(record, Mapping) or "request" in record:
+            return record
+        renamed: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
+        for name, value in record.items():
+            words = name.strip().lower()
+            key = _SYNONYMS.get(words, name)
+            if words in _QUERY_KEYS:
+                key = words
+            if key in renamed:
+                self._add("", f"{spelled[key]} and {name} both say {key}: keep one")
+                continue
+            renamed[key] = value
+            spelled[key] = name
+        return renamed
 
     def _case(self, record: Any) -> EditCase | None:
         if not self._mapping(record, "", _CASE_KEYS, ("id", "request")):
@@ -188,6 +218,9 @@ class CaseReader:
             return None
         if not isinstance(value, str) or not value or "\0" in value:
             self._add(key, "must be a path")
+            return None
+        if _ADDRESS.match(value):
+            self._add(key, f"{value} is an address: download it and name the file")
             return None
         image = self.root / value
         real = Path(os.path.realpath(image))

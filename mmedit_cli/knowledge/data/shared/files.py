@@ -18,7 +18,7 @@ from mmedit_cli.reading import (
     read_text,
 )
 
-FORMATS = (".jsonl", ".json", ".csv")  # each of them may also be gzipped
+FORMATS = (".jsonl", ".json", ".csv", ".tsv")  # each of them may also be gzipped
 Record = tuple[str, Any]  # "file:line", what stands there
 _MOST_PROBLEMS = 1000  # a file with more of them is not what it was taken for
 
@@ -35,11 +35,15 @@ def read_records(path: Path, problems: list[str]) -> Iterator[Record]:
     JSON is one array of records, JSON lines one record a line, CSV a header and one record a row. Reading ends where
     there are very many problems. Raises DataError for a file that cannot be read at all.
     """
-    reader = {".json": _json, ".csv": read_csv}.get(form(path), _lines)
+    reader = {".json": _json, ".csv": read_csv, ".tsv": _tabs}.get(form(path), _lines)
     for record in reader(path, problems):
         yield record
         if len(problems) > _MOST_PROBLEMS:
             return
+
+
+def _tabs(path: Path, problems: list[str]) -> Iterator[Record]:
+    yield from read_csv(path, problems, delimiter="\t")
 
 
 def _lines(path: Path, problems: list[str]) -> Iterator[Record]:
