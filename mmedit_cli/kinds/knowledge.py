@@ -521,7 +521,7 @@ def _list_data() -> list[dict[str, str]]:
         {"data": name, "summary": registry.datasets.summary(name)}
         for name in registry.datasets.names()
     ]
-    own = "your own facts: a cases.jsonl, or .csv, .json, .jsonl; see docs/data.md"
+    own = "your own facts: cases.jsonl, or .csv, .tsv, .json, .jsonl; see docs/data.md"
     return [*named, {"data": "a folder or file", "summary": own}]
 
 

@@ -73,7 +73,7 @@ class CaseReader:
         spelled: dict[str, str] = {}
         for name, value in record.items():
             words = name.strip().lower()
-            key = _SYNONYMS.get(words, name)
+            key = _SYNONYMS.get(words) or name
             if words in _QUERY_KEYS:
                 key = words
             if key in renamed:

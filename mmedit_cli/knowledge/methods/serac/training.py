@@ -31,8 +31,8 @@ class Asked:
 
 def choose(cases: Sequence[EditCase], source: Generator) -> Asked:
     """Draw one query from each column of generality and locality of each case; every request is asked as well."""
-    inside = []
-    outside = []
+    inside: list[tuple[int, Query]] = []
+    outside: list[tuple[int, Query]] = []
     for number, case in enumerate(cases):
         for column, queries in case.columns():
             family = column.partition(".")[0]
