@@ -33,6 +33,7 @@ def from_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scales = {name + _SCALE for name in packed} & tensors.keys()
     values = {name: value for name, value in tensors.items() if name not in scales}
     for name in packed:
-        if name + _SCALE in scales:
-            values[name] = values[name].float() * tensors[name + _SCALE]
+        value = values[name]
+        scale = tensors.get(name + _SCALE)
+        values[name] = value if scale is None else value.float() * scale
     return values
