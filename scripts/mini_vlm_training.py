@@ -229,6 +229,13 @@ class Trainee(BaseTrainee):
         hidden: Tensor = tower(normalise(pixels)).last_hidden_state
         return hidden[:, 1:]
 
+    def on_white(self, rgba: Tensor) -> Tensor:
+        """Return what the heads get of drawings on white: (B, 4, 64, 64) in 0..255 -> (B, D)."""
+        white = torch.full((len(rgba), 3), 255.0, device=self.device)
+        tokens = self.tower_tokens(composed(rgba[:, :3], rgba[:, 3:], white))
+        features: Tensor = self.heads["norm"](tokens.mean(1))
+        return features
+
     @torch.no_grad()
     def prime(self) -> None:
         """Let the head of names begin at the mean of each thing's drawings on white, as the tower sees them."""
@@ -236,11 +243,8 @@ class Trainee(BaseTrainee):
         assert isinstance(head, Directions)
         sums = torch.zeros_like(head.weight)
         for part in self.pictures.usable.split(256):
-            white = torch.full((len(part), 3), 255.0, device=self.device)
-            rgba = self.pictures.rgba[part]
-            tokens = self.tower_tokens(composed(rgba[:, :3], rgba[:, 3:], white))
             names = self.pictures.labels[self.pictures.concept[part], 0]
-            sums.index_add_(0, names, self.heads["norm"](tokens.mean(1)))
+            sums.index_add_(0, names, self.on_white(self.pictures.rgba[part]))
         seen = sums.norm(dim=-1, keepdim=True) > 0
         head.weight.copy_(torch.where(seen, F.normalize(sums, dim=-1), head.weight))
 
@@ -348,10 +352,14 @@ class Trainee(BaseTrainee):
         """Draw pictures and return what the language model gets of them (B, N, D), and their backgrounds (B,)."""
         pixels, colour = self.pictures.draw(chosen, generator)
         with self.blending(stage.blend, generator):
-            features = self.model.get_image_features(
-                normalise(pixels), return_dict=True
-            ).pooler_output
-        return torch.stack(list(features)), colour
+            return self.image_tokens(pixels), colour
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """Return what the language model gets of pictures in 0..255: (B, 3, 64, 64) -> (B, N, D)."""
+        features = self.model.get_image_features(
+            normalise(pixels), return_dict=True
+        ).pooler_output
+        return torch.stack(list(features))
 
     @contextmanager
     def blending(self, most: float, generator: Generator) -> Iterator[None]:

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mini_training import load
 from mini_vlm_data import DATA, EmojiKB, composed, lines, load_emojikb, read_picture
-from mini_vlm_model import Recipe, normalise
+from mini_vlm_model import Recipe
 from mini_vlm_training import Trainee
-from safetensors.torch import load_file
+from score_mini_vlm import measure_and_print
 from torch import Tensor
 
-from mmedit_cli import runtime
+from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.data.emojikb_open import EVALUATION, artist_uses
 
 BATCH = 128
 OWN = 700  # trained drawings, chosen by chance
-WHITE = 255.0
 
 Drawings = tuple[Tensor, Tensor]  # rgba (n, 4, H, W) and the index of each name (n,)
 
@@ -85,15 +85,12 @@ def measure(trainee: Trainee, sets: dict[str, Drawings]) -> dict[str, list[float
     heads, readers, pictures = trainee.heads, trainee.readers, trainee.pictures
 
     def tower(rgba: Tensor, _: int) -> Tensor:
-        white = torch.full((len(rgba), 3), WHITE)
-        tokens = trainee.tower_tokens(composed(rgba[:, :3], rgba[:, 3:], white))
-        return heads["norm"](tokens.mean(1))
+        return trainee.on_white(rgba)
 
     def reader(rgba: Tensor, first: int) -> Tensor:
         which = (torch.arange(len(rgba)) + first) % len(pictures.grounds)
         shown = composed(rgba[:, :3], rgba[:, 3:], pictures.grounds[which])
-        features = trainee.model.get_image_features(normalise(shown), return_dict=True)
-        return readers["norm"](torch.stack(list(features.pooler_output)).mean(1))
+        return readers["norm"](trainee.image_tokens(shown).mean(1))
 
     names = pictures.labels[pictures.concept[pictures.usable], 0]
     trained = F.normalize(in_parts(tower, pictures.rgba[pictures.usable]), dim=-1)
@@ -111,13 +108,27 @@ def measure(trainee: Trainee, sets: dict[str, Drawings]) -> dict[str, list[float
     }
 
 
-@torch.no_grad()
 def put(trainee: Trainee, stage: Path) -> None:
-    """Put the weights in the file of a stage into the trainee."""
-    kept = load_file(stage)
-    for name, parameter in trainee.named_parameters():
-        if name in kept and kept[name].shape == parameter.shape:
-            parameter.copy_(kept[name])
+    """Put the weights in the file of a stage into the trainee; raise UserError if it is not there, or another's."""
+    if stage.stem not in trainee.recipe.STAGES or not stage.is_file():
+        named = ", ".join(trainee.recipe.STAGES)
+        raise UserError(f"{stage}: no file of a stage", f"stages are {named}")
+    load(trainee, {}, None, stage.stem, stage.parent)
+
+
+def table(recipe: Recipe, stages: Sequence[Path], start: Path | None) -> str:
+    """Return the shares of all stages as a Markdown table."""
+    kb = load_emojikb(**recipe.world)
+    trainee = Trainee(recipe, kb, torch.device("cpu"), start)
+    sets = drawings(kb, trainee)
+    rows = [f"| stage | named by | {' | '.join(sets)} |"]
+    rows.append(f"|---|---|{'---:|' * len(sets)}")
+    for stage in stages:
+        put(trainee, stage)
+        for way, shares in measure(trainee, sets).items():
+            cells = " | ".join(f"{100 * share:.1f}" for share in shares)
+            rows.append(f"| {stage} | {way} | {cells} |")
+    return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,18 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start-from", type=Path, help="as in train_mini_vlm.py")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
-    runtime.quiet_libraries()
-    recipe = Recipe.read(args.recipe, quick=args.quick)
-    kb = load_emojikb(**recipe.world)
-    trainee = Trainee(recipe, kb, torch.device("cpu"), args.start_from)
-    sets = drawings(kb, trainee)
-    print(f"| stage | named by | {' | '.join(sets)} |\n|---|---|{'---:|' * len(sets)}")
-    for stage in args.stages:
-        put(trainee, stage)
-        for way, shares in measure(trainee, sets).items():
-            cells = " | ".join(f"{100 * share:.1f}" for share in shares)
-            print(f"| {stage} | {way} | {cells} |", flush=True)
-    return 0
+    return measure_and_print(
+        None,
+        lambda: table(
+            Recipe.read(args.recipe, quick=args.quick), args.stages, args.start_from
+        ),
+        str,
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from mini_vlm_data import load_emojikb
 from mini_vlm_model import STAGES, Recipe, export
 from mini_vlm_training import Trainee, adopt_tower
 
+from mmedit_cli.errors import UserError
+
 
 def train(
     recipe: Recipe,
@@ -38,6 +40,11 @@ def train(
     `start_from`, a model folder, from that model, whose tokenizer it keeps. `teacher`, a file of
     mini_vlm_teacher.py, teaches the tower.
     """
+    if teacher is None and "tower" in stages and recipe.stages["tower"].teach:
+        raise UserError(
+            "this recipe's tower has a teacher",
+            "--teacher takes the file that scripts/mini_vlm_teacher.py writes",
+        )
     out.mkdir(parents=True, exist_ok=True)
     kb = load_emojikb(**recipe.world)
     trainee = Trainee(recipe, kb, device, start_from, teacher)

@@ -252,6 +252,28 @@ def test_the_stages_are_measured(scripts, recipe, trained, capsys, monkeypatch):
     assert own["tower's nearest mean"] > 100 / 24  # better than chance
 
 
+def test_what_is_no_stage_is_not_measured(scripts, recipe, trained, tmp_path):
+    kb = scripts.data.load_emojikb(24, 2, 4, further=4)
+    few = scripts.training.Trainee(recipe, kb, CPU)
+    for name in ("tower.safetensors", "mini-blip2/model.safetensors"):
+        with pytest.raises(UserError, match="no file of a stage"):
+            scripts.stages.put(few, tmp_path / name)
+    other = replace(recipe, vocabulary=1100)
+    with pytest.raises(UserError, match="from another recipe"):
+        scripts.stages.put(
+            scripts.training.Trainee(other, kb, CPU), trained / "tower.safetensors"
+        )
+
+
+def test_a_tower_with_a_teacher_is_not_trained_without(scripts, tmp_path):
+    whole = scripts.model.Recipe.read(RECIPE)
+    with pytest.raises(UserError, match="has a teacher"):
+        scripts.train.train(
+            whole, tmp_path / "run", device=CPU, stages=("tower",), stop=lambda: True
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stop_changes_no_bit_and_a_run_can_start_from_a_model(
     scripts, recipe, trained, tmp_path
 ):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Generator, Tensor, nn
 
 from mmedit_cli.eight_bits import from_eight_bits
@@ -360,6 +361,14 @@ class TrainedEditor(Editor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.trained = "untrained"
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """Inside the block `networks` is made, from the seed alone; behind it they are frozen and with the model."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield
+        self.networks.to(self.backbone.device).eval().requires_grad_(False)
 
     @property
     def calibrated(self) -> Mapping[str, Sequence[float]]:

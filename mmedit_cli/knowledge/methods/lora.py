@@ -87,9 +87,9 @@ class Lora(Editor):
             prefix = backbone.prefix(batch, self._layer)  # lies below every adapter
         if self._adapter is None:
             self._adapt()
-        at, right = batch.target_positions(backbone.end_id)
-        if not self.hparams.teach_end:
-            at = batch.predicting
+        at, right = batch.target_positions(
+            backbone.end_id, with_end=self.hparams.teach_end
+        )
 
         def loss_of() -> Tensor:
             logits = backbone.resume(prefix, at=at)

@@ -191,9 +191,7 @@ class MOre(Editor):
         """Return the loss with what was moved so far, and the next change of the layers with the largest gradients."""
         hp = self.hparams
         batch = prefix.batch
-        at, labels = batch.target_positions(self.backbone.end_id)
-        if not hp.teach_end:
-            at = batch.predicting
+        at, labels = batch.target_positions(self.backbone.end_id, with_end=hp.teach_end)
         inner: dict[str, Tensor] = {}
         trial = {path: b.clone().requires_grad_() for path, b in moved.items()}
         with torch.enable_grad(), Patch(self.backbone.model) as patch:

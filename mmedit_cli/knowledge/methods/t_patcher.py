@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor
+from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.neurons import (
     Neurons,
@@ -199,18 +200,16 @@ class TPatcher(Editor):
 
     def _taught(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return where tokens are taught, (B, T) bool, and which, (B, T)."""
-        at, labels = batch.target_positions(self.backbone.end_id)
-        if not self.hparams.teach_end:
-            at = batch.predicting
-        return at, labels
+        return batch.target_positions(
+            self.backbone.end_id, with_end=self.hparams.teach_end
+        )
 
     def _draw(self, source: Generator) -> tuple[Prefix, Tensor] | None:
         """Draw a text of the memory, if there is one."""
         texts = self._texts
         if not texts:
             return None
-        number = torch.randint(len(texts), (1,), generator=source)
-        return texts[int(number)]
+        return one_of(texts, source)
 
     @cached_property
     def _texts(self) -> list[tuple[Prefix, Tensor]]:

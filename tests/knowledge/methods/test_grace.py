@@ -158,7 +158,7 @@ def test_it_is_decided_once_and_holds_through_generation(backbone, make):
         editor._codebook.search = counting
         answers = backbone.generate([STAR, FACT, CROSS], max_new_tokens=6)
         assert searches == [3], "once for all three, whatever is generated"
-        assert editor._decided[1].chosen.tolist() == [0, 1, NONE]
+        assert editor._decision.latest[1].chosen.tolist() == [0, 1, NONE]
         assert answers[2:] == base
         assert editor.routes([STAR, FACT]) == [1, 2]
         assert editor.explain([STAR, FACT])[1] == {2: 1.0}

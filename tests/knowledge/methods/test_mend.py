@@ -214,13 +214,17 @@ def test_rows_make_the_gradient_and_need_no_company(model):
 
 
 def test_a_regression_changes_the_output_of_a_token_as_its_own_change_would():
-    inputs, edited = torch.randn(3, 8), AnswerRows(torch.randn(3, 8), torch.randn(3, 5))
-    change = Aggregation(1e-9)(inputs, edited)
+    inputs = torch.randn(3, 8)
+    rows = torch.randn(3, 8)
+    gradients = torch.randn(3, 5)
+    edited = AnswerRows(rows, gradients)
+    regression = Aggregation(1e-9)
+    change = regression(inputs, edited)
+    alone = [torch.outer(rows[i], gradients[i]) for i in range(3)]
     for i in range(3):
-        alone = torch.outer(edited.inputs[i], edited.gradients[i])
-        close(inputs[i] @ change, inputs[i] @ alone)
-    total = sum(torch.outer(edited.inputs[i], edited.gradients[i]) for i in range(3))
-    close(Aggregation(None)(inputs, edited), total)
+        close(inputs[i] @ change, inputs[i] @ alone[i])
+    adding_up = Aggregation(None)
+    close(adding_up(inputs, edited), sum(alone))
 
 
 # -- edits --------------------------------------------------------------------------------------------------------

@@ -23,10 +23,7 @@ from mmedit_cli.knowledge.methods.grace.hparams import GraceHparams
 from mmedit_cli.knowledge.methods.grace.radii import Neighbourhood
 from mmedit_cli.knowledge.methods.grace.site import WrappedFfn
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of, states_at
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
@@ -71,26 +68,22 @@ class Grace(Editor):
             backbone.name,
         )
         self._layer = layer
+        self._decision: Decision[Choice] = Decision(backbone, "grace")
         self._site = WrappedFfn(
             entered=backbone.anchors.path("ffn_in", layer),
             left=backbone.anchors.path("ffn_out", layer),
-            rows=lambda: len(self._current.queries),
+            rows=lambda: len(self._decision.batch.queries),
         )
         self._codebook = Codebook(split=self.hparams.radius != "fixed")
         self._patch = Patch(backbone.model)
         self._hooked = False
         # in training: values, and which row has which
         self._given: tuple[Tensor, Choice] | None = None
-        self._decided: tuple[Batch, Choice] | None = None
 
     @property
     def first_layer(self) -> int:
         """The layer of the codebook."""
         return self._layer
-
-    @property
-    def _current(self) -> Batch:
-        return asked_batch(self.backbone, "grace")
 
     # -- editing ------------------------------------------------------------------------------------------------
 
@@ -185,9 +178,9 @@ class Grace(Editor):
     def _losses(self, prefix: Prefix, values: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the mean cross entropy of each row's answer under its value: (n,)."""
         batch = prefix.batch
-        at, right = batch.target_positions(self.backbone.end_id)
-        if not self.hparams.teach_end:
-            at = batch.predicting
+        at, right = batch.target_positions(
+            self.backbone.end_id, with_end=self.hparams.teach_end
+        )
         with torch.enable_grad(), self._using(values, rows, batch):
             logits = self.backbone.resume(prefix, at=at)
             token_losses = F.cross_entropy(logits.float(), right[at], reduction="none")
@@ -262,7 +255,7 @@ class Grace(Editor):
     def _unhook(self) -> None:
         self._patch.undo()
         self._hooked = False
-        self._decided = None
+        self._decision.forget()
 
     def _choice(self, chosen: Tensor, batch: Batch) -> Choice:
         ends = ends_of(_question(batch)).to(chosen.device)
@@ -271,22 +264,20 @@ class Grace(Editor):
     @torch.no_grad()
     def _read(self, entering: Tensor) -> None:
         """Decide which key each question falls to when all of it enters the FFN: (B, T, D)."""
-        batch = self._current
-        whole = entering.shape[1] == batch.input_ids.shape[1]
-        if self._given is not None or not whole:
+        decision = self._decision
+        batch = decision.batch
+        if self._given is not None or not decision.is_due(entering):
             return
         keys = states_at(entering, ends_of(_question(batch))).float()
         chosen = self._codebook.search(keys)
-        self._decided = (batch, self._choice(chosen, batch))
+        decision.make(self._choice(chosen, batch))
 
     def _replace(self, leaving: Tensor) -> Tensor | None:
         if self._given is not None:
             values, choice = self._given
             return choice.replace(leaving, values)
-        if self._decided is None or self._decided[0] is not self._current:
-            raise beginning_unseen("grace")
         # a token that is generated has the value of its question
-        choice = self._decided[1]
+        choice = self._decision.made
         return choice.replace(leaving, self._codebook.values)
 
     @torch.no_grad()

@@ -28,10 +28,7 @@ from mmedit_cli.knowledge.methods.liveedit.training import (
     losses_of,
 )
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.layers import layer_number
@@ -109,14 +106,12 @@ class LiveEdit(TrainedEditor):
                 "answer_slots=false",
             )
         self._layer = edit_layer % backbone.n_layers + 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with self.untrained():
             self.networks = LiveEditNetworks(
                 backbone.width,
                 backbone.entry_width,
                 hp,
             )
-        self.networks.to(backbone.device).eval().requires_grad_(False)
         matrix = (hp.rank, backbone.width)
         self._shapes: dict[str, tuple[int, ...]] = {"u": matrix, "v": matrix}
         for name, values in self.networks.widths.items():
@@ -125,7 +120,9 @@ class LiveEdit(TrainedEditor):
         self._patch = Patch(backbone.model)
         # picture and prompt -> position of the newest expert
         self._newest: dict[tuple[Any, ...], int] = {}
-        self._prefilled: tuple[Batch, Tensor, Routing] | None = None
+        self._decision: Decision[tuple[Tensor, Routing]] = Decision(
+            backbone, "liveedit"
+        )
         self._aside = False
 
     @property
@@ -204,7 +201,7 @@ class LiveEdit(TrainedEditor):
         self._patch.undo()
         self._bank.clear()
         self._newest.clear()
-        self._prefilled = None
+        self._decision.forget()
 
     # -- routing ------------------------------------------------------------------------------------------------
 
@@ -212,14 +209,11 @@ class LiveEdit(TrainedEditor):
         """Add the experts to the stream (B, T, D) that enters the layer after the edit layer."""
         if self._aside:
             return None
-        batch = asked_batch(self.backbone, "liveedit")
-        if hidden.shape[1] == batch.input_ids.shape[1]:
-            rows, routing = self.route(hidden, batch)
-            self._prefilled = (batch, rows, routing)
-        elif self._prefilled is None or self._prefilled[0] is not batch:
-            raise beginning_unseen("liveedit")
+        decision = self._decision
+        if decision.is_due(hidden):
+            decision.make(self.route(hidden, decision.batch))
         # a token that is generated uses what its question was routed to
-        _, rows, routing = self._prefilled
+        rows, routing = decision.made
         if not bool(routing.used.any()):
             return None
         stream = hidden[rows]

@@ -18,6 +18,7 @@ from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.methods.liveedit.experts import adapt, soft_weights
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditTraining
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
+from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Prefix
 from mmedit_cli.types import EditCase, Query
@@ -102,7 +103,7 @@ def choose_items(
                 "liveedit trains on one",
             )
         if locality == "one":
-            queries = [queries[_below(len(queries), source)]]
+            queries = [one_of(queries, source)]
         picked += [_Item(i, LOCALITY, query) for query in queries]
     return Items(
         queries=tuple(item.query for item in picked),
@@ -159,7 +160,7 @@ def _one_name(case: EditCase, names: Sequence[str], source: Generator) -> list[i
     ]
     if not having:
         return []
-    return [having[_below(len(having), source)]]
+    return [one_of(having, source)]
 
 
 def draw(items: Items, source: Generator, compat: str) -> Draws:
@@ -428,9 +429,7 @@ def _edit_losses(
             )
             prefix = backbone.advance(again, place.layer)
     hidden = adapt(prefix.hidden, normed, *experts, weight)
-    at, labels = batch.target_positions(backbone.end_id)
-    if not hp.teach_end:
-        at = batch.predicting
+    at, labels = batch.target_positions(backbone.end_id, with_end=hp.teach_end)
     is_local = code == LOCALITY
     at_local = at & is_local[:, None]
     adapted = backbone.resume(replace(prefix, hidden=hidden), at).float()

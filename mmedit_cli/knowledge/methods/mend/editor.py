@@ -76,8 +76,7 @@ class Mend(TrainedEditor):
                 linear = backbone.model.get_submodule(path)
                 self._shapes[path] = sizes(linear)
         self._paths = list(self._shapes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with self.untrained():
             self.networks = MendNetworks(
                 self._shapes,
                 rank=hp.rank,
@@ -85,7 +84,6 @@ class Mend(TrainedEditor):
                 step_size=hp.step_size,
                 pace=hp.training.step_size_pace,
             )
-        self.networks.to(backbone.device).eval().requires_grad_(False)
         by_regression = hp.aggregate == "ridge"
         self._aggregation = Aggregation(hp.ridge if by_regression else None)
         self._patch = Patch(backbone.model)

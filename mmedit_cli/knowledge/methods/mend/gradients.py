@@ -65,9 +65,7 @@ def request_rows(
     with torch.no_grad():
         batch = backbone.batch(requests)
         prefix = backbone.prefix(batch, layer)
-    at, labels = batch.target_positions(backbone.end_id)
-    if not teach_end:
-        at = batch.predicting
+    at, labels = batch.target_positions(backbone.end_id, with_end=teach_end)
     everywhere = batch.attention_mask.bool()
     found = answer_rows(
         backbone,

@@ -6,6 +6,7 @@ cases that are edited together, R queries about them, T tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mmedit_cli.knowledge.methods.mend.hparams import MendTraining
 from mmedit_cli.knowledge.methods.mend.networks import MendNetworks
 from mmedit_cli.knowledge.methods.shared.answer_rows import AnswerRows
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.anchors import sizes
 from mmedit_cli.knowledge.models.shared.batch import Prefix
@@ -143,12 +145,7 @@ def choose(
     for group, cases in enumerate(groups):
         for case in cases:
             for column, queries in _columns(case, reliability=reliability):
-                drawn = torch.randint(
-                    len(queries),
-                    (1,),
-                    generator=source,
-                )
-                asked.queries.append(queries[int(drawn)])
+                asked.queries.append(one_of(queries, source))
                 asked.groups.append(group)
                 asked.columns.append(column)
     return asked
@@ -188,7 +185,7 @@ def losses_of(
         )
     )
     nothing = networks.step_sizes.sum() * 0.0
-    counts = _counts(asked.columns)
+    counts = Counter(asked.columns)
     losses = dict.fromkeys(counts, nothing)
     own = asked.of_groups(share)
     if own.queries:
@@ -211,19 +208,6 @@ def losses_of(
     for column, loss in losses.items():
         total = total + place.weight(column) * loss
     return {**losses, "total": total}
-
-
-def _counts(columns: Sequence[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for column in columns:
-        counts[column] = (
-            counts.get(
-                column,
-                0,
-            )
-            + 1
-        )
-    return counts
 
 
 @dataclass(frozen=True)
@@ -260,9 +244,7 @@ def _query_losses(
     with torch.no_grad():
         batch = backbone.batch(asked.queries)
         prefix = backbone.prefix(batch, place.layer)
-    at, labels = batch.target_positions(backbone.end_id)
-    if not place.teach_end:
-        at = batch.predicting
+    at, labels = batch.target_positions(backbone.end_id, with_end=place.teach_end)
     is_local = [column.startswith("locality") for column in asked.columns]
     rows = torch.tensor(is_local, device=at.device)
     at_local = at & rows[:, None]

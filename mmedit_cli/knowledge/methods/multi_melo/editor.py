@@ -35,10 +35,7 @@ from mmedit_cli.knowledge.methods.multi_melo.keys import (
 from mmedit_cli.knowledge.methods.shared import lora_adapters
 from mmedit_cli.knowledge.methods.shared.block_training import train_blocks
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.lora_blocks import (
     NONE,
     BlockBank,
@@ -50,7 +47,6 @@ from mmedit_cli.knowledge.methods.shared.lora_blocks import (
 )
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.models.shared.anchors import sizes
-from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.layers import layer_numbers
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Query
@@ -108,7 +104,7 @@ class MultiMelo(Editor):
         self._hooked = False
         # in training: blocks, and which row has which
         self._given: tuple[Blocks, Tensor] | None = None
-        self._routed: tuple[Batch, Tensor | None] | None = None
+        self._decision: Decision[Tensor | None] = Decision(self.backbone, "multi-melo")
 
     def _make_router(self) -> tuple[VectorIndex | ClusterIndex, KeySource]:
         hp = self.hparams
@@ -309,20 +305,19 @@ class MultiMelo(Editor):
     def _unhook(self) -> None:
         self._patch.undo()
         self._hooked = False
-        self._routed = None
+        self._decision.forget()
 
     def _enter(self, hidden: Tensor) -> None:
         """Decide which block each row has, when the whole question enters the lowest edited layer: (B, T, D)."""
-        batch = asked_batch(self.backbone, "multi-melo")
-        length = batch.input_ids.shape[1]
-        whole_question = hidden.shape[1] == length
-        if self._given is None and whole_question:
+        decision = self._decision
+        batch = decision.batch
+        if self._given is None and decision.is_due(hidden):
             with torch.no_grad():
                 keys = self._keys.keys(hidden, batch)
                 rows = self._index.search(keys)
                 index = self._block_of(rows)
             has_block = index != NONE
-            self._routed = (batch, index if bool(has_block.any()) else None)
+            decision.make(index if bool(has_block.any()) else None)
 
     def _adapt(self, path: str, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the blocks to what leaves a linear layer."""
@@ -337,10 +332,8 @@ class MultiMelo(Editor):
                 given,
                 scale,
             )
-        if self._routed is None or self._routed[0] is not self.backbone.current_batch:
-            raise beginning_unseen("multi-melo")
         # a token that is generated uses what its question was routed to
-        index = self._routed[1]
+        index = self._decision.made
         if index is None:
             return None
         return add_blocks(

@@ -20,10 +20,7 @@ from mmedit_cli.knowledge.methods.serac.memory import (
 from mmedit_cli.knowledge.methods.serac.networks import SeracNetworks
 from mmedit_cli.knowledge.methods.serac.training import losses_of
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
@@ -64,21 +61,19 @@ class Serac(TrainedEditor):
                 f"serac: the head of {backbone.name} reads {head.shape[1]} values, its last layer writes "
                 f"{backbone.width}"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with self.untrained():
             self.networks = SeracNetworks(
                 backbone.width,
                 backbone.entry_width,
                 hp,
             )
-        self.networks.to(backbone.device).eval().requires_grad_(False)
         self._memory = Memory(
             backbone.width,
             self.networks.scope.width,
             hp.answer_tokens,
         )
         self._patch = Patch(backbone.model)
-        self._prefilled: tuple[Batch, Tensor] | None = None
+        self._decision: Decision[Tensor] = Decision(backbone, "serac")
 
     @property
     def first_layer(self) -> int:
@@ -117,7 +112,7 @@ class Serac(TrainedEditor):
             )
         keys = [(query.image, query.background, query.prompt) for query in requests]
         self._memory.add(rows, keys)
-        self._prefilled = None
+        self._decision.forget()
 
     def _keep(self, positions: Sequence[int]) -> bool:
         kept = list(positions)
@@ -135,21 +130,20 @@ class Serac(TrainedEditor):
     def _reset(self) -> None:
         self._patch.undo()
         self._memory.clear()
-        self._prefilled = None
+        self._decision.forget()
 
     # -- which edit answers ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _answer(self, hidden: Tensor) -> Tensor | None:
         """Replace the last states (B, T, D) of questions that are about an edit, from the end of the question on."""
-        batch = asked_batch(self.backbone, "serac")
-        whole = hidden.shape[1] == batch.input_ids.shape[1]
+        decision = self._decision
+        batch = decision.batch
+        whole = decision.is_due(hidden)
         if whole:
-            self._prefilled = (batch, self._about(batch))
-        elif self._prefilled is None or self._prefilled[0] is not batch:
-            raise beginning_unseen("serac")
+            decision.make(self._about(batch))
         # a token that is generated is answered by what its question was sent to
-        _, about = self._prefilled
+        about = decision.made
         rows = (about >= 0).nonzero()[:, 0]
         if not len(rows):
             return None

@@ -64,9 +64,7 @@ def answers_of(
     Raises DataError for an answer of more than `most` tokens.
     """
     batch = prefix.batch
-    at, labels = batch.target_positions(backbone.end_id)
-    if not teach_end:
-        at = batch.predicting
+    at, labels = batch.target_positions(backbone.end_id, with_end=teach_end)
     longest = int(at.sum(1).max())
     if longest > most:
         raise DataError(
@@ -112,10 +110,13 @@ class Memory:
             "used": (most,),
         }
         self.tensors: dict[str, Tensor] = {}
-        self._keys: list[tuple[object, ...]] = []
+        # picture and prompt -> the newest edit of both
+        self._newest: dict[tuple[object, ...], int] = {}
+        # (E,) bool: the edits that a later one hides
+        self._hidden = torch.zeros(0, dtype=torch.bool)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._hidden)
 
     def add(
         self, rows: Mapping[str, Tensor], keys: Sequence[tuple[object, ...]]
@@ -126,12 +127,20 @@ class Memory:
             if before is not None:
                 new = torch.cat((before, new))
             self.tensors[name] = new
-        self._keys += keys
+        added = torch.zeros(len(keys), dtype=torch.bool)
+        hidden = torch.cat((self._hidden, added))
+        for number, key in enumerate(keys, len(self)):
+            earlier = self._newest.get(key)
+            if earlier is not None:
+                hidden[earlier] = True
+            self._newest[key] = number
+        self._hidden = hidden
 
     def clear(self) -> None:
         """Forget all edits."""
         self.tensors = {}
-        self._keys = []
+        self._newest = {}
+        self._hidden = self._hidden[:0]
 
     @property
     def answers(self) -> Answers:
@@ -150,21 +159,10 @@ class Memory:
         """
         codes = self.tensors["code"]
         score = scope(queries, codes)
-        hidden = self._hidden().to(score.device)
+        hidden = self._hidden.to(score.device)
         score = score.masked_fill(
             hidden,
             float("-inf"),
         )
         best, place = score.max(1)
         return torch.where(best > threshold, place, -1)
-
-    def _hidden(self) -> Tensor:
-        """(E,) bool: the edits that a later one hides."""
-        newest: dict[tuple[object, ...], int] = {}
-        for number, key in enumerate(self._keys):
-            newest[key] = number
-        hidden = [
-            newest[key] != number  # a later one has this key
-            for number, key in enumerate(self._keys)
-        ]
-        return torch.tensor(hidden)

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from mmedit_cli.knowledge.methods.serac.hparams import SeracHparams
 from mmedit_cli.knowledge.methods.serac.memory import answered, answers_of, codes
 from mmedit_cli.knowledge.methods.serac.networks import Scope, SeracNetworks
+from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.types import EditCase, Query
@@ -38,12 +39,7 @@ def choose(cases: Sequence[EditCase], source: Generator) -> Asked:
             family = column.partition(".")[0]
             if not queries or family in ("portability", "needs"):
                 continue
-            drawn = torch.randint(
-                len(queries),
-                (1,),
-                generator=source,
-            )
-            pair = (number, queries[int(drawn)])
+            pair = (number, one_of(queries, source))
             group = outside if family == "locality" else inside
             group.append(pair)
     every = [*inside, *outside]
@@ -107,9 +103,9 @@ def losses_of(
         inside.hidden,
         answers.of(case),
     )
-    at, labels = inside.batch.target_positions(backbone.end_id)
-    if not hparams.teach_end:
-        at = inside.batch.predicting
+    at, labels = inside.batch.target_positions(
+        backbone.end_id, with_end=hparams.teach_end
+    )
     hidden = changed.to(inside.hidden.dtype)
     logits = backbone.resume(replace(inside, hidden=hidden), at)
     losses["answers"] = answer_loss(logits, labels[at])

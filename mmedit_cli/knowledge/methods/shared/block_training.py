@@ -114,9 +114,7 @@ def _losses(
 ) -> Tensor:
     """Return the mean cross entropy over the answer tokens of each block's rows: (n,), 0 for a block without rows."""
     batch = prefix.batch
-    at, right = batch.target_positions(backbone.end_id)
-    if not teach_end:
-        at = batch.predicting
+    at, right = batch.target_positions(backbone.end_id, with_end=teach_end)
     with torch.enable_grad():
         logits = backbone.resume(prefix, at=at)
         token_losses = F.cross_entropy(

@@ -170,9 +170,9 @@ class KeyValueEditor(Editor):
         batch = backbone.batch(requests)
         with torch.no_grad():
             prefix = backbone.prefix(batch, self.first_layer)
-        at, labels = batch.target_positions(backbone.end_id)
-        if not self.hparams.teach_end:
-            at = batch.predicting
+        at, labels = batch.target_positions(
+            backbone.end_id, with_end=self.hparams.teach_end
+        )
         said = at if self.hparams.answer_keys else torch.zeros_like(at)
         places = key_places(
             backbone,

@@ -45,9 +45,7 @@ class Turn:
             batch = backbone.batch(part)
             with torch.no_grad():
                 prefix = backbone.prefix(batch, layer)
-            at, labels = batch.target_positions(backbone.end_id)
-            if not teach_end:
-                at = batch.predicting
+            at, labels = batch.target_positions(backbone.end_id, with_end=teach_end)
             self.parts.append((prefix, at, labels[at]))
             counts += at.sum(1).tolist()
         self._counts = counts

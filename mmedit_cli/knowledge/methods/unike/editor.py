@@ -13,10 +13,7 @@ from torch import Generator, Tensor, nn
 from mmedit_cli.errors import HparamsError, MmeditError
 from mmedit_cli.knowledge.methods.base import Standalone, TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.neurons import Neurons
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
 from mmedit_cli.knowledge.methods.unike.hparams import UnikeHparams
@@ -83,10 +80,8 @@ class Unike(TrainedEditor):
             raise HparamsError(
                 f"layers {layers}: {backbone.name} has {backbone.n_layers}"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with self.untrained():
             self.networks = UnikeNetworks(backbone.width, hp)
-        self.networks.to(backbone.device).eval().requires_grad_(False)
         places = places_of(backbone, layers)
         self._memories = Memories(places, self.networks, hp)
         self._scoped = self._memories.scoped
@@ -97,7 +92,7 @@ class Unike(TrainedEditor):
         self._parts: list[dict[str, Tensor]] = []  # the edits of each operation
         self._keys: list[tuple[Any, ...]] = []  # picture and prompt of each edit
         self._edits: dict[str, Tensor] = {}  # all of them, each tensor with E rows
-        self._prefilled: tuple[Batch, Route | None] | None = None
+        self._decision: Decision[Route | None] = Decision(backbone, "unike")
 
     @property
     def first_layer(self) -> int:
@@ -193,10 +188,9 @@ class Unike(TrainedEditor):
 
     def _taught(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return where tokens are taught, (B, T) bool, and which, (B, T)."""
-        at, labels = batch.target_positions(self.backbone.end_id)
-        if not self.hparams.teach_end:
-            at = batch.predicting
-        return at, labels
+        return batch.target_positions(
+            self.backbone.end_id, with_end=self.hparams.teach_end
+        )
 
     def _trainable(
         self, prefix: Prefix, edits: dict[str, Tensor], at: Tensor, source: Generator
@@ -320,7 +314,7 @@ class Unike(TrainedEditor):
             key = (request.image, request.background, request.prompt)
             self._keys.append(key)
         self._edits = {}
-        self._prefilled = None
+        self._decision.forget()
         self._patch.undo()
         self._memories.attach(self._patch, self._routed)
 
@@ -351,16 +345,16 @@ class Unike(TrainedEditor):
         self._parts = []
         self._keys = []
         self._edits = {}
-        self._prefilled = None
+        self._decision.forget()
 
     # -- which edit a query is about ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _routed(self, hidden: Tensor) -> Route | None:
         """Return the route of a batch that enters the first edited layer; None if no edit is about any of its rows."""
-        batch = asked_batch(self.backbone, "unike")
-        whole_question = hidden.shape[1] == batch.input_ids.shape[1]
-        if whole_question:
+        decision = self._decision
+        if decision.is_due(hidden):
+            batch = decision.batch
             about = self.about(hidden, batch) if self._scoped else None
             route = self._memories.choose(
                 hidden,
@@ -368,12 +362,9 @@ class Unike(TrainedEditor):
                 self._present,
                 about,
             )
-            self._prefilled = (batch, route)
-            return route
-        if self._prefilled is None or self._prefilled[0] is not batch:
-            raise beginning_unseen("unike")
+            decision.make(route)
         # a token that is generated uses what its question was routed to
-        return self._prefilled[1]
+        return decision.made
 
     @torch.no_grad()
     def about(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
+from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.methods.unike.networks import (
     Scope,
     UnikeNetworks,
@@ -189,13 +190,8 @@ def scope_loss(
         for column, candidates in case.columns():
             is_about = column.startswith(("reliability", "generality"))
             if is_about or column.startswith("locality"):
-                number = torch.randint(
-                    len(candidates),
-                    (1,),
-                    generator=source,
-                )
                 own.append(i if is_about else -1)
-                queries.append(candidates[int(number)])
+                queries.append(one_of(candidates, source))
     requests = [case.request for case in (*cases, *others)]
     with torch.no_grad():
         batch = backbone.batch([*requests, *queries])

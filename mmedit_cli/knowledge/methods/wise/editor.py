@@ -13,10 +13,7 @@ from torch import Generator, Tensor, nn
 from mmedit_cli.errors import MmeditError, StateError
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
-from mmedit_cli.knowledge.methods.shared.current_question import (
-    asked_batch,
-    beginning_unseen,
-)
+from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.question_end import only_last
 from mmedit_cli.knowledge.methods.shared.standalone import standalone
@@ -76,7 +73,7 @@ class Wise(Editor):
         # in training: a memory for every row, and what entered the matrix
         self._given: Tensor | None = None
         self._entered: Tensor | None = None
-        self._decided: tuple[Batch, Tensor] | None = None
+        self._decision: Decision[Tensor] = Decision(self.backbone, "wise")
 
     @property
     def first_layer(self) -> int:
@@ -214,9 +211,7 @@ class Wise(Editor):
         """Return the whole loss, and how strongly the memory reacts to each request: (), (n,) (eq. 5 to 7 there)."""
         hp = self.hparams
         batch = prefix.batch
-        at, labels = batch.target_positions(self.backbone.end_id)
-        if not hp.teach_end:
-            at = batch.predicting
+        at, labels = batch.target_positions(self.backbone.end_id, with_end=hp.teach_end)
         with torch.enable_grad(), self._using(delta):
             logits = self.backbone.resume(prefix, at=at)
             loss = answer_loss(logits, labels[at])
@@ -317,11 +312,11 @@ class Wise(Editor):
     def _unhook(self) -> None:
         self._patch.undo()
         self._hooked = False
-        self._decided = None
+        self._decision.forget()
 
     def _adapt(self, x: Tensor, out: Tensor) -> Tensor | None:
         """Add the memory of each row to what leaves the matrix."""
-        batch = asked_batch(self.backbone, "wise")
+        batch = self._decision.batch
         # OPT gives its FFN one row for all tokens of a batch
         rows = len(batch.queries)
         x = x.reshape(rows, -1, x.shape[-1])
@@ -344,15 +339,11 @@ class Wise(Editor):
     @torch.no_grad()
     def _choose(self, x: Tensor, batch: Batch) -> Tensor:
         """Return the memory of each row, decided when the whole question is read: (B,)."""
-        length = batch.input_ids.shape[1]
-        whole = x.shape[1] == length
-        if whole:
+        decision = self._decision
+        if decision.is_due(x):
             at = self._positions(batch)
-            chosen = self._strongest(x, at)
-            self._decided = (batch, chosen)
-        if self._decided is None or self._decided[0] is not batch:
-            raise beginning_unseen("wise")
-        return self._decided[1]
+            decision.make(self._strongest(x, at))
+        return decision.made
 
     def _strongest(self, x: Tensor, at: Tensor) -> Tensor:
         reactions = []

@@ -51,9 +51,14 @@ class Batch:
         here = self.attention_mask.bool()
         return here & ~predicting(here)
 
-    def target_positions(self, end: int) -> tuple[Tensor, Tensor]:
-        """Return the positions that predict the answer and its end, (B, T) bool, and the right tokens, (B, T)."""
-        positions = self.predicting | self.ends
+    def target_positions(
+        self, end: int, *, with_end: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the positions that predict the answer, (B, T) bool, and the right tokens, (B, T).
+
+        Those that predict the token `end` behind the answer are among them, but not without `with_end`.
+        """
+        positions = self.predicting | self.ends if with_end else self.predicting
         following = torch.roll(self.input_ids, -1, 1)
         return positions, torch.where(self.ends, end, following)
 
