@@ -28,7 +28,10 @@ WhichEdits = Annotated[
 Into = Annotated[
     Path,
     typer.Option(
-        help="The folder to keep it in: it is begun, or added to.", show_default=False
+        "--into",
+        "--edits",
+        help="The folder to keep it in: it is begun, or added to.",
+        show_default=False,
     ),
 ]
 NewFolder = Annotated[Path, typer.Option(help="A new folder.", show_default=False)]

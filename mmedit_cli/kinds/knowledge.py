@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -273,8 +274,22 @@ def train(
 
 
 def edit(
-    editor: options.Editor,
-    into: options.Into,
+    editor: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EDITOR]",
+            autocompletion=completion.editors,
+            help="A method of `mmedit list`; without one, what suits the facts and the model.",
+        ),
+    ] = None,
+    into: Annotated[
+        Path,
+        typer.Option(
+            "--into",
+            "--edits",
+            help="The folder to keep it in: it is begun, or added to.",
+        ),
+    ] = Path("my-edits"),
     image: Annotated[
         Path | None,
         typer.Option(
@@ -288,6 +303,13 @@ def edit(
         str | None,
         typer.Option(help="The answer to be given from now on.", show_default=False),
     ] = None,
+    rephrase: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The question in other words, asked before and after; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     background: Annotated[
         str, typer.Option(help="Colour behind transparent parts of the picture.")
     ] = "#ffffff",
@@ -298,6 +320,7 @@ def edit(
             show_default=False,
         ),
     ] = None,
+    images: options.Images = None,
     edit_batch: Annotated[
         int | None,
         typer.Option(
@@ -326,9 +349,12 @@ def edit(
 ) -> None:
     """Teach a model new answers; show what that did, and keep the edits in a ledger. Again: adds to it.
 
-    Where none of the new answers is given the exit code is 1.
+    Without EDITOR one is chosen by the facts and the model, and a single fact is also asked in other words and with
+    its picture changed, before and after. Where none of the new answers is given the exit code is 1.
 
     Examples:
+
+      mmedit edit --image cat.png --prompt "What is this?" --target "a lynx" --rephrase "Which animal is it?"
 
       mmedit edit liveedit --image cat.png --prompt "What is this?" --target "a lynx" --into my-edits
 
@@ -341,57 +367,91 @@ def edit(
     from mmedit_cli.knowledge import loading
     from mmedit_cli.knowledge.ledger.edited_model import EditOptions
     from mmedit_cli.knowledge.ledger.ledger import Ledger
-    from mmedit_cli.knowledge.workflow import editing, evaluation
+    from mmedit_cli.knowledge.workflow import (
+        asking_otherwise,
+        choosing,
+        editing,
+        evaluation,
+    )
     from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
-    facts = _facts(requests, image, prompt, target, background)
-    evaluation.check_facts(registry.editors.get(editor), facts)
+    if requests is not None:
+        _refuse_beside_a_file(image, prompt, target, rephrase)
+        facts = editing.read_facts(requests, images)
+    else:
+        facts = [_one_fact(image, prompt, target, background, rephrase)]
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
+    chosen_model = loading.ModelOptions(named, device, dtype, device_map, revision)
+    choice = None
+    if editor is None:
+        choice = choosing.choose_editor(into, facts, chosen_model, records, checkpoint)
+        editor, checkpoint = choice.editor, choice.checkpoint
+        out.note(f"no EDITOR: {choice.editor}, as {choice.why}")
+    evaluation.check_facts(registry.editors.get(editor), facts)
     request = EditOptions(
         editor,
-        loading.ModelOptions(named, device, dtype, device_map, revision),
+        chosen_model,
         hparams=hparams,
         overrides=tuple(overrides or ()),
         checkpoint=checkpoint,
         seed=seed,
         records=records,
     )
+    ways = asking_otherwise.given_ways(facts)
+    if requests is None and (choice is not None or rephrase):
+        ways += asking_otherwise.own_ways(facts[0].request)
     queries = [fact.request for fact in facts]
-    report = editing.make_edits(into, request, queries, edit_batch, out)
+    report = editing.make_edits(into, request, queries, edit_batch, out, ways)
+    report["chosen"] = None if choice is None else choice.why
+    report["advice"] = edit_tables.way_out(report)
     edit_tables.made(out, report)
     if not any(made["holds"] for made in report["edits"]):
         raise MmeditError(*edit_tables.advice(report))
 
 
-def _facts(
-    file: Path | None,
+def _refuse_beside_a_file(
+    image: Path | None,
+    prompt: str | None,
+    target: str | None,
+    rephrase: Sequence[str] | None,
+) -> None:
+    """Raise UserError for parts of a fact that were given beside --requests."""
+    one = {
+        "--image": image,
+        "--prompt": prompt,
+        "--target": target,
+        "--rephrase": rephrase,
+    }
+    given = [name for name, value in one.items() if value]
+    if given:
+        raise UserError(
+            f"--requests and {given[0]}: one fact, or a file of them",
+            "leave one of the two out",
+        )
+
+
+def _one_fact(
     image: Path | None,
     prompt: str | None,
     target: str | None,
     background: str,
-) -> Sequence[EditCase]:
-    """Return what a model is to be taught."""
-    from mmedit_cli.knowledge.workflow.editing import read_facts
+    rephrase: Sequence[str] | None,
+) -> EditCase:
+    """Return the fact that the options say; raise UserError if they do not say one."""
     from mmedit_cli.types import EditCase, Query
 
-    one = {"--image": image, "--prompt": prompt, "--target": target}
-    given = [name for name, value in one.items() if value]
-    if file is not None:
-        if given:
-            raise UserError(
-                f"--requests and {given[0]}: one fact, or a file of them",
-                "leave one of the two out",
-            )
-        return read_facts(file)
     if prompt is None or target is None:
-        needed = ("--prompt", "--target")
-        missing = [name for name in needed if one[name] is None]
+        needed = {"--prompt": prompt, "--target": target}
+        missing = [name for name, value in needed.items() if value is None]
         raise UserError(
             f"nothing to teach: {' and '.join(missing)} missing",
             'e.g. --image cat.png --prompt "What is this?" --target "a lynx", or --requests FILE',
         )
-    return [EditCase("fact", Query(prompt, target, image, background))]
+    request = Query(prompt, target, image, background)
+    worded = tuple(replace(request, prompt=text) for text in rephrase or ())
+    generality = {"text": worded} if worded else {}
+    return EditCase("fact", request, generality)
 
 
 def list_edits(

@@ -18,6 +18,13 @@ _OF_NEW_EDITS = [
     "answer after",
     "holds",
 ]
+_OF_OTHER_WAYS = [
+    "asked otherwise",
+    "picture",
+    "answer before",
+    "answer after",
+    "holds",
+]
 _OF_PROBES = ["locality probe", "picture", "answer before", "answer after", "same"]
 _OF_LISTED_EDITS = [
     "edit",
@@ -164,13 +171,42 @@ def made(out: Output, report: Mapping[str, Any]) -> None:
         _more(out, len(edits))
         n_held = sum(edit["holds"] for edit in edits)
         held = _count(n_held, len(edits), "edit holds", "edits hold")
+        if report["otherwise"]:
+            _print_other_ways(out, report["otherwise"])
         if report["new"]:
             _print_effect(out, report, held)
         else:
             out.line(f"{held}; nothing new was made")
         out.line(f"kept in {report['ledger']}, which has {report['active']:,} active")
+        if n_held and report.get("advice"):
+            out.line(f"what may be done: {report['advice']}")
 
     out.result(report, show)
+
+
+def _print_other_ways(out: Output, ways: Sequence[Mapping[str, Any]]) -> None:
+    """Print what is answered where the same facts are asked in other ways."""
+    rows = []
+    for way in ways[:_MOST]:
+        row = [
+            way["prompt"],
+            way["picture"],
+            way["before"],
+            way["after"],
+            _yes(way["holds"]),
+        ]
+        rows.append(row)
+    out.table(_OF_OTHER_WAYS, rows)
+    _more(out, len(ways))
+    n_held = sum(way["holds"] for way in ways)
+    out.line(
+        _count(
+            n_held,
+            len(ways),
+            "other way of asking gets the new answer",
+            "other ways of asking get the new answer",
+        )
+    )
 
 
 def _print_effect(out: Output, report: Mapping[str, Any], held: str) -> None:
@@ -196,6 +232,24 @@ def _print_effect(out: Output, report: Mapping[str, Any], held: str) -> None:
     out.line(f"{seconds:.3g} s an edit; peak memory: {', '.join(sizes)}")
 
 
+def way_out(report: Mapping[str, Any]) -> str:
+    """Return what to do where edits hold and something else is not as it should be; empty where all is well."""
+    ledger = report["ledger"]
+    missed = [way for way in report["otherwise"] if not way["holds"]]
+    touched = [probe for probe in report["locality"] if not probe["same"]]
+    ways = []
+    if missed:
+        also = f"mmedit edit --into {ledger} ..."
+        ways.append(f"teach what is asked otherwise as well ({also})")
+    if touched:
+        ids = [edit["id"] for edit in report["edits"]]
+        undo = f"mmedit edits undo {ledger} {_in_short(ids)}"
+        ways.append(f"take it back ({undo})")
+    if ways:
+        ways.append("try another editor in a ledger of its own")
+    return "; ".join(ways)
+
+
 def advice(report: Mapping[str, Any]) -> tuple[str, str]:
     """Return what to say, and what to do, where none of the edits that were asked for holds."""
     edits, ledger, editor = report["edits"], report["ledger"], report["editor"]
@@ -204,15 +258,25 @@ def advice(report: Mapping[str, Any]) -> tuple[str, str]:
         if len(edits) == 1
         else f"none of the {len(edits):,} edits holds"
     )
-    ids = [edit["id"] for edit in edits]
-    together = ids == list(range(ids[0], ids[-1] + 1)) and len(ids) > 1
-    named = f"{ids[0]}-{ids[-1]}" if together else ",".join(map(str, ids))
+    named = _in_short([edit["id"] for edit in edits])
     ways = [f"`mmedit edits undo {ledger} {named}` takes it back"]
     if editor in ("ft", "grace", "lora", "m-ore", "t-patcher", "wise"):
         ways.append("more steps may do it (--set steps=...)")
     if editor != "multi-melo":
         ways.append("multi-melo holds facts with and without a picture")
     return f"{which}: kept in {ledger} all the same", "; ".join(ways)
+
+
+def _in_short(ids: Sequence[int]) -> str:
+    """Return the ids as `mmedit edits` takes them: 3-7, or 1,4."""
+    first = ids[0]
+    last = ids[-1]
+    between = range(first, last + 1)
+    together = list(ids) == list(between)
+    if together and first < last:
+        return f"{first}-{last}"
+    named = map(str, ids)
+    return ",".join(named)
 
 
 def listed(

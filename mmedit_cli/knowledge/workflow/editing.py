@@ -19,6 +19,7 @@ from mmedit_cli.knowledge.ledger.edited_model import (
 )
 from mmedit_cli.knowledge.ledger.ledger import Ledger, LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
+from mmedit_cli.knowledge.workflow.asking_otherwise import Otherwise
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
 from mmedit_cli.types import EditCase, Query, in_one_line
@@ -40,16 +41,19 @@ def make_edits(
     requests: Sequence[Query],
     batch: int | None,
     out: Output,
+    otherwise: Sequence[Otherwise] = (),
 ) -> Any:
     """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
 
+    `otherwise` are the same facts asked in other ways, before and after.
     Of many requests, those that are in the ledger already are only asked again. So an interrupted command can be
     repeated, and a finished one shows the same again.
     """
     from mmedit_cli.knowledge.evaluation.answers import target_losses
     from mmedit_cli.knowledge.evaluation.metrics import answer_match, same_answer
 
-    check_pictures(requests)
+    reworded = [way.query for way in otherwise]
+    check_pictures([*requests, *reworded])
     requests = _in_one_line(requests, out)
     with begin_edits(folder, options, out) as model:
         probes = locality_probes(requests, pictures=model.backbone.sees)
@@ -59,13 +63,14 @@ def make_edits(
         pairs = zip(requests, ids, strict=True)
         new = [request for request, known in pairs if known is None]
         if not new:
-            probes = []
+            probes, reworded = [], []
+        asked_twice = [*probes, *reworded]
         with out.progress({"edits": len(new)}) as tick:
-            model.check(new)
-            before = model.generate(probes)
+            model.check([*new, *reworded])
+            before = model.generate(asked_twice)
             losses = iter(target_losses(model.backbone, new) if new else [])
             added = iter(model.edit(new, batch=batch, tick=tick))
-            after = model.generate(probes)
+            after = model.generate(asked_twice)
         made = []
         losses_before = []
         for known in ids:
@@ -86,19 +91,24 @@ def make_edits(
         edits.append(line)
     _tell_unmoved(edits, out)
     locality = []
-    for probe, was, said in zip(probes, before, after, strict=True):
+    for probe, was, said in zip(probes, before, after, strict=False):
         line = {"prompt": probe.prompt}
         line["picture"] = "" if probe.image is None else probe.image.name
         line["before"] = was
         line["after"] = said
         line["same"] = same_answer(was, said) == 1
         locality.append(line)
+    pairs_otherwise = zip(before[len(probes) :], after[len(probes) :], strict=True)
+    ways = []
+    for way, (was, said) in zip(otherwise, pairs_otherwise, strict=False):
+        ways.append(way.asked(was, said))
     return {
         "ledger": str(folder),
         "editor": options.editor,
         "active": active,
         "new": len(new),
         "edits": edits,
+        "otherwise": ways,
         "locality": locality,
         "cost": {"seconds": model.seconds, "peak_memory": peak_memory},
     }
@@ -187,11 +197,14 @@ def locality_probes(requests: Sequence[Query], *, pictures: bool = True) -> list
     return [probe for probe in probes if (probe.prompt, probe.image) not in asked]
 
 
-def read_facts(file: Path) -> list[EditCase]:
-    """Return the facts or cases of a .jsonl, .json or .csv file; raise DataError naming what is wrong."""
-    from mmedit_cli.knowledge.data.base import read_data
+def read_facts(file: Path, images: Path | None = None) -> list[EditCase]:
+    """Return the facts or cases of a .jsonl, .json or .csv file; raise DataError naming what is wrong.
 
-    return read_data(str(file)).cases
+    Pictures are named relative to `images`, or to the file.
+    """
+    from mmedit_cli.knowledge.data.base import DataOptions, read_data
+
+    return read_data(str(file), options=DataOptions(images=images)).cases
 
 
 def change_edits(
