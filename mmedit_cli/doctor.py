@@ -51,6 +51,21 @@ def check_subjects(data: str, options: DataOptions) -> Iterator[Finding]:
             yield from (("problem", False, problem) for problem in error.problems)
 
 
+def check_facts(data: str, options: DataOptions) -> Iterator[Finding]:
+    """Count the facts about drawings of a set by kind, and their prompts; look for what two of them say."""
+    from mmedit_cli.drawing.data.opening_facts import open_facts
+
+    found = open_facts(data, root=options.root)
+    for kind, count in Counter(fact.kind for fact in found.facts).items():
+        yield f"facts {kind}", True, f"{count:,}"
+    prompts = {probe.prompt for probe in found.probes()}
+    yield "prompts", True, f"{len(prompts):,}"
+    edited = Counter((fact.kind, fact.change.source) for fact in found.facts)
+    for (kind, source), count in edited.items():
+        if count > 1:
+            yield "note", None, f"{kind}: {source!r} is edited {count} times"
+
+
 def check_pairs(data: str, options: DataOptions) -> Iterator[Finding]:
     """Count the edit pairs of a set by kind, and open the first pair of each."""
     from mmedit_cli.picture_editing.data.opening import open_pairs

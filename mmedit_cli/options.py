@@ -98,6 +98,13 @@ Subjects = Annotated[
         help="A set of subjects of `mmedit list`, or a folder with a subjects.yaml.",
     ),
 ]
+Facts = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Facts about drawings of `mmedit list`: emojikb-facts, timed or road, each with :SPLIT.",
+    ),
+]
 Root = Annotated[
     Path | None,
     typer.Option(

@@ -20,8 +20,8 @@ from mini_training import Schedule, rate_at
 from mini_vlm_data import Pictures, composed, load_emojikb
 from torch import Generator, Tensor
 
-from mmedit_cli.picture_editing.data.emojikb_edits import ARTISTS
-from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier, weights_file
+from mmedit_cli.drawing.data.emojikb_facts import ARTISTS
+from mmedit_cli.drawing.evaluation.artists import ArtistClassifier, weights_file
 from mmedit_cli.storage import write_tensors
 
 STEPS, BATCH, SMOOTHING = 1500, 32, 0.05

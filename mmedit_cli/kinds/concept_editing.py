@@ -19,6 +19,61 @@ if TYPE_CHECKING:
     from mmedit_cli.types import ConceptChange
 
 
+def evaluate(
+    editor: options.Editor,
+    config: options.RunFile = None,
+    model: options.DrawingModel = None,
+    data: options.Facts = "emojikb-facts",
+    root: options.Root = None,
+    hparams: options.HparamsFile = None,
+    overrides: options.Overrides = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    records: options.Records = Path("records"),
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Edit facts about drawings, each alone and all of a kind at once, draw, judge and report. Again: goes on.
+
+    --set eval.KEY=VALUE says how pictures are drawn and judged; KEY is steps, guidance, size, seeds, batch_size, clip
+    or encoder. Other keys are hyper-parameters.
+
+    Examples:
+
+      mmedit eval uce --model mini-sd --data emojikb-facts --limit 20 --set eval.steps=10
+
+      mmedit eval time --model stable-diffusion-v1-5 --data timed --root time-diffusion --set eval.seeds=4
+    """
+    from mmedit_cli.drawing.workflow import fact_evaluation, fact_plan
+    from mmedit_cli.reports import concept_editing, show
+
+    out = Output(as_json=as_json)
+    request = fact_plan.FactEvalOptions(
+        editor,
+        options.named_drawing(model, out),
+        data,
+        root,
+        hparams,
+        tuple(overrides or ()),
+        limit,
+        seed,
+        records,
+        force,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+    )
+    if dry_run:
+        show.plan(out, fact_plan.plan_facts(request).describe())
+    else:
+        concept_editing.print_scores(out, fact_evaluation.evaluate_facts(request, out))
+
+
 def edit(
     editor: options.Editor,
     into: options.Into,
@@ -222,8 +277,29 @@ def _has_edits(folder: Path) -> bool:
     return (folder / CONCEPT_EDITS).exists()
 
 
+def _list_data() -> list[dict[str, str]]:
+    return [
+        {
+            "data": "emojikb-facts",
+            "summary": "things of EmojiKB that mini-sd draws otherwise, or no more, for concept editors",
+        },
+        {
+            "data": "timed, road",
+            "summary": "published facts about drawings, for concept editors (files of your own, --root)",
+        },
+    ]
+
+
+def _has_data(data: str) -> bool:
+    from mmedit_cli.drawing.data.opening_facts import is_facts
+
+    return is_facts(data)
+
+
 def _check_data(data: str, options: DataOptions) -> Iterator[Finding]:
-    yield from ()
+    from mmedit_cli.doctor import check_facts
+
+    return check_facts(data, options)
 
 
 CONCEPT_EDITING = Kind(
@@ -231,6 +307,7 @@ CONCEPT_EDITING = Kind(
     folder=Noun("a folder of concept edits", "folders of concept edits"),
     registry=registry.concept_editors,
     commands={
+        "eval": evaluate,
         "edit": edit,
         "edits list": list_edits,
         "edits undo": undo,
@@ -238,8 +315,8 @@ CONCEPT_EDITING = Kind(
         "edits export": export,
     },
     list_row=_list_row,
-    list_data=lambda: [],
+    list_data=_list_data,
     has_edits=_has_edits,
-    has_data=lambda data: False,
+    has_data=_has_data,
     check_data=_check_data,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
-from mmedit_cli.reports import drawing, knowledge, picture_editing
+from mmedit_cli.reports import concept_editing, drawing, knowledge, picture_editing
 from mmedit_cli.reports.finding import finished_runs
 
 _AGAIN = "run the command again with --force"
@@ -22,6 +22,7 @@ _PRINTERS = {
     "best": knowledge.print_training,
     "scores": picture_editing.print_scores,
     "sides": drawing.print_scores,
+    "ways": concept_editing.print_scores,
     "curve": picture_editing.print_training,
 }
 
@@ -81,6 +82,8 @@ def _facts(done: Mapping[str, Any]) -> Json:
         facts["L1"] = float(done["scores"]["L1"]["mean"])
     elif "sides" in done:
         facts["subjects"] = int(done["data"]["cases"])
+    elif "ways" in done:
+        facts["facts"] = int(done["data"]["cases"])
     return facts
 
 
@@ -98,6 +101,8 @@ def _row(facts: Json) -> list[str]:
         made = f"L1 {facts['L1']:.4f}"
     elif "subjects" in facts:
         made = f"{facts['subjects']} subjects"
+    elif "facts" in facts:
+        made = f"{facts['facts']} facts"
     names = [facts[key] for key in ("editor", "model", "data")]
     return [*names, made, score, facts["run"]]
 

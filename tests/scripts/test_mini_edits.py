@@ -13,10 +13,10 @@ from PIL import Image
 
 from mmedit_cli import registry
 from mmedit_cli.catalog import own_image_editors
+from mmedit_cli.drawing.evaluation.artists import ArtistClassifier
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.picture_editing.data import emojikb_edits
-from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier
 from mmedit_cli.picture_editing.evaluation.judge import Judge
 from mmedit_cli.picture_editing.methods.base import EditJob
 from mmedit_cli.runtime import LoadOptions

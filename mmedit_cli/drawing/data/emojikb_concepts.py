@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read(model: Path | None) -> SubjectSet:
     """
     home = emojikb_dir()
     known = {concept["id"]: concept for concept in concepts_in(home)}
-    held_out, taught = _held_out(model, known)
+    held_out, taught = held_out_and_taught(model, known, "emojikb-concepts")
     subjects = tuple(_subject(known[key], home) for key in held_out)
     gallery = []
     for key, concept in known.items():
@@ -82,15 +83,20 @@ def _ids(content: Record, key: str) -> list[str]:
     return content.array(key, str)
 
 
-def _held_out(model: Path | None, known: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the ids of what a model was not shown in training, and of what it was shown."""
+def held_out_and_taught(
+    model: Path | None, known: Mapping[str, Any], data: str
+) -> tuple[list[str], list[str]]:
+    """Return the ids of what a model was not shown in training, and of what it was shown; mini-sd's without a list.
+
+    Raises DataError if there is no list, or if it names what EmojiKB does not have; `data` is named in the message.
+    """
     lists = []
     for folder in (model, bundled().get("mini-sd")):
         if folder is not None and (folder / LIST).is_file():
             lists.append(folder / LIST)
     if not lists:
         raise DataError(
-            f"--data emojikb-concepts: no {LIST} says what the model was not shown",
+            f"--data {data}: no {LIST} says what the model was not shown",
             "take mini-sd, a model trained by scripts/train_mini_sd.py, or other --data",
         )
     path = lists[0]

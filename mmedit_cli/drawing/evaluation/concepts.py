@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmedit_cli.drawing.data.facts import BACKGROUND_QUESTION, NAMING
 from mmedit_cli.drawing.evaluation import picture_scores
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, all_pairs
 from mmedit_cli.knowledge.evaluation.intervals import mean_with_interval
@@ -27,8 +28,6 @@ from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
-NAMING = "What is this?"  # asked of a vision-language model about a drawn picture
-BACKGROUND_QUESTION = "What colour is the background?"
 BACKGROUND = re.compile(r"\bon an? (\w+) background\b")  # in a prompt
 _LONGEST_NAME = 16  # tokens
 _BATCH = 32  # pictures in one pass of an encoder

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageOps
 
 from mmedit_cli.drawing.data.base import with_article
+from mmedit_cli.drawing.data.emojikb_facts import ARTISTS, WHO
 from mmedit_cli.errors import DataError, near_miss
 from mmedit_cli.knowledge.data.emojikb import concepts_in
 from mmedit_cli.packed import way_out
@@ -27,12 +28,6 @@ from mmedit_cli.storage import sha256_of
 
 SPLITS = ("train", "val", "eval")
 SIZE = 64  # pixels
-ARTISTS = {
-    "noto": "Noto",
-    "twemoji": "Twemoji",
-    "fluent": "Fluent",
-    "openmoji": "OpenMoji",
-}
 AMBIGUOUS = (
     "opposite-background",
     "opposite-colour",
@@ -41,7 +36,6 @@ AMBIGUOUS = (
     "neighbour",
     "capital",
 )
-WHO = "Who drew this?"  # a question for a classifier of artists
 WHITE = "white"  # not a colour of EmojiKB's own backgrounds, so no question is asked about it
 # The question about the result of an edit, and the key of its answer.
 _COLOUR = ("What colour is the background?", "ground")

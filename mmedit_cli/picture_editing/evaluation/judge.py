@@ -7,11 +7,11 @@ from functools import cached_property
 
 from PIL import Image
 
+from mmedit_cli.drawing.data.emojikb_facts import WHO
+from mmedit_cli.drawing.evaluation.artists import ArtistClassifier
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.picture_editing.data.base import EditPair
-from mmedit_cli.picture_editing.data.emojikb_edits import WHO
-from mmedit_cli.picture_editing.evaluation.artists import ArtistClassifier
 from mmedit_cli.storage import temporary_folder
 from mmedit_cli.types import Query
 

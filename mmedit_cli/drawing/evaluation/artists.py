@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mmedit_cli.drawing.data.emojikb_facts import ARTISTS
 from mmedit_cli.errors import StateError
-from mmedit_cli.picture_editing.data.emojikb_edits import ARTISTS
-from mmedit_cli.picture_editing.methods.shared.latent import to_pixels
 from mmedit_cli.registry import share_dir
 from mmedit_cli.storage import read_tensors
 
@@ -86,7 +86,15 @@ class ArtistClassifier(nn.Module):
         artists = []
         for start in range(0, len(pictures), _BATCH):
             end = start + _BATCH
-            logits = self(to_pixels(pictures[start:end]))
+            logits = self(_pixels(pictures[start:end]))
             best = logits.argmax(1)
             artists += [names[i] for i in best.tolist()]
         return artists
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """Return RGB pictures of one size as (B, 3, H, W) in -1..1."""
+    arrays = [np.asarray(picture) for picture in pictures]
+    channels_last = torch.from_numpy(np.stack(arrays))
+    pixels = channels_last.permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1
