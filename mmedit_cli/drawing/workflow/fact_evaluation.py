@@ -133,8 +133,8 @@ class _FactEvaluation:
         }
         with self.out.progress(totals) as self.tick:
             # sheets that follow each other and are drawn with the same edits
-            for facts, group in groupby(self.sheets, key=lambda sheet: sheet.facts):
-                self.draw_group(facts, list(group))
+            for _, group in groupby(self.sheets, key=_edits_of):
+                self.draw_group(list(group))
             self.judge_all(judge)
         report = self.report(judge)
         self.show()
@@ -143,11 +143,10 @@ class _FactEvaluation:
 
     # -- editing and drawing ------------------------------------------------------------------------------------
 
-    def draw_group(
-        self, facts: Sequence[DrawnFact], sheets: Sequence[FactSheet]
-    ) -> None:
-        """Draw sheets with their edits in the model."""
+    def draw_group(self, sheets: Sequence[FactSheet]) -> None:
+        """Draw sheets with their edits, which are the same, in the model."""
         way = sheets[0].way
+        facts = sheets[0].facts
         if not facts or all(self.is_drawn(sheet) for sheet in sheets):
             for sheet in sheets:
                 self.draw(sheet)  # what is drawn is only counted
@@ -387,6 +386,11 @@ def _few(rows: Sequence[gallery.Row]) -> list[gallery.Row]:
             cells.append((name, files[:_ACROSS]))
         few.append((words, cells))
     return few
+
+
+def _edits_of(sheet: FactSheet) -> tuple[str, tuple[str, ...]]:
+    """Return what tells the edits of a sheet from those of others."""
+    return sheet.way, tuple(fact.name for fact in sheet.facts)
 
 
 def _judgement_line(probe: DrawnProbe, judgement: Judgement) -> Line:
