@@ -24,18 +24,29 @@ FIGURES = {
     "T-Gen": ("generality.text",),
     "M-Gen": ("generality.image",),
     "T-Loc": ("locality.text",),
-    "M-Loc": ("locality.near", "locality.same_image", "locality.far"),
+    # published data have one column where EmojiKB has three
+    "M-Loc": (
+        "locality.image",
+        "locality.near",
+        "locality.same_image",
+        "locality.far",
+    ),
 }
+
+# key and value of a hyper-parameter that is not the default, and how a row is marked by it
+MARKS = (
+    ("target", "connector", "connector"),
+    ("variant", "paper", "paper"),
+    ("mode", "reference", "reference"),
+    ("external", False, "without external"),
+    ("collaboration", False, "without collaboration"),
+)
 
 
 def label(report: Mapping[str, Any]) -> str:
     """Return the editor, and what distinguishes it from another row of the same editor."""
     hparams = report["hparams"]
-    marks = [
-        text
-        for key, text in (("target", "connector"), ("variant", "paper"))
-        if hparams.get(key) == text
-    ]
+    marks = [text for key, value, text in MARKS if hparams.get(key) == value]
     together = report["protocol"].get("edit_batch", 1)
     if together > 1:
         marks.append(f"({together} at once)")
@@ -43,8 +54,9 @@ def label(report: Mapping[str, Any]) -> str:
 
 
 def figure(scores: Mapping[str, Any], names: tuple[str, ...]) -> float:
-    """Return the mean of some columns in %."""
-    return 100 * statistics.fmean(scores[name]["mean"] for name in names)
+    """Return the mean in % of those columns that there are."""
+    means = [scores[name]["mean"] for name in names if name in scores]
+    return 100 * statistics.fmean(means)
 
 
 def row(report: Mapping[str, Any]) -> dict[str, str]:
