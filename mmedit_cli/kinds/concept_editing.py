@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,6 +96,13 @@ def edit(
             show_default=False,
         ),
     ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many edits: .csv, .tsv, .json or .jsonl with prompt, target (none: erased) and keep.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         str,
         typer.Option(help="Texts to draw as before, separated by commas."),
@@ -116,6 +124,8 @@ def edit(
 
       mmedit edit uce --erase "Van Gogh" --keep "Monet, Picasso" --into erased
 
+      mmedit edit speed --requests names.csv --into many
+
       mmedit generate --edits my-edits "a rose in a vase" --compare
 
       mmedit edits undo my-edits last
@@ -130,7 +140,7 @@ def edit(
     request = concept_edits.ConceptEditOptions(
         editor,
         named,
-        tuple(_changes(prompt, target, erase, keep)),
+        tuple(_changes(prompt, target, erase, requests, keep)),
         into,
         hparams,
         tuple(overrides or ()),
@@ -143,30 +153,35 @@ def edit(
 
 
 def _changes(
-    prompt: str | None, target: str | None, erase: str | None, keep: str
+    prompt: str | None,
+    target: str | None,
+    erase: str | None,
+    requests: Path | None,
+    keep: str,
 ) -> Iterator[ConceptChange]:
     """Yield what is to be drawn otherwise."""
+    from mmedit_cli.drawing.data.changes import read_changes, split_texts
     from mmedit_cli.types import ConceptChange
 
-    kept = tuple(_split(keep, ","))
-    if (prompt is None) == (erase is None) or (prompt is None) != (target is None):
+    kept = split_texts(keep, ",")
+    given = [option for option in (prompt, erase, requests) if option is not None]
+    if len(given) != 1 or (prompt is None) != (target is None):
         raise UserError(
-            "nothing to change: --prompt and --target are needed, or --erase alone",
+            "nothing to change: --prompt and --target are needed, or --erase or --requests alone",
             'e.g. --prompt "a rose" --target "a blue rose", or --erase "Van Gogh"',
         )
-    if prompt is not None and target is not None:
-        yield ConceptChange(prompt.strip(), tuple(_split(target, "|")) or ("",), kept)
+    if requests is not None:
+        for change in read_changes(requests):
+            yield replace(change, keep=tuple(dict.fromkeys((*change.keep, *kept))))
         return
-    erased = _split(erase or "", ",")
+    if prompt is not None and target is not None:
+        yield ConceptChange(prompt.strip(), split_texts(target, "|") or ("",), kept)
+        return
+    erased = split_texts(erase or "", ",")
     if not erased:
         raise UserError("--erase: names nothing", 'e.g. --erase "Van Gogh"')
     for text in dict.fromkeys(erased):
         yield ConceptChange(text, (), kept)
-
-
-def _split(texts: str, mark: str) -> list[str]:
-    stripped = [text.strip() for text in texts.split(mark)]
-    return [text for text in stripped if text]
 
 
 def list_edits(

@@ -15,6 +15,7 @@ from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.drawing.models.stable_diffusion import Sampling
 from mmedit_cli.errors import DataError, StateError
 from mmedit_cli.hparams import load_hparams
+from mmedit_cli.runtime import generator
 from mmedit_cli.types import ConceptChange
 
 NAMES = registry.concept_editors.names()
@@ -192,6 +193,66 @@ def test_the_constrained_change_is_the_published_one():
     assert (found @ stays.T).abs().max() < 1e-9
     assert (found @ exact.T).abs().max() < 1e-9
     assert (found @ c.T).abs().max() > 0.1
+
+
+def speed_by_hand(weight, edits, stays, exact, hp):
+    """SPEED as its code does it for one matrix, a row at a time."""
+    width = weight.shape[1]
+    eye = torch.eye(width, dtype=torch.float64)
+    moment = sum(torch.outer(c, c) for c, _ in edits) / len(edits)
+    gain = sum(torch.outer(g - c, c) for c, g in edits) / len(edits)
+    plain = weight @ gain @ torch.linalg.inv(eye + moment)
+
+    def influential(rows):
+        moved = [float((plain @ row).norm()) for row in rows]
+        mean = sum(moved) / len(moved)
+        return [row for row, by in zip(rows, moved, strict=True) if by >= mean - 1e-12]
+
+    some = influential(stays)
+    least = torch.linalg.svd(weight).Vh[min(weight.shape) - 1]
+    source = generator(hp.noise_seed)
+    noise = torch.randn(
+        hp.copies, len(some), width, generator=source, dtype=torch.float64
+    )
+    copies = [
+        k + (n @ least) * least
+        for more in noise
+        for k, n in zip(some, more, strict=True)
+    ]
+    rows = some + influential(copies)
+    mean_square = sum(torch.outer(k, k) for k in rows) / len(rows)
+    values, vectors = torch.linalg.eigh(mean_square)
+    free = torch.zeros_like(eye)
+    for value, vector in zip(values, vectors.T, strict=True):
+        if value < hp.threshold:
+            free += torch.outer(vector, vector)
+    inner = torch.linalg.inv(moment @ free + hp.lam * eye)
+    k = exact.T
+    inverse = torch.linalg.pinv(k.T @ free @ inner @ k, atol=1e-9)
+    bound = eye - inner @ k @ inverse @ k.T @ free
+    return weight + weight @ gain @ free @ bound @ inner
+
+
+def test_speed_gives_the_plain_solution_with_the_published_values(tiny):
+    keep = ("a boot", "a toy", "a teapot")
+    with make("speed", tiny) as editor:
+        originals = weights(tiny)
+        editor.edit([ConceptChange("a dog", ("a red cat",), keep), CAT])
+        edits = []
+        for edit in editor.present():
+            edits += zip(edit.inputs.double(), edit.goals.double(), strict=True)
+        kept_rows = editor.edits[1].kept
+        # no edit is about them, so all of them are kept
+        stays = [row.double() for text in sorted(keep) for row in kept_rows[text]]
+        _, empty = editor._encode("")
+        exact = torch.cat([empty[:1], centres(empty[1:], 3)]).double()
+        found = editor.changed_weights()
+        assert found
+        for path, value in found.items():
+            weight = originals[path].double()
+            expected = speed_by_hand(weight, edits, stays, exact, editor.hparams)
+            assert (expected - weight).abs().max() > 1e-3
+            torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_kept_exactly_may_lie_outside_of_the_null_space():

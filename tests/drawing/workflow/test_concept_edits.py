@@ -50,14 +50,21 @@ def same(one, other):
     )
 
 
-def test_edits_are_kept_one_by_one_and_undone_exactly(tmp_path, model):
+METHODS = (
+    "uce",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("time", "rece", "speed")),
+)
+
+
+@pytest.mark.parametrize("editor", METHODS)
+def test_edits_are_kept_one_by_one_and_undone_exactly(tmp_path, model, editor):
     one, other = tmp_path / "one", tmp_path / "other"
-    first = make(one, DOG)
+    first = make(one, DOG, editor=editor)
     assert [edit["id"] for edit in first["edits"]] == [1]
     assert first["edits"][0]["keep"] == ["a boot"]
     # the model and the hyper-parameters of the folder are those of the next edits
-    assert make(one, TOY, CAT, model="")["active"] == 3
-    make(other, DOG, CAT)
+    assert make(one, TOY, CAT, model="", editor=editor)["active"] == 3
+    make(other, DOG, CAT, editor=editor)
     folder = ConceptEdits.existing(one)
     everything = weights(one, model)
     assert folder.mark("2", active=False) == [2]
@@ -91,6 +98,51 @@ def test_the_commands(cli, tmp_path):
     base, edited = (pictures / f"000-0-{side}.png" for side in ("base", "edited"))
     with Image.open(base) as one, Image.open(edited) as other:
         assert not np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editor", ["uce", "time", "rece", "speed"])
+def test_one_of_fifty_edits_is_undone_exactly(cli, tmp_path, model, editor):
+    """Made at once from a file, some erased and some drawn as others; without the 25th they are 49 from the start."""
+    words = ["dog", "cat", "toy", "boot", "snow"]
+    texts = [f"a {one} {other}" for one in words for other in words]
+    texts += [f"the {text[2:]}" for text in texts]
+    rows = [
+        f"{text},{'a beach' if i % 2 else ''},a teapot" for i, text in enumerate(texts)
+    ]
+    for name, some in (("all", rows), ("less", rows[:24] + rows[25:])):
+        table = tmp_path / f"{name}.csv"
+        table.write_text("\n".join(["prompt,target,keep", *some]))
+        code, out, err = cli(
+            *("edit", editor, "--model", "tiny-sd", "--device", "cpu"),
+            *("--requests", table, "--into", tmp_path / name, "--json"),
+        )
+        assert code == 0, err
+        assert json.loads(out)["active"] == len(some)
+    everything = weights(tmp_path / "all", model)
+    assert cli("edits", "undo", tmp_path / "all", "25")[0] == 0
+    assert same(weights(tmp_path / "all", model), weights(tmp_path / "less", model))
+    assert cli("edits", "redo", tmp_path / "all", "25")[0] == 0
+    assert same(weights(tmp_path / "all", model), everything)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt,target\n,a rose\n", "a.csv:2: prompt is missing"),
+        ("a.csv", "prompt,goal\na dog,a rose\n", "unknown key 'goal'"),
+        ("a.jsonl", '{"prompt": "a dog", "target": 3}', "target: must be a text or"),
+        ("a.json", "[]", "no edits in it"),
+        ("a.txt", "a dog", "not one of .jsonl, .json, .csv"),
+    ],
+)
+def test_files_that_are_wrong(cli, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    into = tmp_path / "edits"
+    words = ("--requests", tmp_path / name, "--into", into)
+    code, _, err = cli("edit", "uce", "--model", "tiny-sd", *words)
+    assert (code, message in err) == (2, True), err
+    assert not into.exists()
 
 
 @pytest.mark.parametrize(
