@@ -321,6 +321,7 @@ def edit(
         ),
     ] = None,
     images: options.Images = None,
+    skip_missing: options.SkipMissing = False,
     edit_batch: Annotated[
         int | None,
         typer.Option(
@@ -365,6 +366,7 @@ def edit(
       mmedit edits undo my-edits last
     """
     from mmedit_cli.knowledge import loading
+    from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.ledger.edited_model import EditOptions
     from mmedit_cli.knowledge.ledger.ledger import Ledger
     from mmedit_cli.knowledge.workflow import (
@@ -378,8 +380,11 @@ def edit(
     out = Output(as_json=as_json)
     if requests is not None:
         _refuse_beside_a_file(image, prompt, target, rephrase)
-        facts = editing.read_facts(requests, images)
+        where = DataOptions(images=images, skip_missing=skip_missing)
+        facts = editing.read_facts(requests, where)
     else:
+        if images is not None:
+            raise UserError("--images: is for the pictures of --requests")
         facts = [_one_fact(image, prompt, target, background, rephrase)]
     named = (model or "") if Ledger.exists(into) else options.named(model, out)
     chosen_model = loading.ModelOptions(named, device, dtype, device_map, revision)

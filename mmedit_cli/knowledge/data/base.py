@@ -22,8 +22,9 @@ from mmedit_cli.knowledge.data.shared.selection import (
     read_subset,
     select,
 )
+from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
-from mmedit_cli.reading import PACKED
+from mmedit_cli.reading import PACKED, shorten
 from mmedit_cli.registry import datasets
 from mmedit_cli.types import EditCase, Query
 
@@ -34,6 +35,7 @@ _HELP = (
     "or a data set of `mmedit list`"
 )
 _MOST_PROBLEMS = 20
+_MOST_IGNORED = 10
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def read_data(
     if "+" in str(data) and not Path(data).exists():
         return _pooled(str(data), limit, options)
     problems: list[str] = []
+    ignored: list[str] = []
     named = find_dataset(data)
     template = options.template
     if named is not None:
@@ -163,7 +166,7 @@ def read_data(
     else:
         path = own_file(data)
         name = _name_of(path)
-        records = own_cases(path, options, problems)
+        records = own_cases(path, options, problems, ignored)
         layout = f"images are named relative to {options.images or path.parent}"
         record_form = FORMAT
     if options.subset:
@@ -183,8 +186,19 @@ def read_data(
         raise DataError(lines, hint)
     if not cases:
         raise DataError(f"{data}: no cases in it", hint)
+    if ignored:
+        _tell_ignored(data, ignored)
     selection = _selection(options, template) | pictures.skipped()
     return Data(name, cases, selection)
+
+
+def _tell_ignored(data: str | Path, names: Sequence[str]) -> None:
+    """Say in one line which columns or keys of a file are not read."""
+    named = ", ".join(shorten(name) for name in names[:_MOST_IGNORED])
+    more = len(names) - _MOST_IGNORED
+    if more > 0:
+        named += f", and {more:,} more"
+    Output().note(f"{data}: not read, as they mean nothing here: {named}")
 
 
 def _selection(options: DataOptions, template: str) -> dict[str, Any]:
@@ -248,15 +262,24 @@ def own_file(data: str | Path) -> Path:
 
 
 def own_cases(
-    path: Path, options: DataOptions, problems: list[str]
+    path: Path,
+    options: DataOptions,
+    problems: list[str],
+    ignored: list[str] | None = None,
 ) -> Iterator[EditCase]:
-    """Yield the cases of a file in the project's own formats, asked as they are written or as a chat."""
+    """Yield the cases of a file in the project's own formats, asked as they are written or as a chat.
+
+    The names of keys and columns that mean nothing here go to `ignored`.
+    """
     if options.template not in ("", CHAT):
         raise DataError(
             f"--template {options.template}: {path} is asked as it is written, or with --template {CHAT}",
             "leave --template out",
         )
-    for case in CaseReader(path, problems, options.images).cases():
+    reader = CaseReader(path, problems, options.images)
+    known: list[str] = [] if ignored is None else ignored
+    for case in reader.cases():
+        known += list(reader.ignored)[len(known) :]
         yield change(case, _as_chat) if options.template == CHAT else case
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.knowledge.ledger.edited_model import (
@@ -23,6 +23,9 @@ from mmedit_cli.knowledge.workflow.asking_otherwise import Otherwise
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import picture_digest
 from mmedit_cli.types import EditCase, Query, in_one_line
+
+if TYPE_CHECKING:
+    from mmedit_cli.knowledge.data.base import DataOptions
 
 _MOST_NOTES = 5  # on edits whose loss did not move, one by one
 _TEXTS = (
@@ -197,14 +200,11 @@ def locality_probes(requests: Sequence[Query], *, pictures: bool = True) -> list
     return [probe for probe in probes if (probe.prompt, probe.image) not in asked]
 
 
-def read_facts(file: Path, images: Path | None = None) -> list[EditCase]:
-    """Return the facts or cases of a .jsonl, .json or .csv file; raise DataError naming what is wrong.
-
-    Pictures are named relative to `images`, or to the file.
-    """
+def read_facts(file: Path, how: DataOptions | None = None) -> list[EditCase]:
+    """Return the facts or cases of a .jsonl, .json, .csv or .tsv file; raise DataError naming what is wrong."""
     from mmedit_cli.knowledge.data.base import DataOptions, read_data
 
-    return read_data(str(file), options=DataOptions(images=images)).cases
+    return read_data(str(file), options=how or DataOptions()).cases
 
 
 def change_edits(

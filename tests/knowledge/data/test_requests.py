@@ -403,3 +403,94 @@ def test_queries_too_long_for_the_model_can_be_skipped(cli, folder):
     report = json.loads(cli(*words, "--skip-long", "--json")[1])
     assert report["data"]["too_long"] == {"cases": 1, "queries": 2}
     assert report["milestones"][0]["cases"] == 2
+
+
+def test_other_columns_are_named_and_not_read(folder, capfd):
+    table = (
+        "image,prompt,target,Subject,image_id\na.png,Who?,Ada,x,7\nb.png,Who?,Bea,,\n"
+    )
+    ada, bea = load_cases(write(folder, "facts.csv", table))
+    assert (ada.request.target, bea.request.target) == ("Ada", "Bea")
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.endswith("not read, as they mean nothing here: Subject, image_id")
+    many = {f"more {i}": i for i in range(12)}
+    load_cases(write(folder, "facts.json", json.dumps([{**RECORD, **many}])))
+    assert capfd.readouterr().err.endswith("more 9, and 2 more\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("tagret", "target"), ("imgae", "image"), ("answr", "answer"), ("questoin", 0)],
+)
+def test_a_misspelt_column_is_refused(folder, name, meant):
+    record = json.dumps([{**RECORD, name: "x"}])
+    with pytest.raises(DataError, match=f"did you mean {meant or 'question'}"):
+        load_cases(write(folder, "facts.json", record))
+
+
+def test_a_picture_may_be_named_by_its_whole_path(folder, tmp_path):
+    inside = {**RECORD, "image": str(folder / "a.png")}
+    (case,) = load_cases(write(folder, "facts.json", json.dumps([inside])))
+    assert case.request.image == folder / "a.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
+    for path in (tmp_path / "out.png", f"{folder}/../out.png"):
+        outside = {**RECORD, "image": str(path)}
+        with pytest.raises(DataError, match="lies outside the folder"):
+            load_cases(write(folder, "facts.json", json.dumps([outside])))
+
+
+EASYEDIT = {
+    **{"src": "What is this?", "pred": "cat", "alt": "lynx"},
+    **{"rephrase": "Which animal?", "image": "a.png", "image_rephrase": "b.png"},
+    **{"loc": "nq question: who wrote dune", "loc_ans": "Frank Herbert"},
+    **{"m_loc": "b.png", "m_loc_q": "What is that?", "m_loc_a": "dog"},
+}
+
+
+def test_the_json_of_easyedit_is_read(folder, capfd):
+    short = {"src": "Who?", "alt": "Ada", "subject": "x", "image": "", "loc": None}
+    file = write(folder, "vqa.json", json.dumps([EASYEDIT, short]))
+    lynx, ada = load_cases(file)
+    assert lynx.request == Query("What is this?", "lynx", folder / "a.png")
+    assert lynx.generality == {
+        "text": (Query("Which animal?", "lynx", folder / "a.png"),),
+        "image": (Query("What is this?", "lynx", folder / "b.png"),),
+    }
+    assert lynx.locality == {
+        "text": (Query("nq question: who wrote dune", "Frank Herbert"),),
+        "image": (Query("What is that?", "dog", folder / "b.png"),),
+    }
+    assert (ada.uid, ada.request) == ("2", Query("Who?", "Ada"))
+    assert not ada.generality
+    assert not ada.locality
+    assert capfd.readouterr().err.endswith("mean nothing here: subject\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"alt": ""}, "alt is missing"),
+        ({"src": 3}, "src: must be a text that is not empty"),
+        ({"loc_ans": ""}, "loc_ans is missing"),
+        ({"m_loc": "../a.png"}, "m_loc: ../a.png lies outside the folder"),
+        ({"image_rephrase": "c.png"}, "generality.image.image: .*: no such image"),
+        ({"rephase": "Who?"}, r"unknown key 'rephase' \(did you mean rephrase\?\)"),
+    ],
+)
+def test_what_is_wrong_with_a_record_of_easyedit(folder, change, problem):
+    file = write(folder, "vqa.json", json.dumps([{**EASYEDIT, **change}]))
+    with pytest.raises(DataError, match=f"vqa.json:1: {problem}"):
+        load_cases(file)
+
+
+def test_pictures_of_requests_may_lie_elsewhere(cli, folder, tmp_path):
+    file = write(tmp_path, "vqa.json", json.dumps([EASYEDIT]))
+    words = ("edit", "ft", "--model", "tiny-blip2", "--set", "steps=1")
+    wanted = (*words, "--requests", file, "--into", tmp_path / "edits", "--json")
+    code, _, said = cli(*wanted)
+    assert code == 2, said
+    assert "no such image" in said
+    code, out, _ = cli(*wanted, "--images", folder)
+    assert code in (0, 1)
+    asked = [way["prompt"] for way in json.loads(out)["otherwise"]]
+    assert asked == ["Which animal?", "What is this?"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import near_miss
@@ -30,17 +31,29 @@ _SYNONYMS = {
     "target_new": "target",
     "image_path": "image",
     "picture": "image",
+    "rephrase_prompt": "rephrase",
 }
+# keys of EasyEdit's JSON for vision-language models: the same as of MMEdit's releases
+_OF_EASYEDIT = (
+    *("src", "pred", "rephrase", "alt", "image", "image_rephrase"),
+    *("loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a", "id"),
+)
+_SHORTEST_MISSPELT = 5  # letters: of shorter names most others are akin
+_ALIKE = 0.8  # share of letters in their order; one letter of five may be another
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}\Z")
 
 
 class CaseReader:
-    """Reads one file; `problems` collects what is wrong with it. Images lie under `images`, or beside the file."""
+    """Reads one file; `problems` collects what is wrong with it. Images lie under `images`, or beside the file.
+
+    `ignored` are the keys of plain requests, and of records of EasyEdit, that mean nothing here.
+    """
 
     def __init__(
         self, path: Path, problems: list[str], images: Path | None = None
     ) -> None:
+        self.ignored: dict[str, None] = {}
         self.path = path
         self.root = images or path.parent
         self.problems = problems
@@ -55,8 +68,12 @@ class CaseReader:
             self.place = place
             before = len(self.problems)
             record = self._renamed(record)
-            plain = _is_plain_request(record)
-            case = self._request(record, str(number)) if plain else self._case(record)
+            if _is_plain_request(record):
+                case = self._request(record, str(number))
+            elif _is_of_easyedit(record):
+                case = self._of_easyedit(record, str(number))
+            else:
+                case = self._case(record)
             if case is not None and len(self.problems) == before:
                 yield case
 
@@ -125,6 +142,7 @@ class CaseReader:
             else:
                 own[name] = value
         known = (*_QUERY_KEYS, "id", "concept", *_REPHRASES)
+        own = self._without_others(own, known)
         if not self._mapping(own, "", known, ("prompt", "target")):
             return None
         uid = self._uid(own.pop("id", number))
@@ -147,6 +165,62 @@ class CaseReader:
             place=self.place,
             concept=concept,
         )
+
+    def _of_easyedit(self, record: Mapping[str, Any], number: str) -> EditCase | None:
+        """Read a record of EasyEdit: src and alt are the request; what else is there becomes probes."""
+        record = self._without_others(record, _OF_EASYEDIT)
+        given = {
+            name: value for name, value in record.items() if value not in ("", [], None)
+        }
+        request = self._asked(given, "src", "alt", "image")
+        generality = {}
+        locality = {}
+        if "rephrase" in given:
+            generality["text"] = self._asked(given, "rephrase", "alt", "image")
+        if "image_rephrase" in given:
+            generality["image"] = self._asked(given, "src", "alt", "image_rephrase")
+        if "loc" in given:
+            locality["text"] = self._asked(given, "loc", "loc_ans", "")
+        if "m_loc" in given:
+            locality["image"] = self._asked(given, "m_loc_q", "m_loc_a", "m_loc")
+        uid = self._uid(given.get("id", number))
+        if not request:
+            return None
+        (taught,) = request
+        return EditCase(uid, taught, generality, locality, place=self.place)
+
+    def _asked(
+        self, record: Mapping[str, Any], prompt: str, target: str, image: str
+    ) -> tuple[Query, ...]:
+        """Return the query that stands under three keys of a record; nothing if it cannot be used."""
+        before = len(self.problems)
+        for key in (prompt, target):
+            if key not in record:
+                self._add("", f"{key} is missing")
+                continue
+            value = record[key]
+            if not isinstance(value, str) or not value.strip():
+                self._add(key, "must be a text that is not empty")
+        picture = self._image(record.get(image), image)
+        if len(self.problems) > before:
+            return ()
+        return (Query(record[prompt], record[target], picture),)
+
+    def _without_others(
+        self, record: Mapping[str, Any], known: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return a record without keys that mean nothing here; one that looks misspelt goes to the problems."""
+        kept = {}
+        for name, value in record.items():
+            if name in known:
+                kept[name] = value
+                continue
+            meant = _misspelt(name, (*known, *_SYNONYMS))
+            if meant:
+                self._add("", f"unknown key {name!r} (did you mean {meant}?)")
+            else:
+                self.ignored[name] = None
+        return kept
 
     def _variants(
         self, own: Mapping[str, Any], name: str, value: Any
@@ -224,9 +298,7 @@ class CaseReader:
             return None
         image = self.root / value
         real = Path(os.path.realpath(image))
-        if PurePosixPath(value).is_absolute() or not real.is_relative_to(
-            self._real_root
-        ):
+        if not real.is_relative_to(self._real_root):
             self._add(key, f"{value} lies outside the folder {self.root}")
             return None
         return image
@@ -251,6 +323,22 @@ def _is_plain_request(record: Any) -> bool:
     if not isinstance(record, Mapping) or "request" in record:
         return False
     return "prompt" in record or "target" in record
+
+
+def _is_of_easyedit(record: Any) -> bool:
+    """Whether a record is one of EasyEdit's."""
+    if not isinstance(record, Mapping) or "request" in record:
+        return False
+    return "src" in record or "alt" in record
+
+
+def _misspelt(name: str, known: Iterable[str]) -> str:
+    """Return the key that a name differs from by about one letter, or nothing."""
+    if len(name) < _SHORTEST_MISSPELT:
+        return ""
+    of_that_length = [key for key in known if abs(len(key) - len(name)) <= 1]
+    found = difflib.get_close_matches(name.lower(), of_that_length, 1, _ALIKE)
+    return found[0] if found else ""
 
 
 def _rephrases(name: str) -> str:
