@@ -328,6 +328,11 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
             hashlib.sha256(f"{name}/{TINY_VERSION}".encode()).hexdigest()[:16],
         )
     if entry is not None and entry.assembly is not None:
+        if revision is not None:
+            raise ModelError(
+                f"--revision {revision}: {name} is put together here and has no revisions",
+                "leave it out",
+            )
         made = _assembled(name)
         return ModelRef(name, entry.family, made, fingerprint(made))
     folder = bundled().get(name, Path(name))

@@ -49,6 +49,11 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def counted(count: int, one: str) -> str:
+    """Return a number of things in words: "1 edit", "2 edits"."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
 def cut(text: str, most: int) -> str:
     """Return a text of about `most` characters and at most 8 lines that says how much was left out."""
     lines = text[:most].split("\n", _MOST_LINES)

@@ -46,7 +46,7 @@ def test_objects_say_what_they_are():
     )
     editor = load_editor("ft", model, overrides=("steps=1",))
     with editor.edit(QUERIES[:1]) as made:
-        assert repr(made) == "<edits 1 of <ft on tiny-llava: 1 edits>>"
+        assert repr(made) == "<edits 1 of <ft on tiny-llava: 1 edit>>"
 
 
 def loaded(folder, *, sees: bool):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 from mmedit_cli.reports.charts import plotter, write_chart
 from mmedit_cli.reports.scores import column_name
 
@@ -41,7 +41,7 @@ def print_comparison(out: Output, found: Comparison, form: str) -> None:
 def _show(out: Output, found: Comparison) -> None:
     first = found.runs[0]
     data = first.report["data"]["name"]
-    out.line(f"{data}, after {first.edits} edits; in %")
+    out.line(f"{data}, after {counted(first.edits, 'edit')}; in %")
     header, rows = table_of(found)
     out.table(header, rows)
     out.line("  better: which run scores more, = where the test cannot tell, " + _LEVEL)

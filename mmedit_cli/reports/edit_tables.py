@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 
 _MOST = 20  # rows of a table of edits; the rest is in --json
 _OF_NEW_EDITS = [
@@ -57,7 +57,9 @@ def concepts(
     """Print the concepts of a folder."""
 
     def show() -> None:
-        out.line(f"{head['editor']} on {head['model']}: {len(entries):,} concepts")
+        out.line(
+            f"{head['editor']} on {head['model']}: {counted(len(entries), 'concept')}"
+        )
         rows = []
         for entry in entries:
             row = [
@@ -86,7 +88,9 @@ def concept_edits(
             state = "" if edit["active"] else "undone"
             kept = f"{len(edit['keep']):,}"
             rows.append([str(edit["id"]), repr(edit["source"]), drawn_as, kept, state])
-        out.line(f"{report['editor']} on {report['model']}: {len(edits):,} edits")
+        out.line(
+            f"{report['editor']} on {report['model']}: {counted(len(edits), 'edit')}"
+        )
         out.table(["edit", "text", "drawn as", "texts kept", ""], rows)
         if made:
             out.line(f"{report['seconds']:.2f} s; {report['active']:,} active")
@@ -100,7 +104,7 @@ def exported_drawing_model(out: Output, report: Mapping[str, Any]) -> None:
 
     def show() -> None:
         out.line(
-            f"{report['folder']}: a folder of diffusers, {report['edits']:,} edits"
+            f"{report['folder']}: a folder of diffusers, {counted(report['edits'], 'edit')}"
         )
         for file in report["files"]:
             out.line(f"{file}: the {report['changed']} changed weights alone")
@@ -126,7 +130,7 @@ def exported_model(out: Output, report: Mapping[str, Any]) -> None:
 
     def show() -> None:
         kind = report["kind"]
-        out.line(f"{report['folder']}: {kind}, {report['edits']:,} edits")
+        out.line(f"{report['folder']}: {kind}, {counted(report['edits'], 'edit')}")
         if kind == STANDALONE:
             out.line(
                 f"the edits need the code in {RUNTIME}: load it with trust_remote_code=True; mmedit is not needed"
@@ -286,7 +290,7 @@ def listed(
 
     def show() -> None:
         out.line(
-            f"{head['editor']} on {head['model']}: {head['active']:,} active of {head['edits']:,} edits"
+            f"{head['editor']} on {head['model']}: {head['active']:,} active of {counted(head['edits'], 'edit')}"
         )
         rows = []
         for edit in edits:
@@ -447,7 +451,7 @@ def repaired(out: Output, folder: Path, done: dict[str, Any]) -> None:
         lost = done["without_tensors"]
         if taken:
             out.line(
-                f"taken up: {len(taken):,} edits ({_ids(taken)}), as active: undo what had been undone"
+                f"taken up: {counted(len(taken), 'edit')} ({_ids(taken)}), as active: undo what had been undone"
             )
         if lines:
             out.line(

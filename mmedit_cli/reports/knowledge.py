@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.knowledge.models.shared.generation import described
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 from mmedit_cli.reports.scores import (
     column_name,
     half_interval,
@@ -44,7 +44,7 @@ def print_scores(out: Output, report: Mapping[str, Any]) -> None:
         _print_retention(out, report["retention"], next(iter(protocols)))
         if "unmoved" in report:
             out.line(
-                f"  the loss of {report['unmoved']} edits did not move: they learned nothing"
+                f"  the loss of {counted(report['unmoved'], 'edit')} did not move: they learned nothing"
             )
         if "routing" in milestones[-1]:
             out.line()
@@ -224,7 +224,7 @@ def _speed(cost: Mapping[str, Any]) -> str:
 
 def _cost(cost: Mapping[str, Any]) -> str:
     """Say how fast it went."""
-    text = f"{cost['edits']:,} edits, {_speed(cost)}"
+    text = f"{counted(cost['edits'], 'edit')}, {_speed(cost)}"
     asked = cost.get("asked", {"questions": 0})
     questions = asked["questions"]
     if questions:

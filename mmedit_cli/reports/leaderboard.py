@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import UserError
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 from mmedit_cli.reading import read_yaml_object
 from mmedit_cli.records import Run
 from mmedit_cli.reports.comparison import FORMATS
@@ -113,9 +113,9 @@ def _title(entry: Entry) -> str:
     data = report["data"]
     protocol = report["protocol"]["protocols"][0]
     cases = f"{data['cases']:,} cases of {data['name']} ({data['fingerprint'][:6]})"
-    return (
-        f"{report['model']['name']}: {cases}, {entry.edits} edits in a row, {protocol}"
-    )
+    model = report["model"]["name"]
+    edits = counted(entry.edits, "edit")
+    return f"{model}: {cases}, {edits} in a row, {protocol}"
 
 
 def _ranked(entries: Sequence[Entry], by: str) -> list[tuple[int, Entry]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmedit_cli import assembled, catalog
-from mmedit_cli.catalog import PARTS
+from mmedit_cli.catalog import PARTS, find_model
 from mmedit_cli.download import assembly, wheels
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.loading import load_backbone
@@ -215,3 +215,8 @@ def test_options_of_other_downloads_are_refused(parts, cli, tmp_path, option):
     code, _, err = cli("download", NAME, option, tmp_path / "x")
     assert code == 2
     assert option in err
+
+
+def test_a_revision_is_refused_where_there_is_none():
+    with pytest.raises(ModelError, match="--revision main: mini-smol is put together"):
+        find_model(NAME, revision="main")

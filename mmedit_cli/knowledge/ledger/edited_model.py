@@ -28,7 +28,7 @@ from mmedit_cli.knowledge.loading import (
     variant_for,
 )
 from mmedit_cli.knowledge.trained_networks import networks_line
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import told
 from mmedit_cli.storage import sha256_of
@@ -74,8 +74,8 @@ class LedgerModel(AbstractContextManager["LedgerModel"]):
         self.seconds = 0.0
 
     def __repr__(self) -> str:
-        active = len(self.ledger.active)
-        return f"<LedgerModel {self.ledger.folder}: {active} active edits, {self.editor!r}>"
+        active = counted(len(self.ledger.active), "active edit")
+        return f"<LedgerModel {self.ledger.folder}: {active}, {self.editor!r}>"
 
     def generate(
         self, queries: Sequence[Query], *, max_new_tokens: int = 32

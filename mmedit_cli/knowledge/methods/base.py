@@ -19,6 +19,7 @@ from mmedit_cli.hparams import to_dict
 from mmedit_cli.identity import same_model
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.layers import at_depth
+from mmedit_cli.output import counted
 from mmedit_cli.reading import Record, parse_json
 from mmedit_cli.runtime import generator
 from mmedit_cli.storage import sha256_of
@@ -103,7 +104,7 @@ class Editor(ABC):
         self._next_id = 1
 
     def __repr__(self) -> str:
-        return f"<{self.name} on {self.backbone.name}: {len(self.requests)} edits>"
+        return f"<{self.name} on {self.backbone.name}: {counted(len(self.requests), 'edit')}>"
 
     # -- what a method has to say -------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, described, ope
 from mmedit_cli.knowledge.ledger.ledger import LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
 from mmedit_cli.knowledge.models.shared.image_token import image_token_id
-from mmedit_cli.output import Output
+from mmedit_cli.output import Output, counted
 from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Query
 
@@ -390,7 +390,7 @@ def card(edited: LedgerModel, kind: str, name: str) -> str:
     text = [
         f"# {name}",
         "",
-        f"`{known['name']}` (fingerprint {known['fingerprint']}) with {len(ledger.active):,} edits made by "
+        f"`{known['name']}` (fingerprint {known['fingerprint']}) with {counted(len(ledger.active), 'edit')} made by "
         f"`{ledger.config['editor']}` of mmedit {__version__}.",
         "",
         *_loading(kind, backbone, own_code=own_code),

@@ -193,7 +193,7 @@ LEAKS = {
         "train file": "6,345 records, the published copy",
         "eval file": "2,093 records, the published copy",
         "train duplicates": "2 edits",
-        "eval duplicates": "1 edits",
+        "eval duplicates": "1 edit repeats",
         "eval contradictions": "0 edits",
         "eval same picture": "1,154 of 2,093",
         "eval same question": "254 of 2,093",

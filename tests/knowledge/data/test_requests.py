@@ -361,10 +361,10 @@ def test_eval_and_doctor_take_a_table(cli, folder):
     found = {row["check"]: row for row in json.loads(text)}
     assert code == 1
     assert found["contradictions"]["found"].endswith(
-        "1 edits contradict an earlier one: facts.csv:3 and facts.csv:2"
+        "1 edit contradicts an earlier one: facts.csv:3 and facts.csv:2"
     )
     assert found["duplicates"]["found"].endswith(
-        "1 edits repeat an earlier one: facts.csv:4 and facts.csv:2"
+        "1 edit repeats an earlier one: facts.csv:4 and facts.csv:2"
     )
     write(folder, "facts.csv", "image,prompt,target\na.png,Who?\n")
     code, text, _ = cli("doctor", file)

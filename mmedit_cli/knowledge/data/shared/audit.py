@@ -155,13 +155,19 @@ def repeated(cases: Sequence[EditCase]) -> Iterator[Finding]:
     yield _counted(
         "duplicates",
         len(again),
-        f"{len(again):,} edits repeat an earlier one{_places(again)}",
+        f"{_edits(again, 'repeat')} an earlier one{_places(again)}",
     )
     yield (
         "contradictions",
         not against,
-        f"{len(against):,} edits contradict an earlier one{_places(against)}",
+        f"{_edits(against, 'contradict')} an earlier one{_places(against)}",
     )
+
+
+def _edits(pairs: Sequence[tuple[EditCase, EditCase]], do: str) -> str:
+    """Return how many edits do something, in words."""
+    count = len(pairs)
+    return f"1 edit {do}s" if count == 1 else f"{count:,} edits {do}"
 
 
 def _places(pairs: Sequence[tuple[EditCase, EditCase]], most: int = 5) -> str:
