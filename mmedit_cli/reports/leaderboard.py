@@ -112,10 +112,12 @@ def _title(entry: Entry) -> str:
     report = entry.report
     data = report["data"]
     protocol = report["protocol"]["protocols"][0]
-    cases = f"{data['cases']:,} cases of {data['name']} ({data['fingerprint'][:6]})"
+    name = data["name"]
+    digest = data["fingerprint"][:6]
+    cases = counted(data["cases"], "case")
     model = report["model"]["name"]
     edits = counted(entry.edits, "edit")
-    return f"{model}: {cases}, {edits} in a row, {protocol}"
+    return f"{model}: {cases} of {name} ({digest}), {edits} in a row, {protocol}"
 
 
 def _ranked(entries: Sequence[Entry], by: str) -> list[tuple[int, Entry]]:
