@@ -46,12 +46,22 @@ def given_ways(facts: Sequence[EditCase]) -> list[Otherwise]:
     found: list[Otherwise] = []
     for fact in facts:
         for queries in fact.generality.values():
-            for query in queries:
-                name = "" if query.image is None else query.image.name
-                found.append(Otherwise(in_one_line(query), GIVEN, name))
-                if len(found) == MOST:
-                    return found
-    return found
+            ways = map(_given, queries)
+            found.extend(ways)
+    return found[:MOST]
+
+
+def _given(query: Query) -> Otherwise:
+    query = in_one_line(query)
+    name = _picture_name(query)
+    return Otherwise(query, GIVEN, name)
+
+
+def _picture_name(query: Query) -> str:
+    image = query.image
+    if image is None:
+        return ""
+    return image.name
 
 
 def own_ways(request: Query) -> list[Otherwise]:
@@ -61,7 +71,7 @@ def own_ways(request: Query) -> list[Otherwise]:
     read.
     """
     request = in_one_line(request)
-    name = "" if request.image is None else request.image.name
+    name = _picture_name(request)
     found = []
     for prompt in _other_words(request):
         worded = replace(request, prompt=prompt)
