@@ -16,7 +16,8 @@ _LORA = ("lora_", ".lora.", ".lora_A.", ".lora_B.")  # in the names of a LoRA's 
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _EXPORT = "mmedit-"  # the beginning of the model_type of an export with edits
 _MERGE = (
-    "merge it with diffusers: pipe.load_lora_weights({path!r}); pipe.fuse_lora(); pipe.unload_lora_weights(); "
+    "mmedit generate --lora {path} draws with it; or merge it with diffusers: "
+    "pipe.load_lora_weights({path!r}); pipe.fuse_lora(); pipe.unload_lora_weights(); "
     "pipe.save_pretrained('MERGED'); then --model MERGED"
 )
 

@@ -33,6 +33,22 @@ def generate(
             "--edits", help="A folder of concepts to draw with.", show_default=False
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="A LoRA of kohya, peft or diffusers to draw with; repeatable, they add up.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:TOKEN]",
+            help="A textual inversion to draw with, named in prompts as <TOKEN>; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +102,8 @@ def generate(
       mmedit generate --edits my-concepts "a <my-teddy> in the snow" --set beta=0.6 -o pictures
 
       mmedit generate --edits my-concepts "a <my-teddy> and a <my-dog> on a beach" -o both.png
+
+      mmedit generate --model stable-diffusion-v1-5 --lora style.safetensors:0.8 "a lighthouse" --compare
     """
     from mmedit_cli.drawing.models.stable_diffusion import Sampling
     from mmedit_cli.drawing.workflow import generation
@@ -108,6 +126,8 @@ def generate(
         tuple(overrides or ()),
         force,
         low_memory,
+        tuple(lora or ()),
+        tuple(embedding or ()),
         device=device,
         dtype=dtype,
         revision=revision,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli import registry
+from mmedit_cli.drawing.models.foreign_lora import ldm_key
 from mmedit_cli.drawing.workflow.concepts import found_anywhere
 from mmedit_cli.errors import StateError, UserError
 from mmedit_cli.identity import same_model
@@ -359,25 +360,6 @@ def export_edits(
         "changed": len(weights),
         "files": [str(to / CHANGED), str(to / CHANGED_LDM)],
     }
-
-
-def ldm_key(path: str, per_block: int) -> str:
-    """Return how a checkpoint of one file names a weight in an attention of a UNet of diffusers.
-
-    `per_block` is `layers_per_block` of the UNet: a block down has so many layers and one that halves the size, a
-    block up has one layer more.
-    """
-    start = "model.diffusion_model"
-    middle = re.fullmatch(r"mid_block\.attentions\.(\d+)\.(.+)", path)
-    if middle:
-        return f"{start}.middle_block.{2 * int(middle[1]) + 1}.{middle[2]}"
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)", path)
-    if found is None:
-        raise ValueError(f"{path}: not in an attention of a UNet")
-    place = (per_block + 1) * int(found[2]) + int(found[3])
-    if found[1] == "down":
-        return f"{start}.input_blocks.{place + 1}.1.{found[4]}"
-    return f"{start}.output_blocks.{place}.1.{found[4]}"
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,22 +7,33 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli.catalog import loading
+from mmedit_cli.drawing.models.foreign_embeddings import read_embedding, split_token
+from mmedit_cli.drawing.models.foreign_lora import (
+    lora_file,
+    put,
+    read_lora,
+    split_weight,
+)
+from mmedit_cli.drawing.models.prompts import Word
 from mmedit_cli.drawing.workflow.concept_edits import ConceptEdits
 from mmedit_cli.drawing.workflow.concepts import ConceptFolder
 from mmedit_cli.errors import DataError, UserError, near_miss
 from mmedit_cli.output import Output
+from mmedit_cli.patch import Patch
 from mmedit_cli.records import CONCEPT_EDITS
 from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.storage import write_atomic
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from mmedit_cli.drawing.models.stable_diffusion import Sampling, StableDiffusion
 
@@ -32,7 +43,6 @@ LONGEST = {
     ".jpg": 65535,
     ".jpeg": 65535,
 }  # pixels of a side that a format holds
-_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 GAP = 8  # pixels between things
 LINE = 16  # height of a line of text in pixels
@@ -46,7 +56,8 @@ class DrawOptions(LoadOptions):
     """What to draw: each prompt with each seed, with the concepts of the folder `edits` if there is one.
 
     `compare` also draws with the base model, where each concept is its plain word. `overrides` change how concepts
-    are used (KEY=VALUE). `output` is a picture file for a sheet of all pictures, or a folder for single files.
+    are used (KEY=VALUE). `lora` are FILE[:WEIGHT] and `embeddings` FILE[:TOKEN] of others. `output` is a picture file
+    for a sheet of all pictures, or a folder for single files.
     """
 
     prompts: tuple[str, ...]
@@ -58,6 +69,13 @@ class DrawOptions(LoadOptions):
     overrides: tuple[str, ...] = ()
     force: bool = False
     low_memory: bool = False
+    lora: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added to the base model."""
+        return bool(self.edits is not None or self.lora or self.embeddings)
 
 
 @dataclass(frozen=True)
@@ -84,14 +102,21 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
     """
     from mmedit_cli.drawing.models.loading import load_stable_diffusion
 
-    for option, given in (("--compare", options.compare), ("--set", options.overrides)):
-        if given and options.edits is None:
+    for option, unused in (
+        ("--compare", options.compare and not options.adds),
+        ("--set", options.overrides and options.edits is None),
+    ):
+        if unused:
             raise UserError(
                 f"{option}: there are no concepts to use", "give them with --edits DIR"
             )
     check_output(options)
     folder = None if options.edits is None else edits_in(options.edits)
-    check_tokens(options.prompts, folder)
+    loras = [split_weight(text) for text in options.lora]
+    for path, _ in loras:
+        lora_file(path)
+    if not options.embeddings:
+        check_tokens(options.prompts, folder)
     name = options.model
     if not name:
         assert folder is not None
@@ -104,9 +129,15 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         revision=options.revision,
         low_memory=options.low_memory,
     )
+    added = Added(folder, [(read_lora(path, model), by) for path, by in loras])
+    for text in options.embeddings:
+        path, token = split_token(text)
+        token, word = read_embedding(path, token, model)
+        added.words[token] = word
+    check_tokens(options.prompts, folder, list(added.words))
     pictures = len(options.prompts) * len(options.seeds) * (1 + options.compare)
     with out.progress({"steps": pictures * sampling.steps}) as tick:
-        rows = _draw_all(model, folder, options, sampling, lambda n: tick("steps", n))
+        rows = _draw_all(model, added, options, sampling, lambda n: tick("steps", n))
     windows: dict[str, list[str]] = {}
     for row in rows:
         if len(row.window_prompts) > 1:
@@ -120,6 +151,8 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         "guidance": model.guidance_scale(sampling),
         "edits": None if folder is None else str(options.edits),
         "concepts": [] if folder is None else list(folder.tokens),
+        "lora": list(options.lora),
+        "embeddings": list(added.words),
     }
     files = write(rows, options.output, facts)
     return {
@@ -171,9 +204,11 @@ def check_output(options: DrawOptions) -> None:
         raise UserError(f"{above}: {what}", "name another place with -o")
 
 
-def check_tokens(prompts: Sequence[str], folder: Edits | None) -> None:
-    """Raise DataError for every token in angle brackets that no concept of the folder has."""
-    known = [] if folder is None else folder.tokens
+def check_tokens(
+    prompts: Sequence[str], folder: Edits | None, others: Sequence[str] = ()
+) -> None:
+    """Raise DataError for every token in angle brackets that no concept of the folder has, and no other word."""
+    known = [*([] if folder is None else folder.tokens), *others]
     problems = []
     for prompt in prompts:
         for token in re.findall(r"<[^<>\s]+>", prompt):
@@ -187,9 +222,40 @@ def check_tokens(prompts: Sequence[str], folder: Edits | None) -> None:
         raise DataError(problems, hint)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added to the base model: edits, what LoRAs add to its weights with their weights, and words by token."""
+
+    folder: Edits | None
+    loras: Sequence[tuple[Mapping[str, Tensor], float]] = ()
+    words: dict[str, Word] = field(default_factory=dict)
+
+    def plain(self, prompt: str) -> str:
+        """Return a prompt with the plain word for each concept and embedding."""
+        if self.folder is not None:
+            prompt = self.folder.plain(prompt)
+        for token, word in self.words.items():
+            prompt = prompt.replace(token, word.text)
+        return prompt
+
+    @contextmanager
+    def to(self, model: StableDiffusion, overrides: Sequence[str]) -> Iterator[None]:
+        """Inside the block a model has all of it; concepts and edits work on weights with the LoRAs."""
+        with ExitStack() as stack:
+            put(stack.enter_context(Patch(model.model)), self.loras)
+            for token in self.words:
+                if token in model.words:
+                    raise DataError(f"{token}: named twice", "name it with FILE:TOKEN")
+                model.words[token] = self.words[token]
+                stack.callback(model.words.pop, token)
+            if self.folder is not None:
+                stack.enter_context(self.folder.load(model, overrides=overrides))
+            yield
+
+
 def _draw_all(
     model: StableDiffusion,
-    folder: Edits | None,
+    added: Added,
     options: DrawOptions,
     sampling: Sampling,
     tick: Any,
@@ -199,12 +265,12 @@ def _draw_all(
     seeds = list(options.seeds) * len(options.prompts)
     images: dict[str, list[Any]] = {}
     window_prompts: dict[str, list[tuple[str, ...]]] = {}
-    if options.compare or folder is None:
-        plain = [_plain(prompt, folder) for prompt in prompts]
+    if options.compare or not options.adds:
+        plain = [added.plain(prompt) for prompt in prompts]
         images["base"] = model.generate(plain, seeds, sampling, tick=tick)
-        window_prompts["base"] = [(_plain(p, folder),) for p in options.prompts]
-    if folder is not None:
-        with folder.load(model, overrides=options.overrides):
+        window_prompts["base"] = [(added.plain(p),) for p in options.prompts]
+    if options.adds:
+        with added.to(model, options.overrides):
             by_prompt = [model.window_prompts(prompt) for prompt in options.prompts]
             window_prompts["edited"] = [tuple(texts) for texts in by_prompt]
             images["edited"] = model.generate(prompts, seeds, sampling, tick=tick)
@@ -221,13 +287,6 @@ def _draw_all(
             )
             rows.append(row)
     return rows
-
-
-def _plain(prompt: str, folder: Edits | None) -> str:
-    """Return a prompt with the plain word for each concept."""
-    if folder is None:
-        return prompt
-    return folder.plain(prompt)
 
 
 def write(

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mmedit_cli.drawing.models.foreign_lora import ldm_key
 from mmedit_cli.drawing.models.loading import load_stable_diffusion
 from mmedit_cli.drawing.workflow.concept_edits import (
     ConceptEditOptions,
     ConceptEdits,
-    ldm_key,
     make_edits,
 )
 from mmedit_cli.errors import StateError, UserError
