@@ -17,12 +17,14 @@ _EXAMPLE = 'e.g. {"prompt": "a rose", "target": "a blue rose", "keep": "a tulip,
 def read_changes(path: Path) -> tuple[ConceptChange, ...]:
     """Return the edits of a .csv, .tsv, .json or .jsonl file; raise DataError with all that is wrong with it."""
     if form(path) not in FORMATS:
-        raise DataError(f"{path}: not one of {', '.join(FORMATS)}", _EXAMPLE)
+        known = ", ".join(FORMATS)
+        raise DataError(f"{path}: not one of {known}", _EXAMPLE)
     problems: list[str] = []
     changes = []
     for place, record in read_records(path, problems):
         try:
-            changes.append(_change(place, record))
+            change = _change(place, record)
+            changes.append(change)
         except DataError as error:
             problems += error.problems
     if not changes and not problems:

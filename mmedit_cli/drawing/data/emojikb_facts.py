@@ -276,12 +276,15 @@ def _style(side: _Things, artist: str, styles: Sequence[str]) -> DrawnFact:
 
 def _forms(side: _Things, source: Thing) -> list[tuple[str, str]]:
     """Return (column, wording) in which an edited thing is drawn."""
-    artist = _chosen(sorted(ARTISTS), "artist", source["id"])
-    colour = side.colour("form", source["id"])
+    key = source["id"]
+    artist = _chosen(sorted(ARTISTS), "artist", key)
+    colour = side.colour("form", key)
+    signed = f"{with_article(artist)} drawing of {{}}"
+    coloured = f"{{}} on {with_article(colour)} background"
     return [
         (EFFICACY, _PLAIN),
-        (GENERALITY, f"{with_article(artist)} drawing of {{}}"),
-        (GENERALITY, f"{{}} on {with_article(colour)} background"),
+        (GENERALITY, signed),
+        (GENERALITY, coloured),
     ]
 
 

@@ -80,10 +80,14 @@ def _locate(name: str, split: str, root: Path | None) -> Path:
         path = home / _TIMED_FILES[split]
         if path.is_file():
             return path
-        raise DataError(f"--data {name}: no {path.name} in {home}", _HINTS[name])
+        raise DataError(
+            f"--data {name}: no {path.name} in {home}",
+            _HINTS[name],
+        )
     found = []
     for path in sorted(home.glob("*.csv")):
-        is_validation = _VALIDATION in path.name.lower()
+        called = path.name.lower()
+        is_validation = _VALIDATION in called
         if is_validation == (split == "validation") and _has_columns(path, name):
             found.append(path)
     if len(found) == 1:

@@ -31,10 +31,11 @@ def open_facts(
     """
     name, _, split = data.partition(":")
     if name not in SPLITS:
-        names = ", ".join(SPLITS)
+        names = list(SPLITS)
+        near = near_miss(name, names)
         raise DataError(
-            f"--data {data}: no facts about drawings{near_miss(name, list(SPLITS))}",
-            f"give {names}",
+            f"--data {data}: no facts about drawings{near}",
+            f"give {', '.join(names)}",
         )
     splits = SPLITS[name]
     split = split or splits[0]

@@ -113,7 +113,10 @@ class AnsweringJudge:
     def _answers(self, queries: Sequence[Query]) -> list[str]:
         answers: list[str] = []
         for batch in _batches(queries):
-            answers += self.model.generate(batch, max_new_tokens=_LONGEST)
+            answers += self.model.generate(
+                batch,
+                max_new_tokens=_LONGEST,
+            )
         return answers
 
     def _margins(
@@ -209,8 +212,9 @@ def _values(probe: Mapping[str, Any]) -> dict[str, float]:
     values = {column: right}
     if probe["known"]:
         values[column + KNOWN] = right
-    if probe["margin"] is not None:
-        values[column + MARGIN] = probe["margin"]
+    margin = probe["margin"]
+    if margin is not None:
+        values[column + MARGIN] = margin
     return values
 
 

@@ -119,11 +119,17 @@ def read_lora(path: Path, model: DrawingModel) -> dict[str, Tensor]:
                 "it was made for a model of another kind, or changes a part that is not read here",
             )
         weight = f"{place}.weight"
-        shape = model.model.get_parameter(weight).shape
+        parameter = model.model.get_parameter(weight)
         alpha = factors.alpha
         if alpha is None:
             alpha = alphas.of(name)
-        found[weight] = _change(f"{file}: {name}", factors, alphas, alpha, shape)
+        found[weight] = _change(
+            f"{file}: {name}",
+            factors,
+            alphas,
+            alpha,
+            parameter.shape,
+        )
     return found
 
 
@@ -200,12 +206,17 @@ def _by_layer(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, _Factors]:
         for part, kind in _OTHER_KINDS.items():
             if part in key:
                 raise DataError(
-                    f"{file}: {kind} ({key}), which is not read here", _HINT
+                    f"{file}: {kind} ({key}), which is not read here",
+                    _HINT,
                 )
         ending = next((end for end in _ENDINGS if key.endswith(end)), None)
         if ending is None:
-            raise DataError(f"{file}: {key}: not the name of a tensor of a LoRA", _HINT)
-        name = key.removesuffix(ending).removeprefix(_PEFT)
+            raise DataError(
+                f"{file}: {key}: not the name of a tensor of a LoRA",
+                _HINT,
+            )
+        whole = key.removesuffix(ending)
+        name = whole.removeprefix(_PEFT)
         factors = layers.setdefault(name, _Factors())
         role = _ENDINGS[ending]
         if role == _ALPHA:

@@ -374,7 +374,8 @@ def described(fact: DrawnFact) -> str:
     change = fact.change
     if not change.targets:
         return f"{change.source}: erased"
-    return f"{change.source}: as {' | '.join(change.targets)}"
+    targets = " | ".join(change.targets)
+    return f"{change.source}: as {targets}"
 
 
 def _few(rows: Sequence[gallery.Row]) -> list[gallery.Row]:
@@ -413,11 +414,13 @@ def _seconds(lines: Sequence[Line], way: str) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for line in lines:
         if line["way"] == way:
-            of_kind = found.setdefault(line["kind"], [])
+            kind = line["kind"]
+            of_kind = found.setdefault(kind, [])
             of_kind.append(line["seconds"])
     means = {}
     for kind, of_kind in found.items():
-        means[kind] = round(fmean(of_kind), 4)
+        mean = fmean(of_kind)
+        means[kind] = round(mean, 4)
     return means
 
 
