@@ -77,7 +77,7 @@ def _refuse_file(path: Path) -> NoReturn:
         _refuse_lora(path, path)
         raise ModelError(
             f"{path}: a single file, where the folder of a model is needed",
-            f"diffusers makes one: StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained('FOLDER')",
+            f"a checkpoint of Stable Diffusion becomes one: mmedit convert checkpoint {path} FOLDER",
         )
     raise ModelError(
         f"{path}: a file, where the folder of a model is needed",

@@ -143,3 +143,45 @@ def mgie(
     output.result(
         {"model": str(folder), "editor": "mgie"}, lambda: output.line(str(folder))
     )
+
+
+def checkpoint(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A checkpoint of Stable Diffusion 1.x or XL, .safetensors.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Where the model is written; it must not exist."
+        ),
+    ],
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of the same kind, for configuration and vocabulary: a name, a folder of diffusers, or a "
+            "hub id. [default: stable-diffusion-v1-5, or sdxl-1.0, as the file says]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a folder of diffusers of a checkpoint of one file, as A1111 and ComfyUI keep them.
+
+    Example:
+
+      mmedit convert checkpoint dreamy.safetensors dreamy --like stable-diffusion-v1-5
+
+      mmedit generate --model dreamy "a lighthouse in a storm"
+    """
+    from mmedit_cli import runtime
+    from mmedit_cli.drawing.models.single_file import convert_checkpoint
+
+    output = Output(as_json=as_json)
+    runtime.quiet_libraries()
+    folder = convert_checkpoint(file, out, like)
+    output.result({"model": str(folder)}, lambda: output.line(str(folder)))

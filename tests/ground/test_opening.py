@@ -468,7 +468,7 @@ def test_a_single_file_ledgers_concepts_and_exports_say_what_they_are(tmp_path):
     save_file({"model.diffusion_model.weight": torch.ones(1)}, checkpoint)
     with pytest.raises(ModelError, match="a single file") as caught:
         find_model(str(checkpoint))
-    assert "from_single_file" in caught.value.hint
+    assert "mmedit convert checkpoint" in caught.value.hint
     (tmp_path / "weights.gguf").write_text("x")
     with pytest.raises(
         ModelError, match="a file, where the folder of a model is needed"
