@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mmedit_cli import registry
 from mmedit_cli.drawing.models.foreign_embeddings import read_embedding, split_token
 from mmedit_cli.drawing.models.foreign_lora import (
     ldm_key,
@@ -18,8 +19,17 @@ from mmedit_cli.drawing.models.foreign_lora import (
     split_weight,
 )
 from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.workflow.concept_edits import (
+    ConceptEditOptions,
+    ConceptEdits,
+    make_edits,
+)
+from mmedit_cli.drawing.workflow.generation import Added
 from mmedit_cli.errors import DataError
+from mmedit_cli.hparams import load_hparams
+from mmedit_cli.output import Output
 from mmedit_cli.patch import Patch
+from mmedit_cli.types import ConceptChange
 
 RANK, ALPHA = 4, 2.0
 LINEAR = ("attn2.to_k", "attn1.to_out.0", "ff.net.2")
@@ -333,3 +343,29 @@ def test_generate_draws_with_a_lora_and_beside_without(cli, model, tmp_path):
         *words, "--lora", f"{tmp_path / 'l.safetensors'}:0", "-o", tmp_path / "zero.png"
     )
     assert np.array_equal(picture(tmp_path / "zero.png"), picture(base))
+
+
+def test_edits_are_solved_from_weights_with_the_lora(model, tmp_path):
+    kohya(by_kohya("lora_unet", model.unet, ["attn2.to_v"]), tmp_path / "l.safetensors")
+    change = ConceptChange("a dog", ("a cat",))
+    made = ConceptEditOptions("uce", "tiny-sd", (change,), tmp_path, device="cpu")
+    make_edits(made, Output(quiet=True))
+    before = weights(model)
+    loras = [(read_lora(tmp_path / "l.safetensors", model), 1.0)]
+    with Added(ConceptEdits(tmp_path), loras).to(model, ()):
+        both = weights(model)
+    with Patch(model.model) as patch:
+        put(patch, loras)
+        only_lora = weights(model)
+        cls = registry.concept_editors.get("uce")
+        hparams = load_hparams(registry.hparams_file("uce"), cls.Hparams)
+        with cls(model, hparams) as editor:
+            editor.edit([change])
+            wanted = weights(model)
+    after = weights(model)
+    for key, value in both.items():
+        assert torch.equal(value, wanted[key])
+        assert torch.equal(after[key], before[key])
+    path = next(key for key in before if key.endswith("attn2.to_v.weight"))
+    assert not torch.equal(both[path], only_lora[path])
+    assert not torch.equal(only_lora[path], before[path])
