@@ -77,9 +77,9 @@ def train_networks(
     """Train from where `run` left it; the best networks are in `editor.safetensors` and in the editor at the end.
 
     The layers below the first edited one are run once for each distinct question and answer, and their output is
-    cached. Batches, random choices and scores depend on the seed and the step alone, so an interrupted training ends
-    with the same bits. Returns what a report tells about the training. Raises DataError for cases that cannot be
-    learned from.
+    cached; for an editor that changes the question itself, the image tokens are. Batches, random choices and scores
+    depend on the seed and the step alone, so an interrupted training ends with the same bits. Returns what a report
+    tells about the training. Raises DataError for cases that cannot be learned from.
     """
     hp = editor.hparams.training
     how = how or Conditions()
@@ -90,7 +90,6 @@ def train_networks(
         )
     taught = with_alternatives(cases, hp, editor.seed)
     shown = [*chain.from_iterable(taught), *held_out]
-    assert editor.first_layer is not None, "its networks take their input from a layer"
     activations = editor.backbone.cached_activations(
         editor.first_layer,
         distinct_queries(shown),

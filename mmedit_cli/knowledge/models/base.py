@@ -459,7 +459,7 @@ class VisionLanguageModel(ABC):
     @contextmanager
     def cached_activations(
         self,
-        layer: int,
+        layer: int | None,
         queries: Sequence[Query],
         *,
         group: int,
@@ -468,12 +468,14 @@ class VisionLanguageModel(ABC):
     ) -> Iterator[ActivationCache]:
         """Inside the block, compute the image tokens of each picture and the prefix at `layer` of each query once.
 
+        Without a layer, the image tokens alone.
         Right only while nothing below `layer` changes. The rows are computed in groups of `group` that are fixed by
         the list of queries, so that an interrupted run that goes on computes the same bits. `budget`: bytes in
         memory, the rest spills to disk. `tick(n)` is told of n queries more that were run to `layer`.
         """
 
         def compute(members: Sequence[Query]) -> list[Tensor]:
+            assert layer is not None, "no layer has a cache"
             batch = self.batch(members)
             prefix = self._compute_prefix(batch, layer)
             rows = []

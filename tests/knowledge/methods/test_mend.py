@@ -27,7 +27,7 @@ from mmedit_cli.knowledge.methods.shared.answer_rows import AnswerRows
 from mmedit_cli.knowledge.methods.shared.losses import answer_loss
 from mmedit_cli.knowledge.methods.shared.running_moments import RunningMoments
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
-from mmedit_cli.knowledge.training_loop import Conditions, train_networks
+from mmedit_cli.knowledge.training_loop import train_networks
 from mmedit_cli.patch import Patch, trainable
 from mmedit_cli.records import Run
 from mmedit_cli.runtime import generator
@@ -385,34 +385,11 @@ def test_the_shares_of_processes_add_up(model):
         close(parts, whole, atol=1e-5 * max(1.0, float(whole.abs().max())))
 
 
-class Killed(BaseException):
-    pass
-
-
-def train(backbone, folder, tick=lambda _what, _n: None):
+def train(backbone, folder):
     editor = make(backbone, *SHORT)
     with Run.open(folder, {"run": "same"}, {}) as run:
-        train_networks(editor, CASES[:8], CASES[8:11], run, Conditions(tick=tick))
+        train_networks(editor, CASES[:8], CASES[8:11], run)
     return load_file(folder / "editor.safetensors")
-
-
-@pytest.mark.slow
-def test_a_training_that_was_killed_ends_with_the_same_bits(model, tmp_path):
-    whole = train(model, tmp_path / "whole")
-    steps = []
-
-    def tick(what, n):
-        if what == "steps":
-            steps.append(n)
-        if sum(steps) == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(model, tmp_path / "cut", tick)
-    cut = train(model, tmp_path / "cut")
-    assert cut.keys() == whole.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(cut[name], tensor), name
 
 
 def test_normalisers_are_saved_with_the_networks(model, tmp_path):

@@ -110,16 +110,12 @@ class Serac(TrainedEditor):
                 entered,
                 self._answer,
             )
-        keys = [(query.image, query.background, query.prompt) for query in requests]
-        self._memory.add(rows, keys)
+        self._memory.add(rows, requests)
         self._decision.forget()
 
     def _keep(self, positions: Sequence[int]) -> bool:
-        kept = list(positions)
-        requests = [self.requests[i] for i in kept]
-        rows = {}
-        for name, tensor in self._memory.tensors.items():
-            rows[name] = tensor[kept]
+        requests = [self.requests[i] for i in positions]
+        rows = self._memory.taken(positions)
         self._reset()
         self._add(
             rows,
@@ -233,11 +229,9 @@ class Serac(TrainedEditor):
         if not requests:
             return
         count = len(requests)
-        shapes = self._memory.shapes.items()
-        wanted = {name: (count, *shape) for name, shape in shapes}
         check_shapes(
             tensors,
-            wanted,
+            self._memory.wanted(count),
             f"{count} edits of this serac",
         )
         device = self.backbone.device

@@ -5,7 +5,6 @@ B queries, E edits, S tokens of an answer at most, D width of the model, C value
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +13,19 @@ from torch import Tensor
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.methods.serac.networks import Scope, SeracNetworks
 from mmedit_cli.knowledge.methods.shared.attention import first_valid, span
+from mmedit_cli.knowledge.methods.shared.edit_rows import EditRows
+from mmedit_cli.knowledge.methods.shared.question_features import question_features
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
 
 
 def codes(scope: Scope, backbone: VisionLanguageModel, batch: Batch) -> Tensor:
     """Return the codes of a batch, of what enters the language model between picture and answer: (B, C)."""
-    with torch.no_grad():
-        words = backbone.word_embeddings(batch.input_ids).float()
-        pictures = torch.zeros_like(words[:, 0])
-        if batch.pictures:
-            pictures = backbone.mean_image_tokens(batch).float()
-    asked = batch.prompt_mask[..., None]
-    total = (words * asked).sum(1)
-    count = asked.sum(1).clamp(min=1)
-    sees = batch.image_mask.any(1)
+    found = question_features(backbone, batch)
     return scope.code(
-        total / count,
-        pictures,
-        sees,
+        found.words,
+        found.pictures,
+        found.sees,
     )
 
 
@@ -99,48 +92,17 @@ def answered(
     return found
 
 
-class Memory:
+class Memory(EditRows):
     """The edits in order: each tensor has a row an edit."""
 
     def __init__(self, width: int, code_width: int, most: int) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {
+        shapes = {
             "code": (code_width,),
             "states": (most, width),
             "words": (most,),
             "used": (most,),
         }
-        self.tensors: dict[str, Tensor] = {}
-        # picture and prompt -> the newest edit of both
-        self._newest: dict[tuple[object, ...], int] = {}
-        # (E,) bool: the edits that a later one hides
-        self._hidden = torch.zeros(0, dtype=torch.bool)
-
-    def __len__(self) -> int:
-        return len(self._hidden)
-
-    def add(
-        self, rows: Mapping[str, Tensor], keys: Sequence[tuple[object, ...]]
-    ) -> None:
-        """Add edits with a row in each tensor; `keys` name their picture and prompt."""
-        for name, new in rows.items():
-            before = self.tensors.get(name)
-            if before is not None:
-                new = torch.cat((before, new))
-            self.tensors[name] = new
-        added = torch.zeros(len(keys), dtype=torch.bool)
-        hidden = torch.cat((self._hidden, added))
-        for number, key in enumerate(keys, len(self)):
-            earlier = self._newest.get(key)
-            if earlier is not None:
-                hidden[earlier] = True
-            self._newest[key] = number
-        self._hidden = hidden
-
-    def clear(self) -> None:
-        """Forget all edits."""
-        self.tensors = {}
-        self._newest = {}
-        self._hidden = self._hidden[:0]
+        super().__init__(shapes)
 
     @property
     def answers(self) -> Answers:
@@ -159,7 +121,7 @@ class Memory:
         """
         codes = self.tensors["code"]
         score = scope(queries, codes)
-        hidden = self._hidden.to(score.device)
+        hidden = self.hidden.to(score.device)
         score = score.masked_fill(
             hidden,
             float("-inf"),

@@ -90,9 +90,12 @@ class Prefix:
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """Rows below the first edited layer, cached: image tokens by picture, and what enters `layer` by query."""
+    """Rows below the first edited layer, cached: image tokens by picture, and what enters `layer` by query.
 
-    layer: int
+    Without a layer, there are image tokens alone.
+    """
+
+    layer: int | None
     features: RowCache[Picture]
     prefixes: RowCache[Query]
 
