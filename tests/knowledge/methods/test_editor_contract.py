@@ -62,6 +62,7 @@ VARIANTS = {
         ("values=raw", "warm=false"),
         ("remember=false", "keep=0", "replay=2"),
     ),
+    "lte": ((),),
     "recipe": ((),),
     "serac": ((),),
     "t-patcher": (
@@ -79,6 +80,7 @@ VARIANTS = {
 TRAINING = (200, 3e-3)
 SHORTER = {
     ("liveedit",): (100, 6e-3),
+    ("lte",): (60, 6e-3),
     ("mend",): (15, 1e-3),
     ("mend", "aggregate=ridge"): (15, 1e-3),
     ("recipe",): (100, 6e-3),

@@ -26,6 +26,7 @@ QUICK = {  # what costs time and does not depend on the depth
     "alphaedit": ("questions=2", "relative=true", "target.steps=1"),
     "memit": ("questions=2", "target.steps=1"),
     "mend": ("rank=16",),
+    "lte": ("hidden_dim=32",),
     "recipe": ("hidden_dim=32", "key_dim=32"),
     "serac": ("hidden_dim=32",),
     "ultraedit": ("unrelated=2",),

@@ -13,12 +13,17 @@ from mmedit_cli import registry
 from mmedit_cli.errors import DataError, MmeditError, StateError
 from mmedit_cli.hparams import load_hparams
 from mmedit_cli.knowledge.data.base import read_data
-from mmedit_cli.knowledge.methods.serac import training as serac_training
 from mmedit_cli.knowledge.methods.serac.editor import Serac
 from mmedit_cli.knowledge.methods.serac.hparams import SeracHparams, SeracTraining
-from mmedit_cli.knowledge.methods.serac.memory import codes
 from mmedit_cli.knowledge.methods.serac.networks import Counterfactual
-from mmedit_cli.knowledge.methods.serac.training import Asked, choose, losses_of
+from mmedit_cli.knowledge.methods.serac.training import losses_of
+from mmedit_cli.knowledge.methods.shared.scope import codes
+from mmedit_cli.knowledge.methods.shared.scope_training import (
+    Asked,
+    Pairs,
+    choose,
+    composed_questions,
+)
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
 from mmedit_cli.knowledge.training_loop import train_networks
 from mmedit_cli.records import Run
@@ -244,7 +249,7 @@ def test_pairs_against_loops():
         for i, concept in enumerate(("a", "b", "a"))
     ]
     asked = Asked([REQUESTS[0]] * 3, [0, 1, 1], [True, True, False])
-    pairs = serac_training._Pairs.of(asked, cases)
+    pairs = Pairs.of(asked, cases)
     assert pairs.right.tolist() == [0, 1, 3]
     assert pairs.unknown.tolist() == [[False, False, True]] + [[False] * 3] * 2
     score = torch.randn(3, 3, generator=generator(1))
@@ -268,13 +273,13 @@ def test_negatives_of_both_kinds_are_composed(model):
     sorts = ("name", "colour")
     cases = [EditCase(str(i), REQUESTS[i], type=sort) for i, sort in enumerate(sorts)]
     known = code_of(editor, *REQUESTS[:2])
-    _, pairs = serac_training._composed(scope, known, cases, 2, generator(0))
+    _, pairs = composed_questions(scope, known, cases, 2, generator(0))
     assert pairs.right.tolist() == [2, 2]
     alike = [replace(case, type="name") for case in cases]
-    _, pairs = serac_training._composed(scope, known, alike, 2, generator(0))
+    _, pairs = composed_questions(scope, known, alike, 2, generator(0))
     assert sorted(pairs.right.tolist()) == [0, 1]
     unnamed = [replace(case, type="") for case in cases]
-    assert serac_training._composed(scope, known, unnamed, 2, generator(0)) is None
+    assert composed_questions(scope, known, unnamed, 2, generator(0)) is None
     mixed = scope.composed(known[:1], known[1:])
     whole = code_of(editor, replace(REQUESTS[0], image=REQUESTS[1].image))
     torch.testing.assert_close(mixed, whole)

@@ -15,13 +15,13 @@ from mmedit_cli.knowledge.methods.serac.memory import (
     Memory,
     answered,
     answers_of,
-    codes,
 )
 from mmedit_cli.knowledge.methods.serac.networks import SeracNetworks
 from mmedit_cli.knowledge.methods.serac.training import losses_of
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of
+from mmedit_cli.knowledge.methods.shared.scope import codes
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mmedit_cli.errors import DataError
-from mmedit_cli.knowledge.methods.serac.networks import Scope, SeracNetworks
+from mmedit_cli.knowledge.methods.serac.networks import SeracNetworks
 from mmedit_cli.knowledge.methods.shared.attention import first_valid, span
 from mmedit_cli.knowledge.methods.shared.edit_rows import EditRows
-from mmedit_cli.knowledge.methods.shared.question_features import question_features
+from mmedit_cli.knowledge.methods.shared.scope import Scope, about
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
-from mmedit_cli.knowledge.models.shared.batch import Batch, Prefix
-
-
-def codes(scope: Scope, backbone: VisionLanguageModel, batch: Batch) -> Tensor:
-    """Return the codes of a batch, of what enters the language model between picture and answer: (B, C)."""
-    found = question_features(backbone, batch)
-    return scope.code(
-        found.words,
-        found.pictures,
-        found.sees,
-    )
+from mmedit_cli.knowledge.models.shared.batch import Prefix
 
 
 @dataclass(frozen=True)
@@ -119,12 +108,10 @@ class Memory(EditRows):
 
         An edit that repeats the picture and the prompt of an earlier one hides it.
         """
-        codes = self.tensors["code"]
-        score = scope(queries, codes)
-        hidden = self.hidden.to(score.device)
-        score = score.masked_fill(
-            hidden,
-            float("-inf"),
+        return about(
+            scope,
+            queries,
+            self.tensors["code"],
+            self.hidden,
+            threshold,
         )
-        best, place = score.max(1)
-        return torch.where(best > threshold, place, -1)
