@@ -77,6 +77,7 @@ class Entry:
 
 DRAWS = "stable-diffusion"  # the family that makes pictures from text; all others answer questions
 LANGUAGE = "causal-lm"  # the family that reads text alone
+GENERIC = "generic"  # the family of models that are asked how they work
 _TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
@@ -89,6 +90,12 @@ MODELS = {
     "tiny-qwen2-lm": Entry(LANGUAGE, None, _TINY),
     "tiny-opt-lm": Entry(LANGUAGE, None, _TINY),
     "tiny-gpt2-lm": Entry(LANGUAGE, None, _TINY),
+    "tiny-idefics3": Entry(GENERIC, None, _TINY),
+    "tiny-gemma3": Entry(GENERIC, None, _TINY),
+    "tiny-paligemma": Entry(GENERIC, None, _TINY),
+    "tiny-onevision": Entry(GENERIC, None, _TINY),
+    "tiny-internvl": Entry(GENERIC, None, _TINY),
+    "tiny-qwen3.5": Entry(GENERIC, None, _TINY),
     "tiny-sd": Entry(DRAWS, None, _TINY),
     "tiny-sdxl": Entry(DRAWS, None, _TINY),
     "blip2-opt-2.7b": Entry(
@@ -126,6 +133,26 @@ MODELS = {
     ),
     "qwen3-vl-32b": Entry(
         "qwen-vl", "Qwen/Qwen3-VL-32B-Instruct", "Qwen3-VL 32B (64 layers)"
+    ),
+    "smolvlm-256m": Entry(
+        GENERIC, "HuggingFaceTB/SmolVLM-256M-Instruct", "SmolVLM 256M (30 layers)"
+    ),
+    "llava-next-7b": Entry(
+        GENERIC,
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        "LLaVA-NeXT with Mistral-7B (32 layers)",
+    ),
+    "llava-onevision-0.5b": Entry(
+        GENERIC,
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        "LLaVA-OneVision with Qwen2 0.5B (24 layers)",
+    ),
+    "internvl3-1b": Entry(
+        GENERIC, "OpenGVLab/InternVL3-1B-hf", "InternVL3 1B (24 layers)"
+    ),
+    "gemma-3-4b": Entry(GENERIC, "google/gemma-3-4b-it", "Gemma 3 4B (34 layers)"),
+    "paligemma-3b": Entry(
+        GENERIC, "google/paligemma-3b-mix-224", "PaliGemma 3B (18 layers)"
     ),
     "smollm2-135m": Entry(
         LANGUAGE,
@@ -180,6 +207,13 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "qwen2_vl": "qwen-vl",
     "qwen2_5_vl": "qwen-vl",
     "qwen3_vl": "qwen-vl",
+    "smolvlm": GENERIC,
+    "idefics3": GENERIC,
+    "llava_next": GENERIC,
+    "llava_onevision": GENERIC,
+    "gemma3": GENERIC,
+    "paligemma": GENERIC,
+    "qwen3_5": GENERIC,
     "llama": LANGUAGE,
     "mistral": LANGUAGE,
     "qwen2": LANGUAGE,
@@ -354,6 +388,16 @@ def find_model(name: str, *, revision: str | None = None) -> ModelRef:
     return ModelRef(short, family_of(folder), folder, fingerprint(folder))
 
 
+def is_model(name: str) -> bool:
+    """Whether a name is that of a model: of the catalogue, of a folder with a config, or in the cache of the hub."""
+    if name in named_models() or name in bundled():
+        return True
+    folder = Path(name)
+    if folder.exists():
+        return folder.is_dir() and config_file(folder) is not None
+    return name.count("/") == 1 and in_cache(name)
+
+
 def made_folder(name: str) -> Path:
     """Return the folder in the cache that `mmedit download` makes of the wheel of a model, or of its parts."""
     return cache_dir() / "models" / name
@@ -468,7 +512,7 @@ def _kind(folder: Path) -> str:
 def family_of(folder: Path) -> str:
     """Return the family of a model folder by its config; raise ModelError for one that is not supported.
 
-    A language model of another type is tried out when it is loaded.
+    A model of another type is tried out when it is loaded.
     """
     config = read_config(folder)
     classes = config.get("architectures")
@@ -476,17 +520,23 @@ def family_of(folder: Path) -> str:
     if isinstance(classes, list):
         names = [str(name) for name in classes]
     kind = _kind(folder)
-    return family_for(kind, names, str(folder))
+    sees = isinstance(config.get("vision_config"), dict)
+    return family_for(kind, names, str(folder), sees=sees)
 
 
-def family_for(kind: str, classes: Iterable[str], place: str) -> str:
-    """Return the family of a type of models, as `family_of` does; `classes` are names of classes of transformers."""
+def family_for(kind: str, classes: Iterable[str], place: str, *, sees: bool) -> str:
+    """Return the family of a type of models, as `family_of` does; `classes` are names of classes of transformers.
+
+    `sees`: whether its config says something of a vision tower.
+    """
     known = families()
     if kind in known:
         return known[kind]
     if any(name.endswith("ForCausalLM") for name in classes):
         return LANGUAGE
+    if sees:
+        return GENERIC
     raise ModelError(
         f"{place}: a model of type {kind!r} is not supported{near_miss(kind, known)}",
-        f"supported: {', '.join(known)}",
+        f"supported: {', '.join(known)}, and models with a vision_config",
     )

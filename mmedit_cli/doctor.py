@@ -34,6 +34,33 @@ def run(out: Output, findings: Iterable[Finding] = ()) -> bool:
     return well
 
 
+def check_model(name: str) -> Iterator[Finding]:
+    """Load a model that answers, and compare it with its own processor and `generate` once more.
+
+    Raises ModelError if it cannot be loaded.
+    """
+    from mmedit_cli.catalog import find_model
+    from mmedit_cli.knowledge.models.shared.loading import open_unchecked
+    from mmedit_cli.knowledge.models.shared.self_check import FAST, ensure_checked
+
+    backbone = open_unchecked(find_model(name))
+    kind = type(backbone.model).__name__
+    yield "model", True, f"{kind}, family {backbone.family}"
+    found = ensure_checked(backbone, again=True)
+    for check in found.checks:
+        slow_only = check.name == FAST and not found.failed
+        ok = None if slow_only and check.ok is False else check.ok
+        yield check.name, ok, check.found
+    if found.failed:
+        yield "usable", False, "no: it does not answer here as it does by itself"
+    elif not found.fast:
+        yield (
+            "usable",
+            True,
+            "yes, with whole forward passes in the place of single layers",
+        )
+
+
 def check_subjects(data: str, options: DataOptions) -> Iterator[Finding]:
     """Open the photos of every subject of a set."""
     from mmedit_cli.drawing.data.opening import open_subjects

@@ -46,6 +46,12 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "tiny-qwen2-lm": Shape("qwen2", 6, 48),
     "tiny-opt-lm": Shape("opt", 6, 48),
     "tiny-gpt2-lm": Shape("gpt2", 6, 48),
+    "tiny-idefics3": Shape("idefics3", 6, 48),
+    "tiny-gemma3": Shape("gemma3", 6, 48),
+    "tiny-paligemma": Shape("paligemma", 6, 48),
+    "tiny-onevision": Shape("llava_onevision", 6, 48),
+    "tiny-internvl": Shape("internvl", 6, 48),
+    "tiny-qwen3.5": Shape("qwen3_5", 6, 48),
     "tiny-sd": Shape("StableDiffusionPipeline", 2, 32),
     "tiny-sdxl": Shape("StableDiffusionXLPipeline", 2, 32),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from mmedit_cli.knowledge.models.shared.generation import (
     sampling_config,
     set_aside,
 )
+from mmedit_cli.knowledge.models.shared.image_token import image_token_id
 from mmedit_cli.knowledge.models.shared.prefix import DeepStack, RowCache, run_to
 from mmedit_cli.patch import bring_in
 from mmedit_cli.pictures import Picture, load_picture
@@ -56,6 +58,12 @@ class VisionLanguageModel(ABC):
     tiny_models: ClassVar[tuple[str, ...]] = ()
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     sees: ClassVar[bool] = True
+    checked: ClassVar[bool] = (
+        False  # whether a model is tried out when it is opened first
+    )
+    whole_processor: ClassVar[bool] = (
+        False  # of the model, in the place of an image processor
+    )
     image_token: str = "<image>"
     former: str = ""  # the fingerprint that version 0.1.0 gave to the same files
     n_deepstack: int = 0  # decoder layers behind which image tokens are added once more
@@ -129,6 +137,11 @@ class VisionLanguageModel(ABC):
         """The tokens right before and right behind the image tokens that are there for the picture alone."""
         return [], []
 
+    @property
+    def masks_by_type(self) -> bool:
+        """Whether it depends on the types of tokens which of them see each other."""
+        return False
+
     def position_ids(self, batch: Batch) -> Tensor | None:
         """Return the positions for rotary embeddings, (axes, B, T); None: the model counts 0, 1, 2, ... itself."""
         return None
@@ -171,25 +184,34 @@ class VisionLanguageModel(ABC):
             raise DataError(f"the target of {prompt!r} is empty")
         prompt = prompt.replace(self.image_token, WRITTEN)
         target = query.target.replace(self.image_token, WRITTEN)
-        n_image = 0
+        picture = None
         if query.image is not None:
-            n_image = self.n_image_tokens(Picture(query.image, query.background))
+            picture = Picture(query.image, query.background)
         if query.chat:
-            prompt = self.chat(prompt, with_image=n_image > 0)
-        text = prompt
-        if with_answer:
-            text += joined(replace(query, prompt=prompt, target=target))
-        ids, start = self._prompt_ids(text, n_image)
-        n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
-        if with_answer and n_answer <= 0:
+            prompt = self.chat(prompt, with_image=picture is not None)
+        encoded = self._sequence(prompt, target if with_answer else None, picture)
+        if with_answer and encoded.n_answer <= 0:
             raise DataError(
                 f"the target {query.target!r} of {prompt!r} has no tokens in this model's vocabulary"
             )
-        if len(ids) > self.max_length:
+        length = len(encoded.ids)
+        if length > self.max_length:
             raise TooLong(
-                f"{query.prompt!r} takes {len(ids)} tokens with its image; {self.name} reads {self.max_length}",
+                f"{query.prompt!r} takes {length} tokens with its image; {self.name} reads {self.max_length}",
                 "--skip-long goes on without such queries",
             )
+        return encoded
+
+    def _sequence(
+        self, prompt: str, target: str | None, picture: Picture | None
+    ) -> Encoded:
+        """Return a prompt as token ids, with its picture and the answer to it, where there is one."""
+        n_image = 0 if picture is None else self.n_image_tokens(picture)
+        text = prompt
+        if target is not None:
+            text += joined(Query(prompt, target))
+        ids, start = self._prompt_ids(text, n_image)
+        n_answer = len(ids) - len(self._prompt_ids(prompt, n_image)[0])
         return Encoded(ids, start, n_image, n_answer)
 
     def token_ids(self, text: str, **options: Any) -> list[int]:
@@ -283,13 +305,30 @@ class VisionLanguageModel(ABC):
 
     def encode_images(self, images: Sequence[Any]) -> list[Tensor]:
         """Return the image tokens of RGB pictures in memory, as `image_features` does of files."""
+        found = self._encode_pixels(self.pixels(images))
+        return [tokens.to(self.device, self.dtype) for tokens in found]
+
+    def pixels(self, images: Sequence[Any]) -> Mapping[str, Any]:
+        """Return what the model takes of RGB pictures in memory, by the names of its arguments."""
         inputs = self.image_processor(
             images=list(images),
             return_tensors="pt",
         )
-        inputs = inputs.to(self.device, self.dtype)
-        found = self._encode_pixels(inputs)
-        return [tokens.to(self.device, self.dtype) for tokens in found]
+        found: Mapping[str, Any] = inputs.to(self.device, self.dtype)
+        return found
+
+    def own_ids(self, batch: Batch) -> Tensor:
+        """Return the ids that the model's own forward pass takes, (B, T): the image token where pictures are."""
+        if not self.sees:
+            return batch.input_ids
+        return batch.input_ids.masked_fill(batch.image_mask, image_token_id(self))
+
+    def token_types(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the types of tokens that the model's own forward pass takes beside the ids, by its argument."""
+        arguments = inspect.signature(type(self.model).forward).parameters
+        if "mm_token_type_ids" not in arguments:
+            return {}
+        return {"mm_token_type_ids": batch.image_mask.int()}
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings of token ids: (...) -> (..., E)."""
@@ -391,21 +430,29 @@ class VisionLanguageModel(ABC):
         return self._compute_prefix(batch, layer)
 
     def _compute_prefix(self, batch: Batch, layer: int) -> Prefix:
-        target = self.layers[layer] if layer < self.n_layers else self._tail[0]
         embeds, deepstack = self._entering(batch)
         with self._pass(batch, deepstack):
-            hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
-        if layer == self.n_layers:
-            context = {}
+            hidden, contexts = self._run_to(layer, embeds, batch)
         if layer >= self.n_deepstack:
             deepstack = None
-        return Prefix(layer, batch, hidden, context, deepstack)
+        return Prefix(layer, batch, hidden, contexts, deepstack)
+
+    def _run_to(
+        self, layer: int, embeds: Tensor, batch: Batch
+    ) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+        """Return what enters decoder layer `layer`, and what each layer from there on receives beside it."""
+        target = self.layers[layer] if layer < self.n_layers else self._tail[0]
+        hidden, context = run_to(lambda: self._run_stack(embeds, batch), target)
+        if layer == self.n_layers:
+            return hidden, ()
+        # all layers of a family that is known by name receive the same
+        return hidden, (context,) * self.n_layers
 
     def prefix_of(self, hidden: Tensor, batch: Batch, layer: int) -> Prefix:
         """Return the prefix for a hidden state (B, T, D) that was computed before; masks and positions are rebuilt."""
         self._check_layer(layer)
         if layer == self.n_layers:
-            return Prefix(layer, batch, hidden, {})
+            return Prefix(layer, batch, hidden, ())
         deepstack = None
         if layer < self.n_deepstack:
             _, deepstack = self._entering(batch)
@@ -416,8 +463,8 @@ class VisionLanguageModel(ABC):
             dtype=self.dtype,
             device=self.device,
         )
-        _, context = run_to(lambda: self._run_stack(embeds, batch), self.layers[0])
-        return Prefix(layer, batch, hidden, context, deepstack)
+        _, contexts = self._run_to(0, embeds, batch)
+        return Prefix(layer, batch, hidden, contexts, deepstack)
 
     def select(self, prefix: Prefix, rows: Sequence[int]) -> Prefix:
         """Return the prefix of some rows of a right-padded batch, without the padding they do not need."""
@@ -434,8 +481,8 @@ class VisionLanguageModel(ABC):
         self._check_layer(layer)
         hidden = prefix.hidden
         with self._pass(prefix.batch, prefix.deepstack):
-            for module in self.layers[prefix.layer : layer]:
-                output = module(hidden, **prefix.context)
+            for index in range(prefix.layer, layer):
+                output = self.layers[index](hidden, **prefix.contexts[index])
                 hidden = output[0] if isinstance(output, tuple) else output
         return replace(prefix, layer=layer, hidden=hidden)
 
@@ -526,12 +573,13 @@ class VisionLanguageModel(ABC):
             inputs_embeds=embeds,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            **self._positions(batch),
+            **self._beside(batch),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _positions(self, batch: Batch) -> dict[str, Tensor]:
+    def _beside(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what goes into the decoder beside embeddings and mask, in `generate` too."""
         positions = self.position_ids(batch)
         return {} if positions is None else {"position_ids": positions}
 
@@ -609,10 +657,9 @@ class VisionLanguageModel(ABC):
             set_aside(self.generator),
             self._following(sampling),
         ):
-            tokens = self.generator.generate(
-                inputs_embeds=embeds,
-                attention_mask=batch.attention_mask,
-                **self._positions(batch),
+            tokens = self._generated(
+                embeds,
+                batch,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([add_up]),
                 stopping_criteria=StoppingCriteriaList([ends_a_line]),
@@ -621,8 +668,21 @@ class VisionLanguageModel(ABC):
             )
         if not total.isfinite():
             raise self._not_finite(batch)
-        found: Tensor = tokens
-        return found
+        return tokens
+
+    def continued(self, batch: Batch, limit: int) -> Tensor:
+        """Return at most `limit` tokens that follow each row of a left-padded batch, greedily: (B, n)."""
+        return self._continue(batch, limit, None, "greedy")
+
+    def _generated(self, embeds: Tensor, batch: Batch, **options: Any) -> Tensor:
+        """Return the tokens that `generate` of transformers puts behind a batch: (B, n)."""
+        tokens: Tensor = self.generator.generate(
+            inputs_embeds=embeds,
+            attention_mask=batch.attention_mask,
+            **self._beside(batch),
+            **options,
+        )
+        return tokens
 
     @contextmanager
     def _following(self, sampling: str) -> Iterator[None]:

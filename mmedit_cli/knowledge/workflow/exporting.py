@@ -20,7 +20,6 @@ from mmedit_cli.errors import MmeditError, RunError, UserError
 from mmedit_cli.knowledge.ledger.edited_model import LedgerModel, described, open_edits
 from mmedit_cli.knowledge.ledger.ledger import LedgerEdit
 from mmedit_cli.knowledge.loading import ModelOptions
-from mmedit_cli.knowledge.models.shared.image_token import image_token_id
 from mmedit_cli.output import Output, counted
 from mmedit_cli.storage import staged_folder, write_atomic
 from mmedit_cli.types import Query
@@ -352,20 +351,17 @@ def inputs(
     from mmedit_cli.pictures import Picture, load_picture
 
     batch = backbone.batch(queries, with_answer=False, left_pad=True)
-    ids = batch.input_ids
-    if backbone.sees:
-        ids = ids.masked_fill(batch.image_mask, image_token_id(backbone))
-    found = {"input_ids": ids, "attention_mask": batch.attention_mask}
+    found = {
+        "input_ids": backbone.own_ids(batch),
+        "attention_mask": batch.attention_mask,
+        **backbone.token_types(batch),
+    }
     pictures = []
     for query in queries:
         if query.image is not None:
             pictures.append(load_picture(Picture(query.image, query.background)))
     if pictures:
-        pixels = backbone.image_processor(images=pictures, return_tensors="pt")
-        found |= pixels.to(backbone.device, backbone.dtype)
-    arguments = inspect.signature(type(backbone.model).forward).parameters
-    if "mm_token_type_ids" in arguments:
-        found["mm_token_type_ids"] = batch.image_mask.int()
+        found |= backbone.pixels(pictures)
     return found
 
 

@@ -167,6 +167,8 @@ class RoutedEdits:
         image = ids == self.settings.image_token_id
         images_to_come = image.flip(1).cumsum(1).flip(1)
         behind = images_to_come == 0
+        # tokens that part the rows or tiles of a picture belong to it
+        image = (image.cumsum(1) > 0) & ~behind
         return Question(
             ids=ids,
             mask=mask,

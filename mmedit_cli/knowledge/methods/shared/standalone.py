@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmedit_cli.errors import UserError
 from mmedit_cli.knowledge.methods.base import Editor, Standalone
 from mmedit_cli.knowledge.methods.shared.flatten import flatten
 from mmedit_cli.knowledge.models.shared.image_token import image_token_id
@@ -26,6 +27,12 @@ def standalone(
     `entered` is the path of the module on entering which a question is routed.
     """
     backbone = editor.backbone
+    if backbone.masks_by_type:
+        raise UserError(
+            f"{editor.name}: {backbone.name} makes the masks of its layers from types of tokens, which edits with a "
+            "runtime of their own do not see",
+            "mmedit serve --edits answers with them; edits of ft and m-ore are exported as plain weights",
+        )
     places = {
         "stack": backbone.anchors.stack,
         "entered": entered,

@@ -24,11 +24,17 @@ _IN_LAYER = {
     "attn_qkv": ("attn.c_attn",),
     "attn_out": ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj"),
 }
+_OTHER_MIXERS = ("linear_attn",)  # in the place of attention, in layers of Qwen3.5
 # role -> the last part of its module's path, outside the language model
 _IN_MODEL = {
     "vision": ("vision_tower", "vision_model", "visual"),
-    "connector": ("qformer", "multi_modal_projector", "merger"),
-    "projector": ("language_projection", "multi_modal_projector", "merger"),
+    "connector": ("qformer", "multi_modal_projector", "merger", "connector"),
+    "projector": (
+        "language_projection",
+        "multi_modal_projector",
+        "merger",
+        "connector",
+    ),
 }
 # the linear layers of a decoder layer, and those of its feed-forward part
 LinearRole = Literal[
@@ -42,7 +48,7 @@ LinearRole = Literal[
     "ffn_gate",
 ]
 FfnRole = Literal["ffn_in", "ffn_out", "ffn_gate"]
-_NOT_LANGUAGE = ("vision", "visual", "qformer", "image")
+_NOT_LANGUAGE = ("vision", "visual", "qformer", "image", "connector")
 
 
 class Anchors:
@@ -58,7 +64,7 @@ class Anchors:
         path, self.layers = _decoder_layers(model)
         self._layer = path + ".{}"
         self.stack = path.rpartition(".")[0]
-        self._paths = _in_layer_paths(self.layers[0], self._layer)
+        self._paths = _in_layer_paths(self.layers, self._layer)
         self._paths |= _in_model_paths(model, self.stack)
         self.tail = self._tail()
         if "norm" not in self._paths and len(self.tail) > 1:
@@ -137,15 +143,16 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _is_decoder_block(block: nn.Module) -> bool:
     """Whether a module has attention and a feed-forward part: OPT has no module around the latter."""
-    attends = any(_has(block, name) for name in _IN_LAYER["attn"])
+    attends = any(_has(block, name) for name in (*_IN_LAYER["attn"], *_OTHER_MIXERS))
     return attends and (_has(block, "mlp") or _has(block, "fc2"))
 
 
-def _in_layer_paths(layer: nn.Module, template: str) -> dict[str, str]:
+def _in_layer_paths(layers: nn.ModuleList, template: str) -> dict[str, str]:
+    """Return the roles that every layer has; in some models not all layers attend alike."""
     paths = {"layer": template}
     for role, names in _IN_LAYER.items():
         for name in names:
-            if _has(layer, name):
+            if all(_has(layer, name) for layer in layers):
                 paths[role] = f"{template}.{name}"
                 break
     return paths

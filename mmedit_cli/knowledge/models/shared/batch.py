@@ -77,14 +77,14 @@ def predicting(answer_mask: Tensor) -> Tensor:
 class Prefix:
     """The state of a batch on entering decoder layer `layer`.
 
-    hidden: (B, T, D); context: what every decoder layer receives beside the hidden state (masks, positions);
-    deepstack: None where no later layer adds image tokens.
+    hidden: (B, T, D); contexts: what each decoder layer receives beside the hidden state (masks, positions), one a
+    layer of the model; deepstack: None where no later layer adds image tokens.
     """
 
     layer: int
     batch: Batch
     hidden: Tensor
-    context: dict[str, Any] = field(repr=False)
+    contexts: tuple[dict[str, Any], ...] = field(repr=False)
     deepstack: DeepStack | None = field(default=None, repr=False)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from typing import Any
 
 NONE = -1  # of a language model: no token
 
 
-def image_token_id(backbone: VisionLanguageModel) -> int:
-    """Return the id in the config of a model, -1 for one that sees nothing."""
+def image_token_id(backbone: Any) -> int:
+    """Return the id in the config of a backbone, -1 for one that sees nothing."""
     if not backbone.sees:
         return NONE
     config: Any = backbone.model.config

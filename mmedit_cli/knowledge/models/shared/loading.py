@@ -37,6 +37,25 @@ def load_backbone(
     target = runtime.resolve_device(device)
     number = runtime.resolve_dtype(dtype, target)
     check_answers(ref)
+    backbone = _opened(ref, target, number, device_map)
+    if backbone.checked:
+        from mmedit_cli.knowledge.models.shared.self_check import require_sound
+
+        require_sound(backbone)
+    return backbone
+
+
+def open_unchecked(ref: ModelRef) -> VisionLanguageModel:
+    """Return the backbone for a model that was found, without asking whether it is understood; raise ModelError."""
+    runtime.quiet_libraries()
+    check_answers(ref)
+    device = runtime.resolve_device("auto")
+    return _opened(ref, device, runtime.resolve_dtype("auto", device), None)
+
+
+def _opened(
+    ref: ModelRef, target: Any, number: Any, device_map: Any
+) -> VisionLanguageModel:
     family = registry.backbones.get(ref.family)
     if ref.folder is None:
         module, tokenizer, processor = family.build_tiny(ref.name)
@@ -47,6 +66,8 @@ def load_backbone(
             module.to(target)
         tokenizer = _tokenizer(ref.folder)
         processor = _image_processor(ref.folder) if family.sees else None
+        if family.whole_processor:
+            processor = _whole_processor(ref.folder, module, tokenizer, processor)
         check_vocabulary(
             tokenizer, module.get_input_embeddings().weight.shape[0], ref.folder
         )
@@ -68,9 +89,12 @@ def wrapped(model: Any, processor: Any, same_as: str | None) -> VisionLanguageMo
             "load it with AutoModelForImageTextToText or AutoModelForCausalLM",
         )
     name = Path(str(model.name_or_path or "")).name or kind
-    found = family_for(model.config.model_type, [kind], name)
+    sees = getattr(model.config, "vision_config", None) is not None
+    found = family_for(model.config.model_type, [kind], name, sees=sees)
     family = registry.backbones.get(found)
     tokenizer, images = _parts_of(processor, name, sees=family.sees)
+    if family.whole_processor:
+        images = processor
     embedding: Any = model.get_input_embeddings()
     check_vocabulary(tokenizer, len(embedding.weight), name)
     if same_as is None:
@@ -82,6 +106,10 @@ def wrapped(model: Any, processor: Any, same_as: str | None) -> VisionLanguageMo
         ref.name, model, tokenizer, images, ref.fingerprint
     )
     backbone.former = ref.former
+    if family.checked:
+        from mmedit_cli.knowledge.models.shared.self_check import require_sound
+
+        require_sound(backbone)
     return backbone
 
 
@@ -206,6 +234,18 @@ def _image_processor(folder: Path) -> Any:
         # as above
         processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     return processor
+
+
+def _whole_processor(folder: Path, model: Any, tokenizer: Any, images: Any) -> Any:
+    """Return the processor of a model, made of its parts, and of what its files say beside them."""
+    from mmedit_cli.knowledge.models.shared.processors import (
+        make_processor,
+        processor_settings,
+    )
+
+    settings = processor_settings(folder)
+    with loading(folder, problem="no usable processor", hint=_HINT):
+        return make_processor(model.config, images, tokenizer, settings)
 
 
 def _chat_template(folder: Path) -> str | None:

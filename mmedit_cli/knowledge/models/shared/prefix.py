@@ -32,15 +32,20 @@ def run_to(
 
     Raises RuntimeError if the pass ends without coming to `module`.
     """
-    seen: list[tuple[Tensor, dict[str, Any]]] = []
+    arguments = arguments_of(forward, module)
+    first, *_ = inspect.signature(module.forward).parameters
+    return arguments.pop(first), arguments
+
+
+def arguments_of(forward: Callable[[], Any], module: nn.Module) -> dict[str, Any]:
+    """Call `forward` until `module` is about to run; return what would enter it, by the names of its parameters.
+
+    Raises RuntimeError if the pass ends without coming to `module`.
+    """
+    seen: list[dict[str, Any]] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # GPT-2 gives its layers some of their arguments without names
-        names = list(inspect.signature(module.forward).parameters)
-        by_name = dict(zip(names, args, strict=False))
-        first, *_ = names
-        rest = {**by_name, **kwargs}
-        seen.append((rest.pop(first), rest))
+        seen.append(_by_name(module, args, kwargs))
         raise _Reached
 
     # before other hooks on its input: what an editor changes there belongs to what follows
@@ -52,6 +57,96 @@ def run_to(
     finally:
         handle.remove()
     raise RuntimeError(f"the forward pass never came to {type(module).__name__}")
+
+
+def _by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    # GPT-2 gives its layers some of their arguments without names
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class _Recorded(nn.Module):
+    """Stands in the place of a decoder layer: keeps what the layer would receive, and hands the hidden state on."""
+
+    def __init__(self, real: nn.Module, *, last: bool) -> None:
+        super().__init__()
+        self._real = (real,)  # in a tuple it is no part of this module
+        self._last = last
+        self.hidden: Tensor | None = None
+        self.context: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._real[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden state as it came; behind the last layer the pass ends."""
+        (real,) = self._real
+        self.context = _by_name(real, args, kwargs)
+        first, *_ = inspect.signature(real.forward).parameters
+        hidden: Tensor = self.context.pop(first)
+        self.hidden = hidden
+        if self._last:
+            raise _Reached
+        return hidden
+
+
+def record_layers(
+    forward: Callable[[], Any], layers: nn.ModuleList, start: int
+) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+    """Call `forward` up to layer `start`; return what would enter it, and what each layer from there on receives.
+
+    The second is one set of keyword arguments a layer, empty below `start`. No hook on those layers is called.
+    """
+    real = list(layers)
+    standing = []
+    for index in range(start, len(real)):
+        last = index == len(real) - 1
+        standing.append(_Recorded(real[index], last=last))
+    try:
+        for index, module in enumerate(standing, start):
+            layers[index] = module
+        forward()
+    except _Reached:
+        pass
+    finally:
+        for index in range(start, len(real)):
+            layers[index] = real[index]
+    hidden = standing[0].hidden
+    if hidden is None:
+        raise RuntimeError("the forward pass never came to its layers")
+    below: list[dict[str, Any]] = [{} for _ in range(start)]
+    contexts = [module.context for module in standing]
+    return hidden, (*below, *contexts)
+
+
+@contextmanager
+def substituted(
+    module: nn.Module, value: Tensor, name: str | None = None
+) -> Iterator[None]:
+    """Inside the block, `value` enters `module` once, at its next pass, in the place of an argument.
+
+    That is the one called `name`, or the first.
+    """
+
+    def put(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        handle.remove()
+        given = _by_name(module, args, kwargs)
+        first, *_ = given
+        return (), {**given, name or first: value}
+
+    # before other hooks on its input, as where it was taken
+    handle = module.register_forward_pre_hook(put, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

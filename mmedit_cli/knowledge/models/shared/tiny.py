@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,13 @@ _SIDE = 32
 _PATCH = 8
 
 
-def tokenizer(*more: str, bos: bool = True) -> Any:
-    """Return a byte-level BPE tokenizer that can spell anything: `<s>` in front, `</s>` as the end, `more` tokens."""
+def tokenizer(
+    *more: str, bos: bool = True, names: Mapping[str, str] | None = None
+) -> Any:
+    """Return a byte-level BPE tokenizer that can spell anything: `<s>` in front, `</s>` as the end, `more` tokens.
+
+    `names` are attributes by which a processor asks for some of them.
+    """
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -56,7 +61,7 @@ def tokenizer(*more: str, bos: bool = True) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", **(names or {})},
     )
 
 
