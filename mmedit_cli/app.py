@@ -22,6 +22,7 @@ from mmedit_cli.commands import (
     image_edit,
     report,
     serve,
+    ui,
 )
 from mmedit_cli.commands import list as list_command
 from mmedit_cli.errors import MmeditError, UserError
@@ -44,6 +45,7 @@ for task in ("eval", "train-editor", "edit"):
     app.command(task, cls=by_kind(task))(function_of(task))
 app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
+app.command("ui")(ui.ui)
 app.command("generate")(generate.generate)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)

@@ -87,6 +87,13 @@ def _unlike(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return unlike
 
 
+def one_run(folder: Path) -> str:
+    """Return what the terminal shows of a finished run as HTML; raise RunError for a folder that holds none."""
+    report = Run.read_report(folder)
+    name = _name(report)
+    return _section(folder, report, name)
+
+
 def _section(folder: Path, report: Json, name: str) -> str:
     """Return what the terminal shows of a run, and its configuration, as HTML."""
     taken = _Collector()

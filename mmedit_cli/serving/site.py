@@ -123,7 +123,7 @@ class Site:
 
     def run(self) -> None:
         """Answer until the end; answers that are under way then have a few seconds."""
-        with _ended_by_sigterm(), suppress(KeyboardInterrupt):
+        with ended_by_sigterm(), suppress(KeyboardInterrupt):
             self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
@@ -278,7 +278,7 @@ def _listening(options: ServerOptions) -> socket.socket:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Inside the block, SIGTERM ends the program as any exit does: what is open is closed."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:

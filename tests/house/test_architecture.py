@@ -63,7 +63,7 @@ ROWS = (
     {"knowledge"},
     {"drawing"},
     {"picture_editing"},
-    {"doctor", "installation", "reports", "serving"},
+    {"doctor", "installation", "reports", "serving", "ui"},
     {"options", "kinds", "commands", "app", "__main__"},
 )
 # The same inside each of the three domains.

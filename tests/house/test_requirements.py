@@ -22,6 +22,7 @@ BOUNDED = (
     "huggingface-hub",
     "tokenizers",
     "typer",
+    "gradio",
 )
 GROUPS = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 REQUIRED = {

@@ -252,11 +252,13 @@ def open_edits(
     writing: bool = False,
     bare: bool = False,
     out: Output | None = None,
+    backbone: VisionLanguageModel | None = None,
 ) -> LedgerModel:
     """Return the model of a ledger with its active edits on it (`bare`: with none), for `with`.
 
-    `model` says where the model lies now, and the device. Raises UserError if there is no ledger, StateError for
-    another model or a damaged ledger, RunError if `writing` while another process writes.
+    `model` says where the model lies now, and the device; `backbone` is that model, where it is loaded already. Raises
+    UserError if there is no ledger, StateError for another model or a damaged ledger, RunError if `writing` while
+    another process writes.
     """
     ledger = Ledger.open(
         Path(folder),
@@ -268,11 +270,16 @@ def open_edits(
         model or ModelOptions(),
         bare,
         out or Output(quiet=True),
+        backbone,
     )
 
 
 def _opened(
-    ledger: Ledger, options: ModelOptions, bare: bool, out: Output
+    ledger: Ledger,
+    options: ModelOptions,
+    bare: bool,
+    out: Output,
+    backbone: VisionLanguageModel | None = None,
 ) -> LedgerModel:
     """Return the model of an open ledger, which is closed if that fails."""
     try:
@@ -282,7 +289,13 @@ def _opened(
                 f"{ledger.folder}: begun with mmedit 0.1.0, whose fingerprint of a model reads samples of its weights"
             )
         dtype = _dtype_of(ledger, options)
-        backbone = load_model(replace(options, dtype=dtype), ref, out)
+        if backbone is None:
+            backbone = load_model(replace(options, dtype=dtype), ref, out)
+        elif _format_of(backbone) != dtype:
+            raise StateError(
+                f"{ledger.folder}: made in {dtype}, and the model is in {_format_of(backbone)}",
+                f"load the model with --dtype {dtype}",
+            )
         editor = _editor_of(ledger, backbone)
         if not bare:
             _put_on(editor, ledger)
@@ -293,10 +306,14 @@ def _opened(
 
 
 def begin_edits(
-    folder: Path | str, options: EditOptions, out: Output | None = None
+    folder: Path | str,
+    options: EditOptions,
+    out: Output | None = None,
+    backbone: VisionLanguageModel | None = None,
 ) -> LedgerModel:
     """Return the model of a ledger, open for writing: of the one in the folder if it agrees, else of a new one.
 
+    `backbone` is the model of the options, where it is loaded already.
     Raises StateError if the ledger there is of another model, editor or setting, and UserError as `load_editor` does.
     """
     folder = Path(folder)
@@ -307,10 +324,10 @@ def begin_edits(
     run = Run.lock(folder)
     try:
         if not Ledger.exists(folder):
-            return _begun(folder, options, run, out)
+            return _begun(folder, options, run, out, backbone)
         _check_agreement(folder, options)
         ledger = Ledger.open(folder, writing=True, run=run)
-        return _opened(ledger, options.model, bare=False, out=out)
+        return _opened(ledger, options.model, False, out, backbone)
     except BaseException:
         if (folder / "run.yaml").exists():
             run.close()
@@ -319,7 +336,13 @@ def begin_edits(
         raise
 
 
-def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerModel:
+def _begun(
+    folder: Path,
+    options: EditOptions,
+    run: Run,
+    out: Output,
+    backbone: VisionLanguageModel | None = None,
+) -> LedgerModel:
     """Return a model with a new ledger in a folder whose lock is held."""
     ref = find_model(options.model.named, revision=options.model.revision)
     check_sight(options.editor, ref)
@@ -340,7 +363,8 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
         depth=depth_of(ref),
     )
     out.note(told(options.editor, variant))
-    backbone = load_model(options.model, ref, out)
+    if backbone is None:
+        backbone = load_model(options.model, ref, out)
     editor: Editor = cls(backbone, hparams, seed=options.seed or 0)
     if found is not None:
         out.note(networks_line(found.facts()))
@@ -355,7 +379,7 @@ def _begun(folder: Path, options: EditOptions, run: Run, out: Output) -> LedgerM
             "source": _source(options.model.named),
             "revision": options.model.revision,
         },
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": _format_of(backbone),
         "seed": editor.seed,
         "rows": editor.independent,
         "checkpoint": None if networks is None else sha256_of(networks),
@@ -418,6 +442,10 @@ def _check_model(folder: Path, known: dict[str, Any], ref: ModelRef) -> None:
             f"({ref.fingerprint})",
             "edits belong to the weights they were made on; --model says where those are",
         )
+
+
+def _format_of(backbone: VisionLanguageModel) -> str:
+    return str(backbone.dtype).removeprefix("torch.")
 
 
 def _dtype_of(ledger: Ledger, options: ModelOptions) -> str:

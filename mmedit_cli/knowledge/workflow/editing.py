@@ -26,6 +26,7 @@ from mmedit_cli.types import EditCase, Query, in_one_line
 
 if TYPE_CHECKING:
     from mmedit_cli.knowledge.data.base import DataOptions
+    from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 _MOST_NOTES = 5  # on edits whose loss did not move, one by one
 _TEXTS = (
@@ -45,10 +46,11 @@ def make_edits(
     batch: int | None,
     out: Output,
     otherwise: Sequence[Otherwise] = (),
+    backbone: VisionLanguageModel | None = None,
 ) -> Any:
     """Make edits, keep them, and return what they did: answers and locality probes before and after, time, memory.
 
-    `otherwise` are the same facts asked in other ways, before and after.
+    `otherwise` are the same facts asked in other ways, before and after; `backbone` is the model, where it is loaded.
     Of many requests, those that are in the ledger already are only asked again. So an interrupted command can be
     repeated, and a finished one shows the same again.
     """
@@ -58,7 +60,7 @@ def make_edits(
     reworded = [way.query for way in otherwise]
     check_pictures([*requests, *reworded])
     requests = _in_one_line(requests, out)
-    with begin_edits(folder, options, out) as model:
+    with begin_edits(folder, options, out, backbone) as model:
         probes = locality_probes(requests, pictures=model.backbone.sees)
         ids: list[int | None] = [None] * len(requests)
         if len(requests) > 1:

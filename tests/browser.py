@@ -15,9 +15,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Browser:
-    """A page in Chromium; `do(script)` runs a script in it and returns its value."""
+    """A page in Chromium; `do(script)` runs a script in it and returns its value.
 
-    def __init__(self, page: str, width: int = 1200) -> None:
+    A page is open when something of it, that `mark` selects, stands there.
+    """
+
+    def __init__(self, page: str, width: int = 1200, mark: str = ".card") -> None:
+        self._mark = mark
         to_browser, self._send = os.pipe()
         self._receive, from_browser = os.pipe()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -78,15 +82,24 @@ class Browser:
         return dict(json.loads(line))
 
     def open(self, page: str) -> float:
-        """Open a page and return after how many seconds its first card stood there."""
+        """Open a page and return after how many seconds its mark stood there."""
         self.call("Page.navigate", url="about:blank")
         began = time.monotonic()
         self.call("Page.navigate", url=page)
         while time.monotonic() - began < 30:
-            if self.do("document.querySelectorAll('.card').length"):
+            if self.do(f"document.querySelectorAll('{self._mark}').length"):
                 return time.monotonic() - began
             time.sleep(0.02)
-        raise AssertionError(f"{page}: no card within 30 s")
+        raise AssertionError(f"{page}: no {self._mark} within 30 s")
+
+    def wait_for(self, script: str, seconds: float = 60) -> Any:
+        """Run a script until it returns something, and return that."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := self.do(script):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{script}: nothing within {seconds} s")
 
     def do(self, script: str) -> Any:
         """Return the value of a script; what it throws is an error here."""
