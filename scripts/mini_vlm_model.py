@@ -19,7 +19,7 @@ SIDE = 64  # pixels
 MEAN, STD = (0.7, 0.7, 0.7), (0.3, 0.3, 0.3)  # of emoji on light colours, roughly
 LONGEST = 128  # tokens of a sequence
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")  # ids 0 to 3
-STAGES = ("tower", "bridge", "decoder", "joint")
+STAGES = ("words", "tower", "bridge", "decoder", "joint")
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Stage(Schedule):
     take part in it, about which nothing is asked. `margin` is how much nearer to its name than to any other (in
     cosines) a picture has to be in it. `alike` weighs the contrastive loss between artists: to each picture comes
     another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
-    `teach` weighs how near the tower is to come to what a teacher sees in the same picture (mini_vlm_teacher.py).
-    `blend` is the most that another picture has in what the bridge gets from the tower of BLIP-2. With `tower` the
-    bridge is trained together with the tower.
+    `teach` weighs how near the tower is to come to what a teacher sees in the same drawing (mini_vlm_teacher.py).
+    `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain drawing
+    of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its tower, and
+    in the stage of words what the language model gets. With `tower` the bridge is trained together with the tower.
     """
 
     questions: int = 0
@@ -42,6 +43,7 @@ class Stage(Schedule):
     margin: float = 0.2
     alike: float = 0.0
     teach: float = 0.0
+    imitate: float = 0.0
     blend: float = 0.0
     tower: bool = False
 
@@ -51,7 +53,7 @@ class Recipe(BaseRecipe):
     """Everything a training run depends on but the data and the machine."""
 
     STAGES = STAGES
-    OPTIONAL = ("bridge",)
+    OPTIONAL = ("words", "bridge")
     STAGE = Stage
 
     family: str

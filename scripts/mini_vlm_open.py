@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from emojikb_artists import TRAINING, is_country
+from emojikb_artists import FURTHER, TRAINING, is_country
 from mini_vlm_data import (
     BACKGROUND,
     DATA,
@@ -103,6 +103,21 @@ class OpenPictures(Pictures):
         lined = [artist.endswith("-line") for _, artist in kb.drawings]
         self._line = torch.tensor(lined, device=device)
         self._others = _others(self.concept, self.usable, len(kb.concepts))
+        first = [artist not in FURTHER for _, artist in kb.drawings]
+        self.plain = self.usable[torch.tensor(first, device=device)[self.usable]]
+
+    def draw_plainly(
+        self, chosen: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return pictures as the closed world draws them (B, 3, 64, 64) in 0..255, and their background (B,)."""
+        return super().draw(chosen, generator)
+
+    def ground_of(self, pixels: Tensor) -> Tensor:
+        """Return the named background that the corners of pictures (B, 3, H, W) in 0..255 look most like: (B,)."""
+        edge = pixels.shape[-1] // 8
+        corners = torch.cat((pixels[..., :edge], pixels[..., -edge:]), -1)
+        corners = torch.cat((corners[..., :edge, :], corners[..., -edge:, :]), -2)
+        return torch.cdist(corners.mean((2, 3)), self.grounds).argmin(-1)
 
     def partners(self, chosen: Tensor, generator: Generator) -> Tensor:
         """Return for each picture a usable one of the same concept, of another artist where there is one: (B,)."""

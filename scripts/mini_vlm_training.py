@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mini_training import BaseTrainee, Progress, store
+from mini_training import BaseTrainee, Progress, read_progress, store
 from mini_vlm_data import (
     HEADS,
     NONE,
@@ -118,6 +120,9 @@ class Trainee(BaseTrainee):
         else:
             self.questions = Questions(kb, self.adapter, device)
             self.pictures = Pictures(kb, device)
+        # as it was, in a tuple: what is only imitated is no part of what is trained and kept
+        self._first = (copy.deepcopy(self.adapter.model.requires_grad_(False)),)
+        self._patterns: Tensor | None = None
         self.lesson = read_lesson(teacher, len(kb.drawings)) if teacher else None
         self.model = self.adapter.model
         anchors = self.adapter.anchors
@@ -155,7 +160,10 @@ class Trainee(BaseTrainee):
         self.to(device)
 
     def usable(self, stage: str) -> Tensor:
-        """Return the pictures that are not held out."""
+        """Return the pictures that are not held out; words are learned of those that the model knows."""
+        if stage == "words":
+            assert isinstance(self.pictures, OpenPictures)
+            return self.pictures.plain
         return self.pictures.usable
 
     def select(self, stage: str) -> dict[str, nn.Parameter]:
@@ -174,6 +182,9 @@ class Trainee(BaseTrainee):
     def _is_trained(self, name: str, stage: str) -> bool:
         """Return whether a stage trains a parameter: the bridge's a part of the decoder's, all of the joint one."""
         in_tower = name.startswith(("heads.", f"model.{self.tower}."))
+        if stage == "words":
+            seeing = ("heads.", "readers.", f"model.{self.tower}.", *self._bridge)
+            return not name.startswith(seeing)
         if stage == "tower":
             return in_tower
         if stage == "bridge":
@@ -192,36 +203,34 @@ class Trainee(BaseTrainee):
             return self.tower_loss(chosen, generator)
         if stage == "bridge":
             return self.bridge_loss(chosen, generator)
+        if stage == "words":
+            return self.words_loss(chosen, generator)
         return self.answer_loss(chosen, self.recipe.stages[stage], generator)
 
     def tower_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """Classify pictures by the mean of the tower's patch tokens: loss, and (2, 10) right and asked by column."""
         stage = self.recipe.stages["tower"]
-        pixels, colour, seen = self._shown(chosen, generator)
-        if stage.alike:
-            assert isinstance(self.pictures, OpenPictures)
-            partners = self.pictures.partners(chosen, generator)
-            more, theirs = self.pictures.draw(partners, generator)
-            chosen = torch.cat((chosen, partners))
-            pixels, colour = torch.cat((pixels, more)), torch.cat((colour, theirs))
+        chosen = self._with_partners(chosen, stage, generator)
+        pixels, colour = self.pictures.draw(chosen, generator)
         tokens = self.tower_tokens(pixels)
         loss, counts = self._classify(self.heads, tokens, chosen, colour)
         pooled = self.heads["norm"](tokens.mean(1))
-        if seen is not None:
-            said = self.heads["teacher"](pooled[: len(seen)])
+        if self.lesson is not None:
+            said, seen = self.heads["teacher"](pooled), self.lesson[chosen]
             loss = loss + stage.teach * (1 - F.cosine_similarity(said, seen)).mean()
         if stage.alike:
             concept = self.pictures.concept[chosen]
             loss = loss + stage.alike * contrast_between(pooled, concept)
         return loss, counts
 
-    def _shown(
-        self, chosen: Tensor, generator: Generator
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return pictures, their named backgrounds, and what the teacher sees in them if there is one."""
-        if self.lesson is None:
-            return *self.pictures.draw(chosen, generator), None
-        return self.lesson.draw(chosen, generator)
+    def _with_partners(
+        self, chosen: Tensor, stage: Stage, generator: Generator
+    ) -> Tensor:
+        """Return pictures, and behind them another artist's of each where the stage draws artists together."""
+        if not stage.alike:
+            return chosen
+        assert isinstance(self.pictures, OpenPictures)
+        return torch.cat((chosen, self.pictures.partners(chosen, generator)))
 
     def tower_tokens(self, pixels: Tensor) -> Tensor:
         """Return the tower's patch tokens of pictures in 0..255: (B, 3, 64, 64) -> (B, T, D)."""
@@ -283,17 +292,62 @@ class Trainee(BaseTrainee):
         many times what a reading does.
         """
         stage = self.recipe.stages["bridge"]
-        if stage.alike:
-            assert isinstance(self.pictures, OpenPictures)
-            partners = self.pictures.partners(chosen, generator)
-            chosen = torch.cat((chosen, partners))
-        visual, colour = self.visual_tokens(chosen, stage, generator)
+        chosen = self._with_partners(chosen, stage, generator)
+        pixels, colour = self.pictures.draw(chosen, generator)
+        with self.blending(stage.blend, generator):
+            visual = self.image_tokens(pixels)
         loss, counts = self._classify(self.readers, visual, chosen, colour)
+        concept = self.pictures.concept[chosen]
         if stage.alike:
             pooled = self.readers["norm"](visual.mean(1))
-            concept = self.pictures.concept[chosen]
             loss = loss + stage.alike * contrast_between(pooled, concept)
+        if stage.imitate:
+            loss = loss + stage.imitate * self._unlikeness(visual, concept, pixels)
         return loss, counts
+
+    def _unlikeness(self, visual: Tensor, concept: Tensor, pixels: Tensor) -> Tensor:
+        """Return how far tokens (B, N, D) are from those of a plain drawing: its share of their variance."""
+        assert isinstance(self.pictures, OpenPictures)
+        wanted = self.patterns()[concept, self.pictures.ground_of(pixels)]
+        return F.mse_loss(visual, wanted) / wanted.var()
+
+    @torch.no_grad()
+    def patterns(self) -> Tensor:
+        """Return what the model that was started from makes of a plain drawing of each thing: (C, 8, N, D).
+
+        Its language model knows what to say of these. Things without a usable plain drawing are all zeros.
+        """
+        if self._patterns is None:
+            pictures = self.pictures
+            assert isinstance(pictures, OpenPictures)
+            plain = {int(pictures.concept[at]): int(at) for at in pictures.plain.flip(0)}
+            drawings = pictures.rgba[list(plain.values())].float()
+            rows = [self._on_all_grounds(part) for part in drawings.split(64)]
+            shape = (len(self.kb.concepts), *rows[0].shape[1:])
+            places = torch.tensor(list(plain), device=self.device)
+            found = torch.cat(rows)
+            self._patterns = found.new_zeros(shape).index_copy_(0, places, found)
+        return self._patterns
+
+    def _on_all_grounds(self, rgba: Tensor) -> Tensor:
+        """Return the tokens of the first model for drawings (B, 4, H, W) on the named backgrounds: (B, 8, N, D)."""
+        seen = [
+            tokens_of(
+                self._first[0],
+                composed(rgba[:, :3], rgba[:, 3:], ground.expand(len(rgba), 3)),
+            )
+            for ground in self.pictures.grounds
+        ]
+        return torch.stack(seen, 1)
+
+    def words_loss(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Answer in many wordings about pictures that the model that was started from sees well."""
+        stage = self.recipe.stages["words"]
+        assert isinstance(self.pictures, OpenPictures)
+        pixels, colour = self.pictures.draw_plainly(chosen, generator)
+        with torch.no_grad():
+            visual = blended(self.image_tokens(pixels), stage.blend, generator)
+        return self._answered(chosen, visual, colour, stage, generator)
 
     def answer_loss(
         self, chosen: Tensor, stage: Stage, generator: Generator
@@ -313,6 +367,18 @@ class Trainee(BaseTrainee):
             else visual.new_zeros(())
         )
         visual, colour = visual[: len(chosen)], colour[: len(chosen)]
+        loss, counts = self._answered(chosen, visual, colour, stage, generator)
+        return loss + stage.reading * reading, counts
+
+    def _answered(
+        self,
+        chosen: Tensor,
+        visual: Tensor,
+        colour: Tensor,
+        stage: Stage,
+        generator: Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Ask about pictures of which the language model gets (B, N, D), on backgrounds (B,), and some without."""
         about, kinds = self.questions.ask(
             self.pictures.concept[chosen], colour, stage.questions, generator
         )
@@ -342,9 +408,7 @@ class Trainee(BaseTrainee):
             counts = torch.zeros(2, len(COLUMNS), device=self.device)
             counts[0].index_add_(0, columns, (misses == 0).float())
             counts[1].index_add_(0, columns, torch.ones_like(misses))
-        return F.cross_entropy(
-            logits.float(), answers
-        ) + stage.reading * reading, counts
+        return F.cross_entropy(logits.float(), answers), counts
 
     def visual_tokens(
         self, chosen: Tensor, stage: Stage, generator: Generator
@@ -356,10 +420,7 @@ class Trainee(BaseTrainee):
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Return what the language model gets of pictures in 0..255: (B, 3, 64, 64) -> (B, N, D)."""
-        features = self.model.get_image_features(
-            normalise(pixels), return_dict=True
-        ).pooler_output
-        return torch.stack(list(features))
+        return tokens_of(self.model, pixels)
 
     @contextmanager
     def blending(self, most: float, generator: Generator) -> Iterator[None]:
@@ -370,10 +431,9 @@ class Trainee(BaseTrainee):
         """
 
         def blend(module: nn.Module, given: Any, output: Any) -> None:
-            hidden = output.last_hidden_state
-            other = hidden[torch.randperm(len(hidden), generator=generator)]
-            share = most * torch.rand(len(hidden), 1, 1, generator=generator)
-            output.last_hidden_state = hidden + share * (other - hidden)
+            output.last_hidden_state = blended(
+                output.last_hidden_state, most, generator
+            )
 
         if not most:
             yield
@@ -412,9 +472,24 @@ class Trainee(BaseTrainee):
         )
 
 
+def tokens_of(model: Any, pixels: Tensor) -> Tensor:
+    """Return what a model's language model gets of pictures in 0..255: (B, 3, 64, 64) -> (B, N, D)."""
+    seen = model.get_image_features(normalise(pixels), return_dict=True)
+    return torch.stack(list(seen.pooler_output))
+
+
+def blended(tokens: Tensor, most: float, generator: Generator) -> Tensor:
+    """Return tokens (B, T, D) of pictures with up to `most` of another picture's in each."""
+    other = tokens[torch.randperm(len(tokens), generator=generator)]
+    share = most * torch.rand(len(tokens), 1, 1, generator=generator)
+    return tokens + share * (other - tokens)
+
+
 @torch.no_grad()
 def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
-    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), primed, and store that as step 0.
+    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), primed, and store that.
+
+    A run of the same model takes over how the tower was trained, one of another model its name alone.
 
     A CLIP tower differs in names, in a bias of the patches (added to their positions here), in one matrix for queries,
     keys and values (cut in three), and in a norm before the first layer, which is set to keep the usual scale.
@@ -441,7 +516,9 @@ def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
     if trainee.kb.open:
         trainee.prime()
     unused = torch.optim.AdamW(trainee.heads.parameters())
-    store(trainee, {}, unused, Progress("tower", origin=origin), out)
+    before = None if is_clip else read_progress(path.parent, path.stem)
+    progress = before or Progress("tower")
+    store(trainee, {}, unused, replace(progress, origin=origin), out)
 
 
 def _blip2_tower(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:

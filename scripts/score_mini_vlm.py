@@ -53,12 +53,7 @@ FAMILIES = {
 }
 TRAIN = "python scripts/train_mini_vlm.py scripts"
 OPEN_COMMANDS = {  # MODEL is the one that a training in the open world starts from
-    "blip2": (
-        f"{TRAIN}/mini_blip2_words.yaml --out words --stage joint --start-from MODEL",
-        f"{TRAIN}/mini_blip2_open.yaml --out tower --stage tower --start-from MODEL",
-        f"{TRAIN}/mini_blip2_open.yaml --out run --stage decoder --start-from words/mini-blip2 "
-        "--tower-from tower/tower.safetensors  # then --stage joint",
-    ),
+    "blip2": ("scripts/train_open_world.sh FOLDER",),
     "llava": (
         f"{TRAIN}/mini_llava_open.yaml --out run --stage decoder --start-from MODEL "
         "--tower-from tower/tower.safetensors  # of mini-blip2; then --stage joint",
@@ -234,13 +229,24 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def all_stages(training: dict[str, Any]) -> dict[str, Any]:
+    """Return the stages of training.json in their order, those of the model that was started from before them.
+
+    A stage that was trained anew stands once, as it was trained last.
+    """
+    now = training["stages"]
+    before = training.get("started_from")
+    earlier = all_stages(before) if before else {}
+    return {k: v for k, v in earlier.items() if k not in now} | now
+
+
 def stages_table(training: dict[str, Any]) -> str:
     """Return how each stage of training went as a Markdown table, from what training.json says."""
     rows = [
         "| stage | passes | pictures seen | minutes | pictures/s |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, stage in training["stages"].items():
+    for name, stage in all_stages(training).items():
         passes, rate = (
             f"{stage['passes']:g} of {stage['of']}",
             stage["pictures"] / max(stage["seconds"], 1),

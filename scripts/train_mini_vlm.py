@@ -1,4 +1,4 @@
-"""Train a mini vision-language model on EmojiKB: tower, then decoder, then both together.
+"""Train a mini vision-language model on EmojiKB, stage after stage: tower, then decoder, then both together.
 
     python scripts/train_mini_vlm.py scripts/mini_blip2.yaml --out runs/mini-blip2             # again: continues
     python scripts/train_mini_vlm.py scripts/mini_blip2.yaml --out runs/mini-blip2 --minutes 30  # stops in time
@@ -10,6 +10,7 @@ as it is shipped, in float16. Continued or not, the result is the same to the la
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,14 @@ def train(
         out,
         stages,
         stop,
-        lambda: export(trainee.adapter, out / recipe.name, _records(trainee, out)),
+        lambda: export(
+            trainee.adapter, out / recipe.name, _records(trainee, out, start_from)
+        ),
     )
 
 
-def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
-    """Return what the model folder tells about its training: what was held out, and how it went."""
+def _records(trainee: Trainee, out: Path, start: Path | None) -> dict[str, Any]:
+    """Return what the model folder tells about its training: what was held out, how it went, and what came before."""
     holdout = trainee.kb.holdout
     return {
         "holdout.json": {
@@ -77,8 +80,18 @@ def _records(trainee: Trainee, out: Path) -> dict[str, Any]:
             **_world(trainee),
             "parameters": sum(p.numel() for p in trainee.model.parameters()),
             **training_record(trainee, out),
+            **_before(start),
         },
     }
+
+
+def _before(start: Path | None) -> dict[str, Any]:
+    """Return how the model that was started from had been trained."""
+    if start is None:
+        return {}
+    record = json.loads((start / "training.json").read_text(encoding="utf-8"))
+    kept = ("stages", "machine", "versions", "started_from")
+    return {"started_from": {key: record[key] for key in kept if key in record}}
 
 
 def _world(trainee: Trainee) -> dict[str, Any]:

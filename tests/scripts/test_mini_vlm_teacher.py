@@ -14,7 +14,6 @@ from mmedit_cli import runtime
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-VIEWS = 2
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +28,10 @@ def scripts():
         yield modules
 
 
-def seen_by(width: int):
-    """Return a teacher that sees the mean colours, repeated to its width."""
-
-    def teacher(pictures: torch.Tensor) -> torch.Tensor:
-        colours = pictures.mean((2, 3))
-        return colours.repeat(1, width // 3 + 1)[:, :width]
-
-    return teacher
+def seen(pictures: torch.Tensor) -> torch.Tensor:
+    """Stand in for the teacher: what colours the corners, the middle and the whole have."""
+    coarse = torch.nn.functional.adaptive_avg_pool2d(pictures, 3)
+    return coarse.flatten(1) + pictures.mean((1, 2, 3))[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +41,8 @@ def kb(scripts):
 
 @pytest.fixture(scope="module")
 def file(scripts, kb, tmp_path_factory):
-    teacher = seen_by(scripts.teacher.WIDTH)
     path = tmp_path_factory.mktemp("lesson") / "teacher.safetensors"
-    save_file(scripts.teacher.make_lesson(kb, teacher, VIEWS, seed=1), path)
+    save_file(scripts.teacher.make_lesson(kb, seen), path)
     return path
 
 
@@ -58,28 +52,33 @@ def trainee(scripts, kb, file):
         ROOT / "scripts" / "mini_blip2_open.yaml", quick=True
     )
     tower = replace(recipe.stages["tower"], teach=5.0)
-    bridge = scripts.model.Stage(1, 24, 3e-3, 0.0, alike=0.5)
+    bridge = scripts.model.Stage(1, 24, 3e-3, 0.0, alike=0.5, imitate=1.0)
     taught = replace(recipe, stages=recipe.stages | {"tower": tower, "bridge": bridge})
     return scripts.training.Trainee(taught, kb, CPU, teacher=file)
 
 
 def test_a_lesson_shows_only_what_may_be_trained_on(scripts, kb, file, trainee):
     lesson = scripts.teacher.read_lesson(file, len(kb.drawings))
-    shown = (lesson.row_of >= 0).nonzero()[:, 0]
+    assert lesson.shape == (len(kb.drawings), scripts.teacher.WIDTH)
+    shown = lesson.any(1).nonzero()[:, 0]
     assert torch.equal(shown, trainee.pictures.usable)
-    assert lesson.views.shape[:2] == (len(shown), VIEWS)
 
 
-def test_each_view_comes_with_what_was_seen_in_it(scripts, kb, file):
-    lesson = scripts.teacher.read_lesson(file, len(kb.drawings))
-    shown = (lesson.row_of >= 0).nonzero()[:, 0]
-    chosen = shown[:9]
+def test_discriminants_keep_what_tells_things_apart(scripts):
     chance = torch.Generator().manual_seed(0)
-    views, _, seen = lesson.draw(chosen, chance)
-    red = views[:, 0].mean((1, 2))
-    order = red.argsort()
-    assert torch.equal(seen[:, 0].argsort(), order)  # standardising keeps the order
-    assert torch.allclose(seen[:, 0], seen[:, 3], atol=1e-2)
+    concept = torch.arange(12).repeat_interleave(8)
+    means = torch.randn(12, 3, generator=chance)[concept]
+    loud = 3 * torch.randn(96, 3, generator=chance)  # and says nothing
+    features = torch.cat((means + 0.1 * torch.randn(96, 3, generator=chance), loud), 1)
+
+    def nearest(x: torch.Tensor) -> float:
+        distances = torch.cdist(x, x).fill_diagonal_(float("inf"))
+        return float((concept[distances.argmin(1)] == concept).float().mean())
+
+    found = scripts.teacher.discriminants(features, concept, 8)
+    assert found.shape == (96, 8)
+    assert not found[:, 6:].any()  # six features have no more
+    assert nearest(features) < 0.4 < 0.9 < nearest(found[:, :3])
 
 
 def test_a_tower_comes_to_say_what_its_teacher_sees(trainee):
@@ -90,12 +89,11 @@ def test_a_tower_comes_to_say_what_its_teacher_sees(trainee):
 
     def distance() -> float:
         with torch.no_grad():
-            pixels, _, seen = trainee.lesson.draw(
-                chosen, torch.Generator().manual_seed(1)
-            )
-            tokens = trainee.tower_tokens(pixels).mean(1)
-            said = trainee.heads["teacher"](trainee.heads["norm"](tokens))
-            return float((1 - torch.cosine_similarity(said, seen)).mean())
+            same = torch.Generator().manual_seed(1)
+            tokens = trainee.tower_tokens(trainee.pictures.draw(chosen, same)[0])
+            said = trainee.heads["teacher"](trainee.heads["norm"](tokens.mean(1)))
+            wanted = trainee.lesson[chosen]
+            return float((1 - torch.cosine_similarity(said, wanted)).mean())
 
     before = distance()
     for _ in range(25):
@@ -140,3 +138,29 @@ def test_a_bridge_learns_to_let_names_through_alone(trainee):
     assert counts[1, 0] == 2 * len(chosen)  # each with another artist's drawing
     moved = {n for n, p in trainee.named_parameters() if not torch.equal(p, before[n])}
     assert moved <= set(parameters)
+
+
+def test_a_bridge_comes_to_make_what_the_first_model_made(trainee):
+    concept = trainee.pictures.concept[trainee.pictures.plain[:1]]
+    pixels = trainee.pictures.grounds[3][None, :, None, None].expand(1, 3, 64, 64)
+    patterns = trainee.patterns()
+    assert patterns.shape[:2] == (24, 8)
+    assert not patterns.requires_grad
+    wanted = patterns[concept, 3]
+    assert trainee._unlikeness(wanted, concept, pixels) == 0  # the ground is found
+    assert trainee._unlikeness(wanted + 1, concept, pixels) > 0
+    assert trainee._first[0] is not trainee.model
+    trained = {name for name, _ in trainee.named_parameters()}
+    assert not any("_first" in name for name in trained)
+
+
+def test_words_are_learned_by_the_language_model_alone(trainee):
+    parameters = trainee.select("words")
+    assert parameters
+    assert all("language_model" in name for name in parameters)
+    artists = {trainee.kb.drawings[at][1] for at in trainee.usable("words").tolist()}
+    assert artists <= {"noto", "twemoji", "fluent", "openmoji"}
+    chosen = trainee.usable("words")[:16]
+    loss, counts = trainee.loss("words", chosen, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert counts[1].sum() == 3 * 16 + 8
