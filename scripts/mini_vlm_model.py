@@ -33,7 +33,8 @@ class Stage(Schedule):
     `teach` weighs how near the tower is to come to what a teacher sees in the same drawing (mini_vlm_teacher.py).
     `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain drawing
     of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its tower, and
-    in the stage of words what the language model gets. With `tower` the bridge is trained together with the tower.
+    in the stage of words what the language model gets. With `tower` the bridge is trained together with the tower,
+    which goes on learning as in its own stage.
     """
 
     questions: int = 0

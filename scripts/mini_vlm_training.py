@@ -188,11 +188,8 @@ class Trainee(BaseTrainee):
         if stage == "tower":
             return in_tower
         if stage == "bridge":
-            with_tower = self.recipe.stages[stage].tower
-            parts = ("readers.", *self._bridge)
-            return name.startswith(parts) or (
-                with_tower and name.startswith(f"model.{self.tower}.")
-            )
+            with_tower = self.recipe.stages[stage].tower and in_tower
+            return with_tower or name.startswith(("readers.", *self._bridge))
         return not name.startswith("heads.") if stage == "joint" else not in_tower
 
     def loss(
@@ -212,7 +209,12 @@ class Trainee(BaseTrainee):
         stage = self.recipe.stages["tower"]
         chosen = self._with_partners(chosen, stage, generator)
         pixels, colour = self.pictures.draw(chosen, generator)
-        tokens = self.tower_tokens(pixels)
+        return self._seen_well(self.tower_tokens(pixels), chosen, colour, stage)
+
+    def _seen_well(
+        self, tokens: Tensor, chosen: Tensor, colour: Tensor, stage: Stage
+    ) -> tuple[Tensor, Tensor]:
+        """Return how badly the tower's tokens (B, T, D) tell what pictures show, and (2, 10) right and asked."""
         loss, counts = self._classify(self.heads, tokens, chosen, colour)
         pooled = self.heads["norm"](tokens.mean(1))
         if self.lesson is not None:
@@ -294,9 +296,11 @@ class Trainee(BaseTrainee):
         stage = self.recipe.stages["bridge"]
         chosen = self._with_partners(chosen, stage, generator)
         pixels, colour = self.pictures.draw(chosen, generator)
-        with self.blending(stage.blend, generator):
+        with self.listening() as heard, self.blending(stage.blend, generator):
             visual = self.image_tokens(pixels)
         loss, counts = self._classify(self.readers, visual, chosen, colour)
+        if stage.tower:
+            loss = loss + self._seen_well(heard[0], chosen, colour, stage)[0]
         concept = self.pictures.concept[chosen]
         if stage.alike:
             pooled = self.readers["norm"](visual.mean(1))
@@ -421,6 +425,20 @@ class Trainee(BaseTrainee):
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Return what the language model gets of pictures in 0..255: (B, 3, 64, 64) -> (B, N, D)."""
         return tokens_of(self.model, pixels)
+
+    @contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """Collect the tower's patch tokens (B, T, D) of each batch of pictures, before anything is blended."""
+        heard: list[Tensor] = []
+
+        def listen(module: nn.Module, given: Any, output: Any) -> None:
+            heard.append(output.last_hidden_state[:, 1:])
+
+        handle = self.model.get_submodule(self.tower).register_forward_hook(listen)
+        try:
+            yield heard
+        finally:
+            handle.remove()
 
     @contextmanager
     def blending(self, most: float, generator: Generator) -> Iterator[None]:

@@ -41,7 +41,7 @@ def train(
     `start_from`, a model folder, from that model, whose tokenizer it keeps. `teacher`, a file of
     mini_vlm_teacher.py, teaches the tower.
     """
-    if teacher is None and "tower" in stages and recipe.stages["tower"].teach:
+    if teacher is None and any(recipe.stages[name].teach for name in stages):
         raise UserError(
             "this recipe's tower has a teacher",
             "--teacher takes the file that scripts/mini_vlm_teacher.py writes",

@@ -36,5 +36,6 @@ wait "$words"
 # the bridge makes of what the new tower sees what the language model knows; then all together
 threads=2
 for part in bridge joint; do
-    stage open "$part" --start-from "$out/words/mini-blip2" --tower-from "$out/tower/tower.safetensors"
+    stage open "$part" --start-from "$out/words/mini-blip2" --tower-from "$out/tower/tower.safetensors" \
+        --teacher "$out/teacher.safetensors"
 done
