@@ -54,7 +54,7 @@ class Recipe(BaseRecipe):
     """Everything a training run depends on but the data and the machine."""
 
     STAGES = STAGES
-    OPTIONAL = ("words", "bridge")
+    OPTIONAL = ("words", "bridge", "decoder")
     STAGE = Stage
 
     family: str

@@ -190,7 +190,9 @@ class Trainee(BaseTrainee):
         if stage == "bridge":
             with_tower = self.recipe.stages[stage].tower and in_tower
             return with_tower or name.startswith(("readers.", *self._bridge))
-        return not name.startswith("heads.") if stage == "joint" else not in_tower
+        if stage == "joint":
+            return self.recipe.stages[stage].tower or not name.startswith("heads.")
+        return not in_tower
 
     def loss(
         self, stage: str, chosen: Tensor, generator: Generator
@@ -293,21 +295,32 @@ class Trainee(BaseTrainee):
         As BLIP-2 trains its Q-Former before there is a language model behind it (Li et al. 2023, 3.2): an answer costs
         many times what a reading does.
         """
-        stage = self.recipe.stages["bridge"]
-        chosen = self._with_partners(chosen, stage, generator)
-        pixels, colour = self.pictures.draw(chosen, generator)
+        _, _, loss, counts = self._read(chosen, self.recipe.stages["bridge"], generator)
+        return loss, counts
+
+    def _read(
+        self, chosen: Tensor, stage: Stage, generator: Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw pictures (B,), with others if the stage has some, and tell what they show by what is got of them.
+
+        Return what the language model gets of the B (B, N, D), their named backgrounds (B,), the loss of telling, and
+        (2, 10) right and asked.
+        """
+        shown = self._with_partners(chosen, stage, generator)
+        shown = torch.cat((shown, self.pictures.some(stage.contrast, generator)))
+        pixels, colour = self.pictures.draw(shown, generator)
         with self.listening() as heard, self.blending(stage.blend, generator):
             visual = self.image_tokens(pixels)
-        loss, counts = self._classify(self.readers, visual, chosen, colour)
+        loss, counts = self._classify(self.readers, visual, shown, colour)
         if stage.tower:
-            loss = loss + self._seen_well(heard[0], chosen, colour, stage)[0]
-        concept = self.pictures.concept[chosen]
+            loss = loss + self._seen_well(heard[0], shown, colour, stage)[0]
+        concept = self.pictures.concept[shown]
         if stage.alike:
             pooled = self.readers["norm"](visual.mean(1))
             loss = loss + stage.alike * contrast_between(pooled, concept)
         if stage.imitate:
             loss = loss + stage.imitate * self._unlikeness(visual, concept, pixels)
-        return loss, counts
+        return visual[: len(chosen)], colour[: len(chosen)], loss, counts
 
     def _unlikeness(self, visual: Tensor, concept: Tensor, pixels: Tensor) -> Tensor:
         """Return how far tokens (B, N, D) are from those of a plain drawing: its share of their variance."""
@@ -360,17 +373,7 @@ class Trainee(BaseTrainee):
 
         All questions about a picture share its encoding. An answer is right if its every token, end included, is.
         """
-        more = self.pictures.some(
-            stage.contrast, generator
-        )  # read alone, nothing is asked about them
-        shown = torch.cat((chosen, more))
-        visual, colour = self.visual_tokens(shown, stage, generator)
-        reading = (
-            self._classify(self.readers, visual, shown, colour)[0]
-            if stage.reading
-            else visual.new_zeros(())
-        )
-        visual, colour = visual[: len(chosen)], colour[: len(chosen)]
+        visual, colour, reading, _ = self._read(chosen, stage, generator)
         loss, counts = self._answered(chosen, visual, colour, stage, generator)
         return loss + stage.reading * reading, counts
 
@@ -413,14 +416,6 @@ class Trainee(BaseTrainee):
             counts[0].index_add_(0, columns, (misses == 0).float())
             counts[1].index_add_(0, columns, torch.ones_like(misses))
         return F.cross_entropy(logits.float(), answers), counts
-
-    def visual_tokens(
-        self, chosen: Tensor, stage: Stage, generator: Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Draw pictures and return what the language model gets of them (B, N, D), and their backgrounds (B,)."""
-        pixels, colour = self.pictures.draw(chosen, generator)
-        with self.blending(stage.blend, generator):
-            return self.image_tokens(pixels), colour
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Return what the language model gets of pictures in 0..255: (B, 3, 64, 64) -> (B, N, D)."""
