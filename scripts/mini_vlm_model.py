@@ -31,10 +31,10 @@ class Stage(Schedule):
     cosines) a picture has to be in it. `alike` weighs the contrastive loss between artists: to each picture comes
     another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
     `teach` weighs how near the tower is to come to what a teacher sees in the same drawing (mini_vlm_teacher.py).
-    `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain drawing
-    of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its tower, and
-    in the stage of words what the language model gets. With `tower` the bridge is trained together with the tower,
-    which goes on learning as in its own stage.
+    `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain
+    drawing of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its
+    tower, and in the stage of words what the language model gets. With `tower` the tower is trained together with what
+    the stage is about, and goes on learning as in its own stage.
     """
 
     questions: int = 0
@@ -244,5 +244,7 @@ def export(adapter: VisionLanguageModel, folder: Path, records: dict[str, Any]) 
     """
     with replacing_folder(folder, records) as fresh:
         copy.deepcopy(adapter.model).half().save_pretrained(fresh)
+        for of_this_machine in ("is_local", "local_files_only"):
+            adapter.tokenizer.init_kwargs.pop(of_this_machine, None)
         full_processor(adapter).save_pretrained(fresh)
         adapter.image_processor.save_pretrained(fresh)

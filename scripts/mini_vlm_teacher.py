@@ -89,9 +89,7 @@ def discriminants(features: Tensor, concept: Tensor, width: int) -> Tensor:
     return F.pad(seen, (0, width - seen.shape[1]))
 
 
-def make_lesson(
-    kb: EmojiKB, teacher: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+def make_lesson(kb: EmojiKB, teacher: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Let the teacher see each drawing that may be trained on, and return what tells its thing apart."""
     pictures = OpenPictures(kb, torch.device("cpu"))
     features = []

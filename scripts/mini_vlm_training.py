@@ -337,7 +337,9 @@ class Trainee(BaseTrainee):
         if self._patterns is None:
             pictures = self.pictures
             assert isinstance(pictures, OpenPictures)
-            plain = {int(pictures.concept[at]): int(at) for at in pictures.plain.flip(0)}
+            plain = {
+                int(pictures.concept[at]): int(at) for at in pictures.plain.flip(0)
+            }
             drawings = pictures.rgba[list(plain.values())].float()
             rows = [self._on_all_grounds(part) for part in drawings.split(64)]
             shape = (len(self.kb.concepts), *rows[0].shape[1:])
@@ -375,7 +377,9 @@ class Trainee(BaseTrainee):
         """
         visual, colour, reading, _ = self._read(chosen, stage, generator)
         loss, counts = self._answered(chosen, visual, colour, stage, generator)
-        return loss + stage.reading * reading, counts
+        if stage.reading:
+            loss = loss + stage.reading * reading
+        return loss, counts
 
     def _answered(
         self,

