@@ -103,9 +103,10 @@ def section(name: str, records: Path) -> str:
     )
 
 
-def page(records: Path) -> str:
-    """Return the whole page."""
-    return _HEAD + "".join(section(name, records) for name in PAPERS)
+def page(records: Path, note: str = "") -> str:
+    """Return the whole page; `note` says how our figures were measured."""
+    how = f"\n{note}\n" if note else ""
+    return _HEAD + how + "".join(section(name, records) for name in PAPERS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,8 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("records", type=Path, nargs="?", default=Path("records/papers"))
     parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--note", default="", help="how our figures were measured")
     args = parser.parse_args(argv)
-    write_atomic(args.out, page(args.records))
+    write_atomic(args.out, page(args.records, args.note))
     print(args.out)
     return 0
 
