@@ -115,9 +115,13 @@ class OpenPictures(Pictures):
     def ground_of(self, pixels: Tensor) -> Tensor:
         """Return the named background that the corners of pictures (B, 3, H, W) in 0..255 look most like: (B,)."""
         edge = pixels.shape[-1] // 8
-        corners = torch.cat((pixels[..., :edge], pixels[..., -edge:]), -1)
-        corners = torch.cat((corners[..., :edge, :], corners[..., -edge:, :]), -2)
-        return torch.cdist(corners.mean((2, 3)), self.grounds).argmin(-1)
+        left, right = pixels[..., :edge], pixels[..., -edge:]
+        sides = torch.cat((left, right), -1)
+        top, bottom = sides[..., :edge, :], sides[..., -edge:, :]
+        corners = torch.cat((top, bottom), -2)
+        colour = corners.mean((2, 3))
+        distance = torch.cdist(colour, self.grounds)
+        return distance.argmin(-1)
 
     def partners(self, chosen: Tensor, generator: Generator) -> Tensor:
         """Return for each picture a usable one of the same concept, of another artist where there is one: (B,)."""

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.knowledge.methods.base import TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.lte.follower import LteNetworks
 from mmedit_cli.knowledge.methods.lte.hparams import FACT, QUESTION, LteHparams
 from mmedit_cli.knowledge.methods.lte.training import Teaching, losses_of
 from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.edit_rows import EditRows
 from mmedit_cli.knowledge.methods.shared.routed_context import RoutedContext
+from mmedit_cli.knowledge.methods.shared.row_editor import RowEditor
 from mmedit_cli.knowledge.methods.shared.scope import about, codes
 from mmedit_cli.knowledge.models.shared.anchors import sizes
 from mmedit_cli.knowledge.models.shared.batch import Batch, joined
@@ -23,7 +23,7 @@ from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
 
 
-class Lte(TrainedEditor):
+class Lte(RowEditor):
     """LTE (Jiang et al., ACL 2024): the model is taught once to follow a fact in front of a question, or to ignore it.
 
     The fact that a question is about is retrieved by words and picture, once a question, and put in front of it; the
@@ -32,7 +32,6 @@ class Lte(TrainedEditor):
 
     name = "lte"
     Hparams = LteHparams
-    independent = True
     first_layer: ClassVar[None] = None  # the question itself changes
     architecture: ClassVar[tuple[str, ...]] = (
         "roles",
@@ -114,16 +113,6 @@ class Lte(TrainedEditor):
         self._facts += requests
         self._context.attach()
 
-    def _keep(self, positions: Sequence[int]) -> bool:
-        requests = [self.requests[i] for i in positions]
-        rows = self._rows.taken(positions)
-        self._reset()
-        self._add(
-            rows,
-            requests,
-        )
-        return True
-
     def _reset(self) -> None:
         self._patch.undo()
         self._rows.clear()
@@ -159,17 +148,8 @@ class Lte(TrainedEditor):
             self.hparams.threshold,
         )
 
-    def routes(self, queries: Sequence[Query]) -> list[int | None]:
-        """Return for each query the id of the edit that it is about, None where the base model answers."""
-        if not self.operations:
-            return [None] * len(queries)
-        ids = self.ids
-        places = self._context.places(queries)
-        return [ids[place] if place >= 0 else None for place in places]
-
-    def affects(self, queries: Sequence[Query]) -> list[bool]:
-        """Return for each query whether it is about an edit."""
-        return [edit is not None for edit in self.routes(queries)]
+    def _places(self, queries: Sequence[Query]) -> list[int]:
+        return self._context.places(queries)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -210,29 +190,6 @@ class Lte(TrainedEditor):
             weight = weights.get(name, 1.0)
             total = total + weight * loss
         return {**losses, "total": total / world}
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._rows.tensors)
-
-    def _load_tensors(
-        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
-    ) -> None:
-        if not requests:
-            return
-        count = len(requests)
-        check_shapes(
-            tensors,
-            self._rows.wanted(count),
-            f"{count} edits of this lte",
-        )
-        device = self.backbone.device
-        rows = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._add(
-            rows,
-            requests,
-        )
 
 
 EDITOR = Lte

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mmedit_cli.knowledge.methods.base import TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.recipe.edits import make
 from mmedit_cli.knowledge.methods.recipe.hparams import RecipeHparams
 from mmedit_cli.knowledge.methods.recipe.networks import RecipeNetworks
@@ -18,12 +17,13 @@ from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.edit_rows import EditRows
 from mmedit_cli.knowledge.methods.shared.question_features import question_features
 from mmedit_cli.knowledge.methods.shared.routed_context import RoutedContext
+from mmedit_cli.knowledge.methods.shared.row_editor import RowEditor
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import EditCase, Query
 
 
-class Recipe(TrainedEditor):
+class Recipe(RowEditor):
     """RECIPE (Chen et al., EMNLP 2024): an edit is a few soft tokens, which stand behind the picture of a question.
 
     A question is compared with every edit, by its words and its picture, once. The nearest edit answers if it is
@@ -33,7 +33,6 @@ class Recipe(TrainedEditor):
 
     name = "recipe"
     Hparams = RecipeHparams
-    independent = True
     first_layer: ClassVar[None] = None  # the question itself gets longer
     architecture: ClassVar[tuple[str, ...]] = (
         "hidden_dim",
@@ -99,16 +98,6 @@ class Recipe(TrainedEditor):
         self._decision.forget()
         self._context.attach()
 
-    def _keep(self, positions: Sequence[int]) -> bool:
-        requests = [self.requests[i] for i in positions]
-        rows = self._rows.taken(positions)
-        self._reset()
-        self._add(
-            rows,
-            requests,
-        )
-        return True
-
     def _reset(self) -> None:
         self._patch.undo()
         self._rows.clear()
@@ -154,17 +143,8 @@ class Recipe(TrainedEditor):
         best, place = of_edits.max(1)
         return torch.where(best > threshold, place, -1)
 
-    def routes(self, queries: Sequence[Query]) -> list[int | None]:
-        """Return for each query the id of the edit that it is about, None where the base model answers."""
-        if not self.operations:
-            return [None] * len(queries)
-        ids = self.ids
-        places = self._context.places(queries)
-        return [ids[place] if place >= 0 else None for place in places]
-
-    def affects(self, queries: Sequence[Query]) -> list[bool]:
-        """Return for each query whether it is about an edit."""
-        return [edit is not None for edit in self.routes(queries)]
+    def _places(self, queries: Sequence[Query]) -> list[int]:
+        return self._context.places(queries)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -201,26 +181,6 @@ class Recipe(TrainedEditor):
         for name, loss in losses.items():
             total = total + weights.get(name, training.routing) * loss
         return {**losses, "total": total / world}
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._rows.tensors)
-
-    def _load_tensors(
-        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
-    ) -> None:
-        if not requests:
-            return
-        count = len(requests)
-        check_shapes(
-            tensors,
-            self._rows.wanted(count),
-            f"{count} edits of this recipe",
-        )
-        device = self.backbone.device
-        rows = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._add(rows, requests)
 
 
 EDITOR = Recipe

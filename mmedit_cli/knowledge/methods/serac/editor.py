@@ -9,7 +9,6 @@ import torch
 from torch import Generator, Tensor
 
 from mmedit_cli.errors import HparamsError
-from mmedit_cli.knowledge.methods.base import TrainedEditor, check_shapes
 from mmedit_cli.knowledge.methods.serac.hparams import SeracHparams
 from mmedit_cli.knowledge.methods.serac.memory import (
     Memory,
@@ -21,6 +20,7 @@ from mmedit_cli.knowledge.methods.serac.training import losses_of
 from mmedit_cli.knowledge.methods.shared.chunks import chunks
 from mmedit_cli.knowledge.methods.shared.current_question import Decision
 from mmedit_cli.knowledge.methods.shared.question_end import ends_of
+from mmedit_cli.knowledge.methods.shared.row_editor import RowEditor
 from mmedit_cli.knowledge.methods.shared.scope import codes
 from mmedit_cli.knowledge.models.shared.batch import Batch
 from mmedit_cli.patch import Patch
@@ -29,7 +29,7 @@ from mmedit_cli.types import EditCase, Query
 _ASKED = 32  # queries that are routed at a time
 
 
-class Serac(TrainedEditor):
+class Serac(RowEditor):
     """SERAC (Mitchell et al., ICML 2022): edits are kept in a memory, and answer only what they are about.
 
     A scope classifier compares picture and prompt of a question with those of every edit, once a question. If none
@@ -40,7 +40,6 @@ class Serac(TrainedEditor):
 
     name = "serac"
     Hparams = SeracHparams
-    independent = True
     architecture: ClassVar[tuple[str, ...]] = (
         "hidden_dim",
         "prompt_dim",
@@ -49,6 +48,7 @@ class Serac(TrainedEditor):
     )
     hparams: SeracHparams
     networks: SeracNetworks
+    _rows: Memory
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,7 +67,7 @@ class Serac(TrainedEditor):
                 backbone.entry_width,
                 hp,
             )
-        self._memory = Memory(
+        self._rows = Memory(
             backbone.width,
             self.networks.scope.width,
             hp.answer_tokens,
@@ -104,28 +104,18 @@ class Serac(TrainedEditor):
         return {}
 
     def _add(self, rows: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
-        if not len(self._memory):
+        if not len(self._rows):
             entered = self.backbone.anchors.tail[0]
             self._patch.hook_input(
                 entered,
                 self._answer,
             )
-        self._memory.add(rows, requests)
+        self._rows.add(rows, requests)
         self._decision.forget()
-
-    def _keep(self, positions: Sequence[int]) -> bool:
-        requests = [self.requests[i] for i in positions]
-        rows = self._memory.taken(positions)
-        self._reset()
-        self._add(
-            rows,
-            requests,
-        )
-        return True
 
     def _reset(self) -> None:
         self._patch.undo()
-        self._memory.clear()
+        self._rows.clear()
         self._decision.forget()
 
     # -- which edit answers ---------------------------------------------------------------------------------------
@@ -144,7 +134,7 @@ class Serac(TrainedEditor):
         if not len(rows):
             return None
         states = hidden[rows]
-        answers = self._memory.answers.of(about[rows])
+        answers = self._rows.answers.of(about[rows])
         changed = answered(
             self.networks,
             self.backbone,
@@ -163,29 +153,20 @@ class Serac(TrainedEditor):
         """Return which edit each query of a batch is about, -1 for none: (B,)."""
         scope = self.networks.scope
         queries = codes(scope, self.backbone, batch)
-        return self._memory.about(
+        return self._rows.about(
             scope,
             queries,
             self.hparams.threshold,
         )
 
     @torch.no_grad()
-    def routes(self, queries: Sequence[Query]) -> list[int | None]:
-        """Return for each query the id of the edit that it is about, None where the base model answers."""
-        if not self.operations:
-            return [None] * len(queries)
+    def _places(self, queries: Sequence[Query]) -> list[int]:
         backbone = self.backbone
-        ids = self.ids
-        found: dict[Query, int | None] = {}
+        found: dict[Query, int] = {}
         for part in chunks(backbone.by_length(queries), _ASKED):
             about = self._about(backbone.batch(part))
-            for query, place in zip(part, about.tolist(), strict=True):
-                found[query] = ids[place] if place >= 0 else None
+            found |= zip(part, about.tolist(), strict=True)
         return [found[query] for query in queries]
-
-    def affects(self, queries: Sequence[Query]) -> list[bool]:
-        """Return for each query whether it is about an edit."""
-        return [edit is not None for edit in self.routes(queries)]
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -217,26 +198,6 @@ class Serac(TrainedEditor):
         )
         every = torch.stack(list(losses.values()))
         return {**losses, "total": every.sum() / world}
-
-    # -- saving -------------------------------------------------------------------------------------------------
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(self._memory.tensors)
-
-    def _load_tensors(
-        self, tensors: Mapping[str, Tensor], requests: Sequence[Query]
-    ) -> None:
-        if not requests:
-            return
-        count = len(requests)
-        check_shapes(
-            tensors,
-            self._memory.wanted(count),
-            f"{count} edits of this serac",
-        )
-        device = self.backbone.device
-        rows = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._add(rows, requests)
 
 
 EDITOR = Serac
