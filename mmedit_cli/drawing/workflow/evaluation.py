@@ -24,6 +24,7 @@ from mmedit_cli.drawing.workflow.concepts import (
     personalizer_for,
     training_dtype,
 )
+from mmedit_cli.drawing.workflow.missing_pictures import Wanted, draw_missing
 from mmedit_cli.drawing.workflow.plan import (
     ConceptEvalOptions,
     ConceptPlan,
@@ -324,33 +325,14 @@ class _ConceptEvaluation:
         for prompt, row in zip(sheet.prompts, self.files(side, sheet), strict=True):
             for seed, path in zip(self.seeds, row, strict=True):
                 wanted.append((prompt, seed, path))
-        size = self.plan.settings.batch_size
-        for start in range(0, len(wanted), size):
-            batch = wanted[start : start + size]
-            if not all(path.is_file() for _, _, path in batch):
-                if side == "oracle":
-                    tokens = self.named_tokens(sheet)
-                    blocks = {prompt: tokens for prompt, _, _ in batch}
-                    personalizer.assign_blocks(blocks)
-                self.draw_batch(batch)
-            self.tick("pictures", len(batch))
 
-    def draw_batch(self, batch: Sequence[tuple[str, int, Path]]) -> None:
-        """Draw pictures for (prompt, seed, file) and write them."""
-        from mmedit_cli.drawing.models.stable_diffusion import Sampling
+        def assign(batch: Sequence[Wanted]) -> None:
+            if side == "oracle":
+                tokens = self.named_tokens(sheet)
+                blocks = {prompt: tokens for prompt, _, _ in batch}
+                personalizer.assign_blocks(blocks)
 
-        settings = self.plan.settings
-        sampling = Sampling(
-            steps=settings.steps,
-            guidance=settings.guidance,
-            resolution=settings.size,
-            batch_size=settings.batch_size,
-        )
-        prompts, seeds, paths = zip(*batch, strict=True)
-        pictures = self.model.generate(prompts, seeds, sampling)
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, picture in zip(paths, pictures, strict=True):
-            write_atomic(path, png(picture))
+        draw_missing(self.model, self.plan.settings, wanted, self.tick, assign)
 
     # -- looking ------------------------------------------------------------------------------------------------
 

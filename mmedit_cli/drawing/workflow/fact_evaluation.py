@@ -31,11 +31,12 @@ from mmedit_cli.drawing.workflow.fact_plan import (
     plan_facts,
     sheets_of,
 )
+from mmedit_cli.drawing.workflow.missing_pictures import draw_missing
 from mmedit_cli.output import Output
-from mmedit_cli.pictures import Picture, load_picture, png
+from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.records import Run
 from mmedit_cli.shapes import told
-from mmedit_cli.storage import sweep_tree, write_atomic
+from mmedit_cli.storage import sweep_tree
 
 if TYPE_CHECKING:
     from mmedit_cli.drawing.evaluation.facts import FactJudge, Judgement
@@ -215,29 +216,7 @@ class _FactEvaluation:
             paths = self.files(sheet, prompt)
             for seed, path in zip(self.plan.seeds, paths, strict=True):
                 wanted.append((prompt, seed, path))
-        size = self.plan.settings.batch_size
-        for start in range(0, len(wanted), size):
-            batch = wanted[start : start + size]
-            if not all(path.is_file() for _, _, path in batch):
-                self.draw_batch(batch)
-            self.tick("pictures", len(batch))
-
-    def draw_batch(self, batch: Sequence[tuple[str, int, Path]]) -> None:
-        """Draw pictures for (prompt, seed, file) and write them."""
-        from mmedit_cli.drawing.models.stable_diffusion import Sampling
-
-        settings = self.plan.settings
-        sampling = Sampling(
-            steps=settings.steps,
-            guidance=settings.guidance,
-            resolution=settings.size,
-            batch_size=settings.batch_size,
-        )
-        prompts, seeds, paths = zip(*batch, strict=True)
-        pictures = self.model.generate(prompts, seeds, sampling)
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, picture in zip(paths, pictures, strict=True):
-            write_atomic(path, png(picture))
+        draw_missing(self.model, self.plan.settings, wanted, self.tick)
 
     # -- judging ------------------------------------------------------------------------------------------------
 
