@@ -33,8 +33,9 @@ class Stage(Schedule):
     `teach` weighs how near the tower is to come to what a teacher sees in the same drawing (mini_vlm_teacher.py).
     `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain
     drawing of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its
-    tower, and in the stage of words what the language model gets. With `tower` the tower is trained together with what
-    the stage is about, and goes on learning as in its own stage.
+    tower, and in the stage of words what the language model gets. `plainly` is the share of the pictures of the open
+    world that are drawn as the closed one draws them: these are to be known by heart too. With `tower` the tower is
+    trained together with what the stage is about, and goes on learning as in its own stage.
     """
 
     questions: int = 0
@@ -46,6 +47,7 @@ class Stage(Schedule):
     teach: float = 0.0
     imitate: float = 0.0
     blend: float = 0.0
+    plainly: float = 0.0
     tower: bool = False
 
 

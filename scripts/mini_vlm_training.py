@@ -308,7 +308,7 @@ class Trainee(BaseTrainee):
         """
         shown = self._with_partners(chosen, stage, generator)
         shown = torch.cat((shown, self.pictures.some(stage.contrast, generator)))
-        pixels, colour = self.pictures.draw(shown, generator)
+        pixels, colour = self._drawn(shown, stage, generator)
         with self.listening() as heard, self.blending(stage.blend, generator):
             visual = self.image_tokens(pixels)
         loss, counts = self._classify(self.readers, visual, shown, colour)
@@ -321,6 +321,21 @@ class Trainee(BaseTrainee):
         if stage.imitate:
             loss = loss + stage.imitate * self._unlikeness(visual, concept, pixels)
         return visual[: len(chosen)], colour[: len(chosen)], loss, counts
+
+    def _drawn(
+        self, shown: Tensor, stage: Stage, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return pictures (B, 3, 64, 64) in 0..255, some of them plain, and their named backgrounds (B,), or -1."""
+        pixels, colour = self.pictures.draw(shown, generator)
+        if not stage.plainly:
+            return pixels, colour
+        assert isinstance(self.pictures, OpenPictures)
+        chance = torch.rand(len(shown), generator=generator, device=self.device)
+        plain = chance < stage.plainly
+        still, still_colour = self.pictures.draw_plainly(shown[plain], generator)
+        pixels[plain] = still.to(pixels.dtype)
+        colour[plain] = still_colour
+        return pixels, colour
 
     def _unlikeness(self, visual: Tensor, concept: Tensor, pixels: Tensor) -> Tensor:
         """Return how far tokens (B, N, D) are from those of a plain drawing: its share of their variance."""

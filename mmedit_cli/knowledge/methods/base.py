@@ -20,7 +20,7 @@ from mmedit_cli.identity import same_model
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.layers import at_depth
 from mmedit_cli.output import counted
-from mmedit_cli.reading import Record, parse_json
+from mmedit_cli.reading import Record, parse_json, parse_json_object
 from mmedit_cli.runtime import generator
 from mmedit_cli.storage import sha256_of
 from mmedit_cli.types import EditCase, Query
@@ -333,7 +333,12 @@ class Editor(ABC):
         self.load_state(*read_state(path))
 
     def _agrees(self, key: str, known: str | None, value: str) -> bool:
-        """Whether a value in a file is ours; a file may name the model by its former fingerprint."""
+        """Whether a value in a file is ours; a file may name the model by its former fingerprint.
+
+        A hyper-parameter that is null may be missing: there was none when the file was written.
+        """
+        if key in ("hparams", "networks") and known is not None:
+            return _given(known) == _given(value)
         former = self.backbone.former if key == "model" else ""
         return same_model(known, value, former)
 
@@ -463,6 +468,16 @@ def _without(operation: Operation, ids: set[int]) -> Operation:
         requests=tuple(request for _, request in kept),
         info=operation.info,
     )
+
+
+def _given(values: str) -> dict[str, Any]:
+    """Return the hyper-parameters in a JSON object that are not null."""
+    found = parse_json_object(
+        values,
+        "the state: hyper-parameters",
+        error=StateError,
+    )
+    return {name: value for name, value in found.values.items() if value is not None}
 
 
 def _without_training(hparams: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class VisionLanguageModel(ABC):
     A language model is one that `sees` nothing. `auto_class` names the class of transformers that loads the model.
     `current_batch` is the batch that is in a forward pass at the moment, for hooks that need its masks; else None.
     `rewrite` is applied to every query before it is encoded: editors that work in the context set it; else None.
+    `before_pass` are told of every batch before it enters: editors that ask the model about its pictures themselves.
 
     A family of a plug-in says here what the built-in ones say in `catalog.py`: `model_types` are the names that
     `config.json` has for its models, `tiny_models` the names of random models that `build_tiny` makes.
@@ -98,6 +99,7 @@ class VisionLanguageModel(ABC):
         self._encode = lru_cache(maxsize=1 << 16)(self._tokenize)
         self.current_batch: Batch | None = None
         self.rewrite: Callable[[Query], Query] | None = None
+        self.before_pass: list[Callable[[Batch], None]] = []
         self._cache: ActivationCache | None = None
         self._encoded: tuple[Batch, Sequence[Tensor]] | None = None  # of the last batch
 
@@ -388,6 +390,25 @@ class VisionLanguageModel(ABC):
             return self.image_features(batch.pictures)
         return self._cache.features.get(batch.pictures)
 
+    def by_picture(
+        self,
+        name: str,
+        compute: Callable[[Sequence[Picture]], Sequence[Tensor]],
+        pictures: Sequence[Picture],
+    ) -> Sequence[Tensor]:
+        """Return what `compute` makes of each picture; inside `cached_activations` it is asked once a picture.
+
+        `name` tells one computation from another; what it makes must not depend on edits.
+        """
+        if self._cache is None:
+            return compute(pictures)
+        if name not in self._cache.found:
+            known = self._cache.features
+            rows = RowCache(compute, group=known.group, budget=known.budget, spill=True)
+            rows.plan(known.planned)
+            self._cache.found[name] = rows
+        return self._cache.found[name].get(pictures)
+
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V); raise NotFinite for NaN or infinity."""
         logits = self._logits(batch)
@@ -560,6 +581,8 @@ class VisionLanguageModel(ABC):
     @contextmanager
     def _pass(self, batch: Batch, deepstack: DeepStack | None = None) -> Iterator[None]:
         """Inside the block, `current_batch` is the batch, and its image tokens are added behind the first layers."""
+        for look in self.before_pass:
+            look(batch)
         before = self.current_batch
         self.current_batch = batch
         try:

@@ -46,7 +46,7 @@ VARIANTS = {
         ("steps=20", "edits_per_memory=2"),
         ("steps=20", "edits_per_memory=1", "mode=merge", "replay=1"),
     ),
-    "liveedit": ((), ("variant=paper",)),
+    "liveedit": ((), ("variant=paper",), ("naming=What can be seen?",)),
     "lora": (("steps=20",),),
     "multi-melo": (
         ("steps=15",),
@@ -80,6 +80,7 @@ VARIANTS = {
 TRAINING = (200, 3e-3)
 SHORTER = {
     ("liveedit",): (100, 6e-3),
+    ("liveedit", "naming=What can be seen?"): (60, 6e-3),
     ("lte",): (60, 6e-3),
     ("mend",): (15, 1e-3),
     ("mend", "aggregate=ridge"): (15, 1e-3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -356,6 +357,24 @@ def test_networks_of_another_model_or_shape_are_refused(editor, backbone, tmp_pa
     save_file(dict(list(tensors.items())[1:]), path, metadata)
     with pytest.raises(StateError, match="does not fit"):
         editor.load_networks(path)
+
+
+def test_files_from_before_a_hyper_parameter_that_is_null_are_read(editor, tmp_path):
+    from safetensors.torch import save_file
+
+    def former(metadata, key):
+        values = json.loads(metadata[key])
+        del values["naming"]
+        return {**metadata, key: json.dumps(values)}
+
+    tensors, metadata = editor.networks_state()
+    path = tmp_path / "networks.safetensors"
+    save_file(tensors, path, former(metadata, "networks"))
+    editor.load_networks(path)
+    editor.edit(REQUESTS[:1])
+    tensors, metadata = editor.state()
+    editor.load_state(tensors, former(metadata, "hparams"))
+    assert editor.requests == list(REQUESTS[:1])
 
 
 def test_networks_in_eight_bits_are_nearly_the_same(editor, backbone, tmp_path):

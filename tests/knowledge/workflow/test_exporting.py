@@ -17,7 +17,7 @@ from conftest import ROOT, SHAPES, fork, needs_fork
 from safetensors.torch import save_file
 
 from mmedit_cli.app import main
-from mmedit_cli.errors import MmeditError
+from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.knowledge.ledger.edited_model import (
     EditOptions,
     begin_edits,
@@ -237,6 +237,36 @@ def test_routed_edits_of_every_family(tmp_path, model, method):
     assert report["kind"] == "base model and edits"
     assert report["largest_difference"] <= 1e-5
     assert (report["checked"], report["continued"]) == (len(routed) + 1, 2)
+
+
+NAMED = ("margin=-100", "naming=What can be seen?")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "tiny-blip2",
+        pytest.param("tiny-llava", marks=pytest.mark.slow),
+        pytest.param("tiny-minigpt4", marks=pytest.mark.slow),
+    ],
+)
+def test_edits_found_by_names_ask_for_them_without_this_package(tmp_path, model):
+    with begun(tmp_path, model, "liveedit", *NAMED) as edited:
+        edited.edit(REQUESTS)
+        names = edited.editor.tensors()["names"]
+    assert (names[:, 0, 0] >= 0).all(), "the pictures have names, or nothing is tested"
+    report = exporting.export(
+        tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET
+    )
+    assert report["largest_difference"] <= 1e-5
+
+
+def test_edits_found_by_names_need_positions_that_an_export_can_count(tmp_path):
+    with begun(tmp_path, "tiny-qwen2-vl", "liveedit", *NAMED) as edited:
+        edited.edit(REQUESTS[:1])
+    with pytest.raises(UserError, match="ask for the names of pictures"):
+        exporting.export(tmp_path / "edits", tmp_path / "out", ModelOptions(""), QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 def begun(folder, model, editor, *overrides):

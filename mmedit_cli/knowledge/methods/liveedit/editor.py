@@ -19,6 +19,8 @@ from mmedit_cli.knowledge.methods.base import (
 )
 from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditHparams
+from mmedit_cli.knowledge.methods.liveedit.names import LENGTH, WIDTH, agreement
+from mmedit_cli.knowledge.methods.liveedit.naming import Naming
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
 from mmedit_cli.knowledge.methods.liveedit.refining import refined
 from mmedit_cli.knowledge.methods.liveedit.training import (
@@ -42,6 +44,7 @@ _EXPORTED_NETWORKS = (
     "vision_sharpness.",
     "prompt_sharpness.",
     "picture.",
+    "name_weight.",
 )
 _EXPORTED_SETTINGS = (
     "module_dim",
@@ -82,6 +85,7 @@ class LiveEdit(TrainedEditor):
         "answer_slots",
         "whole_picture",
         "detail_dim",
+        "naming",
     )
     hparams: LiveEditHparams
     networks: LiveEditNetworks
@@ -116,6 +120,10 @@ class LiveEdit(TrainedEditor):
         self._shapes: dict[str, tuple[int, ...]] = {"u": matrix, "v": matrix}
         for name, values in self.networks.widths.items():
             self._shapes[name] = (values,)
+        self._naming: Naming | None = None
+        if hp.naming is not None:
+            self._naming = Naming(backbone, hp.naming)
+            self._shapes["names"] = (LENGTH, WIDTH)
         self._bank = ExpertBank(self._shapes, backbone.device)
         self._patch = Patch(backbone.model)
         # picture and prompt -> position of the newest expert
@@ -145,22 +153,28 @@ class LiveEdit(TrainedEditor):
         prefix = backbone.prefix(batch, self._layer)
         experts = networks.experts(prefix, backbone)
         with self._set_aside():
+            names = None if self._naming is None else self._naming.of(batch)
             u, v = refined(
                 networks,
                 backbone,
                 prefix,
                 experts,
                 self.hparams.refine,
+                names,
             )
         mean = backbone.mean_image_tokens(prefix.batch)
         vision, prompt = networks.keys(prefix, mean)
         rows = {"u": u, "v": v, "vision": vision, "prompt": prompt}
+        if names is not None:
+            rows["names"] = names
         self._add(rows, requests)
         return {}
 
     def _add(self, rows: Mapping[str, Tensor], requests: Sequence[Query]) -> None:
         if not len(self._bank):
             self._patch.hook_input(self._entered, self._adapt)
+            if self._naming is not None:
+                self.backbone.before_pass.append(self._ask_for_names)
         start = len(self._bank)
         self._bank.add(rows)
         for position, request in enumerate(requests, start):
@@ -173,11 +187,12 @@ class LiveEdit(TrainedEditor):
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
         """Run the base model inside: an expert is refined as if it were alone, so the order does not matter."""
+        before = self._aside
         self._aside = True
         try:
             yield
         finally:
-            self._aside = False
+            self._aside = before
 
     @property
     def _entered(self) -> str:
@@ -202,6 +217,22 @@ class LiveEdit(TrainedEditor):
         self._bank.clear()
         self._newest.clear()
         self._decision.forget()
+        if self._naming is not None:
+            self._naming.forget()
+            if self._ask_for_names in self.backbone.before_pass:
+                self.backbone.before_pass.remove(self._ask_for_names)
+
+    def _ask_for_names(self, batch: Batch) -> None:
+        """Let the untouched model name the pictures of a batch before it enters."""
+        if not self._aside:
+            self._names_of(batch)
+
+    def _names_of(self, batch: Batch) -> Tensor | None:
+        """Return the names of each row's picture, (B, n, 1 + 2 L), where names are compared."""
+        if self._naming is None:
+            return None
+        with self._set_aside():
+            return self._naming.of(batch)
 
     # -- routing ------------------------------------------------------------------------------------------------
 
@@ -241,6 +272,11 @@ class LiveEdit(TrainedEditor):
         to_prompt = partial(networks.similarity, prompt)
         by_vision = self._bank.compare("vision", to_vision)
         by_prompt = self._bank.compare("prompt", to_prompt)
+        names = self._names_of(batch)
+        if names is not None:
+            to_names = partial(agreement, names[rows])
+            by_names = self._bank.compare("names", to_names)
+            by_vision = by_vision + networks.named(by_names)
         margin = by_vision - sentinel
         score = networks.score(by_prompt, margin)
         # published: the picture alone decides which experts pass
@@ -313,7 +349,7 @@ class LiveEdit(TrainedEditor):
             locality=hp.locality_items,
         )
         draws = draw(items, source, hp.compat)
-        place = Place(self.backbone, self._layer, rank, world)
+        place = Place(self.backbone, self._layer, rank, world, self._naming)
         more = [case.request for case in others]
         return losses_of(self.networks, place, items, draws, more)
 
@@ -346,6 +382,9 @@ class LiveEdit(TrainedEditor):
             if name.startswith(_EXPORTED_NETWORKS):
                 tensors[f"networks.{name}"] = tensor
         settings = {name: getattr(hp, name) for name in _EXPORTED_SETTINGS}
+        settings["naming"] = None
+        if self._naming is not None:
+            settings |= self._naming.exported()
         return standalone(
             self,
             self._entered,

@@ -63,6 +63,7 @@ class LiveEditHparams:
     answer_slots: bool = True
     whole_picture: bool = True
     detail_dim: int = 8
+    naming: str | None = None
     variant: Literal["paper", "joint"] = "joint"
     visual_weight: float = 1.0
     top_k: int | None = None
@@ -83,6 +84,13 @@ class LiveEditHparams:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.naming is not None and not self.naming.strip():
+            raise ValueError("naming must be a question or null")
+        compares_wholes = self.whole_picture and self.variant == "joint"
+        if self.naming is not None and not compares_wholes:
+            raise ValueError(
+                "naming compares pictures by their names besides: it needs whole_picture=true and variant=joint"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, not {self.top_k}")
         if self.module_dim % self.heads:

@@ -126,6 +126,7 @@ class Asking:
     vision_sharpness: Scalar
     prompt_sharpness: Scalar
     picture: WholePicture
+    name_weight: Scalar
 
     def ask(
         self, hidden: Tensor, prompt_mask: Tensor, image_mask: Tensor, mean: Tensor
@@ -154,6 +155,11 @@ class Asking:
         threshold = sharpness * self.picture.threshold()
         vision = torch.cat((detail, sharpness * whole), 1)
         return vision, prompt, products + threshold
+
+    def named(self, agreement: Tensor) -> Tensor:
+        """Return what is added to the similarity of pictures for the agreement of their names: (R, N) -> (R, N)."""
+        weight: Tensor = self.name_weight()
+        return weight * agreement
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.
@@ -216,6 +222,8 @@ class LiveEditNetworks(Asking, nn.Module):
             if hp.whole_picture:
                 values = vectors * hp.module_dim
                 self.picture = WholePicture(values, hp.detail_dim)
+            if hp.naming is not None:
+                self.name_weight = Scalar(1.0)
         # at first row j of u fires where token j of the answer is to be given, and row j of v gives it
         slots = (1 / width, 1.0) if hp.answer_slots else (None, None)
         shape_of_expert = (*shape, hp.rank, hp.lora_scale)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmedit_cli.knowledge.methods.liveedit.experts import adapt
+from mmedit_cli.knowledge.methods.liveedit.names import agreement
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Prefix
@@ -26,12 +27,14 @@ def refined(
     prefix: Prefix,
     experts: tuple[Tensor, Tensor],
     steps: int,
+    names: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the matrices u and v (B, r, D) after at most `steps` steps for those that need any.
 
-    prefix: the requests with their answers at the edit layer. Rows do not depend on each other.
+    prefix: the requests with their answers at the edit layer; `names` of their pictures, where names are compared.
+    Rows do not depend on each other.
     """
-    weight = _own_weight(networks, backbone, prefix)
+    weight = _own_weight(networks, backbone, prefix, names)
     said = _log_probabilities(
         networks,
         backbone,
@@ -118,7 +121,10 @@ def _root_mean_square(matrix: Tensor) -> Tensor:
 
 
 def _own_weight(
-    networks: LiveEditNetworks, backbone: VisionLanguageModel, prefix: Prefix
+    networks: LiveEditNetworks,
+    backbone: VisionLanguageModel,
+    prefix: Prefix,
+    names: Tensor | None,
 ) -> Tensor:
     """Return the weight that the expert of each request has for that request if there are no others: (B, 1)."""
     batch = prefix.batch
@@ -132,6 +138,8 @@ def _own_weight(
     vision_keys, prompt_keys = networks.keys(prefix, mean)
     by_vision = networks.similarity(vision, vision_keys)
     by_prompt = networks.similarity(prompt, prompt_keys)
+    if names is not None:
+        by_vision = by_vision + networks.named(agreement(names, names))
     own_vision = by_vision.diagonal()[:, None]
     own_prompt = by_prompt.diagonal()[:, None]
     margin = own_vision - sentinel

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
+from mmedit_cli.knowledge.methods.liveedit.names import agreement, spoken
 from mmedit_cli.knowledge.methods.liveedit.networks import Asking, Scalar, WholePicture
 from mmedit_cli.knowledge.methods.shared.attention import Extractor
 from mmedit_cli.knowledge.methods.shared.exported_runtime import (
@@ -58,6 +59,8 @@ class LiveEditRuntimeNetworks(Asking, nn.Module):
         if self.whole_picture:
             values = hp.feature_vectors * hp.module_dim
             self.picture = WholePicture(values, hp.detail_dim)
+        if hp.naming is not None:
+            self.name_weight = Scalar(0.0)
         self.load_state_dict(own)
         self.eval().requires_grad_(False)
 
@@ -74,7 +77,8 @@ class LiveEditEdits(RoutedEdits):
         """Move the networks and the experts; the routing stays in float32."""
         super().to(device)
         self.networks.to(device)
-        experts = {name: self.tensors[name] for name in _EXPERT}
+        kept = [name for name in (*_EXPERT, "names") if name in self.tensors]
+        experts = {name: self.tensors[name] for name in kept}
         shapes = {name: tuple(rows.shape[1:]) for name, rows in experts.items()}
         self.bank = ExpertBank(shapes, device)
         self.bank.add(experts)
@@ -106,6 +110,9 @@ class LiveEditEdits(RoutedEdits):
         to_prompt = partial(networks.similarity, prompt)
         by_vision = self.bank.compare("vision", to_vision)
         by_prompt = self.bank.compare("prompt", to_prompt)
+        if hp.naming is not None:
+            to_names = partial(agreement, self.names_of(pictures))
+            by_vision = by_vision + networks.named(self.bank.compare("names", to_names))
         margin = by_vision - sentinel
         score = networks.score(by_prompt, margin)
         decisive = margin if networks.published else score
@@ -119,6 +126,53 @@ class LiveEditEdits(RoutedEdits):
         for row, used in zip(rows.tolist(), routing.by_expert(), strict=True):
             self.weights[row] = {self.ids[i]: weight for i, weight in used.items()}
         return rows, routing
+
+    def names_of(self, pictures: list[Tensor]) -> Tensor:
+        """Return the names the base model gives to pictures, by their image tokens (N_v, E): (R, n, 1 + 2 L)."""
+        names = [self._name_of(tokens) for tokens in pictures]
+        self._reading = None  # what was embedded for it is no question
+        every = torch.cat(names)
+        return every.to(pictures[0].device)
+
+    def _name_of(self, picture: Tensor) -> Tensor:
+        hp = self.settings
+        before, behind = hp.naming
+        parts = (self._embedded(before), picture, self._embedded(behind))
+        question = torch.cat(parts)
+
+        def following(said: list[int]) -> Tensor:
+            embeds = torch.cat((question, self._embedded(said)))
+            return self._behind(embeds[None])
+
+        return spoken(following, hp.stops, hp.end)
+
+    def _embedded(self, ids: list[int]) -> Tensor:
+        """Return the input embeddings of token ids: (n, E)."""
+        tokens = torch.tensor(
+            ids,
+            dtype=torch.long,
+            device=self._device,
+        )
+        embeddings: Tensor = self.model.get_input_embeddings()(tokens)
+        return embeddings
+
+    def _behind(self, embeds: Tensor) -> Tensor:
+        """Return the logits (V,) of what follows a sequence (1, T, E)."""
+        stack = self.model.get_submodule(self.settings.stack)
+        head = self.model.get_submodule(self.settings.head)
+        mask = torch.ones(
+            embeds.shape[:2],
+            dtype=torch.long,
+            device=embeds.device,
+        )
+        output = stack(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            use_cache=False,
+        )
+        last = output.last_hidden_state[0, -1]
+        logits: Tensor = head(last)
+        return logits
 
     def change(self, hidden: Tensor) -> Tensor | None:
         """Return the stream with the experts added, at every position."""

@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 from mmedit_cli.errors import DataError
 from mmedit_cli.knowledge.methods.liveedit.experts import adapt, soft_weights
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditTraining
+from mmedit_cli.knowledge.methods.liveedit.names import agreement
+from mmedit_cli.knowledge.methods.liveedit.naming import Naming
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
 from mmedit_cli.knowledge.methods.shared.draws import one_of
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
@@ -258,12 +260,16 @@ def _coin(size: int, source: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where networks are trained: the model, the layer their experts are added at, and which process this is."""
+    """Where networks are trained: the model, the layer their experts are added at, and which process this is.
+
+    `naming` asks the model for the names of pictures, where they are compared.
+    """
 
     backbone: VisionLanguageModel
     layer: int
     rank: int = 0
     world: int = 1
+    naming: Naming | None = None
 
 
 def losses_of(
@@ -386,6 +392,13 @@ def _similarities(
         prompt_keys = torch.cat((prompt_keys, more_prompt))
     by_vision = networks.similarity(vision, vision_keys)
     by_prompt = networks.similarity(prompt, prompt_keys)
+    if place.naming is not None:
+        names = place.naming.of(batch)
+        name_keys = names[:size]
+        if others:
+            more_names = place.naming.of(more)
+            name_keys = torch.cat((name_keys, more_names))
+        by_vision = by_vision + networks.named(agreement(names, name_keys))
     return _Similarities(
         by_prompt,
         by_vision,

@@ -92,12 +92,13 @@ class Prefix:
 class ActivationCache:
     """Rows below the first edited layer, cached: image tokens by picture, and what enters `layer` by query.
 
-    Without a layer, there are image tokens alone.
+    Without a layer, there are image tokens alone. `found` has what else is computed of each picture, by a name.
     """
 
     layer: int | None
     features: RowCache[Picture]
     prefixes: RowCache[Query]
+    found: dict[str, RowCache[Picture]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

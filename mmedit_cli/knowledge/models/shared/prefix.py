@@ -225,6 +225,11 @@ class RowCache(Generic[K]):
                 place = (index, position)
                 self._place[key] = place
 
+    @property
+    def planned(self) -> list[K]:
+        """The keys whose groups are fixed, in order."""
+        return list(self._place)
+
     def get(self, keys: Sequence[K]) -> list[Tensor]:
         """Return one tensor a key, in order."""
         self.plan(keys)
