@@ -119,6 +119,10 @@ def image_edit(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Pictures that go through the model together.")
     ] = 1,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="Edit in less memory, in more time."),
+    ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -163,6 +167,7 @@ def image_edit(
         force=force,
         records=records,
         checkpoint=checkpoint,
+        low_memory=low_memory,
     )
     if batch is not None:
         requests = editing.read_requests(batch, output, seed)

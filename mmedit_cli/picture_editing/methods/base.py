@@ -105,6 +105,10 @@ class ImageEditor(ABC):
         """Width and height of a working picture are multiples of this many pixels."""
 
     @abstractmethod
+    def save_memory(self) -> None:
+        """Need less memory and more time from now on; what is edited stays the same but for rounding."""
+
+    @abstractmethod
     def edit_batch(
         self, jobs: Sequence[EditJob], settings: EditSettings, tick: Tick
     ) -> list[EditedPicture]:

@@ -76,6 +76,7 @@ class PictureEditOptions:
     force: bool = False
     records: Path = Path("records")
     checkpoint: str | None = None
+    low_memory: bool = False
 
 
 def samples(request: RequestedEdit, count: int) -> list[RequestedEdit]:
@@ -201,6 +202,8 @@ def load_editor(options: PictureEditOptions, out: Output) -> ImageEditor:
         model = str(networks.path.parent)
     out.note(loading(model or options.editor))
     editor: ImageEditor = cls.load(model, options.load)
+    if options.low_memory:
+        editor.save_memory()
     return editor
 
 

@@ -295,3 +295,17 @@ def test_latents_that_are_no_numbers_stop_the_edit():
         MmeditError, match=r"step 1 of 3 are not finite: unet\.conv_out"
     ):
         editor.edit([EditJob(picture(), "paint it blue")], EditSettings(3))
+
+
+def test_with_little_memory_a_row_at_a_time_goes_through_the_denoiser():
+    usual, lean = (
+        InstructPix2Pix.load("tiny-ip2p", LoadOptions(device="cpu")) for _ in range(2)
+    )
+    lean.save_memory()
+    jobs = [EditJob(picture(seed=i), "paint it blue", i) for i in range(2)]
+    with Rows(lean.unet) as passed:
+        edited = lean.edit(jobs, EditSettings(2), batch_size=2)
+    assert passed.counts == [1] * 12, "three branches of two pictures, two steps"
+    for one, other in zip(edited, usual.edit(jobs, EditSettings(2)), strict=True):
+        gap = (to_pixels([one.picture]) - to_pixels([other.picture])).abs().max()
+        assert gap <= 2 / 127.5, "a level or two of 256"

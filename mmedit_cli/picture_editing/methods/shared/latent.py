@@ -47,6 +47,7 @@ class LatentEditor(ImageEditor):
 
     defaults = EditSettings(steps=100, text_guidance=7.5, image_guidance=1.5)
     reading: nn.Module
+    at_a_time: int | None = None  # rows of the denoiser in one pass
 
     def __init__(
         self,
@@ -97,6 +98,11 @@ class LatentEditor(ImageEditor):
         """Raise DataError unless the sampler can make so many steps."""
         check_steps(self.scheduler, steps)
 
+    def save_memory(self) -> None:
+        """Run the branches of guidance one after another, and encode and decode pictures one by one."""
+        self.at_a_time = 1
+        self.vae.enable_slicing()
+
     @abstractmethod
     def conditions(self, jobs: Sequence[EditJob]) -> LatentCondition:
         """Return the conditions of some jobs; raise DataError for an instruction that cannot be read."""
@@ -112,6 +118,7 @@ class LatentEditor(ImageEditor):
             source=encode_pictures(self.vae, [job.picture for job in jobs]),
             text=condition.text,
             null=condition.null,
+            at_a_time=self.at_a_time,
         )
         weights = coefficients(
             settings.text_guidance or 0.0,

@@ -48,17 +48,24 @@ def combine(predictions: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """The inputs of the denoiser: the latents of the picture `source` (B, 4, h, w), `text` and `null` (B, T, D)."""
+    """The inputs of the denoiser: the latents of the picture `source` (B, 4, h, w), `text` and `null` (B, T, D).
+
+    `at_a_time`: rows that go through the denoiser together; None for all branches of all pictures.
+    """
 
     source: Tensor
     text: Tensor
     null: Tensor
+    at_a_time: int | None = None
 
 
 def predict(
     unet: Any, latents: Tensor, step: Tensor, inputs: DenoiserInputs, weights: Tensor
 ) -> Tensor:
-    """Return the guided prediction (B, C, h, w) for scaled latents, with one pass over the branches with a weight."""
+    """Return the guided prediction (B, C, h, w) for scaled latents; a branch without a weight is not run.
+
+    All branches and pictures are one batch, or as many rows at a time as `inputs` says.
+    """
     device = latents.device
     branches, rows = weights.nonzero(as_tuple=True)
     branches = branches.to(device)
@@ -73,12 +80,13 @@ def predict(
         inputs.text[rows],
         inputs.null[rows],
     )
-    predicted, *_ = unet(
-        torch.cat([latents[rows], source], dim=1),
-        step,
-        encoder_hidden_states=context,
-        return_dict=False,
-    )
+    channels = torch.cat([latents[rows], source], dim=1)
+    size = inputs.at_a_time or len(rows)
+    parts = []
+    for part, said in zip(channels.split(size), context.split(size), strict=True):
+        found, *_ = unet(part, step, encoder_hidden_states=said, return_dict=False)
+        parts.append(found)
+    predicted = torch.cat(parts)
     table = predicted.new_zeros(3, *latents.shape)
     table[branches, rows] = predicted
     guided = combine(table, weights)
