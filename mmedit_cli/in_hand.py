@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
 import os
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,14 +21,19 @@ if TYPE_CHECKING:
 _HINT = "a path, a picture of PIL, or an array (height, width), (height, width, 3) or (height, width, 4) of uint8"
 _IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # modes of PIL it can hold
 _FLOATING = "F"
+_DATA_URL = re.compile(r"data:image/([\w.+-]+);base64,", re.ASCII | re.IGNORECASE)
+_ENDING = re.compile(r"[a-z]+", re.ASCII)
 
 
 def as_file(picture: Any) -> Path:
     """Return the path of a picture: of a path or its text, or of a file that holds a picture of PIL or an array.
 
-    Arrays are (H, W), (H, W, 3) or (H, W, 4) of uint8. The files are named by their content, and go with the
-    process. Raises DataError for anything else, an address of the web among it.
+    Arrays are (H, W), (H, W, 3) or (H, W, 4) of uint8. A text may also be the picture itself, as
+    `data:image/png;base64,...`. The files are named by their content, and go with the process. Raises DataError for
+    anything else, an address of the web among it.
     """
+    if isinstance(picture, str) and picture[:5].lower() == "data:":
+        return _of_data_url(picture)
     if isinstance(picture, str) and "://" in picture:
         problem = f"{picture}: pictures are not fetched from the web"
         raise DataError(problem, "save it to a file first")
@@ -36,7 +44,35 @@ def as_file(picture: Any) -> Path:
     if not isinstance(picture, Image.Image):
         picture = _of_array(picture)
     ending = ".tif" if picture.mode == _FLOATING else ".png"
-    data = _encoded(picture, ending)
+    return _kept(_encoded(picture, ending), ending)
+
+
+def in_data_url(text: str) -> bytes | None:
+    """Return the file in `data:image/...;base64,...`, None for another text; raise ValueError if it is not base64."""
+    head = _DATA_URL.match(text)
+    if head is None:
+        return None
+    try:
+        return base64.b64decode(text[head.end() :], validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"not base64 ({error})") from error
+
+
+def _of_data_url(text: str) -> Path:
+    short = f"{text[:32]}..."
+    try:
+        data = in_data_url(text)
+    except ValueError as error:
+        raise DataError(f"{short}: {error}") from error
+    if data is None:
+        raise DataError(f"{short}: not a picture", "data:image/png;base64,...")
+    head = _DATA_URL.match(text)
+    kind = _ENDING.match(head[1].lower()) if head else None
+    return _kept(data, f".{kind[0]}" if kind else ".png")
+
+
+def _kept(data: bytes, ending: str) -> Path:
+    """Return the file with this content in a folder that goes with the process."""
     digest = hashlib.sha256(data).hexdigest()
     path = _folder() / f"{digest[:32]}{ending}"
     if not path.exists():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mmedit_cli.errors import DataError, UserError
+from mmedit_cli.in_hand import in_data_url
 from mmedit_cli.pictures import check_decodes
 from mmedit_cli.reading import Record, parse_json_object, shorten
 
 _PLACE = "the request"
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _READ = (
     "model",
@@ -166,15 +163,15 @@ def _content(message: Record) -> tuple[str, bytes | None]:
 def _picture(part: Record) -> bytes:
     """Return the image file of a data URL; raise DataError if it is none, or no picture that is opened here."""
     url = part.text("url")
-    head = _DATA_URL.match(url)
-    if head is None:
+    data = None
+    try:
+        data = in_data_url(url)
+    except ValueError as error:
+        part.fail("url", str(error))
+    if data is None:
         part.fail(
             "url",
             "must be data:image/...;base64,...: the server fetches nothing from the web, nor from its own disk",
         )
-    try:
-        data = base64.b64decode(url[head.end() :], validate=True)
-    except binascii.Error as error:
-        part.fail("url", f"not base64 ({error})")
     check_decodes(io.BytesIO(data), f"{_PLACE}: {part.key}")
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,9 @@ def test_a_photo_is_turned_as_its_file_is(tmp_path):
 def test_arrays_and_texts_are_taken():
     colours = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     assert np.array_equal(seen(colours), colours)
+    text = base64.b64encode(STAR.read_bytes()).decode()
+    for head in ("data:image/png;base64,", "data:IMAGE/x-icon;base64,"):
+        assert np.array_equal(seen(head + text), seen(STAR))
     grey = colours[:, :, 0]
     assert np.array_equal(seen(grey), np.stack([grey] * 3, -1))
     clear = np.zeros((4, 5, 4), np.uint8)
@@ -64,6 +68,8 @@ def test_arrays_and_texts_are_taken():
     ("image", "problem"),
     [
         ("https://example.com/cat.png", "pictures are not fetched from the web"),
+        ("data:image/png;base64,####", "data:image/png;base64,####...: not base64 ("),
+        ("data:text/plain;base64,AAAA", "AAAA...: not a picture"),
         (np.zeros((4, 5, 3)), "not a picture: an array (4, 5, 3) of float64"),
         (np.zeros((3, 4, 5), np.uint8), "not a picture: an array (3, 4, 5) of uint8"),
         (np.zeros((0, 4), np.uint8), "not a picture: an array (0, 4) of uint8"),
