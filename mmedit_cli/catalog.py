@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mmedit_cli import hub
 from mmedit_cli.errors import ModelError, UserError, near_miss
@@ -81,6 +82,7 @@ GENERIC = "generic"  # the family of models that are asked how they work
 _TINY = "random weights, built from a config: for tests and for trying a command"
 MODELS = {
     "tiny-blip2": Entry("blip2", None, _TINY),
+    "tiny-blip2-t5": Entry("blip2-t5", None, _TINY),
     "tiny-llava": Entry("llava", None, _TINY),
     "tiny-minigpt4": Entry("minigpt4", None, _TINY),
     "tiny-qwen2-vl": Entry("qwen-vl", None, _TINY),
@@ -103,6 +105,11 @@ MODELS = {
     ),
     "blip2-opt-6.7b": Entry(
         "blip2", "Salesforce/blip2-opt-6.7b", "BLIP-2 with OPT-6.7B (32 layers)"
+    ),
+    "blip2-flan-t5-xl": Entry(
+        "blip2-t5",
+        "Salesforce/blip2-flan-t5-xl",
+        "BLIP-2 with FLAN-T5 XL (24 layers each in encoder and decoder)",
     ),
     "llava-1.5-7b": Entry(
         "llava", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5 with Vicuna-7B (32 layers)"
@@ -202,6 +209,7 @@ RANDOM_EDITORS = (
 )  # image editors of random weights
 FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> backbone module
     "blip-2": "blip2",
+    "blip-2 with t5": "blip2-t5",
     "llava": "llava",
     "minigpt4": "minigpt4",
     "qwen2_vl": "qwen-vl",
@@ -505,8 +513,16 @@ def _kind(folder: Path) -> str:
     """Return what a model calls itself, empty where there is no config."""
     if config_file(folder) is None:
         return ""
-    config = read_config(folder)
-    return str(config.get("model_type", config.get("_class_name")))
+    return kind_of(read_config(folder))
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return what a model calls itself in its config; BLIP-2 by its language model too, if that has an encoder."""
+    kind = str(config.get("model_type", config.get("_class_name")))
+    text = config.get("text_config")
+    if kind == "blip-2" and isinstance(text, dict) and text.get("model_type") == "t5":
+        return "blip-2 with t5"
+    return kind
 
 
 def family_of(folder: Path) -> str:

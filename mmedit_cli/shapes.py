@@ -37,6 +37,7 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "smollm2-135m": Shape("llama", 30, 576),
     "mini-sd": Shape("StableDiffusionPipeline", 2, 128),
     "tiny-blip2": Shape("blip-2", 6, 48),
+    "tiny-blip2-t5": Shape("blip-2", 4, 48),
     "tiny-llava": Shape("llava", 6, 48),
     "tiny-minigpt4": Shape("minigpt4", 6, 48),
     "tiny-qwen2-vl": Shape("qwen2_vl", 6, 48),

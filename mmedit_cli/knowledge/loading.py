@@ -102,7 +102,11 @@ def load_editor(
 
 
 def check_sight(editor: str, model: ModelRef | VisionLanguageModel) -> None:
-    """Raise UserError for an editor that routes by the picture on a model that sees none."""
+    """Raise UserError for an editor that routes by the picture on a model that sees none.
+
+    The same for one that works on the layers which read the question, where those are not the layers that answer.
+    """
+    _check_layers(editor, model)
     if not registry.editors.get(editor).needs_image:
         return
     if not registry.backbones.fact(model.family, "sees"):
@@ -114,6 +118,22 @@ def check_sight(editor: str, model: ModelRef | VisionLanguageModel) -> None:
         raise UserError(
             f"{editor} routes by the picture, and {model.name} is a language model, which sees none",
             f"editors of facts in text: {', '.join(able)}",
+        )
+
+
+def _check_layers(editor: str, model: ModelRef | VisionLanguageModel) -> None:
+    """Raise UserError for an editor that is not made for an encoder and a decoder, on a model that has both."""
+    if not registry.backbones.fact(model.family, "encoder_decoder"):
+        return
+    able = [
+        name
+        for name in registry.editors.names()
+        if registry.editors.fact(name, "encoder_decoder")
+    ]
+    if editor not in able:
+        raise UserError(
+            f"{editor} reads the question where the answer is written, and {model.name} has an encoder for it",
+            f"editors of such models: {', '.join(able)}",
         )
 
 

@@ -82,6 +82,7 @@ class Editor(ABC):
     `independent`: an edit depends on its own request alone, and each of the `tensors` has one row an edit.
     `plain`: the edited model is the same model with other weights; nothing is hooked or added.
     `needs_image`: facts without a picture cannot be taught.
+    `encoder_decoder`: it works on models where an encoder reads the question and a decoder writes the answer, too.
     """
 
     hparams: Any
@@ -93,6 +94,7 @@ class Editor(ABC):
     independent: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     needs_image: ClassVar[bool] = False
+    encoder_decoder: ClassVar[bool] = False
 
     def __init__(
         self, backbone: VisionLanguageModel, hparams: Any, *, seed: int = 0

@@ -56,6 +56,7 @@ class Ft(Editor):
     """
 
     name = "ft"
+    encoder_decoder = True
     Hparams = FtHparams
     hparams: FtHparams
     plain = True

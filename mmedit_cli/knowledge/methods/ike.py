@@ -58,6 +58,7 @@ class Ike(Editor):
     """
 
     name = "ike"
+    encoder_decoder = True
     Hparams = IkeHparams
     hparams: IkeHparams
     first_layer: ClassVar[None] = None  # the prompt itself changes

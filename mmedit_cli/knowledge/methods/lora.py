@@ -59,6 +59,7 @@ class Lora(Editor):
     """
 
     name = "lora"
+    encoder_decoder = True
     Hparams = LoraHparams
     hparams: LoraHparams
 

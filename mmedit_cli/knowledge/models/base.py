@@ -59,6 +59,8 @@ class VisionLanguageModel(ABC):
     tiny_models: ClassVar[tuple[str, ...]] = ()
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     sees: ClassVar[bool] = True
+    # whether one stack of layers reads the question, and another writes the answer
+    encoder_decoder: ClassVar[bool] = False
     checked: ClassVar[bool] = (
         False  # whether a model is tried out when it is opened first
     )
@@ -90,7 +92,7 @@ class VisionLanguageModel(ABC):
         self.n_layers = len(self.layers)
         config = self.model.config.get_text_config()
         self.width: int = config.hidden_size
-        self.max_length: int = config.max_position_embeddings
+        self.max_length = self.longest(config)
         self._stack = model.get_submodule(self.anchors.stack)
         self._tail = [model.get_submodule(path) for path in self.anchors.tail]
         pad = tokenizer.pad_token_id
@@ -107,6 +109,12 @@ class VisionLanguageModel(ABC):
         number = str(self.dtype).removeprefix("torch.")
         kind = type(self).__name__
         return f"<{kind} {self.name}: {self.n_layers} layers of {self.width}, {number} on {self.device}>"
+
+    @classmethod
+    def longest(cls, config: Any) -> int:
+        """Return how many tokens a language model reads, by its config."""
+        length: int = config.max_position_embeddings
+        return length
 
     # -- what a family has to say -------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmedit_cli.errors import DataError, ModelError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.knowledge.models.shared.batch import Batch, Encoded, Prefix, joined
+from mmedit_cli.knowledge.models.shared.generation import WithoutQuestion
 from mmedit_cli.knowledge.models.shared.image_token import image_token_id
 from mmedit_cli.knowledge.models.shared.prefix import (
     arguments_of,
@@ -73,6 +74,9 @@ class Generic(VisionLanguageModel):
             )
         self.image_token = str(token)
         self._image_id = image_token_id(self)
+        # what parts and frames the pictures of Ovis2 is embedded by the table of its tower
+        around = getattr(self.model.config, "visual_indicator_token_ids", None) or ()
+        self._picture_ids = {self._image_id, *around}
         self._of_size = lru_cache(maxsize=1 << 10)(self._measure)
 
     @classmethod
@@ -133,7 +137,7 @@ class Generic(VisionLanguageModel):
             return self.image_processor(**given, return_tensors="pt")
 
     def _places(self, ids: Sequence[int]) -> list[int]:
-        return [place for place, token in enumerate(ids) if token == self._image_id]
+        return [place for place, token in enumerate(ids) if token in self._picture_ids]
 
     def _sequence(
         self, prompt: str, target: str | None, picture: Picture | None
@@ -395,7 +399,7 @@ class Generic(VisionLanguageModel):
                 attention_mask=batch.attention_mask,
                 **self._beside(batch),
                 **options,
-                streamer=streamer and _Answers(streamer),
+                streamer=streamer and WithoutQuestion(streamer),
             )
         return tokens[:, length:]
 
@@ -435,23 +439,6 @@ class Generic(VisionLanguageModel):
         ):
             hidden, _ = run_to(lambda: self._run_stack(embeds, prefix.batch), end)
         return replace(prefix, layer=layer, hidden=hidden)
-
-
-class _Answers:
-    """A streamer without the question, which `generate` puts there first."""
-
-    def __init__(self, real: Any) -> None:
-        self._real = real
-        self._begun = False
-
-    def put(self, tokens: Tensor) -> None:
-        """Hand tokens on; none of the question."""
-        self._real.put(tokens if self._begun else tokens[:, :0])
-        self._begun = True
-
-    def end(self) -> None:
-        """Say that no more come."""
-        self._real.end()
 
 
 _PLAIN = "What is this?"

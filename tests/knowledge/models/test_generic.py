@@ -100,9 +100,55 @@ def glm4v():
     return model, make_processor(config, images, words, {})
 
 
+def ovis2():
+    """Ovis2: the tokens that frame a picture and part its tiles are embedded by a table of the tower as well."""
+    from transformers import Ovis2Config, Ovis2ForConditionalGeneration
+    from transformers.models.ovis2.image_processing_pil_ovis2 import (
+        Ovis2ImageProcessorPil,
+    )
+
+    parts = ("START", "GRID", "COL", "ROW", "END")
+    around = tuple(f"<IMG_{part}>" for part in parts)
+    words = tiny.tokenizer("<IMG_ATOM>", *around)
+    config = Ovis2Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_stride": 2,
+            "vocab_size": 37,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "vocab_size": len(words),
+            "eos_token_id": 2,
+        },
+        image_token_id=words.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=words.convert_tokens_to_ids(list(around)),
+        vocab_size=len(words),
+        hidden_size=48,
+    )
+    torch.manual_seed(0)
+    model = Ovis2ForConditionalGeneration(config)
+    tiny.spread(model)
+    images = Ovis2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=3
+    )
+    return model, make_processor(config, images, words, {"image_seq_length": 4})
+
+
 @pytest.mark.slow
-def test_a_family_that_nothing_is_written_for_works(tmp_path, cache):
-    model, processor = glm4v()
+@pytest.mark.parametrize("family", [glm4v, ovis2])
+def test_a_family_that_nothing_is_written_for_works(tmp_path, cache, family):
+    model, processor = family()
     for part in (model, processor):
         part.save_pretrained(tmp_path / "new")
     backbone = load_backbone(str(tmp_path / "new"), device="cpu")

@@ -11,18 +11,33 @@ from torch import nn
 
 from mmedit_cli.errors import ModelError, near_miss
 
+# below a layer of T5's decoder: attention, attention to the encoder, feed-forward
+_T5_ATTENTION = "layer.0.SelfAttention"
+_T5 = "layer.2.DenseReluDense"
+_T5_IN = (f"{_T5}.wi_1", f"{_T5}.wi")
 # role -> the names its module may carry below a decoder layer, the usual one first
 _IN_LAYER = {
-    "ffn_gate": ("mlp.gate_proj",),
-    "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1", "mlp.c_fc"),
-    "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj"),
-    "ffn_act": ("mlp.act_fn", "mlp.activation_fn", "activation_fn", "mlp.act"),
-    "attn": ("self_attn", "attn"),
-    "attn_q": ("self_attn.q_proj",),
-    "attn_k": ("self_attn.k_proj",),
-    "attn_v": ("self_attn.v_proj",),
+    "ffn_gate": ("mlp.gate_proj", f"{_T5}.wi_0"),
+    "ffn_in": ("mlp.up_proj", "mlp.fc1", "fc1", "mlp.c_fc", *_T5_IN),
+    "ffn_out": ("mlp.down_proj", "mlp.fc2", "fc2", "mlp.c_proj", f"{_T5}.wo"),
+    "ffn_act": (
+        "mlp.act_fn",
+        "mlp.activation_fn",
+        "activation_fn",
+        "mlp.act",
+        f"{_T5}.act",
+    ),
+    "attn": ("self_attn", "attn", _T5_ATTENTION),
+    "attn_q": ("self_attn.q_proj", f"{_T5_ATTENTION}.q"),
+    "attn_k": ("self_attn.k_proj", f"{_T5_ATTENTION}.k"),
+    "attn_v": ("self_attn.v_proj", f"{_T5_ATTENTION}.v"),
     "attn_qkv": ("attn.c_attn",),
-    "attn_out": ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj"),
+    "attn_out": (
+        "self_attn.o_proj",
+        "self_attn.out_proj",
+        "attn.c_proj",
+        f"{_T5_ATTENTION}.o",
+    ),
 }
 _OTHER_MIXERS = ("linear_attn",)  # in the place of attention, in layers of Qwen3.5
 # role -> the last part of its module's path, outside the language model
@@ -142,9 +157,12 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_decoder_block(block: nn.Module) -> bool:
-    """Whether a module has attention and a feed-forward part: OPT has no module around the latter."""
+    """Whether a module has attention and a feed-forward part: OPT has no module around the latter.
+
+    A layer of T5's encoder is none: its feed-forward part has another number.
+    """
     attends = any(_has(block, name) for name in (*_IN_LAYER["attn"], *_OTHER_MIXERS))
-    return attends and (_has(block, "mlp") or _has(block, "fc2"))
+    return attends and any(_has(block, name) for name in ("mlp", "fc2", _T5))
 
 
 def _in_layer_paths(layers: nn.ModuleList, template: str) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 SAMPLINGS = ("greedy", "model")
 # Settings that say which tokens there are, how long an answer may be and how it is computed, not which answer it is.
 _HARMLESS = frozenset(
@@ -72,3 +74,20 @@ def set_aside(model: Any) -> Iterator[None]:
 def described(settings: Mapping[str, Any]) -> str:
     """Return settings as text, such as `repetition_penalty=1.05, top_k=1`."""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+class WithoutQuestion:
+    """A streamer without the question, or the token that begins an answer, which `generate` puts there first."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self._begun = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Hand tokens on; none of the question."""
+        self._real.put(tokens if self._begun else tokens[:, :0])
+        self._begun = True
+
+    def end(self) -> None:
+        """Say that no more come."""
+        self._real.end()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, family_for, find_model
+from mmedit_cli.catalog import ModelRef, family_for, find_model, kind_of
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.model_folder import loading, read_config, weight_files
@@ -90,7 +90,8 @@ def wrapped(model: Any, processor: Any, same_as: str | None) -> VisionLanguageMo
         )
     name = Path(str(model.name_or_path or "")).name or kind
     sees = getattr(model.config, "vision_config", None) is not None
-    found = family_for(model.config.model_type, [kind], name, sees=sees)
+    called = kind_of(model.config.to_dict())
+    found = family_for(called, [kind], name, sees=sees)
     family = registry.backbones.get(found)
     tokenizer, images = _parts_of(processor, name, sees=family.sees)
     if family.whole_processor:

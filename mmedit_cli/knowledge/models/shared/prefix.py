@@ -37,6 +37,22 @@ def run_to(
     return arguments.pop(first), arguments
 
 
+@contextmanager
+def entering(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield what enters a module at its next pass inside the block, by the names of its parameters."""
+    seen: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen:
+            seen.update(_by_name(module, args, kwargs))
+
+    handle = module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def arguments_of(forward: Callable[[], Any], module: nn.Module) -> dict[str, Any]:
     """Call `forward` until `module` is about to run; return what would enter it, by the names of its parameters.
 

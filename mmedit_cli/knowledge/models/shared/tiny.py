@@ -89,6 +89,39 @@ def _blip2(words: Any) -> tuple[nn.Module, Any]:
     return _with_qformer(Blip2ForConditionalGeneration, Blip2Config, text, words)
 
 
+def _blip2_t5(words: Any) -> tuple[nn.Module, Any]:
+    from tokenizers import processors
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
+
+    # as T5's own: nothing in front, the end token behind
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", words.eos_token_id)]
+    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words),
+        "d_model": _WIDTH,
+        "d_kv": _WIDTH // _HEADS,
+        "d_ff": 2 * _WIDTH,
+        "num_layers": 4,
+        "num_heads": _HEADS,
+        "n_positions": 128,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": words.eos_token_id,
+        "decoder_start_token_id": 0,
+    }
+    text: Any = T5Config(**sizes)
+    model, images = _with_qformer(
+        Blip2ForConditionalGeneration, Blip2Config, text, words
+    )
+    writer: Any = model
+    for part in (writer, writer.language_model):
+        part.generation_config.decoder_start_token_id = text.decoder_start_token_id
+    return model, images
+
+
 def _opt(words: Any) -> Any:
     from transformers import OPTConfig
 
@@ -326,6 +359,7 @@ _QWEN_END = (
 )
 _BUILD: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "tiny-blip2": _blip2,
+    "tiny-blip2-t5": _blip2_t5,
     "tiny-gpt2-lm": _gpt2_lm,
     "tiny-llama-lm": _llama_lm,
     "tiny-llava": _llava,
