@@ -1,4 +1,4 @@
-.PHONY: test slow mutants quality style docs
+.PHONY: test slow mutants quality style docs notebooks
 
 test:
 	python -m pytest -n 2
@@ -21,3 +21,7 @@ style:
 # into site/; a broken link fails
 docs:
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+
+# the tutorials, into notebooks/
+notebooks:
+	python scripts/notebooks.py

@@ -112,7 +112,12 @@ def check_pairs(data: str, options: DataOptions) -> Iterator[Finding]:
 
 def check_cases(data: str, options: DataOptions) -> Iterator[Finding]:
     """Audit the cases of a data set, folder or file, and open their pictures."""
-    from mmedit_cli.knowledge.data.base import find_dataset, own_cases, own_file
+    from mmedit_cli.knowledge.data.base import (
+        find_dataset,
+        not_read,
+        own_cases,
+        own_file,
+    )
     from mmedit_cli.knowledge.data.shared import audit
 
     named = find_dataset(data)
@@ -122,8 +127,11 @@ def check_cases(data: str, options: DataOptions) -> Iterator[Finding]:
         return
     problems: list[str] = []
     path = own_file(data)
-    cases = list(own_cases(path, options, problems))
+    ignored: list[str] = []
+    cases = list(own_cases(path, options, problems, ignored))
     yield from (("records", False, problem) for problem in problems)
+    if ignored:
+        yield "columns", None, not_read(ignored)
     if cases:
         layout = f"named relative to {path.parent}"
         yield from audit.within(cases)

@@ -71,14 +71,14 @@ def row(report: Mapping[str, Any]) -> dict[str, str]:
         for name, of in FIGURES.items()
     }
     mean = statistics.fmean(figure(taught, of) for of in FIGURES.values())
-    seconds = report["cost"]["seconds_per_edit"]["mean"]
+    seconds = report["cost"].get("seconds_per_edit")  # not known of --edited
     return {
         "editor": label(report),
         "edits": str(edits),
         "cases": str(after["cases"]),
         **cells,
         "mean": f"{mean:.1f}",
-        "s an edit": f"{seconds:.3f}",
+        "s an edit": "-" if seconds is None else f"{seconds['mean']:.3f}",
     }
 
 

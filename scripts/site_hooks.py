@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from mkdocs.structure.pages import Page
 
 import mmedit_cli
 from mmedit_cli.app import app
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from notebooks import TUTORIALS, written
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -38,9 +42,11 @@ FOR_PLUGINS = (
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the reference and what pages link to."""
+    """Add the reference, the tutorials as notebooks, and what pages link to."""
     files.append(_written(config, "reference/commands.md", _commands()))
     files.append(_written(config, "reference/python.md", _library()))
+    for page in sorted(TUTORIALS.glob("*.md")):
+        files.append(_written(config, f"notebooks/{page.stem}.ipynb", written(page)))
     for path in sorted(_linked()):
         files.append(_from_repository(config, path))
     return files
@@ -53,6 +59,10 @@ def on_page_markdown(
     place = _place_in_repository(page.file.src_uri)
     if place is None:
         return markdown
+    if place.parent == TUTORIALS:
+        link = f"[As a notebook to run](../notebooks/{place.stem}.ipynb){{: download}}"
+        title, _, text = markdown.partition("\n")
+        markdown = f"{title}\n\n{link}: save it into a checkout.\n{text}"
     here = Path(page.file.src_uri).parent
 
     def turned(match: re.Match[str]) -> str:

@@ -14,8 +14,8 @@ from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 _SHOW = "show"
-Form = Literal["table", "markdown", "latex", "csv"]
-BoardForm = Literal["table", "markdown", "latex", "csv", "every-eval-ever"]
+Form = Literal["table", "markdown", "latex", "csv", "json"]
+BoardForm = Literal["table", "markdown", "latex", "csv", "json", "every-eval-ever"]
 
 
 class ReportGroup(TyperGroup):
@@ -140,8 +140,7 @@ def compare(
     from mmedit_cli.knowledge.workflow.comparison import compare as compared
     from mmedit_cli.reports import comparison, finding
 
-    if as_json and form != "table":
-        raise UserError(f"--json and --format {form}: give one of them")
+    as_json = _is_json(form, as_json)
     folders = finding.find_runs(runs or [], records)
     if where is not None:
         folders += finding.runs_where(where, records)
@@ -156,6 +155,13 @@ def compare(
     if plot is not None:
         out.note(f"drawn: {plot}")
     comparison.print_comparison(out, found, form)
+
+
+def _is_json(form: str, as_json: bool) -> bool:
+    """Return whether JSON is wanted, by either option; raise UserError where they contradict each other."""
+    if as_json and form not in ("table", "json"):
+        raise UserError(f"--json and --format {form}: give one of them")
+    return as_json or form == "json"
 
 
 def view(
@@ -228,7 +234,6 @@ def leaderboard(
     """
     from mmedit_cli.reports.leaderboard import leaderboards, print_leaderboards
 
-    if as_json and form != "table":
-        raise UserError(f"--json and --format {form}: give one of them")
+    as_json = _is_json(form, as_json)
     boards = leaderboards(folder, by)
     print_leaderboards(Output(as_json=as_json), boards, form)

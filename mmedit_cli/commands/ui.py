@@ -90,18 +90,24 @@ def ui(
         from mmedit_cli.ui import server
 
         server.settle(home / "uploads")
+        from mmedit_cli.ui.draw_tab import DrawTab
         from mmedit_cli.ui.knowledge import Knowledge
+        from mmedit_cli.ui.learning import Learning
         from mmedit_cli.ui.making import Changing, Drawing
         from mmedit_cli.ui.page import Page
         from mmedit_cli.ui.visitors import Visitors
 
+        visitors = Visitors(home, ledgers)
+        drawing = Drawing(drawing_model, concepts, home, load)
+        learning = Learning(drawing.model, load)
         page = Page(
             knowledge=Knowledge(chosen, records, out),
-            drawing=Drawing(drawing_model, concepts, home, load),
+            drawing=DrawTab(drawing, learning, visitors),
             changing=Changing(image_editor, load),
-            visitors=Visitors(home, ledgers),
+            visitors=visitors,
             records=records,
         )
         with server.served(page, where) as address:
             out.write(f"mmedit is at {address}; control-C ends it\n")
             server.wait()
+            learning.stop()

@@ -49,7 +49,7 @@ def _show(out: Output, found: Comparison) -> None:
         "  p: sign-flip test over concepts; Holm: raised for all rows of the table"
     )
     out.line("  found from: a difference of this size is found in 4 of 5 comparisons")
-    for text in _claims(found):
+    for text in claims(found):
         out.line(text)
 
 
@@ -92,7 +92,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _claims(found: Comparison) -> list[str]:
+def claims(found: Comparison) -> list[str]:
     """Say in a sentence for each run what it is better at, and than which."""
     better: dict[tuple[str, str], list[str]] = {}
     for row in found.rows:

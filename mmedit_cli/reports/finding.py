@@ -61,6 +61,8 @@ def _named(name: str, records: Path) -> list[Path]:
 def runs_where(conditions: str, records: Path) -> list[Path]:
     """Return the finished runs that fit `key=value,...`, the oldest first; keys are editor, model and data.
 
+    The runs of one evaluation over several seeds and orders are left out where that evaluation itself fits.
+
     Raises UserError for what is no condition, and if no run fits.
     """
     wanted: dict[str, list[str]] = {}
@@ -75,13 +77,20 @@ def runs_where(conditions: str, records: Path) -> list[Path]:
         values = wanted.setdefault(key, [])
         values.append(value)
     fitting = []
+    parts: set[Path] = set()
     for folder in reversed(finished_runs(records)):
         report = Run.finished(folder)
         if report is not None and _fits(report, wanted):
             fitting.append(folder)
+            parts |= _parts(report)
     if not fitting:
         raise UserError(f"--where {conditions}: no finished run in {records}")
-    return fitting
+    return [folder for folder in fitting if folder.resolve() not in parts]
+
+
+def _parts(report: Mapping[str, Any]) -> set[Path]:
+    """Return the folders of the runs that an evaluation over several seeds and orders consists of."""
+    return {Path(part["run"]).resolve() for part in report.get("runs", ())}
 
 
 def _fits(report: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) -> bool:

@@ -15,7 +15,8 @@ Json = dict[str, Any]
 def load_runs(records: Path | str = "records", where: str | None = None) -> list[Json]:
     """Return a record a score of each finished evaluation of knowledge: `pandas.DataFrame(load_runs())`.
 
-    records: the records folder. where: `key=value,...` with the keys editor, model and data, or None for all runs.
+    records: the records folder. where: `key=value,...` with the keys editor, model and data, or None for all runs;
+    of an evaluation over several seeds and orders it finds the whole, None also each run.
     Keys: run, editor, model, data, seed, edits, short_group, protocol, column, mean, low and high (95 % interval), n,
     before.
 

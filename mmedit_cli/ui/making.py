@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from mmedit_cli.catalog import DRAWING_DEFAULTS, default_model
-from mmedit_cli.drawing.models.stable_diffusion import Sampling
+from mmedit_cli.drawing.models.loading import load_stable_diffusion
+from mmedit_cli.drawing.models.stable_diffusion import Sampling, StableDiffusion
 from mmedit_cli.drawing.workflow.generation import DrawOptions, draw, edits_in
 from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
@@ -31,7 +32,11 @@ _LONGEST = 1000  # characters of a prompt or an instruction
 
 
 class Drawing:
-    """Draws with the concepts of a folder, if there is one, beside the base model; `home` is for what lies between."""
+    """Draws with concepts, beside what the base model draws, or without any; `home` is for what lies between.
+
+    `concepts` is a folder that is drawn with unless another one is named. The model is loaded when the first picture
+    is asked for.
+    """
 
     def __init__(
         self, model: str | None, concepts: Path | None, home: Path, load: LoadOptions
@@ -41,16 +46,20 @@ class Drawing:
         self.home = home
         self.tokens: list[str] = []
         if concepts is not None:
-            self.tokens = list(edits_in(concepts).tokens)
-        elif model is None:
-            model = default_model(DRAWING_DEFAULTS)
-        self.model = model
+            edits = edits_in(concepts)
+            self.tokens = list(edits.tokens)
+            model = model or str(edits.head["model"])
+        self.model = model or default_model(DRAWING_DEFAULTS)
+        self._loaded: StableDiffusion | None = None
         self._turn = threading.Lock()
 
-    def draw(self, prompt: str, seed: int, steps: int) -> Image.Image:
-        """Return a picture of a prompt, with concepts beside what the base model draws; raise UserError."""
+    def draw(
+        self, prompt: str, seed: int, steps: int, concepts: Path | None = None
+    ) -> Image.Image:
+        """Return a picture of a prompt, with the concepts of a folder if one is named or given; raise UserError."""
         _check(prompt, "what to draw")
         _check_steps(steps)
+        folder = concepts or self.concepts
         file = self.home / f"{secrets.token_hex(16)}.png"
         options = DrawOptions(
             device=self.load.device,
@@ -59,14 +68,26 @@ class Drawing:
             seeds=(seed,),
             output=file,
             model=self.model,
-            edits=self.concepts,
-            compare=self.concepts is not None,
+            edits=folder,
+            compare=folder is not None,
         )
+        sampling = Sampling(steps=steps)
+        out = Output(quiet=True)
         with self._turn:
-            draw(options, Sampling(steps=steps), Output(quiet=True))
+            draw(options, sampling, out, self._model())
         drawn = load_picture(Picture(file))
         file.unlink()
         return drawn
+
+    def _model(self) -> StableDiffusion:
+        """Return the model, which is loaded once."""
+        if self._loaded is None:
+            self._loaded = load_stable_diffusion(
+                self.model,
+                device=self.load.device,
+                dtype=self.load.dtype,
+            )
+        return self._loaded
 
 
 class Changing:

@@ -6,6 +6,7 @@ below `<!-- file: NAME -->` is written to that file before.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,8 +20,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from notebooks import TUTORIALS, written
+
 DOCS = ROOT / "docs"
-FOLLOWED = (DOCS / "index.md", *sorted((DOCS / "tutorials").glob("*.md")))
+PAGES = sorted(TUTORIALS.glob("*.md"))
+FOLLOWED = (DOCS / "index.md", *PAGES)
 BLOCK = re.compile(r"(?:<!-- ([^>]*?) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 SHELL = ("cp", "mkdir")  # what a tutorial may call besides mmedit
 
@@ -114,6 +119,70 @@ def test_every_command_of_a_tutorial_is_run_or_says_why_not(page):
         commands = re.findall(r"^(?:\$ )?mmedit ", block.text, re.MULTILINE)
         if commands and block.language != "console":
             assert block.remark.startswith(("not run: ", "output of: ")), block.text
+
+
+def cells_of(page: Path) -> list[str]:
+    """The code of the notebook of a tutorial, cell by cell."""
+    cells = json.loads(written(page))["cells"]
+    return [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_notebook_does_what_its_tutorial_does(page):
+    expected: list[str] = []
+    for block in blocks_of(page):
+        kind, _, name = block.remark.partition(": ")
+        if kind == "file":
+            expected.append(f"%%writefile {name}\n{block.text.rstrip()}")
+        elif kind != "not run" and block.language == "console":
+            expected += [shlex.join(words) for words, _ in block.turns()]
+    done: list[str] = []
+    for cell in cells_of(page):
+        if cell.startswith("!"):
+            lines = cell.splitlines()
+            done += [shlex.join(shlex.split(line.removeprefix("!"))) for line in lines]
+        elif cell.startswith("%%"):
+            done.append(cell)
+    assert done == expected
+    text = written(page)
+    assert len(text) < 20_000
+    for link in re.findall(r"\]\((\.\./[^)#]*)", text):
+        assert (ROOT / "notebooks" / link).resolve().exists(), link
+
+
+def run_cell(cell: str) -> None:
+    """Run a cell as a notebook does: commands of the shell, a file to write, or Python."""
+    head, _, rest = cell.partition("\n")
+    if head.startswith("%%writefile "):
+        Path(head.split()[1]).write_text(rest + "\n")
+    elif cell.startswith("!"):
+        for line in cell.splitlines():
+            subprocess.run(line.removeprefix("!"), shell=True, check=True)
+    elif "IPython" not in cell:
+        exec(compile(cell, "cell", "exec"), {})
+    else:
+        for picture in re.findall(r'Image\("(.*)"\)', cell):
+            assert Path(picture).stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        if page.stem == "own-data"
+        else pytest.param(page, marks=pytest.mark.nightly)
+        for page in PAGES
+    ],
+    ids=lambda page: page.stem,
+)
+def test_a_notebook_can_be_run(elsewhere, monkeypatch, page):
+    monkeypatch.delenv("MMEDIT_RECORDS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # the first cell changes it
+    for cell in cells_of(page):
+        run_cell(cell)
 
 
 def test_error_messages_are_those_of_the_program(cli, elsewhere, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from compare_editors import draw_chart
+from compare_editors import FIGURES, draw_chart, row
 
 ROWS = {
     "mini-blip2": [
@@ -33,6 +33,28 @@ def test_the_same_figures_give_the_same_file(tmp_path, name):
     fewer = {"mini-llava": ROWS["mini-llava"]}
     draw_chart(fewer, second)
     assert first.read_bytes() != second.read_bytes()
+
+
+def test_how_long_an_edit_took_is_not_known_of_what_was_edited_elsewhere():
+    scores = {name: {"mean": 0.5} for names in FIGURES.values() for name in names}
+    report = {
+        "editor": "edited elsewhere",
+        "hparams": {},
+        "protocol": {"sequential": 3},
+        "milestones": [
+            {
+                "edits": 3,
+                "cases": 3,
+                "short_group": False,
+                "scores": {"tf_liveedit": scores, "ar": scores},
+            }
+        ],
+        "cost": {"edits": 3},
+    }
+    cells = row(report)
+    assert (cells["mean"], cells["s an edit"]) == ("50.0", "-")
+    report["cost"]["seconds_per_edit"] = {"mean": 0.25}
+    assert row(report)["s an edit"] == "0.250"
 
 
 def test_matplotlib_is_imported_where_a_chart_is_drawn():

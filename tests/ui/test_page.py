@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, PageOfTabs
 from conftest import ROOT
 
 from mmedit_cli.errors import DataError, UserError
@@ -190,54 +190,44 @@ def test_the_example_of_the_documentation(address, monkeypatch, capsys):
     assert "a sea lion instead of seal" in capsys.readouterr().out
 
 
-WRITE = """(() => {
-  const field = [...document.querySelectorAll('label')]
-    .find(label => label.innerText.trim().startsWith('%s'))
-    .querySelector('textarea, input');
-  Object.getOwnPropertyDescriptor(field.constructor.prototype, 'value').set.call(field, '%s');
-  field.dispatchEvent(new Event('input', {bubbles: true}));
-})()"""
-READ = """[...document.querySelectorAll('label')]
-  .find(label => label.innerText.trim().startsWith('%s'))
-  .querySelector('textarea, input').value"""
-SEEN = "[...document.querySelectorAll('button')].filter(b => b.offsetParent)"
-PRESS = SEEN + ".find(b => b.innerText.trim() == '%s').click()"
-TAB = """[...document.querySelectorAll('button[role=tab]')]
-  .find(tab => tab.offsetParent && tab.innerText.trim() == '%s').click()"""
-# its first click, once it stands there
-EXAMPLE = """(() => {
-  const drawn = [...document.querySelectorAll('button img[src*="1f9ad.png"]')];
-  const seen = drawn.find(image => image.offsetParent && image.naturalWidth);
-  if (seen) seen.closest('button').click();
-  return !!seen;
-})()"""
-PICTURES = "[...document.querySelectorAll('img')].filter(i => i.offsetParent"
-CHOSEN = (
-    PICTURES
-    + " && i.closest('.image-frame, .image-container') && i.naturalWidth).length"
-)
+@needs_gradio
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium")
+def test_in_a_browser(address):
+    with PageOfTabs(address) as page:
+        page.choose("1f9ad.png")
+        page.write("New answer", BALLOON)
+        page.click("Teach")
+        said = page.read("What the edit did")
+        assert said.startswith("Edit 1 holds: 'seal' became 'a red balloon'")
+        page.click("Ask")
+        assert page.read("Answer") == BALLOON
+        page.click("Undo")
+        assert page.read("Done") == "undone: 1"
+        page.tab("Change a picture")
+        page.choose("1f9ad.png")
+        page.click("Change")
+        assert "blue" in page.read("Expressive instruction of the model")
+        page.tab("Draw")
+        page.click("Draw")
+        page.wait_until(lambda: page.pictures() == 1)
 
 
 @needs_gradio
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium")
-def test_in_a_browser(address):
-    with Browser(address, mark="button[role=tab]") as browser:
-        browser.wait_for(EXAMPLE)
-        browser.wait_for(CHOSEN)
-        browser.do(WRITE % ("New answer", BALLOON))
-        browser.do(PRESS % "Teach")
-        said = browser.wait_for(READ % "What the edit did")
-        assert said.startswith("Edit 1 holds: 'seal' became 'a red balloon'")
-        browser.do(PRESS % "Ask")
-        assert browser.wait_for(READ % "Answer") == BALLOON
-        browser.do(PRESS % "Undo")
-        assert browser.wait_for(READ % "Done") == "undone: 1"
-        browser.do(TAB % "Change a picture")
-        browser.wait_for("!!" + SEEN + ".find(b => b.innerText.trim() == 'Change')")
-        browser.wait_for(EXAMPLE)
-        browser.wait_for(CHOSEN)
-        browser.do(PRESS % "Change")
-        told = browser.wait_for(READ % "Expressive instruction of the model")
-        assert "blue" in told
+def test_a_thing_is_learned_in_a_browser(address):
+    with PageOfTabs(address) as page:
+        page.tab("Draw")
+        page.click("Teach it a thing of your own")
+        page.click("Take four drawings of a goose")
+        page.wait_until(lambda: page.files() == 4)
+        page.write("Training steps", "3")
+        page.click("Learn")
+        assert page.read("Learned").startswith("learned <goose> from 4 pictures in ")
+        assert page.read("What to draw") == "a drawing of a <goose>"
+        page.wait_until(lambda: page.pictures() == 1)
+        page.click("Forget all of mine")
+        page.wait_until(lambda: page.read("Learned") == "forgotten: <goose>")

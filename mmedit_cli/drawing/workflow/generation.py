@@ -94,14 +94,17 @@ class DrawnPrompt:
         return " | ".join(self.window_prompts)
 
 
-def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any]:
-    """Draw, write the pictures, and return what was written.
+def draw(
+    options: DrawOptions,
+    sampling: Sampling,
+    out: Output,
+    loaded: StableDiffusion | None = None,
+) -> dict[str, Any]:
+    """Draw, write the pictures, and return what was written; `loaded` is the model, if it is in memory already.
 
     Raises UserError for an output that exists already, DataError for a prompt with an unknown token, StateError for
     concepts that do not fit the model.
     """
-    from mmedit_cli.drawing.models.loading import load_stable_diffusion
-
     for option, unused in (
         ("--compare", options.compare and not options.adds),
         ("--set", options.overrides and options.edits is None),
@@ -117,18 +120,7 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         lora_file(path)
     if not options.embeddings:
         check_tokens(options.prompts, folder)
-    name = options.model
-    if not name:
-        assert folder is not None
-        name = str(folder.head["model"])
-    out.note(loading(name))
-    model = load_stable_diffusion(
-        name,
-        device=options.device,
-        dtype=options.dtype,
-        revision=options.revision,
-        low_memory=options.low_memory,
-    )
+    model = loaded or _loaded(options, folder, out)
     added = Added(folder, [(read_lora(path, model), by) for path, by in loras])
     for text in options.embeddings:
         path, token = split_token(text)
@@ -162,6 +154,24 @@ def draw(options: DrawOptions, sampling: Sampling, out: Output) -> dict[str, Any
         "seeds": list(options.seeds),
         "files": [str(path) for path in files],
     }
+
+
+def _loaded(options: DrawOptions, folder: Edits | None, out: Output) -> StableDiffusion:
+    """Load the model that is named, else that of the concepts."""
+    from mmedit_cli.drawing.models.loading import load_stable_diffusion
+
+    name = options.model
+    if not name:
+        assert folder is not None
+        name = str(folder.head["model"])
+    out.note(loading(name))
+    return load_stable_diffusion(
+        name,
+        device=options.device,
+        dtype=options.dtype,
+        revision=options.revision,
+        low_memory=options.low_memory,
+    )
 
 
 def edits_in(folder: Path) -> Edits:

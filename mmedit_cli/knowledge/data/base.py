@@ -187,18 +187,18 @@ def read_data(
     if not cases:
         raise DataError(f"{data}: no cases in it", hint)
     if ignored:
-        _tell_ignored(data, ignored)
+        Output().note(f"{data}: {not_read(ignored)}")
     selection = _selection(options, template) | pictures.skipped()
     return Data(name, cases, selection)
 
 
-def _tell_ignored(data: str | Path, names: Sequence[str]) -> None:
-    """Say in one line which columns or keys of a file are not read."""
+def not_read(names: Sequence[str]) -> str:
+    """Say which columns or keys of a file are not read."""
     named = ", ".join(shorten(name) for name in names[:_MOST_IGNORED])
     more = len(names) - _MOST_IGNORED
     if more > 0:
         named += f", and {more:,} more"
-    Output().note(f"{data}: not read, as they mean nothing here: {named}")
+    return f"not read, as they mean nothing here: {named}"
 
 
 def _selection(options: DataOptions, template: str) -> dict[str, Any]:

@@ -405,7 +405,7 @@ def test_queries_too_long_for_the_model_can_be_skipped(cli, folder):
     assert report["milestones"][0]["cases"] == 2
 
 
-def test_other_columns_are_named_and_not_read(folder, capfd):
+def test_other_columns_are_named_and_not_read(cli, folder, capfd):
     table = (
         "image,prompt,target,Subject,image_id\na.png,Who?,Ada,x,7\nb.png,Who?,Bea,,\n"
     )
@@ -413,6 +413,10 @@ def test_other_columns_are_named_and_not_read(folder, capfd):
     assert (ada.request.target, bea.request.target) == ("Ada", "Bea")
     (said,) = capfd.readouterr().err.splitlines()
     assert said.endswith("not read, as they mean nothing here: Subject, image_id")
+    code, found, _ = cli("doctor", folder / "facts.csv", "--json")
+    columns = {line["check"]: line for line in json.loads(found)}["columns"]
+    assert code == 0
+    assert (columns["ok"], columns["found"]) == (None, said.partition("csv: ")[2])
     many = {f"more {i}": i for i in range(12)}
     load_cases(write(folder, "facts.json", json.dumps([{**RECORD, **many}])))
     assert capfd.readouterr().err.endswith("more 9, and 2 more\n")

@@ -111,6 +111,52 @@ def test_orders_of_one_evaluation_are_averaged_by_case(tmp_path, runs):
         compare([spread, runs[0]])
 
 
+def test_a_table_over_orders_is_that_of_a_computation_by_hand(cli, tmp_path):
+    # 8 concepts of two cases. T-Gen: the first run never has it, the second in one of two orders, so each concept's
+    # total is 1 and p = 2 / 2^8. Rel: totals 2, 1, 1, -1, else 0; of the 16 signs 8 lead as far as 3 from 0. The
+    # means: Rel 3 / 16 apart, T-Gen 8 / 16. Holm: 2 * 2 / 2^8 and 0.5.
+    better = {(0, 0), (0, 1), (1, 0), (2, 0)}
+    worse = {(3, 0)}
+
+    def write(name: str, editor: str, order: int) -> Path:
+        second = editor == "unike"
+        lines = []
+        for concept in range(8):
+            for case in range(2):
+                at = (concept, case)
+                right = at in better if second else at in worse
+                scores = {
+                    "reliability": float(right),
+                    "generality.text": float(second and order == 0),
+                }
+                one = line(2 * concept + case, scores)
+                lines.append({**one, "concept": f"concept-{concept}"})
+        folder = write_run(tmp_path / "records" / "eval" / name, editor, [])
+        with Run.open(folder, {}, {}) as run:
+            run.append("cases", lines)
+        return folder
+
+    for editor in ("liveedit", "unike"):
+        runs = [write(f"{editor}{order}", editor, order) for order in range(2)]
+        parts = [{"run": str(folder)} for folder in runs]
+        head = {"runs": parts, "orders": 2}
+        write_run(tmp_path / "records" / "spread" / editor, editor, [], **head)
+    where = ("--where", "editor=liveedit,editor=unike")
+    words = ("report", "compare", *where, "--records", str(tmp_path / "records"))
+    code, out, err = cli(*words, "--json")
+    assert code == 0, err
+    rows = {row["column"]: row for row in json.loads(out)["comparisons"]}
+    assert rows["reliability"]["difference"] == pytest.approx(3 / 16)
+    assert rows["reliability"]["p"] == rows["reliability"]["p_holm"] == 0.5
+    assert rows["generality.text"]["difference"] == pytest.approx(8 / 16)
+    assert rows["generality.text"]["p"] == 2 / 2**8
+    assert rows["generality.text"]["p_holm"] == 4 / 2**8
+    assert [rows["generality.text"][key] for key in ("n", "concepts")] == [16, 8]
+    said = cli(*words)[1]
+    assert "unike is better than liveedit at T-Gen\n" in said
+    assert said.count("is better than") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -136,7 +136,8 @@ def _counts(cases: Sequence[EditCase]) -> Iterator[Finding]:
     yield "queries", True, ", ".join(n_queries)
     total = len(images(cases))
     by_column = ", ".join(n_pictures)
-    yield "pictures", True, f"{total:,} distinct: {by_column}"
+    found = f"{total:,} distinct: {by_column}" if n_pictures else "none"
+    yield "pictures", True, found
 
 
 def repeated(cases: Sequence[EditCase]) -> Iterator[Finding]:
