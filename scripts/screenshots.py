@@ -31,8 +31,10 @@ WINDOWS = {
     "wide": (1200, 2 / 3),
     "narrow": (400, 0.8),
 }  # pixels, and how they are scaled
-_HIGHEST = 1650  # pixels of a window
-_QUALITY = 40
+_LEAST = 500  # pixels of a window
+_HIGHEST = 1650
+_OF_MANY = 900  # where the same goes on below
+_QUALITY = 28
 _PATIENCE = 600.0  # seconds for what is slow
 _MMEDIT = (sys.executable, "-m", "mmedit_cli")
 _EVALUATION = ("eval", "--limit", "40", "--sequential", "20", "--records", "records")
@@ -40,14 +42,14 @@ _PORT = re.compile(r"http://[\w.:]+/")
 _LONG = "document.documentElement.scrollHeight"
 
 
-def taken(page: Browser, file: Path, least: int = 500) -> None:
-    """Look at the page in each window and write what is seen beside `file`."""
+def taken(page: Browser, file: Path, highest: int = _HIGHEST) -> None:
+    """Look at the page in each window, as high as it is or the highest, and write what is seen beside `file`."""
     page.call("Emulation.setScrollbarsHidden", hidden=True)
     for name, (width, scale) in WINDOWS.items():
-        page.resize(width, least, scale)
+        page.resize(width, _LEAST, scale)
         time.sleep(2)
-        height = min(int(page.do(_LONG)), _HIGHEST)
-        page.resize(width, max(height, least), scale)
+        height = min(int(page.do(_LONG)), highest)
+        page.resize(width, max(height, _LEAST), scale)
         time.sleep(1)
         with tempfile.TemporaryDirectory() as folder:
             drawing = Path(folder) / "page.png"
@@ -139,12 +141,13 @@ def main(argv: list[str] | None = None) -> int:
         view = folder / "page.html"
         with Browser(view.as_uri()) as page:
             page.do("document.querySelector('.card').scrollIntoView()")
-            taken(page, pages / "view" / "page", 900)
+            taken(page, pages / "view" / "page", _OF_MANY)
         with served(folder) as address, PageOfTabs(address) as page:
             for tab, show in TABS.items():
                 page.resize(1200, 900)
                 show(page)
-                taken(page, pages / "ui" / tab)
+                highest = _OF_MANY if tab == "runs" else _HIGHEST
+                taken(page, pages / "ui" / tab, highest)
     return 0
 
 

@@ -14,6 +14,7 @@ from mmedit_cli.errors import UserError
 from mmedit_cli.output import Output
 
 _SHOW = "show"
+PlotKind = Literal["differences", "edits", "retention", "cost"]
 Form = Literal["table", "markdown", "latex", "csv", "json"]
 BoardForm = Literal["table", "markdown", "latex", "csv", "json", "every-eval-ever"]
 
@@ -119,10 +120,17 @@ def compare(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Also draw the differences into this .svg or .png file (extra plots).",
+            help="Also draw a chart into this .svg or .png file (extra plots).",
             show_default=False,
         ),
     ] = None,
+    plot_of: Annotated[
+        PlotKind,
+        typer.Option(
+            help="What --plot draws: differences with intervals, scores over edits, what is retained, or quality "
+            "against seconds an edit."
+        ),
+    ] = "differences",
     records: options.Records = Path("records"),
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -136,9 +144,11 @@ def compare(
       mmedit report compare 0123456789ab fedcba987654
 
       mmedit report compare --where editor=liveedit,editor=unike,model=mini-blip2 --format markdown --plot forest.svg
+
+      mmedit report compare --where model=mini-blip2 --plot edits.svg --plot-of edits
     """
     from mmedit_cli.knowledge.workflow.comparison import compare as compared
-    from mmedit_cli.reports import comparison, finding
+    from mmedit_cli.reports import comparison, finding, plots
 
     as_json = _is_json(form, as_json)
     folders = finding.find_runs(runs or [], records)
@@ -150,7 +160,7 @@ def compare(
         protocols=protocol or (),
     )
     if plot is not None:
-        comparison.draw_comparison(found, plot)
+        plots.draw(found, plot_of, plot)
     out = Output(as_json=as_json)
     if plot is not None:
         out.note(f"drawn: {plot}")

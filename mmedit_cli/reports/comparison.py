@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmedit_cli.output import Output, counted
-from mmedit_cli.reports.charts import plotter, write_chart
 from mmedit_cli.reports.scores import column_name
 
 if TYPE_CHECKING:
@@ -171,27 +169,3 @@ FORMATS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], str]] = {
     "latex": latex,
     "csv": as_csv,
 }
-
-
-def draw_comparison(found: Comparison, file: Path) -> None:
-    """Draw all differences with their intervals, a panel a pair of runs; raise UserError as `plotter` does."""
-    plt = plotter(file)
-    pairs = list(dict.fromkeys((row.first, row.second) for row in found.rows))
-    most = max(sum((r.first, r.second) == pair for r in found.rows) for pair in pairs)
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(6 * len(pairs), 1.2 + 0.3 * most), squeeze=False
-    )
-    for panel, pair in zip(panels[0], pairs, strict=True):
-        rows = [row for row in found.rows if (row.first, row.second) == pair]
-        for height, row in enumerate(reversed(rows)):
-            colour = "tab:gray" if row.better is None else "tab:blue"
-            panel.plot(100 * row.found.mean, height, "o", color=colour)
-            if row.found.ci95 is not None:
-                ends = [100 * end for end in row.found.ci95]
-                panel.plot(ends, [height, height], color=colour)
-        labels = [column_name(row.column) for row in reversed(rows)]
-        panel.set_yticks(range(len(rows)), labels)
-        panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_xlabel(f"{pair[0]} better  <  points  >  {pair[1]} better")
-    write_chart(figure, file)
-    plt.close(figure)

@@ -284,3 +284,54 @@ def test_the_differences_are_drawn(cli, runs, tmp_path):
         assert code == 0
     assert files[0].read_bytes() == files[1].read_bytes()
     assert b"liveedit better" in files[0].read_bytes()
+
+
+@pytest.fixture
+def milestones() -> list[dict]:
+    """Two milestones of one score."""
+    found = []
+    for edits, mean in ((1, 1.0), (10, 0.5)):
+        score = {"mean": mean, "n": 10, "ci95": [mean / 2, mean]}
+        columns = {"reliability": score, "locality.text": {**score, "ci95": None}}
+        found.append({"edits": edits, "short_group": False, "scores": {"ar": columns}})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("edits", [b"Rel, %", b"T-Loc, %", b"edits in a row"]),
+        ("retention", [b"unike: Rel retained", b"2-10"]),
+        ("cost", [b"seconds an edit", b"liveedit"]),
+    ],
+)
+def test_other_charts_are_drawn_where_there_is_something_to_draw(
+    cli, tmp_path, monkeypatch, milestones, what, words
+):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    retention = {
+        "milestones": [1, 10],
+        "cohorts": ["1-1", "2-10"],
+        "ar": {"matrix": [[1.0, 0.5], [None, 1.0]]},
+    }
+    whole = {
+        "milestones": milestones,
+        "retention": retention,
+        "cost": {"seconds_per_edit": {"mean": 0.1}},
+    }
+    bare: dict[str, dict] = {"retention": {}, "cost": {}}
+    for head in (whole, bare):
+        runs = []
+        for editor, scores in (("liveedit", BETTER), ("unike", WORSE)):
+            folder = tmp_path / str(len(head)) / editor
+            runs.append(str(write_run(folder, editor, scores, **head)))
+        file = tmp_path / "chart.svg"
+        file.unlink(missing_ok=True)
+        done = cli("report", "compare", *runs, "--plot", file, "--plot-of", what)
+        if head is bare:
+            assert (done[0], file.exists()) == (2, False)
+            continue
+        assert done[0] == 0, done[2]
+        drawn = file.read_bytes()
+        assert all(word in drawn for word in words), drawn[:400]
