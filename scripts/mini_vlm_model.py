@@ -19,7 +19,7 @@ SIDE = 64  # pixels
 MEAN, STD = (0.7, 0.7, 0.7), (0.3, 0.3, 0.3)  # of emoji on light colours, roughly
 LONGEST = 128  # tokens of a sequence
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")  # ids 0 to 3
-STAGES = ("words", "tower", "bridge", "decoder", "joint")
+STAGES = ("words", "tower", "bridge", "decoder", "joint", "settle")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Recipe(BaseRecipe):
     """Everything a training run depends on but the data and the machine."""
 
     STAGES = STAGES
-    OPTIONAL = ("words", "bridge", "decoder")
+    OPTIONAL = ("words", "bridge", "decoder", "settle")
     STAGE = Stage
 
     family: str

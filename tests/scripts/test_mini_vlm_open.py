@@ -200,6 +200,29 @@ def test_noise_depends_on_the_chance_alone_and_keeps_most_words(scripts):
     assert all(len(words) >= 5 for words in kept)
 
 
+def test_a_share_of_the_pictures_is_drawn_plainly(trainee, recipe):
+    pictures = trainee.pictures
+    shown = pictures.usable[:20]
+
+    def drawn(share):
+        stage = replace(recipe.stages["settle"], plainly=share)
+        return trainee._drawn(shown, stage, torch.Generator().manual_seed(3))
+
+    generator = torch.Generator().manual_seed(3)
+    changed, colour = pictures.draw(shown, generator)
+    chance = torch.rand(20, generator=generator)
+    for share in (0.0, 0.5, 1.0):
+        plain = chance < share
+        state = generator.get_state()
+        still, still_colour = pictures.draw_plainly(shown[plain], generator)
+        generator.set_state(state)
+        pixels, named = drawn(share)
+        assert torch.equal(pixels[~plain], changed[~plain])
+        assert torch.equal(pixels[plain], still)
+        assert torch.equal(named[~plain], colour[~plain])
+        assert torch.equal(named[plain], still_colour)
+
+
 def test_answers_follow_their_questions(trainee):
     questions, generator = trainee.questions, torch.Generator().manual_seed(4)
     concept = trainee.pictures.concept[trainee.pictures.usable[:6]]

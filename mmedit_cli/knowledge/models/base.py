@@ -408,14 +408,22 @@ class VisionLanguageModel(ABC):
 
         `name` tells one computation from another; what it makes must not depend on edits.
         """
+        if not pictures:
+            return []
         if self._cache is None:
             return compute(pictures)
-        if name not in self._cache.found:
-            known = self._cache.features
-            rows = RowCache(compute, group=known.group, budget=known.budget, spill=True)
-            rows.plan(known.planned)
-            self._cache.found[name] = rows
-        return self._cache.found[name].get(pictures)
+        found = self._cache.found
+        if name not in found:
+            features = self._cache.features
+            rows = RowCache(
+                compute,
+                group=features.group,
+                budget=features.budget,
+                spill=True,
+            )
+            rows.plan(features.planned)
+            found[name] = rows
+        return found[name].get(pictures)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of the whole model: (B, T, V); raise NotFinite for NaN or infinity."""

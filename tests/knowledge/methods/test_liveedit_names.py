@@ -94,6 +94,13 @@ def test_a_name_is_what_the_model_answers(backbone):
         assert said[:-1] == tokens[: len(said) - 1]
 
 
+def test_text_alone_has_no_name_and_nobody_is_asked(backbone, monkeypatch):
+    monkeypatch.setattr(backbone, "continued", None)
+    text = type(REQUESTS[0])("What is the capital of Peru?", "Lima")
+    names = Naming(backbone, QUESTION).of(backbone.batch([text]))
+    assert torch.equal(names, no_names(1))
+
+
 def test_each_picture_is_asked_about_once_while_activations_are_kept(
     backbone, monkeypatch
 ):

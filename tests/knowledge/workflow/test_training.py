@@ -539,12 +539,12 @@ def test_what_comes_along_stays_the_default(tmp_path):
     assert trained_networks.default_editor(tmp_path) == ("liveedit", "mini-blip2")
     assert (
         trained_networks.networks_line(shipped.facts())
-        == "networks: come along with mmedit, kept at step 600"
+        == "networks: come along with mmedit, trained 700 steps"
     )
     own = trained_networks.find_networks("liveedit", "mini-blip2", tmp_path, "latest")
     assert (
         trained_networks.networks_line(own.facts())
-        == "networks: run 0123456789ab, trained 20 steps, kept at step 600"
+        == "networks: run 0123456789ab, trained 20 steps, kept at step 700"
     )
     assert trained_networks.default_editor(tmp_path, checkpoint="0123") == (
         "liveedit",

@@ -217,10 +217,12 @@ class LiveEdit(TrainedEditor):
         self._bank.clear()
         self._newest.clear()
         self._decision.forget()
-        if self._naming is not None:
-            self._naming.forget()
-            if self._ask_for_names in self.backbone.before_pass:
-                self.backbone.before_pass.remove(self._ask_for_names)
+        if self._naming is None:
+            return
+        self._naming.forget()
+        asked_before = self.backbone.before_pass
+        if self._ask_for_names in asked_before:
+            asked_before.remove(self._ask_for_names)
 
     def _ask_for_names(self, batch: Batch) -> None:
         """Let the untouched model name the pictures of a batch before it enters."""
@@ -274,7 +276,8 @@ class LiveEdit(TrainedEditor):
         by_prompt = self._bank.compare("prompt", to_prompt)
         names = self._names_of(batch)
         if names is not None:
-            to_names = partial(agreement, names[rows])
+            seen = names[rows]
+            to_names = partial(agreement, seen)
             by_names = self._bank.compare("names", to_names)
             by_vision = by_vision + networks.named(by_names)
         margin = by_vision - sentinel

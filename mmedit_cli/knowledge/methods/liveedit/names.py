@@ -111,9 +111,10 @@ def _of_token(heard: Tensor, wanted: Tensor) -> Tensor:
     tokens = heard[:, 1 : 1 + LIKELY]
     likelihoods = heard[:, 1 + LIKELY :]
     is_it = tokens[:, :, None] == wanted[:, None]
+    beside = likelihoods[:, :, None]
     found = torch.where(
         is_it,
-        likelihoods[:, :, None],
+        beside,
         UNLIKELY,
     )
     return found.amax(1)

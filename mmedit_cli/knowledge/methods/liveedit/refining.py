@@ -139,7 +139,8 @@ def _own_weight(
     by_vision = networks.similarity(vision, vision_keys)
     by_prompt = networks.similarity(prompt, prompt_keys)
     if names is not None:
-        by_vision = by_vision + networks.named(agreement(names, names))
+        agreed = agreement(names, names)
+        by_vision = by_vision + networks.named(agreed)
     own_vision = by_vision.diagonal()[:, None]
     own_prompt = by_prompt.diagonal()[:, None]
     margin = own_vision - sentinel

@@ -398,7 +398,8 @@ def _similarities(
         if others:
             more_names = place.naming.of(more)
             name_keys = torch.cat((name_keys, more_names))
-        by_vision = by_vision + networks.named(agreement(names, name_keys))
+        agreed = agreement(names, name_keys)
+        by_vision = by_vision + networks.named(agreed)
     return _Similarities(
         by_prompt,
         by_vision,
