@@ -20,6 +20,7 @@ from mmedit_cli.commands import (
     env,
     generate,
     image_edit,
+    locate,
     report,
     serve,
     ui,
@@ -47,6 +48,7 @@ app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
 app.command("ui")(ui.ui)
 app.command("generate")(generate.generate)
+app.command("locate")(locate.locate)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list_command.list_all)

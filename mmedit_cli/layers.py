@@ -6,7 +6,8 @@ were found for one model mean the same place in any other. A number below 0 coun
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, get_type_hints
 
 from mmedit_cli.errors import HparamsError
 
@@ -66,3 +67,57 @@ def at_depth(hparams: T, depth: int | None) -> T:
         return hparams
     resolved: T = resolve(depth)
     return resolved
+
+
+@dataclass(frozen=True)
+class LayerField:
+    """The hyper-parameter of a method that names decoder layers.
+
+    several: it is a list of them. counts: it says how many of the last layers are taken.
+    """
+
+    name: str
+    several: bool = False
+    counts: bool = False
+
+    def choices(self, present: Any, depth: int) -> list[Any]:
+        """Return the values to try on a model with so many layers, the lowest first.
+
+        One layer each; of a list as many layers in a row as `present` has; of a count each count. `present`, whose
+        layers are numbers, is among them.
+        """
+        if self.counts:
+            found: list[Any] = list(range(1, depth + 1))
+        elif self.several:
+            width = len(present)
+            ends = range(width, depth + 1)
+            found = [tuple(range(end - width, end)) for end in ends]
+        else:
+            found = list(range(depth))
+        if present not in found:
+            found.append(present)
+        return found
+
+    def from_zero(self, value: Any, depth: int) -> Any:
+        """Return a value with numbers from 0 in the place of those that count from the end."""
+        if self.counts:
+            return value
+        if self.several:
+            return tuple(sorted(number % depth for number in value))
+        return value % depth
+
+    def highest(self, value: Any) -> int:
+        """Return the highest layer that a value names, or the count."""
+        return max(value) if self.several else int(value)
+
+
+def layer_field(hparams: type[Any]) -> LayerField | None:
+    """Return the field of a dataclass of hyper-parameters that is typed `Layer`, or as a tuple of these."""
+    hints = get_type_hints(hparams)
+    for field in fields(hparams):
+        kind = hints[field.name]
+        if kind == Layer:
+            return LayerField(field.name, counts=field.name.endswith("layers"))
+        if kind == tuple[Layer, ...]:
+            return LayerField(field.name, several=True)
+    return None

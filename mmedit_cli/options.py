@@ -259,6 +259,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def output_of_process(as_json: bool) -> Output:
+    """Return the printer of a command; of several processes that share a run, only the first has one that prints."""
+    from mmedit_cli.runtime import is_first_process
+
+    return Output(as_json=as_json, silent=not is_first_process())
+
+
 def named(model: str | None, out: Output) -> str:
     """Return the model that was named; else the default one, which is printed."""
     if model is not None:
@@ -293,6 +300,19 @@ def numbers(
         f"{option} {text}: not whole numbers separated by commas",
         f"e.g. {option} {example}",
     )
+
+
+def ranges(text: str, option: str) -> tuple[int, ...]:
+    """Read whole numbers and ranges, such as 3 or 8-23 or 1,4-6; raise UserError for anything else."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = [first, last] if dash else [first]
+        if not all(end.isdecimal() and len(end) < 5 for end in ends):
+            problem = f"{option} {text}: not whole numbers or ranges"
+            raise UserError(problem, f"e.g. {option} 8-23, or {option} 3,7,11")
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    return tuple(dict.fromkeys(found))
 
 
 def cache_bytes(gib: float) -> int:

@@ -65,13 +65,19 @@ def cut(text: str, most: int) -> str:
 
 
 class Output:
-    """Prints for people or, with `as_json`, for programs; with `quiet` it prints results only."""
+    """Prints for people or, with `as_json`, for programs; with `quiet` results only, with `silent` not even these."""
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, silent: bool = False
+    ) -> None:
+        self.as_json = as_json
+        self.quiet = quiet or silent
+        self.silent = silent
 
     def result(self, data: Any, show: Callable[[], None]) -> None:
         """Print the result of a command: `data` as JSON, or what `show` prints."""
+        if self.silent:
+            return
         if self.as_json:
             _put(_json(data) + "\n")
         else:

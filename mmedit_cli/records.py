@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmedit_cli.reading import (
     read_json_object,
     read_yaml,
 )
+from mmedit_cli.runtime import Processes
 from mmedit_cli.storage import (
     dump_json,
     file_errors,
@@ -54,6 +55,7 @@ _TENSORS = ("editor", "last")
 _WRITTEN = (
     *(f"{name}.jsonl" for name in _RECORDS),
     *(f"{name}.safetensors" for name in _TENSORS),
+    "hparams.yaml",
     "report.json",
     "run.yaml",
 )
@@ -340,6 +342,26 @@ class Run:
             )
         for name in _RECORDS:
             self.lines(name)  # cuts a torn line off before anything is appended to it
+
+
+@contextmanager
+def shared_run(
+    folder: Path,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    processes: Processes,
+    **how: Any,
+) -> Iterator[Run]:
+    """Yield the run in `folder`: the first process opens and writes it, the others read what it has written.
+
+    `how` are the options of `Run.open`.
+    """
+    with ExitStack() as stack:
+        if processes.first:
+            opened = Run.open(folder, config, environment, **how)
+            run = stack.enter_context(opened)
+        processes.wait()
+        yield run if processes.first else Run.view(folder)
 
 
 def _safe_name(part: str) -> str:

@@ -154,6 +154,34 @@ class Processes:
     add: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     wait: Callable[[], None] = lambda: None
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Return what each process gives, in the order of their ranks; every process gets all of it."""
+        import torch
+
+        if self.world == 1:
+            return [data]
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(data)
+        lengths = self.add(sizes).tolist()
+        rows = torch.zeros(
+            self.world,
+            max(lengths),
+            dtype=torch.uint8,
+            device=self.device,
+        )
+        own = torch.tensor(list(data), dtype=torch.uint8)
+        rows[self.rank, : len(data)] = own.to(self.device)
+        gathered = self.add(rows).cpu().numpy()
+        parts = []
+        for row, length in zip(gathered, lengths, strict=True):
+            parts.append(row[:length].tobytes())
+        return parts
+
 
 def process_count() -> int:
     """Return how many processes `accelerate launch` or `torchrun` has started together, 1 without them."""
@@ -162,6 +190,11 @@ def process_count() -> int:
         problem = f"WORLD_SIZE={text[:40]}: not a number of processes"
         raise UserError(problem, "unset it, or start with accelerate launch")
     return int(text)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that were started together: the others print no result."""
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def join_processes(device: str) -> Processes:

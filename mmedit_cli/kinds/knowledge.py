@@ -112,6 +112,8 @@ def evaluate(
 ) -> None:
     """Edit, ask, and report: after 1 edit or after 1,000. The same command again continues, or shows the report.
 
+    Under `accelerate launch` or `torchrun` several processes share the questions.
+
     Examples:
 
       mmedit eval --sequential 1000
@@ -133,7 +135,7 @@ def evaluate(
     from mmedit_cli.knowledge.workflow import evaluation, repeated
     from mmedit_cli.reports import show
 
-    out = Output(as_json=as_json)
+    out = options.output_of_process(as_json)
     if edited is not None:
         _refuse_of_an_editor(context)
         editor = evaluation.ELSEWHERE
@@ -251,7 +253,7 @@ def train(
     from mmedit_cli.knowledge.workflow import training
     from mmedit_cli.reports.knowledge import print_training
 
-    out = Output(as_json=as_json)
+    out = options.output_of_process(as_json)
     request = training.EditorTrainingOptions(
         editor,
         loading.ModelOptions(

@@ -98,7 +98,7 @@ def train(
     from mmedit_cli.picture_editing.workflow import training
     from mmedit_cli.reports.picture_editing import print_training
 
-    out = Output(as_json=as_json)
+    out = options.output_of_process(as_json)
     request = EditorTrainingOptions(
         editor,
         loading.ModelOptions(

@@ -10,7 +10,13 @@ from typing import Any
 from mmedit_cli.errors import RunError
 from mmedit_cli.output import Output
 from mmedit_cli.records import Run
-from mmedit_cli.reports import concept_editing, drawing, knowledge, picture_editing
+from mmedit_cli.reports import (
+    concept_editing,
+    drawing,
+    knowledge,
+    locating,
+    picture_editing,
+)
 from mmedit_cli.reports.finding import finished_runs
 
 _AGAIN = "run the command again with --force"
@@ -19,6 +25,7 @@ Json = dict[str, Any]
 # a key that a report has -> what prints it; the first that fits
 _PRINTERS = {
     "milestones": knowledge.print_scores,
+    "candidates": locating.print_candidates,
     "best": knowledge.print_training,
     "scores": picture_editing.print_scores,
     "sides": drawing.print_scores,
@@ -76,6 +83,8 @@ def _facts(done: Mapping[str, Any]) -> Json:
         facts["edits"] = int(last["edits"])
         facts["protocol"] = protocol
         facts["reliability"] = float(scores["reliability"]["mean"])
+    elif "candidates" in done:
+        facts["layers"] = locating.named(done["chosen"])
     elif "best" in done:
         facts["held_out"] = float(done["best"]["score"])
     elif "scores" in done:
@@ -97,6 +106,8 @@ def _row(facts: Json) -> list[str]:
     elif "held_out" in facts:
         held_out = 100 * facts["held_out"]
         score = f"held out {held_out:.1f}"
+    elif "layers" in facts:
+        made = f"layers {facts['layers']}"
     elif "L1" in facts:
         made = f"L1 {facts['L1']:.4f}"
     elif "subjects" in facts:

@@ -17,11 +17,11 @@ from mmedit_cli.errors import MmeditError, RunError, StateError, UserError
 from mmedit_cli.knowledge.evaluation import metrics
 from mmedit_cli.knowledge.evaluation.ability import (
     Ability,
-    Probe,
     compared,
     measure_ability,
 )
 from mmedit_cli.knowledge.evaluation.answers import Answer, answer_limits, ask
+from mmedit_cli.knowledge.evaluation.sharing import Conditions, Sharing
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.reading import open_tensors, parse_json
 from mmedit_cli.records import Run
@@ -140,29 +140,23 @@ def evaluate_edits(
     cases: Sequence[EditCase],
     run: Run,
     protocol: Protocol,
-    *,
-    base_folder: Path | None = None,
-    probe: Probe | None = None,
-    tick: Callable[[str, int], None] = lambda _what, _n: None,
+    how: Conditions | None = None,
 ) -> dict[str, float]:
     """Edit and ask; every result is in the run's `cases.jsonl` and `edits.jsonl` when this returns.
 
     Returns how many questions the run has asked of the model, before an interruption too, and in how many seconds.
-
-    `base_folder` keeps the answers of the untouched model for other editors; a `probe` is measured on it, and after
-    the last edit of the first group (`ability.jsonl` of the run); `tick(what, n)` is told of n more queries that were
-    run through the frozen layers, cases asked `before`, `edits` made, or cases asked `after`. A run that was
-    interrupted goes on with the chunk it was in.
+    A run that was interrupted goes on with the chunk it was in. Of several processes each asks about chunks of its
+    own, and the first writes what all have found: the lines are those of one process.
     """
+    how = how or Conditions()
     groups = []
     for index, members in enumerate(protocol.groups(len(cases))):
         part = cases[members.start : members.stop]
         groups.append(_Group(index, members.start, part))
-    evaluation = _SequentialEvaluation(editor, protocol, run, base_folder, tick)
-    evaluation.probe = probe
+    evaluation = _SequentialEvaluation(editor, protocol, run, how)
     if editor.first_layer is None:
         evaluation.run_groups(groups)
-        return evaluation.asked
+        return evaluation.sharing.cost
     queries: list[Query] = []
     for case in cases:
         for _, asked in case.columns():
@@ -172,11 +166,11 @@ def evaluate_edits(
         queries,
         group=protocol.batch_size,
         budget=protocol.cache_bytes,
-        tick=lambda n: tick(PREPARING, n),
+        tick=lambda n: how.tick(PREPARING, n),
     )
-    with activations:
+    with activations as cache, evaluation.sharing.activations(cache):
         evaluation.run_groups(groups)
-    return evaluation.asked
+    return evaluation.sharing.cost
 
 
 class _SequentialEvaluation:
@@ -187,21 +181,20 @@ class _SequentialEvaluation:
         editor: Editor,
         protocol: Protocol,
         run: Run,
-        base_folder: Path | None,
-        tick: Callable[[str, int], None],
+        how: Conditions,
     ) -> None:
         self.editor = editor
         self.protocol = protocol
         self.run = run
-        self.base_folder = run.folder / "base" if base_folder is None else base_folder
-        self.tick = tick
-        self.probe: Probe | None = None
+        self.base_folder = how.base_folder or run.folder / "base"
+        self.tick = how.tick
+        self.probe = how.probe
         lines = run.read("cases")
         self.done = {(line["group"], line["edits"], line["index"]) for line in lines}
         self.saved = time.monotonic()
-        self.asked: dict[str, float] = {"questions": 0, "seconds": 0.0}
-        for line in run.read("asked"):  # a single one, if any
-            self.asked = line["cost"]
+        self.sharing = Sharing(run, how.processes)
+        # all have read before the first one writes
+        how.processes.wait()
 
     def run_groups(self, groups: Sequence[_Group]) -> None:
         """Evaluate the groups that are not done yet."""
@@ -213,6 +206,7 @@ class _SequentialEvaluation:
                 self.tick("after", sum(self.protocol.milestones(size)))
             else:
                 self._run_group(group)
+        self.sharing.hand_over()
 
     def _keys(self, group: _Group) -> Iterator[tuple[int, int, int]]:
         """Yield (group, edits, index) of every line that the group ends with."""
@@ -225,23 +219,41 @@ class _SequentialEvaluation:
         chunks = self.protocol.chunks(len(group.cases))
         self.editor.undo()
         able = self._ability(group)
-        for chunk in chunks:  # before the first edit: "before" is the untouched model
-            self._base(group, chunk)
+        for number, chunk in enumerate(chunks):
+            # before the first edit: "before" is the untouched model
+            if self._is_mine(group, number):
+                self._base(group, chunk)
             self.tick("before", len(chunk))
         made = self._restore(group)
         self.tick("edits", made)
         for milestone in self.protocol.milestones(len(group.cases)):
+            # what was asked before is written before there are more edits to go on from
+            if made and made < milestone:
+                self.sharing.hand_over()
             while made < milestone:
                 stop = min(made + self.protocol.edit_batch, milestone)
                 self._edit(group, made, stop)
                 made = stop
                 self._save_now_and_then(group, made)
-            if able is not None and made == len(group.cases):
-                self._note_ability(able)
-            for chunk in chunks:
+            if made == len(group.cases):
+                self._look_at_all(group, able)
+            for number, chunk in enumerate(chunks):
                 if chunk.stop <= milestone:
-                    self._score(group, chunk, milestone)
+                    if self._is_mine(group, number):
+                        self._score(group, chunk, milestone)
+                    self.tick("after", len(chunk))
+                    self.sharing.passed()
         self.editor.undo()
+
+    def _is_mine(self, group: _Group, number: int) -> bool:
+        return self.sharing.is_mine(group.index + number)
+
+    def _look_at_all(self, group: _Group, able: Ability | None) -> None:
+        """Look at the edited model as such, once the last edit of a group is made."""
+        if able is not None:
+            self._note_ability(able)
+        if not group.index:
+            self.sharing.check_alike(self.editor)
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -258,12 +270,15 @@ class _SequentialEvaluation:
         for index, case in enumerate(cases, start):
             line = {"group": group.index, "index": index, "case": case.uid}
             lines.append({**line, "seconds": seconds, **edited.info})
-        self.run.append("edits", lines)
+        if self.sharing.writes:
+            self.run.append("edits", lines)
         self.tick("edits", len(cases))
 
     def _ability(self, group: _Group) -> Ability | None:
         """Return what the untouched model can do; None where it is not asked for, or known already."""
-        if self.probe is None or group.index or self.run.read("ability"):
+        if self.probe is None or group.index or not self.sharing.writes:
+            return None
+        if self.run.read("ability"):
             return None
         return measure_ability(self.editor.backbone, self.probe)
 
@@ -275,7 +290,7 @@ class _SequentialEvaluation:
 
     def _save_now_and_then(self, group: _Group, made: int) -> None:
         """Save the state to continue from, but not after every edit: making some again is cheaper than writing all."""
-        if time.monotonic() - self.saved < SAVE_SECONDS:
+        if not self.sharing.writes or time.monotonic() - self.saved < SAVE_SECONDS:
             return
         tensors, metadata = self.editor.state()
         place = {"group": str(group.index), "made": str(made)}
@@ -294,6 +309,10 @@ class _SequentialEvaluation:
             if metadata["group"] == str(group.index):
                 self.editor.load_state(tensors, metadata)
                 made = int(metadata["made"])
+        # all have read before the first one writes
+        self.sharing.processes.wait()
+        if not self.sharing.writes:
+            return made
         log = self.run.read("edits")
         end = (group.index, made)
         kept = [line for line in log if (line["group"], line["index"]) < end]
@@ -304,7 +323,7 @@ class _SequentialEvaluation:
     # -- questions ----------------------------------------------------------------------------------------------
 
     def _score(self, group: _Group, chunk: range, milestone: int) -> None:
-        """Ask everything about the cases of a chunk and append one line a case, unless that was done before."""
+        """Ask everything about the cases of a chunk and keep one line a case, unless that was done before."""
         missing = [
             index for index in chunk if (group.index, milestone, index) not in self.done
         ]
@@ -325,8 +344,7 @@ class _SequentialEvaluation:
                 if routing is not None:
                     line["routing"] = routing[index]
                 lines.append(line)
-            self.run.append("cases", lines)
-        self.tick("after", len(chunk))
+            self.sharing.keep(lines)
 
     def _after(
         self, cases: Sequence[EditCase], before: Mapping[Query, Answer]
@@ -382,9 +400,7 @@ class _SequentialEvaluation:
             batch_size=self.protocol.batch_size,
             limits=limits,
         )
-        self.asked["questions"] += len(queries)
-        self.asked["seconds"] += time.perf_counter() - began
-        self.run.rewrite("asked", [{"cost": self.asked}])
+        self.sharing.count(len(queries), time.perf_counter() - began)
         return answers
 
     def _base(self, group: _Group, chunk: range) -> dict[Query, Answer]:

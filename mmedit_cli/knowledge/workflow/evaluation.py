@@ -24,7 +24,8 @@ from mmedit_cli.knowledge.loading import (
 from mmedit_cli.knowledge.trained_networks import TrainedNetworks, networks_line
 from mmedit_cli.knowledge.workflow.run_file import as_run_file
 from mmedit_cli.output import Output
-from mmedit_cli.records import Run
+from mmedit_cli.records import Run, shared_run
+from mmedit_cli.runtime import Processes
 from mmedit_cli.shapes import told
 from mmedit_cli.storage import sha256_json, sha256_of
 from mmedit_cli.types import EditCase, Query, in_one_line
@@ -279,19 +280,22 @@ def evaluate(options: EvalOptions, out: Output | None = None) -> dict[str, Any]:
 def run_evaluation(
     plan: EvalPlan, out: Output, backbone: VisionLanguageModel | None = None
 ) -> dict[str, Any]:
-    """Load the model, if it is not given, make the edits, ask, and write the report."""
+    """Load the model, if it is not given, make the edits, ask, and write the report.
+
+    Of several processes that were started together the first writes, and all return the report.
+    """
     from mmedit_cli.knowledge.evaluation.ability import Probe
     from mmedit_cli.knowledge.evaluation.protocol import PREPARING, evaluate_edits
-    from mmedit_cli.knowledge.evaluation.report import (
-        build_report,
-        examples,
-        questions,
-    )
+    from mmedit_cli.knowledge.evaluation.report import questions
+    from mmedit_cli.knowledge.evaluation.sharing import Conditions
 
     options = plan.options
     protocol = plan.options.protocol
+    processes = runtime.join_processes(options.model.device)
+    if not processes.first:
+        out = Output(quiet=True)
     if backbone is None:
-        backbone = open_model(plan, out)
+        backbone = open_model(plan, out, processes.device)
     plan, too_long = _without_long(plan, backbone)
     check_queries(backbone, plan.cases, sayable=protocol.generates)
     editor = _editor(plan, backbone, out)
@@ -303,63 +307,89 @@ def run_evaluation(
         / plan.ref.name.replace("/", "--")
         / _base_key(plan, backbone, editor.first_layer)
     )
-    with Run.open(
+    opened = shared_run(
         plan.folder,
         plan.config,
         environment,
+        processes,
         options=as_run_file(options),
         force=options.force,
-    ) as run:
+    )
+    with opened as run:
         # an equal command may have ended while the model was loaded here
-        report = Run.done_before(plan.folder, force=False, say=out.note)
-        if report is not None:
-            return report
-        run.rewrite("questions", questions(plan.cases))
+        ended = _ended_meanwhile(plan, processes, out)
+        if ended is not None:
+            return ended
+        if processes.first:
+            run.rewrite("questions", questions(plan.cases))
         groups = protocol.groups(len(plan.cases))
         after = sum(sum(protocol.milestones(len(group))) for group in groups)
         totals = {"before": len(plan.cases), "edits": len(plan.cases), "after": after}
         if editor.first_layer is not None:
             totals = {PREPARING: count_queries(plan.cases), **totals}
         with out.progress(totals) as tick:
-            asked = evaluate_edits(
-                editor,
-                plan.cases,
-                run,
-                protocol,
-                base_folder=base_folder,
-                probe=Probe.shipped() if options.ability else None,
-                tick=tick,
-            )
-        head = {key: plan.config[key] for key in _IN_REPORT}
-        if plan.edited is not None:
-            head["edited"] = plan.edited.described()
-        head["checkpoint"] = plan.config.get("checkpoint")
-        head["networks"] = networks
-        head["data"] = {**plan.config["data"], **too_long}
-        if protocol.generates and backbone.own_settings:
-            head["ignored_settings"] = backbone.own_settings
-        if "intervals" in plan.config:
-            head["intervals"] = plan.config["intervals"]
-        lines = run.read("cases")
-        head["environment"] = run.environment
-        head["examples"] = examples(lines, plan.cases)
-        report = build_report(
-            head,
-            lines,
-            run.read("edits"),
-            protocol.sequential,
-            unit=unit_of(head),
-        )
-        if options.ability:
-            (report["ability"],) = run.read("ability")
-        if plan.edited is not None:
-            # how long others edited is not known
-            del report["cost"]["seconds_per_edit"]
-        report["cost"]["asked"] = asked
-        report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
-        # the state to continue from may be as large as a model
-        run.remove_tensors("editor")
-        run.finish(report)
+            probe = Probe.shipped() if options.ability else None
+            how = Conditions(base_folder, probe, processes, tick)
+            asked = evaluate_edits(editor, plan.cases, run, protocol, how)
+        if processes.first:
+            head = {**_head(plan, backbone), "networks": networks}
+            head["data"] = {**plan.config["data"], **too_long}
+            report = _report(plan, head, run)
+            report["cost"]["asked"] = asked
+            report["cost"]["peak_memory"] = runtime.peak_memory(backbone.device)
+            # the state to continue from may be as large as a model
+            run.remove_tensors("editor")
+            run.finish(report)
+        processes.wait()
+    return report if processes.first else Run.read_report(plan.folder)
+
+
+def _ended_meanwhile(
+    plan: EvalPlan, processes: Processes, out: Output
+) -> dict[str, Any] | None:
+    """Return the report of the run if it is there by now; the first process looks for all."""
+    report = None
+    if processes.first:
+        report = Run.done_before(plan.folder, force=False, say=out.note)
+    first, *_ = processes.gather(b"done" if report else b"open")
+    if first == b"done" and report is None:
+        return Run.read_report(plan.folder)
+    return report
+
+
+def _head(plan: EvalPlan, backbone: VisionLanguageModel) -> dict[str, Any]:
+    """Return the front of a report: what was evaluated."""
+    head = {key: plan.config[key] for key in _IN_REPORT}
+    if plan.edited is not None:
+        head["edited"] = plan.edited.described()
+    head["checkpoint"] = plan.config.get("checkpoint")
+    head["networks"] = None
+    if plan.options.protocol.generates and backbone.own_settings:
+        head["ignored_settings"] = backbone.own_settings
+    if "intervals" in plan.config:
+        head["intervals"] = plan.config["intervals"]
+    return head
+
+
+def _report(plan: EvalPlan, head: dict[str, Any], run: Run) -> dict[str, Any]:
+    """Return the report of all lines of a run."""
+    from mmedit_cli.knowledge.evaluation.report import build_report, examples
+
+    lines = run.read("cases")
+    head["environment"] = run.environment
+    head["examples"] = examples(lines, plan.cases)
+    report = build_report(
+        head,
+        lines,
+        run.read("edits"),
+        plan.options.protocol.sequential,
+        unit=unit_of(head),
+    )
+    if plan.options.ability:
+        (report["ability"],) = run.read("ability")
+    if plan.edited is not None:
+        # how long others edited is not known
+        del report["cost"]["seconds_per_edit"]
     return report
 
 
@@ -382,11 +412,16 @@ def _editor(plan: EvalPlan, backbone: VisionLanguageModel, out: Output) -> Edito
     return editor
 
 
-def open_model(plan: EvalPlan, out: Output) -> VisionLanguageModel:
-    """Load the model of a plan, and say which values the editor has for it."""
+def open_model(
+    plan: EvalPlan, out: Output, device: str | None = None
+) -> VisionLanguageModel:
+    """Load the model of a plan, on another device if one is named, and say which values the editor has for it."""
     if plan.edited is None:
         out.note(told(plan.options.editor, plan.config["variant"]))
-    return load_model(plan.options.model, plan.ref, out)
+    options = plan.options.model
+    if device is not None:
+        options = replace(options, device=device)
+    return load_model(options, plan.ref, out)
 
 
 def unit_of(head: Mapping[str, Any]) -> str:

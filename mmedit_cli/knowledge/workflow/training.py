@@ -28,8 +28,7 @@ from mmedit_cli.knowledge.workflow.evaluation import (
     count_queries,
 )
 from mmedit_cli.output import Output
-from mmedit_cli.records import Run
-from mmedit_cli.runtime import Processes
+from mmedit_cli.records import Run, shared_run
 from mmedit_cli.shapes import told
 from mmedit_cli.types import EditCase
 
@@ -248,25 +247,6 @@ def run_training(plan: EditorTrainingPlan, out: Output) -> dict[str, Any]:
     finished = Run.finished(plan.folder)
     assert finished is not None
     return finished
-
-
-@contextmanager
-def shared_run(
-    folder: Path,
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    processes: Processes,
-    *,
-    force: bool,
-) -> Iterator[Run]:
-    """Yield the run in `folder`: the first process opens and writes it, the others read what it has written."""
-    with ExitStack() as stack:
-        if processes.rank == 0:
-            run = stack.enter_context(
-                Run.open(folder, config, environment, force=force)
-            )
-        processes.wait()
-        yield Run.view(folder) if processes.rank else run
 
 
 @contextmanager

@@ -14,13 +14,12 @@ from mmedit_cli.hparams import load_hparams, to_dict
 from mmedit_cli.knowledge.workflow.training import (
     HELD_OUT,
     EditorTrainingOptions,
-    shared_run,
     tensorboard,
 )
 from mmedit_cli.output import Output
 from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
 from mmedit_cli.picture_editing.data.opening import NAMED, open_pairs
-from mmedit_cli.records import Run
+from mmedit_cli.records import Run, shared_run
 from mmedit_cli.runtime import LoadOptions
 from mmedit_cli.shapes import pick_variant, shape_of, told
 

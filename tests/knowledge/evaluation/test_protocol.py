@@ -24,6 +24,7 @@ from mmedit_cli.knowledge.evaluation.protocol import (
     score_case,
 )
 from mmedit_cli.knowledge.evaluation.report import build_report
+from mmedit_cli.knowledge.evaluation.sharing import Conditions
 from mmedit_cli.knowledge.methods.base import Editor
 from mmedit_cli.knowledge.methods.ft import Ft, FtHparams
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
@@ -242,7 +243,7 @@ def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backb
     for name in "ab":
         editor = Ft(backbone, FtHparams(learning_rate=1e-2, steps=5))
         with Run.open(tmp_path / name, {}, {}) as run:
-            evaluate_edits(editor, CASES[:4], run, protocol, base_folder=shared)
+            evaluate_edits(editor, CASES[:4], run, protocol, Conditions(shared))
         times = {path.name: path.stat().st_mtime_ns for path in shared.iterdir()}
         if name == "a":
             first = times
@@ -255,7 +256,7 @@ def test_base_answers_are_shared_and_taken_before_the_first_edit(tmp_path, backb
             CASES[:4],
             run,
             protocol,
-            base_folder=shared,
+            Conditions(shared),
         )
         again = run.read("cases")
     with Run.open(tmp_path / "a", {}, {}) as run:

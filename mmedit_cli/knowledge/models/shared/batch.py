@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmedit_cli.knowledge.models.shared.prefix import DeepStack, RowCache
 from mmedit_cli.pictures import Picture
+from mmedit_cli.runtime import Processes
 from mmedit_cli.types import Query
 
 IGNORE = -100
@@ -99,6 +101,19 @@ class ActivationCache:
     features: RowCache[Picture]
     prefixes: RowCache[Query]
     found: dict[str, RowCache[Picture]] = field(default_factory=dict)
+
+    def compute_together(self, folder: Path, processes: Processes) -> None:
+        """Compute all rows once among several processes, which read each other's from files in `folder`.
+
+        The image tokens come first: the prefixes are computed from them.
+        """
+        parts = {"pictures": self.features}
+        if self.layer is not None:
+            parts["prefixes"] = self.prefixes
+        for name, rows in parts.items():
+            place = folder / name
+            place.mkdir(exist_ok=True)
+            rows.compute_together(place, processes)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mmedit_cli.runtime import Processes
 from mmedit_cli.storage import new_temporary_folder
 
 K = TypeVar("K", bound=Hashable)
@@ -228,6 +229,8 @@ class RowCache(Generic[K]):
         self._bytes = 0
         self._spill = spill
         self._folder: Path | None = None
+        self._together: Path | None = None
+        self._groups_together = 0
 
     def plan(self, keys: Sequence[K]) -> None:
         """Fix the groups for the keys that are new, in the order given; nothing is computed yet."""
@@ -258,19 +261,39 @@ class RowCache(Generic[K]):
             rows.append(found[index][position])
         return rows
 
+    def compute_together(self, folder: Path, processes: Processes) -> None:
+        """Compute every group that is planned once among several processes, and keep all of them in `folder`.
+
+        Each computes its part, and later reads the others' from there; the caller removes the folder.
+        """
+        self._together = folder
+        self._groups_together = len(self._groups)
+        world = processes.world
+        for start in range(0, len(self._groups), world):
+            mine = start + processes.rank
+            if mine < len(self._groups):
+                rows = self._computed(mine)
+                _save_rows(folder / f"{mine}.safetensors", rows)
+            in_all = self._groups[start : start + world]
+            self.tick(sum(map(len, in_all)))
+        processes.wait()
+
     def _rows(self, index: int) -> list[Tensor]:
         if index in self._kept:
             self._kept.move_to_end(index)
             return self._kept[index]
         rows = self._read(index)
         if rows is None:
-            with torch.no_grad():
-                found = self.compute(self._groups[index])
-            rows = [row.detach().to("cpu", copy=True) for row in found]
-            self.computed += len(rows)
+            rows = self._computed(index)
             self.tick(len(rows))
         self._keep(index, rows)
         return rows
+
+    def _computed(self, index: int) -> list[Tensor]:
+        with torch.no_grad():
+            found = self.compute(self._groups[index])
+        self.computed += len(found)
+        return [row.detach().to("cpu", copy=True) for row in found]
 
     def _keep(self, index: int, rows: list[Tensor]) -> None:
         self._kept[index] = rows
@@ -281,9 +304,7 @@ class RowCache(Generic[K]):
             self._write(old, evicted)
 
     def _write(self, index: int, rows: list[Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        if not self._spill:
+        if not self._spill or index < self._groups_together:
             return
         if self._folder is None:
             self._folder = new_temporary_folder()
@@ -295,18 +316,28 @@ class RowCache(Generic[K]):
             )
         file = self._folder / f"{index}.safetensors"
         if not file.exists():
-            save_file({str(i): row for i, row in enumerate(rows)}, file)
+            _save_rows(file, rows)
 
     def _read(self, index: int) -> list[Tensor] | None:
         from safetensors.torch import load_file
 
-        if self._folder is None:
+        folder = self._folder
+        if index < self._groups_together:
+            folder = self._together
+        if folder is None:
             return None
-        file = self._folder / f"{index}.safetensors"
+        file = folder / f"{index}.safetensors"
         if not file.exists():
             return None
         tensors = load_file(file)
         return [tensors[str(i)] for i in range(len(tensors))]
+
+
+def _save_rows(file: Path, rows: Sequence[Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {str(i): row.contiguous() for i, row in enumerate(rows)}
+    save_file(tensors, file)
 
 
 def _size(rows: Sequence[Tensor]) -> int:
