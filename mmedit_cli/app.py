@@ -83,9 +83,12 @@ conversions = _group()
 conversions.command("minigpt4")(convert.minigpt4)
 conversions.command("mgie")(convert.mgie)
 conversions.command("safetensors")(convert.safetensors)
+conversions.command("liveedit")(convert.liveedit)
 conversions.command("checkpoint")(convert.checkpoint)
 app.add_typer(
-    conversions, name="convert", help="Turn published weights into a model folder."
+    conversions,
+    name="convert",
+    help="Turn published weights into a model folder, or into networks of an editor.",
 )
 
 

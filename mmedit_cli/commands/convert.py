@@ -145,6 +145,43 @@ def mgie(
     )
 
 
+def liveedit(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="What train_vllm_editor.py of qizhou000/LiveEdit saved, or the same tensors as .safetensors.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A new folder, for --checkpoint."),
+    ],
+    model: options.Model = None,
+    overrides: options.Overrides = None,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn a published checkpoint of LiveEdit into trained networks to go on with; nothing in it is executed.
+
+    Widths, rank and tokens are read off the tensors. What these do not show is as published: 8 heads, a lora_scale
+    of 5, and layer 21 of 32; --set heads=..., lora_scale=... or edit_layer=... says otherwise.
+
+    Examples:
+
+      mmedit convert liveedit epoch-50-i-39000-ema_loss-0.9 my-liveedit --model blip2-opt-2.7b
+
+      mmedit eval liveedit --model blip2-opt-2.7b --checkpoint my-liveedit --data evqa --sequential 1000
+    """
+    from mmedit_cli.knowledge.workflow.published_liveedit import convert
+
+    output = Output(as_json=as_json)
+    named = options.named(model, output)
+    facts = convert(file, out, named, tuple(overrides or ()), revision)
+    output.result(facts, lambda: output.line(str(out)))
+
+
 def checkpoint(
     file: Annotated[
         Path,

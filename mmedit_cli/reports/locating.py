@@ -17,14 +17,20 @@ def print_candidates(out: Output, report: Mapping[str, Any]) -> None:
     """Print what each layer scores, the layers that were chosen, and the file to use them with."""
 
     def show() -> None:
-        editor, model = report["editor"], report["model"]["name"]
-        cases = report["data"]["cases"]
-        out.line(f"{editor} on {model}, {report['data']['name']}: {cases} cases, %")
-        rows = [_row(report, candidate) for candidate in report["candidates"]]
-        header = [report["swept"], *_PARTS.values(), "score", "", "s an edit", ""]
+        editor = report["editor"]
+        model = report["model"]["name"]
+        data = report["data"]
+        swept = report["swept"]
+        about = f"{editor} on {model}, {data['name']}"
+        out.line(f"{about}: {data['cases']} cases, %")
+        header = [swept, *_PARTS.values(), "score", "", "s an edit", ""]
+        rows = []
+        for candidate in report["candidates"]:
+            rows.append(_row(report, candidate))
         out.table(header, rows)
         out.line("  score: the harmonic mean of Rel, Gen and Loc")
-        out.line(f"{report['swept']} {named(report['chosen'])}: {report['file']}")
+        chosen = named(report["chosen"])
+        out.line(f"{swept} {chosen}: {report['file']}")
 
     out.result(report, show)
 
@@ -61,22 +67,39 @@ def _row(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
 def draw_candidates(report: Mapping[str, Any], file: Path) -> None:
     """Draw score, Rel, Gen and Loc over the layers; raise UserError without matplotlib, or for another ending."""
     plt = plotter(file)
-    scored = [row for row in report["candidates"] if "score" in row]
-    places = range(len(scored))
     figure, panel = plt.subplots(figsize=(7, 4))
-    lines = {**_PARTS, "score": "score"}
-    for key, label in lines.items():
-        heights = [100 * row.get(key, float("nan")) for row in scored]
+    scored = [row for row in report["candidates"] if "score" in row]
+    names = [named(row["value"]) for row in scored]
+    for key, label in {**_PARTS, "score": "score"}.items():
+        heights = []
+        for row in scored:
+            share = row.get(key, float("nan"))
+            heights.append(100 * share)
         width = 2.5 if key == "score" else 1.0
-        panel.plot(places, heights, marker=".", label=label, linewidth=width)
-    for place, row in enumerate(scored):
-        if row["value"] == report["chosen"]:
-            panel.axvline(place, color="grey", linestyle=":", label="chosen")
-    panel.set_xticks(list(places), [named(row["value"]) for row in scored])
+        panel.plot(
+            names,
+            heights,
+            marker=".",
+            label=label,
+            linewidth=width,
+        )
+    chosen = named(report["chosen"])
+    if chosen in names:
+        panel.axvline(
+            chosen,
+            color="grey",
+            linestyle=":",
+            label="chosen",
+        )
     panel.set_ylim(0, 100)
     panel.grid(axis="y", alpha=0.3)
     panel.set_xlabel(report["swept"])
-    panel.set_title(f"{report['editor']} on {report['model']['name']}, %")
-    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    model = report["model"]["name"]
+    panel.set_title(f"{report['editor']} on {model}, %")
+    panel.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1),
+        frameon=False,
+    )
     write_chart(figure, file)
     plt.close(figure)

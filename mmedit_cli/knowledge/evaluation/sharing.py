@@ -1,4 +1,4 @@
-"""Questions of one evaluation asked by several processes: who asks a chunk, and how its lines come to the first one."""
+"""Questions of one evaluation, shared by several processes: who asks a chunk, and how its lines come together."""
 
 from __future__ import annotations
 

@@ -414,11 +414,16 @@ class TrainedEditor(Editor):
         """Return (tensors, metadata) of a checkpoint."""
         networks = self.networks.state_dict()
         tensors = {name: value.detach().clone() for name, value in networks.items()}
-        hparams = _without_training(self.hparams)
-        return tensors, {
-            **self._networks_identity(),
+        fingerprint = self.backbone.fingerprint
+        return tensors, self.networks_metadata(self.hparams, fingerprint)
+
+    @classmethod
+    def networks_metadata(cls, hparams: Any, fingerprint: str) -> dict[str, str]:
+        """Return what a checkpoint says of networks with these hyper-parameters, for the model of a fingerprint."""
+        return {
+            **cls._identity_of(hparams, fingerprint),
             "format": str(FORMAT),
-            "hparams": json.dumps(hparams),
+            "hparams": json.dumps(_without_training(hparams)),
         }
 
     def load_networks(self, path: Path) -> None:
@@ -438,10 +443,14 @@ class TrainedEditor(Editor):
         self.trained = sha256_of(path)
 
     def _networks_identity(self) -> dict[str, str]:
-        shapes = {key: getattr(self.hparams, key) for key in self.architecture}
+        return self._identity_of(self.hparams, self.backbone.fingerprint)
+
+    @classmethod
+    def _identity_of(cls, hparams: Any, fingerprint: str) -> dict[str, str]:
+        shapes = {key: getattr(hparams, key) for key in cls.architecture}
         return {
-            "editor": self.name,
-            "model": self.backbone.fingerprint,
+            "editor": cls.name,
+            "model": fingerprint,
             "networks": json.dumps(shapes),
         }
 
