@@ -23,12 +23,14 @@ from mmedit_cli.commands import (
     locate,
     report,
     serve,
+    sweep,
     ui,
 )
 from mmedit_cli.commands import list as list_command
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.kinds.command import by_kind, function_of
 from mmedit_cli.output import Output, finish, report_error, report_failure
+from mmedit_cli.runtime import sleep_while_waiting
 
 _INTERRUPTED = 130  # typer's own exit code for control-c
 
@@ -49,6 +51,7 @@ app.command("serve")(serve.serve)
 app.command("ui")(ui.ui)
 app.command("generate")(generate.generate)
 app.command("locate")(locate.locate)
+app.command("sweep")(sweep.sweep)
 app.command("covariance")(covariance.covariance)
 app.command("image-edit")(image_edit.image_edit)
 app.command("list")(list_command.list_all)
@@ -144,6 +147,7 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
+    sleep_while_waiting()
     try:
         _refuse_empty(arguments)
         code = _run(arguments)

@@ -46,6 +46,7 @@ _RECORDS = (
     "cases",
     "edits",
     "expressive",
+    "jobs",
     "learned",
     "log",
     "questions",

@@ -236,6 +236,14 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
+def sleep_while_waiting() -> None:
+    """Let threads that wait for others sleep, unless the user says otherwise; it counts before torch is imported.
+
+    Those that spin cost four times the CPU time on a busy machine of two cores (docs/several-processes.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def quiet_libraries() -> None:
     """Turn off the progress bars and advice of transformers: the program speaks for itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

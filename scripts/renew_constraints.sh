@@ -7,7 +7,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q -e ".[dev,data,docs,smolvlm]"
+"$folder/venv/bin/pip" install -q -e ".[dev,data,docs,smolvlm,ray,slurm]"
 {
     echo "# The tested set of packages, written by scripts/renew_constraints.sh: pip install -e . -c constraints.txt"
     # a build of torch for one kind of machine (+cpu) and the libraries of its CUDA build fit no other machine

@@ -16,6 +16,7 @@ from mmedit_cli.reports import (
     knowledge,
     locating,
     picture_editing,
+    sweeps,
 )
 from mmedit_cli.reports.finding import finished_runs
 
@@ -26,6 +27,7 @@ Json = dict[str, Any]
 _PRINTERS = {
     "milestones": knowledge.print_scores,
     "candidates": locating.print_candidates,
+    "spreads": sweeps.print_sweep,
     "best": knowledge.print_training,
     "scores": picture_editing.print_scores,
     "sides": drawing.print_scores,
@@ -58,8 +60,9 @@ def runs(out: Output, records: Path) -> None:
     found: list[Json] = []
     for folder in finished_runs(records):
         with _form(str(folder / "report.json")):
-            facts = _facts(Run.read_report(folder))
-            found.append({**facts, "run": str(folder)})
+            done = Run.read_report(folder)
+            if "spreads" not in done:  # of a sweep: its runs are listed themselves
+                found.append({**_facts(done), "run": str(folder)})
 
     def show() -> None:
         if found:

@@ -516,6 +516,17 @@ def test_help_loads_nothing_heavy(words):
     assert not words or "--json" in done.stdout or "compare" in done.stdout
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_they_are_told_otherwise(
+    cli, monkeypatch, given, used
+):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert cli("--version")[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == used
+
+
 def test_version(cli):
     from mmedit_cli import __version__
 

@@ -245,6 +245,19 @@ def test_melos_clusters_do_what_the_published_code_does(golden):
     assert blocks == trace["query.blocks"].tolist()
 
 
+def test_the_nearest_centre_is_found_however_many_there_are():
+    keys = torch.eye(40)
+    index = ClusterIndex(0.1)
+    for number, key in enumerate(keys):
+        index.add(key[None], [number], [number])
+    index.add(1.05 * keys[3:4], [3], [40])
+    distances, numbers = index.nearest(keys)
+    assert numbers.tolist() == list(range(40))
+    assert torch.equal(distances[:3], torch.zeros(3))
+    # the mean of the two points of a cluster is its centre
+    assert distances[3] == pytest.approx(0.025, abs=1e-6)
+
+
 def test_the_published_scores_and_their_threshold(golden):
     case = {
         n.partition(".")[2]: t

@@ -47,6 +47,8 @@ class ClusterIndex:
     def clear(self) -> None:
         """Remove all clusters."""
         self.clusters: list[Cluster] = []
+        # their centres, one a row, with room for more
+        self._centres = torch.zeros(0, 0)
         self.conflicts = 0
         self.forgotten = 0
         self._size = 0
@@ -87,37 +89,45 @@ class ClusterIndex:
         """Insert a batch: keys (B, D). Distances are those before it, radii and points those of the moment."""
         distances, nearest = self.nearest(keys) if self.clusters else (None, None)
         for i, (key, label, row) in enumerate(zip(keys, labels, rows, strict=True)):
-            if distances is None or nearest is None:
-                self.clusters.append(
-                    Cluster(
-                        key,
-                        self.radius,
-                        label,
-                        [(key, row)],
-                    )
-                )
-                continue
-            distance = float(distances[i])
-            old = self.clusters[int(nearest[i])]
             new = Cluster(
                 key,
                 self.radius,
                 label,
                 [(key, row)],
             )
+            if distances is None or nearest is None:
+                self._append(new)
+                continue
+            distance = float(distances[i])
+            number = int(nearest[i])
+            old = self.clusters[number]
             if distance > old.radius + self.radius:
-                self.clusters.append(new)
+                self._append(new)
             elif label == old.label:
                 old.points.append((key, row))
-                self._expand(old)
+                self._expand(number)
             else:
-                self.clusters.append(new)
+                self._append(new)
                 self._split(old, new, distance)
 
-    def _expand(self, cluster: Cluster) -> None:
+    def _append(self, cluster: Cluster) -> None:
+        """Add a cluster; the room for centres doubles, so that none is copied at a search."""
+        number = len(self.clusters)
+        self.clusters.append(cluster)
+        if number == len(self._centres):
+            size = max(16, 2 * number)
+            grown = cluster.centre.new_zeros(size, len(cluster.centre))
+            if number:
+                grown[:number] = self._centres
+            self._centres = grown
+        self._centres[number] = cluster.centre
+
+    def _expand(self, number: int) -> None:
         """Move a cluster to the mean of its points, and let it reach all of them."""
+        cluster = self.clusters[number]
         points = torch.stack([point for point, _ in cluster.points])
         cluster.centre = points.mean(0)
+        self._centres[number] = cluster.centre
         lengths = (points - cluster.centre).norm(dim=1)
         cluster.radius = max(float(lengths.max()), self.radius)
 
@@ -139,7 +149,7 @@ class ClusterIndex:
 
     def nearest(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return (distance, number) of the cluster whose centre is nearest: (B,), (B,)."""
-        centres = torch.stack([cluster.centre for cluster in self.clusters])
+        centres = self._centres[: len(self.clusters)]
         # exact: by a matrix product a key would not be at distance 0 from itself
         apart = torch.cdist(
             keys,
