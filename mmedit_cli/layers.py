@@ -86,14 +86,16 @@ class LayerField:
         One layer each; of a list as many layers in a row as `present` has; of a count each count. `present`, whose
         layers are numbers, is among them.
         """
+        found: list[Any] = []
         if self.counts:
-            found: list[Any] = list(range(1, depth + 1))
+            found += range(1, depth + 1)
         elif self.several:
             width = len(present)
-            ends = range(width, depth + 1)
-            found = [tuple(range(end - width, end)) for end in ends]
+            for end in range(width, depth + 1):
+                layers = range(end - width, end)
+                found.append(tuple(layers))
         else:
-            found = list(range(depth))
+            found += range(depth)
         if present not in found:
             found.append(present)
         return found
@@ -114,10 +116,13 @@ class LayerField:
 def layer_field(hparams: type[Any]) -> LayerField | None:
     """Return the field of a dataclass of hyper-parameters that is typed `Layer`, or as a tuple of these."""
     hints = get_type_hints(hparams)
+    several = tuple[Layer, ...]
     for field in fields(hparams):
-        kind = hints[field.name]
+        name = field.name
+        kind = hints[name]
         if kind == Layer:
-            return LayerField(field.name, counts=field.name.endswith("layers"))
-        if kind == tuple[Layer, ...]:
-            return LayerField(field.name, several=True)
+            counts = name.endswith("layers")
+            return LayerField(name, counts=counts)
+        if kind == several:
+            return LayerField(name, several=True)
     return None

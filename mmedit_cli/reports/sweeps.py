@@ -15,32 +15,54 @@ def print_sweep(out: Output, report: Mapping[str, Any]) -> None:
     """Print what became of each run, and where the reports over several of them are."""
 
     def show() -> None:
-        rows = [_row(run) for run in report["runs"]]
+        rows = []
+        for run in report["runs"]:
+            row = _row(run)
+            rows.append(row)
         out.table(_HEADER, rows)
         for folder in report["spreads"]:
-            out.line(f"seeds and orders together: mmedit report {folder}")
+            command = f"mmedit report {folder}"
+            out.line(f"seeds and orders together: {command}")
 
     out.result(report, show)
 
 
 def _row(run: Mapping[str, Any]) -> list[str]:
+    name = run["run"]
+    folder = run["folder"]
     if "failed" in run:
-        return [run["run"], "", "failed", "", "", run["folder"]]
+        return [name, "", "failed", "", "", folder]
+    edits = str(run["edits"])
+    protocol = run["protocol"]
     shares = []
     for key in ("reliability", "scope"):
         share = run[key]
-        shares.append("-" if share is None else f"{100 * share:.1f}")
-    edits = str(run["edits"])
-    return [run["run"], edits, run["protocol"], *shares, run["folder"]]
+        text = "-"
+        if share is not None:
+            text = f"{100 * share:.1f}"
+        shares.append(text)
+    return [
+        name,
+        edits,
+        protocol,
+        *shares,
+        folder,
+    ]
 
 
 def raise_failures(report: Mapping[str, Any]) -> None:
     """Raise MmeditError with the runs that failed, if there are any."""
-    failed = [run for run in report["runs"] if "failed" in run]
-    if failed:
+    problems = []
+    for run in report["runs"]:
+        if "failed" in run:
+            name = run["run"]
+            why = run["failed"]
+            problems.append(f"{name}: {why}")
+    if problems:
         total = len(report["runs"])
-        problems = [f"{run['run']}: {run['failed']}" for run in failed]
+        failed = counted(len(problems), "run")
+        first = f"{failed} of {total} failed"
         raise MmeditError(
-            [f"{counted(len(failed), 'run')} of {total} failed", *problems],
+            [first, *problems],
             "the same command makes them again, and leaves the others as they are",
         )

@@ -99,8 +99,8 @@ class Sharing:
         self._seconds = 0.0
         parts = []
         for data in given:
-            part = parse_json_object(data, "what a process asked", halves=True)
-            parts.append(part.values)
+            said = parse_json_object(data, "what a process asked", halves=True)
+            parts.append(said.values)
         lines: list[Mapping[str, Any]] = []
         for part in parts:
             lines.extend(part["lines"])
@@ -113,13 +113,15 @@ class Sharing:
             self.run.append("cases", lines)
 
     def _add_up(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        questions = sum(part["questions"] for part in parts)
-        if not questions:
+        questions = [part["questions"] for part in parts]
+        seconds = [part["seconds"] for part in parts]
+        if not sum(questions):
             return
-        self.cost["questions"] += questions
-        self.cost["seconds"] += max(part["seconds"] for part in parts)
+        self.cost["questions"] += sum(questions)
+        self.cost["seconds"] += max(seconds)
         if self.writes:
-            self.run.rewrite("asked", [{"cost": self.cost}])
+            line = {"cost": self.cost}
+            self.run.rewrite("asked", [line])
 
     def check_alike(self, editor: Editor) -> None:
         """Raise MmeditError unless all processes have made the same edits, bit for bit."""
@@ -148,12 +150,15 @@ class Sharing:
 
     def _common_folder(self) -> Path:
         """Return a new folder beside the records that all processes see."""
-        name = b""
+        home = self.run.folder
+        name = ""
         if self.writes:
-            made = new_temporary_folder(self.run.folder / "activations")
-            name = made.name.encode()
-        first, *_ = self.processes.gather(name)
-        return self.run.folder / first.decode()
+            place = home / "activations"
+            made = new_temporary_folder(place)
+            name = made.name
+        encoded = name.encode()
+        first, *_ = self.processes.gather(encoded)
+        return home / first.decode()
 
 
 def _place(line: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -167,8 +172,11 @@ def _digest(editor: Editor) -> bytes:
 
     tensors, _ = editor.state()
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    for name in sorted(tensors):
+        here = tensors[name].detach().cpu()
+        flat = here.contiguous().flatten()
+        raw = flat.view(torch.uint8)
+        values = raw.numpy()
         digest.update(name.encode())
-        digest.update(raw.numpy().tobytes())
+        digest.update(values.tobytes())
     return digest.digest()

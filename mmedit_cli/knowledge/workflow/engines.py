@@ -98,18 +98,26 @@ class OnRay(Engine):
             while waiting or running:
                 while waiting and len(running) < needs.workers:
                     index, payload = waiting.pop(0)
-                    running[remote.remote(payload)] = index
-                ended, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+                    reference = remote.remote(payload)
+                    running[reference] = index
+                references = list(running)
+                ended, _ = ray.wait(
+                    references,
+                    timeout=POLL_SECONDS,
+                )
                 for reference in ended:
                     index = running.pop(reference)
                     yield self._outcome(index, reference)
 
     def _outcome(self, index: int, reference: Any) -> Outcome:
+        ray = self.ray
         try:
-            return outcome(index, self.ray.get(reference))
-        except self.ray.exceptions.RayError as error:
-            reason = str(error).strip().partition("\n")[0]
-            return Outcome(index, f"the worker ended: {reason}")
+            said = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            reason = _first_line(error)
+            problem = f"the worker ended: {reason}"
+            return Outcome(index, problem)
+        return outcome(index, said)
 
 
 class OnSlurm(Engine):
@@ -145,18 +153,30 @@ class OnSlurm(Engine):
         jobs = self.executor.map_array(work, list(payloads))
         running = dict(enumerate(jobs))
         while running:
-            ended = [index for index, job in running.items() if job.done()]
+            ended = []
+            for index, job in running.items():
+                if job.done():
+                    ended.append(index)
             for index in ended:
-                yield self._outcome(index, running.pop(index))
+                job = running.pop(index)
+                yield self._outcome(index, job)
             if not ended:
                 time.sleep(POLL_SECONDS)
 
     def _outcome(self, index: int, job: Any) -> Outcome:
         error = job.exception()
         if error is None:
-            return outcome(index, job.result())
-        reason = str(error).strip().partition("\n")[0]
-        return Outcome(index, f"job {job.job_id} ended: {reason}")
+            said = job.result()
+            return outcome(index, said)
+        reason = _first_line(error)
+        problem = f"job {job.job_id} ended: {reason}"
+        return Outcome(index, problem)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    first, _, _ = text.partition("\n")
+    return first
 
 
 def outcome(index: int, said: str) -> Outcome:

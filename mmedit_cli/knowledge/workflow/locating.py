@@ -13,7 +13,7 @@ import yaml
 
 from mmedit_cli import registry
 from mmedit_cli.catalog import find_model
-from mmedit_cli.errors import MmeditError, UserError
+from mmedit_cli.errors import MmeditError, RunError, UserError
 from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.loading import (
     ModelOptions,
@@ -30,6 +30,7 @@ from mmedit_cli.knowledge.workflow.evaluation import (
 )
 from mmedit_cli.layers import LayerField, layer_field
 from mmedit_cli.output import Output
+from mmedit_cli.reading import read_text
 from mmedit_cli.records import Run
 from mmedit_cli.storage import write_atomic
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mmedit_cli.knowledge.models.base import VisionLanguageModel
 
 CASES = 20
+_LARGEST = 1 << 20  # bytes of a file of hyper-parameters
 PARTS = ("reliability", "generality", "locality")
 _AT_LEAST_ONE = ("limit", "sequential")
 
@@ -154,7 +156,8 @@ def _able() -> Iterator[str]:
     """Yield the editors whose layers can be swept."""
     for name in registry.editors.names():
         cls = registry.editors.get(name)
-        if not cls.trains and layer_field(cls.Hparams) is not None:
+        found = layer_field(cls.Hparams)
+        if found is not None and not cls.trains:
             yield name
 
 
@@ -243,7 +246,8 @@ def locate(options: LocateOptions, out: Output | None = None) -> dict[str, Any]:
         say=talk.note,
     )
     if options.output is not None:
-        write_atomic(options.output, (plan.folder / "hparams.yaml").read_bytes())
+        kept = read_text(plan.folder / "hparams.yaml", limit=_LARGEST, error=RunError)
+        write_atomic(options.output, kept)
         report = {**report, "file": str(options.output)}
     return report
 
@@ -299,17 +303,21 @@ def run_locating(plan: LocatePlan, out: Output) -> dict[str, Any]:
 
 def _scores(report: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """Return the mean of each part of the scores, and the harmonic mean of those that there are (Meng et al. 2022)."""
-    after = report["milestones"][-1]["scores"][protocol]
+    last = report["milestones"][-1]
+    after = last["scores"][protocol]
     found: dict[str, Any] = {}
     for part in PARTS:
         means = []
         for column, summary in after.items():
             family, _, _ = column.partition(".")
-            if family == part and not column.endswith(" known"):
-                means.append(summary["mean"])
+            of_part = family == part
+            if of_part and not column.endswith(" known"):
+                mean = summary["mean"]
+                means.append(mean)
         if means:
             found[part] = statistics.fmean(means)
-    score = statistics.harmonic_mean(list(found.values()))
+    parts = list(found.values())
+    score = statistics.harmonic_mean(parts)
     seconds = report["cost"]["seconds_per_edit"]["mean"]
     return {**found, "score": score, "seconds_per_edit": seconds}
 
@@ -320,28 +328,42 @@ def _best(plan: LocatePlan, rows: Sequence[Mapping[str, Any]]) -> Any:
     Raises MmeditError if no value could be evaluated.
     """
     scored = []
-    for candidate, row in zip(plan.candidates, rows, strict=True):
-        if "score" in row:
-            is_present = candidate.value == plan.present
-            rank = (row["score"], is_present, plan.swept.highest(candidate.value))
-            scored.append((rank, candidate.value))
+    pairs = zip(plan.candidates, rows, strict=True)
+    for candidate, row in pairs:
+        if "score" not in row:
+            continue
+        value = candidate.value
+        is_present = value == plan.present
+        highest = plan.swept.highest(value)
+        rank = (row["score"], is_present, highest)
+        scored.append((rank, value))
     if not scored:
-        problems = dict.fromkeys(row["problem"] for row in rows)
-        raise MmeditError(list(problems))
-    _, value = max(scored, key=lambda pair: pair[0])
+        problems = [row["problem"] for row in rows]
+        distinct = list(dict.fromkeys(problems))
+        raise MmeditError(distinct)
+    _, value = max(scored)
     return value
 
 
 def _file(plan: LocatePlan, chosen: Any, rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of a hyper-parameter file: the present values, with the layers that were chosen."""
-    (row,) = [row for row in rows if row["value"] == _plain(chosen)]
-    first, *_ = [c.plan for c in plan.candidates if c.plan is not None]
+    value = _plain(chosen)
+    (row,) = [row for row in rows if row["value"] == value]
+    plans = [candidate.plan for candidate in plan.candidates]
+    first, *_ = filter(None, plans)
     values = to_dict(first.hparams)
-    values[plan.swept.name] = _plain(chosen)
+    name = plan.swept.name
+    values[name] = value
     editor = plan.options.editor
-    head = (
-        f"# {editor} on {plan.config['model']['name']}: "
-        f"{plan.swept.name} by mmedit locate, score {100 * row['score']:.1f} %\n"
-        f"# use it with: mmedit eval {editor} --hparams FILE\n"
+    model = plan.config["model"]["name"]
+    score = 100 * row["score"]
+    text = yaml.safe_dump(
+        values,
+        sort_keys=False,
+        allow_unicode=True,
     )
-    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return (
+        f"# {editor} on {model}: {name} by mmedit locate, score {score:.1f} %\n"
+        f"# use it with: mmedit eval {editor} --hparams FILE\n"
+        f"{text}"
+    )

@@ -22,12 +22,17 @@ from mmedit_cli.shapes import shape_of
 from mmedit_cli.storage import staged_folder, write_tensors
 
 _MODULES = "train_modules"
-# the parts of a name there -> what they are called here
-_NAMES = {
+# the modules there -> what they are called here
+_PARTS = {
+    "edit_extractor": "edit_extractor",
     "inpt_extractor": "input_extractor",
     "moegen_c": "generator_u",
     "moegen_r": "generator_v",
     "instant_reps_norm": "stream_norm",
+}
+# the parts of a name there -> what they are called here
+_NAMES = {
+    **_PARTS,
     "eqe1": "vision_queries",
     "eqe2": "prompt_queries",
     "vis_rep_prot": "vision_sentinel",
@@ -43,17 +48,11 @@ _NAMES = {
     "k_mlp": "k",
     "v_mlp": "v",
 }
-_PARTS = (
-    "edit_extractor",
-    "input_extractor",
-    "generator_u",
-    "generator_v",
-    "stream_norm",
-)
 # what goes beyond the paper is off; the layer is that of the configurations
 _PUBLISHED: dict[str, Any] = {
     "variant": "paper",
     "answer_slots": False,
+    "naming": None,
     "refine": 0,
     "top_k": None,
     "margin": 0.0,
@@ -120,14 +119,20 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(modules, Mapping):
         raise ModelError(f"{file}: {_MODULES}: not modules by name", _AGAIN)
     tensors = {}
+    parts = set()
     for name, value in _flat(modules):
-        words = [_NAMES.get(word, word) for word in name.split(".") if word != "module"]
-        if words and words[0] in _PARTS:
-            tensors[".".join(words)] = value.float().contiguous()
-    missing = [part for part in _PARTS if not any(n.startswith(part) for n in tensors)]
+        words = _translated(name)
+        if words and words[0] in _PARTS.values():
+            full = ".".join(words)
+            whole = value.float()
+            tensors[full] = whole.contiguous()
+            parts.add(words[0])
+    missing = []
+    for theirs, ours in _PARTS.items():
+        if ours not in parts:
+            missing.append(theirs)
     if missing:
-        there = {word: name for name, word in _NAMES.items()}
-        names = ", ".join(there.get(part, part) for part in missing)
+        names = ", ".join(missing)
         raise ModelError(
             f"{file}: not a checkpoint of LiveEdit: no {names}",
             f"it has {_MODULES} with edit_extractor, inpt_extractor, moegen_c, moegen_r and instant_reps_norm",
@@ -137,6 +142,17 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if isinstance(steps, int):
         facts = {"steps": str(steps), "step": str(steps)}
     return tensors, facts
+
+
+def _translated(name: str) -> list[str]:
+    """Return the parts of a name as they are called here."""
+    words = []
+    for word in name.split("."):
+        # of a model that was trained on several GPUs
+        if word != "module":
+            ours = _NAMES.get(word, word)
+            words.append(ours)
+    return words
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -157,11 +173,14 @@ def _flat(modules: Mapping[str, Any], place: str = "") -> list[tuple[str, Tensor
     """Return (name, tensor) of nested state dicts, their names joined by points."""
     found: list[tuple[str, Tensor]] = []
     for name, value in modules.items():
-        full = f"{place}.{name}" if place else str(name)
+        full = str(name)
+        if place:
+            full = f"{place}.{name}"
         if isinstance(value, Mapping):
             found += _flat(value, full)
         elif isinstance(value, Tensor):
-            found.append((full, value))
+            pair = (full, value)
+            found.append(pair)
     return found
 
 

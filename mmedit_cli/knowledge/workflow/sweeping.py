@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mmedit_cli.errors import MmeditError, UserError
 from mmedit_cli.knowledge.workflow.engines import Engine, InThisProcess
 from mmedit_cli.knowledge.workflow.evaluation import open_model, run_evaluation
+from mmedit_cli.knowledge.workflow.options_in_a_file import from_run_file
 from mmedit_cli.knowledge.workflow.repeated import (
     RepeatedPlan,
     Repetitions,
     plan_repeated,
     run_repeatedly,
 )
-from mmedit_cli.knowledge.workflow.run_file import from_run_file
 from mmedit_cli.output import Output, counted
 from mmedit_cli.plugins import VARIABLE
 from mmedit_cli.reading import Record, read_yaml
@@ -54,9 +54,12 @@ class Job:
     @property
     def name(self) -> str:
         """What a list calls the run."""
-        order, seed = divmod(self.index, len(self.seeds))
-        what = f"{self.options['editor']} on {self.options['model']}"
-        return f"{what}, seed {self.seeds[seed]}, order {order}"
+        editor = self.options["editor"]
+        model = self.options["model"]
+        count = len(self.seeds)
+        order, place = divmod(self.index, count)
+        seed = self.seeds[place]
+        return f"{editor} on {model}, seed {seed}, order {order}"
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,20 @@ def _plan(
 
 def _combinations(given: Record) -> Iterator[dict[str, Any]]:
     """Yield the options of each editor on each model: those of all, of the editor, and of the model."""
-    common = dict(given.mapping("options", {}))
+    common = given.mapping("options", {})
     for key in ("editor", "model", "seed"):
         if key in common:
-            given.fail("options", f"{key} has a list of its own: {key}s")
-    for editor in _named(given, "editors", "editor"):
-        for model in _named(given, "models", "model"):
-            yield {**common, **editor, **model}
+            problem = f"{key} has a list of its own: {key}s"
+            given.fail("options", problem)
+    editors = _named(given, "editors", "editor")
+    models = _named(given, "models", "model")
+    for editor in editors:
+        for model in models:
+            yield {
+                **common,
+                **editor,
+                **model,
+            }
 
 
 def _named(given: Record, key: str, name: str) -> list[dict[str, Any]]:
@@ -146,12 +156,17 @@ def _named(given: Record, key: str, name: str) -> list[dict[str, Any]]:
         given.fail(key, "an empty list")
     found: list[dict[str, Any]] = []
     for index, entry in enumerate(entries):
-        if isinstance(entry, str) and entry.strip():
-            found.append({name: entry})
-        elif isinstance(entry, dict) and isinstance(entry.get(name), str):
-            found.append(entry)
-        else:
-            given.fail(f"{key}[{index}]", f"neither a name nor a mapping with {name}")
+        options = entry
+        if isinstance(entry, str):
+            options = {name: entry}
+        named = None
+        if isinstance(options, dict):
+            named = options.get(name)
+        if not isinstance(named, str) or not named.strip():
+            place = f"{key}[{index}]"
+            problem = f"neither a name nor a mapping with {name}"
+            given.fail(place, problem)
+        found.append(options)
     return found
 
 
@@ -162,44 +177,58 @@ def sweep(
 
     What failed to the end is in the report, which is then not kept, so that the same command goes on.
     """
-    done = Run.done_before(plan.folder, force=_forced(plan), say=out.note)
+    force = any(job.force for job in plan.jobs)
+    done = Run.done_before(
+        plan.folder,
+        force=force,
+        say=out.note,
+    )
     if done is not None:
         return done
-    with Run.open(plan.folder, plan.config, {}, force=True) as run:
-        run.rewrite("jobs", [asdict(job) for job in plan.jobs])
-        failed = _make_all(plan, engine or InThisProcess(), retries, out)
-        report = _report(plan, failed, out)
+    engine = engine or InThisProcess()
+    opened = Run.open(
+        plan.folder,
+        plan.config,
+        environment={},
+        force=True,
+    )
+    with opened as run:
+        jobs = [asdict(job) for job in plan.jobs]
+        run.rewrite("jobs", jobs)
+        failed = _make_all(plan, engine, retries, out)
+        report = _report(plan, failed)
         if not failed:
             run.finish(report)
     return report
 
 
-def _forced(plan: Sweep) -> bool:
-    return any(job.force for job in plan.jobs)
-
-
 def _make_all(plan: Sweep, engine: Engine, retries: int, out: Output) -> dict[int, str]:
     """Make all runs; return what failed to the end, by the number of the run."""
-    here = _Here(out) if isinstance(engine, InThisProcess) else None
-    failed: dict[int, str] = {}
+    work = make_run
+    if isinstance(engine, InThisProcess):
+        work = _Here(out).make
     lasting: dict[int, str] = {}
+    failed: dict[int, str] = {}
     left = list(range(len(plan.jobs)))
     for attempt in range(retries + 1):
-        if not left:
-            break
-        if attempt:
-            out.note(f"{counted(len(left), 'run')} failed: again")
-        payloads = [asdict(plan.jobs[number]) for number in left]
-        work = make_run if here is None else here.make
+        if attempt and left:
+            again = counted(len(left), "run")
+            out.note(f"{again} failed: again")
         failed = {}
-        for count, ended in enumerate(engine.run(work, payloads), 1):
-            number = left[ended.index]
-            name = plan.jobs[number].name
-            out.note(f"{count} of {len(left)}: {name}: {ended.problem or 'done'}")
+        jobs = [plan.jobs[number] for number in left]
+        payloads = [asdict(job) for job in jobs]
+        ends = engine.run(work, payloads)
+        for count, ended in enumerate(ends, 1):
+            name = jobs[ended.index].name
+            how = ended.problem or "done"
+            out.note(f"{count} of {len(left)}: {name}: {how}")
             if ended.problem:
                 table = lasting if ended.lasting else failed
+                number = left[ended.index]
                 table[number] = ended.problem
         left = sorted(failed)
+        if not left:
+            break
     return {**lasting, **failed}
 
 
@@ -208,10 +237,13 @@ def make_run(payload: Mapping[str, Any]) -> str:
 
     A text that begins with `!` says that the input is wrong, so that the run would fail again.
     """
-    os.chdir(payload["home"])
-    if payload["plugins"]:
-        os.environ[VARIABLE] = payload["plugins"]
-    return _Here(Output(quiet=True)).make(payload)
+    home = payload["home"]
+    plugins = payload["plugins"]
+    os.chdir(home)
+    if plugins:
+        os.environ[VARIABLE] = plugins
+    quiet = Output(quiet=True)
+    return _Here(quiet).make(payload)
 
 
 class _Here:
@@ -236,11 +268,22 @@ class _Here:
         return ""
 
     def _make(self, job: Job) -> None:
-        repetitions = Repetitions(tuple(job.seeds), job.orders)
+        repetitions = Repetitions(job.seeds, job.orders)
         records = Path(job.records)
-        plan = _plan(job.options, job.place, records, repetitions, job.force)
+        plan = _plan(
+            job.options,
+            job.place,
+            records,
+            repetitions,
+            job.force,
+        )
         run = plan.runs[job.index]
-        if Run.done_before(run.folder, force=job.force, say=self.out.note):
+        done = Run.done_before(
+            run.folder,
+            force=job.force,
+            say=self.out.note,
+        )
+        if done is not None:
             return
         model = run.ref.fingerprint
         if self._backbone is None or self._name != model:
@@ -250,32 +293,28 @@ class _Here:
         run_evaluation(run, self.out, self._backbone)
 
 
-def _report(plan: Sweep, failed: Mapping[int, str], out: Output) -> dict[str, Any]:
+def _report(plan: Sweep, failed: Mapping[int, str]) -> dict[str, Any]:
     """Return what became of each run, and where the reports over all seeds and orders are.
 
     They are written where all runs of an editor on a model are there.
     """
     runs = []
+    there = set()
     for number, job in enumerate(plan.jobs):
         row: dict[str, Any] = {"run": job.name, "folder": job.folder}
+        runs.append(row)
         if number in failed:
             row["failed"] = failed[number]
-        else:
-            row |= _headline(Run.read_report(Path(job.folder)))
-        runs.append(row)
+            continue
+        folder = Path(job.folder)
+        report = Run.read_report(folder)
+        row |= _headline(report)
+        there.add(folder)
     spreads = []
-    quiet = Output(quiet=True)
     for group in plan.groups:
-        folders = [str(run.folder) for run in group.runs]
-        whole = all("failed" not in row for row in runs if row["folder"] in folders)
-        if whole and len(folders) > 1:
-            # all of them are finished, so nothing is loaded: they are only read
-            again = replace(group, options=replace(group.options, force=False))
-            unforced = [
-                replace(run, options=replace(run.options, force=False))
-                for run in group.runs
-            ]
-            run_repeatedly(replace(again, runs=unforced), quiet)
+        folders = {run.folder for run in group.runs}
+        if len(folders) > 1 and folders <= there:
+            _spread(group)
             spreads.append(str(group.folder))
     return {
         "format": 1,
@@ -284,6 +323,17 @@ def _report(plan: Sweep, failed: Mapping[int, str], out: Output) -> dict[str, An
         "spreads": spreads,
         "sweep": str(plan.folder),
     }
+
+
+def _spread(group: RepeatedPlan) -> None:
+    """Write the report over runs that are all finished: they are only read, so nothing is loaded."""
+    read_only = []
+    for run in group.runs:
+        options = replace(run.options, force=False)
+        read_only.append(replace(run, options=options))
+    plan = replace(group, runs=read_only)
+    quiet = Output(quiet=True)
+    run_repeatedly(plan, quiet)
 
 
 def _headline(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from mmedit_cli.knowledge.workflow.engines import (
     Resources,
 )
 from mmedit_cli.knowledge.workflow.evaluation import EvalOptions
-from mmedit_cli.knowledge.workflow.run_file import as_run_file, from_run_file
+from mmedit_cli.knowledge.workflow.options_in_a_file import from_run_file
+from mmedit_cli.knowledge.workflow.run_file import as_run_file
 from mmedit_cli.output import Output
 from mmedit_cli.reports.sweeps import raise_failures
 

@@ -107,7 +107,7 @@ class ActivationCache:
 
         The image tokens come first: the prefixes are computed from them.
         """
-        parts = {"pictures": self.features}
+        parts: dict[str, RowCache[Any]] = {"pictures": self.features}
         if self.layer is not None:
             parts["prefixes"] = self.prefixes
         for name, rows in parts.items():
