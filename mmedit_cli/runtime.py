@@ -239,7 +239,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def sleep_while_waiting() -> None:
     """Let threads that wait for others sleep, unless the user says otherwise; it counts before torch is imported.
 
-    Those that spin cost four times the CPU time on a busy machine of two cores (docs/several-processes.md).
+    Beside other work they would spin while one of them is set aside by the system (docs/several-processes.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
