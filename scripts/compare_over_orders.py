@@ -56,7 +56,7 @@ def text_of(compared: Sequence[Comparison], command: str) -> str:
     weights = f"`{model['name']}` with the fingerprint `{model['fingerprint'][:12]}`"
     edits = f"{first.edits:,} edits of EmojiKB in {report['orders']} orders"
     head = (
-        f"`{command}`, written {day} ({used}): {weights}, {edits}.\n"
+        f"`{command}`, written {day} ({used}):\n{weights}, {edits}.\n"
         "The score of a case is its mean over the orders. In %; the columns are explained in\n"
         "[reports](reports.md#is-one-editor-better-than-another), and a claim is a row whose p, raised for all rows\n"
         "of its table, is below 0.05.\n"
