@@ -100,6 +100,8 @@ MODELS = {
     "tiny-qwen3.5": Entry(GENERIC, None, _TINY),
     "tiny-sd": Entry(DRAWS, None, _TINY),
     "tiny-sdxl": Entry(DRAWS, None, _TINY),
+    "tiny-sd3": Entry(DRAWS, None, _TINY),
+    "tiny-flux": Entry(DRAWS, None, _TINY),
     "blip2-opt-2.7b": Entry(
         "blip2", "Salesforce/blip2-opt-2.7b", "BLIP-2 with OPT-2.7B (32 layers)"
     ),
@@ -230,6 +232,8 @@ FAMILIES = {  # config.json: model_type, or model_index.json: _class_name -> bac
     "gpt2": LANGUAGE,
     "StableDiffusionPipeline": DRAWS,
     "StableDiffusionXLPipeline": DRAWS,
+    "StableDiffusion3Pipeline": DRAWS,
+    "FluxPipeline": DRAWS,
 }
 PARTS = "parts.safetensors"  # of a model that is put together
 TINY_VERSION = (
@@ -249,7 +253,9 @@ PIPELINE_FILES = (  # of one that holds a diffusers pipeline: no second copies i
     "*/*.txt",
     "vae/diffusion_pytorch_model.safetensors",
     "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder*/model.safetensors",
+    "transformer/diffusion_pytorch_model*.safetensors",
+    "text_encoder*/model*.safetensors",
+    "tokenizer*/*.model",
 )
 
 

@@ -17,7 +17,14 @@ CHECKPOINT = "editor.safetensors"
 _CONFIGS = ("config.json", INDEX)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # of a text-to-image pipeline
-_TRAINED_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_TRAINED_PARTS = (
+    "unet",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
 
 
 def config_file(folder: Path) -> Path | None:
@@ -112,7 +119,7 @@ def _files_of_index(index: Path) -> set[str]:
 
 
 def pipeline_parts(folder: Path) -> list[str]:
-    """Return the parts of a pipeline folder that have weights: `unet`, `vae`, `text_encoder`, and its second one."""
+    """Return the parts of a pipeline folder that have weights: denoiser, autoencoder and text encoders."""
     index = read_config(folder)
     parts = []
     for name in _TRAINED_PARTS:

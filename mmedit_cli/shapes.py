@@ -55,6 +55,8 @@ SHAPES = {  # of the models that hparams/*.yaml has variants for
     "tiny-qwen3.5": Shape("qwen3_5", 6, 48),
     "tiny-sd": Shape("StableDiffusionPipeline", 2, 32),
     "tiny-sdxl": Shape("StableDiffusionXLPipeline", 2, 32),
+    "tiny-sd3": Shape("StableDiffusion3Pipeline", 2, 32),
+    "tiny-flux": Shape("FluxPipeline", 1, 32),
 }
 
 
@@ -65,6 +67,10 @@ def shape_of(ref: ModelRef) -> Shape | None:
     path = config_file(ref.folder)
     assert path is not None, "a model that was found has a config"
     config = read_object(path)
+    if path.name == INDEX and "transformer" in config:
+        flow = read_object(ref.folder / "transformer" / "config.json")
+        kind = config.get("_class_name")
+        return _shape(kind, flow.get("num_layers"), flow.get("joint_attention_dim"))
     if path.name == INDEX:
         unet = read_object(ref.folder / "unet" / "config.json")
         levels = unet.get("block_out_channels")

@@ -12,33 +12,18 @@ import typer
 from mmedit_cli import options, registry
 from mmedit_cli.errors import UserError
 from mmedit_cli.kinds.base import Kind, Noun
+from mmedit_cli.kinds.measuring_drawings import measures
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
+    from mmedit_cli.drawing.workflow.resolving import DrawingEvalOptions
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.data.shared.audit import Finding
     from mmedit_cli.types import ConceptChange
 
 
-def evaluate(
-    editor: options.Editor,
-    config: options.RunFile = None,
-    model: options.DrawingModel = None,
-    data: options.Facts = "emojikb-facts",
-    root: options.Root = None,
-    hparams: options.HparamsFile = None,
-    overrides: options.Overrides = None,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = None,
-    records: options.Records = Path("records"),
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
+@measures(options.Facts, "emojikb-facts")
+def evaluate(request: DrawingEvalOptions, out: Output, dry_run: bool) -> None:
     """Edit facts about drawings, each alone and all of a kind at once, draw, judge and report. Again: goes on.
 
     --set eval.KEY=VALUE says how pictures are drawn and judged; KEY is steps, guidance, size, seeds, batch_size, clip
@@ -53,22 +38,6 @@ def evaluate(
     from mmedit_cli.drawing.workflow import fact_evaluation, fact_plan
     from mmedit_cli.reports import concept_editing, show
 
-    out = Output(as_json=as_json)
-    request = fact_plan.FactEvalOptions(
-        editor,
-        options.named_drawing(model, out),
-        data,
-        root,
-        hparams,
-        tuple(overrides or ()),
-        limit,
-        seed,
-        records,
-        force,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-    )
     if dry_run:
         show.plan(out, fact_plan.plan_facts(request).describe())
     else:

@@ -11,33 +11,18 @@ import typer
 from mmedit_cli import options, registry
 from mmedit_cli.errors import UserError
 from mmedit_cli.kinds.base import Kind, Noun
+from mmedit_cli.kinds.measuring_drawings import measures
 from mmedit_cli.output import Output
 
 if TYPE_CHECKING:
+    from mmedit_cli.drawing.workflow.resolving import DrawingEvalOptions
     from mmedit_cli.knowledge.data.base import DataOptions
     from mmedit_cli.knowledge.data.shared.audit import Finding
     from mmedit_cli.types import Concept
 
 
-def evaluate(
-    editor: options.Editor,
-    config: options.RunFile = None,
-    model: options.DrawingModel = None,
-    data: options.Subjects = "emojikb-concepts",
-    root: options.Root = None,
-    hparams: options.HparamsFile = None,
-    overrides: options.Overrides = None,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = None,
-    records: options.Records = Path("records"),
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
+@measures(options.Subjects, "emojikb-concepts")
+def evaluate(request: DrawingEvalOptions, out: Output, dry_run: bool) -> None:
     """Teach a model each subject of a set, draw it, and report. The same command again continues, or shows the report.
 
     --set eval.KEY=VALUE says how pictures are drawn and scored; KEY is steps, guidance, size, seeds, batch_size, clip,
@@ -52,22 +37,6 @@ def evaluate(
     from mmedit_cli.drawing.workflow import evaluation, plan
     from mmedit_cli.reports import drawing, show
 
-    out = Output(as_json=as_json)
-    request = plan.ConceptEvalOptions(
-        editor,
-        options.named_drawing(model, out),
-        data,
-        root,
-        hparams,
-        tuple(overrides or ()),
-        limit,
-        seed,
-        records,
-        force,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-    )
     if dry_run:
         show.plan(out, plan.plan_evaluation(request).describe())
     else:
@@ -97,6 +66,21 @@ def edit(
             help="What to draw: its name in prompts, e.g. <my-dog>.", show_default=False
         ),
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="multi-melo-diffusion: instead of photos, a LoRA of kohya, peft or diffusers.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding: Annotated[
+        Path | None,
+        typer.Option(
+            help="multi-melo-diffusion: instead of photos, or with --lora, a textual inversion.",
+            show_default=False,
+        ),
+    ] = None,
     covariance: Annotated[
         Path | None,
         typer.Option(
@@ -124,12 +108,34 @@ def edit(
 
       mmedit edit perfusion --images photos/teddy --superclass teddy --token "<my-teddy>" --into my-concepts
 
+      mmedit edit multi-melo-diffusion --lora dog.safetensors:0.8 --superclass dog --token "<dog>" --into my-concepts
+
       mmedit generate --edits my-concepts "a <my-teddy> in the snow"
     """
+    from mmedit_cli.drawing.workflow.adopting import AdoptOptions, adopt_concept
     from mmedit_cli.drawing.workflow.concepts import LearnOptions, learn_concept
     from mmedit_cli.reports import edit_tables
 
     out = Output(as_json=as_json)
+    if lora is not None or embedding is not None:
+        _check_adopted(photos, superclass, token)
+        adopted = AdoptOptions(
+            editor,
+            options.named_drawing(model, out),
+            token or "",
+            superclass or "",
+            into,
+            lora,
+            embedding,
+            hparams,
+            tuple(overrides or ()),
+            force,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+        )
+        edit_tables.learned(out, into, adopt_concept(adopted, out))
+        return
     concept = _concept(photos, superclass, token)
     request = LearnOptions(
         editor,
@@ -147,6 +153,22 @@ def edit(
         revision=revision,
     )
     edit_tables.learned(out, into, learn_concept(request, out))
+
+
+def _check_adopted(
+    photos: Path | None, superclass: str | None, token: str | None
+) -> None:
+    """Raise UserError unless an adapter has a name, and no photos beside it."""
+    if photos is not None:
+        raise UserError(
+            "--images: an adapter was learned already",
+            "either photos, or --lora and --embedding",
+        )
+    if not superclass or not token:
+        raise UserError(
+            "--superclass and --token are needed: the plain word for the thing, and its name in prompts",
+            'e.g. --superclass dog --token "<my-dog>"',
+        )
 
 
 def _concept(photos: Path | None, superclass: str | None, token: str | None) -> Concept:

@@ -27,6 +27,8 @@ def print_scores(out: Output, report: Json) -> None:
         out.table(["edits", "score", *ways], rows, sections=sections)
         out.line(f"judge: {report['judge']}")
         out.line(f"collapsed pictures: {_collapsed(report['collapsed'])}")
+        for way, kinds in report.get("faint", {}).items():
+            out.line(f"faint pictures, {way}: {_shares(kinds)}")
         for line in report["undo"]:
             out.line(_undone(line))
         cost = report["cost"]
@@ -81,11 +83,13 @@ def _cell(score: Json | None, scale: float, digits: int) -> str:
 
 
 def _collapsed(shares: Json) -> str:
+    return _shares({way: shares[way] for way in _WAYS if way in shares})
+
+
+def _shares(by_name: Json) -> str:
     said = []
-    for way in _WAYS:
-        if way in shares:
-            share = shares[way]
-            said.append(f"{way} {100 * share['mean']:.1f} % of {share['n']:,}")
+    for name, share in by_name.items():
+        said.append(f"{name} {100 * share['mean']:.1f} % of {share['n']:,}")
     return ", ".join(said)
 
 

@@ -108,14 +108,14 @@ def test_shapes_of_tiny_models(name):
     )
 
 
-@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl", "tiny-sd3", "tiny-flux"])
 def test_shapes_of_tiny_pipelines(name, tmp_path):
     from mmedit_cli.drawing.models import tiny
 
     tiny.build(name).save_pretrained(tmp_path / "mine")
     ref = find_model(str(tmp_path / "mine"))
     assert shapes.shape_of(ref) == shapes.SHAPES[name]
-    assert variant_for("perfusion", ref) == name
+    assert variant_for("dreambooth-lora", ref) == name
 
 
 def test_it_is_said_which_variant_was_taken(tmp_path, cli):

@@ -17,6 +17,7 @@ from mmedit_cli.registry import share_dir
 from mmedit_cli.storage import read_tensors
 
 WIDTH = 24  # channels of the first layer
+ARTIST_SIDE = 64  # pixels of a picture that the classifier was trained on
 _GROUPS = 4
 _BATCH = 64  # pictures
 

@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mmedit_cli.drawing.data.emojikb_facts import ARTISTS
 from mmedit_cli.drawing.data.facts import BACKGROUND_QUESTION, NAMING
 from mmedit_cli.drawing.evaluation import picture_scores
+from mmedit_cli.drawing.evaluation.artists import ARTIST_SIDE, ArtistClassifier
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, all_pairs
 from mmedit_cli.knowledge.evaluation.intervals import mean_with_interval
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
@@ -28,6 +30,7 @@ from mmedit_cli.knowledge.models.base import VisionLanguageModel
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
+STYLE = re.compile(rf"\b({'|'.join(ARTISTS)}) drawing\b")  # in a prompt
 BACKGROUND = re.compile(r"\bon an? (\w+) background\b")  # in a prompt
 _LONGEST_NAME = 16  # tokens
 _BATCH = 32  # pictures in one pass of an encoder
@@ -135,6 +138,7 @@ def score_subject(drawn: DrawnTest, models: ScoringModels) -> Scores:
             scores["CLIP-T"] = [all_pairs(some, text[None]) for some, text in pieces]
         if models.namer is not None and column == models.namer.name:
             scores |= _background_scores(drawn, models.namer)
+            scores |= _style_scores(drawn)
             if drawn.answer:
                 scores |= _naming_scores(drawn, models, models.namer, is_nearest)
     return scores
@@ -250,6 +254,27 @@ def _background_scores(drawn: DrawnTest, namer: VisionLanguageModel) -> Scores:
         right = [answer_match(text, colour) == 1 for text in some]
         scores.append(100 * fmean(right))
     return {f"background by {namer.name}": scores}
+
+
+def _style_scores(drawn: DrawnTest) -> Scores:
+    """Score how often a picture has the style of the artist that a prompt names; nothing if no prompt names one."""
+    files: list[Path] = []
+    wanted = []
+    for row, text in zip(drawn.files, drawn.plain, strict=True):
+        match = STYLE.search(text)
+        if match:
+            files += row
+            wanted.append(ARTISTS[match[1]])
+    if not wanted:
+        return {}
+    pictures = []
+    for picture in _load(files):
+        pictures.append(picture.resize((ARTIST_SIDE, ARTIST_SIDE)))
+    artists = ArtistClassifier.load().classify(pictures)
+    scores = []
+    for artist, some in zip(wanted, drawn.by_prompt(artists), strict=True):
+        scores.append(100 * fmean(name == artist for name in some))
+    return {"style": scores}
 
 
 def _ask(namer: VisionLanguageModel, question: str, files: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from mmedit_cli.drawing.data.emojikb_facts import WHO
 from mmedit_cli.drawing.data.facts import DrawnProbe
-from mmedit_cli.drawing.evaluation.artists import ArtistClassifier
+from mmedit_cli.drawing.evaluation.artists import ARTIST_SIDE, ArtistClassifier
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder
 from mmedit_cli.knowledge.evaluation.answers import target_losses
 from mmedit_cli.knowledge.evaluation.intervals import (
@@ -30,14 +30,16 @@ from mmedit_cli.types import Query
 FLAT = (
     8.0  # standard deviation of the numbers of a picture, of 255: less has no contrast
 )
+_FAINT = 1  # percent of the untouched model's pictures that are as faint as a faint one
 _NEAR = 8  # of 255: a number that differs less from the usual one is of the same colour
 _ONE_COLOUR = 0.97  # share of such pixels from which on a picture has one colour
-_ARTIST_SIDE = 64  # pixels that the classifier of artists was trained on
 _LONGEST = 16  # tokens of an answer
 _BATCH = 32  # pictures in one pass of a judge
 KNOWN, MARGIN = " known", " margin"  # added to the name of a column
 Item = TypeVar("Item")
 Cell = list[tuple[float, str]]  # values, and the fact of each
+Pictures = dict[str, tuple[float, str]]  # the same by picture
+Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class AnsweringJudge:
         pictures = []
         for file in files:
             picture = load_picture(Picture(file))
-            pictures.append(picture.resize((_ARTIST_SIDE, _ARTIST_SIDE)))
+            pictures.append(picture.resize((ARTIST_SIDE, ARTIST_SIDE)))
         return self._artists.classify(pictures) if pictures else []
 
     def _answers(self, queries: Sequence[Query]) -> list[str]:
@@ -182,6 +184,13 @@ def collapsed(picture: Image.Image) -> bool:
     return bool(without_contrast or of_one_colour)
 
 
+def contrast(picture: Image.Image) -> float:
+    """Return the standard deviation of the numbers of a picture, of 255."""
+    rgb = picture.convert("RGB")
+    values = np.asarray(rgb).astype(np.float64)
+    return float(values.std())
+
+
 def summary(
     lines: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
@@ -231,6 +240,43 @@ def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         cell = list(pictures.values())
         found[way] = _score("", cell)
     return found
+
+
+def faint(
+    lines: Sequence[Mapping[str, Any]], contrasts: Mapping[str, float], untouched: str
+) -> dict[str, Scores]:
+    """Return the share of faint pictures by way and kind of fact, with n and interval; each picture counts once.
+
+    A picture is faint if it has less contrast than 99 % of those of the untouched model, the way of that name: what is
+    left of a thing on grey is no flat picture, but no drawing either. `contrasts` are those of all pictures, by name.
+    """
+    plain: dict[str, float] = {}
+    for line in lines:
+        if line["way"] == untouched:
+            plain |= _pictures_of(line, contrasts)
+    contrasts_before = list(plain.values())
+    least = np.percentile(contrasts_before, _FAINT)
+    cells: dict[tuple[str, str], Pictures] = {}
+    for line in lines:
+        place = line["way"], line["kind"]
+        cell = cells.setdefault(place, {})
+        pictures = _pictures_of(line, contrasts)
+        for name, value in pictures.items():
+            share = float(value < least)
+            cell[name] = (share, line["fact"])
+    found: dict[str, Scores] = {}
+    for (way, kind), cell in cells.items():
+        of_way = found.setdefault(way, {})
+        of_way[kind] = _score("", list(cell.values()))
+    return found
+
+
+def _pictures_of(
+    line: Mapping[str, Any], values: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the value of each picture that the probes of a line look at."""
+    names = [probe["picture"] for probe in line["probes"]]
+    return {name: values[name] for name in names}
 
 
 def _score(column: str, cell: Cell) -> dict[str, Any]:

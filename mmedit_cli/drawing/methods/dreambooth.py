@@ -39,9 +39,10 @@ class Dreambooth(Personalizer):
         return int(self.hparams.steps)
 
     def _trained_paths(self) -> list[str]:
-        parts: tuple[str, ...] = ("unet.",)
+        denoiser = f"{self.model.denoiser}."
+        parts: tuple[str, ...] = (denoiser,)
         if self.hparams.train_text_encoder:
-            parts = ("unet.", "text_encoder")
+            parts = (denoiser, "text_encoder")
         paths = [path for path, _ in self.model.model.named_parameters()]
         return [path for path in paths if path.startswith(parts)]
 
@@ -90,7 +91,8 @@ def _first_misfit(
     for path, tensor in tensors.items():
         if path not in parameters or parameters[path].shape != tensor.shape:
             return path
-    parts = {"unet"} | {_part_of(path) for path in tensors}
+    parts = {_part_of(path) for path in tensors}
+    parts |= {"unet", "transformer"}  # a denoiser is always learned
     for path in parameters:
         if _part_of(path) in parts and path not in tensors:
             return path

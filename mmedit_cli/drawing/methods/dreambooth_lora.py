@@ -64,7 +64,7 @@ class DreamboothLora(Personalizer):
         training = SubjectTraining(model, concept, hp, source, name)
         paths = _paths(
             model.model,
-            "unet",
+            model.denoiser,
             [f"to_{role}" for role in hp.unet_targets],
         )
         trains_text = bool(hp.train_text_encoder and hp.text_targets)

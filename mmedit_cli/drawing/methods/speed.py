@@ -57,7 +57,7 @@ class Speed(ConceptEditor):
             count = len(self.present())
             moment = moment / count
             gain = gain / count
-        _, empty = self._encode("")
+        empty = torch.cat([states for _, states in self._encode("")])
         exact = torch.cat([empty[:1], centres(empty[1:], _CENTRES)]).double()
         # the published set of what is kept is the empty prompt where nothing is named
         retained = stays.inputs if len(stays.inputs) else empty[1:]

@@ -105,12 +105,26 @@ def read_lora(path: Path, model: DrawingModel) -> dict[str, Tensor]:
 
     Raises DataError for a file of another kind, StateError for one that is damaged.
     """
+    found: dict[str, Tensor] = {}
+    for place, (down, up) in read_factors(path, model).items():
+        weight = f"{place}.weight"
+        shape = model.model.get_parameter(weight).shape
+        product = up.flatten(1) @ down.flatten(1)
+        found[weight] = product.reshape(shape)
+    return found
+
+
+def read_factors(path: Path, model: DrawingModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors A (r, in, ...) and B (out, r, ...) of a LoRA by the path of their layer, in float32.
+
+    Those of a convolution have its kernel; B holds the scale. Raises what `read_lora` does.
+    """
     file = lora_file(path)
     tensors, facts = read_tensors(file)
     alphas = _alphas_of(file, facts)
     layers = _by_layer(file, tensors)
     paths = _paths_by_name(model)
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, factors in layers.items():
         place = _place_of(name, paths)
         if place is None:
@@ -118,12 +132,11 @@ def read_lora(path: Path, model: DrawingModel) -> dict[str, Tensor]:
                 f"{file}: {name}: no such layer in {model.name}",
                 "it was made for a model of another kind, or changes a part that is not read here",
             )
-        weight = f"{place}.weight"
-        parameter = model.model.get_parameter(weight)
+        parameter = model.model.get_parameter(f"{place}.weight")
         alpha = factors.alpha
         if alpha is None:
             alpha = alphas.of(name)
-        found[weight] = _change(
+        found[place] = _fitting(
             f"{file}: {name}",
             factors,
             alphas,
@@ -228,33 +241,39 @@ def _by_layer(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, _Factors]:
     return layers
 
 
-def _change(
+def _fitting(
     place: str,
     factors: _Factors,
     alphas: _Alphas,
     alpha: float | None,
     shape: Sequence[int],
-) -> Tensor:
-    """Return what a layer's weight of a shape is changed by; raise DataError unless the factors fit it."""
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of a layer's weight of a shape, scaled; raise DataError unless they fit it."""
     missing = [role for role in (_DOWN, _UP) if role not in factors.tensors]
     if missing:
         raise DataError(f"{place}: its factor {missing[0]} is missing", _HINT)
     # a convolution is a matrix of all that a pixel reads
     down = factors.tensors[_DOWN].float().flatten(1)
     up = factors.tensors[_UP].float().flatten(1)
+    rank = len(down)
     width = torch.Size(shape).numel() // shape[0]
-    if down.shape[1] != width or up.shape != (shape[0], len(down)):
+    if down.shape[1] != width or up.shape != (shape[0], rank):
         sizes = " and ".join(str(tuple(part.shape)) for part in (down, up))
         raise DataError(
             f"{place}: factors of {sizes} do not fit a weight of {tuple(shape)}",
             "it was made for a model of another size",
         )
-    change = alphas.scale(alpha, len(down)) * (up @ down)
-    if not change.isfinite().all():
+    scaled = alphas.scale(alpha, rank) * up
+    if not (scaled @ down).isfinite().all():
         raise DataError(
             f"{place}: has numbers that are not finite", "copy the file again"
         )
-    return change.reshape(tuple(shape))
+    kernel = shape[2:]
+    single = [1] * len(kernel)
+    return (
+        down.reshape(rank, shape[1], *kernel),
+        scaled.reshape(shape[0], rank, *single),
+    )
 
 
 # -- names of layers ------------------------------------------------------------------------------------------------
@@ -291,6 +310,11 @@ def _names(model: DrawingModel, part: str, inside: str) -> Iterator[str]:
         if ".attentions." in inside:
             ldm = ldm_key(inside, per_block).removeprefix(f"{_LDM}.")
             yield _kohya("lora_unet", ldm)
+        return
+    if (
+        part == "transformer"
+    ):  # of Stable Diffusion 3.x and FLUX, by the names of diffusers
+        yield from (f"transformer.{inside}", inside)
         return
     below = inside.removeprefix("text_model.")
     several = "text_encoder_2" in model.model

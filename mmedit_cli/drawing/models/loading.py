@@ -9,7 +9,8 @@ from typing import Any
 
 from mmedit_cli import runtime
 from mmedit_cli.catalog import ModelRef, find_model
-from mmedit_cli.drawing.models.schedule import check_scheduler
+from mmedit_cli.drawing.models.flow import FlowModel
+from mmedit_cli.drawing.models.schedule import check_flow_scheduler, check_scheduler
 from mmedit_cli.drawing.models.stable_diffusion import StableDiffusion
 from mmedit_cli.errors import ModelError
 from mmedit_cli.identity import fingerprint, former_fingerprint
@@ -53,8 +54,11 @@ def load_stable_diffusion(
         pipe = _from_folder(ref, number).to(target)
         check_text_encoders(pipe, ref.folder)
         text = _joined(fingerprint(part) for part in _text_encoders(ref.folder))[:32]
-    check_scheduler(pipe.scheduler, ref.name)
-    made = StableDiffusion(
+    flows = hasattr(pipe, "transformer")
+    check = check_flow_scheduler if flows else check_scheduler
+    check(pipe.scheduler, ref.name)
+    cls = FlowModel if flows else StableDiffusion
+    made = cls(
         ref.name,
         pipe,
         ref.fingerprint,
@@ -99,7 +103,8 @@ def _from_folder(ref: ModelRef, dtype: Any) -> Any:
     assert ref.folder is not None
     config = read_config(ref.folder)
     kind = getattr(diffusers, config["_class_name"])
-    weights = list((ref.folder / "unet").glob("*.safetensors"))
+    denoiser = "transformer" if "transformer" in config else "unet"
+    weights = list((ref.folder / denoiser).glob("*.safetensors"))
     half = [path for path in weights if ".fp16" in path.suffixes]
     options: dict[str, Any] = {}
     if half and len(half) == len(weights):  # no weights in full precision
@@ -111,7 +116,7 @@ def _from_folder(ref: ModelRef, dtype: Any) -> Any:
             "requires_safety_checker": False,
         }
     if isinstance(dtype, str):
-        dtype = torch.float16
+        dtype = torch.bfloat16 if denoiser == "transformer" else torch.float16
     check_parts(ref.folder)
     with loading(ref.folder):
         return kind.from_pretrained(

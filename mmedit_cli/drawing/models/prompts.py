@@ -130,10 +130,11 @@ def _cut_off(prompt: str, token: str, longest: int) -> str:
 def _row(tokenizer: Any, learned: Mapping[str, Word], text: str) -> _Row:
     """Return one prompt as ids, cut and padded to the longest the tokenizer allows."""
     longest = tokenizer.model_max_length
-    ids = [tokenizer.bos_token_id]
-    plain = [tokenizer.bos_token_id]
-    aligned = [0]
-    owners = [""]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = list(start)
+    plain = list(start)
+    aligned = [0] * len(start)
+    owners = [""] * len(start)
     for piece in _pieces(text, learned):
         word = learned.get(piece)
         words = piece if word is None else word.text

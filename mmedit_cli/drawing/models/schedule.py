@@ -28,6 +28,16 @@ def check_scheduler(scheduler: Any, name: str) -> None:
         )
 
 
+def check_flow_scheduler(scheduler: Any, name: str) -> None:
+    """Raise ModelError unless a scheduler follows a flow, as Stable Diffusion 3.x and FLUX were trained."""
+    kind = type(scheduler).__name__
+    if not kind.startswith("FlowMatch"):
+        raise ModelError(
+            f"{name}: its scheduler {kind} is not one for flow matching",
+            "put the scheduler_config.json of the original model there, e.g. of a FlowMatchEulerDiscreteScheduler",
+        )
+
+
 def check_steps(scheduler: Any, steps: int) -> None:
     """Raise DataError unless a scheduler can make so many steps: they are all made, on latents of a few numbers.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -78,6 +78,8 @@ class StableDiffusion:
     """
 
     family: ClassVar[str] = "stable-diffusion"
+    denoiser: ClassVar[str] = "unet"  # the name of the part that removes noise
+    in_windows: ClassVar[bool] = True  # whether a wide picture can be drawn in windows
     # The fingerprints that version 0.1.0 gave to the model and to its text encoders.
     former: str = ""
     former_text: str = ""
@@ -85,24 +87,22 @@ class StableDiffusion:
     def __init__(
         self, name: str, pipe: Any, fingerprint: str, text_fingerprint: str
     ) -> None:
-        from diffusers import DDPMScheduler
-
         self.name = name
         self.pipe = pipe
         self.fingerprint = fingerprint
         self.text_fingerprint = text_fingerprint
         self.is_xl = getattr(pipe, "text_encoder_2", None) is not None
-        names = ["unet", "vae", "text_encoder"]
-        self.tokenizers = [pipe.tokenizer]
-        if self.is_xl:
-            names.append("text_encoder_2")
-            self.tokenizers.append(pipe.tokenizer_2)
+        names = [self.denoiser, "vae"]
+        self.tokenizers = []
+        for number in ("", "_2", "_3"):
+            part = f"text_encoder{number}"
+            if getattr(pipe, part, None) is not None:
+                names.append(part)
+                self.tokenizers.append(getattr(pipe, f"tokenizer{number}"))
         parts = {part: getattr(pipe, part) for part in names}
         self.model = nn.ModuleDict(parts).eval().requires_grad_(False)
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             cap_length(tokenizer, encoder)
-        config = pipe.scheduler.config
-        self.noise_scheduler: Any = DDPMScheduler.from_config(config)
         self.words: dict[str, Word] = {}
         self.windows: Callable[[str], Sequence[str]] | None = None
         self.current_prompts: CurrentPrompts | None = None
@@ -120,7 +120,14 @@ class StableDiffusion:
     @property
     def unet(self) -> Any:
         """The denoiser."""
-        return self.model["unet"]
+        return self.model[self.denoiser]
+
+    @cached_property
+    def noise_scheduler(self) -> Any:
+        """What adds noise in training."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +165,20 @@ class StableDiffusion:
         """Pixels along an edge of a latent."""
         return int(self.pipe.vae_scale_factor)
 
+    @property
+    def grid(self) -> int:
+        """Of how many pixels a picture's height and width are multiples."""
+        return math.lcm(GRID, self.scale)
+
+    @property
+    def has_pooled(self) -> bool:
+        """Whether the pipeline is given a pooled encoding of the prompt."""
+        return self.is_xl
+
+    def spellings(self) -> list[tuple[int, int]]:
+        """Return (index of a tokenizer, row of an encoding where its tokens begin) for all rows of an encoding."""
+        return [(0, 0)]
+
     def cross_attention(self) -> list[Projection]:
         """Return the key and value projections that read the prompt, found from the structure of the UNet."""
         projections = []
@@ -172,13 +193,13 @@ class StableDiffusion:
         return projections
 
     def attention(self, roles: Sequence[str], *, text: Sequence[str] = ()) -> list[str]:
-        """Return paths of attention projections: `roles` ("q", "v") in the UNet, `text` in the text encoders."""
+        """Return paths of attention projections: `roles` ("q", "v") in the denoiser, `text` in the text encoders."""
         in_unet = tuple(f".to_{role}" for role in roles)
         in_text_encoder = tuple(f".{role}_proj" for role in text)
 
         paths = []
         for path, _ in self.model.named_modules():
-            if path.startswith("unet."):
+            if path.startswith(f"{self.denoiser}."):
                 ends = in_unet
             elif path.startswith("text_encoder"):
                 ends = in_text_encoder
@@ -312,7 +333,8 @@ class StableDiffusion:
         distribution = encode()
         what = f"{self.name}: the latents of the pictures"
         check_finite(distribution.mean, what, self.model, encode)
-        mean = distribution.mean.float() * vae.config.scaling_factor
+        shift = vae.config.get("shift_factor") or 0.0
+        mean = (distribution.mean.float() - shift) * vae.config.scaling_factor
         deviation = distribution.std.float() * vae.config.scaling_factor
         return mean, deviation
 
@@ -381,9 +403,9 @@ class StableDiffusion:
 
         Raises DataError for a size the model cannot draw, TooLong for a prompt whose new token would be cut off.
         """
-        check_steps(self.pipe.scheduler, sampling.steps)
+        self.check_sampling(sampling.steps)
         resolution = sampling.resolution or self.resolution
-        grid = math.lcm(GRID, self.scale)
+        grid = self.grid
         if resolution % grid or resolution < grid:
             raise DataError(
                 f"size {resolution}: not a multiple of {grid} pixels",
@@ -430,6 +452,14 @@ class StableDiffusion:
                 images[row] = image
         return images
 
+    def check_sampling(self, steps: int) -> None:
+        """Raise DataError unless the scheduler can make so many steps."""
+        check_steps(self.pipe.scheduler, steps)
+
+    def _is_guided(self, scale: float) -> bool:
+        """Whether each prompt has a row without it, from which guidance leads away."""
+        return scale > 1 and self.unet.config.time_cond_proj_dim is None
+
     def window_prompts(self, prompt: str) -> list[str]:
         """Return the prompt of each window of a picture; mostly there is one window, and it is the prompt itself."""
         return [prompt] if self.windows is None else list(self.windows(prompt))
@@ -449,7 +479,7 @@ class StableDiffusion:
     ) -> list[Any]:
         """Return a picture for each seed; each has `windows` prompts, one for each of its windows."""
         scale = self.guidance_scale(sampling)
-        guided = scale > 1 and self.unet.config.time_cond_proj_dim is None
+        guided = self._is_guided(scale)
         unguided_rows = len(prompts) if guided else 0
         negatives = [sampling.negative] * unguided_rows
         tokens = self.tokenize(negatives + prompts, unconditional=unguided_rows)
@@ -528,7 +558,7 @@ class StableDiffusion:
         The pipeline sees the first window of each picture; `in_windows` gives all of them to the UNet.
         """
         named = {"prompt_embeds": encoding.hidden}
-        if encoding.pooled is not None and self.is_xl:
+        if encoding.pooled is not None and self.has_pooled:
             named["pooled_prompt_embeds"] = encoding.pooled
         positive = slice(-count, None, windows)
         negative = slice(None, count, windows)

@@ -53,10 +53,11 @@ def tokenizer() -> Any:
 
 
 def build(name: str, *, seed: int = 0) -> Any:
-    """Return the pipeline `tiny-sd` or `tiny-sdxl` with seeded random weights, on the CPU in float32."""
+    """Return a pipeline such as `tiny-sd` with seeded random weights, on the CPU in float32."""
+    builders = {"tiny-sdxl": _sdxl, "tiny-sd3": _sd3, "tiny-flux": _flux}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _sdxl() if name == "tiny-sdxl" else _sd()
+        return builders.get(name, _sd)()
 
 
 def _sd() -> Any:
@@ -98,6 +99,121 @@ def _sdxl() -> Any:
     )
 
 
+def _sd3() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    transformer = SD3Transformer2DModel(
+        sample_size=_LATENT,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=_CAPTION,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        out_channels=4,
+        pos_embed_max_size=_LATENT,
+    )
+    words = tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=_far_from_zero(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=0.3, shift_factor=0.1),
+        text_encoder=_text(CLIPTextModelWithProjection, words, 8),
+        tokenizer=words,
+        text_encoder_2=_text(CLIPTextModelWithProjection, words, 16),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=_t5(),
+        tokenizer_3=letters(),
+    )
+
+
+def _flux() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
+    from transformers import CLIPTextModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=_CAPTION,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    words = tokenizer()
+    pipe = FluxPipeline(
+        transformer=_far_from_zero(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_vae(scaling_factor=0.3, shift_factor=0.1),
+        text_encoder=_text(CLIPTextModel, words, 16),
+        tokenizer=words,
+        text_encoder_2=_t5(),
+        tokenizer_2=letters(),
+    )
+    pipe.default_sample_size = _LATENT
+    return pipe
+
+
+def letters() -> Any:
+    """Return a tokenizer that spells everything out, with an end and without a start, as that of T5."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["<pad>", "</s>", "<unk>", *(chr(i) for i in range(32, 127))]
+    plain = Tokenizer(
+        models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>")
+    )
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    plain.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        model_max_length=2 * _TOKENS,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    made = T5EncoderModel(
+        T5Config(
+            vocab_size=98,
+            d_model=_CAPTION,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+        )
+    )
+    return made.eval()
+
+
+def _far_from_zero(transformer: Any) -> Any:
+    """Return a transformer whose gates and output, which start at 0, are not: so that prompts and edits show."""
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+    return transformer.eval()
+
+
 def _text(model: Any, words: Any, width: int) -> Any:
     from transformers import CLIPTextConfig
 
@@ -118,7 +234,7 @@ def _text(model: Any, words: Any, width: int) -> Any:
     return made.eval()
 
 
-def _vae() -> Any:
+def _vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -128,6 +244,7 @@ def _vae() -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=2 * _LATENT,
+        **more,
     ).eval()
 
 

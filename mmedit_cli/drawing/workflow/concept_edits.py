@@ -346,19 +346,23 @@ def export_edits(
         if ref.folder is not None and (ref.folder / _SETTINGS).is_file():
             shutil.copy(ref.folder / _SETTINGS, fresh / _SETTINGS)
         weights = editor.changed_weights()
-        by_unet = {path.removeprefix("unet."): v for path, v in weights.items()}
-        per_block = int(loaded.unet.config.layers_per_block)
-        by_ldm = {ldm_key(path, per_block): v for path, v in by_unet.items()}
+        part = f"{loaded.denoiser}."
+        own = {path.removeprefix(part): v for path, v in weights.items()}
         about = {"method": folder.head["editor"], "model": loaded.name}
-        write_tensors(fresh / CHANGED, by_unet, about)
-        write_tensors(fresh / CHANGED_LDM, by_ldm, about)
+        files = {CHANGED: own}
+        if part == "unet.":
+            per_block = int(loaded.unet.config.layers_per_block)
+            by_ldm = {ldm_key(path, per_block): v for path, v in own.items()}
+            files[CHANGED_LDM] = by_ldm
+        for name, tensors in files.items():
+            write_tensors(fresh / name, tensors, about)
     return {
         "folder": str(to),
         "editor": folder.head["editor"],
         "model": loaded.name,
         "edits": len(folder.active),
         "changed": len(weights),
-        "files": [str(to / CHANGED), str(to / CHANGED_LDM)],
+        "files": [str(to / name) for name in files],
     }
 
 

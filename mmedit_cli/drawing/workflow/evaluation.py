@@ -26,12 +26,12 @@ from mmedit_cli.drawing.workflow.concepts import (
 )
 from mmedit_cli.drawing.workflow.missing_pictures import Wanted, draw_missing
 from mmedit_cli.drawing.workflow.plan import (
-    ConceptEvalOptions,
     ConceptPlan,
     Sheet,
     plan_evaluation,
     sheets_of,
 )
+from mmedit_cli.drawing.workflow.resolving import DrawingEvalOptions
 from mmedit_cli.errors import ModelError, UserError
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture, png
@@ -64,7 +64,7 @@ _LEARNED_KEYS = (
 )
 
 
-def evaluate(options: ConceptEvalOptions, out: Output | None = None) -> dict[str, Any]:
+def evaluate(options: DrawingEvalOptions, out: Output | None = None) -> dict[str, Any]:
     """Evaluate a personalizer and return the report; a finished run is only read, an interrupted one goes on.
 
     Raises a UserError for bad input, before anything is written.

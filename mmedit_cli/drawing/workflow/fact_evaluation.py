@@ -21,10 +21,10 @@ from mmedit_cli.catalog import loading
 from mmedit_cli.drawing.data.facts import DrawnFact, DrawnProbe
 from mmedit_cli.drawing.workflow.fact_plan import (
     ALONE,
+    BASE,
     NOBODY,
     TOGETHER,
     WAYS,
-    FactEvalOptions,
     FactPlan,
     FactSheet,
     base_sheet,
@@ -32,6 +32,7 @@ from mmedit_cli.drawing.workflow.fact_plan import (
     sheets_of,
 )
 from mmedit_cli.drawing.workflow.missing_pictures import draw_missing
+from mmedit_cli.drawing.workflow.resolving import DrawingEvalOptions
 from mmedit_cli.output import Output
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.records import Run
@@ -53,7 +54,7 @@ Line = dict[str, Any]
 
 
 def evaluate_facts(
-    options: FactEvalOptions, out: Output | None = None
+    options: DrawingEvalOptions, out: Output | None = None
 ) -> dict[str, Any]:
     """Evaluate a concept editor and return the report; a finished run is only read, an interrupted one goes on.
 
@@ -292,7 +293,7 @@ class _FactEvaluation:
 
     def report(self, judge: FactJudge) -> dict[str, Any]:
         """Return the report: shares by way, kind and column, what collapsed, what undo did, and seconds."""
-        from mmedit_cli.drawing.evaluation.facts import collapses, summary
+        from mmedit_cli.drawing.evaluation.facts import collapses, faint, summary
 
         cases = self.record.read("cases")
         edits = self.record.read("edits")
@@ -310,6 +311,7 @@ class _FactEvaluation:
             "kinds": counts,
             "ways": summary(cases),
             "collapsed": collapses(cases),
+            "faint": faint(cases, self.contrasts(cases), BASE),
             "undo": [_undo_of(line) for line in edits if line["way"] == TOGETHER],
             "cost": {
                 "seconds_per_edit": _seconds(edits, ALONE),
@@ -319,6 +321,19 @@ class _FactEvaluation:
             "gallery": str(folder / "gallery" / "index.html"),
             "run": str(folder),
         }
+
+    def contrasts(self, cases: Sequence[Line]) -> dict[str, float]:
+        """Return the contrast of every picture that was judged, by its name."""
+        from mmedit_cli.drawing.evaluation.facts import contrast
+
+        found = {}
+        for line in cases:
+            for probe in line["probes"]:
+                name = probe["picture"]
+                if name not in found:
+                    picture = load_picture(Picture(self.pictures / name))
+                    found[name] = contrast(picture)
+        return found
 
     def show(self) -> None:
         """Write a sheet of each kind of fact, and a page of all of them."""

@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, find_model
+from mmedit_cli import registry
+from mmedit_cli.catalog import ModelRef
 from mmedit_cli.drawing.data.emojikb_facts import NAME
 from mmedit_cli.drawing.data.facts import DrawnFact, DrawnProbe, FactSet
 from mmedit_cli.drawing.data.opening_facts import open_facts
 from mmedit_cli.drawing.workflow.plan import KINDS, DrawingSettings
+from mmedit_cli.drawing.workflow.resolving import (
+    DrawingEvalOptions,
+    named_settings,
+    resolve,
+)
 from mmedit_cli.errors import UserError
-from mmedit_cli.hparams import load_hparams, read_values, to_dict
-from mmedit_cli.records import Run
-from mmedit_cli.shapes import pick_variant, shape_of
 
 FOLDER = "eval-facts"  # below the records
 BASE, ALONE, TOGETHER = "before", "alone", "together"
@@ -27,23 +29,10 @@ SETTINGS = {key: kind for key, kind in KINDS.items() if key not in _UNUSED}
 
 
 @dataclass(frozen=True)
-class FactEvalOptions(runtime.LoadOptions):
-    """What to evaluate; the defaults are those of `mmedit eval`. `overrides` are KEY=VALUE texts.
+class FactEvalOptions(DrawingEvalOptions):
+    """What to evaluate; the defaults are those of `mmedit eval`. `seed` is the first of the seeds of the pictures."""
 
-    Those that begin with `eval.` say how pictures are drawn and judged, the others are hyper-parameters. `seed` is the
-    first of the seeds that pictures are drawn with.
-    """
-
-    editor: str
-    model: str
     data: str = NAME
-    root: Path | None = None
-    hparams: Path | None = None
-    overrides: Sequence[str] = ()
-    limit: int | None = None
-    seed: int = 0
-    records: Path = Path("records")
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class FactSheet:
 class FactPlan:
     """Everything resolved before a model is loaded: what will run, and where it will be recorded."""
 
-    options: FactEvalOptions
+    options: DrawingEvalOptions
     ref: ModelRef
     hparams: Any
     settings: DrawingSettings
@@ -89,48 +78,27 @@ class FactPlan:
         }
 
 
-def plan_facts(options: FactEvalOptions) -> FactPlan:
+def plan_facts(options: DrawingEvalOptions) -> FactPlan:
     """Resolve names, hyper-parameters and facts; raise a UserError if anything cannot be used. Loads no model."""
-    from mmedit_cli.drawing.models.loading import check_draws
-
-    options = replace(options, editor=options.editor.replace("_", "-"))
-    cls = registry.concept_editors.get(options.editor)
-    ref = find_model(options.model, revision=options.revision)
-    check_draws(ref)
-    for_settings = [text for text in options.overrides if text.startswith("eval.")]
-    for_method = [text for text in options.overrides if text not in for_settings]
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=for_method)
+    resolved = resolve(options, registry.concept_editors)
     data = NAME if options.data == "emojikb" else options.data
     found = open_facts(
         data,
         root=options.root,
-        model=ref.folder,
+        model=resolved.ref.folder,
         limit=options.limit,
     )
-    settings = _settings(found, for_settings)
-    config = {
-        "command": "eval",
-        "editor": options.editor,
-        "hparams": to_dict(hparams),
-        "variant": variant,
-        "model": ref.described(),
-        "device": options.device,
-        "dtype": options.dtype,
-        "data": {
-            "name": found.name,
-            "cases": len(found.facts),
-            "fingerprint": found.fingerprint(),
-        },
-        "settings": asdict(settings),
-        "seed": options.seed,
-        "versions": runtime.versions(),
-    }
-    folder = Run.locate(
-        options.records, (FOLDER, options.editor, ref.name, found.name), config
+    settings = _settings(found, resolved.settings)
+    config = resolved.config(found, len(found.facts), asdict(settings))
+    return FactPlan(
+        resolved.options,
+        resolved.ref,
+        resolved.hparams,
+        settings,
+        found,
+        config,
+        resolved.folder(FOLDER, found, config),
     )
-    return FactPlan(options, ref, hparams, settings, found, config, folder)
 
 
 def _settings(found: FactSet, overrides: Sequence[str]) -> DrawingSettings:
@@ -141,8 +109,7 @@ def _settings(found: FactSet, overrides: Sequence[str]) -> DrawingSettings:
     values: dict[str, Any] = {"seeds": 1, "dino": NOBODY}
     if found.guidance is not None:
         values["guidance"] = found.guidance
-    for key, value in read_values(overrides, SETTINGS).items():
-        values[key.removeprefix("eval.")] = value
+    values |= named_settings(overrides, SETTINGS)
     names_clip = values.get("clip", NOBODY) != NOBODY
     asks = found.asks and not names_clip and values.get("encoder") != NOBODY
     if asks:

@@ -9,15 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmedit_cli import registry, runtime
-from mmedit_cli.catalog import ModelRef, find_model, in_cache
+from mmedit_cli import registry
+from mmedit_cli.catalog import ModelRef, in_cache
 from mmedit_cli.drawing.data.base import Subject, SubjectSet, in_plain_words
 from mmedit_cli.drawing.data.opening import open_subjects
 from mmedit_cli.drawing.workflow.concepts import training_dtype
+from mmedit_cli.drawing.workflow.resolving import (
+    DrawingEvalOptions,
+    named_settings,
+    resolve,
+)
 from mmedit_cli.errors import DataError, UserError
-from mmedit_cli.hparams import load_hparams, read_values, to_dict
-from mmedit_cli.records import Run
-from mmedit_cli.shapes import pick_variant, shape_of
 from mmedit_cli.storage import sha256_json
 from mmedit_cli.types import Concept
 
@@ -41,22 +43,10 @@ KINDS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class ConceptEvalOptions(runtime.LoadOptions):
-    """What to evaluate; the defaults are those of `mmedit eval`. `overrides` are KEY=VALUE texts.
+class ConceptEvalOptions(DrawingEvalOptions):
+    """What to evaluate; the defaults are those of `mmedit eval`."""
 
-    Those that begin with `eval.` say how pictures are drawn and looked at, the others are hyper-parameters.
-    """
-
-    editor: str
-    model: str
     data: str = DATA
-    root: Path | None = None
-    hparams: Path | None = None
-    overrides: Sequence[str] = ()
-    limit: int | None = None
-    seed: int = 0
-    records: Path = Path("records")
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +110,7 @@ class Sheet:
 class ConceptPlan:
     """Everything resolved before a model is loaded: what will run, and where it will be recorded."""
 
-    options: ConceptEvalOptions
+    options: DrawingEvalOptions
     ref: ModelRef
     hparams: Any
     settings: DrawingSettings
@@ -160,26 +150,17 @@ class ConceptPlan:
         return bool(registry.personalizers.get(self.options.editor).several)
 
 
-def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
+def plan_evaluation(options: DrawingEvalOptions) -> ConceptPlan:
     """Resolve names, hyper-parameters and subjects; raise a UserError if anything cannot be used. Loads no model."""
     from mmedit_cli.drawing.methods.base import check_concept
-    from mmedit_cli.drawing.models.loading import check_draws
 
-    options = replace(options, editor=options.editor.replace("_", "-"))
-    cls = registry.personalizers.get(options.editor)
     training_dtype(options.device, options.dtype)
-    ref = find_model(options.model, revision=options.revision)
-    check_draws(ref)
-    for_settings = [text for text in options.overrides if text.startswith("eval.")]
-    for_method = [text for text in options.overrides if text not in for_settings]
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=for_method)
+    resolved = resolve(options, registry.personalizers)
     data = DATA if options.data == "emojikb" else options.data
     found = open_subjects(
         data,
         root=options.root,
-        model=ref.folder,
+        model=resolved.ref.folder,
         limit=options.limit,
     )
     problems: list[str] = []
@@ -193,30 +174,18 @@ def plan_evaluation(options: ConceptEvalOptions) -> ConceptPlan:
             problems[:20], "replace the pictures, or take them out of the folder"
         )
     values: dict[str, Any] = {"guidance": found.guidance}
-    for key, value in read_values(for_settings, KINDS).items():
-        values[key.removeprefix("eval.")] = value
+    values |= named_settings(resolved.settings, KINDS)
     settings = DrawingSettings(**values).resolved(emoji=found.name == DATA)
-    config = {
-        "command": "eval",
-        "editor": options.editor,
-        "hparams": to_dict(hparams),
-        "variant": variant,
-        "model": ref.described(),
-        "device": options.device,
-        "dtype": options.dtype,
-        "data": {
-            "name": found.name,
-            "cases": len(found.subjects),
-            "fingerprint": found.fingerprint(),
-        },
-        "settings": asdict(settings),
-        "seed": options.seed,
-        "versions": runtime.versions(),
-    }
-    folder = Run.locate(
-        options.records, (FOLDER, options.editor, ref.name, found.name), config
+    config = resolved.config(found, len(found.subjects), asdict(settings))
+    return ConceptPlan(
+        resolved.options,
+        resolved.ref,
+        resolved.hparams,
+        settings,
+        found,
+        config,
+        resolved.folder(FOLDER, found, config),
     )
-    return ConceptPlan(options, ref, hparams, settings, found, config, folder)
 
 
 def sheets_of(found: SubjectSet, *, routes: bool, several: bool) -> Iterator[Sheet]:

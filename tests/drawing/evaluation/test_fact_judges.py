@@ -15,6 +15,8 @@ from mmedit_cli.drawing.evaluation.facts import (
     Judgement,
     collapsed,
     collapses,
+    contrast,
+    faint,
     summary,
 )
 from mmedit_cli.knowledge.models.shared.loading import load_backbone
@@ -127,6 +129,26 @@ def test_a_picture_that_two_probes_look_at_is_one_picture():
     again = ("subject", True, True, None, "a", 0, True)
     other = ("generality", True, True, None, "b", 0, False)
     assert collapses([line("one", twice, again, other)])["alone"]["n"] == 2
+
+
+def test_scraps_are_fainter_than_what_the_untouched_model_draws():
+    names = [f"{i}" for i in range(100)]
+    plain = [("efficacy", True, True, None, name, 0, False) for name in names]
+    gone = [
+        ("efficacy", True, True, None, name, 0, False) for name in ("scraps", "faint")
+    ]
+    lines = [line("one", *plain, way="before"), line("one", *gone)]
+    contrasts = {name: 40.0 + i for i, name in enumerate(names)}
+    contrasts |= {"scraps": 25.0, "faint": 41.0}
+    found = faint(lines, contrasts, "before")
+    assert found["before"]["erased"]["mean"] == pytest.approx(0.01)
+    assert found["alone"]["erased"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_contrast_of_a_picture():
+    values = np.zeros((4, 4, 3), np.uint8)
+    values[:2] = 200
+    assert contrast(Image.fromarray(values)) == pytest.approx(100)
 
 
 def test_what_is_to_be_gone_is_right_where_it_is_not_shown():

@@ -244,7 +244,7 @@ def test_speed_gives_the_plain_solution_with_the_published_values(tiny):
         kept_rows = editor.edits[1].kept
         # no edit is about them, so all of them are kept
         stays = [row.double() for text in sorted(keep) for row in kept_rows[text]]
-        _, empty = editor._encode("")
+        ((_, empty),) = editor._encode("")
         exact = torch.cat([empty[:1], centres(empty[1:], 3)]).double()
         found = editor.changed_weights()
         assert found

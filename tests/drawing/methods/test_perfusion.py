@@ -284,6 +284,98 @@ def test_several_vectors_a_concept(model, concept, tmp_path):
         assert np.array_equal(draw(model, [NAMED]), drawn)
 
 
+EACH = (
+    *QUICK,
+    "vectors=3",
+    "gate_scope=places",
+    "key_lock=none",
+    "outputs_from=concept",
+    "file_dtype=float32",
+)
+
+
+def test_each_of_several_vectors_is_edited_where_it_stands(model, concept):
+    prompt = "a photo of a <my-dog> on a table"
+    with make("perfusion", model, *EACH) as editor:
+        learned = editor.learn(concept)
+        outputs, tokens, encoding = projections(model, [prompt])
+    wanted = learned.tensors
+    inputs, duals = wanted["target_input"], wanted["target_dual"]
+    assert len(inputs) == len(wanted["values"]) == len(wanted["keys"]) == 3
+    (places,) = tokens.places["<my-dog>"].nonzero()[:, 1].split(3)
+    for layer in editor.layers:
+        weight = model.model.get_submodule(layer.path).weight
+        expected = encoding.hidden[0] @ weight.T
+        learnt = wanted["values" if layer.role == "v" else "keys"]
+        for j, place in enumerate(places.tolist()):
+            e = encoding.hidden[0, place]
+            r = (e @ duals[j]) / (inputs[j] @ duals[j])
+            gate = torch.sigmoid((r - 0.70) / 0.15)
+            output = learnt[j, editor._slices[layer.path]]
+            expected[place] = (e - r * inputs[j]) @ weight.T + gate * output
+        torch.testing.assert_close(
+            outputs[layer.path][0], expected, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_concept_of_several_edits_is_kept_and_drawn_with_others(
+    model, concept, tmp_path
+):
+    both = ["a <my-dog> and a <my-dog> with a <toy>"]
+    with make("perfusion", model, *EACH) as editor:
+        editor.learn(concept)
+        editor.learn(replace(concept, token="<toy>", superclass="toy"))
+        drawn = draw(model, both)
+        for token in ("<my-dog>", "<toy>"):
+            editor.save(token, tmp_path / f"{token[1]}.safetensors")
+    before = draw(model, ["a cat"])
+    with make("perfusion", model, *EACH) as editor:
+        for file in sorted(tmp_path.glob("*.safetensors")):
+            editor.load(file)
+        assert np.array_equal(draw(model, both), drawn)
+        assert np.array_equal(draw(model, ["a cat"]), before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"coloured": 0.3}, "coloured needs colours"),
+        ({"coloured": 0.3, "colours": ("red #ff0000",), "mask": "file"}, "one of them"),
+        ({"vectors": 2, "gate_scope": "places"}, "outputs_from=concept"),
+    ],
+)
+def test_values_that_make_no_sense(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Perfusion.Hparams(**wrong)
+
+
+def test_photos_on_a_colour_are_learned_with_its_name(model, concept, tmp_path):
+    cut_out = []
+    for i in range(2):
+        path = tmp_path / f"cut-{i}.png"
+        Image.new("RGBA", (16, 16), (200, 0, 0, 0)).save(path)
+        cut_out.append(path)
+    subject = replace(concept, images=tuple(cut_out))
+    more = (
+        "coloured=0.9",
+        'colours=["blue #0000ff"]',
+        "batch_size=8",
+        'templates=["a {}"]',
+    )
+    with make("perfusion", model, *QUICK, *more) as editor:
+        seen = []
+        tokenize = model.tokenize
+        model.tokenize = lambda prompts, **kw: (
+            seen.extend(prompts) or tokenize(prompts, **kw)
+        )
+        try:
+            editor.learn(subject)
+        finally:
+            del model.tokenize
+    assert {"a <my-dog>", "a <my-dog> on a blue background"} == set(seen)
+    assert seen[2:].count("a <my-dog> on a blue background") > 12
+
+
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 34_000), ("float32", 66_000)])
 def test_a_file_for_stable_diffusion_15_is_small(tmp_path, dtype, most):
     class Shaped:

@@ -32,6 +32,7 @@ from mmedit_cli.patch import Patch
 from mmedit_cli.types import ConceptChange
 
 RANK, ALPHA = 4, 2.0
+NAMED = ("--superclass", "dog", "--token", "<d>")
 LINEAR = ("attn2.to_k", "attn1.to_out.0", "ff.net.2")
 
 
@@ -343,6 +344,90 @@ def test_generate_draws_with_a_lora_and_beside_without(cli, model, tmp_path):
         *words, "--lora", f"{tmp_path / 'l.safetensors'}:0", "-o", tmp_path / "zero.png"
     )
     assert np.array_equal(picture(tmp_path / "zero.png"), picture(base))
+
+
+def adopt(cli, *words):
+    return cli(
+        "edit",
+        "multi-melo-diffusion",
+        "--into",
+        "mine",
+        "--model",
+        "tiny-sd",
+        "--device",
+        "cpu",
+        *words,
+    )
+
+
+def test_a_lora_of_others_becomes_a_block(cli, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ends = (*LINEAR, "resnets.0.conv1", "proj_in")
+    kohya(by_kohya("lora_unet", model.unet, ends), tmp_path / "l.safetensors")
+    named = ("--lora", "l.safetensors:0.5", "--superclass", "dog", "--token", "<d>")
+    code, _, err = adopt(cli, *named, "--set", "identifier=sks")
+    assert code == 0, err
+    assert "there already" in adopt(cli, *named)[2]
+    draw = ("generate", "--steps", 2, "--device", "cpu", "-o")
+    for prompt, name in (("a <d> on a table", "block"), ("a cat", "other")):
+        cli(*draw, f"{name}.png", prompt, "--edits", "mine")
+    plain = ("--model", "tiny-sd")
+    cli(*draw, "whole.png", "a sks dog on a table", *plain, *named[:2])
+    cli(*draw, "cat.png", "a cat", *plain)
+    shown = {path.stem: picture(path).astype(int) for path in tmp_path.glob("*.png")}
+    assert np.array_equal(shown["other"], shown["cat"])
+    assert np.abs(shown["block"] - shown["whole"]).max() <= 1  # rounded otherwise
+    cli("edits", "export", "mine", "--to", "out")
+    (exported,) = (tmp_path / "out").glob("*.safetensors")
+    ours = with_lora(model, exported)
+    for key, value in with_lora(model, tmp_path / "l.safetensors", 0.5).items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_may_come_with_an_embedding(cli, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (vector,) = model.embedding("cat")
+    save_file({"emb_params": vector[None]}, "e.safetensors")
+    kohya(by_kohya("lora_unet", model.unet, LINEAR), tmp_path / "l.safetensors")
+    word = ("--superclass", "cat", "--embedding", "e.safetensors", "--token")
+    for token, more in (("<e>", ()), ("<both>", ("--lora", "l.safetensors"))):
+        code, _, err = adopt(cli, *word, token, *more)
+        assert code == 0, err
+    draw = ("generate", "--steps", 2, "--device", "cpu", "-o")
+    cli(*draw, "word.png", "a <e> on a table", "--edits", "mine")
+    cli(*draw, "both.png", "a <both> on a table", "--edits", "mine")
+    plain = ("--model", "tiny-sd")
+    cli(*draw, "cat.png", "a cat on a table", *plain)
+    cli(*draw, "lora.png", "a cat on a table", *plain, "--lora", "l.safetensors")
+    shown = {path.stem: picture(path).astype(int) for path in tmp_path.glob("*.png")}
+    assert np.array_equal(shown["word"], shown["cat"])
+    assert np.abs(shown["both"] - shown["lora"]).max() <= 1
+    assert not np.array_equal(shown["both"], shown["word"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--lora", "l.safetensors", "--token", "<d>"), "--superclass and --token"),
+        (("--lora", "none.safetensors", *NAMED), "no such file"),
+        (("--embedding", "none.safetensors", *NAMED), "no such file"),
+        (("--lora", "l.safetensors", "--images", ".", *NAMED), "was learned already"),
+    ],
+)
+def test_what_cannot_be_adopted_is_one_line(
+    cli, model, tmp_path, monkeypatch, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    kohya(by_kohya("lora_unet", model.unet, LINEAR), tmp_path / "l.safetensors")
+    code, _, err = adopt(cli, *words)
+    assert (code, said in err) == (2, True), err
+    assert not (tmp_path / "mine" / "index.json").exists()
+
+
+def test_other_methods_take_no_adapters(cli, model, tmp_path):
+    lora = ("--lora", tmp_path / "l.safetensors")
+    code, _, err = cli("edit", "perfusion", "--into", tmp_path / "p", *lora, *NAMED)
+    assert (code, "takes no adapters" in err) == (2, True), err
 
 
 def test_edits_are_solved_from_weights_with_the_lora(model, tmp_path):

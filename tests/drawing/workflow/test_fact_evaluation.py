@@ -73,6 +73,7 @@ def test_every_fact_is_edited_alone_and_with_its_kind(evaluate, cli, tmp_path):
     assert "efficacy margin" not in found
     # of each fact a prompt of two probes is drawn once
     assert report["collapsed"]["alone"]["n"] == 4 * 3 * 2
+    assert report["faint"]["before"]["erased"]["n"] == 3 * 2
     assert [line["undone"] for line in report["undo"]] == [2, 1]
     for undone in report["undo"]:
         assert undone["undo_exact"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from mmedit_cli.drawing.methods.base import LearnedConcept, Personalizer, Tick, summary
 from mmedit_cli.drawing.methods.multi_melo_diffusion.routing import (
@@ -24,12 +26,14 @@ from mmedit_cli.drawing.methods.shared.subject_training import (
     identifier,
     word_for,
 )
-from mmedit_cli.drawing.models.prompts import Tokens
+from mmedit_cli.drawing.models.prompts import Tokens, Word
 from mmedit_cli.errors import StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.types import Concept
 
 _KEY = "router_key"
+_VECTORS = "embedding."  # and the number of the text encoder, where a word of others has vectors
+_ADOPTED = "adopted"  # the fact that a concept was made elsewhere: what it is made of
 Block = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -133,6 +137,9 @@ class MultiMeloDiffusion(Personalizer):
             routes = self._choose_by_embedding(prompts)
         else:
             routes = [self._trie.find(row) for row in ids]
+            for route, prompt in zip(routes, prompts, strict=True):
+                # a word with vectors of its own is no identifier that ids could show
+                route += [token for token in self._with_vectors() if token in prompt]
         for i, prompt in enumerate(prompts):
             routes[i] = self._assigned.get(prompt, routes[i])
         return routes
@@ -148,6 +155,13 @@ class MultiMeloDiffusion(Personalizer):
         for i in indices:
             routes.append([] if i is None else [names[i]])
         return routes
+
+    def _with_vectors(self) -> list[str]:
+        """The tokens of blocks whose word has vectors of its own."""
+        words = self.model.words
+        return [
+            token for token, b in self._blocks.items() if b and words[token].vectors
+        ]
 
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> Tensor:
@@ -216,11 +230,16 @@ class MultiMeloDiffusion(Personalizer):
         name = learned.facts.get("identifier")
         if key is None or key.shape != (self.model.width,) or name is None:
             raise StateError(f"{token}: what the router needs is missing")
+        vectors = self._vectors_among(tensors, token)
         pairs = lora_files.pairs(tensors)
-        shapes = {path: self._weight_shape(path) for path in self.targets}
+        paths = list(pairs) if _ADOPTED in learned.facts else self.targets
+        shapes = {path: self._weight_shape(path) for path in paths}
         lora_files.check_fits(pairs, shapes, token)
         device = self.model.device
-        self._add_name(token, name, learned.superclass)
+        if vectors:
+            self.model.words[token] = Word(learned.superclass, vectors)
+        else:
+            self._add_name(token, name, learned.superclass)
         self._keys[token] = key.to(device, torch.float32)
         block = {}
         for path, (down, up) in pairs.items():
@@ -228,23 +247,38 @@ class MultiMeloDiffusion(Personalizer):
         self._blocks[token] = block
         self._hook()
 
+    def _vectors_among(
+        self, tensors: dict[str, Tensor], token: str
+    ) -> tuple[Tensor, ...]:
+        """Take the vectors of a word out of the tensors of a concept; () if its word has none."""
+        names = sorted(name for name in tensors if name.startswith(_VECTORS))
+        if not names:
+            return ()
+        vectors = tuple(tensors.pop(name).to(self.model.device) for name in names)
+        encoders = self.model.text_encoders
+        widths = [e.get_input_embeddings().embedding_dim for e in encoders]
+        if [rows.shape[-1] for rows in vectors] != widths:
+            raise StateError(f"{token}: its vectors do not fit {self.model.name}")
+        return vectors
+
     def _detach(self, token: str) -> None:
-        for table in (self._blocks, self._keys, self._names, self.model.words):
+        for table in (self._blocks, self._keys, self.model.words):
             del table[token]
+        self._names.pop(token, None)
         self._hook()
 
     def _hook(self) -> None:
         """Hook the projections again if there is a block, and give the router the names of all blocks."""
         self._patch.undo()
-        in_windows = self._blocks and self.hparams.several == "beside"
+        beside = self.model.in_windows and self.hparams.several == "beside"
+        in_windows = self._blocks and beside
         self.model.windows = self.windows if in_windows else None
         self._routed_tokens = None
         self._trie = TokenTrie()
         for token, ids in self._names.items():
             self._trie.insert(ids, token)
-        if self._blocks:
-            for path in self.targets:
-                self._patch.hook_call(path, self._add_blocks(path))
+        for path in dict.fromkeys(chain.from_iterable(self._blocks.values())):
+            self._patch.hook_call(path, self._add_blocks(path))
 
     def _add_name(self, token: str, name: str, superclass: str) -> None:
         """Let a token stand for an identifier and its superclass; the router finds it by their token ids."""
@@ -257,7 +291,10 @@ class MultiMeloDiffusion(Personalizer):
         self._names[token] = encoded["input_ids"]
 
     def _weight_shape(self, path: str) -> tuple[int, ...]:
-        weight: Any = self.model.model.get_submodule(path).weight
+        try:
+            weight = self.model.model.get_parameter(f"{path}.weight")
+        except AttributeError as error:
+            raise StateError(f"{path}: no such layer in {self.model.name}") from error
         return tuple(weight.shape)
 
     def _add_blocks(self, path: str) -> Callable[[Tensor, Tensor], Tensor | None]:
@@ -268,9 +305,10 @@ class MultiMeloDiffusion(Personalizer):
             for names, rows in routed.items():
                 some = inputs[rows]
                 for name in names:
-                    down, up = self._blocks[name][path]
-                    low_rank = some.to(down.dtype) @ down.T
-                    added = low_rank @ up.T * self._scale
+                    pair = self._blocks[name].get(path)
+                    if pair is None:  # a block of others changes other layers
+                        continue
+                    added = self._low_rank(path, some, *pair) * self._scale
                     output = output.index_add(
                         0,
                         rows,
@@ -279,6 +317,49 @@ class MultiMeloDiffusion(Personalizer):
             return output
 
         return add
+
+    def _low_rank(self, path: str, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return B A x for what a linear layer or a convolution reads."""
+        numbers = inputs.to(down.dtype)
+        if down.dim() == 2:
+            return numbers @ down.T @ up.T
+        layer: Any = self.model.model.get_submodule(path)
+        read = F.conv2d(
+            numbers,
+            down,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+        )
+        return F.conv2d(read, up)
+
+    # -- blocks of others ---------------------------------------------------------------------------------------
+
+    def adopt(
+        self,
+        token: str,
+        superclass: str,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        vectors: Sequence[Tensor] = (),
+    ) -> LearnedConcept:
+        """Put a LoRA that was made elsewhere into the model as a block, its token a word with `vectors`, if any.
+
+        `factors` are A (r, in, ...) and B (out, r, ...) by the path of any layer. Without vectors the token stands for
+        the identifier and the superclass. Raises StateError for a token that is taken, or for what does not fit.
+        """
+        hp = self.hparams
+        self._check_free(token)
+        name = hp.identifier or identifier(
+            self.model.tokenizers[0], token, self.identifiers
+        )
+        (key,) = self._embed([hp.template.format(f"{name} {superclass}")])
+        tensors = {_KEY: key.cpu(), **lora_files.tensors_of(factors)}
+        for i, rows in enumerate(vectors):
+            tensors[f"{_VECTORS}{i}"] = rows.cpu().contiguous()
+        facts = {"identifier": name, _ADOPTED: "1"}
+        learned = LearnedConcept(token, superclass, tensors, facts)
+        self.add(learned)
+        return learned
 
     # -- learning -----------------------------------------------------------------------------------------------
 
@@ -302,7 +383,7 @@ class MultiMeloDiffusion(Personalizer):
         self._scale = hp.scale
         try:
             self._hook()
-            trains_text = any(not path.startswith("unet.") for path in block)
+            trains_text = any(path.startswith("text_encoder") for path in block)
             losses = training.run(parameters, tick, text=trains_text)
         finally:
             self._router = hp.router
@@ -337,8 +418,15 @@ class MultiMeloDiffusion(Personalizer):
 
     def export(self, token: str, path: Path) -> None:
         """Write a block as a LoRA file of diffusers; the subject is called by `facts["identifier"]` there."""
-        tensors = dict(self.concepts[token].tensors)
-        del tensors[_KEY]
+        tensors = {}
+        for name, tensor in self.concepts[token].tensors.items():
+            if name != _KEY and not name.startswith(_VECTORS):
+                tensors[name] = tensor
+        if not tensors:
+            raise StateError(
+                f"{token}: an embedding of others, no LoRA",
+                "its own file is what other programs read",
+            )
         lora_files.export(path, tensors)
 
 

@@ -19,6 +19,7 @@ from mmedit_cli.drawing.methods.perfusion.rank_one import (
     add_edit,
     dual,
     edit_rows,
+    mixing_at_places,
     mixing_in_scope,
 )
 from mmedit_cli.drawing.methods.shared.photos import (
@@ -28,9 +29,14 @@ from mmedit_cli.drawing.methods.shared.photos import (
     masks_of,
     open_squares,
 )
+from mmedit_cli.drawing.methods.shared.variants import (
+    Variants,
+    on_colours,
+    replace_some,
+)
 from mmedit_cli.drawing.models.prompts import Tokens, Word
 from mmedit_cli.drawing.models.stable_diffusion import CurrentPrompts, Projection
-from mmedit_cli.errors import MmeditError, StateError
+from mmedit_cli.errors import MmeditError, ModelError, StateError
 from mmedit_cli.patch import Patch
 from mmedit_cli.reading import parse_json
 from mmedit_cli.types import Concept
@@ -43,6 +49,7 @@ class LoadedConcept:
     """A concept in the model: target input i*, its dual C^-1 i* and the superclass encoding s*, each (D,).
 
     `values` and `keys` are the target outputs of all layers in one vector. Locked keys are None: then each is W s*.
+    Where each of n vectors has an edit of its own, inputs, duals and outputs are (n, ...).
     """
 
     token: str
@@ -53,6 +60,21 @@ class LoadedConcept:
     keys: Tensor | None
     beta: float
     tau: float
+
+    @property
+    def inputs(self) -> Tensor:
+        """The target inputs, (n, D) even for one edit."""
+        return cast(Tensor, torch.atleast_2d(self.target_input))
+
+    @property
+    def duals(self) -> Tensor:
+        """Their duals, (n, D) even for one edit."""
+        return cast(Tensor, torch.atleast_2d(self.dual))
+
+    @property
+    def count(self) -> int:
+        """n, the edits of the concept."""
+        return len(self.inputs)
 
 
 class Perfusion(Personalizer):
@@ -72,6 +94,11 @@ class Perfusion(Personalizer):
         super().__init__(*args, **kwargs)
         self.covariance = covariance
         self.layers = self.model.cross_attention()
+        if not any(layer.role == "k" for layer in self.layers):
+            raise ModelError(
+                f"{self.model.name}: has no cross attention, whose keys and values perfusion edits",
+                "multi-melo-diffusion and dreambooth-lora learn on it",
+            )
         self._slices = _slices(self._layers_of("v")) | _slices(self._layers_of("k"))
         self._patch = Patch(self.model.model)
         self._loaded: list[LoadedConcept] = []
@@ -163,7 +190,7 @@ class Perfusion(Personalizer):
             if mixed is None:
                 return None
             if gated_keys:
-                mixed = self._mix(inputs.float(), self._scope(current))
+                mixed = self._mix(inputs.float(), current)
             if layer.path not in self._rows:
                 self._rows[layer.path] = self._layer_rows(layer).to(output.dtype)
             return add_edit(output, mixed.to(output.dtype), self._rows[layer.path])
@@ -199,9 +226,8 @@ class Perfusion(Personalizer):
         self._computed_for = current
         self._plain = None
         self._mixed = None
-        scope = self._scope(current)
-        if scope.any():
-            self._mixed = self._mix(current.encoding.hidden.float(), scope)
+        if self._scope(current).any():
+            self._mixed = self._mix(current.encoding.hidden.float(), current)
         return current
 
     def prepare(self) -> None:
@@ -213,26 +239,43 @@ class Perfusion(Personalizer):
         for layer in self._edited_layers():
             self._rows[layer.path] = self._layer_rows(layer).to(self.model.dtype)
 
-    def _mix(self, hidden: Tensor, scope: Tensor) -> Tensor:
+    def _mix(self, hidden: Tensor, current: CurrentPrompts) -> Tensor:
         device = hidden.device
         hp = self.hparams
+        loaded = self._loaded
+        counts = [concept.count for concept in loaded]
+        times = torch.tensor(counts, device=device)
+        beta = torch.tensor([c.beta for c in loaded], device=device)
+        tau = torch.tensor([c.tau for c in loaded], device=device)
         gates = Gates(
-            beta=torch.tensor([c.beta for c in self._loaded], device=device),
-            tau=torch.tensor([c.tau for c in self._loaded], device=device),
+            beta=beta.repeat_interleave(times),
+            tau=tau.repeat_interleave(times),
             exact=hp.overlap == "exact",
             normalized=hp.gate == "normalized",
         )
-        return mixing_in_scope(
-            hidden,
-            torch.stack([c.target_input for c in self._loaded]),
-            torch.stack([c.dual for c in self._loaded]),
-            gates,
-            scope,
-        )
+        inputs = torch.cat([c.inputs for c in loaded])
+        duals = torch.cat([c.duals for c in loaded])
+        if hp.gate_scope == "places":
+            standing = self._standing(current).to(device)
+            return mixing_at_places(hidden, inputs, duals, gates, standing)
+        scope = self._scope(current).repeat_interleave(times, 1)
+        return mixing_in_scope(hidden, inputs, duals, gates, scope)
+
+    def _standing(self, current: CurrentPrompts) -> Tensor:
+        """Return where the vector of each edit stands in the current prompts: (B, N, n)."""
+        columns = []
+        for concept in self._loaded:
+            places = current.tokens.places[concept.token].long()
+            before = places.cumsum(1) - 1
+            # a prompt may name a concept more than once
+            number = before % concept.count
+            one_hot = F.one_hot(number, concept.count)
+            columns.append(one_hot * places[..., None])
+        return torch.cat(columns, -1)
 
     def _scope(self, current: CurrentPrompts) -> Tensor:
         """Return which of the current prompts know which concepts: (B, n)."""
-        if self.hparams.gate_scope == "tokens":
+        if self.hparams.gate_scope != "paper":
             return self._named(current)
         edited = ~current.tokens.unconditional
         if self.hparams.edit_uncond:
@@ -254,17 +297,19 @@ class Perfusion(Personalizer):
         inputs = []
         outputs = []
         for concept in self._loaded:
-            inputs.append(concept.target_input)
+            inputs.append(concept.inputs)
             learned = concept.values if layer.role == "v" else concept.keys
             if learned is None:
                 # key locking: the key of the superclass
-                outputs.append(F.linear(concept.superclass_input, weight))
+                locked = F.linear(concept.superclass_input, weight)
+                outputs.append(locked.expand(concept.count, -1))
             else:
-                outputs.append(learned[self._slices[layer.path]])
+                own = learned[..., self._slices[layer.path]]
+                outputs.append(torch.atleast_2d(own))
         return edit_rows(
-            torch.stack(inputs),
+            torch.cat(inputs),
             weight,
-            torch.stack(outputs),
+            torch.cat(outputs),
         )
 
     def _weight(self, layer: Projection) -> Tensor:
@@ -304,17 +349,6 @@ class Perfusion(Personalizer):
 
     def _check_shapes(self, token: str, tensors: Mapping[str, Tensor]) -> None:
         """Raise StateError if a tensor of a concept is missing or does not fit the model."""
-        width = self.model.width
-        total = sum(layer.outputs for layer in self._layers_of("v"))
-        shapes = {
-            "target_input": (width,),
-            "target_dual": (width,),
-            "superclass_input": (width,),
-            "values": (total,),
-        }
-        for key, shape in shapes.items():
-            if key not in tensors or tuple(tensors[key].shape) != shape:
-                raise StateError(f"{token}: {key} is missing or not of shape {shape}")
         embedding = tensors.get("embedding", torch.empty(0, 0))
         embedding_width = sum(self._embedding_widths())
         is_matrix = embedding.dim() == 2 and len(embedding) > 0
@@ -322,8 +356,22 @@ class Perfusion(Personalizer):
             raise StateError(
                 f"{token}: embedding is missing or not of width {embedding_width}"
             )
-        if "keys" in tensors and tuple(tensors["keys"].shape) != (total,):
-            raise StateError(f"{token}: keys are not of shape ({total},)")
+        width = self.model.width
+        total = sum(layer.outputs for layer in self._layers_of("v"))
+        # one edit, or one for each vector
+        inputs = tensors.get("target_input", torch.empty(0))
+        edits = (len(embedding),) if inputs.dim() > 1 else ()
+        shapes = {
+            "target_input": (*edits, width),
+            "target_dual": (*edits, width),
+            "superclass_input": (width,),
+            "values": (*edits, total),
+        }
+        if "keys" in tensors:
+            shapes["keys"] = (*edits, total)
+        for key, shape in shapes.items():
+            if key not in tensors or tuple(tensors[key].shape) != shape:
+                raise StateError(f"{token}: {key} is missing or not of shape {shape}")
 
     def _embedding_widths(self) -> list[int]:
         widths = []
@@ -358,10 +406,19 @@ class Perfusion(Personalizer):
             model.device,
         )
         photos = Photos(model, squares, masks, hp.flip)
+        on_colour = []
+        if hp.coloured:
+            on_colour = on_colours(
+                concept.images,
+                hp.colours,
+                hp.templates[0].format(concept.token),
+                resolution,
+                crop=hp.center_crop,
+            )
         # Global locking only changes how pictures are drawn; training locks keys locally.
         self._lock = "none" if hp.key_lock == "none" else "local"
         try:
-            training = PerfusionTraining(self, concept, source)
+            training = PerfusionTraining(self, concept, source, on_colour)
             return training.run(photos, tick)
         finally:
             self._lock = hp.key_lock
@@ -373,7 +430,13 @@ class Perfusion(Personalizer):
 class PerfusionTraining:
     """The training of one concept: its parameters and running means (sections 4.2 to 4.4 of the paper)."""
 
-    def __init__(self, editor: Perfusion, concept: Concept, source: Generator) -> None:
+    def __init__(
+        self,
+        editor: Perfusion,
+        concept: Concept,
+        source: Generator,
+        on_colour: Sequence[tuple[Any, str]] = (),
+    ) -> None:
         self.editor = editor
         self.concept = concept
         self.source = source
@@ -385,17 +448,19 @@ class PerfusionTraining:
         self.vectors = self._initial_vectors()
         self.model.words[concept.token] = Word(concept.superclass, tuple(self.vectors))
         total = sum(layer.outputs for layer in editor._layers_of("v"))
-        zeros = torch.zeros(total, device=self.model.device)
+        edits = (self.hp.vectors,) if self.hp.several_edits else ()
+        zeros = torch.zeros(*edits, total, device=self.model.device)
         self.values = nn.Parameter(zeros.clone())
         self.keys: nn.Parameter | None = None
         if self.hp.key_lock == "none":
             self.keys = nn.Parameter(zeros.clone())
         self.prompts = [t.format(concept.token) for t in self.hp.templates]
+        self.variants = self._variants(on_colour) if on_colour else None
         # The encoding of the superclass in each template never changes.
         with torch.no_grad():
             tokens = self.model.tokenize(self.prompts)
             plain = self.model.encode(tokens, plain=True)
-            self.superclass = self._at_token(plain.hidden, tokens)
+            self.superclass = self._at_last(plain.hidden, tokens)
         self.input_mean: Tensor | None = None
         self.superclass_mean = self.superclass[0]
 
@@ -430,12 +495,14 @@ class PerfusionTraining:
         count = hp.batch_size
         chosen = torch.randint(
             0,
-            len(self.prompts),
+            len(hp.templates),
             (count,),
             generator=self.source,
         )
         templates = chosen.tolist()
         latents, masks = photos.sample(count, self.source)
+        if self.variants is not None:
+            replace_some(latents, templates, self.variants, self.source)
         tokens = self.model.tokenize([self.prompts[i] for i in templates])
         encoding = self.model.encode(tokens)
         concept_inputs = self._at_token(encoding.hidden, tokens)
@@ -459,7 +526,10 @@ class PerfusionTraining:
         return value
 
     def step(self, concept_input: Tensor, superclass_input: Tensor) -> None:
-        """Move the running means by the mean encodings (D,) of one batch, then load the concept as it is now."""
+        """Move the running means by the mean encodings (D,) of one batch, then load the concept as it is now.
+
+        Those of the concept are (n, D) where each of its vectors has an edit.
+        """
         hp, editor = self.hp, self.editor
         if self.input_mean is None:
             self._start(concept_input, superclass_input)
@@ -497,18 +567,29 @@ class PerfusionTraining:
         """Start the means at the first batch, and the target outputs at those of the superclass."""
         from_concept = self.hp.input_from == "concept"
         start = concept_input if from_concept else superclass_input
-        self.input_mean = start.detach()
+        self.input_mean = start.detach().expand_as(concept_input)
         self.superclass_mean = superclass_input
         for layer in self.editor.layers:
             target = self.values if layer.role == "v" else self.keys
             if target is None:
                 continue
             weight = self.editor._weight(layer)
-            output = F.linear(superclass_input, weight)
-            target[self.editor._slices[layer.path]] = output
+            from_superclass = self.hp.outputs_from == "superclass"
+            first = superclass_input if from_superclass else concept_input
+            target[..., self.editor._slices[layer.path]] = F.linear(first, weight)
 
     def _at_token(self, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """Return the encodings (B, D) of the concept in each prompt: of its last vector."""
+        """Return the encodings of the concept in each prompt: (B, n, D) of all vectors with edits, else (B, D)."""
+        if not self.hp.several_edits:
+            return self._at_last(hidden, tokens)
+        places = tokens.places[self.concept.token].to(hidden.device)
+        standing = hidden[places]
+        encodings = standing.unflatten(0, (len(hidden), -1))
+        first = encodings[:, : self.hp.vectors]
+        return cast(Tensor, first.float())
+
+    def _at_last(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Return the encodings (B, D) of the last vector of the concept in each prompt."""
         places = tokens.places[self.concept.token].long()
         batch, length = places.shape
         # The largest marked position comes last.
@@ -517,6 +598,20 @@ class PerfusionTraining:
         rows = torch.arange(batch, device=hidden.device)
         encodings = hidden[rows, last.to(hidden.device)]
         return encodings.float()
+
+    def _variants(self, on_colour: Sequence[tuple[Any, str]]) -> Variants:
+        """Return the photos on colours, whose prompts follow the templates among the prompts."""
+        images = []
+        texts = []
+        for image, text in on_colour:
+            images.append(image)
+            texts.append(text)
+        self.prompts += dict.fromkeys(texts)
+        return Variants(
+            self.hp.coloured,
+            Photos(self.model, images, flip=self.hp.flip),
+            prompts=[self.prompts.index(text) for text in texts],
+        )
 
     def _initial_vectors(self) -> list[nn.Parameter]:
         """Return the embeddings to learn, (n, width) for each text encoder: at first those of the superclass."""
@@ -569,14 +664,15 @@ class PerfusionTraining:
 
 def _same_covariance(one: LoadedConcept, other: LoadedConcept) -> bool:
     """Whether two concepts agree on i . C^-1 j = j . C^-1 i, as they do for one symmetric covariance C."""
-    forward = one.target_input @ other.dual
-    backward = other.target_input @ one.dual
+    forward = one.inputs @ other.duals.T
+    backward = one.duals @ other.inputs.T
     difference = forward - backward
-    own = one.target_input @ one.dual
-    others = other.target_input @ other.dual
-    product = own * others
+    own = (one.inputs * one.duals).sum(-1)
+    others = (other.inputs * other.duals).sum(-1)
+    product = own[:, None] * others
     size = product.clamp_min(0).sqrt()
-    return not bool(difference.abs() > _ASYMMETRY * size)
+    apart = difference.abs() > _ASYMMETRY * size
+    return not bool(apart.any())
 
 
 def _slices(layers: Sequence[Projection]) -> dict[str, slice]:

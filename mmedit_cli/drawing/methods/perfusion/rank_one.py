@@ -111,6 +111,19 @@ def mixing_in_scope(
     return mixed
 
 
+def mixing_at_places(
+    hidden: Tensor, inputs: Tensor, duals: Tensor, gates: Gates, standing: Tensor
+) -> Tensor:
+    """Return [rho, g] (B, N, 2n) where each input counts at its own places alone, standing (B, N, n); else 0 (ours).
+
+    No two inputs meet at a place, so there is no overlap to take into account.
+    """
+    similarities = similarity(hidden, inputs, duals)
+    opened = gates(similarities)
+    here = standing.to(hidden.dtype)
+    return torch.cat([similarities * here, opened * here], -1)
+
+
 def edit_rows(inputs: Tensor, weight: Tensor, outputs: Tensor) -> Tensor:
     """Return [-W i ; o] (2n, d) for inputs (n, D), a weight (d, D) and target outputs (n, d)."""
     return torch.cat([-F.linear(inputs, weight), outputs])

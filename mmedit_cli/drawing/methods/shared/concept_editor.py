@@ -92,7 +92,7 @@ class ConceptEditor(AbstractContextManager["ConceptEditor"], ABC):
         self.edits: dict[int, ConceptEdit] = {}
         self.undone: set[int] = set()
         self._patch = Patch(model.model)
-        self._encoded: dict[str, tuple[Spelled, Tensor]] = {}
+        self._encoded: dict[str, list[tuple[Spelled, Tensor]]] = {}
 
     @abstractmethod
     def _solve(
@@ -167,30 +167,35 @@ class ConceptEditor(AbstractContextManager["ConceptEditor"], ABC):
 
     def _paired(self, template: str, change: ConceptChange) -> tuple[Tensor, Tensor]:
         """Return the encodings (n, D) of the source's tokens, and those they are to act as: the mean over targets."""
-        source, states = self._encode(template.replace("{}", change.source))
+        sources = self._encode(template.replace("{}", change.source))
         pair = PAIRINGS[self.hparams.pairing]
-        inputs = None
+        inputs = torch.empty(0)
         goals = []
         for text in change.targets or (self.hparams.anchor,):
             # an empty target stands alone: "a photo of " is no empty prompt
             wording = template.replace("{}", text) if text else ""
-            target, target_states = self._encode(wording)
-            positions = pair(source, target)
-            inputs = states[[i for i, _ in positions]]
-            goals.append(target_states[[j for _, j in positions]])
-        assert inputs is not None
+            of_sources = []
+            of_targets = []
+            for one, other in zip(sources, self._encode(wording), strict=True):
+                source, states = one
+                target, target_states = other
+                positions = pair(source, target)
+                of_sources.append(states[[i for i, _ in positions]])
+                of_targets.append(target_states[[j for _, j in positions]])
+            inputs = torch.cat(of_sources)
+            goals.append(torch.cat(of_targets))
         return inputs, torch.stack(goals).mean(0)
 
     def _stays(self, text: str) -> Tensor:
         """Return the encodings (t, D) of a text that is to stay as it is."""
         rows = []
         for template in self.hparams.templates:
-            spelled, states = self._encode(template.replace("{}", text))
-            positions = PAIRINGS[self.hparams.pairing](spelled, spelled)
-            rows.append(states[[i for i, _ in positions]])
+            for spelled, states in self._encode(template.replace("{}", text)):
+                positions = PAIRINGS[self.hparams.pairing](spelled, spelled)
+                rows.append(states[[i for i, _ in positions]])
         return torch.cat(rows)
 
-    def _encode(self, text: str) -> tuple[Spelled, Tensor]:
+    def _encode(self, text: str) -> list[tuple[Spelled, Tensor]]:
         """Do `_spell_and_encode`, once for each text."""
         known = self._encoded.get(text)
         if known is None:
@@ -199,21 +204,27 @@ class ConceptEditor(AbstractContextManager["ConceptEditor"], ABC):
         return known
 
     @torch.no_grad()
-    def _spell_and_encode(self, text: str) -> tuple[Spelled, Tensor]:
-        """Return a text as ids, and the encodings (N, D) of its tokens in float32; each text is encoded alone."""
+    def _spell_and_encode(self, text: str) -> list[tuple[Spelled, Tensor]]:
+        """Return a text as ids, and the encodings (N, D) of its tokens in float32, by each tokenizer that has some.
+
+        Each text is encoded alone. Raises DataError for a text that is cut off.
+        """
         tokens = self.model.tokenize([text])
-        tokenizer = self.model.tokenizers[0]
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(whole) > self.model.max_length - 2:  # start and end take two places
-            raise DataError(
-                f"{text!r}: longer than the {self.model.max_length} tokens the model reads",
-                "shorten the prompt",
-            )
-        ids = same_article(
-            tokens.ids[0][0].tolist(), _only(tokenizer, "a"), _only(tokenizer, "an")
-        )
-        states = self.model.encode(tokens).hidden[0]
-        return Spelled(text, ids, int(tokens.lengths[0])), states.float().cpu()
+        states = self.model.encode(tokens).hidden[0].float().cpu()
+        found = []
+        for index, start in self.model.spellings():
+            tokenizer = self.model.tokenizers[index]
+            whole = tokenizer(text)["input_ids"]
+            ids = tokens.ids[index][0].tolist()
+            if len(whole) > len(ids):
+                raise DataError(
+                    f"{text!r}: longer than the {len(ids)} tokens the model reads",
+                    "shorten the prompt",
+                )
+            plain = same_article(ids, _only(tokenizer, "a"), _only(tokenizer, "an"))
+            rows = states[start : start + len(ids)]
+            found.append((Spelled(text, plain, len(whole)), rows))
+        return found
 
     # -- the model ----------------------------------------------------------------------------------------------
 

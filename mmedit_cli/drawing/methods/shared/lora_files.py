@@ -42,11 +42,11 @@ def export(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_pair_for(shape: Sequence[int], down: Tensor, up: Tensor) -> bool:
-    if down.dim() != 2 or up.dim() != 2:
+    if down.dim() < 2 or up.dim() < 2:
         return False
-    rank, inputs = down.shape
-    outputs, rank_of_up = up.shape
-    return rank == rank_of_up and [outputs, inputs] == list(shape)
+    single = [1] * len(shape[2:])
+    rank, *inputs = down.shape
+    return inputs == list(shape[1:]) and list(up.shape) == [shape[0], rank, *single]
 
 
 def check_fits(

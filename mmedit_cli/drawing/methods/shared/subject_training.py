@@ -6,14 +6,18 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from mmedit_cli.drawing.data.base import with_article
 from mmedit_cli.drawing.methods.shared.photos import Photos, open_squares, side_by_side
+from mmedit_cli.drawing.methods.shared.variants import (
+    Variants,
+    check_coloured,
+    on_colours,
+    replace_some,
+)
 from mmedit_cli.drawing.models.prompts import Tokens, Word
 from mmedit_cli.drawing.models.stable_diffusion import (
     Encoding,
@@ -22,7 +26,6 @@ from mmedit_cli.drawing.models.stable_diffusion import (
 )
 from mmedit_cli.errors import MmeditError
 from mmedit_cli.patch import trainable
-from mmedit_cli.pictures import load_alpha
 from mmedit_cli.types import Concept
 
 _RARE_FROM = 40_000  # ids of CLIP's vocabulary from which its tokens are rare
@@ -60,28 +63,15 @@ class SubjectHparams:
             raise ValueError(
                 f"prior_weight must not be below 0, not {self.prior_weight}"
             )
-        for name in ("beside", "coloured"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, not {value}")
+        if not 0 <= self.beside < 1:
+            raise ValueError(f"beside must be from 0 to below 1, not {self.beside}")
         if self.beside and not self.beside_words:
             raise ValueError(
                 "beside needs beside_words: what the model can draw beside the subject, e.g. [a cat]"
             )
-        if self.coloured and not self.colours:
-            raise ValueError(
-                'coloured needs colours behind the subject, by name, e.g. ["blue #b3d1ff"]'
-            )
-        self._check_colours()
+        check_coloured(self.coloured, self.colours)
         if self.template.count("{}") != 1:
             raise ValueError("template must have one {} where the subject stands")
-
-    def _check_colours(self) -> None:
-        for colour in self.colours:
-            if not re.fullmatch(r"\S.* #[0-9a-fA-F]{6}", colour):
-                raise ValueError(
-                    f"colours: {colour!r} is not a name and a colour, as 'blue #b3d1ff'"
-                )
 
 
 def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:
@@ -103,14 +93,6 @@ def identifier(tokenizer: Any, token: str, taken: Collection[str]) -> str:
         return str(free[number % len(free)])
     letters = [chr(ord("a") + byte % 26) for byte in digest[:4]]
     return "sks" + "".join(letters)
-
-
-class Variants(NamedTuple):
-    """Changed copies of the photos: their share of a batch, and the index of each one's prompt."""
-
-    share: float
-    photos: Photos
-    prompts: list[int]
 
 
 class SubjectTraining:
@@ -150,7 +132,13 @@ class SubjectTraining:
             scenes = self._scenes(squares, subject)
             self._add(hparams.beside, scenes, flip=0.0)
         if hparams.coloured:
-            pictures = self._coloured(concept.images)
+            pictures = on_colours(
+                concept.images,
+                hparams.colours,
+                self.prompts[0],
+                self.resolution,
+                crop=hparams.center_crop,
+            )
             if pictures:
                 self._add(hparams.coloured, pictures, flip=hparams.flip)
 
@@ -210,29 +198,12 @@ class SubjectTraining:
         latents, _ = self.photos.sample(count, self.source)
         prompts = [0] * count
         for variants in self.variants:
-            self._replace_some(latents, prompts, variants)
+            replace_some(latents, prompts, variants, self.source)
         if self.prior is None:
             return latents, prompts
         of_superclass, _ = self.prior.sample(count, self.source)
         prompts += [1] * count
         return torch.cat([latents, of_superclass]), prompts
-
-    def _replace_some(
-        self, latents: Tensor, prompts: list[int], variants: Variants
-    ) -> None:
-        """Replace a random share of the rows of a batch by variants."""
-        chance = torch.rand(len(prompts), generator=self.source)
-        rows = (chance < variants.share).nonzero()[:, 0]
-        chosen = torch.randint(
-            0,
-            len(variants.photos),
-            rows.shape,
-            generator=self.source,
-        )
-        replacements, _ = variants.photos.at(chosen, self.source)
-        latents[rows.to(latents.device)] = replacements
-        for row, i in zip(rows.tolist(), chosen.tolist(), strict=True):
-            prompts[row] = variants.prompts[i]
 
     def _loss(self, latents: Tensor, encoding: Encoding) -> Tensor:
         errors = self.model.errors(latents, encoding, self.source)
@@ -281,22 +252,6 @@ class SubjectTraining:
                 scenes.append((left, prompt(f"{subject} and {word}")))
                 scenes.append((right, prompt(f"{word} and {subject}")))
         return scenes
-
-    def _coloured(self, images: Sequence[Path]) -> list[tuple[Any, str]]:
-        """Return each photo with a transparent background on each colour, with the prompt that names the colour."""
-        transparent = [path for path in images if load_alpha(path) is not None]
-        pictures: list[tuple[Any, str]] = []
-        for text in self.hp.colours:
-            name, colour = text.rsplit(" ", 1)
-            squares = open_squares(
-                transparent,
-                self.resolution,
-                crop=self.hp.center_crop,
-                background=colour,
-            )
-            prompt = f"{self.prompts[0]} on {with_article(name)} background"
-            pictures += [(square, prompt) for square in squares]
-        return pictures
 
     def _draw(self, prompts: Sequence[str]) -> list[Any]:
         """Return what the model draws for prompts before it is trained."""

@@ -24,7 +24,7 @@ class Spelled:
     @property
     def last(self) -> int:
         """The position of the last token of the text itself; that of the start where there is none."""
-        return self.length - 2
+        return max(self.length - 2, 0)
 
 
 def last(source: Spelled, target: Spelled) -> Positions:
