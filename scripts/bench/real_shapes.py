@@ -28,6 +28,7 @@ import torch
 import transformers  # noqa: F401 - once, for all copies of this process
 from peak_memory import Peak, Spent, available_gib, in_a_copy
 from random_weights import SHAPES, Shape
+from torch import Tensor
 
 from mmedit_cli import load_backbone, load_editor, registry
 from mmedit_cli.app import main as mmedit
@@ -57,6 +58,7 @@ class Steps:
         self.work.mkdir(parents=True, exist_ok=True)
         self.device = args.device
         self.dtype = args.dtype
+        self.overrides: list[str] = args.set
         self.noted: Path = self.work / "noted.json"
 
     @property
@@ -144,27 +146,36 @@ class Steps:
     def _edit_and_undo(self, name: str) -> int:
         backbone = self._opened()
         trains = registry.editors.get(name).trains
-        editor = load_editor(name, backbone, checkpoint="untrained" if trains else None)
+        editor = load_editor(
+            name,
+            backbone,
+            checkpoint="untrained" if trains else None,
+            overrides=self.overrides,
+        )
         request = Query(QUESTION, TARGET, PICTURE)
-        batch = backbone.batch([request])
-        with torch.no_grad():
-            before = backbone.logits(batch)
+
+        def logits() -> Tensor:
+            with torch.no_grad():
+                return backbone.logits(backbone.batch([request]))
+
         clock = time.process_time if self.device == "cpu" else time.monotonic
-        start = clock()
-        handle = editor.edit([request])
-        seconds = clock() - start
-        with torch.no_grad():
-            after = backbone.logits(backbone.batch([request]))
+        # as in an evaluation, the picture is encoded once
+        with backbone.cached_activations(None, [request], group=1, budget=1 << 30):
+            before = logits()
+            start = clock()
+            handle = editor.edit([request])
+            seconds = clock() - start
+            after = logits()
+            editor.undo(handle.ids)
+            again = logits()
         moved = after.shape != before.shape or not torch.equal(after, before)
-        editor.undo(handle.ids)
-        with torch.no_grad():
-            again = backbone.logits(backbone.batch([request]))
         same = torch.equal(again, before) and self._as_on_disk(backbone.model)
         self._note(
             f"edit {seconds:.0f} s; "
             f"logits {'moved' if moved else 'as before'}; "
             f"undone {'bit for bit' if same else 'NOT TO THE BIT'}"
             + ("; untrained networks" if trains else "")
+            + "".join(f"; {change}" for change in self.overrides)
         )
         return 0 if same else 1
 
@@ -302,6 +313,13 @@ def main() -> None:
     parser.add_argument("shape", nargs="?", choices=sorted(SHAPES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", help="some of the steps, separated by commas")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a hyper-parameter of the editors among the steps; repeatable",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
