@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -154,13 +152,21 @@ def test_wrong_input_is_not_tried_again(tmp_path):
     assert engine.sizes == [2, 1, 1]
 
 
-def work(payload) -> str:
-    """Die as a killed process the first time, and say who worked the second time."""
-    mark = Path(payload["mark"])
-    if payload["dies"] and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return payload["says"]
+def dying():
+    """What a worker does: it dies as a killed process the first time. Without a name to import it travels whole."""
+
+    def work(payload) -> str:
+        import os
+        import signal
+        from pathlib import Path
+
+        mark = Path(payload["mark"])
+        if payload["dies"] and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return payload["says"]
+
+    return work
 
 
 def payloads(folder: Path) -> list[dict]:
@@ -174,6 +180,7 @@ def payloads(folder: Path) -> list[dict]:
 
 def assert_ends(engine: Engine, folder: Path) -> None:
     """Check what an engine says of these runs, and that the second time the one that died is finished."""
+    work = dying()
     ended = {end.index: end for end in engine.run(work, payloads(folder))}
     assert ended[0].problem == ""
     assert "ended" in ended[1].problem
