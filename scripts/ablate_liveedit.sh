@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What each part of LiveEdit's default is good for: 1,000 edits of EmojiKB without one of them; prints a Markdown table.
 #
-#   scripts/ablate_liveedit.sh                                   # two trainings, five evaluations; again: goes on
+#   scripts/ablate_liveedit.sh                                   # three trainings, six evaluations; again: goes on
 #   MODEL=mini-llava CASES=200 scripts/ablate_liveedit.sh
 #
 # Every row that changes the networks is trained anew, by the rule of docs/comparison.md. Runs are kept in RECORDS.
@@ -29,11 +29,15 @@ train() {  # train ROW OPTIONS...
 evaluate default
 evaluate without-refine --set refine=0
 evaluate without-training --checkpoint untrained
-for part in answer_slots whole_picture; do
-    train "without-$part" --set "$part=false"
-    evaluate "without-$part" --checkpoint latest
-done
-for row in default without-refine without-training without-answer_slots without-whole_picture; do
+without() {  # without PART OPTIONS...: trained anew without it
+    train "without-$1" "${@:2}"
+    evaluate "without-$1" --checkpoint latest "${@:2}"
+}
+
+without naming --set naming=null
+without answer_slots --set answer_slots=false
+without whole_picture --set whole_picture=false --set naming=null  # names are compared beside whole pictures
+for row in default without-refine without-training without-{naming,answer_slots,whole_picture}; do
     echo "$row"
     "$python" "$here/compare_editors.py" "$RECORDS/$row"
 done
