@@ -253,7 +253,7 @@ DryRun = Annotated[
 ]
 LowMemory = Annotated[
     bool,
-    typer.Option("--low-memory", help="Draw and learn in less memory, in more time."),
+    typer.Option("--low-memory", help="Use less memory, and take more time."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

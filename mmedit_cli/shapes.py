@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from mmedit_cli import registry
 from mmedit_cli.catalog import ModelRef
 from mmedit_cli.errors import HparamsError, ModelError
+from mmedit_cli.hparams import load_hparams
 from mmedit_cli.model_folder import INDEX, config_file, read_object
 from mmedit_cli.reading import read_yaml
+
+T = TypeVar("T")
 
 
 class Shape(NamedTuple):
@@ -102,6 +106,23 @@ def pick_variant(file: Path, shape: Shape | None, name: str) -> str | None:
         if variant in SHAPES and SHAPES[variant] == shape:
             return variant
     return name if name in names and name not in SHAPES else None
+
+
+def hparams_for(
+    editor: str,
+    cls: type[T],
+    ref: ModelRef,
+    file: Path | None = None,
+    **over: Any,
+) -> tuple[T, str | None]:
+    """Return the hyper-parameters of a method for a model, and the variant of the file that they are of.
+
+    They are those of `file`, else of hparams/EDITOR.yaml. `over` goes to `load_hparams`, whose errors it raises.
+    """
+    found = file or registry.hparams_file(editor)
+    shape = shape_of(ref)
+    variant = pick_variant(found, shape, ref.name)
+    return load_hparams(found, cls, variant=variant, **over), variant
 
 
 def told(editor: str, variant: str | None) -> str:

@@ -119,10 +119,7 @@ def image_edit(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Pictures that go through the model together.")
     ] = 1,
-    low_memory: Annotated[
-        bool,
-        typer.Option("--low-memory", help="Edit in less memory, in more time."),
-    ] = False,
+    low_memory: options.LowMemory = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,

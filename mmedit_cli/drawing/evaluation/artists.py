@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mmedit_cli.drawing.data.emojikb_facts import ARTISTS
 from mmedit_cli.errors import StateError
+from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.registry import share_dir
 from mmedit_cli.storage import read_tensors
 
 WIDTH = 24  # channels of the first layer
-ARTIST_SIDE = 64  # pixels of a picture that the classifier was trained on
+_SIDE = 64  # pixels of a picture that the classifier was trained on
 _GROUPS = 4
 _BATCH = 64  # pictures
 
@@ -79,6 +80,14 @@ class ArtistClassifier(nn.Module):
         ]
         logits: Tensor = self.head(torch.cat(features, 1))
         return logits
+
+    def classify_files(self, files: Sequence[Path]) -> list[str]:
+        """Return the artist of each picture file, looked at in the size of those the classifier was trained on."""
+        pictures = []
+        for file in files:
+            picture = load_picture(Picture(file))
+            pictures.append(picture.resize((_SIDE, _SIDE)))
+        return self.classify(pictures)
 
     @torch.no_grad()
     def classify(self, pictures: Sequence[Image.Image]) -> list[str]:

@@ -7,8 +7,9 @@ contains that of its encoder, so two encoders never share a column.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ from torch.nn.functional import normalize
 from mmedit_cli.drawing.data.emojikb_facts import ARTISTS
 from mmedit_cli.drawing.data.facts import BACKGROUND_QUESTION, NAMING
 from mmedit_cli.drawing.evaluation import picture_scores
-from mmedit_cli.drawing.evaluation.artists import ARTIST_SIDE, ArtistClassifier
+from mmedit_cli.drawing.evaluation.artists import ArtistClassifier
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder, all_pairs
 from mmedit_cli.knowledge.evaluation.intervals import mean_with_interval
 from mmedit_cli.knowledge.evaluation.metrics import answer_match
@@ -59,6 +60,11 @@ class ScoringModels:
     namer: VisionLanguageModel | None = None
     unknown: frozenset[str] = frozenset()
     _gallery_encodings: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def artists(self) -> ArtistClassifier:
+        """The classifier of artists, which is read when it is asked first."""
+        return ArtistClassifier.load()
 
     def encode(self, column: str, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the encodings (B, D) of pictures by one encoder."""
@@ -138,7 +144,7 @@ def score_subject(drawn: DrawnTest, models: ScoringModels) -> Scores:
             scores["CLIP-T"] = [all_pairs(some, text[None]) for some, text in pieces]
         if models.namer is not None and column == models.namer.name:
             scores |= _background_scores(drawn, models.namer)
-            scores |= _style_scores(drawn)
+            scores |= _style_scores(drawn, models)
             if drawn.answer:
                 scores |= _naming_scores(drawn, models, models.namer, is_nearest)
     return scores
@@ -239,42 +245,52 @@ def _naming_scores(
 
 def _background_scores(drawn: DrawnTest, namer: VisionLanguageModel) -> Scores:
     """Score how often the background has the colour that a prompt names; nothing if no prompt names one."""
-    files: list[Path] = []
-    colours = []
-    for row, text in zip(drawn.files, drawn.plain, strict=True):
-        match = BACKGROUND.search(text)
-        if match:
-            files += row
-            colours.append(match[1])
-    if not colours:
-        return {}
-    answers = _ask(namer, BACKGROUND_QUESTION, files)
-    scores = []
-    for colour, some in zip(colours, drawn.by_prompt(answers), strict=True):
-        right = [answer_match(text, colour) == 1 for text in some]
-        scores.append(100 * fmean(right))
-    return {f"background by {namer.name}": scores}
+
+    def look(files: Sequence[Path]) -> list[str]:
+        return _ask(namer, BACKGROUND_QUESTION, files)
+
+    def is_right(answer: str, colour: str) -> bool:
+        return answer_match(answer, colour) == 1
+
+    scores = _named_in_prompts(drawn, BACKGROUND, look, is_right)
+    return {f"background by {namer.name}": scores} if scores else {}
 
 
-def _style_scores(drawn: DrawnTest) -> Scores:
+def _style_scores(drawn: DrawnTest, models: ScoringModels) -> Scores:
     """Score how often a picture has the style of the artist that a prompt names; nothing if no prompt names one."""
+
+    def is_right(artist: str, word: str) -> bool:
+        return artist == ARTISTS[word]
+
+    scores = _named_in_prompts(drawn, STYLE, models.artists.classify_files, is_right)
+    return {"style": scores} if scores else {}
+
+
+def _named_in_prompts(
+    drawn: DrawnTest,
+    pattern: re.Pattern[str],
+    look: Callable[[Sequence[Path]], list[str]],
+    is_right: Callable[[str, str], bool],
+) -> list[float]:
+    """Return how often pictures show what their prompt names, in %, one for each prompt in which a pattern is found.
+
+    `look` says what it sees in each picture, `is_right` whether that is what was named.
+    """
     files: list[Path] = []
-    wanted = []
+    named = []
     for row, text in zip(drawn.files, drawn.plain, strict=True):
-        match = STYLE.search(text)
+        match = pattern.search(text)
         if match:
             files += row
-            wanted.append(ARTISTS[match[1]])
-    if not wanted:
-        return {}
-    pictures = []
-    for picture in _load(files):
-        pictures.append(picture.resize((ARTIST_SIDE, ARTIST_SIDE)))
-    artists = ArtistClassifier.load().classify(pictures)
+            named.append(match[1])
+    if not named:
+        return []
+    seen = look(files)
     scores = []
-    for artist, some in zip(wanted, drawn.by_prompt(artists), strict=True):
-        scores.append(100 * fmean(name == artist for name in some))
-    return {"style": scores}
+    for name, some in zip(named, drawn.by_prompt(seen), strict=True):
+        right = [is_right(text, name) for text in some]
+        scores.append(100 * fmean(right))
+    return scores
 
 
 def _ask(namer: VisionLanguageModel, question: str, files: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from mmedit_cli.drawing.data.emojikb_facts import WHO
 from mmedit_cli.drawing.data.facts import DrawnProbe
-from mmedit_cli.drawing.evaluation.artists import ARTIST_SIDE, ArtistClassifier
+from mmedit_cli.drawing.evaluation.artists import ArtistClassifier
 from mmedit_cli.drawing.evaluation.picture_scores import ClipEncoder
 from mmedit_cli.knowledge.evaluation.answers import target_losses
 from mmedit_cli.knowledge.evaluation.intervals import (
@@ -95,7 +95,7 @@ class AnsweringJudge:
                 signed.append(file)
             else:
                 asked.append(Query(probe.question, image=file))
-        artists = iter(self._artists_of(signed))
+        artists = iter(self._artists.classify_files(signed) if signed else ())
         answers = iter(self._answers(asked))
         margins = self._margins(files, probes)
         found = []
@@ -104,13 +104,6 @@ class AnsweringJudge:
             shows = answer_match(answer, probe.answer) == 1
             found.append(Judgement(shows, answer, margin))
         return found
-
-    def _artists_of(self, files: Sequence[Path]) -> list[str]:
-        pictures = []
-        for file in files:
-            picture = load_picture(Picture(file))
-            pictures.append(picture.resize((ARTIST_SIDE, ARTIST_SIDE)))
-        return self._artists.classify(pictures) if pictures else []
 
     def _answers(self, queries: Sequence[Query]) -> list[str]:
         answers: list[str] = []
@@ -174,8 +167,7 @@ class ComparingJudge:
 
 def collapsed(picture: Image.Image) -> bool:
     """Whether a picture lost its contrast, or is of one colour but for a few pixels."""
-    rgb = picture.convert("RGB")
-    values = np.asarray(rgb).astype(np.float64)
+    values = _numbers(picture)
     usual = np.median(values, axis=(0, 1))
     distances = np.abs(values - usual)
     near = (distances <= _NEAR).all(axis=2)
@@ -186,9 +178,13 @@ def collapsed(picture: Image.Image) -> bool:
 
 def contrast(picture: Image.Image) -> float:
     """Return the standard deviation of the numbers of a picture, of 255."""
+    return float(_numbers(picture).std())
+
+
+def _numbers(picture: Image.Image) -> Any:
+    """Return the numbers of a picture, (H, W, 3) of 0..255."""
     rgb = picture.convert("RGB")
-    values = np.asarray(rgb).astype(np.float64)
-    return float(values.std())
+    return np.asarray(rgb).astype(np.float64)
 
 
 def summary(

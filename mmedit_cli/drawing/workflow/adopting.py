@@ -49,8 +49,7 @@ def adopt_concept(options: AdoptOptions, out: Output | None = None) -> dict[str,
     )
     from mmedit_cli.drawing.models.loading import check_draws, load_stable_diffusion
     from mmedit_cli.drawing.models.prompts import check_token
-    from mmedit_cli.hparams import load_hparams
-    from mmedit_cli.shapes import pick_variant, shape_of
+    from mmedit_cli.shapes import hparams_for
 
     out = out or Output()
     cls = registry.personalizers.get(options.editor)
@@ -68,10 +67,12 @@ def adopt_concept(options: AdoptOptions, out: Output | None = None) -> dict[str,
     check_draws(ref)
     folder = ConceptFolder(options.folder)
     folder.check_takes(cls.name, ref, options.token, force=options.force)
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(
-        file, cls.Hparams, variant=variant, overrides=options.overrides
+    hparams, _ = hparams_for(
+        options.editor,
+        cls.Hparams,
+        ref,
+        options.hparams,
+        overrides=options.overrides,
     )
     out.note(loading(ref.name))
     model = load_stable_diffusion(ref, device=options.device, dtype=options.dtype)

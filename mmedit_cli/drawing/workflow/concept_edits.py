@@ -282,8 +282,8 @@ def make_edits(
     """
     from mmedit_cli.catalog import find_model, loading
     from mmedit_cli.drawing.models.loading import check_draws, load_stable_diffusion
-    from mmedit_cli.hparams import load_hparams, to_dict
-    from mmedit_cli.shapes import pick_variant, shape_of, told
+    from mmedit_cli.hparams import to_dict
+    from mmedit_cli.shapes import hparams_for, told
 
     out = out or Output()
     folder = ConceptEdits(options.folder)
@@ -292,14 +292,13 @@ def make_edits(
     ref = find_model(named, revision=options.revision)
     check_draws(ref)
     folder.check_takes(cls.name, ref, None)
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
     # a folder that has edits says how the next ones are made, unless a file is named
     stored = folder.head.get("hparams") if options.hparams is None else None
-    hparams = load_hparams(
-        file,
+    hparams, variant = hparams_for(
+        options.editor,
         cls.Hparams,
-        variant=variant,
+        ref,
+        options.hparams,
         stored=stored,
         stored_in=f"{folder.folder / CONCEPT_EDITS}: hparams",
         overrides=options.overrides,

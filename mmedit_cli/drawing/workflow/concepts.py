@@ -420,8 +420,7 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
     from mmedit_cli.catalog import find_model, loading
     from mmedit_cli.drawing.methods.base import check_concept
     from mmedit_cli.drawing.models.loading import check_draws, load_stable_diffusion
-    from mmedit_cli.hparams import load_hparams
-    from mmedit_cli.shapes import pick_variant, shape_of, told
+    from mmedit_cli.shapes import hparams_for, told
 
     out = out or Output()
     concept = options.concept
@@ -436,10 +435,12 @@ def learn_concept(options: LearnOptions, out: Output | None = None) -> dict[str,
         concept.token,
         force=options.force,
     )
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(
-        file, cls.Hparams, variant=variant, overrides=options.overrides
+    hparams, variant = hparams_for(
+        options.editor,
+        cls.Hparams,
+        ref,
+        options.hparams,
+        overrides=options.overrides,
     )
     out.note(told(cls.name, variant))
     photos = len(concept.images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,6 @@ WAYS = (BASE, ALONE, TOGETHER)  # as they are drawn and printed
 NOBODY = "none"
 _UNUSED = ("eval.dino",)  # of the settings of other drawings
 SETTINGS = {key: kind for key, kind in KINDS.items() if key not in _UNUSED}
-
-
-@dataclass(frozen=True)
-class FactEvalOptions(DrawingEvalOptions):
-    """What to evaluate; the defaults are those of `mmedit eval`. `seed` is the first of the seeds of the pictures."""
-
-    data: str = NAME
 
 
 @dataclass(frozen=True)
@@ -89,15 +82,13 @@ def plan_facts(options: DrawingEvalOptions) -> FactPlan:
         limit=options.limit,
     )
     settings = _settings(found, resolved.settings)
-    config = resolved.config(found, len(found.facts), asdict(settings))
-    return FactPlan(
-        resolved.options,
-        resolved.ref,
-        resolved.hparams,
-        settings,
+    cases = len(found.facts)
+    return resolved.planned(
+        FactPlan,
+        FOLDER,
         found,
-        config,
-        resolved.folder(FOLDER, found, config),
+        cases,
+        settings,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,6 @@ KINDS: dict[str, type] = {
     "eval.dino": str,
     "eval.encoder": str,
 }
-
-
-@dataclass(frozen=True)
-class ConceptEvalOptions(DrawingEvalOptions):
-    """What to evaluate; the defaults are those of `mmedit eval`."""
-
-    data: str = DATA
 
 
 @dataclass(frozen=True)
@@ -176,15 +169,13 @@ def plan_evaluation(options: DrawingEvalOptions) -> ConceptPlan:
     values: dict[str, Any] = {"guidance": found.guidance}
     values |= named_settings(resolved.settings, KINDS)
     settings = DrawingSettings(**values).resolved(emoji=found.name == DATA)
-    config = resolved.config(found, len(found.subjects), asdict(settings))
-    return ConceptPlan(
-        resolved.options,
-        resolved.ref,
-        resolved.hparams,
-        settings,
+    cases = len(found.subjects)
+    return resolved.planned(
+        ConceptPlan,
+        FOLDER,
         found,
-        config,
-        resolved.folder(FOLDER, found, config),
+        cases,
+        settings,
     )
 
 

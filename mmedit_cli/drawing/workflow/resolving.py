@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
-from mmedit_cli.hparams import load_hparams, to_dict
+from mmedit_cli.hparams import to_dict
 from mmedit_cli.records import Run
-from mmedit_cli.shapes import pick_variant, shape_of
+from mmedit_cli.shapes import hparams_for
 
-_SETTING = (
-    "eval."  # overrides that say how pictures are drawn and looked at begin with it
-)
+# overrides that say how pictures are drawn and looked at begin with it
+_SETTING = "eval."
+
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,32 @@ class Resolved:
     variant: str | None
     settings: tuple[str, ...]
 
-    def config(self, found: OpenedData, cases: int, settings: Any) -> dict[str, Any]:
+    def planned(
+        self,
+        kind: Callable[..., Plan],
+        below: str,
+        found: OpenedData,
+        cases: int,
+        settings: Any,
+    ) -> Plan:
+        """Return the plan of an evaluation: what was resolved, with how to draw, the data, and where it is recorded.
+
+        `below` is the folder in the records folder, `cases` how many there are.
+        """
+        config = self._config(found, cases, asdict(settings))
+        names = (below, self.options.editor, self.ref.name, found.name)
+        folder = Run.locate(self.options.records, names, config)
+        return kind(
+            self.options,
+            self.ref,
+            self.hparams,
+            settings,
+            found,
+            config,
+            folder,
+        )
+
+    def _config(self, found: OpenedData, cases: int, settings: Any) -> dict[str, Any]:
         """Return all that tells a run from others: what is evaluated, on what, how, and by which versions."""
         options = self.options
         return {
@@ -79,12 +106,6 @@ class Resolved:
             "versions": runtime.versions(),
         }
 
-    def folder(self, below: str, found: OpenedData, config: dict[str, Any]) -> Path:
-        """Return where a run is recorded."""
-        options = self.options
-        names = (below, options.editor, self.ref.name, found.name)
-        return Run.locate(options.records, names, config)
-
 
 def resolve(options: DrawingEvalOptions, methods: registry.Registry[Any]) -> Resolved:
     """Find a method among others of its kind, a model that draws, and hyper-parameters; loads no model.
@@ -102,9 +123,13 @@ def resolve(options: DrawingEvalOptions, methods: registry.Registry[Any]) -> Res
     for text in options.overrides:
         chosen = settings if text.startswith(_SETTING) else for_method
         chosen.append(text)
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(file, cls.Hparams, variant=variant, overrides=for_method)
+    hparams, variant = hparams_for(
+        options.editor,
+        cls.Hparams,
+        ref,
+        options.hparams,
+        overrides=for_method,
+    )
     return Resolved(options, ref, hparams, variant, tuple(settings))
 
 

@@ -38,6 +38,9 @@ from mmedit_cli.patch import bring_in
 from mmedit_cli.pictures import Picture, load_picture
 from mmedit_cli.types import Query
 
+_ONCE_BYTES = (
+    1 << 30
+)  # of image tokens that are kept while something is made of pictures
 # stands for the image token where a user wrote it in a text: a code point that is no character
 WRITTEN = "\ufdd0"
 
@@ -406,12 +409,20 @@ class VisionLanguageModel(ABC):
     ) -> Sequence[Tensor]:
         """Return what `compute` makes of each picture; inside `cached_activations` it is asked once a picture.
 
-        `name` tells one computation from another; what it makes must not depend on edits.
+        `name` tells one computation from another; what it makes must not depend on edits. While it is made, each
+        picture is encoded once.
         """
         if not pictures:
             return []
         if self._cache is None:
-            return compute(pictures)
+            once = self.cached_activations(
+                None,
+                (),
+                group=len(pictures),
+                budget=_ONCE_BYTES,
+            )
+            with once:
+                return compute(pictures)
         found = self._cache.found
         if name not in found:
             features = self._cache.features

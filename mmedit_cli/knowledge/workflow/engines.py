@@ -17,6 +17,8 @@ from mmedit_cli.errors import UserError
 Payload = Mapping[str, Any]
 Work = Callable[[Payload], str]
 POLL_SECONDS = 0.5
+# what `work` says begins with it where the input is wrong, which no retry mends
+LASTING = "!"
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ def _first_line(error: Exception) -> str:
 
 
 def outcome(index: int, said: str) -> Outcome:
-    """Return the outcome of what `work` said; a line that begins with `!` is of wrong input, which lasts."""
-    return Outcome(index, said.removeprefix("!"), said.startswith("!"))
+    """Return the outcome of what `work` said."""
+    return Outcome(index, said.removeprefix(LASTING), said.startswith(LASTING))
 
 
 def engine_of(name: str, resources: Resources, folder: Path) -> Engine:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmedit_cli.errors import MmeditError, UserError
-from mmedit_cli.knowledge.workflow.engines import Engine, InThisProcess
+from mmedit_cli.knowledge.workflow.engines import LASTING, Engine, InThisProcess
 from mmedit_cli.knowledge.workflow.evaluation import open_model, run_evaluation
 from mmedit_cli.knowledge.workflow.options_in_a_file import from_run_file
 from mmedit_cli.knowledge.workflow.repeated import (
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _HINT = "editors: [ft, grace], models: [mini-blip2], seeds: [0, 1], orders: 1, options: {sequential: 100}"
 _KEYS = ("editors", "models", "seeds", "orders", "options")
-# of a payload that begins with this mark: wrong input, which no retry mends
-_LASTING = "!"
 
 
 @dataclass(frozen=True)
@@ -235,7 +233,7 @@ def _make_all(plan: Sweep, engine: Engine, retries: int, out: Output) -> dict[in
 def make_run(payload: Mapping[str, Any]) -> str:
     """Make the run of a job, on whatever machine this is; return an empty text, or what went wrong.
 
-    A text that begins with `!` says that the input is wrong, so that the run would fail again.
+    A text that begins with `LASTING` says that the input is wrong, so that the run would fail again.
     """
     home = payload["home"]
     plugins = payload["plugins"]
@@ -263,7 +261,7 @@ class _Here:
             self._backbone = None
             if not isinstance(error, MmeditError):
                 return f"{type(error).__name__}: {error}"
-            mark = _LASTING if isinstance(error, UserError) else ""
+            mark = LASTING if isinstance(error, UserError) else ""
             return mark + "; ".join(error.problems)
         return ""
 

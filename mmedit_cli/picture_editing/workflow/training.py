@@ -10,7 +10,7 @@ from typing import Any
 from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, find_model
 from mmedit_cli.errors import DataError, UserError
-from mmedit_cli.hparams import load_hparams, to_dict
+from mmedit_cli.hparams import to_dict
 from mmedit_cli.knowledge.workflow.training import (
     HELD_OUT,
     EditorTrainingOptions,
@@ -21,7 +21,7 @@ from mmedit_cli.picture_editing.data.base import EditPair, fingerprint
 from mmedit_cli.picture_editing.data.opening import NAMED, open_pairs
 from mmedit_cli.records import Run, shared_run
 from mmedit_cli.runtime import LoadOptions
-from mmedit_cli.shapes import pick_variant, shape_of, told
+from mmedit_cli.shapes import hparams_for, told
 
 DATA = "emojikb-edits"  # where no data are named
 FOLDER = "train-image-editor"  # below the records
@@ -48,10 +48,12 @@ def plan_training(options: EditorTrainingOptions) -> PictureTrainingPlan:
             f"{cls.name} is not trained here", "image editors with a training: mgie"
         )
     ref = find_model(options.model.model, revision=options.model.revision)
-    file = options.hparams or registry.hparams_file(options.editor)
-    variant = pick_variant(file, shape_of(ref), ref.name)
-    hparams = load_hparams(
-        file, cls.Hparams, variant=variant, overrides=options.overrides
+    hparams, variant = hparams_for(
+        options.editor,
+        cls.Hparams,
+        ref,
+        options.hparams,
+        overrides=options.overrides,
     )
     if hparams.training.batch_size < runtime.process_count():
         raise UserError(

@@ -63,12 +63,29 @@ def test_a_picture_without_a_name_agrees_with_none():
 
 
 def test_what_is_said_greedily_stops_at_the_end_and_at_a_limit():
-    table = {(): shares(t4=0.9), (4,): shares(t5=0.9), (4, 5): shares(t7=0.9)}
-    said = spoken(lambda tokens: table[tuple(tokens)], {7, END}, END)
+    four = shares(t4=0.9)
+    five = shares(t5=0.9)
+    seven = shares(t7=0.9)
+    table = {
+        (): four,
+        (4,): five,
+        (4, 5): seven,
+    }
+
+    def by_table(tokens):
+        return table[tuple(tokens)]
+
+    def always_four(_tokens):
+        return four
+
+    def always_seven(_tokens):
+        return seven
+
+    said = spoken(by_table, {7, END}, END)
     assert said[0, :4, 0].tolist() == [4, 5, END, -1]
-    endless = spoken(lambda _tokens: shares(t4=0.9), {END}, END)
+    endless = spoken(always_four, {END}, END)
     assert endless[0, :, 0].tolist() == [4] * LENGTH
-    nothing = spoken(lambda _tokens: shares(t7=0.9), {7}, END)
+    nothing = spoken(always_seven, {7}, END)
     assert torch.equal(nothing, no_names(1))
 
 
@@ -92,6 +109,21 @@ def test_a_name_is_what_the_model_answers(backbone):
         tokens = backbone.continued(asked, LENGTH)[0].tolist()
         said = [int(token) for token in row[:, 0] if token >= 0]
         assert said[:-1] == tokens[: len(said) - 1]
+
+
+def test_a_picture_is_encoded_once_for_its_name(backbone, monkeypatch):
+    encoded = []
+    features = backbone.image_features
+
+    def counted(pictures):
+        encoded.extend(pictures)
+        return features(pictures)
+
+    monkeypatch.setattr(backbone, "image_features", counted)
+    batch = backbone.batch(REQUESTS)
+    names = Naming(backbone, QUESTION).of(batch)
+    assert (names[:, 0, 0] >= 0).all(), "what has a name is read twice"
+    assert len(encoded) == len(batch.pictures)
 
 
 def test_text_alone_has_no_name_and_nobody_is_asked(backbone, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +16,9 @@ from mmedit_cli.knowledge.methods.base import (
     TrainedEditor,
     check_shapes,
 )
-from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
+from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditHparams
-from mmedit_cli.knowledge.methods.liveedit.names import LENGTH, WIDTH, agreement
+from mmedit_cli.knowledge.methods.liveedit.names import LENGTH, WIDTH
 from mmedit_cli.knowledge.methods.liveedit.naming import Naming
 from mmedit_cli.knowledge.methods.liveedit.networks import LiveEditNetworks
 from mmedit_cli.knowledge.methods.liveedit.refining import refined
@@ -152,8 +151,8 @@ class LiveEdit(TrainedEditor):
         batch = backbone.batch(requests)
         prefix = backbone.prefix(batch, self._layer)
         experts = networks.experts(prefix, backbone)
+        names = self._names_of(batch)
         with self._set_aside():
-            names = None if self._naming is None else self._naming.of(batch)
             u, v = refined(
                 networks,
                 backbone,
@@ -261,35 +260,22 @@ class LiveEdit(TrainedEditor):
         if not len(rows):
             nothing = torch.zeros(0, 0, device=rows.device)
             return rows, Routing(nothing.long(), nothing)
-        hp = self.hparams
         networks = self.networks
         mean = self.backbone.mean_image_tokens(batch)
-        vision, prompt, sentinel = networks.ask(
+        asked = networks.ask(
             hidden[rows],
             batch.prompt_mask[rows],
             batch.image_mask[rows],
             mean[rows],
         )
-        to_vision = partial(networks.similarity, vision)
-        to_prompt = partial(networks.similarity, prompt)
-        by_vision = self._bank.compare("vision", to_vision)
-        by_prompt = self._bank.compare("prompt", to_prompt)
         names = self._names_of(batch)
         if names is not None:
-            seen = names[rows]
-            to_names = partial(agreement, seen)
-            by_names = self._bank.compare("names", to_names)
-            by_vision = by_vision + networks.named(by_names)
-        margin = by_vision - sentinel
-        score = networks.score(by_prompt, margin)
-        # published: the picture alone decides which experts pass
-        decisive = margin if networks.published else score
-        keep = (decisive > hp.margin) & self._bank.visible
-        routing = choose(
-            keep,
-            score,
-            hp.top_k,
-            gated=networks.published,
+            names = names[rows]
+        routing = networks.routing(
+            self._bank,
+            asked,
+            names,
+            self.hparams,
         )
         return rows, routing
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 LENGTH = 8  # n, the tokens of a name at most; its end counts as one
 LIKELY = 8  # L, the likeliest tokens that are kept of each
-WIDTH = (
-    1 + 2 * LIKELY
-)  # the token that was said, the likeliest tokens, their log-probabilities
+# the token that was said, the likeliest tokens, their log-probabilities
+WIDTH = 1 + 2 * LIKELY
 NO_TOKEN = -1.0  # behind the end of a name, and in a picture without one
 UNLIKELY = -6.0  # what has less log-probability counts as much
 

@@ -9,13 +9,16 @@ F = k * m values of a feature, V = F, or d + E where whole pictures are compared
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
 from mmedit_cli.knowledge.methods.liveedit.hparams import LiveEditHparams
+from mmedit_cli.knowledge.methods.liveedit.names import agreement
 from mmedit_cli.knowledge.methods.shared.attention import (
     CrossAttention,
     Extractor,
@@ -156,10 +159,42 @@ class Asking:
         vision = torch.cat((detail, sharpness * whole), 1)
         return vision, prompt, products + threshold
 
-    def named(self, agreement: Tensor) -> Tensor:
+    def routing(
+        self,
+        bank: ExpertBank,
+        asked: tuple[Tensor, Tensor, Tensor],
+        names: Tensor | None,
+        settings: Any,
+    ) -> Routing:
+        """Return which experts of a bank R queries use, by what `ask` returned of them.
+
+        names: (R, n, 1 + 2 L) of their pictures, where names are compared. settings: with the margin and top_k.
+        """
+        vision, prompt, sentinel = asked
+        to_vision = partial(self.similarity, vision)
+        to_prompt = partial(self.similarity, prompt)
+        by_vision = bank.compare("vision", to_vision)
+        by_prompt = bank.compare("prompt", to_prompt)
+        if names is not None:
+            to_names = partial(agreement, names)
+            by_names = bank.compare("names", to_names)
+            by_vision = by_vision + self.named(by_names)
+        margin = by_vision - sentinel
+        score = self.score(by_prompt, margin)
+        # published: the picture alone decides which experts pass
+        decisive = margin if self.published else score
+        keep = (decisive > settings.margin) & bank.visible
+        return choose(
+            keep,
+            score,
+            settings.top_k,
+            gated=self.published,
+        )
+
+    def named(self, agreed: Tensor) -> Tensor:
         """Return what is added to the similarity of pictures for the agreement of their names: (R, N) -> (R, N)."""
         weight: Tensor = self.name_weight()
-        return weight * agreement
+        return weight * agreed
 
     def similarity(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return how near queries and keys are: (R, F), (N, F) -> (R, N), F or V.

@@ -11,15 +11,14 @@ its picture and its words (what follows the picture) when it is read first, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing, choose
-from mmedit_cli.knowledge.methods.liveedit.names import agreement, spoken
+from mmedit_cli.knowledge.methods.liveedit.experts import ExpertBank, Routing
+from mmedit_cli.knowledge.methods.liveedit.names import spoken
 from mmedit_cli.knowledge.methods.liveedit.networks import Asking, Scalar, WholePicture
 from mmedit_cli.knowledge.methods.shared.attention import Extractor
 from mmedit_cli.knowledge.methods.shared.exported_runtime import (
@@ -100,28 +99,18 @@ class LiveEditEdits(RoutedEdits):
             for row in rows.tolist()
         ]
         mean = torch.stack([picture.mean(0) for picture in pictures])
-        vision, prompt, sentinel = networks.ask(
+        asked = networks.ask(
             hidden[rows],
             question.prompt[rows],
             question.image[rows],
             mean,
         )
-        to_vision = partial(networks.similarity, vision)
-        to_prompt = partial(networks.similarity, prompt)
-        by_vision = self.bank.compare("vision", to_vision)
-        by_prompt = self.bank.compare("prompt", to_prompt)
-        if hp.naming is not None:
-            to_names = partial(agreement, self.names_of(pictures))
-            by_vision = by_vision + networks.named(self.bank.compare("names", to_names))
-        margin = by_vision - sentinel
-        score = networks.score(by_prompt, margin)
-        decisive = margin if networks.published else score
-        keep = (decisive > hp.margin) & self.bank.visible
-        routing = choose(
-            keep,
-            score,
-            hp.top_k,
-            gated=networks.published,
+        names = None if hp.naming is None else self.names_of(pictures)
+        routing = networks.routing(
+            self.bank,
+            asked,
+            names,
+            hp,
         )
         for row, used in zip(rows.tolist(), routing.by_expert(), strict=True):
             self.weights[row] = {self.ids[i]: weight for i, weight in used.items()}
