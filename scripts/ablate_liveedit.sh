@@ -36,7 +36,7 @@ without() {  # without PART OPTIONS...: trained anew without it
 
 without naming --set naming=null
 without answer_slots --set answer_slots=false
-without whole_picture --set whole_picture=false --set naming=null  # names are compared beside whole pictures
+without whole_picture --set whole_picture=false
 for row in default without-refine without-training without-{naming,answer_slots,whole_picture}; do
     echo "$row"
     "$python" "$here/compare_editors.py" "$RECORDS/$row"

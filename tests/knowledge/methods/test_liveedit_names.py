@@ -9,6 +9,7 @@ import torch
 from conftest import QUERIES
 from test_editor_contract import REQUESTS, make
 
+from mmedit_cli.knowledge.loading import resolve_editor
 from mmedit_cli.knowledge.methods.liveedit.names import (
     LENGTH,
     UNLIKELY,
@@ -109,6 +110,17 @@ def test_a_name_is_what_the_model_answers(backbone):
         tokens = backbone.continued(asked, LENGTH)[0].tolist()
         said = [int(token) for token in row[:, 0] if token >= 0]
         assert said[:-1] == tokens[: len(said) - 1]
+
+
+@pytest.mark.parametrize(
+    "changed", ["variant=paper", "whole_picture=false"], ids=["paper", "no-wholes"]
+)
+def test_the_published_form_of_a_model_with_names_compares_none(changed):
+    """The documented `--set variant=paper` is enough, whatever the variant of the model says of names."""
+    _, named = resolve_editor("liveedit", "mini-blip2", None, ())
+    _, published = resolve_editor("liveedit", "mini-blip2", None, (changed,))
+    assert named.naming == "What is this?"
+    assert published.naming is None
 
 
 def test_a_picture_is_encoded_once_for_its_name(backbone, monkeypatch):

@@ -87,10 +87,9 @@ class LiveEditHparams:
         if self.naming is not None and not self.naming.strip():
             raise ValueError("naming must be a question or null")
         compares_wholes = self.whole_picture and self.variant == "joint"
-        if self.naming is not None and not compares_wholes:
-            raise ValueError(
-                "naming compares pictures by their names besides: it needs whole_picture=true and variant=joint"
-            )
+        if not compares_wholes:
+            # names are compared beside whole pictures alone
+            object.__setattr__(self, "naming", None)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, not {self.top_k}")
         if self.module_dim % self.heads:
