@@ -15,8 +15,7 @@ from mmedit_cli.output import Output
 
 _SHOW = "show"
 PlotKind = Literal["differences", "edits", "retention", "cost"]
-Form = Literal["table", "markdown", "latex", "csv", "json"]
-BoardForm = Literal["table", "markdown", "latex", "csv", "json", "every-eval-ever"]
+Form = Literal["table", "markdown", "latex", "csv", "json", "every-eval-ever"]
 
 
 class ReportGroup(TyperGroup):
@@ -229,7 +228,7 @@ def leaderboard(
     ],
     by: Annotated[str, typer.Option(help="The score that ranks.")] = "scope",
     form: Annotated[
-        BoardForm, typer.Option("--format", help="How it is written.")
+        Form, typer.Option("--format", help="How it is written.")
     ] = "table",
     as_json: options.Json = False,
     debug: options.Debug = False,

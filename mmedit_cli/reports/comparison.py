@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mmedit_cli.output import Output, counted
+from mmedit_cli.reports.every_eval_ever import EVERY_EVAL_EVER, print_records, record
 from mmedit_cli.reports.scores import column_name
 
 if TYPE_CHECKING:
@@ -24,7 +25,13 @@ _ESCAPED = "&%$#_{}"
 
 
 def print_comparison(out: Output, found: Comparison, form: str) -> None:
-    """Print a comparison: a table with what it means, or one of FORMATS alone."""
+    """Print a comparison: a table with what it means, one of FORMATS, or its runs as records of every-eval-ever."""
+    if form == EVERY_EVAL_EVER:
+        print_records(
+            record(run.folder, run.report, run.edits, run.with_intervals())
+            for run in found.runs
+        )
+        return
     if form in FORMATS:
         header, rows = table_of(found)
         write = FORMATS[form]

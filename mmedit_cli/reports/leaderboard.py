@@ -13,12 +13,11 @@ from mmedit_cli.output import Output, counted
 from mmedit_cli.reading import read_yaml_object
 from mmedit_cli.records import Run
 from mmedit_cli.reports.comparison import FORMATS
+from mmedit_cli.reports.every_eval_ever import EVERY_EVAL_EVER, print_records, record
 from mmedit_cli.reports.finding import finished_runs
 from mmedit_cli.reports.scores import column_name, half_interval
 
 Json = Mapping[str, Any]
-EVERY_EVAL_EVER = "every-eval-ever"
-_SCHEMA = "0.2.1"  # of every-eval-ever
 # of a protocol, what changes no score
 _SPEED_ONLY = ("batch_size", "shard", "report_at")
 _SHOWN = (
@@ -134,16 +133,21 @@ def _ranked(entries: Sequence[Entry], by: str) -> list[tuple[int, Entry]]:
     return ranked
 
 
+def _record_of(entry: Entry, rank: int) -> dict[str, Any]:
+    """Return a ranked run as a record of every-eval-ever."""
+    protocol = entry.report["protocol"]["protocols"][0]
+    scores = {(protocol, column): score for column, score in entry.scores.items()}
+    return record(entry.folder, entry.report, entry.edits, scores, rank=str(rank))
+
+
 # -- showing --------------------------------------------------------------------------------------------------------
 
 
 def print_leaderboards(out: Output, boards: Sequence[Board], form: str) -> None:
     """Print boards: a table each, one table of all in one of FORMATS, or records of every-eval-ever."""
     if form == EVERY_EVAL_EVER:
-        found = [
-            _record(entry, rank) for board in boards for rank, entry in board.ranked
-        ]
-        Output(as_json=True).result(found, lambda: None)
+        ranked = [pair for board in boards for pair in board.ranked]
+        print_records(_record_of(entry, rank) for rank, entry in ranked)
         return
     if form in FORMATS:
         header, rows = _one_table(boards)
@@ -215,68 +219,3 @@ def _values(board: Board) -> dict[str, Any]:
         run["scores"] = entry.scores
         runs.append(run)
     return {"board": board.title, "by": board.by, "runs": runs}
-
-
-# -- every-eval-ever ------------------------------------------------------------------------------------------------
-
-
-def _record(entry: Entry, rank: int) -> dict[str, Any]:
-    """Return a run in the schema of every-eval-ever (evaleval/every_eval_ever, `eval.schema.json`)."""
-    report = entry.report
-    model = report["model"]["name"]
-    made = str(int((entry.folder / "report.json").stat().st_mtime))
-    editor = report["editor"]
-    details = {"editor": editor, "edits": str(entry.edits), "rank": str(rank)}
-    details["hparams"] = json.dumps(report["hparams"], sort_keys=True)
-    return {
-        "schema_version": _SCHEMA,
-        "evaluation_id": f"{report['data']['name']}/{editor}+{model}/{made}",
-        "retrieved_timestamp": made,
-        "source_metadata": {
-            "source_type": "evaluation_run",
-            "source_organization_name": "unknown",
-            "evaluator_relationship": "other",
-        },
-        "eval_library": {"name": "mmedit", "version": report["versions"]["mmedit"]},
-        "model_info": {
-            "name": f"{model} edited by {editor}",
-            "id": f"{model}+{editor}",
-            "additional_details": details,
-        },
-        "evaluation_results": _results(entry),
-    }
-
-
-def _results(entry: Entry) -> list[dict[str, Any]]:
-    """Return all scores of a run after all edits."""
-    data = entry.report["data"]
-    source = {"dataset_name": data["name"], "source_type": "other"}
-    protocol = entry.report["protocol"]["protocols"][0]
-    results = []
-    for column, score in entry.scores.items():
-        if score["mean"] is None:
-            continue
-        details: dict[str, Any] = {"score": score["mean"]}
-        details["uncertainty"] = _uncertainty(score)
-        result = {
-            "evaluation_name": f"{protocol} {column}",
-            "source_data": source,
-            "metric_config": {
-                "lower_is_better": False,
-                "score_type": "continuous",
-                "min_score": 0,
-                "max_score": 1,
-            },
-            "score_details": details,
-        }
-        results.append(result)
-    return results
-
-
-def _uncertainty(score: Json) -> dict[str, Any]:
-    known: dict[str, Any] = {"num_samples": score["n"]}
-    if score["ci95"] is not None:
-        low, high = score["ci95"]
-        ends = {"lower": low, "upper": high, "confidence_level": 0.95}
-        known["confidence_interval"] = ends
-    return known

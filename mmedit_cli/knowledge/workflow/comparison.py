@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedit_cli.errors import UserError
+from mmedit_cli.knowledge.evaluation.intervals import score_with_interval
 from mmedit_cli.knowledge.evaluation.paired import Difference, difference, holm
 from mmedit_cli.records import Run
 
@@ -33,6 +34,15 @@ class ScoredRun:
     edits: int
     scores: dict[tuple[str, str], dict[str, float]] = field(repr=False)
     concepts: dict[str, str] = field(repr=False)
+
+    def with_intervals(self) -> dict[tuple[str, str], Json]:
+        """Return the mean, n and 95 % interval over concepts of each score."""
+        found = {}
+        for key, of_cases in self.scores.items():
+            concepts = [self.concepts[case] for case in of_cases]
+            values = list(of_cases.values())
+            found[key] = score_with_interval(values, concepts)
+        return found
 
 
 @dataclass(frozen=True)

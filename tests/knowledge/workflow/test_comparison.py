@@ -55,6 +55,8 @@ def write_run(
         "data": data,
         "protocol": protocol,
         "milestones": [],
+        "hparams": {},
+        "versions": {"mmedit": "0"},
         **head,
     }
     lines = [
@@ -234,6 +236,21 @@ def test_runs_are_found_by_what_they_are(cli, runs, tmp_path):
     assert (
         json.loads(by_id[1])["comparisons"] == json.loads(by_pattern[1])["comparisons"]
     )
+
+
+def test_its_runs_are_records_of_every_eval_ever(cli, runs):
+    arguments = ("report", "compare", *map(str, runs))
+    code, out, _ = cli(*arguments, "--format", "every-eval-ever")
+    assert code == 0
+    records = json.loads(out)
+    rows = json.loads(cli(*arguments, "--json")[1])["comparisons"]
+    for record, side in zip(records, ("mean_first", "mean_second"), strict=True):
+        results = record["evaluation_results"]
+        details = [result["score_details"] for result in results]
+        assert [found["score"] for found in details] == [row[side] for row in rows]
+        for found in details:
+            interval = found["uncertainty"]["confidence_interval"]
+            assert interval["lower"] <= found["score"] <= interval["upper"]
 
 
 @pytest.mark.parametrize(
