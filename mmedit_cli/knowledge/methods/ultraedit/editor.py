@@ -29,6 +29,7 @@ _INVERSE = "inverse."
 _MOMENTS = ("inputs", "gradients")
 # a smaller change of the loss may be rounding: in low precision a short step is not seen
 _VISIBLE = 1e-3
+_ONCE_BYTES = 1 << 30  # of what enters the lowest edited layer, while it is asked
 
 
 class Ultraedit(Editor):
@@ -234,8 +235,15 @@ class Ultraedit(Editor):
         hp = self.hparams
         sees = self.backbone.sees
         questions = unrelated_questions(hp.unrelated, pictures=sees)
-        with self._patch.lifted():
-            watched = questions[: hp.watched]
+        watched = questions[: hp.watched]
+        # those watched are surveyed too
+        once = self.backbone.cached_activations(
+            self._layer,
+            questions,
+            group=hp.batch_size,
+            budget=_ONCE_BYTES,
+        )
+        with self._patch.lifted(), once:
             self._unrelated = Unrelated.ask(
                 self.backbone,
                 watched,

@@ -14,6 +14,7 @@ from mmedit_cli import registry, runtime
 from mmedit_cli.catalog import ModelRef, family_for, find_model, kind_of
 from mmedit_cli.errors import ModelError
 from mmedit_cli.knowledge.models.base import VisionLanguageModel
+from mmedit_cli.knowledge.models.shared.wide_products import widen
 from mmedit_cli.model_folder import loading, read_config, weight_files
 from mmedit_cli.reading import read_json_object
 from mmedit_cli.shapes import shape_of, shape_of_config
@@ -71,6 +72,7 @@ def _opened(
         check_vocabulary(
             tokenizer, module.get_input_embeddings().weight.shape[0], ref.folder
         )
+    widen(module)
     backbone: VisionLanguageModel = family(
         ref.name, module, tokenizer, processor, ref.fingerprint
     )
