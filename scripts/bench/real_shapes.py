@@ -154,9 +154,17 @@ class Steps:
         )
         request = Query(QUESTION, TARGET, PICTURE)
 
+        layer = editor.first_layer
+        frozen = None
+
+        @torch.no_grad()
         def logits() -> Tensor:
-            with torch.no_grad():
+            nonlocal frozen
+            if layer is None:
                 return backbone.logits(backbone.batch([request]))
+            # no editor changes what lies below
+            frozen = frozen or backbone.prefix(backbone.batch([request]), layer)
+            return backbone.resume(frozen)
 
         clock = time.process_time if self.device == "cpu" else time.monotonic
         # as in an evaluation, the picture is encoded once
