@@ -135,9 +135,12 @@ def _ranked(entries: Sequence[Entry], by: str) -> list[tuple[int, Entry]]:
 
 def _record_of(entry: Entry, rank: int) -> dict[str, Any]:
     """Return a ranked run as a record of every-eval-ever."""
-    protocol = entry.report["protocol"]["protocols"][0]
-    scores = {(protocol, column): score for column, score in entry.scores.items()}
-    return record(entry.folder, entry.report, entry.edits, scores, rank=str(rank))
+    report = entry.report
+    protocol = report["protocol"]["protocols"][0]
+    scores = {}
+    for column, score in entry.scores.items():
+        scores[protocol, column] = score
+    return record(entry.folder, report, entry.edits, scores, rank=str(rank))
 
 
 # -- showing --------------------------------------------------------------------------------------------------------
@@ -146,8 +149,10 @@ def _record_of(entry: Entry, rank: int) -> dict[str, Any]:
 def print_leaderboards(out: Output, boards: Sequence[Board], form: str) -> None:
     """Print boards: a table each, one table of all in one of FORMATS, or records of every-eval-ever."""
     if form == EVERY_EVAL_EVER:
-        ranked = [pair for board in boards for pair in board.ranked]
-        print_records(_record_of(entry, rank) for rank, entry in ranked)
+        records = []
+        for board in boards:
+            records += [_record_of(entry, rank) for rank, entry in board.ranked]
+        print_records(records)
         return
     if form in FORMATS:
         header, rows = _one_table(boards)
