@@ -32,7 +32,7 @@ class Stage(Schedule):
     another artist's of the same thing, and the two are to be nearer to each other than to all others of the batch.
     `teach` weighs how near the tower is to come to what a teacher sees in the same drawing (mini_vlm_teacher.py).
     `imitate` weighs how near the bridge is to come to what the model that the run started from makes of a plain
-    drawing of the same thing. `blend` is the most that another picture has in what the bridge of BLIP-2 gets from its
+    drawing of the same thing. `blend` is the most that another picture has in what the bridge gets from its
     tower, and in the stage of words what the language model gets. `plainly` is the share of the pictures of the open
     world that are drawn as the closed one draws them: these are to be known by heart too. With `tower` the tower is
     trained together with what the stage is about, and goes on learning as in its own stage.

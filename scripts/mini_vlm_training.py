@@ -463,9 +463,10 @@ class Trainee(BaseTrainee):
         """
 
         def blend(module: nn.Module, given: Any, output: Any) -> None:
-            output.last_hidden_state = blended(
-                output.last_hidden_state, most, generator
-            )
+            mixed = blended(output.last_hidden_state, most, generator)
+            output.last_hidden_state = mixed
+            if output.hidden_states:  # where LLaVA reads it
+                output.hidden_states = (*output.hidden_states[:-1], mixed)
 
         if not most:
             yield
@@ -519,7 +520,7 @@ def blended(tokens: Tensor, most: float, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
-    """Start from the trained tower of a BLIP-2 run (its tower.safetensors), primed, and store that.
+    """Start from the trained tower of a BLIP-2 (its run's tower.safetensors, or its folder), primed, and store that.
 
     A run of the same model takes over how the tower was trained, one of another model its name alone.
 
@@ -554,11 +555,15 @@ def adopt_tower(trainee: Trainee, path: Path, out: Path) -> None:
 
 
 def _blip2_tower(path: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of the tower in the file of a BLIP-2 run, and the name of its model."""
-    mark = "model.vision_model."
-    with safe_open(path, "pt", device=str(device)) as file:
+    """Return the weights of the tower of a BLIP-2, as float32, and the name of its model."""
+    is_model = path.is_dir()
+    mark = "vision_model." if is_model else "model.vision_model."
+    source = path / "model.safetensors" if is_model else path
+    with safe_open(source, "pt", device=str(device)) as file:
         keys = [key for key in file.keys() if key.startswith(mark)]  # noqa: SIM118
-        weights = {key.removeprefix(mark): file.get_tensor(key) for key in keys}
+        weights = {key.removeprefix(mark): file.get_tensor(key).float() for key in keys}
+        if is_model:
+            return weights, path.resolve().name
         return weights, json.loads(file.metadata()["shape"])["name"]
 
 

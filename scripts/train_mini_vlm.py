@@ -37,8 +37,8 @@ def train(
 ) -> bool:
     """Train the stages one after another and write the model folder; return whether all came to their end.
 
-    A run that begins starts with `tower_from`, the tower.safetensors of a BLIP-2 run, from that tower, and with
-    `start_from`, a model folder, from that model, whose tokenizer it keeps. `teacher`, a file of
+    A run that begins starts with `tower_from`, the tower.safetensors or the model folder of a BLIP-2, from its tower,
+    and with `start_from`, a model folder, from that model, whose tokenizer it keeps. `teacher`, a file of
     mini_vlm_teacher.py, teaches the tower.
     """
     if teacher is None and any(recipe.stages[name].teach for name in stages):
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tower-from",
         type=Path,
-        help="start from the tower of this tower.safetensors of mini-blip2",
+        help="start from the tower of mini-blip2: a run's tower.safetensors, or the model folder",
     )
     parser.add_argument(
         "--start-from",
