@@ -399,9 +399,7 @@ def test_a_blip_tower_starts_from_another_run(scripts, tmp_path):
     folder = first / "mini-blip2"  # the model itself, in half precision
     scripts.training.adopt_tower(ours, folder, second)
     assert scripts.common.read_progress(second, "tower").origin == "mini-blip2"
-    assert all(
-        torch.equal(taken[name], wanted[name].half().float()) for name in tower
-    )
+    assert all(torch.equal(taken[name], wanted[name].half().float()) for name in tower)
     narrow = {**recipe.vision, "intermediate_size": 32}
     other = scripts.training.Trainee(replace(recipe, vision=narrow), kb, CPU)
     with pytest.raises(UserError, match="a tower of another shape"):

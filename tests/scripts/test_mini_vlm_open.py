@@ -339,3 +339,17 @@ def test_the_contrastive_loss_is_lower_where_artists_agree(scripts):
     together = torch.eye(4)[[0, 1, 0, 1]]
     loss = scripts.training.contrast_between
     assert loss(together, concept) < 0.1 < loss(apart, concept)
+
+
+@pytest.mark.parametrize("name", ["mini_blip2_open", "mini_llava_open"])
+def test_what_the_language_model_reads_is_blended(scripts, name):
+    recipe = scripts.model.Recipe.read(ROOT / "scripts" / f"{name}.yaml", quick=True)
+    kb = scripts.data.load_emojikb(**recipe.world)
+    trainee = scripts.training.Trainee(recipe, kb, CPU)
+    generator = torch.Generator().manual_seed(0)
+    pixels = 255 * torch.rand(4, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        before = trainee.image_tokens(pixels)
+        with trainee.blending(0.9, generator):
+            assert not torch.allclose(trainee.image_tokens(pixels), before)
+        assert torch.equal(trainee.image_tokens(pixels), before)
