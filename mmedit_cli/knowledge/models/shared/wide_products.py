@@ -14,6 +14,7 @@ from torch import Tensor, nn
 _BLOCK = 1 << 19  # weights that are converted at once: as many as stay in the caches
 _FEW = 4  # rows below which converting costs more than it gains
 _SLOW = (torch.bfloat16, torch.float16)
+_FAST = "AVX512"  # the capability below which they are
 
 
 def widen(model: nn.Module) -> None:
@@ -43,9 +44,8 @@ class WideLinear(nn.Linear):
 def _is_slow(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in _SLOW:
         return False
-    if weight.dtype is torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return not capability.startswith(_FAST)
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
