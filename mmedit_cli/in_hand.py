@@ -18,10 +18,19 @@ from mmedit_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-_HINT = "a path, a picture of PIL, or an array (height, width), (height, width, 3) or (height, width, 4) of uint8"
+_HINT = (
+    "a path, an address of the web, a picture of PIL, or an array (height, width), (height, width, 3) or "
+    "(height, width, 4) of uint8"
+)
 _IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")  # modes of PIL it can hold
 _FLOATING = "F"
 _DATA_URL = re.compile(r"data:image/([\w.+-]+);base64,", re.ASCII | re.IGNORECASE)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_FILE_ENDING = re.compile(r"\.[a-z]{3,4}$", re.ASCII | re.IGNORECASE)
+_LARGEST = 64 << 20  # bytes of a picture of the web
+_SECONDS = 15.0  # for a connection, and between two pieces of an answer
+_UNREADABLE = (OSError, SyntaxError, ValueError)  # what PIL raises
+_SAVE = "save it to a file, and name that"
 _ENDING = re.compile(r"[a-z]+", re.ASCII)
 
 
@@ -29,14 +38,14 @@ def as_file(picture: Any) -> Path:
     """Return the path of a picture: of a path or its text, or of a file that holds a picture of PIL or an array.
 
     Arrays are (H, W), (H, W, 3) or (H, W, 4) of uint8. A text may also be the picture itself, as
-    `data:image/png;base64,...`. The files are named by their content, and go with the process. Raises DataError for
-    anything else, an address of the web among it.
+    `data:image/png;base64,...`, or its address in the web, from where it is fetched once. The files are named by their
+    content, and go with the process. Raises DataError for anything else, for what cannot be fetched, and for what is
+    no picture.
     """
     if isinstance(picture, str) and picture[:5].lower() == "data:":
         return _of_data_url(picture)
     if isinstance(picture, str) and "://" in picture:
-        problem = f"{picture}: pictures are not fetched from the web"
-        raise DataError(problem, "save it to a file first")
+        return _of_address(picture)
     if isinstance(picture, str | os.PathLike):
         return Path(picture)
     from PIL import Image
@@ -69,6 +78,50 @@ def _of_data_url(text: str) -> Path:
     head = _DATA_URL.match(text)
     kind = _ENDING.match(head[1].lower()) if head else None
     return _kept(data, f".{kind[0]}" if kind else ".png")
+
+
+@cache
+def _of_address(address: str) -> Path:
+    """Return the file that a picture of the web is kept in."""
+    from mmedit_cli.web import plain_address
+
+    place = plain_address(address)
+    if not _WEB.match(address):
+        raise DataError(f"{place}: not an address of the web", _HINT)
+    data = _fetched(address, place)
+    _check(data, place)
+    ending = _FILE_ENDING.search(address.partition("?")[0])
+    return _kept(data, ending[0].lower() if ending else ".png")
+
+
+def _fetched(address: str, place: str) -> bytes:
+    import httpx2
+
+    from mmedit_cli.web import client
+
+    data = bytearray()
+    try:
+        with client(_SECONDS) as web, web.stream("GET", address) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > _LARGEST:
+                    problem = f"{place}: more than {_LARGEST >> 20} MiB"
+                    raise DataError(problem, _SAVE)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise DataError(f"{place}: cannot be fetched: {error}", _SAVE) from error
+    return bytes(data)
+
+
+def _check(data: bytes, place: str) -> None:
+    """Raise DataError if these bytes are no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.verify()
+    except (*_UNREADABLE, Image.DecompressionBombError) as error:
+        raise DataError(f"{place}: not a picture: {error}", _HINT) from error
 
 
 def _kept(data: bytes, ending: str) -> Path:
@@ -122,6 +175,6 @@ def _encoded(picture: Image.Image, ending: str) -> bytes:
         if upright.mode not in _IN_PNG:
             upright = upright.convert("RGB")
         upright.save(file, "PNG", compress_level=1)
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"a picture in memory cannot be kept: {error}") from error
     return file.getvalue()

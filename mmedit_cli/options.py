@@ -19,6 +19,28 @@ Editor = Annotated[
         autocompletion=completion.editors,
     ),
 ]
+
+
+def picture(text: str) -> Path:
+    """Return the file of a picture that is named by a path or by its address in the web."""
+    if "://" not in text:
+        return Path(text)
+    from mmedit_cli.in_hand import as_file
+
+    return as_file(text)
+
+
+Image = Annotated[
+    Path | None,
+    typer.Option(
+        "--image",
+        "-i",
+        metavar="FILE|URL",
+        parser=picture,
+        help="The picture.",
+        show_default=False,
+    ),
+]
 Ledger = Annotated[
     Path, typer.Argument(metavar="LEDGER", help="The folder of the edits.")
 ]

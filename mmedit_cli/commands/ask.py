@@ -21,12 +21,7 @@ def ask(
         ),
     ] = None,
     model: options.Model = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            "--image", "-i", help="The picture asked about.", show_default=False
-        ),
-    ] = None,
+    image: options.Image = None,
     edits: Annotated[
         Path | None,
         typer.Option(

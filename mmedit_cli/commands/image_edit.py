@@ -30,10 +30,7 @@ def image_edit(
             metavar="[INSTRUCTION]", help="What to change.", show_default=False
         ),
     ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", "-i", help="The picture.", show_default=False),
-    ] = None,
+    image: options.Image = None,
     batch: Annotated[
         Path | None,
         typer.Option(

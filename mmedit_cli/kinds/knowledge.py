@@ -292,12 +292,7 @@ def edit(
             help="The folder to keep it in: it is begun, or added to.",
         ),
     ] = Path("my-edits"),
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            "--image", "-i", help="The picture of the fact.", show_default=False
-        ),
-    ] = None,
+    image: options.Image = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question.", show_default=False)
     ] = None,

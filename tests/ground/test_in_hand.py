@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import subprocess
 import sys
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +71,7 @@ def test_arrays_and_texts_are_taken():
 @pytest.mark.parametrize(
     ("image", "problem"),
     [
-        ("https://example.com/cat.png", "pictures are not fetched from the web"),
+        ("ftp://example.com/cat.png", "cat.png: not an address of the web"),
         ("data:image/png;base64,####", "data:image/png;base64,####...: not base64 ("),
         ("data:text/plain;base64,AAAA", "AAAA...: not a picture"),
         (np.zeros((4, 5, 3)), "not a picture: an array (4, 5, 3) of float64"),
@@ -100,3 +104,50 @@ def test_the_files_go_with_the_process():
     )
     path = Path(done.stdout.strip())
     assert (path.suffix, path.exists(), path.parent.exists()) == (".png", False, False)
+
+
+@pytest.fixture
+def site(tmp_path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a site with a picture and a text, and what was asked of it."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args: Any) -> None:
+            asked.append(self.path)
+
+    (tmp_path / "star.png").write_bytes(STAR.read_bytes())
+    (tmp_path / "text.png").write_text("no picture")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_picture_of_the_web_is_fetched_once(site):
+    address, asked = site
+    assert np.array_equal(seen(f"{address}/star.png?large=1"), seen(STAR))
+    assert np.array_equal(seen(f"{address}/star.png?large=1"), seen(STAR))
+    assert asked == ["/star.png?large=1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("text.png", "text.png: not a picture"), ("none.png", "cannot be fetched")],
+)
+def test_what_the_web_does_not_have_is_one_line(site, cli, path, problem):
+    address, _ = site
+    code, out, err = cli("ask", "What is this?", "--image", f"{address}/{path}")
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert "Traceback" not in err
+
+
+def test_a_picture_of_the_web_is_asked_about(site, cli):
+    address, _ = site
+    question = ("ask", "What is this?", "--model", "tiny-llava", "--image")
+    code, out, _ = cli(*question, f"{address}/star.png")
+    assert code == 0
+    assert out == cli(*question, str(STAR))[1]
