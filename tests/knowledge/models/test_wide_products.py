@@ -64,10 +64,12 @@ def test_gradients_of_gradients(slow):
     linear = layer(torch.bfloat16, bias=True)
     widen(linear)
     rows = drawn(6, 24).bfloat16().requires_grad_(True)
-    (first,) = torch.autograd.grad(linear(rows).square().sum(), rows, create_graph=True)
+    energy = linear(rows).square().sum()
+    (first,) = torch.autograd.grad(energy, rows, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), rows)
     weight = linear.weight.double()
-    expected = (2 * weight.T @ weight).sum(0).expand(6, 24)
+    curvature = 2 * weight.T @ weight
+    expected = curvature.sum(0).expand(6, 24)
     assert torch.allclose(second.double(), expected, rtol=0.05, atol=1.0)
 
 
