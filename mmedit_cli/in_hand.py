@@ -18,6 +18,9 @@ from mmedit_cli.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+# What a file may be inside, whatever its name says. Left out is what starts other programs (EPS: Ghostscript) or is
+# hardly ever met, and so hardly ever tested (FLI, PCX, ...).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _HINT = (
     "a path, an address of the web, a picture of PIL, or an array (height, width), (height, width, 3) or "
     "(height, width, 4) of uint8"
@@ -118,7 +121,7 @@ def _check(data: bytes, place: str) -> None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.verify()
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise DataError(f"{place}: not a picture: {error}", _HINT) from error

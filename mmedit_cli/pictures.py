@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mmedit_cli.errors import DataError
+from mmedit_cli.in_hand import FORMATS
 from mmedit_cli.output import Output
 from mmedit_cli.packed import way_out
 from mmedit_cli.reading import LARGEST_PICTURE, digest_of, require_regular
@@ -24,9 +25,6 @@ _OTHER_ENDINGS = (
     *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg"),
     *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),  # of cameras
 )
-# What a file may be inside, whatever its name says. Left out is what starts other programs (EPS: Ghostscript) or is
-# hardly ever met, and so hardly ever tested (FLI, PCX, ...).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _LONGEST_SIDE = 65_535  # pixels, as in JPEG: a picture of 1 x 80,000,000 is none
 _MOST_TIMES_AS_LONG = 200  # than wide: processors that scale the shorter side would make gigabytes of more
 _MOST_PIXELS = 50_000_000  # decoded and converted, they take less than 512 MiB

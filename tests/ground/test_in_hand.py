@@ -120,6 +120,7 @@ def site(tmp_path) -> Iterator[tuple[str, list[str]]]:
 
     (tmp_path / "star.png").write_bytes(STAR.read_bytes())
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "program.png", "EPS")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
@@ -135,7 +136,11 @@ def test_a_picture_of_the_web_is_fetched_once(site):
 
 @pytest.mark.parametrize(
     ("path", "problem"),
-    [("text.png", "text.png: not a picture"), ("none.png", "cannot be fetched")],
+    [
+        ("text.png", "text.png: not a picture"),
+        ("program.png", "program.png: not a picture"),
+        ("none.png", "cannot be fetched"),
+    ],
 )
 def test_what_the_web_does_not_have_is_one_line(site, cli, path, problem):
     address, _ = site
