@@ -105,7 +105,9 @@ def _fetched(address: str, place: str) -> bytes:
     data = bytearray()
     try:
         with client(_SECONDS) as web, web.stream("GET", address) as response:
-            response.raise_for_status()
+            if response.status_code != 200:
+                said = f"HTTP {response.status_code} {response.reason_phrase}"
+                raise DataError(f"{place}: cannot be fetched: {said.rstrip()}", _SAVE)
             for chunk in response.iter_bytes():
                 data += chunk
                 if len(data) > _LARGEST:

@@ -144,9 +144,11 @@ def test_a_picture_of_the_web_is_fetched_once(site):
 )
 def test_what_the_web_does_not_have_is_one_line(site, cli, path, problem):
     address, _ = site
+    address = address.replace("//", "//me:secret@")
     code, out, err = cli("ask", "What is this?", "--image", f"{address}/{path}")
     assert (code, out) == (2, "")
     assert problem in err
+    assert "secret" not in err
     assert "Traceback" not in err
 
 
